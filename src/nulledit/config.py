@@ -1,0 +1,285 @@
+"""Settings: frozen dataclasses, read from and written to YAML recipes. Unknown keys are errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from nulledit.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ValueSettings:
+    """How z is optimised. Defaults are the published ones (AlphaEdit's code for LLaMA3 and GPT-J)."""
+
+    steps: int = 25
+    """Forward passes per fact; the last one makes no update (as published)."""
+    learning_rate: float = 0.5
+    """Adam's step size, in units of the hidden state. Published: 0.5 (GPT-J, GPT2-XL), 0.1 (LLaMA3)."""
+    clamp: float = 0.75
+    """Largest ‖δ‖/‖h‖."""
+    kl_weight: float = 0.0625
+    """Weight of the drift KL(new ‖ old) of the next token behind the subject in `kl_prompt`."""
+    weight_decay: float = 0.5
+    """Weight of ‖δ‖/‖h‖²."""
+    stop_loss: float = 0.05
+    """A fact leaves when its loss (nats) is below this."""
+    patience: int = 0
+    """A fact leaves when its loss fell by less than 1 % in this many steps; 0: never (published)."""
+    kl_prompt: str = "{} is a"
+    """Where the subject's own meaning is held: the state at `{}` must predict as before."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "steps", "learning_rate", "clamp")
+        _not_negative(self, "kl_weight", "weight_decay", "stop_loss", "patience")
+        _one_slot(self.kl_prompt, "values.kl_prompt")
+
+
+@dataclass(frozen=True)
+class ContextSettings:
+    """Prefix texts that stand before a prompt, so that an edit does not hang on one wording."""
+
+    count: int = 5
+    """Number of sampled prefixes beside the bare prompt."""
+    tokens: int = 10
+    """Length of each, in tokens."""
+    starts: tuple[str, ...] = ("The", "Therefore", "Because", "I", "You")
+    """First words, used in turn (as published)."""
+    texts: tuple[str, ...] = ()
+    """Given contexts with one `{}` each, the bare "{}" first, instead of sampled ones."""
+    bare_weight: float = 0.5
+    """Weight of the bare prompt in the mean key; the others share the rest."""
+
+    def __post_init__(self) -> None:
+        _not_negative(self, "count", "tokens", "bare_weight")
+        if self.bare_weight > 1:
+            raise ConfigError(f"contexts.bare_weight is {self.bare_weight}; expected 0 to 1")
+        if self.count and not self.starts:
+            raise ConfigError("contexts.starts is empty; give words, or set contexts.count to 0")
+        for text in self.texts:
+            _one_slot(text, "contexts.texts")
+        if self.texts and self.texts[0] != "{}":
+            raise ConfigError('contexts.texts must begin with the bare context "{}"')
+
+
+@dataclass(frozen=True)
+class NullSpaceSettings:
+    """Which directions of the preserved keys count as free."""
+
+    rule: Literal["absolute", "leakage", "median"] = "absolute"
+    """absolute: eigenvalue < value (published). leakage: free directions hold at most the share
+    `value` of all energy. median: eigenvalue < value × the median eigenvalue."""
+    value: float = 0.02
+    """Published: 2e-2 for `absolute` (squared activation units; the paper's footnote says 1e-2)."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "value")
+        if self.rule == "leakage" and self.value >= 1:
+            raise ConfigError(f"null_space.value is {self.value}; a leakage is a share below 1")
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """Which method solves, and its own constants."""
+
+    name: str = "alphaedit"
+    """See `nulledit info` for the methods known."""
+    l2: float = 10.0
+    """λ₂, ridge on the update (10 in AlphaEdit's code; the paper's equation has I)."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "l2")
+
+
+@dataclass(frozen=True)
+class StatisticsSettings:
+    """How preserved keys are sampled from a corpus."""
+
+    tokens: int = 0
+    """Token budget; 0: the whole corpus."""
+    packing: Literal["packed", "lines"] = "packed"
+    """packed: one stream cut into full windows. lines: each line on its own (as published)."""
+    window: int = 512
+    """Window in tokens; with `lines`, longer lines are cut."""
+    count_first: bool = True
+    """Whether position 0 of a window counts. It is an attention sink with an unusual key."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "window")
+        _not_negative(self, "tokens")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what an edit computes, beside the model, the facts and the seed."""
+
+    layers: tuple[int, ...] = ()
+    """Edited blocks, ascending from 0; values are optimised behind the last. Empty: five by depth."""
+    method: MethodSettings = field(default_factory=MethodSettings)
+    """The solve."""
+    null_space: NullSpaceSettings = field(default_factory=NullSpaceSettings)
+    """The projection."""
+    values: ValueSettings = field(default_factory=ValueSettings)
+    """The optimisation of z."""
+    contexts: ContextSettings = field(default_factory=ContextSettings)
+    """Prefixes."""
+    statistics: StatisticsSettings = field(default_factory=StatisticsSettings)
+    """The sample of preserved keys, where it has to be made."""
+    same_key: float = 0.99
+    """Cosine at the first edited layer above which facts share one key and so one δ."""
+    batch_size: int = 100
+    """Facts solved together."""
+    chunk_positions: int = 0
+    """Token positions that run together while values are optimised; 0: by device."""
+
+    def __post_init__(self) -> None:
+        if list(self.layers) != sorted(set(self.layers)) or any(i < 0 for i in self.layers):
+            raise ConfigError(f"layers are {list(self.layers)}; expected ascending numbers from 0")
+        _positive(self, "batch_size")
+        _not_negative(self, "chunk_positions")
+        if not 0 < self.same_key <= 1:
+            raise ConfigError(f"same_key is {self.same_key}; expected a cosine above 0, at most 1")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """Build from plain data; unknown keys and wrong types are ConfigErrors."""
+        return _build(cls, data, "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `from_dict` reads back."""
+        return _plain(dataclasses.asdict(self))
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def with_fields(self, changes: Mapping[str, Any]) -> Recipe:
+        """A copy with dotted fields replaced: `{"values.steps": 15}`; strings are read as YAML."""
+        data = self.to_dict()
+        for dotted, value in changes.items():
+            *path, last = dotted.split(".")
+            place: Any = data
+            for i, part in enumerate(path):
+                place = place.get(part) if isinstance(place, dict) else None
+                if not isinstance(place, dict):
+                    raise ConfigError(_unknown(".".join(path[: i + 1]), data))
+            if isinstance(value, str):
+                try:
+                    value = yaml.safe_load(value)
+                except yaml.YAMLError as error:
+                    raise ConfigError(f"{dotted}: {value!r} is not a value") from error
+            place[last] = value
+        return Recipe.from_dict(data)
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes inside the package."""
+    folder = resources.files("nulledit") / "assets" / "recipes"
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """A recipe by file or by the name of a shipped one."""
+    path = Path(name_or_path)
+    if str(name_or_path) in shipped_recipes():
+        source = resources.files("nulledit") / "assets" / "recipes" / f"{name_or_path}.yaml"
+        text = source.read_text(encoding="utf-8")
+    elif path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: not a text file in UTF-8") from error
+    else:
+        raise ConfigError(
+            f"no recipe {str(name_or_path)!r}: expected a file or one of {', '.join(shipped_recipes())}"
+        )
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: broken YAML: {' '.join(str(error).split())}") from error
+    try:
+        return Recipe.from_dict(data or {})
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _build(cls: type, data: Any, where: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where or 'recipe'}: expected named settings, found {data!r}")
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    values = {}
+    for key, value in data.items():
+        name = f"{where}{key}"
+        if key not in known:
+            raise ConfigError(_unknown(name, known))
+        values[key] = _convert(hints[key], value, name)
+    return cls(**values)
+
+
+def _convert(kind: Any, value: Any, name: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _build(typing.cast(type, kind), value, f"{name}.")
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(map(str, args))}")
+        return value
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, list | tuple):
+            raise ConfigError(f"{name} is {value!r}; expected a list")
+        return tuple(_convert(args[0], v, name) for v in value)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _convert(args[0], value, name)
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if kind is float and isinstance(value, str):  # YAML 1.1 reads 2e-2 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if type(value) is not kind:
+        raise ConfigError(f"{name} is {value!r}; expected {kind.__name__}")
+    return value
+
+
+def _unknown(name: str, known: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(name.split(".")[-1], list(known), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    return f"unknown setting {name!r}; {hint}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _positive(settings: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if not value > 0 or value == float("inf"):
+            raise ConfigError(f"{name} is {value}; expected a number above 0")
+
+
+def _not_negative(settings: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if not value >= 0 or value == float("inf"):
+            raise ConfigError(f"{name} is {value}; expected 0 or more")
+
+
+def _one_slot(text: str, name: str) -> None:
+    if text.count("{}") != 1:
+        raise ConfigError(f"{name} is {text!r}; expected exactly one {{}}")

@@ -1,0 +1,1 @@
+"""From facts to keys, values and statistics: everything a solve needs."""

@@ -1,0 +1,121 @@
+"""Keys and residuals, layer by layer, while the layers are being edited.
+
+The published code runs the whole model twice per layer (once for keys, once for residuals). Here the
+states at the first edited block's input are kept, up to each subject's last token; each block is
+then run once as its turn comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nulledit.data.facts import Fact
+from nulledit.models.partial import PartialModel
+from nulledit.models.tokens import Batch, RowEncoder, chunks_by_length, collate
+
+
+@dataclass
+class _Chunk:
+    batch: Batch
+    states: Tensor  # at the input of the block whose turn it is [rows, length, d]
+    last: Tensor  # index of the subject's last token [rows]
+    rows: Tensor  # place of each row in the whole walk [rows]
+
+
+class Walk:
+    """The facts' prompts on their way up through the edited blocks."""
+
+    def __init__(
+        self,
+        model: PartialModel,
+        encoder: RowEncoder,
+        facts: Sequence[Fact],
+        *,
+        first: int,
+        contexts: Sequence[str],
+        bare_weight: float,
+        pad_id: int,
+        positions: int = 8192,
+    ):
+        """Bring `facts` to the input of block `first`.
+
+        `contexts`: templates, the bare "{}" first; it weighs `bare_weight` in the mean key, the
+        others share the rest. `positions` bounds the tokens that run together.
+        """
+        self.model, self.layer = model, first
+        rows: list[tuple[int, ...]] = []
+        owner: list[int] = []
+        weight: list[float] = []
+        self.bare: list[int] = []  # fact -> row of its first prompt, bare
+        others = len(contexts) - 1
+        for i, fact in enumerate(facts):
+            self.bare.append(len(rows))
+            for prompt in fact.prompts:
+                for c, context in enumerate(contexts):
+                    row = encoder.encode_template(prompt, fact.subject, context=context)
+                    rows.append(row.upto_subject().ids)
+                    owner.append(i)
+                    share = 1.0 if not others else bare_weight if c == 0 else (1 - bare_weight) / others
+                    weight.append(share / len(fact.prompts))
+        self.n = len(facts)
+        self.owner = torch.tensor(owner)
+        self.weight = torch.tensor(weight, dtype=torch.float64)
+        self.chunks = [
+            self._start([rows[i] for i in chunk], chunk, pad_id)
+            for chunk in chunks_by_length([len(r) for r in rows], positions)
+        ]
+
+    @torch.no_grad()
+    def _start(self, rows: Sequence[Sequence[int]], places: Sequence[int], pad_id: int) -> _Chunk:
+        device = self.model.device
+        batch = collate(rows, pad_id=pad_id, device=device)
+        states = self.model.run(batch, last=self.layer - 1)
+        last = torch.tensor([len(r) - 1 for r in rows], device=device)
+        return _Chunk(batch, states, last, torch.tensor(places))
+
+    @torch.no_grad()
+    def keys(self) -> Tensor:
+        """Mean keys K [d_in, n] of the block whose turn it is, with the weights as they are now."""
+        found: Tensor | None = None
+        for chunk in self.chunks:
+            with self.model.reading_keys([self.layer]) as read:
+                self.model.run(chunk.batch, states=chunk.states, first=self.layer, last=self.layer)
+            keys = read[self.layer]
+            at_last = keys[torch.arange(len(keys)), chunk.last.to(keys.device)].double().cpu()
+            if found is None:
+                found = torch.zeros(self.n, keys.shape[-1], dtype=torch.float64)
+            found.index_add_(0, self.owner[chunk.rows], at_last * self.weight[chunk.rows, None])
+        assert found is not None
+        return found.mT
+
+    @torch.no_grad()
+    def hidden(self, layer: int) -> Tensor:
+        """Hidden states H [d, n] behind block `layer` at the subject's last token, bare prompts."""
+        place = {row: i for i, row in enumerate(self.bare)}
+        found: dict[int, Tensor] = {}
+        for chunk in self.chunks:
+            mine = [i for i, row in enumerate(chunk.rows.tolist()) if row in place]
+            if not mine:
+                continue
+            index = torch.tensor(mine, device=chunk.batch.ids.device)
+            length = int(chunk.last[index].max()) + 1
+            batch = Batch(*(t[index, :length] for t in vars(chunk.batch).values()))
+            states = chunk.states[index.to(chunk.states.device), :length]
+            out = self.model.run(batch, states=states, first=self.layer, last=layer)
+            at_last = out[torch.arange(len(mine)), chunk.last[index].to(out.device)].double().cpu()
+            for i, row in enumerate(mine):
+                found[place[int(chunk.rows[row])]] = at_last[i]
+        return torch.stack([found[i] for i in range(self.n)], dim=1)
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Run the block whose turn it is, with its weights as they are now; the next one's turn."""
+        for chunk in self.chunks:
+            chunk.states = self.model.run(
+                chunk.batch, states=chunk.states, first=self.layer, last=self.layer
+            )
+        self.layer += 1

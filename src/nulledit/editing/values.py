@@ -1,0 +1,352 @@
+"""The value z of a fact: the hidden state that makes the model say its target.
+
+z = h + δ at the subject's last token behind the last edited block, δ by gradient descent (ROME,
+arXiv:2202.05262, Eq. 4; MEMIT, arXiv:2210.07229, Section 4.3). The published code runs the whole
+model, one fact at a time, and computes logits everywhere. Here, with the same result:
+
+- states up to the block are constant, so they are computed once and kept;
+- positions before the subject's last token never see δ, so of the blocks above only their
+  attention keys and values are kept;
+- logits are computed only where the loss reads them; no weight has a gradient;
+- the facts of a chunk run together, and one that is done leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nulledit.config import ValueSettings
+from nulledit.data.facts import Fact
+from nulledit.models.partial import PartialModel, Prefix
+from nulledit.models.tokens import Batch, Row, RowEncoder, collate
+
+
+@dataclass(frozen=True)
+class Value:
+    """The optimised value of one fact and how it was reached."""
+
+    z: Tensor
+    """h + δ [d], at the subject's last token behind the last edited block."""
+    loss: float
+    """Last loss seen: NLL + KL + decay."""
+    nll: float
+    """Mean negative log-likelihood of the target per token over the rewriting rows, nats."""
+    steps: int
+    """Updates of δ made."""
+    delta_share: float
+    """‖δ‖/‖h‖."""
+    known: bool
+    """Whether the model already said the target by strict argmax before any step."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What one fact needs: rewriting rows, and where the drift of the subject's own meaning is read."""
+
+    rows: tuple[Row, ...]  # rewriting rows; the first is the bare prompt
+    drift_row: Row | None  # None: read at the bare row, whose tokens up to the subject are the same
+    group: int
+
+
+def plan_rows(fact: Fact, encoder: RowEncoder, contexts: Sequence[str]) -> tuple[Row, ...]:
+    """Rewriting rows of a fact: each training prompt in each prefix context, with the target."""
+    return tuple(
+        encoder.encode_template(prompt, fact.subject, context=context, target=fact.target)
+        for prompt in fact.prompts
+        for context in contexts
+    )
+
+
+def optimise_values(
+    model: PartialModel,
+    encoder: RowEncoder,
+    facts: Sequence[Fact],
+    groups: Sequence[int],
+    *,
+    layer: int,
+    contexts: Sequence[str],
+    settings: ValueSettings,
+    positions: int,
+    pad_id: int,
+    progress: Callable[[int], None] = lambda n: None,
+) -> list[Value]:
+    """Optimise one δ per group for `facts` at block `layer`.
+
+    `groups[i]` is the group of fact i: facts on one key share δ and sum their losses. `contexts`
+    are templates with one slot, the bare "{}" first. `positions` bounds how many token positions
+    run through the upper blocks together; on an accelerator it halves itself when memory runs out.
+    """
+    jobs = []
+    for fact, group in zip(facts, groups, strict=True):
+        rows = plan_rows(fact, encoder, contexts)
+        drift = encoder.encode_template(settings.kl_prompt, fact.subject).upto_subject()
+        shared = rows[0].upto_subject().ids == drift.ids
+        jobs.append(_Job(rows, None if shared else drift, group))
+    values: dict[int, Value] = {}
+    queue = _chunks(jobs, positions)
+    while queue:
+        members = queue.pop(0)
+        try:
+            chunk = _Chunk(model, [jobs[i] for i in members], layer, settings, pad_id)
+            found = chunk.optimise()
+        except torch.OutOfMemoryError:
+            halves = _halve(members, groups)
+            if halves is None:
+                raise
+            queue[:0] = halves
+            continue
+        values.update(zip(members, found, strict=True))
+        progress(len(members))
+    return [values[i] for i in range(len(jobs))]
+
+
+def _suffix_length(job: _Job) -> int:
+    return max(len(row.ids) - 1 - row.subject_last for row in job.rows)
+
+
+def _chunks(jobs: Sequence[_Job], positions: int) -> list[list[int]]:
+    """Groups kept whole, sorted by length, cut so that rows × longest suffix fits `positions`."""
+    groups: dict[int, list[int]] = {}
+    for i, job in enumerate(jobs):
+        groups.setdefault(job.group, []).append(i)
+    ordered = sorted(groups.values(), key=lambda g: max(_suffix_length(jobs[i]) for i in g))
+    chunks: list[list[int]] = []
+    for group in ordered:
+        together = (chunks[-1] if chunks else []) + group
+        longest = max(_suffix_length(jobs[i]) for i in together)
+        rows = sum(len(jobs[i].rows) + 1 for i in together)
+        if chunks and rows * longest <= positions:
+            chunks[-1] = together
+        else:
+            chunks.append(group)
+    return chunks
+
+
+def _halve(members: list[int], groups: Sequence[int]) -> list[list[int]] | None:
+    """Two chunks in place of one, groups kept whole; None if it is a single group."""
+    names = list(dict.fromkeys(groups[i] for i in members))
+    if len(names) < 2:
+        return None
+    left = set(names[: len(names) // 2])
+    return [
+        [i for i in members if groups[i] in left],
+        [i for i in members if groups[i] not in left],
+    ]
+
+
+class _Chunk:
+    """The facts that run together: kept states and prefixes, one δ per group, Adam."""
+
+    def __init__(
+        self, model: PartialModel, jobs: Sequence[_Job], layer: int, settings: ValueSettings, pad_id: int
+    ):
+        self.model, self.jobs, self.layer, self.settings = model, jobs, layer, settings
+        names = list(dict.fromkeys(job.group for job in jobs))
+        self.group_of = [names.index(job.group) for job in jobs]  # fact -> group
+        rows: list[Row] = []
+        owner: list[int] = []  # row -> fact
+        bare: list[int] = []  # fact -> row
+        drift: list[int] = []  # fact -> row
+        for i, job in enumerate(jobs):
+            bare.append(len(rows))
+            rows += job.rows
+            if job.drift_row is not None:
+                rows.append(job.drift_row)
+            drift.append(bare[i] if job.drift_row is None else len(rows) - 1)
+            owner += [i] * (len(rows) - len(owner))
+        self.rows, self.owner, self.bare, self.drift = rows, owner, bare, drift
+        self.device = model.device
+        self._keep_states(pad_id)
+
+    @torch.no_grad()
+    def _keep_states(self, pad_id: int) -> None:
+        """Run the blocks up to `layer` once; split each row at its subject's last token."""
+        inputs = [row.ids[: len(row.ids) - (len(row.target_ids) > 0)] for row in self.rows]
+        batch = collate(inputs, pad_id=pad_id, device=self.device)
+        states = self.model.run(batch, last=self.layer)  # [rows, length, d]
+        cuts = [row.subject_last for row in self.rows]
+        heads = [ids[:cut] for ids, cut in zip(inputs, cuts, strict=True)]
+        tails = [ids[cut:] for ids, cut in zip(inputs, cuts, strict=True)]
+        head = collate(heads, pad_id=pad_id, device=self.device)
+        tail = collate(tails, pad_id=pad_id, device=self.device)
+        start = torch.tensor(cuts, device=self.device)[:, None]
+        self.tail = Batch(tail.ids, tail.mask, tail.positions + start)
+        where = (start + torch.arange(tail.ids.shape[1], device=self.device)).clamp_max(
+            states.shape[1] - 1
+        )
+        width = states.shape[-1]
+        self.states = states.gather(1, where.to(states.device)[..., None].expand(-1, -1, width))
+        self.prefix = self.model.record_prefix(
+            head, states[:, : head.ids.shape[1]], first=self.layer + 1
+        )
+        self.start = self.states[:, 0].float() if states.dtype.itemsize < 4 else self.states[:, 0]
+
+    def optimise(self) -> list[Value]:
+        """Descend until each group is done; the values of the chunk's facts in order."""
+        s = self.settings
+        n_groups = max(self.group_of) + 1
+        h = self.start[self.bare]  # [facts, d]
+        first_of = [self.group_of.index(g) for g in range(n_groups)]
+        norms = h[first_of].norm(dim=1)  # [groups]
+        deltas = [torch.zeros_like(h[0], requires_grad=True) for _ in range(n_groups)]
+        optimiser = torch.optim.Adam(deltas, lr=s.learning_rate)
+        active = list(range(n_groups))
+        reads = _Reads(self, active)
+        drift_start: dict[int, Tensor] = {}
+        history: list[list[float]] = [[] for _ in range(n_groups)]
+        outcome: dict[int, tuple[float, float, bool]] = {}  # fact -> loss, nll, known
+        known: dict[int, bool] = {}
+        updates = [0] * n_groups
+        for step in range(s.steps):
+            nll, drift, right = reads.losses(deltas, drift_start)
+            if step == 0:
+                known = {f: bool(ok) for f, ok in zip(reads.facts, right, strict=True)}
+            decay = {
+                g: s.weight_decay * deltas[g].norm() / norms[g].square() for g in active
+            }
+            per_fact = nll + s.kl_weight * drift
+            groups_of_facts = [self.group_of[f] for f in reads.facts]
+            with_decay = per_fact + torch.stack([decay[g] for g in groups_of_facts])
+            for f, total, own in zip(
+                reads.facts, with_decay.tolist(), nll.tolist(), strict=True
+            ):
+                outcome[f] = (total, own, known[f])
+            if step == s.steps - 1:
+                break
+            worst: dict[int, float] = {}
+            for f, g in zip(reads.facts, groups_of_facts, strict=True):
+                worst[g] = max(worst.get(g, 0.0), outcome[f][0])
+            for g in active:
+                history[g].append(worst[g])
+            staying = [g for g in active if not self._done(history[g])]
+            if not staying:
+                break
+            loss = sum(
+                (p for p, g in zip(per_fact, groups_of_facts, strict=True) if g in staying),
+                start=per_fact.new_zeros(()),
+            ) + sum((decay[g] for g in staying), start=per_fact.new_zeros(()))
+            wanted = [deltas[g] for g in staying]
+            for delta in deltas:
+                delta.grad = None
+            for delta, gradient in zip(wanted, torch.autograd.grad(loss, wanted), strict=True):
+                delta.grad = gradient
+            optimiser.step()  # those without a gradient stay as they are
+            for g in staying:
+                updates[g] += 1
+                _clamp(deltas[g], s.clamp * float(norms[g]))
+            if staying != active:
+                active = staying
+                reads = _Reads(self, active)
+        return [
+            Value(
+                z=(h[f] + deltas[g].detach()),
+                loss=outcome[f][0],
+                nll=outcome[f][1],
+                steps=updates[g],
+                delta_share=float(deltas[g].detach().norm() / h[f].norm()),
+                known=outcome[f][2],
+            )
+            for f, g in enumerate(self.group_of)
+        ]
+
+    def _done(self, losses: list[float]) -> bool:
+        """Converged, or no longer improving: under 1 % in `patience` steps."""
+        s = self.settings
+        if losses[-1] < s.stop_loss:
+            return True
+        return s.patience > 0 and len(losses) > s.patience and (
+            min(losses[-s.patience :]) > 0.99 * min(losses[: -s.patience])
+        )
+
+
+@torch.no_grad()
+def _clamp(delta: Tensor, limit: float) -> None:
+    norm = float(delta.norm())
+    if norm > limit:
+        delta.mul_(limit / norm)
+
+
+class _Reads:
+    """The rows of the groups still at work, and where the loss reads logits in them."""
+
+    def __init__(self, chunk: _Chunk, active: Sequence[int]):
+        self.chunk = chunk
+        device = chunk.device
+        self.facts = [f for f, g in enumerate(chunk.group_of) if g in active]
+        rows = [r for r, f in enumerate(chunk.owner) if chunk.group_of[f] in active]
+        place = {row: i for i, row in enumerate(rows)}
+        index = torch.tensor(rows, device=device)
+        longest = max(
+            len(chunk.rows[r].ids) - chunk.rows[r].subject_last - (len(chunk.rows[r].target_ids) > 0)
+            for r in rows
+        )
+        everything = len(rows) == len(chunk.rows)
+        self.prefix: Prefix = chunk.prefix if everything else chunk.prefix.select(index)
+        self.states = chunk.states[index, :longest]
+        tail = chunk.tail
+        self.batch = Batch(
+            tail.ids[index, :longest],
+            torch.cat([self.prefix.mask, tail.mask[index, :longest]], dim=1),
+            tail.positions[index, :longest],
+        )
+        self.delta_of_row = torch.tensor([chunk.group_of[chunk.owner[r]] for r in rows])
+        at_row: list[int] = []
+        at_position: list[int] = []
+        target: list[int] = []
+        fact: list[int] = []
+        weight: list[float] = []
+        for i, f in enumerate(self.facts):
+            for r in range(chunk.bare[f], chunk.bare[f] + len(chunk.jobs[f].rows)):
+                row = chunk.rows[r]
+                for t, token in enumerate(row.target_ids):
+                    at_row.append(place[r])
+                    at_position.append(row.target_start + t - 1 - row.subject_last)
+                    target.append(token)
+                    fact.append(i)
+                    weight.append(1 / (len(row.target_ids) * len(chunk.jobs[f].rows)))
+        self.n_nll = len(target)
+        bare = {chunk.bare[f] for f in self.facts}
+        self.is_bare = torch.tensor([rows[r] in bare for r in at_row], device=device)
+        for f in self.facts:
+            at_row.append(place[chunk.drift[f]])
+            at_position.append(0)
+        self.at = (
+            torch.tensor(at_row, device=device),
+            torch.tensor(at_position, device=device),
+        )
+        self.target = torch.tensor(target, device=device)
+        self.fact = torch.tensor(fact, device=device)
+        self.weight = torch.tensor(weight, device=device)
+
+    def losses(
+        self, deltas: Sequence[Tensor], drift_start: dict[int, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Per fact: NLL of the target, drift (KL), and whether the bare prompt says the target."""
+        model = self.chunk.model
+        stacked = torch.stack(list(deltas))[self.delta_of_row.to(deltas[0].device)]  # [rows, d]
+        moved = self.states[:, :1] + stacked[:, None].to(self.states)
+        states = torch.cat([moved, self.states[:, 1:]], dim=1)
+        normed = model.run_normed(
+            self.batch, states=states, first=self.chunk.layer + 1, prefix=self.prefix
+        )
+        logits = model.logits(normed[self.at])
+        logits = logits.float() if logits.dtype.itemsize < 4 else logits
+        device = logits.device
+        says, drifts = logits[: self.n_nll], logits[self.n_nll :]
+        each = F.cross_entropy(says, self.target.to(device), reduction="none")
+        zero = each.new_zeros(len(self.facts))
+        fact = self.fact.to(device)
+        nll = zero.index_add(0, fact, each * self.weight.to(each))
+        wrong = (says.argmax(1) != self.target.to(device)) & self.is_bare.to(device)
+        right = zero.index_add(0, fact, wrong.to(each)) == 0
+        log_p = F.log_softmax(drifts, dim=1)
+        for i, f in enumerate(self.facts):
+            drift_start.setdefault(f, log_p[i].detach().clone())
+        start = torch.stack([drift_start[f] for f in self.facts])
+        kl = F.kl_div(start, log_p, log_target=True, reduction="none").sum(1)
+        return nll, kl, right

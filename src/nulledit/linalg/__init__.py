@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: moments, spectra and the one linear system."""

@@ -1,0 +1,24 @@
+"""The one n × n system that most of the family comes down to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nulledit.linalg.spectrum import Metric
+
+
+def solve_update(keys: Tensor, residual: Tensor, metric: Metric) -> Tensor:
+    """Update Δ [d_out, d_in] that writes `residual` R [d_out, n] at `keys` K [d_in, n], in float64.
+
+        Δ = argmin ‖ΔK − R‖²_F + tr(Δ G⁺ Δᵀ), rows of Δ in range(G)   =   R (I + Kᵀ G K)⁻¹ Kᵀ G
+
+    With G = P/λ₂ this is AlphaEdit's closed form (arXiv:2410.02355), reached through an n × n
+    Cholesky factor instead of a d_in × d_in LU. With K, R over all facts so far and R = V − W₀ K it
+    is the joint solve that the official sequential rule with its history of keys equals.
+    """
+    K, R = keys.double(), residual.double()
+    GK = metric.apply(K)  # [d_in, n]
+    system = K.mT @ GK
+    system.diagonal().add_(1.0)  # symmetric, eigenvalues >= 1
+    return torch.cholesky_solve(R.mT, torch.linalg.cholesky(system)).mT @ GK.mT

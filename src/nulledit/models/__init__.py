@@ -1,0 +1,1 @@
+"""What the library asks of a Hugging Face causal language model."""
