@@ -1,0 +1,133 @@
+"""Texts for statistics and perplexity: files, folders, JSONL or a streamed dataset, cut in windows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from nulledit.errors import StatisticsError
+
+DATASET = "datasets:"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A source of texts and what identifies its content."""
+
+    name: str
+    """File name or dataset name, without a machine's folders."""
+    sha256: str
+    """Hash of the files; for a streamed dataset, of its name, split and revision."""
+    texts: Callable[[], Iterator[str]]
+    """Starts reading from the first text; a line of a file, or one document of a dataset."""
+
+
+def open_corpus(source: str | Path) -> Corpus:
+    """A corpus from a text file, a JSONL file with `text` fields, a folder of such, or a dataset.
+
+    A dataset of the `datasets` library is streamed: `datasets:NAME[:CONFIG[:SPLIT]]`, for English
+    Wikipedia `datasets:wikimedia/wikipedia:20231101.en`. Raises StatisticsError.
+    """
+    if str(source).startswith(DATASET):
+        return _dataset(str(source).removeprefix(DATASET))
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(f for f in path.rglob("*") if f.suffix in (".txt", ".jsonl", ".md"))
+        if not files:
+            raise StatisticsError(f"{path}: no .txt, .md or .jsonl file in this folder")
+    elif path.is_file():
+        files = [path]
+    else:
+        raise StatisticsError(f"{path}: no such file or folder")
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return Corpus(path.name, digest.hexdigest(), lambda: _texts_of(files))
+
+
+def _texts_of(files: Iterable[Path]) -> Iterator[str]:
+    for file in files:
+        try:
+            with file.open(encoding="utf-8") as lines:
+                for number, line in enumerate(lines, 1):
+                    if file.suffix == ".jsonl":
+                        if line.strip():
+                            yield from _json_text(line, f"{file}: line {number}").splitlines(True)
+                    else:
+                        yield line
+        except UnicodeDecodeError as error:
+            raise StatisticsError(f"{file}: not a text file in UTF-8") from error
+
+
+def _json_text(line: str, where: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StatisticsError(f'{where}: expected JSON with a "text" field') from error
+    if not isinstance(text, str):
+        raise StatisticsError(f"{where}: text is {type(text).__name__}; expected a string")
+    return text
+
+
+def _dataset(name: str) -> Corpus:
+    try:
+        import datasets
+    except ImportError as error:
+        raise StatisticsError(
+            f"{DATASET}{name} needs the datasets library: pip install 'nulledit[datasets]'"
+        ) from error
+    parts = name.split(":")
+    path, config = parts[0], parts[1] if len(parts) > 1 and parts[1] else None
+    split = parts[2] if len(parts) > 2 else "train"
+    try:
+        stream = datasets.load_dataset(path, config, split=split, streaming=True)
+    except Exception as error:  # the library raises many kinds for a name it can't reach
+        reason = " ".join(str(error).split())[:200]
+        raise StatisticsError(f"can't open dataset {name!r}: {reason}") from error
+    version = str(stream.info.version)
+    digest = hashlib.sha256(f"{name} {split} {version}".encode()).hexdigest()
+
+    def texts() -> Iterator[str]:
+        for record in stream:
+            yield from record["text"].splitlines(True)
+
+    return Corpus(name, digest, texts)
+
+
+def windows(
+    texts: Iterable[str],
+    tokenize: Callable[[str], list[int]],
+    *,
+    window: int,
+    packed: bool,
+    first: list[int] | None = None,
+) -> Iterator[list[int]]:
+    """Token windows of at most `window` ids.
+
+    Packed: the texts as one stream, cut into full windows and one shorter last one. Otherwise each
+    text by itself, cut where it is longer. Every window begins with the ids in `first` (a
+    beginning-of-text token, where the model expects one). Blank texts are left out.
+    """
+    start = list(first or [])
+    room = window - len(start)
+    if room < 1:
+        raise StatisticsError(f"a window of {window} tokens has no room for text")
+    held: list[int] = []
+    for text in texts:
+        if not text.strip():
+            continue
+        ids = tokenize(text if packed else text.rstrip("\r\n"))
+        if packed:
+            held += ids
+            while len(held) >= room:
+                yield start + held[:room]
+                held = held[room:]
+        else:
+            for at in range(0, len(ids), room):
+                yield start + ids[at : at + room]
+    if held:
+        yield start + held

@@ -1,0 +1,267 @@
+"""A fact to write into a model, and the checks on its texts."""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import hashlib
+import re
+import reprlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from nulledit.errors import FactError
+
+SLOT = "{}"
+MAX_ID_CHARACTERS = 200
+# Control characters (category Cc) but newline and tab, and lone surrogates: slips of encoding.
+_FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+# What YAML makes of an unquoted 1969, 1.5, yes or 1969-07-20.
+_NOT_QUOTED = (bool, int, float, datetime.date)
+_shortener = reprlib.Repr()
+_shortener.maxstring = _shortener.maxother = 60
+
+
+def quote(value: object) -> str:
+    """`value` as one short line for a message."""
+    return _shortener.repr(value).replace("\n", " ")
+
+
+def suggest(name: object, known: Iterable[str]) -> str:
+    """' (did you mean ...?)' if `name` is near one of `known`, else nothing."""
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def clean_text(value: object, field: str) -> str:
+    """`value` without outer whitespace, or a FactError that names `field`."""
+    if value is None:
+        raise FactError(f"{field} is missing or empty: expected text")
+    if isinstance(value, _NOT_QUOTED):
+        kind = type(value).__name__
+        raise FactError(f"{field} must be text: write it in quotes (found {kind} {quote(value)})")
+    if not isinstance(value, str):
+        raise FactError(f"{field} must be text (found {type(value).__name__} {quote(value)})")
+    if found := _FORBIDDEN.search(value):
+        point = ord(found.group())
+        kind = "lone surrogate" if point >= 0xD800 else "control character"
+        raise FactError(
+            f"{field} holds the {kind} U+{point:04X} at character {found.start()}: "
+            f"only newline and tab are allowed"
+        )
+    if not (text := value.strip()):
+        raise FactError(f"{field} is empty: expected text")
+    return text
+
+
+def as_template(prompt: str, subject: str, field: str) -> str:
+    """`prompt` with exactly one slot, put where the subject stands if there is none yet."""
+    slots = prompt.count(SLOT)
+    if slots == 1:
+        return prompt
+    if slots > 1:
+        raise FactError(
+            f"{field} has {slots} slots {{}}: expected exactly one (found {quote(prompt)})"
+        )
+    start = prompt.find(subject)
+    if start < 0:
+        raise FactError(
+            f"{field} has no slot {{}} and does not contain the subject {quote(subject)}: "
+            f"write {{}} where the subject stands (found {quote(prompt)})"
+        )
+    if prompt.find(subject, start + 1) >= 0:
+        raise FactError(
+            f"{field} contains the subject {quote(subject)} more than once: "
+            f"mark one of them with {{}} (found {quote(prompt)})"
+        )
+    return prompt[:start] + SLOT + prompt[start + len(subject) :]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A prompt about something else, whose answer must stay."""
+
+    prompt: str
+    """Full text, no slot."""
+    answer: str | None = None
+    """What the model should go on saying; None where unknown."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt", clean_text(self.prompt, "prompt"))
+        if self.answer is not None:
+            object.__setattr__(self, "answer", clean_text(self.answer, "answer"))
+
+    @classmethod
+    def from_value(cls, value: object, field: str) -> Probe:
+        """A probe from a probe, plain text or a mapping with `prompt` and `answer`."""
+        if isinstance(value, Probe):
+            return value
+        if isinstance(value, str):
+            value = {"prompt": value}
+        if not isinstance(value, Mapping):
+            raise FactError(
+                f"{field} must be text or a mapping with prompt and answer (found {quote(value)})"
+            )
+        _refuse_unknown(value, ("prompt", "answer"), f"{field}.")
+        try:
+            return cls(value.get("prompt"), value.get("answer"))  # type: ignore[arg-type]
+        except FactError as error:
+            raise FactError(f"{field}.{error}") from None
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Subject, prompt and target: after the edit the model answers the prompt with the target."""
+
+    subject: str
+    """What the fact is about."""
+    prompt: str
+    """Template with one slot `{}`; a text that names the subject once is turned into one."""
+    target: str
+    """The answer to write."""
+    id: str = ""
+    """Name in ledgers and reports; by default a hash of subject, prompt and target."""
+    old_answer: str | None = None
+    """The answer before the edit."""
+    relation: str | None = None
+    """Name of the relation, such as Wikidata's P103; None where unknown."""
+    more_prompts: tuple[str, ...] = ()
+    """Further templates to train on, each with one slot."""
+    paraphrases: tuple[str, ...] = ()
+    """Full texts that ask the same, to evaluate on; a slot in them is filled in."""
+    neighbours: tuple[Probe, ...] = ()
+    """Prompts about something else whose answers must stay."""
+
+    def __post_init__(self) -> None:
+        subject = clean_text(self.subject, "subject")
+        if SLOT in subject or subject.startswith("}") or subject.endswith("{"):
+            # Filled in, it would look like a slot again.
+            raise FactError(
+                f"subject must not hold {{}}, begin with }} or end with {{ (found {quote(subject)})"
+            )
+        clean: dict[str, Any] = {
+            "subject": subject,
+            "prompt": as_template(clean_text(self.prompt, "prompt"), subject, "prompt"),
+            "target": clean_text(self.target, "target"),
+            **self._clean_lists(subject),
+        }
+        for name in ("old_answer", "relation"):
+            if getattr(self, name) is not None:
+                clean[name] = clean_text(getattr(self, name), name)
+        _check_target(clean["target"], clean.get("old_answer"))
+        clean["id"] = _default_id(clean) if self.id == "" else _clean_id(self.id)
+        for name, value in clean.items():
+            object.__setattr__(self, name, value)
+
+    def _clean_lists(self, subject: str) -> dict[str, Any]:
+        return {
+            "more_prompts": tuple(
+                as_template(text, subject, f"more_prompts[{i}]")
+                for i, text in enumerate(_texts(self.more_prompts, "more_prompts"))
+            ),
+            "paraphrases": tuple(
+                text.replace(SLOT, subject) for text in _texts(self.paraphrases, "paraphrases")
+            ),
+            "neighbours": tuple(
+                Probe.from_value(item, f"neighbours[{i}]")
+                for i, item in enumerate(_items(self.neighbours, "neighbours"))
+            ),
+        }
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """All templates to train on, the main one first."""
+        return (self.prompt, *self.more_prompts)
+
+    @property
+    def relation_key(self) -> str:
+        """What is said of the subject: the relation, or the prompt where none is given."""
+        return self.prompt if self.relation is None else self.relation
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Subject and relation; two facts of one key and different targets contradict."""
+        return self.subject, self.relation_key
+
+    def render(self, template: str) -> str:
+        """`template` with the subject in its slot; other braces are left alone."""
+        return template.replace(SLOT, self.subject, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The native record; fields that say nothing are left out."""
+        record: dict[str, Any] = {name: getattr(self, name) for name in ("id", *REQUIRED)}
+        for name in ("old_answer", "relation"):
+            if getattr(self, name) is not None:
+                record[name] = getattr(self, name)
+        for name in ("more_prompts", "paraphrases"):
+            if getattr(self, name):
+                record[name] = list(getattr(self, name))
+        if self.neighbours:
+            record["neighbours"] = [
+                {"prompt": p.prompt} | ({} if p.answer is None else {"answer": p.answer})
+                for p in self.neighbours
+            ]
+        return record
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Fact:
+        """The fact of a native record; null stands for a field left out."""
+        if not isinstance(record, Mapping):
+            raise FactError(
+                f"expected a mapping with subject, prompt and target (found {quote(record)})"
+            )
+        _refuse_unknown(record, FIELDS)
+        for name in REQUIRED:
+            if name not in record:
+                raise FactError(f"{name} is missing (found the fields {quote(list(record))})")
+        given = {k: v for k, v in record.items() if v is not None or k in REQUIRED}
+        return cls(**given)
+
+
+FIELDS = tuple(field.name for field in fields(Fact))
+REQUIRED = ("subject", "prompt", "target")
+
+
+def _refuse_unknown(record: Mapping[Any, Any], known: tuple[str, ...], path: str = "") -> None:
+    for name in record:
+        if name not in known:
+            raise FactError(
+                f"unknown field {path}{quote(name)}{suggest(name, known)}; "
+                f"expected {', '.join(known)}"
+            )
+
+
+def _items(value: object, field: str) -> Iterable[Any]:
+    if not isinstance(value, list | tuple):
+        raise FactError(f"{field} must be a list (found {type(value).__name__} {quote(value)})")
+    return value
+
+
+def _texts(value: object, field: str) -> list[str]:
+    return [clean_text(item, f"{field}[{i}]") for i, item in enumerate(_items(value, field))]
+
+
+def _check_target(target: str, old_answer: str | None) -> None:
+    if old_answer is not None and target.casefold() == old_answer.casefold():
+        raise FactError(
+            f"target {quote(target)} is the same as old_answer {quote(old_answer)}: "
+            f"expected a new answer"
+        )
+
+
+def _clean_id(value: object) -> str:
+    text = clean_text(value, "id")
+    if "\n" in text or "\t" in text:
+        raise FactError(f"id must be one line without tabs (found {quote(text)})")
+    if len(text) > MAX_ID_CHARACTERS:
+        raise FactError(
+            f"id has {len(text)} characters: expected at most {MAX_ID_CHARACTERS} "
+            f"(found {quote(text)})"
+        )
+    return text
+
+
+def _default_id(clean: Mapping[str, str]) -> str:
+    content = "\0".join(clean[name] for name in REQUIRED)  # no text may hold a NUL
+    return "f" + hashlib.sha256(content.encode()).hexdigest()[:10]

@@ -1,0 +1,268 @@
+"""Text of a facts file to its records: YAML, JSON, JSON lines or CSV, told apart by content."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import yaml
+
+from nulledit.data.facts import FIELDS, REQUIRED, quote, suggest
+from nulledit.errors import FactError
+
+if TYPE_CHECKING:
+    from yaml import SafeLoader as BaseLoader
+else:  # ten times faster, where PyYAML was built with libyaml
+    BaseLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+MAX_YAML_DEPTH = 20  # libyaml's composer recurses in C: deep nesting would end the process
+_YAML_TAGS = ("!", "tag:yaml.org,2002:str")  # both only say: this is text
+LIST_SEPARATOR = " | "
+ANSWER_SEPARATOR = " => "
+_CSV_LISTS = ("more_prompts", "paraphrases", "neighbours")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A record and where it stood."""
+
+    number: int
+    """Place among the file's records, from 0."""
+    record: Any
+    """What was found there, unchecked."""
+    line: int | None = None
+    """Line of the file it ends on, from 1, where the container tells."""
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+        line = "" if self.line is None else f" (line {self.line})"
+        return f"record {self.number}{line}"
+
+
+def parse_text(text: str, *, source: str, suffix: str) -> tuple[str, list[Row]]:
+    """Name of the container and its records; `suffix` only decides what content leaves open."""
+    if not text.strip():
+        raise FactError(f"{source}: the file is empty")
+    may_be_yaml = suffix in (".yaml", ".yml")
+    if text.lstrip()[0] in "[{" and (_is_json(text) or not may_be_yaml):
+        container, rows = _parse_json(text, source)
+    elif _has_csv_header(text) or suffix == ".csv":
+        container, rows = "csv", list(_parse_csv(text, source))
+    else:
+        container, rows = "yaml", _rows(_parse_yaml(text, source), source)
+    if not rows:
+        raise FactError(f"{source}: the file holds no facts")
+    return container, rows
+
+
+def _rows(document: Any, source: str) -> list[Row]:
+    """Records of a parsed YAML or JSON document."""
+    if document is None:
+        raise FactError(f"{source}: the file holds no facts")
+    if isinstance(document, dict) and "facts" in document:
+        if others := [name for name in document if name != "facts"]:
+            raise FactError(f"{source}: unknown key {quote(others[0])} beside 'facts'")
+        document = document["facts"]
+    elif isinstance(document, dict) and len(document) > 1:
+        document = [document]  # one fact alone
+    if not isinstance(document, list):
+        hint = suggest(next(iter(document)), ["facts"]) if isinstance(document, dict) else ""
+        raise FactError(
+            f"{source}: expected a list of facts or a mapping with the key 'facts' "
+            f"(found {type(document).__name__} {quote(document)}){hint}"
+        )
+    return [Row(i, record) for i, record in enumerate(document)]
+
+
+# --- JSON -----------------------------------------------------------------------------------
+
+
+def _parse_json(text: str, source: str) -> tuple[str, list[Row]]:
+    try:
+        return "json", _rows(_load_json(text), source)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and text.lstrip().startswith("{"):
+            return "jsonl", list(_parse_jsonl(text, source))
+        raise FactError(f"{source}: line {error.lineno}: broken JSON: {error.msg}") from None
+    except (RecursionError, ValueError) as error:
+        raise FactError(f"{source}: broken JSON: {_reason(error)}") from None
+
+
+def _is_json(text: str) -> bool:
+    """Whether a text that may as well be YAML's flow style begins with a JSON value."""
+    try:
+        json.JSONDecoder().raw_decode(text.lstrip())
+    except (RecursionError, ValueError):
+        return False
+    return True
+
+
+def _parse_jsonl(text: str, source: str) -> Iterator[Row]:
+    number = 0
+    # Not splitlines(): U+2028 and the like may stand in a JSON text.
+    for i, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield Row(number, _load_json(line), i)
+        except (RecursionError, ValueError) as error:
+            raise FactError(
+                f"{source}: record {number} (line {i}): broken JSON: {_reason(error)}"
+            ) from None
+        number += 1
+
+
+def _load_json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_unique_keys)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; a key given twice is an error, where JSON would silently take the last."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the key {quote(name)} stands twice in one object, {quote(found)}")
+        found[name] = value
+    return found
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+
+
+# --- YAML -----------------------------------------------------------------------------------
+
+
+class _Loader(BaseLoader):
+    """Plain values only, and no key twice in a mapping."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """As YAML says, which PyYAML does not check."""
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                problem = f"the key {quote(key.value)} stands twice in one mapping"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return super().construct_mapping(node, deep)
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    if found := yaml.reader.Reader.NON_PRINTABLE.search(text):
+        raise FactError(
+            f"{source}: line {_line(text, found.start())}: not a text file: "
+            f"it holds the character U+{ord(found.group()):04X}"
+        )
+    try:
+        _refuse_traps(text)
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = "" if mark is None else f"line {mark.line + 1}: "
+        problem = " ".join(str(error.problem or error.context).split())
+        raise FactError(f"{source}: {where}broken YAML: {problem}") from None
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        # ValueError: a date such as 2021-13-45, or !!int with a text.
+        raise FactError(f"{source}: broken YAML: {' '.join(str(error).split())}") from None
+
+
+def _refuse_traps(text: str) -> None:
+    """Refuse, by events, which are safe to read, what is not safe to build.
+
+    Aliases can make a small file huge, deep nesting overflows the stack, and PyYAML fails with
+    any kind of error on a text tagged as, say, a timestamp.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        problem, tag = None, getattr(event, "tag", None)
+        mark = cast(Any, event.start_mark)  # libyaml has a Mark of its own
+        if isinstance(event, yaml.AliasEvent):
+            problem = f"aliases (*{event.anchor}) are not allowed"
+        elif tag not in (None, *_YAML_TAGS):
+            problem = f"tags are not allowed (found {quote(tag)})"
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > MAX_YAML_DEPTH:
+            problem = f"nested deeper than {MAX_YAML_DEPTH} levels"
+        if problem:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+
+
+def _line(text: str, position: int) -> int:
+    return text.count("\n", 0, position) + 1
+
+
+# --- CSV ------------------------------------------------------------------------------------
+
+
+def _has_csv_header(text: str) -> bool:
+    cells = [cell.strip(' "') for cell in text.lstrip().split("\n", 1)[0].split(",")]
+    return len(set(cells) & set(REQUIRED)) >= 2
+
+
+def _parse_csv(text: str, source: str) -> Iterator[Row]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] = []
+    number = 0
+    try:
+        for cells in reader:
+            if not any(cell.strip() for cell in cells):
+                continue
+            if not header:
+                header = _csv_header(cells, f"{source}: line {reader.line_num}")
+                continue
+            row = f"{source}: record {number} (line {reader.line_num})"
+            if len(cells) != len(header):
+                raise FactError(
+                    f"{row}: found {len(cells)} columns, expected {len(header)} "
+                    f"({', '.join(header)}): quote a text that holds a comma"
+                )
+            yield Row(number, _csv_record(header, cells), reader.line_num)
+            number += 1
+    except csv.Error as error:
+        raise FactError(f"{source}: line {reader.line_num}: broken CSV: {error}") from None
+
+
+def _csv_header(cells: list[str], where: str) -> list[str]:
+    header = [cell.strip() for cell in cells]
+    for name in REQUIRED:
+        if name not in header:
+            raise FactError(
+                f"{where}: the header has no column {name}: expected subject,prompt,target "
+                f"and maybe others, with commas between (found {quote(','.join(header))})"
+            )
+    for name in header:
+        if name not in FIELDS:
+            raise FactError(
+                f"{where}: unknown column {quote(name)}{suggest(name, FIELDS)}; "
+                f"expected {', '.join(FIELDS)}"
+            )
+        if header.count(name) > 1:
+            raise FactError(f"{where}: the column {name} stands twice in the header")
+    return header
+
+
+def _csv_record(header: list[str], cells: list[str]) -> dict[str, Any]:
+    """Native record of one line; an empty cell is a field left out."""
+    record: dict[str, Any] = {}
+    for name, cell in zip(header, cells, strict=True):
+        if not cell.strip() and name not in REQUIRED:
+            continue
+        record[name] = cell.split(LIST_SEPARATOR) if name in _CSV_LISTS else cell
+    if "neighbours" in record:
+        record["neighbours"] = [_csv_probe(text) for text in record["neighbours"]]
+    return record
+
+
+def _csv_probe(text: str) -> dict[str, str]:
+    prompt, arrow, answer = text.rpartition(ANSWER_SEPARATOR)
+    return {"prompt": prompt, "answer": answer} if arrow else {"prompt": text}
