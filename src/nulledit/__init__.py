@@ -1,0 +1,42 @@
+"""Knowledge editing of Hugging Face causal language models, in the null space of what must stay."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from nulledit.config import Recipe, load_recipe
+    from nulledit.data.facts import Fact, Probe
+    from nulledit.data.readers import read_facts
+    from nulledit.editor import Editor
+    from nulledit.errors import NullEditError
+
+_HOME = {
+    "Editor": "nulledit.editor",
+    "Fact": "nulledit.data.facts",
+    "NullEditError": "nulledit.errors",
+    "Probe": "nulledit.data.facts",
+    "Recipe": "nulledit.config",
+    "load_recipe": "nulledit.config",
+    "read_facts": "nulledit.data.readers",
+}
+__all__ = [
+    "Editor",
+    "Fact",
+    "NullEditError",
+    "Probe",
+    "Recipe",
+    "__version__",
+    "load_recipe",
+    "read_facts",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `import nulledit` and `nulledit --help` stay without torch."""
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'nulledit' has no attribute {name!r}")

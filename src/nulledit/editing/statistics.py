@@ -1,0 +1,372 @@
+"""Corpus and model to second moments and spectra of the keys, and both to disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+import nulledit
+from nulledit.config import StatisticsSettings
+from nulledit.data.corpus import Corpus, windows
+from nulledit.errors import StatisticsError
+from nulledit.linalg.moments import SecondMoment
+from nulledit.linalg.spectrum import Spectrum
+from nulledit.models.load import cache_folder
+from nulledit.models.partial import PartialModel
+from nulledit.models.tokens import chunks_by_length, collate, pad_id
+
+FORMAT = 1
+SAVE_EVERY = 60.0  # seconds between savings of unfinished sums
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything the numbers depend on."""
+
+    model: str
+    """The model's name, for people."""
+    model_hash: str
+    """Hash of its weights."""
+    layers: tuple[int, ...]
+    """Blocks whose keys were summed."""
+    corpus: str
+    """Name of the corpus."""
+    corpus_hash: str
+    """Hash of its content."""
+    settings: StatisticsSettings
+    """Packing, window, token budget, whether position 0 counts."""
+    dtype: str
+    """The model's dtype while it ran."""
+    tokens: int = 0
+    """Keys summed per layer."""
+    windows: int = 0
+    """Windows read."""
+    version: str = nulledit.__version__
+    """Version of this library."""
+    format: int = FORMAT
+    """Version of the file format."""
+
+    def to_json(self) -> str:
+        """As JSON text."""
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> Manifest:
+        """Read what `to_json` wrote; StatisticsError otherwise."""
+        try:
+            data = json.loads(text)
+            if data["format"] != FORMAT:
+                raise StatisticsError(
+                    f"{where}: statistics of format {data['format']}, expected {FORMAT}; make them again"
+                )
+            data["settings"] = StatisticsSettings(**data["settings"])
+            data["layers"] = tuple(data["layers"])
+            return cls(**data)
+        except (ValueError, KeyError, TypeError) as error:
+            raise StatisticsError(f"{where}: no manifest of key statistics") from error
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Spectra of the preserved keys' second moment, by layer, and where they come from."""
+
+    manifest: Manifest
+    """Provenance."""
+    spectra: dict[int, Spectrum]
+    """By layer."""
+
+    def check(self, model_hash: str, layers: Sequence[int]) -> None:
+        """Raise StatisticsError unless these are of that model and cover `layers`."""
+        m = self.manifest
+        if m.model_hash != model_hash:
+            raise StatisticsError(
+                f"statistics are of {m.model} (weights {m.model_hash[:12]}), the model's weights are "
+                f"{model_hash[:12]}: make its own with `nulledit stats make`"
+            )
+        missing = [layer for layer in layers if layer not in self.spectra]
+        if missing:
+            raise StatisticsError(
+                f"statistics cover layers {sorted(self.spectra)}, layers {missing} are needed: "
+                f"run `nulledit stats make` with --layers {','.join(map(str, layers))}"
+            )
+
+    def save_compact(self, file: Path, thresholds: dict[int, float]) -> None:
+        """One small file: all eigenvalues, and in half precision the thinner side at `thresholds`."""
+        tensors, starts = {}, {}
+        for layer, spectrum in self.spectra.items():
+            thin = spectrum.compact(thresholds[layer])
+            tensors[f"eigenvalues.{layer}"] = thin.eigenvalues.float()
+            tensors[f"eigenvectors.{layer}"] = thin.eigenvectors.contiguous()
+            starts[str(layer)] = thin.start
+        metadata = {"manifest": self.manifest.to_json(), "starts": json.dumps(starts)}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{file.name}.part")
+        save_file(tensors, partial, metadata)
+        os.replace(partial, file)
+
+    @classmethod
+    def load(cls, path: Path) -> Statistics:
+        """Read a folder made by `collect` or a compact file; StatisticsError otherwise."""
+        if path.is_dir():
+            manifest = Manifest.from_json(_text(path / "manifest.json"), str(path))
+            tensors, _ = _tensors(path / "spectra.safetensors")
+            return cls(manifest, {i: _spectrum(tensors, i, 0) for i in manifest.layers})
+        tensors, metadata = _tensors(path)
+        manifest = Manifest.from_json(metadata.get("manifest", ""), str(path))
+        starts = json.loads(metadata.get("starts", "{}"))
+        return cls(
+            manifest,
+            {i: _spectrum(tensors, i, starts[str(i)]).orthonormal() for i in manifest.layers},
+        )
+
+
+def collect(
+    model: PartialModel,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: Corpus,
+    settings: StatisticsSettings,
+    *,
+    layers: Sequence[int],
+    name: str,
+    model_hash: str,
+    folder: Path | None = None,
+    positions: int = 2048,
+    progress: bool = True,
+) -> Statistics:
+    """Second moments of the keys of all `layers` in one pass that stops behind the highest.
+
+    Kept in `folder` (made for you in the cache if left out); an interrupted run goes on where its
+    sums were last saved. `positions` bounds the tokens that run together. Refuses fewer tokens
+    than the keys are wide: what was not sampled would pass for null space.
+    """
+    manifest = Manifest(
+        model=name,
+        model_hash=model_hash,
+        layers=tuple(layers),
+        corpus=corpus.name,
+        corpus_hash=corpus.sha256,
+        settings=settings,
+        dtype=str(model.model.dtype).removeprefix("torch."),
+    )
+    folder = folder or default_folder(manifest)
+    if (folder / "manifest.json").is_file():
+        found = Statistics.load(folder)
+        if replace(found.manifest, tokens=0, windows=0, version="") == replace(manifest, version=""):
+            return found
+        raise StatisticsError(f"{folder}: holds other statistics; choose another folder")
+    moments, done = _resume(folder, manifest, model)
+    first = tokenizer("", verbose=False)["input_ids"] if _adds_first(tokenizer) else []
+    stream = windows(
+        corpus.texts(),
+        lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
+        window=settings.window,
+        packed=settings.packing == "packed",
+        first=first,
+    )
+    total = settings.tokens or None
+    count = next(iter(moments.values())).count
+    bar = tqdm(total=total, initial=count, unit=" tokens", disable=not progress, leave=False)
+    saved = time.monotonic()
+    with bar:
+        for group in _groups(stream, done, positions):
+            before = next(iter(moments.values())).count
+            _add(model, moments, group, settings, pad_id(tokenizer))
+            done += len(group)
+            count = next(iter(moments.values())).count
+            bar.update(count - before)
+            if total and count >= total:
+                break
+            if time.monotonic() - saved > SAVE_EVERY:
+                _save_partial(folder, manifest, moments, done)
+                saved = time.monotonic()
+    width = next(iter(moments.values())).sum.shape[0]
+    if count < width:
+        raise StatisticsError(
+            f"{corpus.name} gives {count} tokens; the keys are {width} wide, and fewer tokens than "
+            "that leave directions unsampled: use a larger corpus"
+        )
+    manifest = replace(manifest, tokens=count, windows=done)
+    spectra = {layer: Spectrum.of(moment.value.cpu()) for layer, moment in moments.items()}
+    _save(folder, manifest, moments, spectra)
+    return Statistics(manifest, spectra)
+
+
+def default_folder(manifest: Manifest) -> Path:
+    """The place in the cache that this manifest's content has."""
+    import hashlib
+
+    fixed = replace(manifest, tokens=0, windows=0, version="")
+    key = hashlib.sha256(fixed.to_json().encode()).hexdigest()[:16]
+    return cache_folder() / "statistics" / manifest.model_hash[:16] / key
+
+
+def find_statistics(model_hash: str, layers: Sequence[int]) -> Statistics | None:
+    """Statistics of that model that cover `layers`: shipped ones, else the largest in the cache."""
+    shipped = resources.files("nulledit") / "assets" / "statistics"
+    with resources.as_file(shipped) as folder:
+        for file in sorted(folder.glob("*.safetensors")):
+            statistics = Statistics.load(file)
+            covered = set(layers) <= set(statistics.spectra)
+            if statistics.manifest.model_hash == model_hash and covered:
+                return statistics
+    found = []
+    for file in (cache_folder() / "statistics" / model_hash[:16]).glob("*/manifest.json"):
+        manifest = Manifest.from_json(_text(file), str(file.parent))
+        if manifest.model_hash == model_hash and set(layers) <= set(manifest.layers):
+            found.append((manifest.tokens, file.parent))
+    return Statistics.load(max(found)[1]) if found else None
+
+
+def key_moments(
+    model: PartialModel,
+    tokenizer: PreTrainedTokenizerBase,
+    token_windows: Sequence[list[int]],
+    layers: Sequence[int],
+) -> dict[int, SecondMoment]:
+    """Second moments of the keys of `layers` on a few windows, all positions, in memory."""
+    moments = _empty(model, layers)
+    settings = StatisticsSettings()
+    for group in _groups(iter(token_windows), 0, 2048):
+        _add(model, moments, group, settings, pad_id(tokenizer))
+    return moments
+
+
+@torch.no_grad()
+def _add(
+    model: PartialModel,
+    moments: dict[int, SecondMoment],
+    group: Sequence[list[int]],
+    settings: StatisticsSettings,
+    padding: int,
+) -> None:
+    batch = collate(group, pad_id=padding, device=model.device)
+    counted = batch.mask.bool()
+    if not settings.count_first:
+        counted[:, 0] = False
+    full = bool(counted.all())
+    with model.reading_keys(list(moments)) as keys:
+        model.run(batch, last=max(moments))
+    for layer, moment in moments.items():
+        moment.update(keys[layer] if full else keys[layer][counted.to(keys[layer].device)])
+
+
+def _groups(
+    stream: Iterator[list[int]], skip: int, positions: int
+) -> Iterator[list[list[int]]]:
+    """Windows batched by length within a buffer; the order of batches is fixed, so a run resumes."""
+    buffer: list[list[int]] = []
+    for number, window in enumerate(stream):
+        if number < skip:
+            continue
+        buffer.append(window)
+        if sum(map(len, buffer)) >= 16 * positions:
+            yield from _by_length(buffer, positions)
+            buffer = []
+    yield from _by_length(buffer, positions)
+
+
+def _by_length(buffer: list[list[int]], positions: int) -> Iterator[list[list[int]]]:
+    for chunk in chunks_by_length([len(w) for w in buffer], positions):
+        yield [buffer[i] for i in chunk]
+
+
+def _adds_first(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts a beginning-of-text token in front by itself."""
+    with_special = tokenizer("a", verbose=False)["input_ids"]
+    without = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+    return len(with_special) > len(without) and with_special[: len(without)] != without
+
+
+def _empty(model: PartialModel, layers: Sequence[int]) -> dict[int, SecondMoment]:
+    from nulledit.models.layouts import as_out_in
+
+    moments = {}
+    for layer in layers:
+        weight = as_out_in(model.mlp_out(layer))
+        moments[layer] = SecondMoment(weight.shape[1], device=weight.device)
+    return moments
+
+
+def _save_partial(
+    folder: Path, manifest: Manifest, moments: dict[int, SecondMoment], done: int
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / ".partial.part"
+    metadata = {
+        "manifest": manifest.to_json(),
+        "windows": str(done),
+        "count": str(next(iter(moments.values())).count),
+    }
+    save_file({f"sum.{i}": m.sum.cpu() for i, m in moments.items()}, partial, metadata)
+    os.replace(partial, folder / "partial.safetensors")
+
+
+def _resume(
+    folder: Path, manifest: Manifest, model: PartialModel
+) -> tuple[dict[int, SecondMoment], int]:
+    moments = _empty(model, manifest.layers)
+    file = folder / "partial.safetensors"
+    if not file.is_file():
+        return moments, 0
+    tensors, metadata = _tensors(file)
+    found = Manifest.from_json(metadata.get("manifest", ""), str(file))
+    if replace(found, version="") != replace(manifest, version=""):
+        raise StatisticsError(f"{folder}: holds other unfinished statistics; choose another folder")
+    for layer, moment in moments.items():
+        moment.sum.copy_(tensors[f"sum.{layer}"])
+        moment.count = int(metadata["count"])
+    return moments, int(metadata["windows"])
+
+
+def _save(
+    folder: Path,
+    manifest: Manifest,
+    moments: dict[int, SecondMoment],
+    spectra: dict[int, Spectrum],
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    sums = {f"sum.{i}": m.sum.cpu() for i, m in moments.items()}
+    parts = {}
+    for layer, spectrum in spectra.items():
+        parts[f"eigenvalues.{layer}"] = spectrum.eigenvalues
+        parts[f"eigenvectors.{layer}"] = spectrum.eigenvectors.float().contiguous()
+    for tensors, file in ((sums, "moments"), (parts, "spectra")):
+        save_file(tensors, folder / f".{file}.part")
+        os.replace(folder / f".{file}.part", folder / f"{file}.safetensors")
+    (folder / ".manifest.part").write_text(manifest.to_json(), encoding="utf-8")
+    os.replace(folder / ".manifest.part", folder / "manifest.json")  # last: it says "complete"
+    (folder / "partial.safetensors").unlink(missing_ok=True)
+
+
+def _spectrum(tensors: dict[str, torch.Tensor], layer: int, start: int) -> Spectrum:
+    return Spectrum(
+        tensors[f"eigenvalues.{layer}"].double(), tensors[f"eigenvectors.{layer}"].double(), start
+    )
+
+
+def _tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+        return load_file(file), metadata
+    except (OSError, SafetensorError) as error:
+        raise StatisticsError(f"{file}: no readable statistics file ({error})") from error
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StatisticsError(f"{file}: no readable manifest of statistics") from error

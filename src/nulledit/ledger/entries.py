@@ -1,0 +1,135 @@
+"""What a ledger records: the base, epochs, batches, columns and events.
+
+The weights are a function of these and nothing else: W = round(W₀ + fold of the active columns).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from nulledit.data.facts import Fact
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model before any edit."""
+
+    model: str
+    """Name, folder or Hub id that it was loaded from; empty for an object in memory."""
+    hash: str
+    """Hash of its weights."""
+    dtype: str
+    """Its dtype."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """A run of batches with one method, one filter and one set of statistics."""
+
+    id: int
+    """Counted from 1."""
+    recipe: dict[str, Any]
+    """The recipe as resolved."""
+    seed: int
+    """Seed of contexts and queues."""
+    contexts: tuple[str, ...]
+    """Prefix contexts of all its batches."""
+    statistics: dict[str, Any]
+    """Manifest of the statistics."""
+    tensors: str
+    """SHA-256 of the file with W₀ and the metric of each layer."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Columns that were made together."""
+
+    id: int
+    """Counted from 1."""
+    epoch: int
+    """Its epoch."""
+    tensors: str
+    """SHA-256 of the file with keys, targets and z, one row per column in order."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One fact's key and target value in every edited layer, as one batch made them."""
+
+    id: int
+    """Counted from 1 over the whole ledger."""
+    batch: int
+    """The batch that made it."""
+    row: int
+    """Its row in the batch's tensors."""
+    group: int
+    """Columns of one batch that share a key and a δ have one group, the id of its first column."""
+    fact: Fact
+    """The request."""
+    active: bool
+    """Whether it is part of the model now."""
+    outcome: dict[str, Any]
+    """How the value was reached: loss, steps, ‖δ‖/‖h‖, whether the model knew it already."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """One change of which columns are active."""
+
+    id: int
+    """Counted from 1."""
+    kind: str
+    """edit or undo."""
+    time: str
+    """UTC, ISO 8601."""
+    activated: tuple[int, ...]
+    """Columns that became active."""
+    deactivated: tuple[int, ...]
+    """Columns that no longer are."""
+    note: str = ""
+    """For people."""
+
+
+@dataclass
+class History:
+    """Everything recorded, in memory. Tensors by the SHA-256 of the file that holds them."""
+
+    base: Base
+    """The model before any edit."""
+    epochs: list[Epoch] = field(default_factory=list)
+    """In order."""
+    batches: list[Batch] = field(default_factory=list)
+    """In order."""
+    columns: list[Column] = field(default_factory=list)
+    """In order."""
+    events: list[Event] = field(default_factory=list)
+    """In order."""
+    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """SHA-256 -> named tensors."""
+
+    @property
+    def active(self) -> list[Column]:
+        """Columns that are part of the model now, in the order they were made."""
+        return [c for c in self.columns if c.active]
+
+    @property
+    def state_id(self) -> str:
+        """Identifies the weights: base, epochs and active columns, in hex."""
+        digest = hashlib.sha256(self.base.hash.encode())
+        for epoch in self.epochs:
+            digest.update(epoch.tensors.encode())
+        hashes = {b.id: b.tensors for b in self.batches}
+        for column in self.active:
+            digest.update(f"{hashes[column.batch]} {column.row}\n".encode())
+        return digest.hexdigest()
+
+    def column_tensor(self, columns: list[Column], name: str) -> Tensor:
+        """Rows `name` (`keys.4`, `targets.4`, `z`) of `columns`, stacked [n, d]."""
+        import torch
+
+        hashes = {b.id: b.tensors for b in self.batches}
+        return torch.stack([self.tensors[hashes[c.batch]][name][c.row] for c in columns])

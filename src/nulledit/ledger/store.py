@@ -1,0 +1,223 @@
+"""A ledger on disk: `ledger.db` (SQLite) and `tensors/<sha256>.safetensors`.
+
+Tensor files are written under a temporary name, synced and renamed to the hash of their content
+before the transaction that names them; a crash leaves the state before or after, never between.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from nulledit.data.facts import Fact
+from nulledit.errors import LedgerError
+from nulledit.ledger.entries import Base, Batch, Column, Epoch, Event, History
+
+SCHEMA_VERSION = 1
+SCHEMA = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE epochs (
+    id INTEGER PRIMARY KEY, recipe TEXT NOT NULL, seed INTEGER NOT NULL, contexts TEXT NOT NULL,
+    statistics TEXT NOT NULL, tensors TEXT NOT NULL) STRICT;
+CREATE TABLE batches (
+    id INTEGER PRIMARY KEY, epoch INTEGER NOT NULL REFERENCES epochs, tensors TEXT NOT NULL) STRICT;
+CREATE TABLE columns (
+    id INTEGER PRIMARY KEY, batch INTEGER NOT NULL REFERENCES batches, row INTEGER NOT NULL,
+    "group" INTEGER NOT NULL, fact_id TEXT NOT NULL, fact TEXT NOT NULL, active INTEGER NOT NULL,
+    outcome TEXT NOT NULL) STRICT;
+CREATE TABLE events (
+    id INTEGER PRIMARY KEY, kind TEXT NOT NULL, time TEXT NOT NULL, activated TEXT NOT NULL,
+    deactivated TEXT NOT NULL, note TEXT NOT NULL) STRICT;
+"""
+
+
+def tensor_bytes(tensors: dict[str, Tensor]) -> tuple[str, bytes]:
+    """SHA-256 and content of the file that holds `tensors`."""
+    raw = save({name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)})
+    return hashlib.sha256(raw).hexdigest(), raw
+
+
+class Store:
+    """The folder of one ledger. Everything committed survives a crash."""
+
+    def __init__(self, folder: Path):
+        """`folder`: where `ledger.db` is or will be."""
+        self.folder = folder
+        self.database = folder / "ledger.db"
+        self.tensors = folder / "tensors"
+
+    @property
+    def exists(self) -> bool:
+        """Whether a ledger was committed here."""
+        return self.database.is_file()
+
+    def create(self, history: History) -> None:
+        """Begin a ledger here with all that `history` holds; LedgerError if there is one."""
+        if self.exists:
+            raise LedgerError(f"{self.folder}: holds a ledger already")
+        self.tensors.mkdir(parents=True, exist_ok=True)
+        for digest, tensors in history.tensors.items():
+            self._write_tensors(digest, tensors)
+        partial = self.folder / ".ledger.db.part"
+        partial.unlink(missing_ok=True)
+        with closing(sqlite3.connect(partial)) as db, db:
+            db.executescript(SCHEMA)
+            meta = {"schema_version": str(SCHEMA_VERSION), "base": json.dumps(asdict(history.base))}
+            db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
+            _insert(db, history.epochs, history.batches, history.columns, history.events)
+        _sync(partial)
+        os.replace(partial, self.database)
+        _sync(self.folder)
+
+    def commit(self, history: History, *, epochs: int, batches: int, columns: int, events: int) -> None:
+        """Add what `history` holds beyond those counts, and which columns are active, as one step.
+
+        LedgerError if the ledger on disk is not at those counts: another process wrote to it.
+        """
+        new_batches, new_epochs = history.batches[batches:], history.epochs[epochs:]
+        for entry in (*new_epochs, *new_batches):
+            self._write_tensors(entry.tensors, history.tensors[entry.tensors])
+        with closing(self._connect()) as db, db:
+            db.execute("BEGIN IMMEDIATE")
+            found = db.execute("SELECT COUNT(*) FROM events").fetchone()[0]
+            if found != events:
+                raise LedgerError(
+                    f"{self.folder}: another process has written to this ledger "
+                    f"({found} events, expected {events}); nothing was changed, load it again"
+                )
+            changed = [(int(c.active), c.id) for c in history.columns[:columns]]
+            db.executemany("UPDATE columns SET active = ? WHERE id = ?", changed)
+            _insert(
+                db, new_epochs, new_batches, history.columns[columns:], history.events[events:]
+            )
+
+    def load(self) -> History:
+        """Read everything; LedgerError where something is missing or has another hash."""
+        if not self.exists:
+            raise LedgerError(f"{self.folder}: no ledger here (expected ledger.db)")
+        try:
+            with closing(self._connect()) as db:
+                meta = dict(db.execute("SELECT name, value FROM meta"))
+                if int(meta["schema_version"]) != SCHEMA_VERSION:
+                    raise LedgerError(
+                        f"{self.folder}: ledger of schema {meta['schema_version']}, this version "
+                        f"reads schema {SCHEMA_VERSION}"
+                    )
+                history = History(
+                    Base(**json.loads(meta["base"])),
+                    [_epoch(r) for r in db.execute("SELECT * FROM epochs ORDER BY id")],
+                    [Batch(*r) for r in db.execute("SELECT * FROM batches ORDER BY id")],
+                    [_column(r) for r in db.execute("SELECT * FROM columns ORDER BY id")],
+                    [_event(r) for r in db.execute("SELECT * FROM events ORDER BY id")],
+                )
+        except (sqlite3.Error, KeyError, ValueError, TypeError) as error:
+            raise LedgerError(f"{self.database}: not a readable ledger ({error})") from error
+        for entry in (*history.epochs, *history.batches):
+            history.tensors[entry.tensors] = self._read_tensors(entry.tensors)
+        return history
+
+    def _connect(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self.database, isolation_level=None, timeout=10)
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA foreign_keys = ON")
+        return db
+
+    def _write_tensors(self, digest: str, tensors: dict[str, Tensor]) -> None:
+        file = self.tensors / f"{digest}.safetensors"
+        if file.is_file():
+            return
+        found, raw = tensor_bytes(tensors)
+        assert found == digest
+        for old in self.tensors.glob(".*.part"):
+            old.unlink()
+        partial = self.tensors / f".{digest}.part"
+        partial.write_bytes(raw)
+        _sync(partial)
+        os.replace(partial, file)
+        _sync(self.tensors)
+
+    def _read_tensors(self, digest: str) -> dict[str, Tensor]:
+        file = self.tensors / f"{digest}.safetensors"
+        try:
+            raw = file.read_bytes()
+        except OSError as error:
+            raise LedgerError(f"{file}: missing, but the ledger names it") from error
+        found = hashlib.sha256(raw).hexdigest()
+        if found != digest:
+            raise LedgerError(f"{file}: damaged: its hash is {found[:12]}, expected {digest[:12]}")
+        try:
+            return load(raw)
+        except SafetensorError as error:
+            raise LedgerError(f"{file}: not a safetensors file ({error})") from error
+
+
+def _insert(
+    db: sqlite3.Connection,
+    epochs: Iterable[Epoch],
+    batches: Iterable[Batch],
+    columns: Iterable[Column],
+    events: Iterable[Event],
+) -> None:
+    db.executemany(
+        "INSERT INTO epochs VALUES (?, ?, ?, ?, ?, ?)",
+        [
+            (e.id, _dump(e.recipe), e.seed, _dump(e.contexts), _dump(e.statistics), e.tensors)
+            for e in epochs
+        ],
+    )
+    db.executemany(
+        "INSERT INTO batches VALUES (?, ?, ?)", [(b.id, b.epoch, b.tensors) for b in batches]
+    )
+    db.executemany(
+        "INSERT INTO columns VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        [
+            (c.id, c.batch, c.row, c.group, c.fact.id, _dump(c.fact.to_dict()), int(c.active), _dump(c.outcome))
+            for c in columns
+        ],
+    )
+    db.executemany(
+        "INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)",
+        [(e.id, e.kind, e.time, _dump(e.activated), _dump(e.deactivated), e.note) for e in events],
+    )
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _epoch(row: tuple[Any, ...]) -> Epoch:
+    id_, recipe, seed, contexts, statistics, tensors = row
+    return Epoch(
+        id_, json.loads(recipe), seed, tuple(json.loads(contexts)), json.loads(statistics), tensors
+    )
+
+
+def _column(row: tuple[Any, ...]) -> Column:
+    id_, batch, place, group, _fact_id, fact, active, outcome = row
+    return Column(
+        id_, batch, place, group, Fact.from_dict(json.loads(fact)), bool(active), json.loads(outcome)
+    )
+
+
+def _event(row: tuple[Any, ...]) -> Event:
+    id_, kind, time, activated, deactivated, note = row
+    return Event(id_, kind, time, tuple(json.loads(activated)), tuple(json.loads(deactivated)), note)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Methods: functions from a layer's problem to its update."""
