@@ -74,6 +74,9 @@ class Column:
     """Whether it is part of the model now."""
     outcome: dict[str, Any]
     """How the value was reached: loss, steps, ‖δ‖/‖h‖, whether the model knew it already."""
+    replaces: int = 0
+    """The column that this one stands in for (an older answer, or the same fact's before its key
+    was shared), or 0. Undoing this one brings that one back."""
 
 
 @dataclass(frozen=True)

@@ -14,44 +14,50 @@ from nulledit.linalg.spectrum import Metric
 from nulledit.methods.registry import find_method
 
 
-def fold(history: History, layer: int, columns: Sequence[Column] | None = None) -> Tensor:
-    """Weight W₀ + Δ [d_out, d_in] of `layer`, float64, with `columns` (the active ones by default).
+def fold(
+    history: History,
+    layer: int,
+    columns: Sequence[Column],
+    *,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Weight W₀ + Δ [d_out, d_in] of `layer`, float64, with `columns` in the model.
 
     A run of batches with history and one metric is one joint solve over all columns: it equals the
     official sequential rule, and without a column it equals that rule without the fact.
     """
-    epoch = history.epochs[-1]
-    tensors = history.tensors[epoch.tensors]
-    base = tensors[f"base.{layer}"].double()
-    chosen = list(history.active if columns is None else columns)
-    if not chosen:
-        return base
-    keys = history.column_tensor(chosen, f"keys.{layer}").double().mT
-    targets = history.column_tensor(chosen, f"targets.{layer}").double().mT
-    return base + solve_joint(history, layer, keys, targets)
+    if not columns:
+        return history.tensors[history.epochs[-1].tensors][f"base.{layer}"].to(device).double()
+    keys = history.column_tensor(columns, f"keys.{layer}").mT
+    targets = history.column_tensor(columns, f"targets.{layer}").mT
+    return solve_joint(history, layer, keys, targets, device=device)
 
 
-def solve_joint(history: History, layer: int, keys: Tensor, targets: Tensor) -> Tensor:
-    """Δ [d_out, d_in] for columns `keys` [d_in, n] with absolute `targets` [d_out, n]."""
+def solve_joint(
+    history: History,
+    layer: int,
+    keys: Tensor,
+    targets: Tensor,
+    *,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Weight W₀ + Δ [d_out, d_in] for columns `keys` [d_in, n] with absolute `targets` [d_out, n]."""
     epoch = history.epochs[-1]
     tensors = history.tensors[epoch.tensors]
     recipe = Recipe.from_dict(epoch.recipe)
-    base = tensors[f"base.{layer}"].double()
-    problem = LayerProblem(
-        layer=layer,
-        weight=base,
-        keys=keys,
-        residual=targets - base @ keys,
-        metric=metric_of(tensors, layer),
-    )
-    return find_method(recipe.method.name).solve(problem)
+    base = tensors[f"base.{layer}"].to(device).double()
+    # One memory layout, whatever the caller's: the same columns must give the same bits.
+    K, V = (t.to(device).double().contiguous() for t in (keys, targets))
+    metric = metric_of(tensors, layer, device)
+    problem = LayerProblem(layer=layer, weight=base, keys=K, residual=V - base @ K, metric=metric)
+    return base + find_method(recipe.method.name).solve(problem)
 
 
-def metric_of(tensors: dict[str, Tensor], layer: int) -> Metric:
+def metric_of(tensors: dict[str, Tensor], layer: int, device: torch.device | None = None) -> Metric:
     """The metric of `layer` from an epoch's tensors."""
     return Metric(
-        tensors[f"metric.vectors.{layer}"],
-        tensors[f"metric.gains.{layer}"],
+        tensors[f"metric.vectors.{layer}"].to(device),
+        tensors[f"metric.gains.{layer}"].to(device),
         float(tensors[f"metric.rest.{layer}"]),
     )
 

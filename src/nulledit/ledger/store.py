@@ -35,7 +35,7 @@ CREATE TABLE batches (
 CREATE TABLE columns (
     id INTEGER PRIMARY KEY, batch INTEGER NOT NULL REFERENCES batches, row INTEGER NOT NULL,
     "group" INTEGER NOT NULL, fact_id TEXT NOT NULL, fact TEXT NOT NULL, active INTEGER NOT NULL,
-    outcome TEXT NOT NULL) STRICT;
+    outcome TEXT NOT NULL, replaces INTEGER NOT NULL) STRICT;
 CREATE TABLE events (
     id INTEGER PRIMARY KEY, kind TEXT NOT NULL, time TEXT NOT NULL, activated TEXT NOT NULL,
     deactivated TEXT NOT NULL, note TEXT NOT NULL) STRICT;
@@ -180,9 +180,12 @@ def _insert(
         "INSERT INTO batches VALUES (?, ?, ?)", [(b.id, b.epoch, b.tensors) for b in batches]
     )
     db.executemany(
-        "INSERT INTO columns VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO columns VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
         [
-            (c.id, c.batch, c.row, c.group, c.fact.id, _dump(c.fact.to_dict()), int(c.active), _dump(c.outcome))
+            (
+                *(c.id, c.batch, c.row, c.group, c.fact.id, _dump(c.fact.to_dict())),
+                *(int(c.active), _dump(c.outcome), c.replaces),
+            )
             for c in columns
         ],
     )
@@ -204,10 +207,9 @@ def _epoch(row: tuple[Any, ...]) -> Epoch:
 
 
 def _column(row: tuple[Any, ...]) -> Column:
-    id_, batch, place, group, _fact_id, fact, active, outcome = row
-    return Column(
-        id_, batch, place, group, Fact.from_dict(json.loads(fact)), bool(active), json.loads(outcome)
-    )
+    id_, batch, place, group, _fact_id, fact, active, outcome, replaces = row
+    request = Fact.from_dict(json.loads(fact))
+    return Column(id_, batch, place, group, request, bool(active), json.loads(outcome), replaces)
 
 
 def _event(row: tuple[Any, ...]) -> Event:

@@ -1,0 +1,113 @@
+"""The edited model as an ordinary Hugging Face folder, derived from the ledger.
+
+The folder carries the ledger's state id. Only the files that hold edited matrices are rewritten
+when the state changes, each under a temporary name that is renamed over the old one; the state id
+comes last, so that a folder whose id is not the ledger's is known to need rewriting.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nulledit.errors import LedgerError
+
+STATE_FILE = "nulledit.json"
+
+
+def state_of(folder: Path) -> str | None:
+    """The ledger state that the model in `folder` was written for; None if that is unknown."""
+    try:
+        return str(json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["state"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    state_id: str,
+    edited: list[str],
+) -> None:
+    """Bring `folder` to the weights of `model`; `edited` names the parameters that edits change."""
+    if state_of(folder) == state_id:
+        return
+    files = _files_of(folder, edited)
+    if files is None:
+        _write_whole(model, tokenizer, folder, state_id)
+        return
+    parameters = dict(model.named_parameters())
+    for file, names in files.items():
+        _rewrite(file, {name: parameters[name].data for name in names})
+    _write_state(folder, state_id)
+
+
+def _write_whole(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, state_id: str
+) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{folder.name}-*.part"):
+        shutil.rmtree(left, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".part", dir=folder.parent))
+    try:
+        partial.chmod(0o755)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        _write_state(partial, state_id)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _files_of(folder: Path, names: list[str]) -> dict[Path, list[str]] | None:
+    """Which file holds which of `names`; None if the folder is no model with all of them."""
+    if not (folder / "config.json").is_file():
+        return None
+    files: dict[Path, list[str]] = {}
+    missing = set(names)
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as opened:
+                held = missing & set(opened.keys())
+        except (OSError, SafetensorError):
+            return None
+        if held:
+            files[file] = sorted(held)
+            missing -= held
+    return None if missing else files
+
+
+def _rewrite(file: Path, replaced: dict[str, torch.Tensor]) -> None:
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    for name, tensor in replaced.items():
+        if tensors[name].shape != tensor.shape:
+            raise LedgerError(f"{file}: {name} has another shape than the model's")
+        tensors[name] = tensor.detach().to(tensors[name].dtype).cpu().contiguous()
+    partial = file.with_name(f".{file.name}.part")
+    try:
+        save_file(tensors, partial, metadata)
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_state(folder: Path, state_id: str) -> None:
+    partial = folder / f".{STATE_FILE}.part"
+    partial.write_text(json.dumps({"state": state_id}) + "\n", encoding="utf-8")
+    os.replace(partial, folder / STATE_FILE)
