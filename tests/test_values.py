@@ -1,0 +1,187 @@
+"""Values, keys and one batch against the transparent reference, on every architecture."""
+
+import dataclasses
+
+import pytest
+import reference
+import torch
+
+from nulledit import Editor
+from nulledit.config import ValueSettings
+from nulledit.editing.keys import Walk
+from nulledit.editing.values import optimise_values
+from nulledit.models.layouts import as_out_in, frozen
+from nulledit.models.partial import PartialModel
+from nulledit.models.tokens import RowEncoder, pad_id
+
+CONTEXTS = ["{}", "Then, he said. {}", "The river. {}"]
+SETTINGS = ValueSettings(steps=8, learning_rate=0.3, weight_decay=0.05)
+
+
+def ours(model, tokenizer, facts, *, groups=None, settings=SETTINGS, positions=400, layer=2):
+    with frozen(model):
+        return optimise_values(
+            PartialModel(model),
+            RowEncoder(tokenizer, max_length=128),
+            facts,
+            groups or list(range(len(facts))),
+            layer=layer,
+            contexts=CONTEXTS,
+            settings=settings,
+            positions=positions,
+            pad_id=pad_id(tokenizer),
+        )
+
+
+def theirs(model, tokenizer, fact, *, settings=SETTINGS, layer=2):
+    return reference.compute_z(
+        model,
+        tokenizer,
+        fact,
+        layer=layer,
+        contexts=CONTEXTS,
+        steps=settings.steps,
+        lr=settings.learning_rate,
+        clamp=settings.clamp,
+        kl_weight=settings.kl_weight,
+        decay=settings.weight_decay,
+        stop_loss=settings.stop_loss,
+    )
+
+
+def distance(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+def test_values_equal_the_reference(family, tiny_model, tokenizer, facts):
+    model = tiny_model(family)
+    values = ours(model, tokenizer, facts)
+    for fact, value in zip(facts, values, strict=True):
+        expected = theirs(model, tokenizer, fact)
+        assert distance(value.z, expected.z) < 1e-5
+        assert value.loss == pytest.approx(expected.losses[-1], rel=1e-4)
+        assert value.steps > 0
+
+
+def test_values_do_not_depend_on_what_runs_beside_them(family, tiny_model, tokenizer, facts):
+    model = tiny_model(family)
+    together = ours(model, tokenizer, facts, positions=10_000)
+    alone = [ours(model, tokenizer, [f], positions=1)[0] for f in facts]
+    for a, b in zip(together, alone, strict=True):
+        assert distance(a.z, b.z) < 1e-6
+        assert a.steps == b.steps
+
+
+def test_padding_side_of_the_tokenizer_does_not_matter(tiny_model, tokenizer, facts):
+    model = tiny_model("llama")
+    expected = ours(model, tokenizer, facts)
+    side = tokenizer.padding_side
+    try:
+        tokenizer.padding_side = "left" if side == "right" else "right"
+        found = ours(model, tokenizer, facts)
+    finally:
+        tokenizer.padding_side = side
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a.z, b.z)
+
+
+def test_a_fact_that_converged_leaves_and_the_others_go_on(tiny_model, tokenizer, facts):
+    model = tiny_model("llama")
+    losses = [v.loss for v in ours(model, tokenizer, facts)]
+    settings = dataclasses.replace(SETTINGS, stop_loss=sorted(losses)[1] + 1e-3, steps=20)
+    together = ours(model, tokenizer, facts, settings=settings, positions=10_000)
+    assert len({v.steps for v in together}) > 1, "they should leave at different steps"
+    for fact, value in zip(facts, together, strict=True):
+        assert distance(value.z, theirs(model, tokenizer, fact, settings=settings).z) < 1e-5
+
+
+def test_delta_stays_in_the_clamp(tiny_model, tokenizer, facts):
+    settings = dataclasses.replace(SETTINGS, clamp=0.1, learning_rate=5.0)
+    for value in ours(tiny_model("llama"), tokenizer, facts, settings=settings):
+        assert value.delta_share <= 0.1 + 1e-9
+
+
+def test_one_delta_for_a_group_lowers_every_member_loss(tiny_model, tokenizer):
+    from nulledit import Fact
+
+    pair = [
+        Fact(id="a", subject="Karo Dun", prompt="{} works as a", target="sailor"),
+        Fact(id="b", subject="Karo Dun", prompt="{} was born in", target="London"),
+    ]
+    model = tiny_model("llama")
+    before = ours(model, tokenizer, pair, settings=dataclasses.replace(SETTINGS, steps=1))
+    shared = ours(model, tokenizer, pair, groups=[0, 0])
+    assert torch.equal(shared[0].z, shared[1].z)
+    for start, end in zip(before, shared, strict=True):
+        assert end.nll < start.nll
+
+
+def test_the_model_is_left_as_it_was(tiny_model, tokenizer, facts):
+    model = tiny_model("gptj").train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    ours(model, tokenizer, facts)
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert not any("forward" in vars(b) for b in PartialModel(model).blocks)
+
+
+def test_keys_equal_the_reference(family, tiny_model, tokenizer, facts):
+    model = tiny_model(family)
+    for layer in (0, 2):
+        walk = Walk(
+            PartialModel(model),
+            RowEncoder(tokenizer, max_length=128),
+            facts,
+            first=layer,
+            contexts=CONTEXTS,
+            bare_weight=0.5,
+            pad_id=pad_id(tokenizer),
+            positions=50,
+        )
+        expected = reference.compute_keys(model, tokenizer, facts, layer, CONTEXTS)
+        assert distance(walk.keys().mT, expected.double()) < 1e-6
+        hidden = reference.current_z(model, tokenizer, facts, 2)
+        assert distance(walk.hidden(2).mT, hidden.double()) < 1e-6
+
+
+def test_batches_equal_the_reference_with_its_history(
+    family, tiny_model, tokenizer, facts, recipe, make_statistics
+):
+    """Two batches through the editor: weights as by the official rule, dense, one after the other."""
+    model = tiny_model(family)
+    statistics = make_statistics(model)
+    editor = Editor(model, tokenizer, recipe=recipe, statistics=statistics)
+    slow = tiny_model(family)
+    projectors, history = {}, {}
+    batches = [facts[:2], facts[2:]]
+    for batch in batches:
+        editor.edit(batch)
+    tensors = editor.history.tensors[editor.history.epochs[0].tensors]
+    for layer in recipe.layers:
+        vectors = tensors[f"metric.vectors.{layer}"].double()
+        gains = tensors[f"metric.gains.{layer}"] * recipe.method.l2
+        rest = float(tensors[f"metric.rest.{layer}"]) * recipe.method.l2
+        eye = torch.eye(len(vectors), dtype=torch.float64)
+        projectors[layer] = rest * eye + vectors @ torch.diag(gains - rest) @ vectors.mT
+        history[layer] = torch.zeros_like(eye)
+    for number, batch in enumerate(batches):
+        z = torch.stack([theirs(slow, tokenizer, f, settings=recipe.values).z for f in batch])
+        recorded = editor.history.tensors[editor.history.batches[number].tensors]["z"]
+        assert distance(recorded, z) < 1e-5
+        reference.alphaedit_batch(
+            slow,
+            tokenizer,
+            batch,
+            recorded,
+            layers=recipe.layers,
+            projectors=projectors,
+            history=history,
+            l2=recipe.method.l2,
+            contexts=CONTEXTS,
+            dtype=torch.float64,
+        )
+    for layer in recipe.layers:
+        mine = as_out_in(editor.partial.mlp_out(layer)) - tensors[f"base.{layer}"]
+        slow_weight = as_out_in(PartialModel(slow).mlp_out(layer)) - tensors[f"base.{layer}"]
+        assert distance(mine, slow_weight) < 1e-5
