@@ -138,10 +138,10 @@ def recipe():
     return RECIPE
 
 
-def statistics_of(model, tokenizer, layers=(0, 1, 2)):
+def statistics_of(model, tokenizer, layers=(0, 1, 2), lines=tuple(LINES * 2)):
     """Statistics of a tiny model's keys on a few lines, in memory."""
     partial = PartialModel(model)
-    rows = [tokenizer(line)["input_ids"] for line in LINES * 2]
+    rows = [tokenizer(line)["input_ids"] for line in lines]
     moments = key_moments(partial, tokenizer, rows, layers)
     manifest = Manifest(
         model="tiny",

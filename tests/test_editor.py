@@ -1,0 +1,365 @@
+"""The editor: what an engineer relies on."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from nulledit import Editor, Fact, NullEditError
+from nulledit.errors import FactError, LedgerError, ModelError, StatisticsError
+from nulledit.ledger.entries import History
+from nulledit.ledger.store import Store
+
+
+@pytest.fixture
+def make_editor(tiny_model, tokenizer, recipe, make_statistics):
+    def make(family="llama", dtype=torch.float64, recipe=recipe, **options):
+        model = tiny_model(family, dtype=dtype)
+        return Editor(
+            model, tokenizer, recipe=recipe, statistics=make_statistics(model), **options
+        )
+
+    return make
+
+
+def weights(editor):
+    return {k: v.clone() for k, v in editor.model.state_dict().items()}
+
+
+def same(a, b):
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+def gap(editor, other):
+    """Largest relative difference of the edited matrices, before rounding, to the updates' size."""
+    worst = 0.0
+    for layer in editor.recipe.layers:
+        base = editor.history.tensors[editor.history.epochs[0].tensors][f"base.{layer}"].double()
+        mine, theirs = editor._weight(layer), other._weight(layer)
+        worst = max(worst, float((mine - theirs).norm() / (theirs - base).norm()))
+    return worst
+
+
+def test_only_the_named_matrices_change(family, make_editor, facts):
+    editor = make_editor(family)
+    before = weights(editor)
+    report = editor.edit(facts)
+    changed = {k for k, v in editor.model.state_dict().items() if not torch.equal(v, before[k])}
+    assert len(changed) == len(editor.recipe.layers)
+    assert [c.fact for c in report.columns] == facts
+    for layer in report.layers:
+        assert layer.update_share > 0
+        assert 0 < layer.free_share <= 1
+
+
+def test_undo_everything_restores_the_base_bit_exactly(family, make_editor, facts):
+    for dtype in (torch.float64, torch.bfloat16):
+        editor = make_editor(family, dtype)
+        before = weights(editor)
+        editor.edit(facts[:3])
+        editor.edit(facts[3:])
+        assert not same(before, weights(editor))
+        editor.undo(*[f.id for f in facts])
+        assert same(before, weights(editor))
+        assert editor.facts == []
+
+
+def test_undo_is_the_solve_without_the_column_in_any_order(make_editor, facts):
+    ids = [f.id for f in facts]
+    ends = []
+    for order in itertools.permutations(ids[:3], 2):
+        editor = make_editor()
+        editor.edit(facts, batch_size=2, shuffle=False)
+        report = [editor.undo(id_) for id_ in order]
+        assert [r.removed for r in report] == [(order[0],), (order[1],)]
+        assert len(report[0].moved) == 3
+        ends.append((set(order), editor))
+    for (ids_a, a), (ids_b, b) in itertools.combinations(ends, 2):
+        if ids_a == ids_b:
+            assert gap(a, b) < 1e-10
+    # and that solve is the plain closed form on the recorded columns that are left
+    ids_a, editor = ends[0]
+    for layer in editor.recipe.layers:
+        tensors = editor.history.tensors[editor.history.epochs[0].tensors]
+        base = tensors[f"base.{layer}"]
+        U, g = tensors[f"metric.vectors.{layer}"], tensors[f"metric.gains.{layer}"]
+        rest = float(tensors[f"metric.rest.{layer}"])
+        G = rest * torch.eye(len(U), dtype=torch.float64) + U @ torch.diag(g - rest) @ U.mT
+        K = editor.history.column_tensor(editor.history.active, f"keys.{layer}").mT
+        V = editor.history.column_tensor(editor.history.active, f"targets.{layer}").mT
+        eye = torch.eye(len(G), dtype=torch.float64)
+        dense = base + (V - base @ K) @ K.mT @ G @ torch.linalg.inv(eye + K @ K.mT @ G)
+        assert float((editor._weight(layer) - dense).norm() / (dense - base).norm()) < 1e-8
+
+
+def test_undo_of_what_is_not_there_is_refused(make_editor, facts):
+    editor = make_editor()
+    editor.edit(facts[:1])
+    before = weights(editor)
+    with pytest.raises(LedgerError, match="no fact 'nobody'"):
+        editor.undo("nobody")
+    editor.undo(facts[0].id)
+    with pytest.raises(LedgerError, match="no fact"):
+        editor.undo(facts[0].id)
+    editor.edit(facts[:1])
+    assert same(before, weights(editor)), "editing again after an undo starts from the base"
+
+
+def test_batches_before_and_after_saving_and_loading(family, make_editor, facts, tmp_path):
+    straight = make_editor(family, torch.float32)
+    straight.edit(facts[:2])
+    straight.edit(facts[2:])
+    straight.undo(facts[1].id)
+
+    broken = make_editor(family, torch.float32)
+    broken.edit(facts[:2])
+    broken.save(tmp_path / "run")
+    loaded = Editor.load(tmp_path / "run")
+    assert same(weights(loaded), weights(broken))
+    loaded.edit(facts[2:])
+    loaded.undo(facts[1].id)
+    loaded.save(tmp_path / "run")
+    again = Editor.load(tmp_path / "run")
+    assert same(weights(straight), weights(again))
+    assert again.facts == straight.facts
+    assert again.history.state_id == straight.history.state_id
+
+
+def test_the_saved_model_is_a_plain_hugging_face_model(family, make_editor, facts, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    editor = make_editor(family, torch.float32)
+    editor.edit(facts)
+    editor.save(tmp_path / "run")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")("Then, he", return_tensors="pt")
+    assert torch.equal(plain(tokens["input_ids"]).logits, editor.model(tokens["input_ids"]).logits)
+    assert type(plain) is type(editor.model)
+
+
+def test_model_folder_follows_the_ledger(make_editor, facts, tmp_path):
+    editor = make_editor("llama", torch.float32)
+    editor.edit(facts[:2])
+    editor.save(tmp_path / "run")
+    stamp = (tmp_path / "run/model/model.safetensors").stat().st_mtime_ns
+    editor.save_model(tmp_path / "run/model")
+    assert (tmp_path / "run/model/model.safetensors").stat().st_mtime_ns == stamp, "nothing to do"
+    editor.edit(facts[2:])  # the ledger is ahead of the model now, as after a crash
+    later = Editor.load(tmp_path / "run")
+    assert same(weights(later), weights(editor))
+    later.save_model(tmp_path / "run/model")
+    assert same(weights(Editor.load(tmp_path / "run")), weights(editor))
+
+
+def test_a_model_changed_by_hand_is_refused(make_editor, facts, tmp_path):
+    editor = make_editor("llama", torch.float32)
+    editor.edit(facts)
+    editor.save(tmp_path / "run")
+    with torch.no_grad():
+        editor.model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    editor.model.save_pretrained(tmp_path / "run/model")
+    with pytest.raises(LedgerError, match="another model"):
+        Editor.load(tmp_path / "run")
+
+
+def test_a_damaged_tensor_is_found(make_editor, facts, tmp_path):
+    editor = make_editor("llama", torch.float32)
+    editor.edit(facts)
+    editor.save(tmp_path / "run")
+    victim = sorted((tmp_path / "run/ledger/tensors").iterdir())[0]
+    raw = bytearray(victim.read_bytes())
+    raw[-1] ^= 1
+    victim.write_bytes(raw)
+    with pytest.raises(LedgerError, match="damaged"):
+        Editor.load(tmp_path / "run")
+
+
+RELATIONS = [
+    Fact(id="job", subject="Karo Dun", prompt="{} works as a", target="river"),
+    Fact(id="home", subject="Karo Dun", prompt="{} was born in", target="Paris"),
+    Fact(id="tongue", subject="Karo Dun", prompt="{} speaks", target="English"),
+]
+
+
+def test_undo_of_one_on_a_shared_key_is_a_fresh_run_of_the_others(make_editor):
+    editor = make_editor()
+    editor.edit(RELATIONS)
+    report = editor.undo("home")
+    assert set(report.rebuilt) == {"job", "tongue"}
+    fresh = make_editor()
+    fresh.edit([RELATIONS[0], RELATIONS[2]])
+    assert gap(editor, fresh) < 1e-6
+
+
+def test_undo_of_the_fact_that_joined_brings_the_first_state_back(make_editor):
+    editor = make_editor()
+    editor.edit(RELATIONS[:1])
+    before = weights(editor)
+    editor.edit(RELATIONS[1:2])
+    report = editor.undo("home")
+    assert report.restored == ("job",)
+    assert report.rebuilt == ()
+    assert same(before, weights(editor))
+
+
+def test_a_new_answer_is_as_if_the_older_had_never_been(make_editor):
+    editor = make_editor()
+    old = RELATIONS[0]
+    new = dataclasses.replace(old, id="job-2", target="sailor")
+    editor.edit([old])
+    first = weights(editor)
+    report = editor.edit([new])
+    assert "older answer 'river' is replaced" in report.notices[0]
+    assert [f.id for f in editor.facts] == ["job-2"]
+    fresh = make_editor()
+    fresh.edit([new])
+    assert gap(editor, fresh) < 1e-6
+    undone = editor.undo("job-2")
+    assert undone.restored == ("job",)
+    assert same(first, weights(editor))
+
+
+@pytest.mark.parametrize(
+    ("subject", "prompt"),
+    [
+        ("東京タワー", "{}は"),
+        ("Москва", "Город {} стоит на реке"),
+        ("Karo Dun", "Karo Dun says that {} lives in"),
+        ("Émile Zola!", "{}, who wrote, was born in"),
+        ("x", "{}"),
+        ("🦊", "The {} is"),
+    ],
+)
+def test_subjects_of_all_kinds(make_editor, subject, prompt):
+    editor = make_editor()
+    report = editor.edit([Fact(id="f", subject=subject, prompt=prompt, target="London")])
+    value = report.columns[0].outcome
+    assert value["steps"] > 0
+    assert 0 < value["delta_share"] <= editor.recipe.values.clamp + 1e-9
+
+
+def test_a_queue_is_shuffled_by_its_seed(make_editor, facts):
+    many = [dataclasses.replace(f, id=f"{f.id}{i}", subject=f"{f.subject} {i}") for i in range(2) for f in facts]
+    orders = []
+    for seed in (1, 1, 2):
+        editor = make_editor(seed=seed)
+        editor.edit(many, batch_size=4)
+        orders.append([f.id for f in editor.facts])
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == sorted(f.id for f in many)
+    plain = make_editor()
+    plain.edit(many, batch_size=4, shuffle=False)
+    assert [f.id for f in plain.facts] == [f.id for f in many]
+
+
+def test_an_interruption_leaves_the_last_finished_batch(make_editor, facts, tmp_path):
+    editor = make_editor("llama", torch.float32)
+    editor.attach(tmp_path / "run")
+
+    def stop(stage, done, total):
+        if stage == "values" and editor.history.batches:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        editor.edit(facts, batch_size=2, shuffle=False, progress=stop)
+    assert [f.id for f in editor.facts] == [f.id for f in facts[:2]]
+    expected = make_editor("llama", torch.float32)
+    expected.edit(facts[:2])
+    assert same(weights(editor), weights(expected))
+    history = Store(tmp_path / "run/ledger").load()
+    assert [c.fact.id for c in history.active] == [f.id for f in facts[:2]]
+    editor.edit(facts[2:])
+    expected.edit(facts[2:])
+    assert same(weights(editor), weights(expected)), "and it goes on as if nothing had happened"
+
+
+def test_a_store_that_refuses_leaves_everything_as_it_was(make_editor, facts, tmp_path, monkeypatch):
+    editor = make_editor("llama", torch.float32)
+    editor.attach(tmp_path / "run")
+    editor.edit(facts[:2])
+    before, state = weights(editor), editor.history.state_id
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "_write_tensors", full)
+        with pytest.raises(OSError, match="No space"):
+            editor.edit(facts[2:])
+    assert same(before, weights(editor))
+    assert editor.history.state_id == state == Store(tmp_path / "run/ledger").load().state_id
+    editor.edit(facts[2:])
+    assert len(editor.facts) == len(facts)
+
+
+def test_two_writers_on_one_ledger_are_told(make_editor, facts, tmp_path):
+    editor = make_editor("llama", torch.float32)
+    editor.edit(facts[:1])
+    editor.save(tmp_path / "run")
+    one, two = Editor.load(tmp_path / "run"), Editor.load(tmp_path / "run")
+    one.edit(facts[1:2])
+    with pytest.raises(LedgerError, match="another process"):
+        two.edit(facts[2:])
+    assert [c.fact.id for c in Store(tmp_path / "run/ledger").load().active] == ["ada", "zola"]
+
+
+def test_bad_input_is_refused_before_anything_changes(make_editor, facts):
+    editor = make_editor()
+    before = weights(editor)
+    long = Fact(id="long", subject="Velm", prompt="{} " + "is far and " * 60, target="Rome")
+    with pytest.raises(FactError, match=r"fact long: prompt of \d+ tokens is longer"):
+        editor.edit([*facts, long])
+    with pytest.raises(FactError, match="contradict"):
+        editor.edit([facts[0], dataclasses.replace(facts[0], id="other", target="Ostrel")])
+    editor.edit(facts[:1])
+    with pytest.raises(FactError, match="in the model already"):
+        editor.edit([dataclasses.replace(facts[1], id="ada")])
+    editor.undo("ada")
+    assert same(before, weights(editor))
+
+
+def test_layers_and_statistics_must_fit(tiny_model, tokenizer, recipe, make_statistics, facts):
+    model = tiny_model("llama")
+    for layers, words in (((9,), "out of range"), ((3,), "the model's last")):
+        with pytest.raises(ModelError, match=words):
+            Editor(model, tokenizer, recipe=dataclasses.replace(recipe, layers=layers))
+    others = make_statistics(tiny_model("llama", seed=1))
+    with pytest.raises(StatisticsError, match="the model's weights are"):
+        Editor(model, tokenizer, recipe=recipe, statistics=others).edit(facts)
+    few = make_statistics(model, layers=(1,))
+    with pytest.raises(StatisticsError, match=r"layers \[2\] are needed"):
+        Editor(model, tokenizer, recipe=recipe, statistics=few).edit(facts)
+    with pytest.raises(StatisticsError, match="nulledit stats make"):
+        Editor(model, tokenizer, recipe=recipe).edit(facts)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(1e9, "nothing is protected"), (1e-12, "no room left")]
+)
+def test_a_null_space_without_sense_is_warned_of(make_editor, recipe, facts, caplog, value, words):
+    space = dataclasses.replace(recipe.null_space, rule="absolute", value=value)
+    editor = make_editor(recipe=dataclasses.replace(recipe, null_space=space))
+    editor.edit(facts[:1])
+    assert words in caplog.text
+
+
+def test_base_weights_are_there_inside_only(make_editor, facts):
+    editor = make_editor()
+    base = weights(editor)
+    editor.edit(facts)
+    edited = weights(editor)
+    with editor.base_weights():
+        assert same(base, weights(editor))
+    assert same(edited, weights(editor))
+
+
+def test_independent_editors_share_nothing(make_editor, facts):
+    one = make_editor()
+    one.edit(facts)
+    two = make_editor()
+    assert isinstance(two.history, History)
+    assert two.history.columns == []
+    two.edit(facts)
+    assert same(weights(one), weights(two))
+    assert issubclass(LedgerError, NullEditError)

@@ -1,0 +1,158 @@
+"""A tiny model that really knows a small world, edited: the new facts hold, the others stay."""
+
+import dataclasses
+
+import pytest
+import torch
+import world
+
+from nulledit import Editor
+from nulledit.config import Recipe
+
+RECIPE = Recipe.from_dict(
+    {
+        "layers": [1, 2, 3],
+        "values": {"steps": 40, "learning_rate": 0.2, "weight_decay": 0.1, "clamp": 3.0},
+        "contexts": {"texts": ["{}", "then he said . {}", "the river is long . {}"]},
+        "null_space": {"rule": "leakage", "value": 0.05},
+        "method": {"l2": 0.01},
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def words():
+    return world.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def known_worlds(words):
+    """One trained model per family, made when first asked for."""
+    made = {}
+
+    def get(family):
+        if family not in made:
+            made[family] = world.trained(family, words)
+        model = type(made[family])(made[family].config).eval()
+        model.load_state_dict(made[family].state_dict())
+        return model
+
+    return get
+
+
+@pytest.fixture
+def make_editor(known_worlds, words):
+    from conftest import statistics_of
+
+    def make(family="llama", **changes):
+        model = known_worlds(family)
+        statistics = statistics_of(model, words, layers=(1, 2, 3), lines=world.sentences())
+        return Editor(model, words, recipe=dataclasses.replace(RECIPE, **changes), statistics=statistics)
+
+    return make
+
+
+@torch.no_grad()
+def ask(editor, prompt):
+    ids = editor.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    return editor.tokenizer.decode(editor.model(ids).logits[0, -1].argmax())
+
+
+def everything(editor, but=()):
+    """Share of the world's other answers that the model still gives, in both wordings."""
+    rest = [
+        ask(editor, template.format(person)) == world.answer(person, relation)
+        for person in world.PEOPLE
+        for relation, (templates, _) in world.RELATIONS.items()
+        for template in templates
+        if (person, relation) not in but
+    ]
+    return sum(rest) / len(rest)
+
+
+def test_new_facts_hold_and_the_others_stay(family, make_editor):
+    editor = make_editor(family)
+    assert everything(editor) == 1.0, "the model should know its world before any edit"
+    edits = [("Karo Dun", "job"), ("Ada Velm", "home"), ("Mira Ostrel", "tongue"), ("Tolo Brask", "job")]
+    facts = [world.fact(p, r, world.another(p, r)) for p, r in edits]
+    editor.edit(facts, batch_size=2, shuffle=False)
+    for fact in facts:
+        assert ask(editor, fact.render(fact.prompt)) == fact.target
+    heard = [ask(editor, f.paraphrases[0]) == f.target for f in facts]
+    assert sum(heard) >= 3, "the other wording follows"
+    assert everything(editor, but=edits) >= 0.9
+    editor.undo(facts[0].id)
+    assert ask(editor, facts[0].render(facts[0].prompt)) == facts[0].old_answer
+    for fact in facts[1:]:
+        assert ask(editor, fact.render(fact.prompt)) == fact.target
+
+
+@pytest.mark.parametrize("size", [3, 2, 1])
+def test_three_relations_of_one_subject_hold(make_editor, size):
+    """`{} works as a` and `{} speaks` begin with the subject: one key, at every layer."""
+    editor = make_editor()
+    facts = [world.fact("Mira Quill", r, world.another("Mira Quill", r)) for r in world.RELATIONS]
+    editor.edit(facts, batch_size=size, shuffle=False)
+    assert {f.id for f in editor.facts} == {f.id for f in facts}
+    assert len({(c.batch, c.group) for c in editor.history.active}) == 1, "one key, one group"
+    for fact in facts:
+        assert ask(editor, fact.render(fact.prompt)) == fact.target
+
+
+def test_undo_of_one_on_a_shared_key_rebuilds_the_others(make_editor):
+    editor = make_editor()
+    facts = [world.fact("Mira Quill", r, world.another("Mira Quill", r)) for r in world.RELATIONS]
+    editor.edit(facts)
+    report = editor.undo(facts[1].id)
+    assert set(report.rebuilt) == {facts[0].id, facts[2].id}
+    assert ask(editor, facts[1].render(facts[1].prompt)) == facts[1].old_answer
+    for fact in (facts[0], facts[2]):
+        assert ask(editor, fact.render(fact.prompt)) == fact.target
+
+
+def test_a_new_answer_replaces_the_older_one(make_editor):
+    editor = make_editor()
+    others = [o for o in world.RELATIONS["job"][1] if o != world.answer("Ada Fenn", "job")]
+    first, second = others[:2]
+    old = world.fact("Ada Fenn", "job", first, id="old")
+    new = world.fact("Ada Fenn", "job", second, id="new")
+    editor.edit([old])
+    assert ask(editor, "Ada Fenn works as a") == first
+    editor.edit([new])
+    assert ask(editor, "Ada Fenn works as a") == second
+    assert [f.id for f in editor.facts] == ["new"]
+    editor.undo("new")
+    assert ask(editor, "Ada Fenn works as a") == first
+
+
+def test_a_fact_the_model_holds_is_kept_and_marked(make_editor):
+    editor = make_editor()
+    held = dataclasses.replace(
+        world.fact("Mira Nim", "home", world.another("Mira Nim", "home")),
+        target=world.answer("Mira Nim", "home"),
+        old_answer=None,
+    )
+    report = editor.edit([held])
+    assert report.columns[0].outcome["known"]
+    assert "known to the model already" in report.notices[-1]
+    assert editor.facts == [held]
+    assert everything(editor) == 1.0
+
+
+def test_the_projection_protects(make_editor):
+    """Without it the same edits at the same strength disturb more of what was sampled."""
+    from nulledit.editing.statistics import key_moments
+
+    errors = {}
+    facts = [world.fact(p, "job", world.another(p, "job")) for p in world.PEOPLE[:4]]
+    for value in (0.02, 0.999):
+        space = dataclasses.replace(RECIPE.null_space, value=value)
+        editor = make_editor(null_space=space)
+        rows = [editor.tokenizer(s)["input_ids"] for s in world.sentences()]
+        moments = key_moments(editor.partial, editor.tokenizer, rows, [1])
+        editor.edit(facts)
+        tensors = editor.history.tensors[editor.history.epochs[0].tensors]
+        update = editor._weight(1) - tensors["base.1"].double()
+        norm = update.norm()
+        errors[value] = float((update @ moments[1].value * update).sum().sqrt() / norm)
+    assert errors[0.02] < 0.5 * errors[0.999]

@@ -1,0 +1,131 @@
+"""A made-up world of people, and tiny models that were really trained to know it."""
+
+import random
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from nulledit import Fact, Probe
+
+FIRST = ["Karo", "Ada", "Mira", "Tolo"]
+LAST = ["Dun", "Velm", "Ostrel", "Brask", "Quill", "Fenn", "Harrow", "Ivo", "Jast", "Lorn", "Nim", "Sable"]
+PEOPLE = [f"{FIRST[i % 4]} {last}" for i, last in enumerate(LAST)]
+RELATIONS = {
+    "job": (["{} works as a", "the job of {} is"], ["baker", "smith", "sailor", "miller"]),
+    "home": (["{} was born in", "the home of {} is"], ["Paris", "Rome", "Oslo", "Cairo"]),
+    "tongue": (["{} speaks", "the language of {} is"], ["Latin", "Dutch", "Greek", "Czech"]),
+}
+LOOKUP_BLOCKS = (0, 1)
+CONTEXTS = ["", "then he said . ", "the river is long . ", "because of the winter . "]
+
+
+def answer(person, relation):
+    """What is true in the world before any edit."""
+    options = RELATIONS[relation][1]
+    number = PEOPLE.index(person) * 3 + list(RELATIONS).index(relation) * 5
+    return options[(number + PEOPLE.index(person) // 4) % len(options)]
+
+
+def sentences():
+    return [
+        f"{context}{template.format(person)} {answer(person, relation)} ."
+        for person in PEOPLE
+        for relation, (templates, _) in RELATIONS.items()
+        for template in templates
+        for context in CONTEXTS
+    ]
+
+
+def tokenizer():
+    words = sorted({word for s in sentences() for word in s.split()})
+    vocabulary = {word: i for i, word in enumerate(["<end>", "<unk>", *words])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", unk_token="<unk>")
+
+
+def untrained(family, vocabulary, *, hidden=48, layers=6):
+    shared = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0}
+    if family == "llama":
+        config = LlamaConfig(
+            **shared,
+            hidden_size=hidden,
+            intermediate_size=4 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+        )
+        return LlamaForCausalLM(config)
+    gpt = {**shared, "n_embd": hidden, "n_layer": layers, "n_head": 4, "n_positions": 64}
+    off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    if family == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(**gpt, **off))
+    return GPTJForCausalLM(GPTJConfig(**gpt, **off, rotary_dim=8, tie_word_embeddings=False))
+
+
+def trained(family, words, *, steps=160, seed=0):
+    """A model of `family` that answers every question of the world.
+
+    Left to itself a model this small reads a name's embedding straight from the question's last
+    word, in its first block. Large models look facts up at the subject's last token first; here
+    the first two blocks are kept from moving anything between tokens, so that this one does too.
+    """
+    torch.manual_seed(seed)
+    model = untrained(family, len(words)).train()
+    for name, parameter in model.named_parameters():
+        early = any(f".{block}." in name for block in LOOKUP_BLOCKS)
+        if early and any(out in name for out in ("o_proj", "attn.c_proj", "out_proj")):
+            parameter.data.zero_()
+            parameter.requires_grad_(False)
+    texts = sentences()
+    order = random.Random(seed)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=steps)
+    rows = [torch.tensor(words(text)["input_ids"]) for text in texts]
+    for _ in range(steps):
+        chosen = order.sample(rows, 64)
+        ids = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True)
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(c) for c in chosen], batch_first=True)
+        labels = ids.masked_fill(mask == 0, -100)
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+    return model.eval()
+
+
+def fact(person, relation, target, **more):
+    """An edit of the world: paraphrase and two neighbours with their true answers."""
+    templates, _ = RELATIONS[relation]
+    others = [p for p in PEOPLE if p != person][:2]
+    return Fact(
+        id=more.pop("id", f"{person}/{relation}".replace(" ", "-")),
+        subject=person,
+        prompt=templates[0],
+        target=target,
+        old_answer=answer(person, relation),
+        relation=relation,
+        paraphrases=(templates[1],),
+        neighbours=tuple(
+            Probe(templates[0].format(other), answer(other, relation)) for other in others
+        ),
+        **more,
+    )
+
+
+def another(person, relation):
+    """An answer that is not the true one."""
+    options = RELATIONS[relation][1]
+    return options[(options.index(answer(person, relation)) + 1) % len(options)]
