@@ -175,18 +175,17 @@ def test_strict_means_every_token_is_the_likeliest(model, tokenizer, encoder):
     assert [item.strict for item in scores] == [True, ids[-1] == 5]
 
 
-def test_each_text_is_run_once_and_progress_ends_at_all(tiny_model, encoder):
-    """Two answers of one token need the prompt's states only; a longer answer carries both."""
+def test_an_input_that_begins_another_is_not_run_by_itself(tiny_model, tokenizer, encoder):
     partial = PartialModel(tiny_model("llama"))
     ran, run = [], partial.run_normed
     partial.run_normed = lambda batch: (ran.extend(batch.mask.sum(1).tolist()), run(batch))[1]
     ends = []
-    queries = [query for query in queries_of(ADA) if query.kind == "efficacy"] * 3
-    score(partial, encoder, queries, pad_id=0, progress=lambda *counts: ends.append(counts))
-    rows = [encoder.encode(queries[0].prompt, target=t) for t in ("Velmish", "English")]
-    inputs = {row.ids[:-1] for row in rows}
-    assert sum(ran) <= sum(map(len, inputs))
-    assert ends[-1] == (2, 2)
+    queries = [Query("a", "efficacy", "The river", "is English", "is English Velmish")] * 3
+    first, *_ = score(partial, encoder, queries, pad_id=0, progress=lambda *n: ends.append(n))
+    assert ran == [len(tokenizer("The river is English Velmish")["input_ids"]) - 1]
+    assert ends == [(2, 2)]
+    plain = plain_score(partial.model, tokenizer, "The river", "is English")
+    assert (first.answer_nll, first.strict) == (pytest.approx(plain[0]), plain[1])
     assert score(partial, encoder, [], pad_id=0) == []
 
 

@@ -24,6 +24,7 @@ RELATIONS = {
     "home": (["{} was born in", "the home of {} is"], ["Paris", "Rome", "Oslo", "Cairo"]),
     "tongue": (["{} speaks", "the language of {} is"], ["Latin", "Dutch", "Greek", "Czech"]),
 }
+MARGIN = 0.8  # smallest probability of a true answer, after which training stops
 LOOKUP_BLOCKS = (0, 1)
 CONTEXTS = ["", "then he said . ", "the river is long . ", "because of the winter . "]
 
@@ -73,7 +74,7 @@ def untrained(family, vocabulary, *, hidden=48, layers=6):
     return GPTJForCausalLM(GPTJConfig(**gpt, **off, rotary_dim=8, tie_word_embeddings=False))
 
 
-def trained(family, words, *, steps=160, seed=0):
+def trained(family, words, *, most_steps=600, seed=0):
     """A model of `family` that answers every question of the world.
 
     Left to itself a model this small reads a name's embedding straight from the question's last
@@ -90,9 +91,9 @@ def trained(family, words, *, steps=160, seed=0):
     texts = sentences()
     order = random.Random(seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 0.1, total_iters=20)
     rows = [torch.tensor(words(text)["input_ids"]) for text in texts]
-    for _ in range(steps):
+    for step in range(1, most_steps + 1):
         chosen = order.sample(rows, 64)
         ids = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True)
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(c) for c in chosen], batch_first=True)
@@ -103,7 +104,27 @@ def trained(family, words, *, steps=160, seed=0):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         schedule.step()
-    return model.eval()
+        if step % 20 == 0 and knows_everything(model, words):
+            return model.eval()
+    raise AssertionError(f"{family} did not learn its world in {most_steps} steps")
+
+
+@torch.no_grad()
+def knows_everything(model, words):
+    """Whether every question of the world is answered by argmax, with some margin."""
+    asked = [
+        (words(template.format(person))["input_ids"], words(answer(person, relation))["input_ids"][0])
+        for person in PEOPLE
+        for relation, (templates, _) in RELATIONS.items()
+        for template in templates
+    ]
+    for length in {len(ids) for ids, _ in asked}:
+        chosen = [(ids, true) for ids, true in asked if len(ids) == length]
+        logits = model(torch.tensor([ids for ids, _ in chosen])).logits[:, -1]
+        chance = logits.softmax(-1)[range(len(chosen)), [true for _, true in chosen]]
+        if chance.min() < MARGIN:
+            return False
+    return True
 
 
 def fact(person, relation, target, **more):

@@ -1,0 +1,195 @@
+"""What commands share: options, notices and progress on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import click
+
+from nulledit.errors import ConfigError
+from nulledit.report.text import plain
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from nulledit.config import NullSpaceSettings
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or a termination, with a line that says what is kept."""
+
+
+def output_options(command: F) -> F:
+    """--json and --quiet."""
+    command = click.option("--quiet", "-q", is_flag=True, help="No progress and no notices.")(
+        command
+    )
+    return click.option(
+        "--json", "as_json", is_flag=True, help="One JSON document on stdout instead of tables."
+    )(command)
+
+
+def device_option(command: F) -> F:
+    """--device."""
+    return click.option(
+        "--device", help="cpu, cuda, cuda:1, mps, or auto to spread the parts.  [default: cpu]"
+    )(command)
+
+
+def dtype_option(command: F) -> F:
+    """--dtype."""
+    return click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        help="Of the weights.  [default: the checkpoint's own]",
+    )(command)
+
+
+def conflict_option(command: F) -> F:
+    """--on-conflict."""
+    return click.option(
+        "--on-conflict",
+        type=click.Choice(["error", "first", "last"]),
+        default="error",
+        show_default=True,
+        help="Which record counts where two contradict each other.",
+    )(command)
+
+
+def emit(data: Any) -> None:
+    """One JSON document on stdout."""
+    from nulledit.report.run import as_json
+
+    click.echo(as_json(data), nl=False)
+
+
+class _Stderr(logging.Handler):
+    """Notices of the library, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(f"Note: {plain(record.getMessage())}", file=sys.stderr)
+
+
+def prepare(*, quiet: bool) -> None:
+    """Before torch is loaded: our notices to stderr; the libraries' talk off unless --debug."""
+    context = click.get_current_context(silent=True)
+    debug = bool(context and (context.find_object(dict) or {}).get("debug"))
+    logger = logging.getLogger("nulledit")
+    for handler in [h for h in logger.handlers if isinstance(h, _Stderr)]:
+        logger.removeHandler(handler)
+    logger.addHandler(_Stderr())
+    logger.setLevel(logging.ERROR if quiet else logging.INFO)
+    if debug:
+        return
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for category in (FutureWarning, DeprecationWarning, UserWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"(?!nulledit)")
+
+
+def say(message: str, *, quiet: bool) -> None:
+    """A line about what goes on, to stderr."""
+    if not quiet:
+        click.echo(plain(message), err=True)
+
+
+class Bars:
+    """Progress bars on stderr, one after the other; call it with (stage, done, total)."""
+
+    def __init__(self, *, quiet: bool, prefix: str = ""):
+        self.shown = not quiet and sys.stderr.isatty()
+        self.prefix = prefix
+        self.bar: tqdm[Any] | None = None
+        self.stage = ""
+        self.offset = self.facts = 0  # of the batch at work
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Bring the bar of `stage` to `done` of `total`; a batch counts on from the ones before."""
+        if stage == "batches":
+            self.offset, self.facts = done, total
+            return
+        if stage == "values":
+            done, total = min(self.offset + done, self.facts), self.facts
+        if not self.shown:
+            return
+        if self.bar is None or stage != self.stage:
+            from tqdm import tqdm
+
+            self.__exit__()
+            self.stage = stage
+            name = "facts" if stage == "values" else f"{self.prefix}{stage}"
+            self.bar = tqdm(total=total, desc=name, leave=False, file=sys.stderr)
+        self.bar.n = done
+        self.bar.refresh()
+
+
+def parse_layers(text: str) -> list[int]:
+    """`4,5,6` or `4-8` as numbers."""
+    layers: list[int] = []
+    for part in text.replace(" ", "").split(","):
+        low, dash, high = part.partition("-")
+        if not low.isdigit() or (dash and not high.isdigit()):
+            raise ConfigError(f"--layers {text!r}: expected numbers such as 4,5,6 or 4-8")
+        layers += range(int(low), int(high or low) + 1)
+    if not layers:
+        raise ConfigError(f"--layers {text!r}: names no layer")
+    return layers
+
+
+def parse_null_space(text: str) -> dict[str, Any]:
+    """`leakage=0.1` as the recipe's null_space."""
+    rule, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--null-space {text!r}: expected RULE=VALUE such as leakage=0.1")
+    return {"rule": rule.strip(), "value": value.strip()}
+
+
+def null_space(text: str) -> NullSpaceSettings:
+    """`leakage=0.1` as checked settings."""
+    from nulledit.config import Recipe
+
+    return Recipe.from_dict({"null_space": parse_null_space(text)}).null_space
+
+
+def parse_changes(settings: tuple[str, ...]) -> dict[str, str]:
+    """`--set values.steps=15` entries as {"values.steps": "15"}."""
+    changes = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or not name.strip():
+            raise ConfigError(f"--set {setting!r}: expected FIELD=VALUE such as values.steps=15")
+        changes[name.strip()] = value.strip()
+    return changes
+
+
+def model_source(name: str) -> str:
+    """A local folder as an absolute path, so that a run finds its base from anywhere."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def named(given: Mapping[str, Any], flags: Mapping[str, str]) -> list[str]:
+    """The flags in `flags` (parameter -> flag) that the user gave."""
+    left_out = {p for p in flags if given[p] is None or given[p] is False or given[p] == ()}
+    return [flag for parameter, flag in flags.items() if parameter not in left_out]

@@ -1,0 +1,166 @@
+"""`nulledit edit`: facts into a model, batch after batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nulledit.cli.common import (
+    conflict_option,
+    device_option,
+    dtype_option,
+    emit,
+    model_source,
+    named,
+    output_options,
+    parse_changes,
+    parse_layers,
+    parse_null_space,
+    prepare,
+    say,
+)
+from nulledit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from nulledit.config import Recipe
+
+# What a ledger fixes for good: parameter -> flag.
+FIXED = {
+    "model": "--model",
+    "out": "--out",
+    "recipe": "--recipe",
+    "stats": "--stats",
+    "seed": "--seed",
+    "batch_size": "--batch-size",
+    "layers": "--layers",
+    "method": "--method",
+    "learning_rate": "--learning-rate",
+    "steps": "--steps",
+    "clamp": "--clamp",
+    "l2": "--l2",
+    "null_space": "--null-space",
+    "changes": "--set",
+    "dtype": "--dtype",
+    "trust_remote_code": "--trust-remote-code",
+    "dry_run": "--dry-run",
+}
+FIELDS = {
+    "batch_size": "batch_size",
+    "method": "method.name",
+    "learning_rate": "values.learning_rate",
+    "steps": "values.steps",
+    "clamp": "values.clamp",
+    "l2": "method.l2",
+}
+
+
+@click.command(short_help="Write facts into a model.")
+@click.argument("facts", metavar="FACTS")
+@click.option("--model", help="smollm2-135m, a local folder or a Hub id.")
+@click.option("--out", metavar="RUN", help="Folder to make for the run.")
+@click.option("--continue", "run", metavar="RUN", help="Write more facts into this run.")
+@click.option("--recipe", help="YAML file or name (see nulledit info).  [default: the model's]")
+@click.option("--stats", metavar="PATH", help="Statistics of the model's keys.  [default: found]")
+@click.option("--limit", type=click.IntRange(1), help="Take so many records.  [default: all]")
+@click.option("--skip", type=click.IntRange(0), default=0, help="Leave out the first records.")
+@click.option("--seed", type=int, help="Of contexts and of the queue's order.  [default: 0]")
+@click.option("--no-shuffle", is_flag=True, help="Keep the file's order over several batches.")
+@conflict_option
+@click.option("--batch-size", type=int, help="Facts solved together.")
+@click.option("--layers", help="Edited layers, as 4,5,6 or 4-8, from 0.")
+@click.option("--method", help="See nulledit info.")
+@click.option("--learning-rate", type=float, help="Of the values, in units of the hidden state.")
+@click.option("--steps", type=int, help="Forward passes per fact.")
+@click.option("--clamp", type=float, help="Largest ‖δ‖/‖h‖.")
+@click.option("--l2", type=float, help="Ridge on the update.")
+@click.option("--null-space", metavar="RULE=VALUE", help="absolute=0.02, leakage=0.1, median=1.")
+@click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="Any other field of a recipe, such as values.kl_weight=0; repeatable.",
+)
+@device_option
+@dtype_option
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@click.option(
+    "--text",
+    metavar="FILE",
+    help="Text for perplexity and preservation.  [default: one that comes with nulledit]",
+)
+@click.option("--no-evaluate", is_flag=True, help="Edit only.")
+@click.option("--dry-run", is_flag=True, help="Estimate time and memory; edit nothing.")
+@output_options
+def edit(facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
+    """Write the facts of a file into a model.
+
+    FACTS is YAML, JSON, JSON lines or CSV, of nulledit's own records or CounterFact's, EasyEdit's
+    or zsRE's (see `nulledit facts check`). The run folder gets the edited model (RUN/model, an
+    ordinary Hugging Face folder), the ledger and a report of what changed and what did not.
+
+    Every batch is kept as it ends: after an interruption, go on with --continue, which takes model,
+    recipe and statistics from the run's ledger.
+
+    \b
+    $ nulledit edit facts.yaml --model smollm2-135m --out run
+    $ nulledit edit more.yaml --continue run
+    """
+    _check(given)
+    from nulledit.data.readers import read_facts
+
+    options = {"skip": given["skip"], "limit": given["limit"], "on_conflict": given["on_conflict"]}
+    found = read_facts(facts, **options)
+    for notice in found.notices:
+        say(f"Note: {notice}", quiet=quiet)
+    recipe = None if given["run"] else make_recipe(given)
+    prepare(quiet=quiet)
+    if given["dry_run"]:
+        from nulledit.cli import estimate
+
+        name = model_source(given["model"])
+        size = estimate.estimate(name, found.facts, recipe, dtype=given["dtype"], given=given)
+        return emit(size) if as_json else click.echo(estimate.as_page(size))
+    from nulledit.cli import runs
+
+    result = runs.run(facts, found.facts, recipe, given, quiet=quiet)
+    if as_json:
+        emit(result.to_dict())
+    else:
+        click.echo(runs.as_page(result))
+    return None
+
+
+def make_recipe(given: dict[str, Any]) -> Recipe:
+    """The recipe of the options: a file's, a shipped one's or the default, changed by flags."""
+    from nulledit.config import Recipe, load_recipe, shipped_recipes
+
+    name = given["recipe"] or (given["model"] if given["model"] in shipped_recipes() else None)
+    recipe = load_recipe(name) if name else Recipe()
+    changes: dict[str, Any] = dict(parse_changes(given["changes"]))
+    changes |= {FIELDS[k]: given[k] for k in FIELDS if given[k] is not None}
+    if given["layers"]:
+        changes["layers"] = parse_layers(given["layers"])
+    if given["null_space"]:
+        changes["null_space"] = parse_null_space(given["null_space"])
+    return recipe.with_fields(changes)
+
+
+def _check(given: dict[str, Any]) -> None:
+    """Options that belong together, before anything is read."""
+    if given["run"]:
+        refused = named(given, FIXED)
+        if refused:
+            raise ConfigError(
+                f"{', '.join(refused)} can't be given with --continue: model, recipe, seed and "
+                f"statistics are those of {given['run']}"
+            )
+        return
+    if not given["model"]:
+        raise ConfigError("give --model MODEL and --out RUN, or --continue RUN")
+    if not given["out"] and not given["dry_run"]:
+        raise ConfigError("give --out RUN, a folder to make for the run")
+    if given["text"] and not Path(given["text"]).exists():
+        raise ConfigError(f"{given['text']}: no such file")

@@ -1,0 +1,239 @@
+"""Time and memory of an edit, from the model's shape, the facts' lengths and this machine's speed.
+
+With P parameters in a block, a forward pass of t tokens through b blocks takes 2·P·t·b operations.
+
+- values: all rows once through the blocks up to the last edited layer; what stands before the
+  subject's last token once through those above; then, at most `steps` times, the rest (forward and
+  back to the states: twice a forward pass) and 2·d·V per logit read, twice.
+- keys: rows up to the subject's last token through the blocks below the first edited layer, twice
+  through each edited block (read, advance), and bare rows from each of them to the last.
+- solve, in float64: per layer and batch, over all n columns so far: 4·d_in·m·n for GK with m held
+  eigenvectors (at most d_in/2), 2·n²·d_in + n³/3 for the system, 4·d_out·d_in·n for targets and Δ.
+- evaluation, twice: each query once through the model, 12 tokens of answer per fact (one at a
+  time: 4 times as slow), 40 windows for perplexity; once, the same windows for preservation.
+
+Seconds are operations over a matmul's speed measured here, times a factor for everything else in a
+block, which was fitted to runs of the embedded model. Expect them to be right within a factor of 2.
+Peak memory: weights twice while they load or are saved, or weights, float64 copies of W₀ and W, the
+held eigenvectors and one chunk's activations.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from nulledit.config import Recipe
+from nulledit.data.facts import Fact
+from nulledit.editor import ACCELERATOR_POSITIONS, CPU_POSITIONS
+from nulledit.errors import ModelError, NullEditError
+from nulledit.evaluation.protocols import queries_of
+from nulledit.models.layouts import as_out_in, find_layout, mlp_out
+from nulledit.models.load import EMBEDDED, embedded_folder
+from nulledit.models.tokens import RowEncoder, context_length
+from nulledit.report.tables import as_text
+
+OVERHEAD = 2.0  # a block's time over its matrix products' alone
+DECODING = 4.0  # a token made one at a time over one of many read together
+ANSWER, WINDOWS, WINDOW = 12, 40, 256  # tokens, windows, tokens
+RUNTIME = 0.6e9  # bytes that python, torch and transformers take
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model decides the cost."""
+
+    blocks: int
+    block: int  # parameters of one
+    parameters: int
+    width: int
+    d_in: int
+    d_out: int
+    vocabulary: int
+    bytes: int  # per parameter
+
+
+def estimate(
+    name: str,
+    facts: Sequence[Fact],
+    recipe: Recipe | None,
+    *,
+    dtype: str | None,
+    given: dict[str, Any],
+) -> dict[str, Any]:
+    """Seconds per stage and peak bytes of `nulledit edit` on these facts; loads no weights."""
+    recipe = recipe or Recipe()
+    device = given["device"] if given["device"] not in (None, "auto") else "cpu"
+    shape, encoder, depth = _shape(name, dtype, given["trust_remote_code"])
+    layers = recipe.layers or _by_depth(depth)
+    if layers[-1] >= depth - 1:
+        raise ModelError(
+            f"layer {layers[-1]} is out of range: layers 0 to {depth - 2} can be edited"
+        )
+    rows = _count_rows(facts, encoder, recipe)
+    speed, double = _speed(shape, device), _speed(shape, device, torch.float64)
+    block = 2 * shape.block * OVERHEAD
+    logit = 2 * shape.width * shape.vocabulary
+    last, upper = layers[-1], depth - 1 - layers[-1]
+    steps = recipe.values.steps
+    values = block * (
+        rows["tokens"] * (last + 1) + rows["heads"] * upper + 2 * steps * rows["tails"] * upper
+    )
+    values += 2 * steps * logit * rows["reads"]
+    through = layers[0] + 2 * len(layers)
+    bare = sum(last + 1 - layer for layer in layers)
+    keys = block * rows["heads"] * (through + bare / rows["contexts"])
+    solve = 0.0
+    size = recipe.batch_size
+    for done in range(size, len(facts) + size, size):
+        n = min(done, len(facts))
+        per_layer = 2 * shape.d_in**2 * n + 2 * n**2 * shape.d_in + n**3 / 3
+        solve += len(layers) * (per_layer + 4 * shape.d_out * shape.d_in * n)
+    windows = WINDOWS * WINDOW
+    asked = block * depth * (rows["asked"] + windows + rows["answers"] * DECODING)
+    asked += logit * (rows["scored"] + windows + rows["answers"])
+    evaluation = 0.0 if given["no_evaluate"] else 2 * asked + block * windows * (last + 1)
+    seconds = {
+        "load and save": 6 + 4 * shape.parameters * shape.bytes / 1e9,
+        "keys": keys / speed,
+        "values (at most)": values / speed,
+        "solve": solve / double,
+        "evaluation": evaluation / speed,
+    }
+    return {
+        "facts": len(facts),
+        "batches": -(-len(facts) // recipe.batch_size),
+        "layers": list(layers),
+        "rows": rows["rows"],
+        "tokens": rows["tokens"],
+        "gflops": round(speed / 1e9, 1),
+        "seconds": {k: round(v, 1) for k, v in seconds.items()},
+        "seconds_in_all": round(sum(seconds.values()), 1),
+        "peak_bytes": int(_memory(shape, recipe, len(layers), len(facts), rows, device)),
+    }
+
+
+def as_page(size: dict[str, Any]) -> str:
+    """What `edit --dry-run` prints."""
+    cells: list[Sequence[str]] = [[k, f"{v:.1f}"] for k, v in size["seconds"].items()]
+    cells.append(["in all", f"{size['seconds_in_all']:.1f}"])
+    return (
+        f"{size['facts']} facts in {size['batches']} batches, layers {size['layers']}; "
+        f"{size['rows']} rows of {size['tokens']} tokens; {size['gflops']} GFLOP/s measured\n\n"
+        f"{as_text((['stage', 'seconds'], cells))}\n\n"
+        f"Peak memory: about {size['peak_bytes'] / 1e9:.1f} GB. Nothing was edited; whether there "
+        "are statistics was not looked up."
+    )
+
+
+def _by_depth(depth: int) -> tuple[int, ...]:
+    """The layers that the editor chooses where the recipe names none."""
+    first = round(0.13 * depth)
+    return tuple(range(first, min(first + 5, max(depth - 1, 1))))
+
+
+def _shape(name: str, dtype: str | None, trust: bool) -> tuple[Shape, RowEncoder, int]:
+    source = name
+    if name in EMBEDDED:
+        try:
+            source = str(embedded_folder(name))
+        except ModelError:
+            source = EMBEDDED[name].hub
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    except NullEditError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"can't read the configuration of {name!r}: {reason}") from error
+    blocks = model.get_submodule(find_layout(model).blocks)
+    weight = as_out_in(mlp_out(model, 0))
+    kind = dtype or str(config.dtype or "float32").removeprefix("torch.")
+    shape = Shape(
+        blocks=len(blocks),
+        block=sum(p.numel() for p in blocks[0].parameters()),
+        parameters=sum(p.numel() for p in model.parameters()),
+        width=weight.shape[0],
+        d_in=weight.shape[1],
+        d_out=weight.shape[0],
+        vocabulary=model.get_output_embeddings().weight.shape[0],
+        bytes=BYTES.get(kind, 4),
+    )
+    return shape, RowEncoder(tokenizer, max_length=context_length(config)), len(blocks)
+
+
+def _count_rows(facts: Sequence[Fact], encoder: RowEncoder, recipe: Recipe) -> dict[str, int]:
+    """Tokens that each stage runs: whole rows, before the subject's end, behind it; logits read."""
+    settings = recipe.contexts
+    prefixes = (
+        [len(encoder.encode(t).ids) for t in settings.texts[1:]]
+        if settings.texts
+        else ([settings.tokens + 2] * settings.count)
+    )
+    contexts = 1 + len(prefixes)
+    counts = dict.fromkeys(("rows", "tokens", "heads", "tails", "reads"), 0)
+    counts |= {"contexts": contexts, "asked": 0, "scored": 0, "answers": 0}
+    for fact in facts:
+        for prompt in fact.prompts:
+            row = encoder.encode_template(prompt, fact.subject, target=fact.target)
+            counts["rows"] += contexts
+            counts["tokens"] += contexts * len(row.ids) + sum(prefixes)
+            counts["heads"] += contexts * (row.subject_last + 1) + sum(prefixes)
+            counts["tails"] += contexts * (len(row.ids) - row.subject_last)
+            counts["reads"] += contexts * len(row.target_ids)
+        counts["rows"] += 1  # the drift row
+        counts["tails"] += 1
+        counts["reads"] += 1
+        for query in queries_of(fact):
+            for answer in (query.answer, query.other):
+                if answer is not None:
+                    row = encoder.encode(query.prompt, target=answer)
+                    counts["asked"] += len(row.ids)
+                    counts["scored"] += len(row.target_ids)
+        counts["answers"] += ANSWER
+    return counts
+
+
+def _speed(shape: Shape, device: str, dtype: torch.dtype | None = None) -> float:
+    """Operations per second of a product of the model's sizes on this machine, over 0.3 s."""
+    kind = dtype or (torch.float32 if shape.bytes == 4 else torch.bfloat16)
+    if device == "mps" and kind == torch.float64:
+        device = "cpu"
+    try:
+        a = torch.randn(CPU_POSITIONS, shape.d_out, device=device, dtype=kind)
+        b = torch.randn(shape.d_out, shape.d_in, device=device, dtype=kind)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"can't use device {device!r}: {str(error).splitlines()[0]}") from error
+    a @ b
+    done, start = 0, time.perf_counter()
+    while time.perf_counter() - start < 0.3:
+        (a @ b).sum().item()  # waits for the device
+        done += 1
+    return 2 * a.shape[0] * b.numel() * done / (time.perf_counter() - start)
+
+
+def _memory(
+    shape: Shape, recipe: Recipe, layers: int, n: int, rows: dict[str, int], device: str
+) -> float:
+    """Peak bytes: the larger of loading and editing."""
+    weights = float(shape.parameters * shape.bytes)
+    matrix = shape.d_in * shape.d_out
+    positions = recipe.chunk_positions or (
+        CPU_POSITIONS if device == "cpu" else ACCELERATOR_POSITIONS
+    )
+    activations = positions * shape.blocks * (12 * shape.width + 6 * shape.d_in) * 4
+    logits = 4 * positions * shape.vocabulary * 4
+    held = layers * (2 * 8 * matrix + 4 * matrix + 12 * shape.d_in**2 // 2)
+    batch = min(n, recipe.batch_size)
+    columns = 8 * layers * n * (shape.d_in + shape.d_out)
+    states = 4 * shape.width * rows["heads"] * batch / max(n, 1)
+    return RUNTIME + max(2 * weights, weights + held + columns + states + activations + logits)

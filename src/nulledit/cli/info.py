@@ -1,0 +1,81 @@
+"""`nulledit info`: versions, machine, caches, and what is known."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nulledit.cli.common import emit, output_options, prepare
+
+
+@click.command(short_help="Versions, devices, caches, recipes, models.")
+@output_options
+def info(as_json: bool, quiet: bool) -> None:
+    """Versions, devices, caches and their size; recipes, models, architectures and methods known.
+
+    \b
+    $ nulledit info
+    """
+    prepare(quiet=quiet)
+    found = collect()
+    if as_json:
+        emit(found)
+        return
+    width = max(map(len, found))
+    for name, value in found.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} ({v})" if v else k for k, v in value.items())
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value)) or "none"
+        click.echo(f"{name:<{width}}  {value}")
+
+
+def collect() -> dict[str, Any]:
+    """All that `info` shows, as plain data."""
+    import torch
+    import transformers
+
+    import nulledit
+    from nulledit.config import shipped_recipes
+    from nulledit.methods.registry import METHODS
+    from nulledit.models.layouts import LAYOUTS
+    from nulledit.models.load import EMBEDDED, cache_folder
+
+    cache = cache_folder()
+    devices = {"cpu": f"{torch.get_num_threads()} threads"}
+    for i in range(torch.cuda.device_count()):
+        devices[f"cuda:{i}"] = torch.cuda.get_device_name(i)
+    if torch.backends.mps.is_available():
+        devices["mps"] = ""
+    return {
+        "nulledit": nulledit.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "system": platform.platform(),
+        "devices": devices,
+        "cache": str(cache),
+        "cached models": {f.name: size(f) for f in sorted(cache.glob("models/[!.]*"))},
+        "cached statistics": {
+            f.parent.name[:8] + "/" + f.name[:8]: size(f)
+            for f in sorted(cache.glob("statistics/*/[!.]*"))
+        },
+        "recipes": shipped_recipes(),
+        "models": {name: f"also {entry.hub} on the Hub" for name, entry in EMBEDDED.items()}
+        | {"any Hub id or local folder": "of a known architecture"},
+        "architectures": sorted(LAYOUTS),
+        "methods": {name: method.paper for name, method in sorted(METHODS.items())},
+    }
+
+
+def size(folder: Path) -> str:
+    """Bytes in a folder, readable."""
+    count = float(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()))
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

@@ -1,0 +1,157 @@
+"""`nulledit`: the group of commands, and how errors become one line and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sqlite3
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+import nulledit
+from nulledit.cli.ask import ask
+from nulledit.cli.common import CONTEXT, Interrupted
+from nulledit.cli.edit import edit
+from nulledit.cli.evaluate import evaluate
+from nulledit.cli.facts import facts
+from nulledit.cli.info import info
+from nulledit.cli.stats import stats
+from nulledit.errors import NullEditError
+from nulledit.report.text import plain
+
+SECTIONS: dict[str, list[tuple[click.Command, str, str]]] = {
+    "Edit": [
+        (
+            edit,
+            "Write facts into a model, or more facts into a run.",
+            "nulledit edit facts.yaml --model smollm2-135m --out run",
+        ),
+    ],
+    "Look at a run": [
+        (ask, "One prompt, base and edited model.", 'nulledit ask run "The capital of France is"'),
+        (evaluate, "Rates and perplexity, base and edited.", "nulledit evaluate run"),
+    ],
+    "Prepare": [
+        (facts, "Check a file of facts.", "nulledit facts check facts.yaml"),
+        (
+            stats,
+            "Statistics of a model's preserved keys.",
+            "nulledit stats make gpt2 --text corpus.txt --layers 2-6",
+        ),
+        (info, "Versions, devices, caches, recipes, models.", "nulledit info"),
+    ],
+}
+
+
+class Root(click.Group):
+    """The top group: sections and examples in its help, errors in one line."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The commands by section, each with an example."""
+        del ctx
+        for title, entries in SECTIONS.items():
+            with formatter.section(title):
+                for command, about, example in entries:
+                    formatter.write_text(f"{command.name}: {about}")
+                    with formatter.indentation():
+                        formatter.write_text(f"$ {example}")
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run; in `standalone_mode` print errors as one line and exit with their code."""
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, False, **extra)
+        try:
+            code = super().main(args, prog_name, complete_var, False, **extra)
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except click.ClickException as error:
+            hint = ""
+            if isinstance(error, click.UsageError) and error.ctx:
+                hint = f" (see {error.ctx.command_path} --help)"
+            _fail(error.format_message() + hint, error.exit_code)
+        except click.Abort:
+            _fail("interrupted", 130)
+        else:
+            sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; with --debug, errors keep their trace."""
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except KeyboardInterrupt as error:
+            said = str(error) if isinstance(error, Interrupted) else "interrupted"
+            _fail(said, 130)
+        except Exception as error:
+            line, code = _describe(error)
+            if ctx.params.get("debug") or not line:
+                raise
+            _fail(line, code)
+
+
+def _describe(error: Exception) -> tuple[str, int]:
+    """One line for an error that a user can meet, and its exit code; no line for our own slips."""
+    if isinstance(error, NullEditError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}", 2
+    if isinstance(error, sqlite3.Error):
+        return f"the ledger can't be written: {error}", 2
+    kind = type(error).__name__
+    if kind == "SafetensorError":
+        return f"a tensor file can't be written: {error}", 2
+    if isinstance(error, MemoryError) or kind in ("OutOfMemoryError", "AcceleratorError"):
+        said = str(error) or "out of memory"
+        return f"{said}: try a smaller --batch-size or --set chunk_positions=N", 2
+    return "", 1
+
+
+def _fail(message: str, code: int) -> None:
+    lines = (plain(line.strip()) for line in message.splitlines())
+    click.echo(f"Error: {' '.join(line for line in lines if line)}", err=True)
+    sys.exit(code)
+
+
+@click.group(cls=Root, context_settings=CONTEXT)
+@click.version_option(nulledit.__version__, message="nulledit %(version)s")
+@click.option("--debug", is_flag=True, help="Show the trace of an error, and what libraries say.")
+@click.pass_context
+def cli(ctx: click.Context, debug: bool) -> None:
+    """Edit facts in a language model, in the null space of what must stay.
+
+    A run is a folder: RUN/model is an ordinary Hugging Face model, RUN/ledger remembers every edit
+    exactly, RUN/report.md shows what changed and what did not. Results go to stdout, progress and
+    notices to stderr. Exit codes: 0 done, 1 a check failed, 2 bad input, 130 interrupted.
+    """
+    ctx.obj = {"debug": debug}
+
+
+for _entries in SECTIONS.values():
+    for _command, _about, _example in _entries:
+        cli.add_command(_command)
+
+
+def main() -> None:
+    """The installed command: a termination counts as Ctrl-C; any terminal's encoding will do."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    cli(prog_name="nulledit")

@@ -1,0 +1,75 @@
+"""What `edit`, `evaluate` and `ask` do with a run: load it, and measure base and edited model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nulledit.cli.common import Bars, say
+from nulledit.data.corpus import Corpus
+from nulledit.data.facts import Fact
+from nulledit.editor import Editor
+from nulledit.errors import FactError, LedgerError
+from nulledit.evaluation.perplexity import read_windows
+from nulledit.evaluation.preservation import shipped_corpus
+from nulledit.evaluation.protocols import queries_of
+from nulledit.evaluation.runner import Evaluation, evaluate
+from nulledit.models.tokens import RowEncoder
+
+WINDOW = 256  # tokens
+ANSWER_TOKENS = 12
+"""Room that a prompt leaves for the answer."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token windows for perplexity and preservation."""
+
+    name: str
+    """What they are of."""
+    windows: list[list[int]]
+    """[windows, tokens]."""
+
+
+def load_run(folder: str | Path, device: str | None, *, quiet: bool) -> Editor:
+    """The editor of a run folder; LedgerError if there is no run."""
+    folder = Path(folder)
+    if not (folder / "ledger" / "ledger.db").is_file():
+        raise LedgerError(f"{folder}: no run here (expected {folder / 'ledger' / 'ledger.db'})")
+    say(f"Loading the model of {folder}", quiet=quiet)
+    return Editor.load(folder, device=device)
+
+
+def read_text(editor: Editor, file: str | None) -> Text:
+    """Windows of `file`, or of the text that comes with the package."""
+    window = min(WINDOW, editor.encoder.max_length)
+    corpus: str | Corpus = file or shipped_corpus()
+    name = Path(file).name if file else "the text that comes with nulledit"
+    return Text(name, read_windows(corpus, editor.tokenizer, window=window))
+
+
+def check_lengths(editor: Editor, facts: Sequence[Fact]) -> None:
+    """Refuse a prompt that leaves no room for an answer before anything is edited."""
+    room = RowEncoder(editor.tokenizer, max_length=editor.encoder.max_length - ANSWER_TOKENS)
+    for fact in facts:
+        for query in queries_of(fact):
+            answer = max(query.answer, query.other or "", key=len)
+            if len(f"{query.prompt} {answer}".encode()) < room.max_length:
+                continue  # tokens are at least a byte long
+            try:
+                room.encode(query.prompt, target=answer)
+            except FactError as error:
+                raise FactError(f"fact {fact.id}, {query.kind}: {error}") from error
+
+
+def evaluate_both(
+    editor: Editor, facts: Sequence[Fact], text: Text | None, *, quiet: bool
+) -> tuple[Evaluation, Evaluation]:
+    """The base model and the edited one on the same facts."""
+    windows = text.windows if text else None
+    with Bars(quiet=quiet, prefix="before: ") as bars, editor.base_weights():
+        before = evaluate(editor, facts, windows=windows, progress=bars)
+    with Bars(quiet=quiet, prefix="after: ") as bars:
+        after = evaluate(editor, facts, windows=windows, progress=bars)
+    return before, after

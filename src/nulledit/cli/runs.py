@@ -1,0 +1,298 @@
+"""One run of `nulledit edit`: edit, keep, evaluate base and edited model, write the folder."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sqlite3
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nulledit import __version__
+from nulledit.cli.common import Bars, Interrupted, model_source, say
+from nulledit.cli.measure import Text, check_lengths, evaluate_both, load_run, read_text
+from nulledit.config import Recipe
+from nulledit.data.facts import Fact
+from nulledit.editor import Editor, EditReport
+from nulledit.errors import LedgerError, NullEditError
+from nulledit.evaluation.generation import contains
+from nulledit.evaluation.preservation import preservation_report
+from nulledit.evaluation.runner import Evaluation
+from nulledit.ledger.entries import Column
+from nulledit.ledger.store import Store
+from nulledit.report import run as folder_of
+from nulledit.report.page import SHOWN, answers_table
+from nulledit.report.tables import as_text, preservation_table, rates_table
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run did."""
+
+    folder: Path
+    """The run folder."""
+    summary: dict[str, Any]
+    """The content of `summary.json`."""
+    lines: list[dict[str, Any]]
+    """This run's lines of `results.jsonl`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for --json."""
+        return {"run_folder": str(self.folder), **self.summary, "results": self.lines}
+
+
+def run(
+    source: str,
+    facts: Sequence[Fact],
+    recipe: Recipe | None,
+    given: dict[str, Any],
+    *,
+    quiet: bool,
+) -> Result:
+    """Begin a run (`recipe`) or go on with one (None). The ledger commits first, batch by batch."""
+    started = time.perf_counter()
+    folder = Path(given["run"] or given["out"])
+    if recipe is None:
+        editor = load_run(folder, given["device"], quiet=quiet)
+        if not editor.history.events:
+            raise LedgerError(
+                f"{folder}: no batch was finished here; begin again with --out {folder}"
+            )
+    else:
+        check_fresh(folder)
+        say(f"Loading {given['model']}", quiet=quiet)
+        editor = Editor.from_pretrained(
+            model_source(given["model"]),
+            recipe=recipe,
+            statistics=given["stats"],
+            device=given["device"],
+            dtype=given["dtype"],
+            seed=given["seed"] or 0,
+            trust_remote_code=given["trust_remote_code"],
+        )
+    seconds = {"load": time.perf_counter() - started}
+    facts = _new(editor, facts, quiet=quiet)
+    text = None
+    if not given["no_evaluate"]:
+        text = read_text(editor, given["text"])
+        check_lengths(editor, facts)
+    held = len(editor.history.events)
+    created = not folder.exists()
+    again = _command(source, given, folder)
+    try:
+        if recipe is not None:
+            _sweep(folder)
+            editor.attach(folder)
+        report = _edit(editor, facts, given, seconds, quiet=quiet)
+        with _timed(seconds, "save"):
+            editor.save_model(folder / "model")
+        return _finish(editor, folder, report, text, seconds, quiet=quiet)
+    except KeyboardInterrupt as error:
+        kept = len(editor.history.events) - held
+        if recipe is not None and not kept:
+            _take_back(folder, created)
+            raise Interrupted(
+                "interrupted before the first batch was finished: nothing was kept"
+            ) from error
+        raise Interrupted(f"interrupted: {_kept(kept, folder)}; go on with: {again}") from error
+    except (NullEditError, OSError, sqlite3.Error):
+        kept = len(editor.history.events) - held
+        if recipe is not None and not kept:
+            _take_back(folder, created)
+        elif kept:
+            say(f"Note: {_kept(kept, folder)}; go on with: {again}", quiet=False)
+        raise
+
+
+def check_fresh(folder: Path) -> None:
+    """Raise LedgerError unless a run may begin in `folder`."""
+    if folder.exists() and not folder.is_dir():
+        raise LedgerError(f"{folder}: is a file; choose another --out")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    store = Store(folder / "ledger")
+    if not store.exists:
+        raise LedgerError(f"{folder}: is not empty; choose another --out")
+    if {p.name for p in folder.iterdir()} == {"ledger"} and not store.load().events:
+        return  # killed before its first batch was finished
+    raise LedgerError(
+        f"{folder}: holds a run already; go on by --continue {folder}, or choose another --out"
+    )
+
+
+def as_page(result: Result) -> str:
+    """What `edit` prints."""
+    last = result.summary["runs"][-1]
+    parts = []
+    if result.lines:
+        parts.append(as_text(answers_table(result.lines), left=5, most=38))
+        if len(result.lines) > SHOWN:
+            more = len(result.lines) - SHOWN
+            parts.append(f"and {more} more in {result.folder / 'results.jsonl'}")
+    if last["after"]:
+        parts.append(as_text(rates_table({"before": last["before"], "after": last["after"]})))
+    if last["layers"]:
+        parts.append(as_text(preservation_table(last["layers"])))
+    if last["text"]:
+        parts.append(f"Perplexity and ‖ΔK₀‖ are on {last['text']}.")
+    spent = ", ".join(f"{stage} {value:.1f}" for stage, value in last["seconds"].items())
+    place = shlex.quote(str(result.folder))
+    parts.append(
+        f"{last['facts']} facts edited. Seconds: {spent}.\n"
+        f"Report: {result.folder / 'report.md'}\n"
+        f"Model:  {result.folder / 'model'}\n"
+        f'Next:   nulledit ask {place} "..."\n'
+        f"        nulledit edit MORE --continue {place}"
+    )
+    return "\n\n".join(parts)
+
+
+def _edit(
+    editor: Editor,
+    facts: Sequence[Fact],
+    given: dict[str, Any],
+    seconds: dict[str, float],
+    *,
+    quiet: bool,
+) -> EditReport:
+    batches = -(-len(facts) // editor.recipe.batch_size)
+    if facts:
+        say(f"Editing {len(facts)} facts in {batches} batch{'es' * (batches > 1)}", quiet=quiet)
+    with Bars(quiet=quiet) as bars:
+        report = editor.edit(facts, shuffle=not given["no_shuffle"], progress=bars)
+    seconds |= report.seconds
+    return report
+
+
+def _finish(
+    editor: Editor,
+    folder: Path,
+    report: EditReport,
+    text: Text | None,
+    seconds: dict[str, float],
+    *,
+    quiet: bool,
+) -> Result:
+    """Evaluate what has no line in `results.jsonl` yet, and write the folder."""
+    earlier = folder_of.read_lines(folder)
+    told = {line["column"] for line in earlier}
+    columns = [c for c in editor.history.active if c.id not in told]
+    runs = folder_of.read_json(folder, "summary.json", {"runs": []})["runs"]
+    number = len(runs) + 1
+    before = after = None
+    errors: dict[int, float] = {}
+    if text and columns:
+        say(f"Evaluating {len(columns)} facts on the base and the edited model", quiet=quiet)
+        with _timed(seconds, "evaluation"):
+            before, after = evaluate_both(editor, [c.fact for c in columns], text, quiet=quiet)
+            errors = {p.layer: p.error for p in preservation_report(editor, text.windows)}
+    lines = _lines(columns, number, before, after)
+    batches = sorted({c.batch for c in columns})
+    layers = [asdict(r) | {"error": errors.get(r.layer)} for r in report.layers]
+    runs.append(
+        {
+            "run": number,
+            "time": folder_of.now(),
+            "facts": len(columns),
+            "known": sum(bool(c.outcome["known"]) for c in columns),
+            "batches": [batches[0], batches[-1]] if batches else [],
+            "before": before.summary() if before else None,
+            "after": after.summary() if after else None,
+            "text": text.name if text and after else None,
+            "layers": layers,
+            "seconds": {k: round(v, 3) for k, v in seconds.items()},
+            "notices": list(report.notices),
+        }
+    )
+    summary = {
+        "version": __version__,
+        "state": editor.history.state_id,
+        "base": asdict(editor.history.base),
+        "facts": len(editor.facts),
+        "batches": len(editor.history.batches),
+        "runs": runs,
+    }
+    environments = folder_of.read_json(folder, "environment.json", [])
+    folder_of.write_run(
+        folder,
+        recipe=editor.recipe.to_yaml(),
+        environments=[*environments, {"run": number, **folder_of.environment(editor)}],
+        lines=[*earlier, *lines],
+        summary=summary,
+    )
+    return Result(folder, summary, lines)
+
+
+def _lines(
+    columns: Sequence[Column], number: int, before: Evaluation | None, after: Evaluation | None
+) -> list[dict[str, Any]]:
+    if before is None or after is None:
+        return [folder_of.fact_line(c, number, None, None, says_target=None) for c in columns]
+    then, now = before.rows(), after.rows()
+    return [
+        folder_of.fact_line(
+            column,
+            number,
+            then[column.fact.id],
+            now[column.fact.id],
+            says_target=contains(after.answers[column.fact.id], column.fact.target),
+        )
+        for column in columns
+    ]
+
+
+def _new(editor: Editor, facts: Sequence[Fact], *, quiet: bool) -> list[Fact]:
+    """Those of `facts` that are not in the model yet."""
+    held = {(f.key, f.prompt, f.target) for f in editor.facts}
+    new = [f for f in facts if (f.key, f.prompt, f.target) not in held]
+    if len(new) < len(facts):
+        say(
+            f"Note: {len(facts) - len(new)} of {len(facts)} facts are in the model already",
+            quiet=quiet,
+        )
+    return new
+
+
+def _take_back(folder: Path, created: bool) -> None:
+    """Remove what a run made that has kept no batch."""
+    shutil.rmtree(folder / "ledger", ignore_errors=True)
+    if created and folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the empty ledger of a run that was killed in its first batch."""
+    if (folder / "ledger").is_dir():
+        shutil.rmtree(folder / "ledger")
+
+
+def _kept(batches: int, folder: Path) -> str:
+    one = batches == 1
+    return f"{batches} finished {'batch is' if one else 'batches are'} kept in {folder}"
+
+
+def _command(source: str, given: dict[str, Any], folder: Path) -> str:
+    words = ["nulledit", "edit", source, "--continue", str(folder)]
+    for name in ("skip", "limit", "text"):
+        if given[name]:
+            words += [f"--{name}", str(given[name])]
+    if given["on_conflict"] != "error":
+        words += ["--on-conflict", given["on_conflict"]]
+    return shlex.join(words)
+
+
+class _timed:
+    """Adds the wall seconds inside to `seconds[stage]`."""
+
+    def __init__(self, seconds: dict[str, float], stage: str):
+        self.seconds, self.stage = seconds, stage
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        spent = time.perf_counter() - self.start
+        self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + spent

@@ -1,0 +1,232 @@
+"""`nulledit stats`: second moments of a model's preserved keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nulledit.cli.common import (
+    device_option,
+    dtype_option,
+    emit,
+    model_source,
+    null_space,
+    output_options,
+    parse_layers,
+    prepare,
+    say,
+)
+from nulledit.errors import ConfigError, StatisticsError
+
+if TYPE_CHECKING:
+    from nulledit.config import NullSpaceSettings
+    from nulledit.editing.statistics import Statistics
+
+null_space_option = click.option(
+    "--null-space",
+    metavar="RULE=VALUE",
+    default="absolute=0.02",
+    show_default=True,
+    help="Which directions count as free: absolute=0.02, leakage=0.1, median=1.",
+)
+
+
+@click.group(short_help="Statistics of a model's preserved keys.")
+def stats() -> None:
+    """Statistics of the keys that a model sees in ordinary text: what edits must not disturb.
+
+    They are made once per model and kept in the cache, where `nulledit edit` finds them.
+    """
+
+
+@stats.command(short_help="Make statistics from a text.")
+@click.argument("model", metavar="MODEL")
+@click.option(
+    "--text",
+    required=True,
+    metavar="SOURCE",
+    help="A text file, a JSONL file, a folder of them, or datasets:NAME:CONFIG, such as "
+    "datasets:wikimedia/wikipedia:20231101.en.",
+)
+@click.option("--layers", help="As 4,5,6 or 4-8.  [default: the shipped recipe's]")
+@click.option("--tokens", type=click.IntRange(0), default=0, help="Token budget.  [default: all]")
+@click.option(
+    "--window", type=click.IntRange(1), default=512, show_default=True, help="Window in tokens."
+)
+@click.option(
+    "--packing",
+    type=click.Choice(["packed", "lines"]),
+    default="packed",
+    show_default=True,
+    help="One stream cut into full windows, or each line on its own.",
+)
+@click.option("--skip-first", is_flag=True, help="Leave out position 0, the attention sink.")
+@click.option("--out", metavar="FOLDER", help="Where to keep them.  [default: the cache]")
+@click.option("--compact", metavar="FILE", help="A small copy, too, for this --null-space only.")
+@null_space_option
+@device_option
+@dtype_option
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@output_options
+def make(model: str, as_json: bool, quiet: bool, **given: Any) -> None:
+    """Sum the keys of all chosen layers in one pass over a text. A killed run goes on where it was.
+
+    \b
+    $ nulledit stats make smollm2-135m --text wiki.txt
+    $ nulledit stats make gpt2 --text datasets:wikimedia/wikipedia:20231101.en --layers 2-6
+    """
+    from nulledit.config import StatisticsSettings, load_recipe, shipped_recipes
+
+    rule = null_space(given["null_space"])
+    if given["layers"]:
+        layers = parse_layers(given["layers"])
+    elif model in shipped_recipes():
+        layers = list(load_recipe(model).layers)
+    else:
+        raise ConfigError(f"give --layers: no recipe that comes with nulledit is for {model!r}")
+    settings = StatisticsSettings(
+        given["tokens"], given["packing"], given["window"], not given["skip_first"]
+    )
+    prepare(quiet=quiet)
+    from nulledit.data.corpus import open_corpus
+    from nulledit.editing.statistics import collect
+    from nulledit.linalg.spectrum import RULES
+    from nulledit.models.layouts import as_out_in
+    from nulledit.models.load import load_model, model_hash
+    from nulledit.models.partial import PartialModel
+
+    corpus = open_corpus(given["text"])
+    say(f"Loading {model}", quiet=quiet)
+    name = model_source(model)
+    loaded, tokenizer = load_model(
+        name,
+        device=given["device"],
+        dtype=given["dtype"],
+        trust_remote_code=given["trust_remote_code"],
+    )
+    partial = PartialModel(loaded)
+    for layer in layers:
+        if layer >= partial.depth:
+            raise ConfigError(
+                f"layer {layer} is out of range: the model has layers 0 to {partial.depth - 1}"
+            )
+        as_out_in(partial.mlp_out(layer))
+    found = collect(
+        partial,
+        tokenizer,
+        corpus,
+        settings,
+        layers=layers,
+        name=name,
+        model_hash=model_hash(loaded),
+        folder=Path(given["out"]) if given["out"] else None,
+        progress=not quiet,
+    )
+    if given["compact"]:
+        thresholds = {
+            i: RULES[rule.rule](s.eigenvalues, rule.value) for i, s in found.spectra.items()
+        }
+        found.save_compact(Path(given["compact"]), thresholds)
+    _show(found, rule, as_json)
+
+
+@stats.command(short_help="What statistics hold.")
+@click.argument("source", metavar="PATH|MODEL")
+@null_space_option
+@output_options
+def show(source: str, as_json: bool, quiet: bool, **given: Any) -> None:
+    """Per layer: tokens, protected directions, leakage, largest eigenvalues.
+
+    Leakage is the share of the keys' energy that lies in the free directions: what edits may
+    disturb. PATH is a folder or file of statistics; of a MODEL's, those that `edit` would find.
+
+    \b
+    $ nulledit stats show smollm2-135m --null-space leakage=0.1
+    """
+    rule = null_space(given["null_space"])
+    prepare(quiet=quiet)
+    _show(find(source), rule, as_json)
+
+
+def find(source: str) -> Statistics:
+    """Statistics at a path, or a model's by the name they were made under: the largest."""
+    from importlib import resources
+
+    from nulledit.editing.statistics import Statistics
+    from nulledit.models.load import cache_folder
+
+    path = Path(source)
+    if path.is_file() or (path / "manifest.json").is_file():
+        return Statistics.load(path)
+    name = model_source(source)
+    shipped = resources.files("nulledit") / "assets" / "statistics" / f"{name}.safetensors"
+    if shipped.is_file():
+        with resources.as_file(shipped) as file:
+            return Statistics.load(file)
+    found = []
+    for manifest in (cache_folder() / "statistics").glob("*/*/manifest.json"):
+        statistics = Statistics.load(manifest.parent)
+        if statistics.manifest.model == name:
+            found.append(statistics)
+    if not found:
+        raise StatisticsError(
+            f"no statistics at or of {source!r}: "
+            f"make them with `nulledit stats make {source} --text ...`"
+        )
+    return max(found, key=lambda s: s.manifest.tokens)
+
+
+def rows_of(statistics: Statistics, rule: NullSpaceSettings) -> list[dict[str, Any]]:
+    """One row per layer."""
+    from nulledit.linalg.spectrum import RULES
+
+    rows = []
+    for layer, spectrum in sorted(statistics.spectra.items()):
+        threshold = RULES[rule.rule](spectrum.eigenvalues, rule.value)
+        rows.append(
+            {
+                "layer": layer,
+                "tokens": statistics.manifest.tokens,
+                "d_in": spectrum.d_in,
+                "threshold": threshold,
+                "protected": spectrum.protected(threshold),
+                "leakage": spectrum.leakage(threshold),
+                "largest": spectrum.eigenvalues.flip(0)[:3].tolist(),
+                "median": float(spectrum.eigenvalues.median()),
+            }
+        )
+    return rows
+
+
+def _show(statistics: Statistics, rule: NullSpaceSettings, as_json: bool) -> None:
+    from nulledit.report.tables import as_text
+    from nulledit.report.text import plain
+
+    manifest, rows = statistics.manifest, rows_of(statistics, rule)
+    if as_json:
+        emit({"manifest": asdict(manifest), "null_space": asdict(rule), "layers": rows})
+        return
+    first = "counted" if manifest.settings.count_first else "left out"
+    click.echo(
+        f"{plain(manifest.model)} (weights {manifest.model_hash[:12]}, {manifest.dtype}) on "
+        f"{plain(manifest.corpus)}, {manifest.settings.packing}, windows of "
+        f"{manifest.settings.window}, position 0 {first}\n"
+    )
+    cells: list[Sequence[str]] = [
+        [
+            str(r["layer"]),
+            str(r["tokens"]),
+            f"{r['protected']} of {r['d_in']}",
+            f"{100 * r['leakage']:.2f} %",
+            f"{r['threshold']:.3g}",
+            f"{r['median']:.3g}",
+            ", ".join(f"{v:.3g}" for v in r["largest"]),
+        ]
+        for r in rows
+    ]
+    head = ["layer", "tokens", "protected", "leakage", "threshold", "median", "largest eigenvalues"]
+    click.echo(as_text((head, cells)))

@@ -1,0 +1,1 @@
+"""Results to read: tables, figures, the folder and the page of a run."""

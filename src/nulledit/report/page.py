@@ -1,0 +1,116 @@
+"""The page of a run, in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nulledit.report.tables import (
+    ABSENT,
+    Table,
+    as_markdown,
+    number,
+    preservation_table,
+    rates_table,
+)
+from nulledit.report.text import markdown
+
+SHOWN = 25  # facts whose answers stand on the page
+
+
+def report_page(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> str:
+    """`summary.json` and `results.jsonl` as a page; the last of the folder's runs comes first."""
+    base = summary["base"]
+    parts = [
+        "# Edited facts",
+        f"{summary['facts']} facts are in the model, written in {summary['batches']} batches. "
+        f"Base: {markdown(base['model'] or 'a model in memory')} ({base['dtype']}, weights "
+        f"{base['hash'][:12]}); state {summary['state'][:12]}; nulledit {summary['version']}. "
+        "The settings are in `recipe.yaml`, every fact in `results.jsonl`.",
+    ]
+    for run in reversed(summary["runs"]):
+        mine = [line for line in lines if line["run"] == run["run"]]
+        parts += _run(run, mine, last=run is summary["runs"][-1])
+    return "\n\n".join(parts) + "\n"
+
+
+def answers_table(lines: Sequence[Mapping[str, Any]], most: int = SHOWN) -> Table:
+    """What the model says by itself before and after; `answers` marks a target that is said."""
+    rows: list[Sequence[str]] = []
+    for line in lines[:most]:
+        before, after = line["before"] or {}, line["after"] or {}
+        rows.append(
+            [
+                line["prompt"],
+                line["target"],
+                _said(before.get("answer")),
+                _said(after.get("answer")),
+                mark(line),
+            ]
+        )
+    return ["prompt", "target", "before", "after", ""], rows
+
+
+def mark(line: Mapping[str, Any]) -> str:
+    """`ok` if the edited model's own words have the target, `by argmax` or `prefers` if less."""
+    after = line["after"]
+    if after is None:
+        return "not evaluated"
+    if line["says_target"]:
+        return "ok"
+    if after.get("efficacy_strict"):
+        return "by argmax"
+    return "prefers" if after.get("efficacy") else "missed"
+
+
+def _run(run: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], *, last: bool) -> list[str]:
+    first, final = run["batches"] if run["batches"] else (0, 0)
+    which = f"batches {first} to {final}" if final > first else f"batch {first}"
+    parts = [
+        f"## Run {run['run']}: {run['facts']} facts, {which if final else 'no new batch'}",
+        f"{run['time']}. " + ", ".join(f"{k} {v:.1f} s" for k, v in run["seconds"].items()) + ".",
+    ]
+    if run["known"]:
+        parts.append(f"{run['known']} of them the model knew already.")
+    if run["after"]:
+        parts.append(as_markdown(rates_table({"before": run["before"], "after": run["after"]})))
+        parts.append(
+            "Mean over facts ± standard error, n facts. By preference: the answer is likelier than "
+            "the other one. Strict: every token of it is the likeliest. Perplexity on "
+            f"{markdown(run['text'])}."
+        )
+        if last:
+            parts.append("![Efficacy, generalization and specificity before and after](figure.png)")
+    else:
+        parts.append("Not evaluated.")
+    parts += _layers(run)
+    if lines:
+        shown = f" (the first {SHOWN} of {len(lines)})" if len(lines) > SHOWN else ""
+        parts += [
+            f"### What the model says{shown}",
+            as_markdown(answers_table(lines), left=5),
+        ]
+    if run["notices"]:
+        notices = run["notices"][:SHOWN]
+        parts += ["### Notices", "\n".join(f"- {markdown(n)}" for n in notices)]
+        if len(run["notices"]) > SHOWN:
+            parts.append(f"and {len(run['notices']) - SHOWN} more, in `summary.json`.")
+    return parts
+
+
+def _layers(run: Mapping[str, Any]) -> list[str]:
+    if not run["layers"]:
+        return []
+    worst = [row["error"] for row in run["layers"] if row.get("error") is not None]
+    said = f" The largest error is {number(max(worst))}." if worst else ""
+    return [
+        "### What is preserved, per layer",
+        as_markdown(preservation_table(run["layers"])),
+        "‖ΔK₀‖/‖W₀K₀‖: how far the layer's output moves on text that the statistics did not see "
+        f"({markdown(run['text'] or ABSENT)}); the paper's claim is 0. Edit keys free: the share "
+        f"of the edited keys' energy outside the protected directions.{said}",
+    ]
+
+
+def _said(answer: str | None) -> str:
+    return ABSENT if answer is None else answer

@@ -1,0 +1,158 @@
+"""The folder of a run: what was asked, with what, and what came of it; each file whole or old."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import nulledit
+from nulledit.errors import LedgerError
+from nulledit.report.figures import rate_rows, rates_figure
+from nulledit.report.page import report_page
+
+if TYPE_CHECKING:
+    from nulledit.editor import Editor
+    from nulledit.ledger.entries import Column
+
+FILES = (
+    *("recipe.yaml", "environment.json", "results.jsonl", "summary.json", "report.md"),
+    *("figure.png", "figure.svg", "figure.csv"),
+)
+
+
+def environment(editor: Editor) -> dict[str, Any]:
+    """Versions, machine and model that results depend on, beside the recipe and the facts."""
+    import safetensors
+    import torch
+    import transformers
+
+    return {
+        "nulledit": nulledit.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+        "system": platform.platform(),
+        "device": str(editor.partial.device),
+        "threads": torch.get_num_threads(),
+        "dtype": editor.history.base.dtype,
+        "seed": editor.seed,
+        "model": editor.history.base.model,
+        "model_hash": editor.history.base.hash,
+        "time": now(),
+    }
+
+
+def now() -> str:
+    """UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def fact_line(
+    column: Column,
+    run: int,
+    before: Mapping[str, Any] | None,
+    after: Mapping[str, Any] | None,
+    *,
+    says_target: bool | None,
+) -> dict[str, Any]:
+    """One line of `results.jsonl`; `before` and `after` are rows of an evaluation, or None."""
+    fact = column.fact
+    return {
+        "id": fact.id,
+        "run": run,
+        "batch": column.batch,
+        "column": column.id,
+        "subject": fact.subject,
+        "prompt": fact.render(fact.prompt),
+        "target": fact.target,
+        "old_answer": fact.old_answer,
+        "before": before,
+        "after": after,
+        "says_target": says_target,
+        "outcome": column.outcome,
+    }
+
+
+def read_lines(folder: Path) -> list[dict[str, Any]]:
+    """The lines of `results.jsonl`, none if there is no such file."""
+    file = folder / "results.jsonl"
+    try:
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        return [json.loads(line) for line in text.split("\n") if line]
+    except ValueError as error:
+        raise LedgerError(f"{file}: a line is not JSON ({error}); move the file away") from error
+
+
+def read_json(folder: Path, name: str, default: Any) -> Any:
+    """The content of a JSON file in the folder, or `default` if there is none."""
+    file = folder / name
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else default
+    except ValueError as error:
+        raise LedgerError(f"{file}: not JSON ({error}); move the file away") from error
+
+
+def write_run(
+    folder: Path,
+    *,
+    recipe: str,
+    environments: Sequence[Mapping[str, Any]],
+    lines: Sequence[Mapping[str, Any]],
+    summary: Mapping[str, Any],
+) -> None:
+    """Write every file of the run but the ledger and the model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "recipe.yaml", recipe)
+    write(folder / "environment.json", as_json(environments))
+    write(folder / "results.jsonl", "".join(as_json(line, indent=None) for line in lines))
+    evaluated = [run for run in summary["runs"] if run["after"]]
+    if evaluated:
+        _write_figure(folder, {side: evaluated[-1][side] for side in ("before", "after")})
+    write(folder / "report.md", report_page(summary, lines))
+    write(folder / "summary.json", as_json(summary))  # last: it counts the run
+
+
+def write(file: Path, content: str | bytes) -> None:
+    """Write under a temporary name and rename: the file is never half there."""
+    partial = file.with_name(f".{file.name}.part")
+    raw = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
+    try:
+        with partial.open("wb") as opened:
+            opened.write(raw)
+            opened.flush()
+            os.fsync(opened.fileno())
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def as_json(value: Any, *, indent: int | None = 2) -> str:
+    """JSON text in one document or line; numbers that are not finite are null."""
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _write_figure(folder: Path, sides: Mapping[str, Mapping[str, Any]]) -> None:
+    rows = rate_rows(sides)
+    head = ("metric", "score", "side", "mean", "standard_error", "n")
+    cells = [["" if row[name] is None else str(row[name]) for name in head] for row in rows]
+    write(folder / "figure.csv", "".join(",".join(c) + "\n" for c in (head, *cells)))
+    figure = rates_figure(rows)
+    for kind in ("png", "svg"):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, dpi=160)
+        write(folder / f"figure.{kind}", buffer.getvalue())
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and value - value != 0 else value

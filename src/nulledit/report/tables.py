@@ -1,0 +1,100 @@
+"""Results as tables, for a terminal and for Markdown alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nulledit.report.text import markdown, plain, shorten, width
+
+ABSENT = "absent"
+METRICS = ("efficacy", "generalization", "specificity")
+Table = tuple[Sequence[str], list[Sequence[str]]]
+"""Column heads and rows."""
+
+
+def as_text(table: Table, *, left: int = 1, most: int = 60) -> str:
+    """Aligned columns for a terminal; the first `left` stand left, the others right.
+
+    Cells are made plain and cut to `most` columns; wide (East Asian) characters count as two.
+    """
+    head, rows = table
+    cells = [[shorten(plain(c), most) for c in row] for row in (head, *rows)]
+    widths = [max(width(row[i]) for row in cells) for i in range(len(head))]
+    lines = []
+    for row in cells:
+        padded = [
+            c + " " * (w - width(c)) if i < left else " " * (w - width(c)) + c
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(padded).rstrip())
+    lines.insert(1, "  ".join("─" * w for w in widths))
+    return "\n".join(lines)
+
+
+def as_markdown(table: Table, *, left: int = 1) -> str:
+    """The same table in Markdown."""
+    head, rows = table
+    rule = ["---" if i < left else "---:" for i in range(len(head))]
+    lines = [[markdown(c) for c in head], rule, *([markdown(c) for c in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def percent(rate: Mapping[str, Any] | None) -> str:
+    """A rate with its standard error, in percent; what the data lacks is absent."""
+    if not rate or not rate["n"]:
+        return ABSENT
+    return _plus_minus(
+        100 * rate["mean"], rate["standard_error"] and 100 * rate["standard_error"], 1
+    )
+
+
+def number(value: float | None) -> str:
+    """A share or error in three digits."""
+    return ABSENT if value is None or value != value else f"{value:.3g}"
+
+
+def rates_table(sides: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Evaluations by name (`before`, `after`) as columns, one row per metric, n behind."""
+    rows: list[Sequence[str]] = []
+    for name in METRICS:
+        for key, label in ((name, "preference"), (f"{name}_strict", "strict")):
+            rates = [side["rates"].get(key) for side in sides.values()]
+            rows.append([f"{name}, {label} (%)", *map(percent, rates), _count(rates)])
+    generation = [side.get("generation") for side in sides.values()]
+    rows.append(["answer contains the target (%)", *map(percent, generation), _count(generation)])
+    texts = [side.get("perplexity") for side in sides.values()]
+    said = [ABSENT if not p else _plus_minus(p["value"], p["standard_error"], 2) for p in texts]
+    tokens = next((f"{p['tokens']} tokens" for p in texts if p), "")
+    rows.append(["perplexity", *said, tokens])
+    return ["", *sides, "n"], rows
+
+
+def preservation_table(layers: Sequence[Mapping[str, Any]]) -> Table:
+    """Per layer: what the edits do to keys of other text, and how large they are."""
+    head = ["layer", "‖ΔK₀‖/‖W₀K₀‖", "‖Δ‖/‖W₀‖", "edit keys free", "protected"]
+    rows: list[Sequence[str]] = [
+        [
+            str(row["layer"]),
+            number(row.get("error")),
+            number(row["update_share"]),
+            number(row["free_share"]),
+            f"{row['protected']} of {row['d_in']}",
+        ]
+        for row in layers
+    ]
+    if any(row["rounding_share"] for row in layers):
+        head.append("rounding/‖Δ‖")
+        rows = [[*r, number(x["rounding_share"])] for r, x in zip(rows, layers, strict=True)]
+    return head, rows
+
+
+def _plus_minus(value: float | None, error: float | None, digits: int) -> str:
+    """A value with its standard error; one alone has none."""
+    if value is None:
+        return "not finite"
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def _count(rates: Sequence[Mapping[str, Any] | None]) -> str:
+    return "/".join(dict.fromkeys(str(r["n"]) for r in rates if r and r["n"]))

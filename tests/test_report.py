@@ -1,0 +1,206 @@
+"""Tables, figures and the page of a run."""
+
+import io
+import json
+
+import pytest
+
+from nulledit.report.figures import rate_rows, rates_figure
+from nulledit.report.page import report_page
+from nulledit.report.run import as_json, read_lines, write, write_run
+from nulledit.report.tables import as_markdown, as_text, preservation_table, rates_table
+from nulledit.report.text import markdown, plain, shorten, width
+
+
+def rate(mean, n=25, error=0.04):
+    return {"mean": mean, "standard_error": error, "n": n}
+
+
+def side(efficacy, perplexity=None):
+    return {
+        "rates": {
+            "efficacy": rate(efficacy),
+            "efficacy_strict": rate(efficacy / 2),
+            "generalization": None,
+            "generalization_strict": None,
+            "specificity": rate(0.75, 20),
+            "specificity_strict": rate(0.5, 1, None),
+        },
+        "generation": rate(efficacy),
+        "perplexity": perplexity,
+    }
+
+
+LAYER = {
+    "layer": 4,
+    "error": 0.0123,
+    "update_share": 0.2,
+    "free_share": 0.5,
+    "protected": 100,
+    "d_in": 1536,
+    "rounding_share": 0.0,
+}
+
+
+def line(i, *, prompt="France is", says=True):
+    row = {"efficacy": True, "efficacy_strict": False, "answer": "Paris | or\x1b[31m so"}
+    return {
+        "id": f"f{i}",
+        "run": 1,
+        "batch": 1,
+        "column": i,
+        "prompt": prompt,
+        "target": "Madrid",
+        "before": row,
+        "after": row,
+        "says_target": says,
+        "outcome": {"known": False},
+    }
+
+
+def summary(**more):
+    run = {
+        "run": 1,
+        "time": "2026-01-01T00:00:00+00:00",
+        "facts": 2,
+        "known": 0,
+        "batches": [1, 1],
+        "before": side(0.04),
+        "after": side(1.0, {"value": 20.5, "standard_error": 1.25, "tokens": 4335}),
+        "text": "wiki.txt",
+        "layers": [LAYER],
+        "seconds": {"values": 1.5},
+        "notices": [],
+    } | more
+    return {
+        "version": "0.1.0",
+        "state": "a" * 64,
+        "base": {"model": "tiny", "hash": "b" * 64, "dtype": "float32"},
+        "facts": 2,
+        "batches": 1,
+        "runs": [run],
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\x1b[31mb", "a\\x1b[31mb"),
+        ("a\nb\tc\r", "a\\nb\\tc\\r"),
+        ("\u202eabc\u2066", "\\u202eabc\\u2066"),
+        ("\x9b31m\x00", "\\x9b31m\\x00"),
+        ("\u2028\ud800", "\\u2028\\ud800"),
+        ("Émile 東京 ‍ की", "Émile 東京 ‍ की"),
+    ],
+)
+def test_plain_text_can_not_steer_a_terminal(text, shown):
+    assert plain(text) == shown
+
+
+def test_markdown_has_no_meaning_left():
+    text = "| `x` <b> [a](b) *c* _d_ # e"
+    shown = markdown(text)
+    assert "\\|" in shown
+    assert "\\<b\\>" in shown
+    assert "\\[a\\]" in shown
+
+
+def test_columns_stand_under_each_other_in_wide_scripts():
+    table = as_text((["subject", "n"], [["東京", "1"], ["Zoe\u0301", "22"], ["Лев", "3"]]))
+    lines = table.split("\n")
+    assert {width(text) for text in lines} == {width(lines[0])}
+    assert width("東京") == 4
+    assert width("e\u0301") == 1
+
+
+def test_a_long_cell_is_cut_by_its_width():
+    assert shorten("東京東京", 5) == "東京…"
+    assert shorten("short", 5) == "short"
+
+
+def test_a_cell_with_a_bar_does_not_break_a_markdown_table():
+    table = as_markdown((["a", "b"], [["x | y", "2"]]))
+    assert table.split("\n")[1] == "| --- | ---: |"
+    assert table.split("\n")[2] == "| x \\| y | 2 |"
+
+
+def test_what_the_data_lacks_is_absent():
+    head, rows = rates_table({"before": side(0.04), "after": side(1.0)})
+    cells = {row[0]: row[1:] for row in rows}
+    assert head == ["", "before", "after", "n"]
+    assert cells["efficacy, preference (%)"] == ["4.0 ± 4.0", "100.0 ± 4.0", "25"]
+    assert cells["generalization, preference (%)"] == ["absent", "absent", ""]
+    assert cells["specificity, strict (%)"] == ["50.0", "50.0", "1"]  # one fact has no error
+    assert cells["perplexity"] == ["absent", "absent", ""]
+
+
+def test_rounding_is_shown_where_there_is_some():
+    assert "rounding/‖Δ‖" not in preservation_table([LAYER])[0]
+    head, rows = preservation_table([LAYER | {"rounding_share": 0.01, "error": None}])
+    assert head[-1] == "rounding/‖Δ‖"
+    assert rows[0][1] == "absent"
+
+
+def test_a_figure_has_its_numbers_and_saves_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = rate_rows({"before": side(0.04), "after": side(1.0)})
+    assert len(rows) == 8  # two metrics of three, two scores, two sides
+    figure = rates_figure(rows)
+    assert len(figure.axes) == 2
+    assert len(figure.axes[0].patches) == 4
+    figure.savefig(io.BytesIO(), format="svg")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_figure_of_nothing_is_drawn():
+    rates_figure([]).savefig(io.BytesIO(), format="png")
+
+
+def test_the_page_shows_answers_and_tables():
+    page = report_page(summary(), [line(1), line(2, says=False)])
+    assert "| efficacy, preference (%) | 4.0 ± 4.0 | 100.0 ± 4.0 | 25 |" in page
+    assert "20.50 ± 1.25" in page
+    assert "Paris \\| or\\\\x1b" in page
+    assert "\x1b" not in page
+    assert "| ok |" in page
+    assert "| prefers |" in page
+
+
+def test_the_page_of_a_run_without_evaluation():
+    bare = line(1) | {"before": None, "after": None}
+    page = report_page(summary(before=None, after=None, text=None, layers=[]), [bare])
+    assert "Not evaluated" in page
+    assert "figure.png" not in page
+
+
+def test_a_folder_is_written_whole(tmp_path):
+    lines = [line(1), line(2)]
+    write_run(tmp_path, recipe="l2: 1\n", environments=[{"run": 1}], lines=lines, summary=summary())
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {
+        *("recipe.yaml", "environment.json", "results.jsonl", "summary.json", "report.md"),
+        *("figure.png", "figure.svg", "figure.csv"),
+    }
+    assert read_lines(tmp_path) == lines
+    table = (tmp_path / "figure.csv").read_text().splitlines()
+    assert table[0] == "metric,score,side,mean,standard_error,n"
+    assert len(table) == 9
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    file = tmp_path / "a.txt"
+    write(file, "old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write(file, "new")
+    assert file.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_json_has_null_for_what_is_not_finite():
+    data = {"a": float("nan"), "b": [float("inf"), 1.0], "c": None, "d": "é"}
+    assert json.loads(as_json(data)) == {"a": None, "b": [None, 1.0], "c": None, "d": "é"}
