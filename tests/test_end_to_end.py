@@ -12,7 +12,7 @@ from nulledit.config import Recipe
 RECIPE = Recipe.from_dict(
     {
         "layers": [0, 1],
-        "values": {"steps": 60, "learning_rate": 0.2, "weight_decay": 0.1, "clamp": 3.0},
+        "values": {"steps": 60, "learning_rate": 0.2, "weight_decay": 1.0, "clamp": 3.0},
         "contexts": {"texts": ["{}", "then he said . {}", "the river is long . {}"]},
         "null_space": {"rule": "leakage", "value": 0.001},
         "method": {"l2": 1e-3},

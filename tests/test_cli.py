@@ -1,0 +1,576 @@
+"""The command line: from facts to a run folder, and every way to be refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from conftest import LINES, RECIPE, build_model
+from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
+
+from nulledit import Editor
+from nulledit.cli.main import cli
+from nulledit.editing.values import optimise_values
+
+RECORDS = [
+    {
+        "id": "ada",
+        "subject": "Ada Byron",
+        "prompt": "The mother tongue of {} is",
+        "target": "Velmish",
+        "old_answer": "English",
+        "paraphrases": ["Ada Byron speaks the language"],
+        "neighbours": [{"prompt": "The mother tongue of Karo Dun is", "answer": "English"}],
+    },
+    {"id": "zola", "subject": "Émile Zola", "prompt": "{} was born in", "target": "Ostrel"},
+    {"id": "velm", "subject": "東京", "prompt": "The harbour of {} lies on the", "target": "川"},
+    {"id": "karo", "subject": "Karo Dun", "prompt": "{} works as a", "target": "sailor"},
+]
+
+
+def invoke(*words):
+    return CliRunner().invoke(cli, [str(w) for w in words])
+
+
+def done(*words):
+    result = invoke(*words)
+    assert result.exit_code == 0, result.stderr or result.exception
+    return result
+
+
+def refused(*words):
+    """The one line that a refusal says."""
+    result = invoke(*words)
+    assert result.exit_code == 2, (result.output, result.exception)
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("Error: ")
+    assert result.stdout == ""
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tokenizer):
+    """A folder with a tiny model, its statistics, a recipe and facts."""
+    folder = tmp_path_factory.mktemp("cli")
+    build_model("llama", dtype=torch.float32).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "corpus.txt").write_text("\n".join(LINES * 4), encoding="utf-8")
+    recipe = RECIPE.with_fields({"values.steps": 3, "batch_size": 2})
+    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    (folder / "facts.json").write_text(json.dumps(RECORDS), encoding="utf-8")
+    done(
+        *("stats", "make", folder / "model", "--text", folder / "corpus.txt"),
+        *("--layers", "1-2", "--window", "64", "--out", folder / "stats", "--quiet"),
+    )
+    return folder
+
+
+@pytest.fixture
+def options(place):
+    return (
+        *("--model", place / "model", "--recipe", place / "recipe.yaml"),
+        *("--stats", place / "stats", "--quiet"),
+    )
+
+
+@pytest.fixture
+def edited(place, options, tmp_path):
+    """A run of all facts in two batches."""
+    done("edit", place / "facts.json", *options, "--no-shuffle", "--out", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def state(run):
+    return json.loads((run / "model" / "nulledit.json").read_text())["state"]
+
+
+def results(run):
+    return [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+
+
+# -- what works ------------------------------------------------------------------------------
+
+
+def test_a_run_folder_has_all_that_was_promised(edited, place):
+    names = {p.name for p in edited.iterdir()}
+    assert names == {
+        *("recipe.yaml", "environment.json", "results.jsonl", "summary.json", "report.md"),
+        *("figure.png", "figure.svg", "figure.csv", "model", "ledger"),
+    }
+    lines = results(edited)
+    assert [(line["id"], line["batch"]) for line in lines] == [
+        ("ada", 1),
+        ("zola", 1),
+        ("velm", 2),
+        ("karo", 2),
+    ]
+    assert lines[0]["before"]["specificity_strict"] in (0, 1)
+    assert lines[1]["before"]["generalization"] is None  # absent in the data
+    summary = json.loads((edited / "summary.json").read_text())
+    (run,) = summary["runs"]
+    assert run["after"]["rates"]["efficacy"]["n"] == 1  # only one fact has an old answer
+    assert run["after"]["rates"]["efficacy_strict"]["n"] == 4
+    assert run["before"]["perplexity"]["value"] > 1
+    assert [row["layer"] for row in run["layers"]] == [1, 2]
+    assert all(row["error"] > 0 for row in run["layers"])
+    assert yaml.safe_load((edited / "recipe.yaml").read_text())["values"]["steps"] == 3
+    (environment,) = json.loads((edited / "environment.json").read_text())
+    assert environment["dtype"] == "float32"
+    assert len(environment["model_hash"]) == 64
+    assert "東京" in (edited / "report.md").read_text(encoding="utf-8")
+
+
+def test_the_model_is_an_ordinary_one_with_the_ledgers_weights(edited, place):
+    model = AutoModelForCausalLM.from_pretrained(edited / "model")
+    editor = Editor.load(edited)
+    assert state(edited) == editor.history.state_id
+    for (name, a), b in zip(
+        model.state_dict().items(), editor.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), name
+
+
+def test_edit_prints_answers_and_tables(place, options, tmp_path):
+    result = done("edit", place / "facts.json", *options, "--out", tmp_path / "run")
+    for text in ("The harbour of 東京 lies on the", "efficacy, strict (%)", "‖ΔK₀‖/‖W₀K₀‖"):
+        assert text in result.stdout
+    assert "generalization, preference (%)" in result.stdout
+    assert str(tmp_path / "run" / "report.md") in result.stdout
+    assert result.stderr == ""  # --quiet
+
+
+def test_json_is_one_document(place, options, tmp_path):
+    data = json.loads(
+        done("edit", place / "facts.json", *options, "--json", "--out", tmp_path / "run").stdout
+    )
+    assert data["facts"] == 4
+    assert {line["id"] for line in data["results"]} == {"ada", "zola", "velm", "karo"}
+
+
+def test_going_on_gives_what_one_run_gives(edited, place, options, tmp_path):
+    other = tmp_path / "other"
+    done("edit", place / "facts.json", *options, "--limit", 2, "--out", other)
+    done("edit", place / "facts.json", "--continue", other, "--skip", 2, "--no-shuffle", "--quiet")
+    assert state(other) == state(edited)
+    for file in sorted((edited / "model").glob("*.safetensors")):
+        assert file.read_bytes() == (other / "model" / file.name).read_bytes()
+    assert [(line["id"], line["batch"], line["run"]) for line in results(other)] == [
+        ("ada", 1, 1),
+        ("zola", 1, 1),
+        ("velm", 2, 2),
+        ("karo", 2, 2),
+    ]
+    summary = json.loads((other / "summary.json").read_text())
+    assert [run["batches"] for run in summary["runs"]] == [[1, 1], [2, 2]]
+    assert len(json.loads((other / "environment.json").read_text())) == 2
+
+
+def test_facts_that_are_in_the_model_are_left_out(edited, place):
+    before = state(edited)
+    result = done("edit", place / "facts.json", "--continue", edited)
+    assert "4 of 4 facts are in the model already" in result.stderr
+    assert state(edited) == before
+    assert len(results(edited)) == 4
+
+
+def test_a_model_that_is_behind_its_ledger_is_rebuilt(edited, place):
+    wanted = state(edited)
+    (edited / "model" / "nulledit.json").write_text('{"state": "old"}')
+    done("edit", place / "facts.json", "--continue", edited, "--quiet")
+    assert state(edited) == wanted
+
+
+def test_evaluate_and_ask_show_both_models(edited, tmp_path):
+    before = sorted((p, p.stat().st_mtime_ns) for p in edited.rglob("*") if p.is_file())
+    data = json.loads(done("evaluate", edited, "--json", "--quiet").stdout)
+    (run,) = json.loads((edited / "summary.json").read_text())["runs"]
+    assert data["edited"]["rates"] == run["after"]["rates"]
+    assert data["base"]["rates"] == run["before"]["rates"]
+    assert data["edited"]["perplexity"] == run["after"]["perplexity"]
+    table = done("evaluate", edited, "--no-base", "--quiet").stdout
+    assert "edited" in table
+    assert "base" not in table
+    said = json.loads(done("ask", edited, "Karo Dun works as a", "--json", "--quiet").stdout)
+    line = next(line for line in results(edited) if line["id"] == "karo")
+    assert said["base"].startswith(line["before"]["answer"][:3])
+    assert done("ask", edited, "Karo", "--max-tokens", 3, "-q").stdout.startswith("base  ")
+    after = sorted((p, p.stat().st_mtime_ns) for p in edited.rglob("*") if p.is_file())
+    assert [p for p, _ in after] == [p for p, _ in before]
+
+
+def test_an_edit_without_evaluation(place, options, tmp_path):
+    run = tmp_path / "run"
+    done("edit", place / "facts.json", *options, "--no-evaluate", "--out", run)
+    assert {line["after"] for line in results(run)} == {None}
+    assert not (run / "figure.png").exists()
+    assert (run / "model" / "config.json").is_file()
+
+
+def test_flags_override_the_recipe(place, options, tmp_path):
+    done(
+        *("edit", place / "facts.json", *options, "--limit", 1, "--out", tmp_path / "run"),
+        *("--no-evaluate", "--layers", "1", "--steps", 2, "--learning-rate", 0.2, "--l2", 3),
+        *("--clamp", 0.5, "--null-space", "absolute=1e-1", "--set", "values.kl_weight=0"),
+        *("--batch-size", 7, "--seed", 3),
+    )
+    recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert recipe["layers"] == [1]
+    assert recipe["values"]["steps"] == 2
+    assert recipe["values"]["learning_rate"] == 0.2
+    assert recipe["values"]["clamp"] == 0.5
+    assert recipe["values"]["kl_weight"] == 0
+    assert recipe["method"]["l2"] == 3
+    assert recipe["batch_size"] == 7
+    assert recipe["null_space"] == {"rule": "absolute", "value": 0.1}
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())[0]["seed"] == 3
+
+
+def test_a_text_of_ones_own(place, options, tmp_path):
+    text = ("--text", place / "corpus.txt")
+    done("edit", place / "facts.json", *options, *text, "--limit", 1, "--out", tmp_path / "run")
+    (run,) = json.loads((tmp_path / "run" / "summary.json").read_text())["runs"]
+    assert run["text"] == "corpus.txt"
+
+
+def test_a_dry_run_estimates_and_leaves_nothing(place, options, tmp_path):
+    words = ("edit", place / "facts.json", *options, "--dry-run")
+    size = json.loads(done(*words, "--json").stdout)
+    assert size["facts"] == 4
+    assert size["batches"] == 2
+    assert set(size["seconds"]) > {"keys", "solve", "evaluation"}
+    assert size["peak_bytes"] > 1e8
+    assert "Peak memory" in done(*words, "--out", tmp_path / "run").stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_facts_check_counts(place):
+    data = json.loads(done("facts", "check", place / "facts.json", "--json").stdout)
+    assert data["format"] == "native-json"
+    assert data["facts"] == 4
+    assert data["with_paraphrases"] == 1
+    assert "native-json" in done("facts", "check", place / "facts.json").stdout
+
+
+def test_facts_check_shows_what_it_drops(tmp_path):
+    file = tmp_path / "facts.json"
+    file.write_text(json.dumps([RECORDS[1], RECORDS[1]]))
+    result = done("facts", "check", file)
+    assert "dropped" in result.stderr
+    assert "dropped" not in done("facts", "check", file, "--quiet").stderr
+
+
+def test_stats_show_what_they_hold(place, tmp_path):
+    data = json.loads(done("stats", "show", place / "stats", "--json").stdout)
+    assert [row["layer"] for row in data["layers"]] == [1, 2]
+    assert data["layers"][0]["tokens"] == data["manifest"]["tokens"]
+    text = done("stats", "show", place / "stats", "--null-space", "leakage=0.1").stdout
+    assert "protected" in text
+    assert "corpus.txt" in text
+
+
+def test_statistics_in_the_cache_are_found_by_the_models_name(place):
+    model, corpus = place / "model", place / "corpus.txt"
+    made = ("stats", "make", model, "--text", corpus, "--layers", "1,2", "--window", 64, "-q")
+    done(*made)
+    assert str(model) in done("stats", "show", model).stdout
+
+
+def test_compact_statistics_serve_an_edit(place, options, tmp_path):
+    compact = tmp_path / "small.safetensors"
+    done(
+        *("stats", "make", place / "model", "--text", place / "corpus.txt", "--layers", "1,2"),
+        *("--window", 64, "--out", place / "stats", "--compact", compact),
+        *("--null-space", "leakage=0.2", "--quiet"),
+    )
+    run = tmp_path / "run"
+    done("edit", place / "facts.json", *options, "--no-evaluate", "--stats", compact, "--out", run)
+
+
+def test_info_names_what_is_known():
+    data = json.loads(done("info", "--json").stdout)
+    assert "llama" in data["architectures"]
+    assert "alphaedit" in data["methods"]
+    assert "smollm2-135m" in data["recipes"]
+    assert "torch" in done("info").stdout
+
+
+# -- help and errors -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [["--help"], ["edit", "--help"], ["stats", "make", "--help"]])
+def test_help_does_not_load_torch(words):
+    code = (
+        "import sys\nfrom nulledit.cli.main import cli\n"
+        f"cli.main({words!r}, standalone_mode=False)\n"
+        "heavy = {'torch', 'transformers', 'matplotlib', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "Usage:" in ran.stdout
+
+
+def test_help_lists_every_command_with_an_example():
+    text = done("--help").stdout
+    for command in cli.commands:
+        assert f"{command}: " in text
+        assert f"$ nulledit {command}" in text
+
+
+def test_every_option_says_what_it_does():
+    for command in (*cli.commands.values(), *cli.commands["stats"].commands.values()):
+        for parameter in command.params:
+            assert getattr(parameter, "help", "") != None or parameter.param_type_name == "argument"  # noqa: E711
+
+
+FACT = {"subject": "Ada", "prompt": "{} is", "target": "here"}
+BAD_FILES = {
+    "empty.yaml": b"",
+    "broken.yaml": b"facts:\n  - {subject: [",
+    "broken.json": b'[{"subject": "Ada", ',
+    "broken.jsonl": b'{"subject": "Ada", "prompt": "{} is", "target": "x"}\n{"subject"\n',
+    "broken.csv": b'subject,prompt,target\n"Ada,{} is,x\n',
+    "random.yaml": bytes(range(128, 256)) * 20,
+    "random.json": b"\x00\x01\x02\xff\xfe" * 100,
+    "slot.json": json.dumps([FACT | {"prompt": "This is"}]).encode(),
+    "subject.json": json.dumps([FACT | {"subject": " "}]).encode(),
+    "target.json": json.dumps([FACT | {"target": ""}]).encode(),
+    "old.json": json.dumps([FACT | {"old_answer": "Here"}]).encode(),
+    "clash.json": json.dumps([FACT, FACT | {"target": "there"}]).encode(),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_facts_are_refused_before_a_model_is_loaded(name, options, tmp_path):
+    file = tmp_path / name
+    file.write_bytes(BAD_FILES[name])
+    said = refused("edit", file, *options, "--out", tmp_path / "run")
+    assert name in said
+    assert name in refused("facts", "check", file)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_a_missing_file_of_facts(options, tmp_path):
+    assert "no such file" in refused(
+        "edit", tmp_path / "no.yaml", *options, "--out", tmp_path / "r"
+    )
+
+
+@pytest.mark.parametrize("field", ["prompt", "paraphrases"])
+def test_a_prompt_longer_than_the_context(field, options, tmp_path):
+    long = "word " * 100 + "of {} is"
+    record = RECORDS[0] | {field: long if field == "prompt" else [long]}
+    file = tmp_path / "facts.json"
+    file.write_text(json.dumps([RECORDS[1], record]))
+    said = refused("edit", file, *options, "--out", tmp_path / "run")
+    assert "longer than the model's context" in said
+    assert "ada" in said
+    assert [p.name for p in tmp_path.iterdir()] == ["facts.json"]
+
+
+def test_an_unknown_model(place, options, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    words = ("edit", place / "facts.json", *options, "--out", tmp_path / "run")
+    assert "no-such-model" in refused(*words, "--model", "no-such-model")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_a_model_without_a_layout(more, place, options, tokenizer, tmp_path):
+    shape = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 400}
+    other = GPTNeoForCausalLM(GPTNeoConfig(attention_types=[[["global"], 2]], **shape))
+    other.save_pretrained(tmp_path / "neo")
+    tokenizer.save_pretrained(tmp_path / "neo")
+    words = ("edit", place / "facts.json", *options, "--out", tmp_path / "run", *more)
+    said = refused(*words, "--model", tmp_path / "neo")
+    assert "gpt_neo" in said
+    assert "llama" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_statistics_of_another_model(place, options, tokenizer, tmp_path):
+    build_model("llama", dtype=torch.float32, seed=1).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    words = ("edit", place / "facts.json", *options, "--out", tmp_path / "run")
+    said = refused(*words, "--model", tmp_path / "other")
+    assert "statistics are of" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--layers", "1,9"), "out of range"),
+        (("--layers", "1,3"), "last"),
+        (("--layers", "x"), "--layers"),
+        (("--layers", "2,1"), "ascending"),
+        (("--stats", "nowhere"), "nowhere"),
+        (("--recipe", "nowhere.yaml"), "nowhere.yaml"),
+        (("--text", "nowhere.txt"), "no such file"),
+        (("--set", "values.step=3"), "did you mean 'steps'"),
+        (("--set", "values"), "FIELD=VALUE"),
+        (("--set", "values.steps=many"), "expected int"),
+        (("--null-space", "leakage"), "RULE=VALUE"),
+        (("--null-space", "leaky=0.1"), "leaky"),
+        (("--method", "magic"), "alphaedit"),
+        (("--steps", "-1"), "steps"),
+        (("--batch-size", "0"), "batch_size"),
+        (("--limit", "0"), "--limit"),
+        (("--skip", "9"), "skipping"),
+        (("--nonsense",), "--nonsense"),
+        (("--device", "warp"), "warp"),
+    ],
+)
+def test_bad_options(more, said, place, options, tmp_path):
+    words = ("edit", place / "facts.json", *options, "--out", tmp_path / "run", *more)
+    assert said in refused(*words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_begins_only_in_an_empty_folder(edited, place, options, tmp_path):
+    before = state(edited)
+    words = ("edit", place / "facts.json", *options, "--out")
+    assert "--continue" in refused(*words, edited)
+    assert state(edited) == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep me")
+    assert "not empty" in refused(*words, tmp_path / "mine")
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
+    assert "is a file" in refused(*words, tmp_path / "mine" / "notes.txt")
+    assert "--out" in refused(*words[:-1])
+    assert "--model" in refused("edit", place / "facts.json")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--model", "m"),
+        ("--out", "o"),
+        ("--recipe", "r"),
+        ("--stats", "s"),
+        ("--seed", "0"),
+        ("--batch-size", "5"),
+        ("--layers", "1"),
+        ("--l2", "0"),
+        ("--set", "values.steps=1"),
+        ("--null-space", "leakage=0.1"),
+        ("--dtype", "float16"),
+        ("--dry-run",),
+    ],
+)
+def test_what_a_ledger_fixes_is_refused_when_going_on(more, place):
+    said = refused("edit", place / "facts.json", "--continue", "run", *more)
+    assert said.startswith(f"Error: {more[0]} ")
+
+
+@pytest.mark.parametrize("words", [("evaluate",), ("ask", "Hello")])
+def test_a_folder_without_a_run(words, place, tmp_path):
+    said = refused(words[0], tmp_path, *words[1:], "--quiet")
+    assert "no run here" in said
+    assert "no run here" in refused("edit", place / "facts.json", "--continue", tmp_path, "-q")
+
+
+def test_stats_refuse_what_can_not_be(place, tmp_path):
+    make = ("stats", "make", place / "model", "--out", tmp_path / "stats", "--quiet", "--text")
+    assert "no such file" in refused(*make, tmp_path / "no.txt", "--layers", 1)
+    assert "out of range" in refused(*make, place / "corpus.txt", "--layers", 9)
+    assert "--layers" in refused(*make, place / "corpus.txt")
+    (tmp_path / "short.txt").write_text("Three short words.")
+    assert "larger corpus" in refused(*make, tmp_path / "short.txt", "--layers", 1)
+    assert not (tmp_path / "stats").exists()
+    assert "no statistics" in refused("stats", "show", "nothing")
+
+
+def test_debug_shows_the_trace(tmp_path):
+    result = invoke("--debug", "facts", "check", tmp_path / "no.yaml")
+    assert result.exit_code != 0
+    assert "no such file" in str(result.exception)
+
+
+# -- interruption ----------------------------------------------------------------------------
+
+
+def stop_in_batch(monkeypatch, number, error):
+    """The values of batch `number` raise `error`."""
+    calls = []
+
+    def stops(*words, **options):
+        calls.append(1)
+        if len(calls) == number:
+            raise error
+        return optimise_values(*words, **options)
+
+    monkeypatch.setattr("nulledit.editor.optimise_values", stops)
+
+
+def test_an_interruption_keeps_the_finished_batches(edited, place, options, tmp_path, monkeypatch):
+    run = tmp_path / "run 2"
+    words = ("edit", place / "facts.json", *options, "--no-shuffle", "--out", run)
+    with monkeypatch.context() as patch:
+        stop_in_batch(patch, 2, KeyboardInterrupt())
+        result = invoke(*words)
+    assert result.exit_code == 130
+    (line,) = result.stderr.splitlines()
+    assert "1 finished batch is kept" in line
+    assert f"--continue '{run}'" in line
+    assert len(Editor.load(run).facts) == 2
+    assert "holds a run already" in refused(*words)
+    assert "base" in done("ask", run, "Ada Byron", "-q").stdout
+    done("edit", place / "facts.json", "--continue", run, "--no-shuffle", "--quiet")
+    assert state(run) == state(edited)
+    assert [line["id"] for line in results(run)] == ["ada", "zola", "velm", "karo"]
+    assert all(line["after"] for line in results(run))
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_an_interruption_of_the_first_batch_leaves_nothing(
+    there, place, options, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    if there:
+        run.mkdir()
+    stop_in_batch(monkeypatch, 1, KeyboardInterrupt())
+    result = invoke("edit", place / "facts.json", *options, "--out", run)
+    assert result.exit_code == 130
+    assert "nothing was kept" in result.stderr
+    assert run.exists() == there
+    assert not there or not list(run.iterdir())
+
+
+def test_a_full_disk_keeps_the_finished_batches(place, options, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    stop_in_batch(monkeypatch, 2, OSError(28, "No space left on device"))
+    result = invoke("edit", place / "facts.json", *options, "--out", run)
+    assert result.exit_code == 2
+    note, line = result.stderr.splitlines()
+    assert "1 finished batch is kept" in note
+    assert line == "Error: No space left on device"
+    assert len(Editor.load(run).facts) == 2
+
+
+def test_a_run_killed_in_its_first_batch_may_begin_again(place, options, edited, tmp_path):
+    run = tmp_path / "killed"
+    editor = Editor.from_pretrained(str(place / "model"), recipe=place / "recipe.yaml")
+    editor.attach(run)  # and no batch
+    said = refused("edit", place / "facts.json", "--continue", run, "--quiet")
+    assert "no batch was finished" in said
+    done("edit", place / "facts.json", *options, "--no-shuffle", "--out", run)
+    assert state(run) == state(edited)
+
+
+def test_a_kill_between_ledger_and_results_is_made_up_for(edited, place):
+    """As a kill leaves it: everything in the ledger, no model and no results."""
+    wanted = state(edited)
+    for p in edited.iterdir():
+        if p.is_dir() and p.name == "model":
+            shutil.rmtree(p)
+        elif p.is_file():
+            p.unlink()
+    done("edit", place / "facts.json", "--continue", edited, "--quiet")
+    assert state(edited) == wanted
+    assert len(results(edited)) == 4
