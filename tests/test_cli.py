@@ -2,9 +2,12 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
+import click
 import pytest
 import torch
 import yaml
@@ -315,6 +318,14 @@ def test_help_does_not_load_torch(words):
     assert "Usage:" in ran.stdout
 
 
+def test_help_shows_every_option_of_edit():
+    text = done("edit", "--help").stdout
+    for option in cli.commands["edit"].params:
+        if isinstance(option, click.Option):
+            assert option.opts[0] in text
+    assert "Recipe:" in text
+
+
 def test_help_lists_every_command_with_an_example():
     text = done("--help").stdout
     for command in cli.commands:
@@ -322,10 +333,17 @@ def test_help_lists_every_command_with_an_example():
         assert f"$ nulledit {command}" in text
 
 
-def test_every_option_says_what_it_does():
-    for command in (*cli.commands.values(), *cli.commands["stats"].commands.values()):
-        for parameter in command.params:
-            assert getattr(parameter, "help", "") != None or parameter.param_type_name == "argument"  # noqa: E711
+def every_command(group):
+    for command in group.commands.values():
+        yield from every_command(command) if isinstance(command, click.Group) else [command]
+
+
+@pytest.mark.parametrize("command", list(every_command(cli)), ids=lambda c: c.name)
+def test_every_option_says_what_it_does_and_every_command_has_an_example(command):
+    options = [p for p in command.params if isinstance(p, click.Option)]
+    assert options
+    assert all(option.help for option in options)
+    assert "$ nulledit " in command.help
 
 
 FACT = {"subject": "Ada", "prompt": "{} is", "target": "here"}
@@ -551,6 +569,33 @@ def test_a_full_disk_keeps_the_finished_batches(place, options, tmp_path, monkey
     assert "1 finished batch is kept" in note
     assert line == "Error: No space left on device"
     assert len(Editor.load(run).facts) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_process_leaves_the_last_finished_batch(number, place, options, tmp_path):
+    run = tmp_path / "run"
+    facts = [{"subject": f"Ada {i}", "prompt": "{} is", "target": "here"} for i in range(200)]
+    (tmp_path / "many.json").write_text(json.dumps(facts))
+    words = ("edit", tmp_path / "many.json", *options, "--no-evaluate", "--out", run)
+    more = ("--batch-size", "1", "--set", "same_key=1", "--set", "values.stop_loss=0")
+    code = "from nulledit.cli.main import main; main()"
+    command = [sys.executable, "-c", code, *map(str, (*words, *more))]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while process.poll() is None and len(list(run.glob("ledger/tensors/*"))) < 4:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        said = process.communicate(timeout=60)[1]
+    kept = len(Editor.load(run).facts)
+    assert 1 <= kept < 200
+    if number == signal.SIGTERM:
+        assert process.returncode == 130
+        assert "kept in" in said
+    words = ("edit", tmp_path / "many.json", "--continue", run, "--no-evaluate", "-q")
+    done(*words, "--limit", kept + 1, "--no-shuffle")
+    assert len(results(run)) >= kept
+    assert state(run) == Editor.load(run).history.state_id
 
 
 def test_a_run_killed_in_its_first_batch_may_begin_again(place, options, edited, tmp_path):

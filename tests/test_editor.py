@@ -16,9 +16,7 @@ from nulledit.ledger.store import Store
 def make_editor(tiny_model, tokenizer, recipe, make_statistics):
     def make(family="llama", dtype=torch.float64, recipe=recipe, **options):
         model = tiny_model(family, dtype=dtype)
-        return Editor(
-            model, tokenizer, recipe=recipe, statistics=make_statistics(model), **options
-        )
+        return Editor(model, tokenizer, recipe=recipe, statistics=make_statistics(model), **options)
 
     return make
 
@@ -133,7 +131,9 @@ def test_the_saved_model_is_a_plain_hugging_face_model(family, make_editor, fact
     editor.edit(facts)
     editor.save(tmp_path / "run")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
-    tokens = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")("Then, he", return_tensors="pt")
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")(
+        "Then, he", return_tensors="pt"
+    )
     assert torch.equal(plain(tokens["input_ids"]).logits, editor.model(tokens["input_ids"]).logits)
     assert type(plain) is type(editor.model)
 
@@ -240,7 +240,11 @@ def test_subjects_of_all_kinds(make_editor, subject, prompt):
 
 
 def test_a_queue_is_shuffled_by_its_seed(make_editor, facts):
-    many = [dataclasses.replace(f, id=f"{f.id}{i}", subject=f"{f.subject} {i}") for i in range(2) for f in facts]
+    many = [
+        dataclasses.replace(f, id=f"{f.id}{i}", subject=f"{f.subject} {i}")
+        for i in range(2)
+        for f in facts
+    ]
     orders = []
     for seed in (1, 1, 2):
         editor = make_editor(seed=seed)
@@ -274,7 +278,9 @@ def test_an_interruption_leaves_the_last_finished_batch(make_editor, facts, tmp_
     assert same(weights(editor), weights(expected)), "and it goes on as if nothing had happened"
 
 
-def test_a_store_that_refuses_leaves_everything_as_it_was(make_editor, facts, tmp_path, monkeypatch):
+def test_a_store_that_refuses_leaves_everything_as_it_was(
+    make_editor, facts, tmp_path, monkeypatch
+):
     editor = make_editor("llama", torch.float32)
     editor.attach(tmp_path / "run")
     editor.edit(facts[:2])

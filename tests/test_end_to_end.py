@@ -49,7 +49,9 @@ def make_editor(known_worlds, words):
         model = known_worlds(family)
         lines = [s for s in world.sentences() if not any(person in s for person in edited)]
         statistics = statistics_of(model, words, layers=RECIPE.layers, lines=lines)
-        return Editor(model, words, recipe=dataclasses.replace(RECIPE, **changes), statistics=statistics)
+        return Editor(
+            model, words, recipe=dataclasses.replace(RECIPE, **changes), statistics=statistics
+        )
 
     return make
 

@@ -91,7 +91,9 @@ def test_any_filter_on_a_full_spectrum():
     gains = 1 / (1 + spectrum.eigenvalues)
     Q = spectrum.eigenvectors
     keys = draw(12, 3)
-    torch.testing.assert_close(spectrum.metric(gains).apply(keys), Q @ torch.diag(gains) @ Q.mT @ keys)
+    torch.testing.assert_close(
+        spectrum.metric(gains).apply(keys), Q @ torch.diag(gains) @ Q.mT @ keys
+    )
 
 
 def test_compact_spectrum_serves_its_threshold_and_refuses_others():
@@ -194,7 +196,9 @@ def test_solve_does_not_depend_on_the_order_of_facts_and_survives_equal_keys():
 
 
 def test_no_room_left_gives_no_update():
-    metric = Metric(torch.empty(20, 0, dtype=torch.float64), torch.empty(0, dtype=torch.float64), 0.0)
+    metric = Metric(
+        torch.empty(20, 0, dtype=torch.float64), torch.empty(0, dtype=torch.float64), 0.0
+    )
     assert metric.rank == 0
     assert solve_update(draw(20, 3), draw(6, 3), metric).norm() == 0
 

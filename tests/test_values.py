@@ -148,7 +148,7 @@ def test_keys_equal_the_reference(family, tiny_model, tokenizer, facts):
 def test_batches_equal_the_reference_with_its_history(
     family, tiny_model, tokenizer, facts, recipe, make_statistics
 ):
-    """Two batches through the editor: weights as by the official rule, dense, one after the other."""
+    """Two batches through the editor: weights as by the official rule, dense, in turn."""
     model = tiny_model(family)
     statistics = make_statistics(model)
     editor = Editor(model, tokenizer, recipe=recipe, statistics=statistics)

@@ -17,7 +17,20 @@ from transformers import (
 from nulledit import Fact, Probe
 
 FIRST = ["Karo", "Ada", "Mira", "Tolo"]
-LAST = ["Dun", "Velm", "Ostrel", "Brask", "Quill", "Fenn", "Harrow", "Ivo", "Jast", "Lorn", "Nim", "Sable"]
+LAST = [
+    "Dun",
+    "Velm",
+    "Ostrel",
+    "Brask",
+    "Quill",
+    "Fenn",
+    "Harrow",
+    "Ivo",
+    "Jast",
+    "Lorn",
+    "Nim",
+    "Sable",
+]
 PEOPLE = [f"{FIRST[i % 4]} {last}" for i, last in enumerate(LAST)]
 RELATIONS = {
     "job": (["{} works as a", "the job of {} is"], ["baker", "smith", "sailor", "miller"]),
@@ -96,7 +109,9 @@ def trained(family, words, *, most_steps=600, seed=0):
     for step in range(1, most_steps + 1):
         chosen = order.sample(rows, 64)
         ids = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True)
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(c) for c in chosen], batch_first=True)
+        mask = torch.nn.utils.rnn.pad_sequence(
+            [torch.ones_like(c) for c in chosen], batch_first=True
+        )
         labels = ids.masked_fill(mask == 0, -100)
         loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
         optimiser.zero_grad()
@@ -113,7 +128,10 @@ def trained(family, words, *, most_steps=600, seed=0):
 def knows_everything(model, words):
     """Whether every question of the world is answered by argmax, with some margin."""
     asked = [
-        (words(template.format(person))["input_ids"], words(answer(person, relation))["input_ids"][0])
+        (
+            words(template.format(person))["input_ids"],
+            words(answer(person, relation))["input_ids"][0],
+        )
         for person in PEOPLE
         for relation, (templates, _) in RELATIONS.items()
         for template in templates

@@ -13,7 +13,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TORCH = "torch==2.13.0"
-HEADER = "# Made by `make lock` from pyproject.toml. Install with pip; the ranges there stay open.\n"
+HEADER = (
+    "# Made by `make lock` from pyproject.toml. Install with pip; the ranges there stay open.\n"
+)
 
 
 def main() -> None:

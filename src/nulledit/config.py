@@ -19,12 +19,12 @@ from nulledit.errors import ConfigError
 
 @dataclass(frozen=True)
 class ValueSettings:
-    """How z is optimised. Defaults are the published ones (AlphaEdit's code for LLaMA3 and GPT-J)."""
+    """How z is optimised. Defaults are those of AlphaEdit's published code."""
 
     steps: int = 25
     """Forward passes per fact; the last one makes no update (as published)."""
     learning_rate: float = 0.5
-    """Adam's step size, in units of the hidden state. Published: 0.5 (GPT-J, GPT2-XL), 0.1 (LLaMA3)."""
+    """Adam's step size, in units of the hidden state. Published: 0.5; 0.1 for LLaMA3."""
     clamp: float = 0.75
     """Largest ‖δ‖/‖h‖."""
     kl_weight: float = 0.0625
@@ -34,7 +34,7 @@ class ValueSettings:
     stop_loss: float = 0.05
     """A fact leaves when its loss (nats) is below this."""
     patience: int = 0
-    """A fact leaves when its loss fell by less than 1 % in this many steps; 0: never (published)."""
+    """A fact leaves when this many steps took less than 1 % off its loss; 0: never (published)."""
     kl_prompt: str = "{} is a"
     """Where the subject's own meaning is held: the state at `{}` must predict as before."""
 
@@ -123,7 +123,7 @@ class Recipe:
     """Everything that decides what an edit computes, beside the model, the facts and the seed."""
 
     layers: tuple[int, ...] = ()
-    """Edited blocks, ascending from 0; values are optimised behind the last. Empty: five by depth."""
+    """Edited blocks, ascending from 0; z is optimised behind the last. Empty: five by depth."""
     method: MethodSettings = field(default_factory=MethodSettings)
     """The solve."""
     null_space: NullSpaceSettings = field(default_factory=NullSpaceSettings)
@@ -184,7 +184,9 @@ class Recipe:
 def shipped_recipes() -> list[str]:
     """Names of the recipes inside the package."""
     folder = resources.files("nulledit") / "assets" / "recipes"
-    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+    return sorted(
+        f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")
+    )
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
@@ -200,7 +202,8 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
             raise ConfigError(f"{path}: not a text file in UTF-8") from error
     else:
         raise ConfigError(
-            f"no recipe {str(name_or_path)!r}: expected a file or one of {', '.join(shipped_recipes())}"
+            f"no recipe {str(name_or_path)!r}: expected a file or one of "
+            f"{', '.join(shipped_recipes())}"
         )
     try:
         data = yaml.safe_load(text)

@@ -88,7 +88,7 @@ class UndoReport:
     near: tuple[tuple[str, float], ...]
     """Edits on nearly the same key: (id, cosine), nearest first."""
     moved: tuple[tuple[str, float], ...]
-    """How the remaining facts moved: (id, ‖change at its key‖/‖what was written there‖), largest first."""
+    """How the others moved: (id, ‖change at its key‖/‖what was written there‖), largest first."""
 
 
 class Editor:
@@ -119,6 +119,7 @@ class Editor:
         dtype = str(model.dtype).removeprefix("torch.")
         self.history = History(Base(name, model_hash(model), dtype))
         self._store: Store | None = None
+        self._weights: dict[int, Tensor] = {}
 
     @classmethod
     def from_pretrained(
@@ -162,8 +163,8 @@ class Editor:
         found = model_hash(model)
         if found != history.base.hash:
             raise LedgerError(
-                f"{source}: its weights without the edits have hash {found[:12]}, the ledger's base "
-                f"has {history.base.hash[:12]}: this is another model, or it was changed by hand"
+                f"{source}: its weights without the edits have hash {found[:12]}, the ledger's "
+                f"base has {history.base.hash[:12]}: this is another model, or one changed by hand"
             )
         recipe = Recipe.from_dict(epoch.recipe) if epoch else None
         editor = cls.__new__(cls)
@@ -310,7 +311,7 @@ class Editor:
         dropped: Sequence[Column] = (),
         kind: str = "edit",
     ) -> tuple[list[Column], list[str]]:
-        """Edit `facts` together; `dropped` columns leave first. Commits, then returns the columns."""
+        """Edit `facts` together and commit; `dropped` columns leave first."""
         notices: list[str] = []
         active = [c for c in self.history.active if c not in dropped]
         replaced = {c.fact.key: c for c in active if c.fact.key in {f.key for f in facts}}
@@ -361,7 +362,9 @@ class Editor:
                 group=n_columns + 1 + groups[i],
                 fact=fact,
                 active=True,
-                outcome={k: v for k, v in asdict(replace(value, z=torch.empty(0))).items() if k != "z"},
+                outcome={
+                    k: v for k, v in asdict(replace(value, z=torch.empty(0))).items() if k != "z"
+                },
                 replaces=stand_in.get(fact.key, 0),
             )
             for i, (fact, value) in enumerate(zip(batch, values, strict=True))
@@ -402,7 +405,9 @@ class Editor:
                     device=self._solve_device(layer),
                 )
                 if not torch.isfinite(weight).all():
-                    raise LedgerError(f"the update of layer {layer} is not finite; nothing was kept")
+                    raise LedgerError(
+                        f"the update of layer {layer} is not finite; nothing was kept"
+                    )
                 write_weight(self.partial.mlp_out(layer), weight)
                 self._weights[layer] = weight
             recorded[f"keys.{layer}"] = keys.mT.contiguous()
@@ -443,9 +448,7 @@ class Editor:
         if self.history.epochs:
             return
         statistics = self._find_statistics()
-        contexts = make_contexts(
-            self.model, self.tokenizer, self.recipe.contexts, seed=self.seed
-        )
+        contexts = make_contexts(self.model, self.tokenizer, self.recipe.contexts, seed=self.seed)
         method, settings = find_method(self.recipe.method.name), self.recipe.null_space
         tensors: dict[str, Tensor] = {}
         for layer in self.recipe.layers:
@@ -453,7 +456,8 @@ class Editor:
             weight = as_out_in(self.partial.mlp_out(layer))
             if spectrum.d_in != weight.shape[1]:
                 raise StatisticsError(
-                    f"statistics of layer {layer} are {spectrum.d_in} wide, its keys {weight.shape[1]}"
+                    f"statistics of layer {layer} are {spectrum.d_in} wide, "
+                    f"its keys {weight.shape[1]}"
                 )
             threshold = RULES[settings.rule](spectrum.eigenvalues, settings.value)
             gains = method.gains(spectrum.eigenvalues, threshold, self.recipe.method)
@@ -461,8 +465,9 @@ class Editor:
                 metric = spectrum.metric(gains)
             except LookupError as error:
                 raise StatisticsError(
-                    f"these compact statistics don't serve null_space {settings.rule} {settings.value} "
-                    f"at layer {layer} ({error}): make full ones with `nulledit stats make`"
+                    f"these compact statistics don't serve null_space {settings.rule} "
+                    f"{settings.value} at layer {layer} ({error}): make full ones with "
+                    "`nulledit stats make`"
                 ) from error
             if metric.rank == spectrum.d_in:
                 logger.warning(
@@ -534,7 +539,7 @@ class Editor:
 
     def _refresh(self, columns: Sequence[Column] | None = None) -> None:
         """Set the edited matrices to W₀ + the fold of `columns` (the active ones by default)."""
-        self._weights: dict[int, Tensor] = {}
+        self._weights = {}
         if not self.history.epochs:
             return
         chosen = self.history.active if columns is None else list(columns)
@@ -581,7 +586,9 @@ class Editor:
         mine = self.history.column_tensor(list(gone), name).double()
         theirs = self.history.column_tensor(others, name).double()
         cosines = (_unit(theirs, 1) @ _unit(mine, 1).mT).max(1).values
-        pairs = [(c.fact.id, float(x)) for c, x in zip(others, cosines, strict=True) if x > NEAR_KEY]
+        pairs = [
+            (c.fact.id, float(x)) for c, x in zip(others, cosines, strict=True) if x > NEAR_KEY
+        ]
         return tuple(sorted(pairs, key=lambda p: -p[1]))
 
     def _moved(self, before: dict[int, Tensor]) -> tuple[tuple[str, float], ...]:
@@ -640,7 +647,10 @@ class Editor:
                     f"{other.id} and {fact.id} contradict each other on {fact.subject!r}: "
                     f"{other.target!r} and {fact.target!r}"
                 )
-            if any((f.key, f.prompt, f.target) == (fact.key, fact.prompt, fact.target) for f in active.values()):
+            if any(
+                (f.key, f.prompt, f.target) == (fact.key, fact.prompt, fact.target)
+                for f in active.values()
+            ):
                 logger.warning("%s: in the model already, left out", fact.id)
                 continue
             keys[fact.key] = fact
@@ -694,9 +704,10 @@ class Editor:
         found = given or find_statistics(self.history.base.hash, self.recipe.layers)
         if found is None:
             layers = ",".join(map(str, self.recipe.layers))
+            name = self.history.base.model or "MODEL"
             raise StatisticsError(
                 "no statistics of this model's preserved keys: make them once with "
-                f"`nulledit stats make {self.history.base.model or 'MODEL'} --text CORPUS --layers {layers}`"
+                f"`nulledit stats make {name} --text CORPUS --layers {layers}`"
             )
         found.check(self.history.base.hash, self.recipe.layers)
         self._statistics = found
@@ -753,7 +764,7 @@ def _unit(keys: Tensor, dim: int) -> Tensor:
 
 
 def _group(keys: Tensor, same: float) -> list[int]:
-    """Group of each column of `keys` [d_in, n]: the index of the first column it shares a key with."""
+    """For each column of `keys` [d_in, n], the index of the first column it shares a key with."""
     unit = _unit(keys, 0)
     close = (unit.mT @ unit) > same
     groups = list(range(keys.shape[1]))

@@ -6,9 +6,9 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import click
 
@@ -26,6 +26,23 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or a termination, with a line that says what is kept."""
+
+
+class Sectioned(click.Command):
+    """A command whose help shows its options under titles."""
+
+    sections: ClassVar[Mapping[str, Sequence[str]]] = {}
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Options by section; those in none come last."""
+        left = {p.name: p for p in self.get_params(ctx) if isinstance(p, click.Option)}
+        for title, names in (*self.sections.items(), ("Output", tuple(left))):
+            found = [left.pop(name, None) for name in names]
+            records = [p.get_help_record(ctx) for p in found if p]
+            shown = [record for record in records if record]
+            if shown:
+                with formatter.section(title):
+                    formatter.write_dl(shown)
 
 
 def output_options(command: F) -> F:

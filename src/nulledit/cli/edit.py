@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
 from nulledit.cli.common import (
+    Sectioned,
     conflict_option,
     device_option,
     dtype_option,
@@ -56,25 +58,44 @@ FIELDS = {
 }
 
 
-@click.command(short_help="Write facts into a model.")
+class _Edit(Sectioned):
+    sections: ClassVar[Mapping[str, Sequence[str]]] = {
+        "Model and run": ("model", "out", "run", "device", "dtype", "trust_remote_code", "dry_run"),
+        "Facts": ("limit", "skip", "on_conflict", "no_shuffle", "seed"),
+        "Recipe": ("recipe", "stats", *FIELDS, "layers", "null_space", "changes"),
+        "Evaluation": ("text", "no_evaluate"),
+    }
+
+
+@click.command(cls=_Edit, short_help="Write facts into a model.")
 @click.argument("facts", metavar="FACTS")
-@click.option("--model", help="smollm2-135m, a local folder or a Hub id.")
+@click.option("--model", metavar="MODEL", help="smollm2-135m, a local folder or a Hub id.")
 @click.option("--out", metavar="RUN", help="Folder to make for the run.")
 @click.option("--continue", "run", metavar="RUN", help="Write more facts into this run.")
-@click.option("--recipe", help="YAML file or name (see nulledit info).  [default: the model's]")
+@click.option(
+    "--recipe", metavar="FILE|NAME", help="See nulledit info for names.  [default: the model's]"
+)
 @click.option("--stats", metavar="PATH", help="Statistics of the model's keys.  [default: found]")
-@click.option("--limit", type=click.IntRange(1), help="Take so many records.  [default: all]")
-@click.option("--skip", type=click.IntRange(0), default=0, help="Leave out the first records.")
-@click.option("--seed", type=int, help="Of contexts and of the queue's order.  [default: 0]")
+@click.option(
+    "--limit", metavar="N", type=click.IntRange(1), help="Take so many records.  [default: all]"
+)
+@click.option(
+    "--skip", metavar="N", type=click.IntRange(0), default=0, help="Leave out the first records."
+)
+@click.option(
+    "--seed", metavar="N", type=int, help="Of contexts and of the queue's order.  [default: 0]"
+)
 @click.option("--no-shuffle", is_flag=True, help="Keep the file's order over several batches.")
 @conflict_option
-@click.option("--batch-size", type=int, help="Facts solved together.")
-@click.option("--layers", help="Edited layers, as 4,5,6 or 4-8, from 0.")
-@click.option("--method", help="See nulledit info.")
-@click.option("--learning-rate", type=float, help="Of the values, in units of the hidden state.")
-@click.option("--steps", type=int, help="Forward passes per fact.")
-@click.option("--clamp", type=float, help="Largest ‖δ‖/‖h‖.")
-@click.option("--l2", type=float, help="Ridge on the update.")
+@click.option("--batch-size", metavar="N", type=int, help="Facts solved together.")
+@click.option("--layers", metavar="LIST", help="Edited layers, as 4,5,6 or 4-8, from 0.")
+@click.option("--method", metavar="NAME", help="See nulledit info.")
+@click.option(
+    "--learning-rate", metavar="X", type=float, help="Of the values, in units of the hidden state."
+)
+@click.option("--steps", metavar="N", type=int, help="Forward passes per fact.")
+@click.option("--clamp", metavar="X", type=float, help="Largest ‖δ‖/‖h‖.")
+@click.option("--l2", metavar="X", type=float, help="Ridge on the update.")
 @click.option("--null-space", metavar="RULE=VALUE", help="absolute=0.02, leakage=0.1, median=1.")
 @click.option(
     "--set",
@@ -100,6 +121,8 @@ def edit(facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
     FACTS is YAML, JSON, JSON lines or CSV, of nulledit's own records or CounterFact's, EasyEdit's
     or zsRE's (see `nulledit facts check`). The run folder gets the edited model (RUN/model, an
     ordinary Hugging Face folder), the ledger and a report of what changed and what did not.
+
+    What computes is decided by a recipe; the options under Recipe change single fields of it.
 
     Every batch is kept as it ends: after an interruption, go on with --continue, which takes model,
     recipe and statistics from the run's ledger.

@@ -10,10 +10,10 @@ With P parameters in a block, a forward pass of t tokens through b blocks takes 
 - solve, in float64: per layer and batch, over all n columns so far: 4·d_in·m·n for GK with m held
   eigenvectors (at most d_in/2), 2·n²·d_in + n³/3 for the system, 4·d_out·d_in·n for targets and Δ.
 - evaluation, twice: each query once through the model, 12 tokens of answer per fact (one at a
-  time: 4 times as slow), 40 windows for perplexity; once, the same windows for preservation.
+  time: 4 times as slow), the text's windows for perplexity; once, those for preservation.
 
 Seconds are operations over a matmul's speed measured here, times a factor for everything else in a
-block, which was fitted to runs of the embedded model. Expect them to be right within a factor of 2.
+block that fits runs of the embedded model. Expect them to be right within a factor of 2.
 Peak memory: weights twice while they load or are saved, or weights, float64 copies of W₀ and W, the
 held eigenvectors and one chunk's activations.
 """
@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from nulledit.cli.measure import windows_of
 from nulledit.config import Recipe
 from nulledit.data.facts import Fact
 from nulledit.editor import ACCELERATOR_POSITIONS, CPU_POSITIONS
@@ -37,10 +38,11 @@ from nulledit.models.layouts import as_out_in, find_layout, mlp_out
 from nulledit.models.load import EMBEDDED, embedded_folder
 from nulledit.models.tokens import RowEncoder, context_length
 from nulledit.report.tables import as_text
+from nulledit.report.text import count
 
 OVERHEAD = 2.0  # a block's time over its matrix products' alone
 DECODING = 4.0  # a token made one at a time over one of many read together
-ANSWER, WINDOWS, WINDOW = 12, 40, 256  # tokens, windows, tokens
+ANSWER = 12  # tokens
 RUNTIME = 0.6e9  # bytes that python, torch and transformers take
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -95,7 +97,7 @@ def estimate(
         n = min(done, len(facts))
         per_layer = 2 * shape.d_in**2 * n + 2 * n**2 * shape.d_in + n**3 / 3
         solve += len(layers) * (per_layer + 4 * shape.d_out * shape.d_in * n)
-    windows = WINDOWS * WINDOW
+    windows = sum(map(len, windows_of(encoder, given["text"]).windows))
     asked = block * depth * (rows["asked"] + windows + rows["answers"] * DECODING)
     asked += logit * (rows["scored"] + windows + rows["answers"])
     evaluation = 0.0 if given["no_evaluate"] else 2 * asked + block * windows * (last + 1)
@@ -124,8 +126,9 @@ def as_page(size: dict[str, Any]) -> str:
     cells: list[Sequence[str]] = [[k, f"{v:.1f}"] for k, v in size["seconds"].items()]
     cells.append(["in all", f"{size['seconds_in_all']:.1f}"])
     return (
-        f"{size['facts']} facts in {size['batches']} batches, layers {size['layers']}; "
-        f"{size['rows']} rows of {size['tokens']} tokens; {size['gflops']} GFLOP/s measured\n\n"
+        f"{count(size['facts'], 'fact')} in {count(size['batches'], 'batch')}, layers "
+        f"{', '.join(map(str, size['layers']))}; {count(size['rows'], 'row')} with "
+        f"{size['tokens']} tokens; {size['gflops']} GFLOP/s measured\n\n"
         f"{as_text((['stage', 'seconds'], cells))}\n\n"
         f"Peak memory: about {size['peak_bytes'] / 1e9:.1f} GB. Nothing was edited; whether there "
         "are statistics was not looked up."

@@ -53,12 +53,13 @@ def evaluate(run: str, as_json: bool, quiet: bool, **given: Any) -> None:
     from nulledit.evaluation.preservation import preservation_report
     from nulledit.evaluation.runner import evaluate as ask_all
     from nulledit.report.tables import as_text, rates_table
+    from nulledit.report.text import count
 
     editor = load_run(run, given["device"], quiet=quiet)
     facts = editor.facts[: given["limit"]] if chosen is None else chosen
     text = read_text(editor, given["text"])
     check_lengths(editor, facts)
-    say(f"Evaluating {len(facts)} facts, perplexity on {text.name}", quiet=quiet)
+    say(f"Evaluating {count(len(facts), 'fact')}, perplexity on {text.name}", quiet=quiet)
     sides = {}
     if given["base"]:
         with Bars(quiet=quiet, prefix="base: ") as bars, editor.base_weights():

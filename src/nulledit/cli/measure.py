@@ -42,11 +42,16 @@ def load_run(folder: str | Path, device: str | None, *, quiet: bool) -> Editor:
 
 
 def read_text(editor: Editor, file: str | None) -> Text:
-    """Windows of `file`, or of the text that comes with the package."""
-    window = min(WINDOW, editor.encoder.max_length)
+    """Windows of `file`, or of the text that comes with the package, for the editor's model."""
+    return windows_of(editor.encoder, file)
+
+
+def windows_of(encoder: RowEncoder, file: str | None) -> Text:
+    """The first 40 windows of 256 tokens (or of the model's context) of a text."""
+    window = min(WINDOW, encoder.max_length)
     corpus: str | Corpus = file or shipped_corpus()
     name = Path(file).name if file else "the text that comes with nulledit"
-    return Text(name, read_windows(corpus, editor.tokenizer, window=window))
+    return Text(name, read_windows(corpus, encoder.tokenizer, window=window))
 
 
 def check_lengths(editor: Editor, facts: Sequence[Fact]) -> None:

@@ -26,6 +26,7 @@ from nulledit.ledger.store import Store
 from nulledit.report import run as folder_of
 from nulledit.report.page import SHOWN, answers_table
 from nulledit.report.tables import as_text, preservation_table, rates_table
+from nulledit.report.text import count
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def as_page(result: Result) -> str:
     spent = ", ".join(f"{stage} {value:.1f}" for stage, value in last["seconds"].items())
     place = shlex.quote(str(result.folder))
     parts.append(
-        f"{last['facts']} facts edited. Seconds: {spent}.\n"
+        f"{count(last['facts'], 'fact')} in this run. Seconds: {spent}.\n"
         f"Report: {result.folder / 'report.md'}\n"
         f"Model:  {result.folder / 'model'}\n"
         f'Next:   nulledit ask {place} "..."\n'
@@ -158,9 +159,9 @@ def _edit(
     *,
     quiet: bool,
 ) -> EditReport:
-    batches = -(-len(facts) // editor.recipe.batch_size)
+    batches = count(-(-len(facts) // editor.recipe.batch_size), "batch")
     if facts:
-        say(f"Editing {len(facts)} facts in {batches} batch{'es' * (batches > 1)}", quiet=quiet)
+        say(f"Editing {count(len(facts), 'fact')} in {batches}", quiet=quiet)
     with Bars(quiet=quiet) as bars:
         report = editor.edit(facts, shuffle=not given["no_shuffle"], progress=bars)
     seconds |= report.seconds
@@ -185,7 +186,8 @@ def _finish(
     before = after = None
     errors: dict[int, float] = {}
     if text and columns:
-        say(f"Evaluating {len(columns)} facts on the base and the edited model", quiet=quiet)
+        facts = count(len(columns), "fact")
+        say(f"Evaluating {facts} on the base and the edited model", quiet=quiet)
         with _timed(seconds, "evaluation"):
             before, after = evaluate_both(editor, [c.fact for c in columns], text, quiet=quiet)
             errors = {p.layer: p.error for p in preservation_report(editor, text.windows)}
@@ -270,8 +272,7 @@ def _sweep(folder: Path) -> None:
 
 
 def _kept(batches: int, folder: Path) -> str:
-    one = batches == 1
-    return f"{batches} finished {'batch is' if one else 'batches are'} kept in {folder}"
+    return f"{count(batches, 'finished batch')} {'is' if batches == 1 else 'are'} kept in {folder}"
 
 
 def _command(source: str, given: dict[str, Any], folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""Texts for statistics and perplexity: files, folders, JSONL or a streamed dataset, cut in windows."""
+"""Texts for statistics and perplexity: files, folders, JSONL, a streamed dataset; in windows."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nulledit.config import ContextSettings
@@ -33,7 +34,7 @@ def make_contexts(
         for i in range(settings.count):
             start = settings.starts[i % len(settings.starts)]
             coded = tokenizer(start, return_tensors="pt").to(device)
-            ids = model.generate(
+            ids: Tensor = model.generate(  # type: ignore[operator]
                 input_ids=coded["input_ids"],
                 attention_mask=coded["attention_mask"],
                 max_new_tokens=settings.tokens,
@@ -44,7 +45,7 @@ def make_contexts(
                 top_p=1.0,
                 pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
             )
-            text = tokenizer.decode(ids[0], skip_special_tokens=True)
+            text = str(tokenizer.decode(ids[0], skip_special_tokens=True))
             plain = " ".join(text.replace("{", " ").replace("}", " ").split())
             contexts.append(f"{plain}. {{}}")
     return tuple(contexts)

@@ -1,8 +1,8 @@
 """Keys and residuals, layer by layer, while the layers are being edited.
 
-The published code runs the whole model twice per layer (once for keys, once for residuals). Here the
-states at the first edited block's input are kept, up to each subject's last token; each block is
-then run once as its turn comes.
+The published code runs the whole model twice per layer, once for keys and once for residuals. Here
+the states at the first edited block's input are kept, up to each subject's last token; each block
+is then run as its turn comes.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ class Walk:
                     row = encoder.encode_template(prompt, fact.subject, context=context)
                     rows.append(row.upto_subject().ids)
                     owner.append(i)
-                    share = 1.0 if not others else bare_weight if c == 0 else (1 - bare_weight) / others
+                    share = (
+                        1.0 if not others else bare_weight if c == 0 else (1 - bare_weight) / others
+                    )
                     weight.append(share / len(fact.prompts))
         self.n = len(facts)
         self.owner = torch.tensor(owner)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,13 @@ from nulledit.data.corpus import Corpus, windows
 from nulledit.errors import StatisticsError
 from nulledit.linalg.moments import SecondMoment
 from nulledit.linalg.spectrum import Spectrum
+from nulledit.models.layouts import as_out_in
 from nulledit.models.load import cache_folder
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import chunks_by_length, collate, pad_id
 
 FORMAT = 1
+SORTED_TOKENS = 32768  # windows are sorted by length within so many tokens
 SAVE_EVERY = 60.0  # seconds between savings of unfinished sums
 
 
@@ -69,7 +73,8 @@ class Manifest:
             data = json.loads(text)
             if data["format"] != FORMAT:
                 raise StatisticsError(
-                    f"{where}: statistics of format {data['format']}, expected {FORMAT}; make them again"
+                    f"{where}: statistics of format {data['format']}, expected {FORMAT}; "
+                    "make them again"
                 )
             data["settings"] = StatisticsSettings(**data["settings"])
             data["layers"] = tuple(data["layers"])
@@ -92,8 +97,8 @@ class Statistics:
         m = self.manifest
         if m.model_hash != model_hash:
             raise StatisticsError(
-                f"statistics are of {m.model} (weights {m.model_hash[:12]}), the model's weights are "
-                f"{model_hash[:12]}: make its own with `nulledit stats make`"
+                f"statistics are of {m.model} (weights {m.model_hash[:12]}), "
+                f"the model's weights are {model_hash[:12]}: make its own with `nulledit stats make`"
             )
         missing = [layer for layer in layers if layer not in self.spectra]
         if missing:
@@ -103,11 +108,11 @@ class Statistics:
             )
 
     def save_compact(self, file: Path, thresholds: dict[int, float]) -> None:
-        """One small file: all eigenvalues, and in half precision the thinner side at `thresholds`."""
+        """One small file: all eigenvalues, and the thinner side at `thresholds` in float16."""
         tensors, starts = {}, {}
         for layer, spectrum in self.spectra.items():
             thin = spectrum.compact(thresholds[layer])
-            tensors[f"eigenvalues.{layer}"] = thin.eigenvalues.float()
+            tensors[f"eigenvalues.{layer}"] = thin.eigenvalues
             tensors[f"eigenvectors.{layer}"] = thin.eigenvectors.contiguous()
             starts[str(layer)] = thin.start
         metadata = {"manifest": self.manifest.to_json(), "starts": json.dumps(starts)}
@@ -163,7 +168,9 @@ def collect(
     folder = folder or default_folder(manifest)
     if (folder / "manifest.json").is_file():
         found = Statistics.load(folder)
-        if replace(found.manifest, tokens=0, windows=0, version="") == replace(manifest, version=""):
+        if replace(found.manifest, tokens=0, windows=0, version="") == replace(
+            manifest, version=""
+        ):
             return found
         raise StatisticsError(f"{folder}: holds other statistics; choose another folder")
     moments, done = _resume(folder, manifest, model)
@@ -205,8 +212,6 @@ def collect(
 
 def default_folder(manifest: Manifest) -> Path:
     """The place in the cache that this manifest's content has."""
-    import hashlib
-
     fixed = replace(manifest, tokens=0, windows=0, version="")
     key = hashlib.sha256(fixed.to_json().encode()).hexdigest()[:16]
     return cache_folder() / "statistics" / manifest.model_hash[:16] / key
@@ -262,24 +267,22 @@ def _add(
         moment.update(keys[layer] if full else keys[layer][counted.to(keys[layer].device)])
 
 
-def _groups(
-    stream: Iterator[list[int]], skip: int, positions: int
-) -> Iterator[list[list[int]]]:
-    """Windows batched by length within a buffer; the order of batches is fixed, so a run resumes."""
+def _groups(stream: Iterator[list[int]], skip: int, positions: int) -> Iterator[list[list[int]]]:
+    """Windows in batches of similar length, without the first `skip`.
+
+    Sorted within buffers of a fixed size, so that the order, and with it what `skip` leaves out,
+    does not depend on how many run together.
+    """
     buffer: list[list[int]] = []
-    for number, window in enumerate(stream):
-        if number < skip:
-            continue
-        buffer.append(window)
-        if sum(map(len, buffer)) >= 16 * positions:
-            yield from _by_length(buffer, positions)
+    for window in chain(stream, [None]):
+        if window is not None:
+            buffer.append(window)
+        if window is None or sum(map(len, buffer)) >= SORTED_TOKENS:
+            ordered = sorted(buffer, key=len)
+            left, skip = ordered[skip:], max(0, skip - len(ordered))
+            for chunk in chunks_by_length([len(w) for w in left], positions):
+                yield [left[i] for i in chunk]
             buffer = []
-    yield from _by_length(buffer, positions)
-
-
-def _by_length(buffer: list[list[int]], positions: int) -> Iterator[list[list[int]]]:
-    for chunk in chunks_by_length([len(w) for w in buffer], positions):
-        yield [buffer[i] for i in chunk]
 
 
 def _adds_first(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -290,8 +293,6 @@ def _adds_first(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _empty(model: PartialModel, layers: Sequence[int]) -> dict[int, SecondMoment]:
-    from nulledit.models.layouts import as_out_in
-
     moments = {}
     for layer in layers:
         weight = as_out_in(model.mlp_out(layer))

@@ -46,7 +46,7 @@ class Value:
 
 @dataclass(frozen=True)
 class _Job:
-    """What one fact needs: rewriting rows, and where the drift of the subject's own meaning is read."""
+    """What one fact needs: rewriting rows, and where the drift of its subject's meaning is read."""
 
     rows: tuple[Row, ...]  # rewriting rows; the first is the bare prompt
     drift_row: Row | None  # None: read at the bare row, whose tokens up to the subject are the same
@@ -143,7 +143,12 @@ class _Chunk:
     """The facts that run together: kept states and prefixes, one δ per group, Adam."""
 
     def __init__(
-        self, model: PartialModel, jobs: Sequence[_Job], layer: int, settings: ValueSettings, pad_id: int
+        self,
+        model: PartialModel,
+        jobs: Sequence[_Job],
+        layer: int,
+        settings: ValueSettings,
+        pad_id: int,
     ):
         self.model, self.jobs, self.layer, self.settings = model, jobs, layer, settings
         names = list(dict.fromkeys(job.group for job in jobs))
@@ -206,15 +211,11 @@ class _Chunk:
             nll, drift, right = reads.losses(deltas, drift_start)
             if step == 0:
                 known = {f: bool(ok) for f, ok in zip(reads.facts, right, strict=True)}
-            decay = {
-                g: s.weight_decay * deltas[g].norm() / norms[g].square() for g in active
-            }
+            decay = {g: s.weight_decay * deltas[g].norm() / norms[g].square() for g in active}
             per_fact = nll + s.kl_weight * drift
             groups_of_facts = [self.group_of[f] for f in reads.facts]
             with_decay = per_fact + torch.stack([decay[g] for g in groups_of_facts])
-            for f, total, own in zip(
-                reads.facts, with_decay.tolist(), nll.tolist(), strict=True
-            ):
+            for f, total, own in zip(reads.facts, with_decay.tolist(), nll.tolist(), strict=True):
                 outcome[f] = (total, own, known[f])
             if step == s.steps - 1:
                 break
@@ -259,8 +260,10 @@ class _Chunk:
         s = self.settings
         if losses[-1] < s.stop_loss:
             return True
-        return s.patience > 0 and len(losses) > s.patience and (
-            min(losses[-s.patience :]) > 0.99 * min(losses[: -s.patience])
+        return (
+            s.patience > 0
+            and len(losses) > s.patience
+            and (min(losses[-s.patience :]) > 0.99 * min(losses[: -s.patience]))
         )
 
 
@@ -282,7 +285,9 @@ class _Reads:
         place = {row: i for i, row in enumerate(rows)}
         index = torch.tensor(rows, device=device)
         longest = max(
-            len(chunk.rows[r].ids) - chunk.rows[r].subject_last - (len(chunk.rows[r].target_ids) > 0)
+            len(chunk.rows[r].ids)
+            - chunk.rows[r].subject_last
+            - (len(chunk.rows[r].target_ids) > 0)
             for r in rows
         )
         everything = len(rows) == len(chunk.rows)

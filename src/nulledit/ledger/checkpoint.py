@@ -92,7 +92,7 @@ def _files_of(folder: Path, names: list[str]) -> dict[Path, list[str]] | None:
 def _rewrite(file: Path, replaced: dict[str, torch.Tensor]) -> None:
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}
     for name, tensor in replaced.items():
         if tensors[name].shape != tensor.shape:
             raise LedgerError(f"{file}: {name} has another shape than the model's")

@@ -6,9 +6,11 @@ The weights are a function of these and nothing else: W = round(W₀ + fold of t
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nulledit.data.facts import Fact
@@ -130,9 +132,7 @@ class History:
             digest.update(f"{hashes[column.batch]} {column.row}\n".encode())
         return digest.hexdigest()
 
-    def column_tensor(self, columns: list[Column], name: str) -> Tensor:
+    def column_tensor(self, columns: Sequence[Column], name: str) -> Tensor:
         """Rows `name` (`keys.4`, `targets.4`, `z`) of `columns`, stacked [n, d]."""
-        import torch
-
         hashes = {b.id: b.tensors for b in self.batches}
         return torch.stack([self.tensors[hashes[c.batch]][name][c.row] for c in columns])

@@ -41,7 +41,7 @@ def solve_joint(
     *,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Weight W₀ + Δ [d_out, d_in] for columns `keys` [d_in, n] with absolute `targets` [d_out, n]."""
+    """Weight W₀ + Δ [d_out, d_in] for `keys` [d_in, n] with absolute `targets` [d_out, n]."""
     epoch = history.epochs[-1]
     tensors = history.tensors[epoch.tensors]
     recipe = Recipe.from_dict(epoch.recipe)

@@ -80,14 +80,16 @@ class Store:
         os.replace(partial, self.database)
         _sync(self.folder)
 
-    def commit(self, history: History, *, epochs: int, batches: int, columns: int, events: int) -> None:
+    def commit(
+        self, history: History, *, epochs: int, batches: int, columns: int, events: int
+    ) -> None:
         """Add what `history` holds beyond those counts, and which columns are active, as one step.
 
         LedgerError if the ledger on disk is not at those counts: another process wrote to it.
         """
         new_batches, new_epochs = history.batches[batches:], history.epochs[epochs:]
-        for entry in (*new_epochs, *new_batches):
-            self._write_tensors(entry.tensors, history.tensors[entry.tensors])
+        for digest in [e.tensors for e in new_epochs] + [b.tensors for b in new_batches]:
+            self._write_tensors(digest, history.tensors[digest])
         with closing(self._connect()) as db, db:
             db.execute("BEGIN IMMEDIATE")
             found = db.execute("SELECT COUNT(*) FROM events").fetchone()[0]
@@ -98,9 +100,7 @@ class Store:
                 )
             changed = [(int(c.active), c.id) for c in history.columns[:columns]]
             db.executemany("UPDATE columns SET active = ? WHERE id = ?", changed)
-            _insert(
-                db, new_epochs, new_batches, history.columns[columns:], history.events[events:]
-            )
+            _insert(db, new_epochs, new_batches, history.columns[columns:], history.events[events:])
 
     def load(self) -> History:
         """Read everything; LedgerError where something is missing or has another hash."""
@@ -123,8 +123,8 @@ class Store:
                 )
         except (sqlite3.Error, KeyError, ValueError, TypeError) as error:
             raise LedgerError(f"{self.database}: not a readable ledger ({error})") from error
-        for entry in (*history.epochs, *history.batches):
-            history.tensors[entry.tensors] = self._read_tensors(entry.tensors)
+        for digest in [e.tensors for e in history.epochs] + [b.tensors for b in history.batches]:
+            history.tensors[digest] = self._read_tensors(digest)
         return history
 
     def _connect(self) -> sqlite3.Connection:
@@ -214,7 +214,9 @@ def _column(row: tuple[Any, ...]) -> Column:
 
 def _event(row: tuple[Any, ...]) -> Event:
     id_, kind, time, activated, deactivated, note = row
-    return Event(id_, kind, time, tuple(json.loads(activated)), tuple(json.loads(deactivated)), note)
+    return Event(
+        id_, kind, time, tuple(json.loads(activated)), tuple(json.loads(deactivated)), note
+    )
 
 
 def _sync(path: Path) -> None:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MASSIVE_SHARE = 0.2  # a direction with more of all energy than this is always protected by `leakage`
+MASSIVE_SHARE = (
+    0.2  # a direction with more of all energy than this is always protected by `leakage`
+)
 
 
 @dataclass(frozen=True)
@@ -126,9 +128,7 @@ class Spectrum:
         if U.shape[1] == 0:
             return Spectrum(self.eigenvalues, U, self.start)
         values, vectors = torch.linalg.eigh(U.mT @ U)
-        return Spectrum(
-            self.eigenvalues, U @ (vectors * values.rsqrt()) @ vectors.mT, self.start
-        )
+        return Spectrum(self.eigenvalues, U @ (vectors * values.rsqrt()) @ vectors.mT, self.start)
 
 
 def threshold_absolute(eigenvalues: Tensor, value: float) -> float:
@@ -147,7 +147,11 @@ def threshold_leakage(eigenvalues: Tensor, value: float) -> float:
     counted = s[s <= MASSIVE_SHARE * s.sum()]
     shares = counted.cumsum(0) / counted.sum()
     free = int((shares <= value).sum())
-    return float(counted[free]) if free < len(counted) else math.nextafter(float(counted[-1]), math.inf)
+    return (
+        float(counted[free])
+        if free < len(counted)
+        else math.nextafter(float(counted[-1]), math.inf)
+    )
 
 
 def threshold_median(eigenvalues: Tensor, value: float) -> float:

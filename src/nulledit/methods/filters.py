@@ -1,4 +1,4 @@
-"""The spectral-filter family: Δ = R (I + Kᵀ G K)⁻¹ Kᵀ G with G = Q diag(g(s)) Qᵀ; methods are rows of g."""
+"""The spectral-filter family: Δ = R (I + Kᵀ G K)⁻¹ Kᵀ G, G = Q diag(g(s)) Qᵀ; a method is a g."""
 
 from __future__ import annotations
 

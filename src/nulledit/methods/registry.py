@@ -31,9 +31,7 @@ class Method:
 
 METHODS = {
     m.name: m
-    for m in (
-        Method("alphaedit", "arXiv:2410.02355", True, alphaedit_gains, solve_filter),
-    )
+    for m in (Method("alphaedit", "arXiv:2410.02355", True, alphaedit_gains, solve_filter),)
 }
 
 

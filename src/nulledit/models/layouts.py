@@ -48,7 +48,9 @@ def mlp_out(model: PreTrainedModel, layer: int) -> nn.Module:
     blocks = model.get_submodule(layout.blocks)
     assert isinstance(blocks, nn.ModuleList)
     if not 0 <= layer < len(blocks):
-        raise ModelError(f"layer {layer} is out of range: the model has layers 0 to {len(blocks) - 1}")
+        raise ModelError(
+            f"layer {layer} is out of range: the model has layers 0 to {len(blocks) - 1}"
+        )
     return blocks[layer].get_submodule(layout.mlp_out)
 
 

@@ -98,9 +98,11 @@ def load_model(
         ) from error
     if device is not None and device != "auto":
         try:
-            model.to(device)
+            model.to(torch.device(device))  # type: ignore[arg-type]
         except (RuntimeError, AssertionError) as error:
-            raise ModelError(f"can't use device {str(device)!r}: {str(error).splitlines()[0]}") from error
+            raise ModelError(
+                f"can't use device {str(device)!r}: {str(error).splitlines()[0]}"
+            ) from error
     return model.eval(), tokenizer
 
 

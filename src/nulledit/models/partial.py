@@ -61,7 +61,8 @@ class Prefix:
     def cache(self) -> Cache:
         """A cache that shows the prefix to attention and never grows."""
         length = self.mask.shape[1]
-        return Cache(layers=[_PrefixLayer(*(e or (None, None)), length) for e in self.entries])
+        held = [e or (None, None) for e in self.entries]
+        return Cache(layers=[_PrefixLayer(keys, values, length) for keys, values in held])
 
 
 class PartialModel:
@@ -85,7 +86,9 @@ class PartialModel:
     @property
     def device(self) -> torch.device:
         """Where input ids go."""
-        return self.model.get_input_embeddings().weight.device
+        weight = self.model.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight.device
 
     def mlp_out(self, layer: int) -> nn.Module:
         """The module W of block `layer`."""
@@ -109,7 +112,12 @@ class PartialModel:
         return self._forward(batch, states, first, self._top(last), prefix)[0]
 
     def run_normed(
-        self, batch: Batch, *, states: Tensor | None = None, first: int = 0, prefix: Prefix | None = None
+        self,
+        batch: Batch,
+        *,
+        states: Tensor | None = None,
+        first: int = 0,
+        prefix: Prefix | None = None,
     ) -> Tensor:
         """As `run` up to the last block, behind the model's final norm: ready for `logits`."""
         return self._forward(batch, states, first, self.depth - 1, prefix)[1]
@@ -130,8 +138,9 @@ class PartialModel:
         self._forward(batch, states, first, self.depth - 1, None, cache=cache)
         entries: list[tuple[Tensor, Tensor] | None] = [None] * self.depth
         for i, layer in enumerate(cache.layers):
-            if i >= first and layer.keys is not None:
-                entries[i] = (layer.keys, layer.values)
+            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+            if i >= first and keys is not None and values is not None:
+                entries[i] = (keys, values)
         return Prefix(entries, batch.mask)
 
     @contextmanager
@@ -181,7 +190,7 @@ class PartialModel:
     def _span(
         self, first: int, last: int, states: Tensor | None, found: list[Tensor]
     ) -> Iterator[None]:
-        """Only blocks `first` to `last` work inside; the states behind `last` are put in `found`."""
+        """Only blocks `first` to `last` work inside; `found` gets the states behind `last`."""
         passing = [i for i in range(self.depth) if not first <= i <= last]
         before = {i: self.blocks[i].__dict__.get("forward") for i in passing}
         for i in passing:
@@ -206,7 +215,7 @@ class PartialModel:
                 if before[i] is None:
                     del self.blocks[i].forward
                 else:
-                    self.blocks[i].forward = before[i]
+                    vars(self.blocks[i])["forward"] = before[i]
 
     @torch.no_grad()
     def _which_return_tuples(self) -> list[bool]:

@@ -50,7 +50,7 @@ def join_target(prompt: str, target: str) -> str:
 
 
 def fill(template: str, subject: str) -> tuple[str, int]:
-    """The template with `subject` in its slot, and the index one past the subject's last character."""
+    """The template with `subject` in its slot, and the index behind its last character."""
     start = template.index("{}")
     return template.replace("{}", subject, 1), start + len(subject)
 
@@ -67,7 +67,9 @@ class RowEncoder:
         self.tokenizer = tokenizer
         self.max_length = max_length
 
-    def encode(self, text: str, *, subject_end: int | None = None, target: str | None = None) -> Row:
+    def encode(
+        self, text: str, *, subject_end: int | None = None, target: str | None = None
+    ) -> Row:
         """Tokenise `text`, followed by `target` if given, as one text.
 
         The subject's last token is the last one that covers its last character, so a token that
@@ -100,7 +102,9 @@ class RowEncoder:
         if target is not None:
             target_start = next(i for i, (a, b) in enumerate(offsets) if b > len(text) and a < b)
             if target_start == 0:
-                raise FactError(f"the target of {text!r} begins at the first token: nothing predicts it")
+                raise FactError(
+                    f"the target of {text!r} begins at the first token: nothing predicts it"
+                )
         return Row(tuple(ids), subject_last, target_start)
 
     def _tokens(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # Grey for the unedited model everywhere; blue is told from it by lightness, too.
 COLOURS = {"before": "#b4b4b4", "after": "#0b5fa5"}
-PANELS = {"preference": "by preference", "strict": "strict: every token of the answer"}
+PANELS = {"preference": "by preference", "strict": "strict: every token is the likeliest"}
 
 
 def rate_rows(sides: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -36,7 +36,7 @@ def rates_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     for axes, (score, title) in zip(panels, PANELS.items(), strict=True):
         _panel(axes, [row for row in rows if row["score"] == score])
         axes.set_xlabel(title)
-    panels[0].set_ylabel("share of facts (%)")
+    panels[0].set_ylabel("mean over facts (%)")
     handles, labels = panels[0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)

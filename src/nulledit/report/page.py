@@ -13,7 +13,7 @@ from nulledit.report.tables import (
     preservation_table,
     rates_table,
 )
-from nulledit.report.text import markdown
+from nulledit.report.text import count, markdown
 
 SHOWN = 25  # facts whose answers stand on the page
 
@@ -23,7 +23,7 @@ def report_page(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) 
     base = summary["base"]
     parts = [
         "# Edited facts",
-        f"{summary['facts']} facts are in the model, written in {summary['batches']} batches. "
+        f"In the model: {count(summary['facts'], 'fact')} of {count(summary['batches'], 'batch')}. "
         f"Base: {markdown(base['model'] or 'a model in memory')} ({base['dtype']}, weights "
         f"{base['hash'][:12]}); state {summary['state'][:12]}; nulledit {summary['version']}. "
         "The settings are in `recipe.yaml`, every fact in `results.jsonl`.",
@@ -67,11 +67,13 @@ def _run(run: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], *, last: bo
     first, final = run["batches"] if run["batches"] else (0, 0)
     which = f"batches {first} to {final}" if final > first else f"batch {first}"
     parts = [
-        f"## Run {run['run']}: {run['facts']} facts, {which if final else 'no new batch'}",
-        f"{run['time']}. " + ", ".join(f"{k} {v:.1f} s" for k, v in run["seconds"].items()) + ".",
+        f"## Run {run['run']}: {count(run['facts'], 'fact')}, {which if final else 'no new batch'}",
+        f"{run['time']}. Seconds: "
+        + ", ".join(f"{stage} {spent:.1f}" for stage, spent in run["seconds"].items())
+        + ".",
     ]
     if run["known"]:
-        parts.append(f"{run['known']} of them the model knew already.")
+        parts.append(f"The model knew {run['known']} of them before; they are kept as they are.")
     if run["after"]:
         parts.append(as_markdown(rates_table({"before": run["before"], "after": run["after"]})))
         parts.append(
@@ -80,7 +82,10 @@ def _run(run: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], *, last: bo
             f"{markdown(run['text'])}."
         )
         if last:
-            parts.append("![Efficacy, generalization and specificity before and after](figure.png)")
+            parts.append(
+                "![Efficacy, generalization and specificity before and after](figure.png)\n\n"
+                "Bars: mean over facts ± standard error. The numbers are in `figure.csv`."
+            )
     else:
         parts.append("Not evaluated.")
     parts += _layers(run)

@@ -21,6 +21,11 @@ def markdown(text: object) -> str:
     return _MARKDOWN.sub(r"\\\1", plain(text))
 
 
+def count(n: int, noun: str) -> str:
+    """`1 batch`, `2 batches`."""
+    return f"{n} {noun}" + ("" if n == 1 else "es" if noun.endswith(("ch", "s")) else "s")
+
+
 def width(text: str) -> int:
     """Columns that `text` takes in a terminal: two for wide characters, none for combining ones."""
     return sum(_columns(c) for c in text)

@@ -1,0 +1,170 @@
+"""Layouts, partial runs and loading."""
+
+import json
+
+import pytest
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from nulledit.errors import ModelError
+from nulledit.models.layouts import as_out_in, find_layout, frozen, mlp_out, parameter_name
+from nulledit.models.load import load_model, model_hash
+from nulledit.models.partial import PartialModel
+from nulledit.models.tokens import Batch, collate
+
+ROWS = [[5, 9, 13, 20, 7], [8, 3], [30, 31, 32]]
+CPU = torch.device("cpu")
+
+
+def whole_states(model, row):
+    """Hidden states behind every block, the plain way."""
+    partial, found = PartialModel(model), []
+    handles = [
+        block.register_forward_hook(
+            lambda _m, _a, out: found.append(out[0] if isinstance(out, tuple) else out)
+        )
+        for block in partial.blocks
+    ]
+    logits = model(torch.tensor([row])).logits[0]
+    for handle in handles:
+        handle.remove()
+    return [f[0] for f in found], logits
+
+
+@torch.no_grad()
+def test_partial_runs_are_the_model(family, tiny_model):
+    """Any span, from ids or kept states, gives the model's own numbers."""
+    model = tiny_model(family)
+    partial = PartialModel(model)
+    batch = collate(ROWS, pad_id=0, device=CPU)
+    states = partial.run(batch, last=1)
+    upper = partial.run(batch, states=states, first=2, last=2)
+    normed = partial.run_normed(batch, states=states, first=2)
+    for i, row in enumerate(ROWS):
+        expected, logits = whole_states(model, row)
+        n = len(row)
+        torch.testing.assert_close(states[i, :n], expected[1], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(upper[i, :n], expected[2], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(partial.logits(normed[i, :n]), logits, rtol=1e-5, atol=1e-5)
+    embedded = partial.run(batch, last=-1)
+    again = partial.run(batch, states=embedded, first=0, last=1)
+    torch.testing.assert_close(again, states, rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+def test_kept_prefixes_are_the_model(family, tiny_model):
+    model = tiny_model(family)
+    partial = PartialModel(model)
+    cuts = [2, 0, 1]
+    states = partial.run(collate(ROWS, pad_id=0, device=CPU), last=1)
+    heads = collate([r[:c] for r, c in zip(ROWS, cuts, strict=True)], pad_id=0, device=CPU)
+    tails = collate([r[c:] for r, c in zip(ROWS, cuts, strict=True)], pad_id=0, device=CPU)
+    prefix = partial.record_prefix(heads, states[:, :2], first=2)
+    kept = torch.zeros(3, tails.ids.shape[1], states.shape[-1], dtype=states.dtype)
+    for i, (row, cut) in enumerate(zip(ROWS, cuts, strict=True)):
+        kept[i, : len(row) - cut] = states[i, cut : len(row)]
+    for _ in range(2):  # the prefix is not used up
+        batch = Batch(
+            tails.ids,
+            torch.cat([prefix.mask, tails.mask], 1),
+            tails.positions + torch.tensor(cuts)[:, None],
+        )
+        normed = partial.run_normed(batch, states=kept, first=2, prefix=prefix)
+    for i, (row, cut) in enumerate(zip(ROWS, cuts, strict=True)):
+        _, logits = whole_states(model, row)
+        found = partial.logits(normed[i, : len(row) - cut])
+        torch.testing.assert_close(found, logits[cut:], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_writing_a_value_moves_the_layer_by_exactly_the_residual(family, tiny_model):
+    """W + r kᵀ/‖k‖² changes the layer's output at k by r: the stream takes W's output plain."""
+    model = tiny_model(family)
+    partial = PartialModel(model)
+    batch = collate([ROWS[0]], pad_id=0, device=CPU)
+    with partial.reading_keys([1]) as keys:
+        before = partial.run(batch, last=1)[0, 3]
+    key = keys[1][0, 3]
+    residual = torch.linspace(-1, 1, len(before), dtype=before.dtype)
+    as_out_in(partial.mlp_out(1)).add_(torch.outer(residual, key) / key.square().sum())
+    after = partial.run(batch, last=1)[0, 3]
+    torch.testing.assert_close(after - before, residual, rtol=1e-6, atol=1e-6)
+
+
+def test_a_square_weight_keeps_its_orientation():
+    """GPT-2 stores [d_in, d_out]; with d_in = d_out only the module's type can tell."""
+    from transformers.pytorch_utils import Conv1D
+
+    conv, linear = Conv1D(6, 6), torch.nn.Linear(6, 6, bias=False)
+    x = torch.randn(6)
+    torch.testing.assert_close(as_out_in(conv) @ x + conv.bias, conv(x))
+    torch.testing.assert_close(as_out_in(linear) @ x, linear(x))
+
+
+def test_names_and_layers(family, tiny_model):
+    model = tiny_model(family)
+    assert find_layout(model)
+    names = dict(model.named_parameters())
+    assert names[parameter_name(model, 1)] is mlp_out(model, 1).weight
+    with pytest.raises(ModelError, match="layers 0 to 3"):
+        mlp_out(model, 4)
+
+
+def test_an_unknown_family_is_refused_with_the_known_ones():
+    config = GPTNeoXConfig(
+        vocab_size=50,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    with pytest.raises(ModelError, match=r"'gpt_neox' has no layout; known: gpt2, gptj, llama"):
+        PartialModel(GPTNeoXForCausalLM(config))
+
+
+def test_an_integer_weight_is_refused():
+    module = torch.nn.Linear(4, 4, bias=False)
+    module.weight = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ModelError, match="quantised"):
+        as_out_in(module)
+
+
+def test_frozen_undoes_itself(tiny_model):
+    model = tiny_model("llama").train()
+    model.lm_head.weight.requires_grad_(False)
+    with frozen(model):
+        assert not model.training
+        assert not any(p.requires_grad for p in model.parameters())
+    assert model.training
+    assert model.model.norm.weight.requires_grad
+    assert not model.lm_head.weight.requires_grad
+
+
+def test_load_from_a_folder_and_refuse_what_is_no_model(tiny_model, tokenizer, tmp_path):
+    model = tiny_model("llama", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    loaded, words = load_model(str(tmp_path / "m"))
+    assert model_hash(loaded) == model_hash(model)
+    assert words("Ada")["input_ids"] == tokenizer("Ada")["input_ids"]
+    half, _ = load_model(str(tmp_path / "m"), dtype="bfloat16")
+    assert half.dtype == torch.bfloat16
+    with pytest.raises(ModelError, match="can't load"):
+        load_model(str(tmp_path / "nothing"))
+    with pytest.raises(ModelError, match="unknown dtype 'int3'"):
+        load_model(str(tmp_path / "m"), dtype="int3")
+    with pytest.raises(ModelError, match="can't use device"):
+        load_model(str(tmp_path / "m"), device="nonsense")
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert/config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ModelError, match="no decoder-only"):
+        load_model(str(tmp_path / "bert"))
+
+
+def test_hash_sees_one_changed_weight_and_ignores_order(tiny_model):
+    model = tiny_model("gpt2")
+    before = model_hash(model)
+    assert model_hash(tiny_model("gpt2")) == before
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight[0, 0] += 1e-6
+    assert model_hash(model) != before

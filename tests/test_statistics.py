@@ -1,0 +1,241 @@
+"""Statistics: the right numbers, resumable, refused where they don't belong."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from nulledit.config import StatisticsSettings
+from nulledit.data.corpus import open_corpus, windows
+from nulledit.editing import statistics as module
+from nulledit.editing.statistics import Manifest, Statistics, collect, find_statistics
+from nulledit.errors import StatisticsError
+from nulledit.models.layouts import mlp_out
+from nulledit.models.load import model_hash
+from nulledit.models.partial import PartialModel
+
+SETTINGS = StatisticsSettings(window=16)
+TEXT = (
+    "The river flows to the sea.\n\nAda Byron lives in London, and Karo Dun works as a baker.\n" * 6
+)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    return open_corpus(tmp_path / "text.txt")
+
+
+@pytest.fixture
+def run(tiny_model, tokenizer, corpus, tmp_path):
+    def run(settings=SETTINGS, family="llama", folder="out", **options):
+        model = tiny_model(family)
+        return model, collect(
+            PartialModel(model),
+            tokenizer,
+            options.pop("corpus", corpus),
+            settings,
+            layers=(0, 2),
+            name="tiny",
+            model_hash=model_hash(model),
+            folder=tmp_path / folder,
+            progress=False,
+            **options,
+        )
+
+    return run
+
+
+def plain_moment(model, rows, layer, *, first=0):
+    """E[k kᵀ], one window after the other through the whole model."""
+    keys = []
+    hook = mlp_out(model, layer).register_forward_pre_hook(
+        lambda _m, a: keys.append(a[0][0, first:])
+    )
+    with torch.no_grad():
+        for row in rows:
+            model(torch.tensor([row]))
+    hook.remove()
+    K = torch.cat(keys).double()
+    return K.mT @ K / len(K), len(K)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        StatisticsSettings(window=16),
+        StatisticsSettings(window=16, packing="lines"),
+        StatisticsSettings(window=16, count_first=False),
+    ],
+    ids=["packed", "lines", "without position 0"],
+)
+def test_moments_are_the_plain_ones(family, run, tokenizer, corpus, settings):
+    model, found = run(settings, family)
+    rows = list(
+        windows(
+            corpus.texts(),
+            lambda t: tokenizer(t)["input_ids"],
+            window=16,
+            packed=settings.packing == "packed",
+        )
+    )
+    for layer in (0, 2):
+        expected, count = plain_moment(model, rows, layer, first=0 if settings.count_first else 1)
+        spectrum = found.spectra[layer]
+        rebuilt = (
+            spectrum.eigenvectors @ torch.diag(spectrum.eigenvalues) @ spectrum.eigenvectors.mT
+        )
+        torch.testing.assert_close(rebuilt, expected, rtol=1e-6, atol=1e-8)
+        assert found.manifest.tokens == count
+
+
+def test_moments_do_not_depend_on_what_runs_together(run):
+    _, one = run(folder="a", positions=16)
+    _, all_ = run(folder="b", positions=100_000)
+    for layer in (0, 2):
+        torch.testing.assert_close(one.spectra[layer].eigenvalues, all_.spectra[layer].eigenvalues)
+
+
+def test_an_interrupted_run_goes_on(run, tmp_path, monkeypatch):
+    _, expected = run(folder="whole", positions=16)
+    calls = 0
+    real = module._add
+
+    def dies(*args):
+        nonlocal calls
+        calls += 1
+        if calls == 9:
+            raise KeyboardInterrupt
+        real(*args)
+
+    monkeypatch.setattr(module, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(module, "_add", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder="cut", positions=16)
+    assert (tmp_path / "cut/partial.safetensors").is_file()
+    calls = 100
+    _, found = run(folder="cut", positions=16)
+    assert calls - 100 < 20, "windows that were counted are not run again"
+    assert found.manifest.tokens == expected.manifest.tokens
+    for layer in (0, 2):
+        torch.testing.assert_close(
+            found.spectra[layer].eigenvalues, expected.spectra[layer].eigenvalues
+        )
+    assert not (tmp_path / "cut/partial.safetensors").exists()
+
+
+def test_a_token_budget_ends_the_run(run):
+    _, found = run(StatisticsSettings(window=16, tokens=100), positions=16)
+    assert 100 <= found.manifest.tokens < 120
+
+
+def test_fewer_tokens_than_the_width_are_refused(run, tmp_path):
+    (tmp_path / "short.txt").write_text("The river.")
+    with pytest.raises(StatisticsError, match=r"gives \d+ tokens; the keys are 48 wide"):
+        run(corpus=open_corpus(tmp_path / "short.txt"))
+
+
+def test_full_and_compact_files_read_back(run, tmp_path):
+    _, made = run()
+    full = Statistics.load(tmp_path / "out")
+    assert full.manifest == made.manifest
+    thresholds = {layer: float(made.spectra[layer].eigenvalues[30]) for layer in (0, 2)}
+    made.save_compact(tmp_path / "small.safetensors", thresholds)
+    small = Statistics.load(tmp_path / "small.safetensors")
+    assert small.manifest == made.manifest
+    keys = torch.randn(48, 5, dtype=torch.float64)
+    for layer, threshold in thresholds.items():
+        gains = (made.spectra[layer].eigenvalues < threshold).double()
+        exact = made.spectra[layer].metric(gains).apply(keys)
+        found = small.spectra[layer].metric((small.spectra[layer].eigenvalues < threshold).double())
+        assert (found.apply(keys) - exact).norm() / exact.norm() < 5e-3, "half precision"
+    size = (tmp_path / "out/spectra.safetensors").stat().st_size
+    assert (tmp_path / "small.safetensors").stat().st_size < size / 3
+
+
+def test_statistics_of_another_model_or_layer_are_refused(run, tiny_model):
+    model, made = run()
+    made.check(model_hash(model), [0, 2])
+    with pytest.raises(StatisticsError, match=r"statistics are of tiny \(weights"):
+        made.check(model_hash(tiny_model("llama", seed=3)), [0])
+    with pytest.raises(StatisticsError, match=r"layers \[1\] are needed"):
+        made.check(model_hash(model), [0, 1])
+
+
+def test_the_cache_finds_them_again(tiny_model, tokenizer, corpus):
+    model = tiny_model("llama")
+    hash_ = model_hash(model)
+    assert find_statistics(hash_, [0]) is None
+    made = collect(
+        PartialModel(model),
+        tokenizer,
+        corpus,
+        StatisticsSettings(window=16),
+        layers=(0, 2),
+        name="tiny",
+        model_hash=hash_,
+        progress=False,
+    )
+    assert find_statistics(hash_, [0]).manifest == made.manifest
+    assert find_statistics(hash_, [1]) is None
+    assert find_statistics("other", [0]) is None
+
+
+def test_what_is_no_statistics_file_is_refused(tmp_path):
+    (tmp_path / "junk.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(StatisticsError, match="no readable statistics"):
+        Statistics.load(tmp_path / "junk.safetensors")
+    with pytest.raises(StatisticsError, match="no readable"):
+        Statistics.load(tmp_path / "missing.safetensors")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(StatisticsError, match="no readable manifest"):
+        Statistics.load(tmp_path / "folder")
+    (tmp_path / "folder/manifest.json").write_text('{"format": 1}')
+    with pytest.raises(StatisticsError, match="no manifest"):
+        Statistics.load(tmp_path / "folder")
+
+
+def test_other_statistics_in_the_folder_are_not_overwritten(run):
+    run()
+    with pytest.raises(StatisticsError, match="holds other statistics"):
+        run(StatisticsSettings(window=8))
+
+
+def test_corpora(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/b.txt").write_text("two\n")
+    (tmp_path / "folder/a.jsonl").write_text('{"text": "one\\nand more"}\n\n')
+    assert list(open_corpus(tmp_path / "folder").texts()) == ["one\n", "and more", "two\n"]
+    hashes = {open_corpus(tmp_path / "folder").sha256}
+    (tmp_path / "folder/b.txt").write_text("three\n")
+    hashes.add(open_corpus(tmp_path / "folder").sha256)
+    assert len(hashes) == 2
+    for name, content, words in (
+        ("bad.jsonl", b'{"txt": 1}\n', 'line 1: expected JSON with a "text" field'),
+        ("bad.txt", b"\xff\xfe\x00", "not a text file"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(StatisticsError, match=words):
+            list(open_corpus(tmp_path / name).texts())
+    with pytest.raises(StatisticsError, match="no such file"):
+        open_corpus(tmp_path / "nowhere")
+
+
+def test_windows_lose_no_token():
+    texts = ["ab", "  ", "cdefg"]
+    assert list(windows(texts, list, window=3, packed=True)) == [list("abc"), list("def"), ["g"]]
+    assert list(windows(texts, list, window=3, packed=False)) == [
+        list("ab"),
+        list("cde"),
+        list("fg"),
+    ]
+    led = list(windows(texts, list, window=3, packed=True, first=["^"]))
+    assert led == [["^", *"ab"], ["^", *"cd"], ["^", *"ef"], ["^", "g"]]
+
+
+def test_manifest_round_trip():
+    manifest = Manifest("m", "h", (1, 2), "c", "d", StatisticsSettings(tokens=5), "float32", 7, 2)
+    assert Manifest.from_json(manifest.to_json(), "here") == manifest
+    older = dataclasses.replace(manifest, format=0)
+    with pytest.raises(StatisticsError, match="format 0"):
+        Manifest.from_json(older.to_json(), "here")
