@@ -34,7 +34,7 @@ def gap(editor, other):
     worst = 0.0
     for layer in editor.recipe.layers:
         base = editor.history.tensors[editor.history.epochs[0].tensors][f"base.{layer}"].double()
-        mine, theirs = editor._weight(layer), other._weight(layer)
+        mine, theirs = editor.weights.exact(layer), other.weights.exact(layer)
         worst = max(worst, float((mine - theirs).norm() / (theirs - base).norm()))
     return worst
 
@@ -88,7 +88,7 @@ def test_undo_is_the_solve_without_the_column_in_any_order(make_editor, facts):
         V = editor.history.column_tensor(editor.history.active, f"targets.{layer}").mT
         eye = torch.eye(len(G), dtype=torch.float64)
         dense = base + (V - base @ K) @ K.mT @ G @ torch.linalg.inv(eye + K @ K.mT @ G)
-        assert float((editor._weight(layer) - dense).norm() / (dense - base).norm()) < 1e-8
+        assert float((editor.weights.exact(layer) - dense).norm() / (dense - base).norm()) < 1e-8
 
 
 def test_undo_of_what_is_not_there_is_refused(make_editor, facts):
@@ -210,7 +210,7 @@ def test_a_new_answer_is_as_if_the_older_had_never_been(make_editor):
     editor.edit([old])
     first = weights(editor)
     report = editor.edit([new])
-    assert "older answer 'river' is replaced" in report.notices[0]
+    assert "the older answer 'river' of job is replaced" in report.notices[0]
     assert [f.id for f in editor.facts] == ["job-2"]
     fresh = make_editor()
     fresh.edit([new])

@@ -157,7 +157,7 @@ def test_the_projection_protects(make_editor):
         moments = key_moments(editor.partial, editor.tokenizer, rows, [1])
         editor.edit(facts)
         tensors = editor.history.tensors[editor.history.epochs[0].tensors]
-        update = editor._weight(1) - tensors["base.1"].double()
+        update = editor.weights.exact(1) - tensors["base.1"].double()
         norm = update.norm()
         errors[value] = float((update @ moments[1].value * update).sum().sqrt() / norm)
     assert errors[0.001] < 0.5 * errors[0.999]

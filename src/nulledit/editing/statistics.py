@@ -98,7 +98,7 @@ class Statistics:
         if m.model_hash != model_hash:
             raise StatisticsError(
                 f"statistics are of {m.model} (weights {m.model_hash[:12]}), "
-                f"the model's weights are {model_hash[:12]}: make its own with `nulledit stats make`"
+                f"the model's weights are {model_hash[:12]}: make its own by `nulledit stats make`"
             )
         missing = [layer for layer in layers if layer not in self.spectra]
         if missing:

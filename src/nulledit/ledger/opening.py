@@ -1,0 +1,82 @@
+"""What an epoch fixes for all its batches: W₀ and the metric of each edited layer."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from nulledit.config import Recipe
+from nulledit.editing.statistics import Statistics
+from nulledit.errors import StatisticsError
+from nulledit.ledger.entries import Epoch
+from nulledit.ledger.fold import metric_tensors
+from nulledit.ledger.store import tensor_bytes
+from nulledit.linalg.spectrum import RULES, Metric, Spectrum
+from nulledit.methods.registry import find_method
+from nulledit.models.layouts import as_out_in
+from nulledit.models.partial import PartialModel
+
+logger = logging.getLogger(__name__)
+
+
+def open_epoch(
+    model: PartialModel,
+    recipe: Recipe,
+    statistics: Statistics,
+    *,
+    contexts: tuple[str, ...],
+    seed: int,
+) -> tuple[Epoch, dict[str, Tensor]]:
+    """The first epoch of a ledger, and its tensors.
+
+    Warns where the null-space rule protects nothing or leaves no room. StatisticsError where the
+    statistics do not fit the model's layers or do not serve the method's filter.
+    """
+    dtype = torch.float64 if model.model.dtype == torch.float64 else torch.float32
+    tensors: dict[str, Tensor] = {}
+    for layer in recipe.layers:
+        weight = as_out_in(model.mlp_out(layer))
+        metric = _metric(recipe, statistics.spectra[layer], layer, weight.shape[1])
+        tensors |= metric_tensors(metric, layer, dtype)
+        tensors[f"base.{layer}"] = weight.detach().clone().cpu().contiguous()
+    digest, _ = tensor_bytes(tensors)
+    epoch = Epoch(
+        id=1,
+        recipe=recipe.to_dict(),
+        seed=seed,
+        contexts=contexts,
+        statistics=asdict(statistics.manifest),
+        tensors=digest,
+    )
+    return epoch, tensors
+
+
+def _metric(recipe: Recipe, spectrum: Spectrum, layer: int, d_in: int) -> Metric:
+    rule, value = recipe.null_space.rule, recipe.null_space.value
+    if spectrum.d_in != d_in:
+        raise StatisticsError(
+            f"statistics of layer {layer} are {spectrum.d_in} wide, its keys {d_in}"
+        )
+    threshold = RULES[rule](spectrum.eigenvalues, value)
+    gains = find_method(recipe.method.name).gains(spectrum.eigenvalues, threshold, recipe.method)
+    try:
+        metric = spectrum.metric(gains)
+    except LookupError as error:
+        raise StatisticsError(
+            f"these compact statistics don't serve null_space {rule} {value} at layer {layer} "
+            f"({error}): make full ones with `nulledit stats make`"
+        ) from error
+    if metric.rank == d_in:
+        logger.warning(
+            "layer %d: nothing is protected (no eigenvalue reaches %.3g)", layer, threshold
+        )
+    if metric.rank == 0:
+        logger.warning(
+            "layer %d: no room left (every eigenvalue reaches %.3g): edits are void",
+            layer,
+            threshold,
+        )
+    return metric
