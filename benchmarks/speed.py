@@ -76,7 +76,7 @@ def main():
     encoder = RowEncoder(tokenizer, max_length=8192)
     settings = ValueSettings(steps=options.steps, stop_loss=0.0)
     base = {layer: as_out_in(partial.mlp_out(layer)).clone() for layer in LAYERS}
-    spectra = find_statistics(model_hash(model), LAYERS).spectra
+    spectra = next(find_statistics(model_hash(model), LAYERS)).spectra
     clock = Clock()
     print(
         f"{options.facts} facts, {options.steps} forward passes a fact, {options.threads} thread(s)"

@@ -1,5 +1,6 @@
 """Tiny models of real architectures and a byte-level tokenizer: no network, no downloads."""
 
+import logging
 import sys
 from pathlib import Path
 
@@ -45,6 +46,16 @@ def one_thread():
 def own_cache(tmp_path_factory, monkeypatch):
     """No test reads or writes the user's cache."""
     monkeypatch.setenv("NULLEDIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def plain_logging():
+    """The command line sets its logger's level for its process; tests run in one."""
+    logger = logging.getLogger("nulledit")
+    before = (logger.level, list(logger.handlers))
+    yield
+    logger.setLevel(before[0])
+    logger.handlers[:] = before[1]
 
 
 @pytest.fixture(scope="session")

@@ -165,7 +165,7 @@ def test_statistics_of_another_model_or_layer_are_refused(run, tiny_model):
 def test_the_cache_finds_them_again(tiny_model, tokenizer, corpus):
     model = tiny_model("llama")
     hash_ = model_hash(model)
-    assert find_statistics(hash_, [0]) is None
+    assert not list(find_statistics(hash_, [0]))
     made = collect(
         PartialModel(model),
         tokenizer,
@@ -176,9 +176,9 @@ def test_the_cache_finds_them_again(tiny_model, tokenizer, corpus):
         model_hash=hash_,
         progress=False,
     )
-    assert find_statistics(hash_, [0]).manifest == made.manifest
-    assert find_statistics(hash_, [1]) is None
-    assert find_statistics("other", [0]) is None
+    assert [s.manifest for s in find_statistics(hash_, [0])] == [made.manifest]
+    assert not list(find_statistics(hash_, [1]))
+    assert not list(find_statistics("other", [0]))
 
 
 def test_what_is_no_statistics_file_is_refused(tmp_path):

@@ -181,6 +181,15 @@ class Recipe:
         return Recipe.from_dict(data)
 
 
+def layers_by_depth(depth: int) -> tuple[int, ...]:
+    """Five layers of a model with `depth` blocks, as LLaMA3's 4-8 of 32 and GPT-J's 3-8 of 28.
+
+    Never the last block, above which nothing would read the edit.
+    """
+    first = round(0.13 * depth)
+    return tuple(range(first, min(first + 5, max(depth - 1, 1))))
+
+
 def shipped_recipes() -> list[str]:
     """Names of the recipes inside the package."""
     folder = resources.files("nulledit") / "assets" / "recipes"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nulledit.config import Recipe, load_recipe, shipped_recipes
+from nulledit.config import Recipe, layers_by_depth, load_recipe, shipped_recipes
 from nulledit.data.facts import Fact
 from nulledit.editing.contexts import make_contexts
 from nulledit.editing.keys import Walk
@@ -121,7 +121,9 @@ class Editor:
         return cls(model, tokenizer, recipe=recipe, statistics=statistics, name=name, seed=seed)
 
     @classmethod
-    def load(cls, folder: str | Path, *, device: str | None = None) -> Self:
+    def load(
+        cls, folder: str | Path, *, device: str | None = None, trust_remote_code: bool = False
+    ) -> Self:
         """Take up what `save` (or `nulledit edit`) left in `folder`; later edits are written there.
 
         The base comes from the folder's own model with W₀ from the ledger put back; if there is no
@@ -135,7 +137,12 @@ class Editor:
         source = str(saved) if (saved / "config.json").is_file() else history.base.model
         if not source:
             raise LedgerError(f"{folder}: has no model, and its base was an object in memory")
-        model, tokenizer = load_model(source, device=device, dtype=history.base.dtype)
+        model, tokenizer = load_model(
+            source,
+            device=device,
+            dtype=history.base.dtype,
+            trust_remote_code=trust_remote_code,
+        )
         epoch = history.epochs[-1] if history.epochs else None
         recipe = Recipe.from_dict(epoch.recipe) if epoch else None
         if epoch and recipe:
@@ -393,13 +400,24 @@ class Editor:
     def _begin_epoch(self) -> None:
         if self.history.epochs:
             return
-        statistics = self._find_statistics()
         contexts = make_contexts(self.model, self.tokenizer, self.recipe.contexts, seed=self.seed)
-        epoch, tensors = open_epoch(
-            self.partial, self.recipe, statistics, contexts=contexts, seed=self.seed
+        refusal: StatisticsError | None = None
+        for statistics in self._candidates():
+            try:
+                epoch, tensors = open_epoch(
+                    self.partial, self.recipe, statistics, contexts=contexts, seed=self.seed
+                )
+            except StatisticsError as error:
+                refusal = refusal or error  # full ones in the cache may serve what shipped don't
+                continue
+            self._journal.begin(epoch, tensors)
+            self.weights.refresh()
+            return
+        base, layers = self.history.base, ",".join(map(str, self.recipe.layers))
+        raise refusal or StatisticsError(
+            "no statistics of this model's preserved keys: make them once with "
+            f"`nulledit stats make {base.model or 'MODEL'} --text CORPUS --layers {layers}`"
         )
-        self._journal.begin(epoch, tensors)
-        self.weights.refresh()
 
     @contextmanager
     def _restored_after_errors(self) -> Iterator[None]:
@@ -452,20 +470,15 @@ class Editor:
         older = [(c, by_id[c.replaces]) for c in columns if c.replaces]
         return [o.fact for c, o in older if o.fact.key == c.fact.key and o.fact != c.fact]
 
-    def _find_statistics(self) -> Statistics:
+    def _candidates(self) -> Iterator[Statistics]:
+        """The statistics given, or those found, that are of this model and cover its layers."""
         given = self._statistics
-        if isinstance(given, str | Path):
-            given = Statistics.load(Path(given))
-        base, layers = self.history.base, self.recipe.layers
-        found = given or find_statistics(base.hash, layers)
-        if found is None:
-            raise StatisticsError(
-                "no statistics of this model's preserved keys: make them once with "
-                f"`nulledit stats make {base.model or 'MODEL'} --text CORPUS "
-                f"--layers {','.join(map(str, layers))}`"
-            )
-        found.check(base.hash, layers)
-        return found
+        if given is None:
+            yield from find_statistics(self.history.base.hash, self.recipe.layers)
+            return
+        statistics = given if isinstance(given, Statistics) else Statistics.load(Path(given))
+        statistics.check(self.history.base.hash, self.recipe.layers)
+        yield statistics
 
     @property
     def _contexts(self) -> tuple[str, ...]:
@@ -515,8 +528,7 @@ def _resolve(recipe: Recipe | str | Path | None, name: str, model: PartialModel)
         recipe = load_recipe(recipe)
     top = model.depth - 1
     if not recipe.layers:
-        first = round(0.13 * model.depth)  # as LLaMA3's 4-8 of 32 and GPT-J's 3-8 of 28
-        chosen = tuple(range(first, min(first + 5, max(top, 1))))
+        chosen = layers_by_depth(model.depth)
         logger.warning("the recipe names no layers; chosen by depth: %s", list(chosen))
         recipe = replace(recipe, layers=chosen)
     last = recipe.layers[-1]

@@ -45,7 +45,6 @@ FIXED = {
     "null_space": "--null-space",
     "changes": "--set",
     "dtype": "--dtype",
-    "trust_remote_code": "--trust-remote-code",
     "dry_run": "--dry-run",
 }
 FIELDS = {

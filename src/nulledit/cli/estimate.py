@@ -29,7 +29,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nulledit.cli.measure import windows_of
-from nulledit.config import Recipe
+from nulledit.config import Recipe, layers_by_depth
 from nulledit.data.facts import Fact
 from nulledit.editor import ACCELERATOR_POSITIONS, CPU_POSITIONS
 from nulledit.errors import ModelError, NullEditError
@@ -73,7 +73,7 @@ def estimate(
     recipe = recipe or Recipe()
     device = given["device"] if given["device"] not in (None, "auto") else "cpu"
     shape, encoder, depth = _shape(name, dtype, given["trust_remote_code"])
-    layers = recipe.layers or _by_depth(depth)
+    layers = recipe.layers or layers_by_depth(depth)
     if layers[-1] >= depth - 1:
         raise ModelError(
             f"layer {layers[-1]} is out of range: layers 0 to {depth - 2} can be edited"
@@ -133,12 +133,6 @@ def as_page(size: dict[str, Any]) -> str:
         f"Peak memory: about {size['peak_bytes'] / 1e9:.1f} GB. Nothing was edited; whether there "
         "are statistics was not looked up."
     )
-
-
-def _by_depth(depth: int) -> tuple[int, ...]:
-    """The layers that the editor chooses where the recipe names none."""
-    first = round(0.13 * depth)
-    return tuple(range(first, min(first + 5, max(depth - 1, 1))))
 
 
 def _shape(name: str, dtype: str | None, trust: bool) -> tuple[Shape, RowEncoder, int]:

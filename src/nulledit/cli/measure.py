@@ -32,13 +32,15 @@ class Text:
     """[windows, tokens]."""
 
 
-def load_run(folder: str | Path, device: str | None, *, quiet: bool) -> Editor:
+def load_run(
+    folder: str | Path, device: str | None, *, quiet: bool, trust_remote_code: bool = False
+) -> Editor:
     """The editor of a run folder; LedgerError if there is no run."""
     folder = Path(folder)
     if not (folder / "ledger" / "ledger.db").is_file():
         raise LedgerError(f"{folder}: no run here (expected {folder / 'ledger' / 'ledger.db'})")
     say(f"Loading the model of {folder}", quiet=quiet)
-    return Editor.load(folder, device=device)
+    return Editor.load(folder, device=device, trust_remote_code=trust_remote_code)
 
 
 def read_text(editor: Editor, file: str | None) -> Text:

@@ -57,7 +57,9 @@ def run(
     started = time.perf_counter()
     folder = Path(given["run"] or given["out"])
     if recipe is None:
-        editor = load_run(folder, given["device"], quiet=quiet)
+        editor = load_run(
+            folder, given["device"], quiet=quiet, trust_remote_code=given["trust_remote_code"]
+        )
         if not editor.history.events:
             raise LedgerError(
                 f"{folder}: no batch was finished here; begin again with --out {folder}"

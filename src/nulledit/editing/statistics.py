@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +22,7 @@ import nulledit
 from nulledit.config import StatisticsSettings
 from nulledit.data.corpus import Corpus, windows
 from nulledit.errors import StatisticsError
+from nulledit.files import replacing, write_text
 from nulledit.linalg.moments import SecondMoment
 from nulledit.linalg.spectrum import Spectrum
 from nulledit.models.layouts import as_out_in
@@ -116,10 +116,8 @@ class Statistics:
             tensors[f"eigenvectors.{layer}"] = thin.eigenvectors.contiguous()
             starts[str(layer)] = thin.start
         metadata = {"manifest": self.manifest.to_json(), "starts": json.dumps(starts)}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.part")
-        save_file(tensors, partial, metadata)
-        os.replace(partial, file)
+        with replacing(file) as partial:
+            save_file(tensors, partial, metadata)
 
     @classmethod
     def load(cls, path: Path) -> Statistics:
@@ -217,21 +215,22 @@ def default_folder(manifest: Manifest) -> Path:
     return cache_folder() / "statistics" / manifest.model_hash[:16] / key
 
 
-def find_statistics(model_hash: str, layers: Sequence[int]) -> Statistics | None:
-    """Statistics of that model that cover `layers`: shipped ones, else the largest in the cache."""
+def find_statistics(model_hash: str, layers: Sequence[int]) -> Iterator[Statistics]:
+    """Statistics of that model covering `layers`: shipped ones, then the cache's, largest first."""
     shipped = resources.files("nulledit") / "assets" / "statistics"
     with resources.as_file(shipped) as folder:
         for file in sorted(folder.glob("*.safetensors")):
             statistics = Statistics.load(file)
             covered = set(layers) <= set(statistics.spectra)
             if statistics.manifest.model_hash == model_hash and covered:
-                return statistics
+                yield statistics
     found = []
     for file in (cache_folder() / "statistics" / model_hash[:16]).glob("*/manifest.json"):
         manifest = Manifest.from_json(_text(file), str(file.parent))
         if manifest.model_hash == model_hash and set(layers) <= set(manifest.layers):
             found.append((manifest.tokens, file.parent))
-    return Statistics.load(max(found)[1]) if found else None
+    for _, folder in sorted(found, reverse=True):
+        yield Statistics.load(folder)
 
 
 def key_moments(
@@ -303,15 +302,13 @@ def _empty(model: PartialModel, layers: Sequence[int]) -> dict[int, SecondMoment
 def _save_partial(
     folder: Path, manifest: Manifest, moments: dict[int, SecondMoment], done: int
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / ".partial.part"
     metadata = {
         "manifest": manifest.to_json(),
         "windows": str(done),
         "count": str(next(iter(moments.values())).count),
     }
-    save_file({f"sum.{i}": m.sum.cpu() for i, m in moments.items()}, partial, metadata)
-    os.replace(partial, folder / "partial.safetensors")
+    with replacing(folder / "partial.safetensors") as partial:
+        save_file({f"sum.{i}": m.sum.cpu() for i, m in moments.items()}, partial, metadata)
 
 
 def _resume(
@@ -337,17 +334,15 @@ def _save(
     moments: dict[int, SecondMoment],
     spectra: dict[int, Spectrum],
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     sums = {f"sum.{i}": m.sum.cpu() for i, m in moments.items()}
     parts = {}
     for layer, spectrum in spectra.items():
         parts[f"eigenvalues.{layer}"] = spectrum.eigenvalues
         parts[f"eigenvectors.{layer}"] = spectrum.eigenvectors.float().contiguous()
-    for tensors, file in ((sums, "moments"), (parts, "spectra")):
-        save_file(tensors, folder / f".{file}.part")
-        os.replace(folder / f".{file}.part", folder / f"{file}.safetensors")
-    (folder / ".manifest.part").write_text(manifest.to_json(), encoding="utf-8")
-    os.replace(folder / ".manifest.part", folder / "manifest.json")  # last: it says "complete"
+    for tensors, name in ((sums, "moments"), (parts, "spectra")):
+        with replacing(folder / f"{name}.safetensors") as partial:
+            save_file(tensors, partial)
+    write_text(folder / "manifest.json", manifest.to_json())  # last: it says "complete"
     (folder / "partial.safetensors").unlink(missing_ok=True)
 
 

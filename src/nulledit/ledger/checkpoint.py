@@ -8,9 +8,6 @@ comes last, so that a folder whose id is not the ledger's is known to need rewri
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -19,6 +16,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nulledit.errors import LedgerError
+from nulledit.files import replacing, replacing_folder, write_text
 
 STATE_FILE = "nulledit.json"
 
@@ -55,20 +53,10 @@ def write_model(
 def _write_whole(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, state_id: str
 ) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(f".{folder.name}-*.part"):
-        shutil.rmtree(left, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".part", dir=folder.parent))
-    try:
-        partial.chmod(0o755)
+    with replacing_folder(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         _write_state(partial, state_id)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _files_of(folder: Path, names: list[str]) -> dict[Path, list[str]] | None:
@@ -97,17 +85,9 @@ def _rewrite(file: Path, replaced: dict[str, torch.Tensor]) -> None:
         if tensors[name].shape != tensor.shape:
             raise LedgerError(f"{file}: {name} has another shape than the model's")
         tensors[name] = tensor.detach().to(tensors[name].dtype).cpu().contiguous()
-    partial = file.with_name(f".{file.name}.part")
-    try:
+    with replacing(file) as partial:
         save_file(tensors, partial, metadata)
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _write_state(folder: Path, state_id: str) -> None:
-    partial = folder / f".{STATE_FILE}.part"
-    partial.write_text(json.dumps({"state": state_id}) + "\n", encoding="utf-8")
-    os.replace(partial, folder / STATE_FILE)
+    write_text(folder / STATE_FILE, json.dumps({"state": state_id}) + "\n")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sqlite3
 from collections.abc import Iterable
 from contextlib import closing
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from nulledit.data.facts import Fact
 from nulledit.errors import LedgerError
+from nulledit.files import replacing
 from nulledit.ledger.entries import Base, Batch, Column, Epoch, Event, History
 
 SCHEMA_VERSION = 1
@@ -69,16 +69,11 @@ class Store:
         self.tensors.mkdir(parents=True, exist_ok=True)
         for digest, tensors in history.tensors.items():
             self._write_tensors(digest, tensors)
-        partial = self.folder / ".ledger.db.part"
-        partial.unlink(missing_ok=True)
-        with closing(sqlite3.connect(partial)) as db, db:
+        meta = {"schema_version": str(SCHEMA_VERSION), "base": json.dumps(asdict(history.base))}
+        with replacing(self.database) as partial, closing(sqlite3.connect(partial)) as db, db:
             db.executescript(SCHEMA)
-            meta = {"schema_version": str(SCHEMA_VERSION), "base": json.dumps(asdict(history.base))}
             db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
             _insert(db, history.epochs, history.batches, history.columns, history.events)
-        _sync(partial)
-        os.replace(partial, self.database)
-        _sync(self.folder)
 
     def commit(
         self, history: History, *, epochs: int, batches: int, columns: int, events: int
@@ -139,13 +134,10 @@ class Store:
             return
         found, raw = tensor_bytes(tensors)
         assert found == digest
-        for old in self.tensors.glob(".*.part"):
-            old.unlink()
-        partial = self.tensors / f".{digest}.part"
-        partial.write_bytes(raw)
-        _sync(partial)
-        os.replace(partial, file)
-        _sync(self.tensors)
+        for left in self.tensors.glob(".*.part"):
+            left.unlink()  # of a process that was killed
+        with replacing(file) as partial:
+            partial.write_bytes(raw)
 
     def _read_tensors(self, digest: str) -> dict[str, Tensor]:
         file = self.tensors / f"{digest}.safetensors"
@@ -217,11 +209,3 @@ def _event(row: tuple[Any, ...]) -> Event:
     return Event(
         id_, kind, time, tuple(json.loads(activated)), tuple(json.loads(deactivated)), note
     )
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,8 +7,6 @@ import importlib.util
 import json
 import logging
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from transformers import (
 )
 
 from nulledit.errors import ModelError
+from nulledit.files import replacing_folder, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -125,9 +124,7 @@ def embedded_folder(name: str) -> Path:
             f"{EMBEDDED[name].install}"
         )
     logger.info("converting %s to float32 in %s (once)", file.name, folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
-    try:
+    with replacing_folder(folder) as partial:
         options = {"gguf_file": file.name, "local_files_only": True}
         loaded = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
@@ -141,12 +138,7 @@ def embedded_folder(name: str) -> Path:
         tokenizer.save_pretrained(partial)
         weights = {p.name: sha256_of(p) for p in sorted(partial.glob("*.safetensors"))}
         manifest = {"name": name, "source": file.name, "source_sha256": found, "weights": weights}
-        (partial / SOURCE_FILE).write_text(json.dumps(manifest, indent=2))
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        write_text(partial / SOURCE_FILE, json.dumps(manifest, indent=2))
     return folder
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import nulledit
 from nulledit.errors import LedgerError
+from nulledit.files import replacing
 from nulledit.report.figures import rate_rows, rates_figure
 from nulledit.report.page import report_page
 
@@ -120,17 +120,10 @@ def write_run(
 
 
 def write(file: Path, content: str | bytes) -> None:
-    """Write under a temporary name and rename: the file is never half there."""
-    partial = file.with_name(f".{file.name}.part")
+    """Write whole or not at all; what UTF-8 can't hold is escaped."""
     raw = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
-    try:
-        with partial.open("wb") as opened:
-            opened.write(raw)
-            opened.flush()
-            os.fsync(opened.fileno())
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(file) as partial:
+        partial.write_bytes(raw)
 
 
 def as_json(value: Any, *, indent: int | None = 2) -> str:
