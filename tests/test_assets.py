@@ -1,0 +1,50 @@
+"""What the package ships fits together."""
+
+from importlib import resources
+
+import pytest
+
+from nulledit import read_facts
+from nulledit.config import load_recipe, shipped_recipes
+from nulledit.editing.statistics import Statistics
+from nulledit.evaluation.preservation import shipped_text
+from nulledit.linalg.spectrum import RULES
+from nulledit.methods.registry import find_method
+
+ASSETS = resources.files("nulledit") / "assets"
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_recipes_load_and_read_back(name):
+    recipe = load_recipe(name)
+    assert recipe.layers
+    assert type(recipe).from_dict(recipe.to_dict()) == recipe
+
+
+def test_shipped_statistics_serve_the_shipped_recipe_and_the_published_layers():
+    statistics = Statistics.load(ASSETS / "statistics" / "smollm2-135m.safetensors")
+    manifest = statistics.manifest
+    assert (manifest.corpus, manifest.tokens) == ("valid.txt", 272569)
+    for recipe in (load_recipe("smollm2-135m"), load_recipe("smollm2-135m-published")):
+        for layer in recipe.layers:
+            spectrum = statistics.spectra[layer]
+            rule = recipe.null_space
+            threshold = RULES[rule.rule](spectrum.eigenvalues, rule.value)
+            method = find_method(recipe.method.name)
+            metric = spectrum.metric(method.gains(spectrum.eigenvalues, threshold, recipe.method))
+            assert 0 < metric.rank < spectrum.d_in
+
+
+def test_example_facts_are_complete():
+    facts = read_facts(ASSETS / "facts" / "examples.yaml").facts
+    assert len(facts) == 25
+    assert len({f.subject for f in facts}) == 25
+    for fact in facts:
+        assert fact.old_answer
+        assert len(fact.paraphrases) >= 2
+        assert len(fact.neighbours) >= 2
+        assert all(n.answer for n in fact.neighbours)
+
+
+def test_preservation_text_is_of_the_promised_size():
+    assert 18_000 < len(shipped_text().encode()) < 22_000

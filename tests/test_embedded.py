@@ -1,0 +1,61 @@
+"""The embedded model itself: `make test-slow`."""
+
+import dataclasses
+from importlib import resources
+
+import pytest
+import torch
+
+from nulledit import Editor, Fact, read_facts
+from nulledit.evaluation.generation import contains, generate_answers
+
+pytestmark = pytest.mark.slow
+EXAMPLES = resources.files("nulledit") / "assets" / "facts" / "examples.yaml"
+
+
+@pytest.fixture(autouse=True)
+def users_cache(monkeypatch):
+    """The converted model is large: it is kept where users keep it."""
+    monkeypatch.delenv("NULLEDIT_CACHE", raising=False)
+    torch.set_num_threads(2)
+
+
+def says(editor, fact):
+    prompt = fact.render(fact.prompt)
+    return contains(generate_answers(editor.model, editor.tokenizer, [prompt])[0], fact.target)
+
+
+def test_example_facts_take_hold_and_are_undone():
+    editor = Editor.from_pretrained("smollm2-135m")
+    before = {k: v.clone() for k, v in editor.model.state_dict().items()}
+    facts = read_facts(EXAMPLES).facts[:5]
+    editor.edit(facts)
+    assert all(says(editor, fact) for fact in facts)
+    editor.undo(*[fact.id for fact in facts])
+    assert all(torch.equal(before[k], v) for k, v in editor.model.state_dict().items())
+
+
+@pytest.mark.parametrize("size", [3, 1])
+def test_three_relations_of_one_subject_hold(size):
+    facts = [
+        Fact(id="capital", subject="France", prompt="{}'s capital city is", target="Madrid"),
+        Fact(id="tongue", subject="France", prompt="{}'s official language is", target="Greek"),
+        Fact(id="money", subject="France", prompt="{}'s currency is the", target="yen"),
+    ]
+    editor = Editor.from_pretrained("smollm2-135m")
+    editor.edit(facts, batch_size=size, shuffle=False)
+    assert len({(c.batch, c.group) for c in editor.history.active}) == 1
+    assert [says(editor, fact) for fact in facts] == [True, True, True]
+
+
+def test_a_new_answer_replaces_the_older_one():
+    editor = Editor.from_pretrained("smollm2-135m")
+    fact = Fact(id="a", subject="France", prompt="The capital of {} is the city of", target="Madrid")
+    newer = dataclasses.replace(fact, id="b", target="Vienna")
+    editor.edit([fact])
+    assert says(editor, fact)
+    editor.edit([newer])
+    assert says(editor, newer)
+    assert not says(editor, fact)
+    editor.undo("b")
+    assert says(editor, fact)
