@@ -17,7 +17,7 @@ import reference
 import torch
 
 from nulledit import read_facts
-from nulledit.config import ValueSettings
+from nulledit.config import ValueSettings, load_recipe
 from nulledit.data.corpus import open_corpus, windows
 from nulledit.editing.keys import Walk
 from nulledit.editing.statistics import find_statistics, key_moments
@@ -65,6 +65,7 @@ def main():
     parser.add_argument("--steps", type=int, default=5, help="forward passes per fact (default 5)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--lines", type=int, default=60, help="texts for statistics (default 60)")
+    parser.add_argument("--whole", type=int, default=4, help="facts optimised to their end")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -77,6 +78,7 @@ def main():
     settings = ValueSettings(steps=options.steps, stop_loss=0.0)
     base = {layer: as_out_in(partial.mlp_out(layer)).clone() for layer in LAYERS}
     spectra = next(find_statistics(model_hash(model), LAYERS)).spectra
+    shipped = load_recipe("smollm2-135m")
     clock = Clock()
     print(
         f"{options.facts} facts, {options.steps} forward passes a fact, {options.threads} thread(s)"
@@ -114,6 +116,39 @@ def main():
             )
             for fact in facts
         ]
+
+    def fast_end(some, layer, wanted):
+        found = optimise_values(
+            partial,
+            encoder,
+            some,
+            list(range(len(some))),
+            layer=layer,
+            contexts=contexts,
+            settings=wanted,
+            positions=200,
+            pad_id=padding,
+        )
+        return [(v.loss, v.delta_share) for v in found]
+
+    def slow_end(some, layer, wanted):
+        found = [
+            reference.compute_z(
+                model,
+                tokenizer,
+                fact,
+                layer=layer,
+                contexts=contexts,
+                steps=wanted.steps,
+                lr=wanted.learning_rate,
+                clamp=wanted.clamp,
+                kl_weight=wanted.kl_weight,
+                decay=wanted.weight_decay,
+                stop_loss=wanted.stop_loss,
+            )
+            for fact in some
+        ]
+        return [(v.losses[-1], float(v.delta.norm() / v.initial.norm())) for v in found]
 
     with frozen(model):
         for _ in range(options.repeats):
@@ -207,6 +242,20 @@ def main():
                 lambda: [reference.second_moment(model, tokenizer, texts, i) for i in LAYERS],
             )
         clock.row("statistics of five layers", f"1,000 of {tokens} tokens", tokens / 1000)
+        print("\n| values to their end | CPU s a fact | mean loss | mean ‖δ‖/‖h‖ |")
+        print("| --- | --- | --- | --- |")
+        some = facts[: options.whole]
+        for name, layer, wanted in (
+            ("published settings", 8, ValueSettings(steps=15)),
+            ("shipped recipe", shipped.layers[-1], shipped.values),
+        ):
+            for side, work in (("reference", slow_end), ("nulledit", fast_end)):
+                cpu = time.process_time()
+                ends = work(some, layer, wanted)
+                cpu = (time.process_time() - cpu) / len(some)
+                loss = statistics.fmean(loss for loss, _ in ends)
+                share = statistics.fmean(share for _, share in ends)
+                print(f"| {name}, {side} | {cpu:.2f} | {loss:.4f} | {share:.4f} |", flush=True)
     print(f"\nlargest relative difference: values {worst:.1e}, updates {gap:.1e}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"peak memory of this process: {peak:.2f} GiB")

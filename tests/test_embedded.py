@@ -50,7 +50,8 @@ def test_three_relations_of_one_subject_hold(size):
 
 def test_a_new_answer_replaces_the_older_one():
     editor = Editor.from_pretrained("smollm2-135m")
-    fact = Fact(id="a", subject="France", prompt="The capital of {} is the city of", target="Madrid")
+    prompt = "The capital of {} is the city of"
+    fact = Fact(id="a", subject="France", prompt=prompt, target="Madrid")
     newer = dataclasses.replace(fact, id="b", target="Vienna")
     editor.edit([fact])
     assert says(editor, fact)

@@ -1,6 +1,8 @@
 """Statistics: the right numbers, resumable, refused where they don't belong."""
 
 import dataclasses
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -219,6 +221,36 @@ def test_corpora(tmp_path):
             list(open_corpus(tmp_path / name).texts())
     with pytest.raises(StatisticsError, match="no such file"):
         open_corpus(tmp_path / "nowhere")
+
+
+def test_a_dataset_is_streamed_by_name(monkeypatch):
+    asked = {}
+
+    class Stream(list):
+        info = SimpleNamespace(version="1.0.0")
+
+    def load_dataset(path, config, *, split, streaming):
+        asked.update(path=path, config=config, split=split, streaming=streaming)
+        if path == "nobody/nothing":
+            raise FileNotFoundError("no such\ndataset")
+        return Stream([{"text": "one\ntwo"}, {"text": "three"}])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    corpus = open_corpus("datasets:wikimedia/wikipedia:20231101.en")
+    assert list(corpus.texts()) == ["one\n", "two", "three"]
+    assert asked == {
+        "path": "wikimedia/wikipedia",
+        "config": "20231101.en",
+        "split": "train",
+        "streaming": True,
+    }
+    with pytest.raises(
+        StatisticsError, match="can't open dataset 'nobody/nothing': no such dataset"
+    ):
+        open_corpus("datasets:nobody/nothing")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(StatisticsError, match=r"nulledit\[datasets\]"):
+        open_corpus("datasets:wikimedia/wikipedia")
 
 
 def test_windows_lose_no_token():

@@ -182,7 +182,9 @@ def collect(
     )
     total = settings.tokens or None
     count = next(iter(moments.values())).count
-    bar = tqdm(total=total, initial=count, unit=" tokens", disable=not progress, leave=False)
+    bar = tqdm(
+        total=total, initial=count, unit=" tokens", disable=None if progress else True, leave=False
+    )
     saved = time.monotonic()
     with bar:
         for group in _groups(stream, done, positions):
