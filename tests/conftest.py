@@ -52,10 +52,8 @@ def own_cache(tmp_path_factory, monkeypatch):
 def plain_logging():
     """The command line sets its logger's level for its process; tests run in one."""
     logger = logging.getLogger("nulledit")
-    before = (logger.level, list(logger.handlers))
-    yield
-    logger.setLevel(before[0])
-    logger.handlers[:] = before[1]
+    logger.setLevel(logging.NOTSET)
+    logger.handlers.clear()
 
 
 @pytest.fixture(scope="session")

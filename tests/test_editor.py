@@ -2,12 +2,13 @@
 
 import dataclasses
 import itertools
+import random
 
 import pytest
 import torch
 
 from nulledit import Editor, Fact, NullEditError
-from nulledit.errors import FactError, LedgerError, ModelError, StatisticsError
+from nulledit.errors import ConfigError, FactError, LedgerError, ModelError, StatisticsError
 from nulledit.ledger.entries import History
 from nulledit.ledger.store import Store
 
@@ -239,16 +240,16 @@ def test_subjects_of_all_kinds(make_editor, subject, prompt):
     assert 0 < value["delta_share"] <= editor.recipe.values.clamp + 1e-9
 
 
-def test_a_queue_is_shuffled_by_its_seed(make_editor, facts):
+def test_a_queue_has_an_order_of_its_own_by_seed(make_editor, facts):
     many = [
         dataclasses.replace(f, id=f"{f.id}{i}", subject=f"{f.subject} {i}")
         for i in range(2)
         for f in facts
     ]
     orders = []
-    for seed in (1, 1, 2):
+    for seed, queue in ((1, many), (1, many), (2, many)):
         editor = make_editor(seed=seed)
-        editor.edit(many, batch_size=4)
+        editor.edit(queue, batch_size=4)
         orders.append([f.id for f in editor.facts])
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0]) == sorted(f.id for f in many)
@@ -276,6 +277,47 @@ def test_an_interruption_leaves_the_last_finished_batch(make_editor, facts, tmp_
     editor.edit(facts[2:])
     expected.edit(facts[2:])
     assert same(weights(editor), weights(expected)), "and it goes on as if nothing had happened"
+
+
+def test_an_interrupted_queue_goes_on_to_the_same_end(make_editor, facts):
+    """The same call again: facts done are left out, the rest comes in the batches it would have."""
+    many = [
+        dataclasses.replace(f, id=f"{f.id}{i}", subject=f"{f.subject} {i}")
+        for i in range(2)
+        for f in facts
+    ]
+    straight, broken = make_editor(), make_editor()
+    straight.edit(many, batch_size=3)
+
+    def stop(stage, done, total):
+        if stage == "values" and len(broken.history.batches) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        broken.edit(many, batch_size=3, progress=stop)
+    broken.edit(many, batch_size=3)
+    assert same(weights(broken), weights(straight))
+    assert broken.history.state_id == straight.history.state_id
+
+
+def test_an_interruption_just_after_the_commit_counts_as_committed(
+    make_editor, facts, tmp_path, monkeypatch
+):
+    editor = make_editor("llama", torch.float32)
+    editor.attach(tmp_path / "run")
+    real = Store.commit
+
+    def late(self, *args):
+        real(self, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "commit", late)
+        with pytest.raises(KeyboardInterrupt):
+            editor.edit(facts[:2])
+    assert len(editor.facts) == 2
+    editor.edit(facts[2:])
+    assert Store(tmp_path / "run/ledger").load().state_id == editor.history.state_id
 
 
 def test_a_store_that_refuses_leaves_everything_as_it_was(
@@ -319,7 +361,7 @@ def test_bad_input_is_refused_before_anything_changes(make_editor, facts):
     with pytest.raises(FactError, match="contradict"):
         editor.edit([facts[0], dataclasses.replace(facts[0], id="other", target="Ostrel")])
     editor.edit(facts[:1])
-    with pytest.raises(FactError, match="in the model already"):
+    with pytest.raises(FactError, match="id 'ada' names two facts"):
         editor.edit([dataclasses.replace(facts[1], id="ada")])
     editor.undo("ada")
     assert same(before, weights(editor))
@@ -348,6 +390,159 @@ def test_a_null_space_without_sense_is_warned_of(make_editor, recipe, facts, cap
     editor = make_editor(recipe=dataclasses.replace(recipe, null_space=space))
     editor.edit(facts[:1])
     assert words in caplog.text
+
+
+def test_wordings_of_one_answer_are_one_fact_however_batches_are_cut(make_editor):
+    one = Fact(id="one", subject="Karo Dun", prompt="{} works as a", target="baker", relation="job")
+    two = dataclasses.replace(one, id="two", prompt="The work of {} is that of a")
+    new = dataclasses.replace(one, id="new", target="sailor")
+    together, apart = make_editor(), make_editor()
+    report = together.edit([one, two])
+    assert report.notices[0] == "two: another wording of one, edited as one fact"
+    apart.edit([one])
+    apart.edit([two])
+    assert together.facts == apart.facts
+    assert together.facts[0].prompts == (one.prompt, two.prompt)
+    for editor in (together, apart):
+        editor.edit([new])
+        assert editor.facts == [new], "no wording of the older answer is left"
+    assert gap(together, apart) < 1e-6
+
+
+def test_group_mates_of_a_replaced_answer_are_optimised_again(make_editor):
+    """The value they shared said the older answer too; replacing it elsewhere must not leave it."""
+    job, home = (dataclasses.replace(f, relation=f.id) for f in RELATIONS[:2])
+    new = dataclasses.replace(job, id="job-2", prompt="Then, the work of {} is", target="sailor")
+    editor = make_editor()
+    editor.edit([job, home])
+    editor.edit([new])
+    fresh = make_editor()
+    fresh.edit([home, new])
+    assert {f.id for f in editor.facts} == {"home", "job-2"}
+    assert gap(editor, fresh) < 1e-6
+
+
+def test_undoing_two_at_once_is_undoing_one_after_the_other(make_editor, facts):
+    newer = [
+        dataclasses.replace(f, id=f"{f.id}-2", target="sea", old_answer=None) for f in facts[:2]
+    ]
+    once, twice = make_editor(), make_editor()
+    for editor in (once, twice):
+        editor.edit(facts)
+        editor.edit(newer)
+    report = once.undo("ada-2", "zola-2")
+    twice.undo("ada-2")
+    twice.undo("zola-2")
+    assert report.rebuilt == ()
+    assert same(weights(once), weights(twice))
+    assert {f.id for f in once.facts} == {f.id for f in facts}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_histories_keep_their_promises(make_editor, recipe, facts, seed, tmp_path):
+    """Edits, new answers, undoing, saving and loading in any order, on keys shared and not.
+
+    Per question the answers form a stack: an edit puts one on top, undoing takes it away and the
+    one behind is true again. The weights are always the fold of what is active.
+    """
+    chance = random.Random(seed)
+    quick = dataclasses.replace(recipe, values=dataclasses.replace(recipe.values, steps=3))
+    editor = make_editor("llama", torch.float32, recipe=quick)
+    base = weights(editor)
+    questions = [*RELATIONS, *facts[:3]]
+    stacks = {f.key: [] for f in questions}
+    for number in range(9):
+        tops = [stack[-1] for stack in stacks.values() if stack]
+        if tops and chance.random() < 0.45:
+            gone = chance.sample(tops, k=min(len(tops), chance.choice([1, 1, 2])))
+            editor.undo(*[f.id for f in gone])
+            for fact in gone:
+                stacks[fact.key].pop()
+        else:
+            batch = [
+                dataclasses.replace(
+                    f, id=f"{f.id}.{number}", target=f"town {number}", old_answer=None
+                )
+                for f in chance.sample(questions, k=chance.choice([1, 2, 3]))
+            ]
+            editor.edit(batch)
+            for fact in batch:
+                stacks[fact.key].append(fact)
+        if number == 5:
+            editor.save(tmp_path / "run")
+            editor = Editor.load(tmp_path / "run")
+        expected = {stack[-1].id for stack in stacks.values() if stack}
+        assert {f.id for f in editor.facts} == expected
+        assert len(editor.facts) == len(expected)
+        before = weights(editor)
+        editor.weights.refresh()
+        assert same(before, weights(editor))
+    while editor.facts:
+        editor.undo(*[f.id for f in editor.facts])
+    assert same(base, weights(editor))
+
+
+def test_a_loss_that_is_not_finite_is_refused(make_editor, facts):
+    editor = make_editor()
+    with torch.no_grad():
+        editor.model.lm_head.weight[5] = float("nan")
+    with pytest.raises(ModelError, match=r"fact ada: the loss is not finite at step 0; load"):
+        editor.edit(facts)
+    assert editor.facts == []
+
+
+def test_a_ledger_begun_before_the_first_edit(make_editor, facts, tmp_path, recipe):
+    editor = make_editor("llama", torch.float32, seed=7)
+    assert editor.edit([]).columns == ()
+    editor.save(tmp_path / "run")
+    loaded = Editor.load(tmp_path / "run")
+    assert (loaded.seed, loaded.recipe) == (7, recipe)
+    long = Fact(id="long", subject="Velm", prompt="{} " + "is far and " * 60, target="Rome")
+    with pytest.raises(FactError):
+        editor.edit([long])
+    editor.edit(facts)
+    assert Store(tmp_path / "run/ledger").load().state_id == editor.history.state_id
+    with pytest.raises(ConfigError, match="batch_size is -1"):
+        editor.edit(facts, batch_size=-1)
+
+
+def test_saving_elsewhere_again_and_never_over_another_model(make_editor, facts, tmp_path):
+    editor = make_editor("llama", torch.float32)
+    editor.edit(facts[:1])
+    editor.save(tmp_path / "a")
+    for part in (facts[1:2], facts[2:3]):
+        editor.edit(part)
+        editor.save(tmp_path / "b")
+        assert same(weights(Editor.load(tmp_path / "b")), weights(editor))
+    other = make_editor("gpt2", torch.float32)
+    other.model.save_pretrained(tmp_path / "c/model")
+    with pytest.raises(LedgerError, match="holds another model"):
+        editor.save(tmp_path / "c")
+
+
+def test_a_half_rewritten_model_is_never_taken_for_whole(make_editor, facts, tmp_path, monkeypatch):
+    """State ids come back by undo; one that was interrupted in between must not."""
+    from nulledit.ledger import checkpoint
+
+    editor = make_editor("llama", torch.float32)
+    editor.edit(facts[:1])
+    editor.save(tmp_path / "run")
+    editor.edit(facts[1:2])
+    real = checkpoint._rewrite
+
+    def full(file, replaced):
+        real(file, replaced)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_rewrite", full)
+        with pytest.raises(OSError, match="No space"):
+            editor.save(tmp_path / "run")
+    editor.undo(facts[1].id)
+    editor.save(tmp_path / "run")
+    assert same(weights(Editor.load(tmp_path / "run")), weights(editor))
+    plain = type(editor.model).from_pretrained(tmp_path / "run/model")
+    assert same(plain.state_dict(), weights(editor))
 
 
 def test_base_weights_are_there_inside_only(make_editor, facts):

@@ -139,7 +139,7 @@ def test_a_fact_the_model_holds_is_kept_and_marked(make_editor):
     )
     report = editor.edit([held])
     assert report.columns[0].outcome["known"]
-    assert "known to the model already" in report.notices[-1]
+    assert "said by the model already" in report.notices[-1]
     assert editor.facts == [held]
     assert everything(editor) == 1.0
 

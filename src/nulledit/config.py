@@ -65,6 +65,8 @@ class ContextSettings:
             raise ConfigError(f"contexts.bare_weight is {self.bare_weight}; expected 0 to 1")
         if self.count and not self.starts:
             raise ConfigError("contexts.starts is empty; give words, or set contexts.count to 0")
+        if self.count and not self.texts:
+            _positive(self, "tokens")
         for text in self.texts:
             _one_slot(text, "contexts.texts")
         if self.texts and self.texts[0] != "{}":
@@ -132,8 +134,6 @@ class Recipe:
     """The optimisation of z."""
     contexts: ContextSettings = field(default_factory=ContextSettings)
     """Prefixes."""
-    statistics: StatisticsSettings = field(default_factory=StatisticsSettings)
-    """The sample of preserved keys, where it has to be made."""
     same_key: float = 0.99
     """Cosine at the first edited layer above which facts share one key and so one δ."""
     batch_size: int = 100
@@ -182,7 +182,7 @@ class Recipe:
 
 
 def layers_by_depth(depth: int) -> tuple[int, ...]:
-    """Five layers of a model with `depth` blocks, as LLaMA3's 4-8 of 32 and GPT-J's 3-8 of 28.
+    """Five layers of a model with `depth` blocks, placed as LLaMA3's published 4-8 of 32.
 
     Never the last block, above which nothing would read the edit.
     """

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +21,7 @@ from nulledit.editing.contexts import make_contexts
 from nulledit.editing.keys import Walk
 from nulledit.editing.statistics import Statistics, find_statistics
 from nulledit.editing.values import Value, optimise_values, plan_rows
-from nulledit.errors import FactError, LedgerError, ModelError, StatisticsError
+from nulledit.errors import ConfigError, FactError, LedgerError, ModelError, StatisticsError
 from nulledit.ledger.checkpoint import write_model
 from nulledit.ledger.entries import Base, Column, History
 from nulledit.ledger.journal import Journal
@@ -48,7 +48,7 @@ class EditReport:
     """What `Editor.edit` did."""
 
     columns: tuple[Column, ...]
-    """One per fact edited, in order; `column.outcome` says how its value was reached."""
+    """Those of the facts asked for, as they are now; `column.outcome` says how z was reached."""
     layers: tuple[LayerReport, ...]
     """The state after the last batch."""
     notices: tuple[str, ...]
@@ -98,7 +98,13 @@ class Editor:
         self.recipe = _resolve(recipe, name, self.partial)
         self.seed = seed
         self._statistics = statistics
-        base = Base(name, model_hash(model), str(model.dtype).removeprefix("torch."))
+        base = Base(
+            model=name,
+            hash=model_hash(model),
+            dtype=str(model.dtype).removeprefix("torch."),
+            recipe=self.recipe.to_dict(),
+            seed=seed,
+        )
         self._journal = Journal(History(base))
         self.weights = EditedWeights(self.partial, self.history)
 
@@ -143,15 +149,15 @@ class Editor:
             dtype=history.base.dtype,
             trust_remote_code=trust_remote_code,
         )
-        epoch = history.epochs[-1] if history.epochs else None
-        recipe = Recipe.from_dict(epoch.recipe) if epoch else None
-        if epoch and recipe:
+        recipe = Recipe.from_dict(history.base.recipe)
+        if history.epochs:
             partial = PartialModel(model)
             for layer in recipe.layers:
-                base = history.tensors[epoch.tensors][f"base.{layer}"]
+                base = history.tensors[history.epoch.tensors][f"base.{layer}"]
                 write_weight(partial.mlp_out(layer), base)
-        seed = epoch.seed if epoch else 0
-        editor = cls(model, tokenizer, recipe=recipe, name=history.base.model, seed=seed)
+        editor = cls(
+            model, tokenizer, recipe=recipe, name=history.base.model, seed=history.base.seed
+        )
         found = editor.history.base.hash
         if found != history.base.hash:
             raise LedgerError(
@@ -183,7 +189,7 @@ class Editor:
         if store is None:
             self.attach(folder)
         elif store.folder.resolve() != target.folder.resolve():
-            target.create(self.history)
+            self._journal.copy_to(target)
         self.save_model(Path(folder) / "model")
 
     def save_model(self, folder: Path) -> None:
@@ -193,6 +199,7 @@ class Editor:
             self.tokenizer,
             folder,
             state_id=self.history.state_id,
+            base_hash=self.history.base.hash,
             edited=[parameter_name(self.model, layer) for layer in self.weights.layers],
         )
 
@@ -215,23 +222,28 @@ class Editor:
     ) -> EditReport:
         """Write `facts` into the model, in batches of `batch_size` (the recipe's by default).
 
-        Queues longer than one batch are shuffled (seeded), since order decides what survives. Every
-        fact is checked before the first batch. After an error or an interruption the model and the
-        ledger are as after the last finished batch.
+        A queue is put in an order of its own, fixed by the seed, since order decides what survives
+        (`shuffle=False`: the given one). Every fact is checked before the first batch. After an
+        error or an interruption the model and the ledger are as after the last finished batch, and
+        the same call goes on from there with the same result.
         """
-        queue = self._admit(facts)
-        size = batch_size or self.recipe.batch_size
-        if shuffle and len(queue) > size:
-            random.Random(f"{self.seed}/{len(self.history.batches)}").shuffle(queue)
+        size = self.recipe.batch_size if batch_size is None else batch_size
+        if size < 1:
+            raise ConfigError(f"batch_size is {size}; expected 1 or more")
         run = _Run(progress)
-        columns: list[Column] = []
-        with frozen(self.model), self._restored_after_errors():
-            self._begin_epoch()
-            self._check_lengths(queue)
-            for start in range(0, len(queue), size):
-                run.tell("batches", start, len(queue))
-                columns += self._edit_batch(queue[start : start + size], run)
-        return EditReport(tuple(columns), self.weights.reports(), tuple(run.notices), run.seconds)
+        queue = self._admit(facts, run)
+        if queue:
+            with frozen(self.model), self._restored_after_errors():
+                self._begin_epoch()
+                self._check_lengths(queue)
+                done = 0
+                for batch in _batches(queue, size, seed=self.seed if shuffle else None):
+                    run.tell("batches", done, len(queue))
+                    self._edit_batch(batch, run)
+                    done += len(batch)
+        asked = {fact.id for fact in queue}
+        columns = tuple(c for c in self.history.active if c.fact.id in asked)
+        return EditReport(columns, self.weights.reports(), tuple(run.notices), run.seconds)
 
     def undo(self, *ids: str) -> UndoReport:
         """Take facts out again, exactly: the weights become the solve without their columns.
@@ -247,22 +259,37 @@ class Editor:
             raise LedgerError("no fact to undo was named")
         before = self.weights.exact(self.weights.layers[-1])
         gone = [active[i] for i in dict.fromkeys(ids)]
-        groups = {(c.batch, c.group) for c in gone}
-        dropped = [c for c in self.history.active if (c.batch, c.group) in groups]
-        others = [c for c in self.history.active if c not in dropped]
-        near = self.weights.near(gone, others, cosine=NEAR_KEY)
-        back = [c.fact for c in dropped if c not in gone] + self._answers_behind(gone)
-        versions = self._journal.stored_version(back)
-        with frozen(self.model), self._restored_after_errors():
-            if versions is None:
-                self._edit_batch(back, _Run(None), dropped=dropped, kind="undo")
+        dropped = self._with_groups(gone)
+        staying = [c for c in self.history.active if c not in dropped]
+        near = self.weights.near(gone, staying, cosine=NEAR_KEY)
+        restored: list[Column] = []
+        rebuild: list[Column] = []  # columns of the facts to optimise again
+        for group in _by_group(dropped):
+            back = [c for c in group if c not in gone]
+            back += self._journal.answers_behind([c for c in group if c in gone])
+            version = self._journal.stored_version([c.fact for c in back]) if back else []
+            shared = self.weights.near(version or [], staying + restored, cosine=self._same)
+            if version is None or shared:
+                rebuild += back
             else:
-                self._journal.commit("undo", [], activated=versions, deactivated=dropped)
+                restored += version
+        with frozen(self.model), self._restored_after_errors():
+            if rebuild:
+                self._edit_batch(
+                    [c.fact for c in rebuild],
+                    _Run(None),
+                    kind="undo",
+                    dropped=dropped,
+                    restored=restored,
+                    behind={c.fact.key: c for c in rebuild},
+                )
+            else:
+                self._journal.commit("undo", [], activated=restored, deactivated=dropped)
                 self.weights.refresh()
         return UndoReport(
             removed=tuple(c.fact.id for c in gone),
-            restored=tuple(c.fact.id for c in versions or ()),
-            rebuilt=() if versions is not None else tuple(f.id for f in back),
+            restored=tuple(c.fact.id for c in restored),
+            rebuilt=tuple(c.fact.id for c in rebuild),
             near=tuple((c.fact.id, cosine) for c, cosine in near),
             moved=tuple((c.fact.id, share) for c, share in self.weights.moved(before)),
         )
@@ -274,49 +301,50 @@ class Editor:
         facts: Sequence[Fact],
         run: _Run,
         *,
-        dropped: Sequence[Column] = (),
         kind: str = "edit",
-    ) -> list[Column]:
-        """Edit `facts` together and commit; `dropped` columns leave first.
+        dropped: Sequence[Column] = (),
+        restored: Sequence[Column] = (),
+        behind: Mapping[tuple[str, str], Column] | None = None,
+    ) -> None:
+        """Edit `facts` together and commit; `dropped` columns leave first, `restored` come back.
 
-        Older answers to the same question leave as well; older facts on the same key are optimised
-        again together with the new ones, so that one value says all of them.
+        An older answer to the same question leaves as well. Facts that share a key with a new one,
+        or a value with one that leaves, are optimised again, so that one value says all of them.
+        `behind`: columns that new ones stand in for, by question, beside those that leave here.
         """
-        asked = {fact.key for fact in facts}
-        active = [c for c in self.history.active if c not in dropped]
-        stand_in = {c.fact.key: c for c in active if c.fact.key in asked}
-        for key, older in stand_in.items():
-            new = next(f for f in facts if f.key == key)
-            run.notices.append(
-                f"{new.id}: the older answer {older.fact.target!r} of {older.fact.id} is replaced"
-            )
-        batch = list(facts)
-        walk, first_keys = self._start_walk(batch, run)
-        rest = [c for c in active if c not in stand_in.values()]
-        joined = self._with_groups(
-            self.weights.near_keys(first_keys, rest, cosine=self._same), rest
-        )
+        asked = {fact.key: fact for fact in facts}
+        present = [c for c in self.history.active if c not in dropped] + list(restored)
+        present.sort(key=lambda c: c.id)
+        older = [c for c in present if c.fact.key in asked]
+        run.notices += [
+            f"{asked[c.fact.key].id}: the older answer {c.fact.target!r} of {c.fact.id} is replaced"
+            for c in older
+        ]
+        walk, first_keys = self._start_walk(facts, run)
+        near = self.weights.near_keys(first_keys, present, cosine=self._same)
+        touched = self._with_groups([*older, *(c for c, _ in near)], among=present)
+        joined = [c for c in touched if c.fact.key not in asked]
+        batch = [c.fact for c in joined] + list(facts)
         if joined:
-            batch = [c.fact for c in joined] + batch
-            stand_in |= {c.fact.key: c for c in joined}
             names = _some(c.fact.id for c in joined)
-            run.notices.append(f"{names}: optimised again, as a new fact shares the key")
+            run.notices.append(f"{names}: optimised again with a new fact on the same key")
             walk, first_keys = self._start_walk(batch, run)
-        leaving = [*dropped, *stand_in.values()]
-        staying = [c for c in self.history.active if c not in leaving]
-        if leaving:
+        leaving = [*dropped, *touched]
+        staying = [c for c in present if c not in touched]
+        if leaving or restored:
             self.weights.refresh(staying)
         groups = _groups(first_keys, self._same)
         with run.timed("values"):
             values = self._optimise(batch, groups, run)
         tensors = {"z": torch.stack([v.z for v in values]).detach().cpu()}
         tensors |= self._write_layers(walk, tensors["z"], staying, run)
+        stand_in = {**(behind or {}), **{c.fact.key: c for c in touched}}
         made = self._columns(batch, values, groups, stand_in)
         known = [c.fact.id for c in made if c.outcome["known"]]
         if known:
-            run.notices.append(f"{_some(known)}: known to the model already; kept as they are")
-        self._journal.commit(kind, made, deactivated=leaving, tensors=tensors)
-        return made
+            run.notices.append(f"{_some(known)}: said by the model already; written all the same")
+        back = [c for c in restored if c in staying]
+        self._journal.commit(kind, made, deactivated=leaving, activated=back, tensors=tensors)
 
     def _write_layers(
         self, walk: Walk, z: Tensor, staying: Sequence[Column], run: _Run
@@ -389,27 +417,30 @@ class Editor:
             for i, (fact, value) in enumerate(zip(facts, values, strict=True))
         ]
 
-    @staticmethod
-    def _with_groups(near: list[tuple[Column, float]], columns: Sequence[Column]) -> list[Column]:
-        """The columns found near, with all that share a group with one of them."""
-        hit = {(c.batch, c.group) for c, _ in near}
-        return [c for c in columns if (c.batch, c.group) in hit]
+    def _with_groups(
+        self, columns: Sequence[Column], among: Sequence[Column] | None = None
+    ) -> list[Column]:
+        """All columns (active ones by default) that share a group with one of `columns`."""
+        hit = {(c.batch, c.group) for c in columns}
+        candidates = self.history.active if among is None else among
+        return [c for c in candidates if (c.batch, c.group) in hit]
 
     # -- around a batch ----------------------------------------------------------------------
 
     def _begin_epoch(self) -> None:
         if self.history.epochs:
             return
-        contexts = make_contexts(self.model, self.tokenizer, self.recipe.contexts, seed=self.seed)
         refusal: StatisticsError | None = None
         for statistics in self._candidates():
             try:
-                epoch, tensors = open_epoch(
-                    self.partial, self.recipe, statistics, contexts=contexts, seed=self.seed
-                )
+                opening = open_epoch(self.partial, self.recipe, statistics)
             except StatisticsError as error:
                 refusal = refusal or error  # full ones in the cache may serve what shipped don't
                 continue
+            contexts = make_contexts(
+                self.model, self.tokenizer, self.recipe.contexts, seed=self.seed
+            )
+            epoch, tensors = opening(contexts, self.seed)
             self._journal.begin(epoch, tensors)
             self.weights.refresh()
             return
@@ -428,31 +459,35 @@ class Editor:
             self.weights.refresh()
             raise
 
-    def _admit(self, facts: Iterable[Fact]) -> list[Fact]:
-        """Facts without those already in the model; FactError for ids used twice."""
-        active = {c.fact.id: c.fact for c in self.history.active}
-        held = {(f.key, f.prompt, f.target) for f in active.values()}
-        queue: dict[str, Fact] = {}
-        answers: dict[tuple[str, str], Fact] = {}
+    def _admit(self, facts: Iterable[Fact], run: _Run) -> list[Fact]:
+        """Facts that are not in the model yet, one per question.
+
+        Several wordings of one question with one answer become one fact with several prompts, also
+        together with an active fact. FactError for contradictions and for an id used twice.
+        """
+        held = {c.fact.key: c.fact for c in self.history.active}
+        owner = {c.fact.id: c.fact.key for c in self.history.columns}
+        queue: dict[tuple[str, str], Fact] = {}
         for fact in facts:
-            other = answers.setdefault(fact.key, fact)
-            if other.target != fact.target:
+            if owner.setdefault(fact.id, fact.key) != fact.key:
                 raise FactError(
-                    f"{other.id} and {fact.id} contradict each other on {fact.subject!r}: "
-                    f"{other.target!r} and {fact.target!r}"
-                )
-            if (fact.key, fact.prompt, fact.target) in held:
-                logger.warning("%s: in the model already, left out", fact.id)
-                continue
-            older = active.get(fact.id)
-            if older is not None and older.key != fact.key:
-                raise FactError(
-                    f"id {fact.id!r} is in the model already, for {older.subject!r}; "
+                    f"id {fact.id!r} names two facts, the second about {fact.subject!r}; "
                     "give another id"
                 )
-            if fact.id in queue:
-                raise FactError(f"two facts have the id {fact.id!r}")
-            queue[fact.id] = fact
+            other = queue.get(fact.key)
+            if other is not None and other.target != fact.target:
+                raise FactError(
+                    f"{other.id} and {fact.id} contradict each other on {fact.subject!r}: "
+                    f"{other.target!r} and {fact.target!r}; keep one of them"
+                )
+            known = other or held.get(fact.key)
+            if known is None or known.target != fact.target:
+                queue[fact.key] = fact
+            elif set(fact.prompts) <= set(known.prompts):
+                run.notices.append(f"{fact.id}: repeats {known.id}, left out")
+            else:
+                run.notices.append(f"{fact.id}: another wording of {known.id}, edited as one fact")
+                queue[fact.key] = _merged(known, fact)
         return list(queue.values())
 
     def _check_lengths(self, facts: Sequence[Fact]) -> None:
@@ -463,12 +498,6 @@ class Editor:
                 self.encoder.encode_template(self.recipe.values.kl_prompt, fact.subject)
             except FactError as error:
                 raise FactError(f"fact {fact.id}: {error}") from error
-
-    def _answers_behind(self, columns: Sequence[Column]) -> list[Fact]:
-        """The older answers that `columns` stand in for."""
-        by_id = {c.id: c for c in self.history.columns}
-        older = [(c, by_id[c.replaces]) for c in columns if c.replaces]
-        return [o.fact for c, o in older if o.fact.key == c.fact.key and o.fact != c.fact]
 
     def _candidates(self) -> Iterator[Statistics]:
         """The statistics given, or those found, that are of this model and cover its layers."""
@@ -482,7 +511,7 @@ class Editor:
 
     @property
     def _contexts(self) -> tuple[str, ...]:
-        return self.history.epochs[-1].contexts
+        return self.history.epoch.contexts
 
     @property
     def _same(self) -> float:
@@ -518,6 +547,37 @@ class _Run:
             yield
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def _batches(queue: Sequence[Fact], size: int, *, seed: int | None) -> Iterator[list[Fact]]:
+    """`queue` in batches, each in the queue's order.
+
+    With a `seed` the facts are dealt out by a hash of their ids: the batches that are left after
+    an interruption are those that would have come.
+    """
+    dealt = list(range(len(queue)))
+    if seed is not None:
+        dealt.sort(key=lambda i: sha256(f"{seed}/{queue[i].id}".encode()).digest())
+    for start in range(0, len(queue), size):
+        yield [queue[i] for i in sorted(dealt[start : start + size])]
+
+
+def _merged(fact: Fact, other: Fact) -> Fact:
+    """One fact with the prompts, paraphrases and neighbours of both."""
+    prompts = tuple(dict.fromkeys((*fact.prompts, *other.prompts)))
+    return replace(
+        fact,
+        more_prompts=tuple(p for p in prompts if p != fact.prompt),
+        paraphrases=tuple(dict.fromkeys((*fact.paraphrases, *other.paraphrases))),
+        neighbours=tuple(dict.fromkeys((*fact.neighbours, *other.neighbours))),
+    )
+
+
+def _by_group(columns: Sequence[Column]) -> list[list[Column]]:
+    groups: dict[tuple[int, int], list[Column]] = {}
+    for column in columns:
+        groups.setdefault((column.batch, column.group), []).append(column)
+    return list(groups.values())
 
 
 def _resolve(recipe: Recipe | str | Path | None, name: str, model: PartialModel) -> Recipe:

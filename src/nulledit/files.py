@@ -18,6 +18,7 @@ def replacing(file: Path) -> Iterator[Path]:
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.part")
+    partial.unlink(missing_ok=True)  # of a process that was killed
     try:
         partial.touch()
         mode = partial.stat().st_mode

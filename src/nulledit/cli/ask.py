@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from nulledit.cli.common import device_option, emit, output_options, prepare
+from nulledit.cli.common import device_option, emit, output_options, prepare, trust_option
 
 
 @click.command(short_help="One prompt, base and edited model side by side.")
@@ -18,9 +18,16 @@ from nulledit.cli.common import device_option, emit, output_options, prepare
     help="Longest answer, in tokens.",
 )
 @device_option
+@trust_option
 @output_options
 def ask(
-    run: str, prompt: str, max_tokens: int, device: str | None, as_json: bool, quiet: bool
+    run: str,
+    prompt: str,
+    max_tokens: int,
+    device: str | None,
+    trust_remote_code: bool,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """What the base and the edited model of a run say after PROMPT, greedily, up to a newline.
 
@@ -32,7 +39,7 @@ def ask(
     from nulledit.evaluation.generation import generate_answers
     from nulledit.report.text import plain
 
-    editor = load_run(run, device, quiet=quiet)
+    editor = load_run(run, device, quiet=quiet, trust_remote_code=trust_remote_code)
 
     def answer() -> str:
         model, tokenizer = editor.model, editor.tokenizer

@@ -55,6 +55,12 @@ def output_options(command: F) -> F:
     )(command)
 
 
+def trust_option(command: F) -> F:
+    """--trust-remote-code."""
+    text = "Run code that comes with the model."
+    return click.option("--trust-remote-code", is_flag=True, help=text)(command)
+
+
 def device_option(command: F) -> F:
     """--device."""
     return click.option(

@@ -22,6 +22,7 @@ from nulledit.cli.common import (
     parse_null_space,
     prepare,
     say,
+    trust_option,
 )
 from nulledit.errors import ConfigError
 
@@ -105,7 +106,7 @@ class _Edit(Sectioned):
 )
 @device_option
 @dtype_option
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@trust_option
 @click.option(
     "--text",
     metavar="FILE",

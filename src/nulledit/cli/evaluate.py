@@ -15,6 +15,7 @@ from nulledit.cli.common import (
     output_options,
     prepare,
     say,
+    trust_option,
 )
 
 
@@ -30,6 +31,7 @@ from nulledit.cli.common import (
 )
 @click.option("--base/--no-base", default=True, show_default=True, help="The base model, too.")
 @device_option
+@trust_option
 @output_options
 def evaluate(run: str, as_json: bool, quiet: bool, **given: Any) -> None:
     """Evaluate the edited model of a run beside its base. Nothing in RUN is changed.
@@ -55,7 +57,9 @@ def evaluate(run: str, as_json: bool, quiet: bool, **given: Any) -> None:
     from nulledit.report.tables import as_text, rates_table
     from nulledit.report.text import count
 
-    editor = load_run(run, given["device"], quiet=quiet)
+    editor = load_run(
+        run, given["device"], quiet=quiet, trust_remote_code=given["trust_remote_code"]
+    )
     facts = editor.facts[: given["limit"]] if chosen is None else chosen
     text = read_text(editor, given["text"])
     check_lengths(editor, facts)

@@ -180,7 +180,10 @@ def _finish(
     quiet: bool,
 ) -> Result:
     """Evaluate what has no line in `results.jsonl` yet, and write the folder."""
-    earlier = folder_of.read_lines(folder)
+    present = {c.id for c in editor.history.active}
+    earlier = [
+        line | {"active": line["column"] in present} for line in folder_of.read_lines(folder)
+    ]
     told = {line["column"] for line in earlier}
     columns = [c for c in editor.history.active if c.id not in told]
     runs = folder_of.read_json(folder, "summary.json", {"runs": []})["runs"]
@@ -282,6 +285,11 @@ def _command(source: str, given: dict[str, Any], folder: Path) -> str:
     for name in ("skip", "limit", "text"):
         if given[name]:
             words += [f"--{name}", str(given[name])]
+    for name in ("no_shuffle", "no_evaluate", "trust_remote_code"):
+        if given[name]:
+            words.append("--" + name.replace("_", "-"))
+    if given["device"]:
+        words += ["--device", given["device"]]
     if given["on_conflict"] != "error":
         words += ["--on-conflict", given["on_conflict"]]
     return shlex.join(words)

@@ -19,6 +19,7 @@ from nulledit.cli.common import (
     parse_layers,
     prepare,
     say,
+    trust_option,
 )
 from nulledit.errors import ConfigError, StatisticsError
 
@@ -70,7 +71,7 @@ def stats() -> None:
 @null_space_option
 @device_option
 @dtype_option
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@trust_option
 @output_options
 def make(model: str, as_json: bool, quiet: bool, **given: Any) -> None:
     """Sum the keys of all chosen layers in one pass over a text. A killed run goes on where it was.

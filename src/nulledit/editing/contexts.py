@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nulledit.config import ContextSettings
+from nulledit.models.tokens import beginning, pad_id
 
 TOP_K = 5  # as published
 
@@ -27,23 +28,26 @@ def make_contexts(
     if settings.texts:
         return settings.texts
     contexts = ["{}"]
-    device = model.get_input_embeddings().weight.device
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    device = weight.device
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
         for i in range(settings.count):
             start = settings.starts[i % len(settings.starts)]
-            coded = tokenizer(start, return_tensors="pt").to(device)
+            words = tokenizer(start, add_special_tokens=False, verbose=False)["input_ids"]
+            coded = torch.tensor([beginning(tokenizer) + list(words)], device=device)
             ids: Tensor = model.generate(  # type: ignore[operator]
-                input_ids=coded["input_ids"],
-                attention_mask=coded["attention_mask"],
+                input_ids=coded,
+                attention_mask=torch.ones_like(coded),
                 max_new_tokens=settings.tokens,
                 min_new_tokens=settings.tokens,
                 do_sample=True,
                 top_k=TOP_K,
                 temperature=1.0,
                 top_p=1.0,
-                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+                pad_token_id=pad_id(tokenizer),
             )
             text = str(tokenizer.decode(ids[0], skip_special_tokens=True))
             plain = " ".join(text.replace("{", " ").replace("}", " ").split())

@@ -87,7 +87,7 @@ class Walk:
             with self.model.reading_keys([self.layer]) as read:
                 self.model.run(chunk.batch, states=chunk.states, first=self.layer, last=self.layer)
             keys = read[self.layer]
-            at_last = keys[torch.arange(len(keys)), chunk.last.to(keys.device)].double().cpu()
+            at_last = keys[torch.arange(len(keys)), chunk.last.to(keys.device)].cpu().double()
             if found is None:
                 found = torch.zeros(self.n, keys.shape[-1], dtype=torch.float64)
             found.index_add_(0, self.owner[chunk.rows], at_last * self.weight[chunk.rows, None])
@@ -108,7 +108,7 @@ class Walk:
             batch = Batch(*(t[index, :length] for t in vars(chunk.batch).values()))
             states = chunk.states[index.to(chunk.states.device), :length]
             out = self.model.run(batch, states=states, first=self.layer, last=layer)
-            at_last = out[torch.arange(len(mine)), chunk.last[index].to(out.device)].double().cpu()
+            at_last = out[torch.arange(len(mine)), chunk.last[index].to(out.device)].cpu().double()
             for i, row in enumerate(mine):
                 found[place[int(chunk.rows[row])]] = at_last[i]
         return torch.stack([found[i] for i in range(self.n)], dim=1)

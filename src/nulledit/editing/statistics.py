@@ -28,7 +28,7 @@ from nulledit.linalg.spectrum import Spectrum
 from nulledit.models.layouts import as_out_in
 from nulledit.models.load import cache_folder
 from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import chunks_by_length, collate, pad_id
+from nulledit.models.tokens import beginning, chunks_by_length, collate, pad_id
 
 FORMAT = 1
 SORTED_TOKENS = 32768  # windows are sorted by length within so many tokens
@@ -172,13 +172,12 @@ def collect(
             return found
         raise StatisticsError(f"{folder}: holds other statistics; choose another folder")
     moments, done = _resume(folder, manifest, model)
-    first = tokenizer("", verbose=False)["input_ids"] if _adds_first(tokenizer) else []
     stream = windows(
         corpus.texts(),
         lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
         window=settings.window,
         packed=settings.packing == "packed",
-        first=first,
+        first=beginning(tokenizer),
     )
     total = settings.tokens or None
     count = next(iter(moments.values())).count
@@ -187,14 +186,12 @@ def collect(
     )
     saved = time.monotonic()
     with bar:
-        for group in _groups(stream, done, positions):
+        for group in _groups(_within_budget(stream, settings), done, positions):
             before = next(iter(moments.values())).count
             _add(model, moments, group, settings, pad_id(tokenizer))
             done += len(group)
             count = next(iter(moments.values())).count
             bar.update(count - before)
-            if total and count >= total:
-                break
             if time.monotonic() - saved > SAVE_EVERY:
                 _save_partial(folder, manifest, moments, done)
                 saved = time.monotonic()
@@ -286,18 +283,25 @@ def _groups(stream: Iterator[list[int]], skip: int, positions: int) -> Iterator[
             buffer = []
 
 
-def _adds_first(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer puts a beginning-of-text token in front by itself."""
-    with_special = tokenizer("a", verbose=False)["input_ids"]
-    without = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
-    return len(with_special) > len(without) and with_special[: len(without)] != without
+def _within_budget(
+    stream: Iterator[list[int]], settings: StatisticsSettings
+) -> Iterator[list[int]]:
+    """The windows of the token budget; cut before sorting, or the shortest would fill it."""
+    counted = 0
+    for window in stream:
+        yield window
+        counted += len(window) - (not settings.count_first)
+        if settings.tokens and counted >= settings.tokens:
+            return
 
 
 def _empty(model: PartialModel, layers: Sequence[int]) -> dict[int, SecondMoment]:
     moments = {}
     for layer in layers:
         weight = as_out_in(model.mlp_out(layer))
-        moments[layer] = SecondMoment(weight.shape[1], device=weight.device)
+        no_float64 = weight.device.type == "mps"
+        device = torch.device("cpu") if no_float64 else weight.device
+        moments[layer] = SecondMoment(weight.shape[1], device=device)
     return moments
 
 

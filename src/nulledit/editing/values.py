@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nulledit.config import ValueSettings
 from nulledit.data.facts import Fact
+from nulledit.errors import ModelError
 from nulledit.models.partial import PartialModel, Prefix
 from nulledit.models.tokens import Batch, Row, RowEncoder, collate
 
@@ -48,6 +49,7 @@ class Value:
 class _Job:
     """What one fact needs: rewriting rows, and where the drift of its subject's meaning is read."""
 
+    fact_id: str
     rows: tuple[Row, ...]  # rewriting rows; the first is the bare prompt
     drift_row: Row | None  # None: read at the bare row, whose tokens up to the subject are the same
     group: int
@@ -86,57 +88,51 @@ def optimise_values(
         rows = plan_rows(fact, encoder, contexts)
         drift = encoder.encode_template(settings.kl_prompt, fact.subject).upto_subject()
         shared = rows[0].upto_subject().ids == drift.ids
-        jobs.append(_Job(rows, None if shared else drift, group))
+        jobs.append(_Job(fact.id, rows, None if shared else drift, group))
     values: dict[int, Value] = {}
-    queue = _chunks(jobs, positions)
-    while queue:
-        members = queue.pop(0)
-        try:
-            chunk = _Chunk(model, [jobs[i] for i in members], layer, settings, pad_id)
-            found = chunk.optimise()
-        except torch.OutOfMemoryError:
-            halves = _halve(members, groups)
-            if halves is None:
-                raise
-            queue[:0] = halves
+    waiting = list(range(len(jobs)))
+    while waiting:
+        members = _next_chunk(jobs, waiting, positions)
+        found = _run_chunk(model, [jobs[i] for i in members], layer, settings, pad_id)
+        if found is None:
+            if len({jobs[i].group for i in members}) == 1:
+                raise ModelError(f"fact {jobs[members[0]].fact_id}: not enough memory for its rows")
+            positions = max(1, positions // 2)
             continue
         values.update(zip(members, found, strict=True))
+        waiting = [i for i in waiting if i not in values]
         progress(len(members))
     return [values[i] for i in range(len(jobs))]
+
+
+def _run_chunk(
+    model: PartialModel, jobs: Sequence[_Job], layer: int, settings: ValueSettings, pad_id: int
+) -> list[Value] | None:
+    """The values of `jobs`; None if memory ran out, with all that the chunk held let go."""
+    try:
+        return _Chunk(model, jobs, layer, settings, pad_id).optimise()
+    except torch.OutOfMemoryError:
+        return None
 
 
 def _suffix_length(job: _Job) -> int:
     return max(len(row.ids) - 1 - row.subject_last for row in job.rows)
 
 
-def _chunks(jobs: Sequence[_Job], positions: int) -> list[list[int]]:
-    """Groups kept whole, sorted by length, cut so that rows × longest suffix fits `positions`."""
+def _next_chunk(jobs: Sequence[_Job], waiting: Sequence[int], positions: int) -> list[int]:
+    """The shortest of `waiting`, groups kept whole, that fit `positions` token positions."""
     groups: dict[int, list[int]] = {}
-    for i, job in enumerate(jobs):
-        groups.setdefault(job.group, []).append(i)
-    ordered = sorted(groups.values(), key=lambda g: max(_suffix_length(jobs[i]) for i in g))
-    chunks: list[list[int]] = []
-    for group in ordered:
-        together = (chunks[-1] if chunks else []) + group
+    for i in waiting:
+        groups.setdefault(jobs[i].group, []).append(i)
+    chunk: list[int] = []
+    for group in sorted(groups.values(), key=lambda g: max(_suffix_length(jobs[i]) for i in g)):
+        together = chunk + group
         longest = max(_suffix_length(jobs[i]) for i in together)
         rows = sum(len(jobs[i].rows) + 1 for i in together)
-        if chunks and rows * longest <= positions:
-            chunks[-1] = together
-        else:
-            chunks.append(group)
-    return chunks
-
-
-def _halve(members: list[int], groups: Sequence[int]) -> list[list[int]] | None:
-    """Two chunks in place of one, groups kept whole; None if it is a single group."""
-    names = list(dict.fromkeys(groups[i] for i in members))
-    if len(names) < 2:
-        return None
-    left = set(names[: len(names) // 2])
-    return [
-        [i for i in members if groups[i] in left],
-        [i for i in members if groups[i] not in left],
-    ]
+        if chunk and rows * longest > positions:
+            break
+        chunk = together
+    return chunk
 
 
 class _Chunk:
@@ -215,13 +211,19 @@ class _Chunk:
             per_fact = nll + s.kl_weight * drift
             groups_of_facts = [self.group_of[f] for f in reads.facts]
             with_decay = per_fact + torch.stack([decay[g] for g in groups_of_facts])
+            if not torch.isfinite(with_decay).all():
+                broken = reads.facts[int((~torch.isfinite(with_decay)).nonzero()[0])]
+                raise ModelError(
+                    f"fact {self.jobs[broken].fact_id}: the loss is not finite at step {step}; "
+                    "load the model in float32 or bfloat16, or use a smaller learning rate"
+                )
             for f, total, own in zip(reads.facts, with_decay.tolist(), nll.tolist(), strict=True):
                 outcome[f] = (total, own, known[f])
             if step == s.steps - 1:
                 break
             worst: dict[int, float] = {}
             for f, g in zip(reads.facts, groups_of_facts, strict=True):
-                worst[g] = max(worst.get(g, 0.0), outcome[f][0])
+                worst[g] = max(worst.get(g, outcome[f][0]), outcome[f][0])
             for g in active:
                 history[g].append(worst[g])
             staying = [g for g in active if not self._done(history[g])]
@@ -292,7 +294,7 @@ class _Reads:
         )
         everything = len(rows) == len(chunk.rows)
         self.prefix: Prefix = chunk.prefix if everything else chunk.prefix.select(index)
-        self.states = chunk.states[index, :longest]
+        self.states = chunk.states[index.to(chunk.states.device), :longest]
         tail = chunk.tail
         self.batch = Batch(
             tail.ids[index, :longest],
@@ -339,7 +341,8 @@ class _Reads:
         normed = model.run_normed(
             self.batch, states=states, first=self.chunk.layer + 1, prefix=self.prefix
         )
-        logits = model.logits(normed[self.at])
+        row, position = (index.to(normed.device) for index in self.at)
+        logits = model.logits(normed[row, position])
         logits = logits.float() if logits.dtype.itemsize < 4 else logits
         device = logits.device
         says, drifts = logits[: self.n_nll], logits[self.n_nll :]

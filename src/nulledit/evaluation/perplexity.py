@@ -16,7 +16,7 @@ from nulledit.errors import StatisticsError
 from nulledit.evaluation.metrics import token_losses
 from nulledit.models.layouts import frozen
 from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import chunks_by_length, collate
+from nulledit.models.tokens import beginning, chunks_by_length, collate
 
 POSITIONS = 2048  # tokens that run together
 MARGIN = 64  # tokens read past the last window: where a text is cut off, its last ones may differ
@@ -49,7 +49,7 @@ def read_windows(
     windows come back if the text has fewer; StatisticsError if it has none.
     """
     corpus = source if isinstance(source, Corpus) else open_corpus(source)
-    first = _beginning(tokenizer)
+    first = beginning(tokenizer)
     room = window - len(first)
     if room < 1:
         raise StatisticsError(f"a window of {window} tokens has no room for text")
@@ -120,11 +120,3 @@ def _stream(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, tokens: int) -> 
         if length < goal or len(ids) >= tokens + MARGIN:
             return ids
         goal *= 2
-
-
-def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts in front of every text by itself."""
-    coded = list(tokenizer("a", verbose=False)["input_ids"])
-    plain = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
-    starts = (i for i in range(len(coded)) if coded[i : i + len(plain)] == plain)
-    return coded[: next(starts, 0)]

@@ -21,10 +21,14 @@ from nulledit.files import replacing, replacing_folder, write_text
 STATE_FILE = "nulledit.json"
 
 
-def state_of(folder: Path) -> str | None:
-    """The ledger state that the model in `folder` was written for; None if that is unknown."""
+def state_of(folder: Path) -> tuple[str, str] | None:
+    """The ledger state that the model in `folder` was written for, and its base's hash.
+
+    The state is empty while files are being rewritten. None if the folder is not one of ours.
+    """
     try:
-        return str(json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["state"])
+        found = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        return str(found["state"]), str(found["base"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -35,28 +39,30 @@ def write_model(
     folder: Path,
     *,
     state_id: str,
+    base_hash: str,
     edited: list[str],
 ) -> None:
-    """Bring `folder` to the weights of `model`; `edited` names the parameters that edits change."""
-    if state_of(folder) == state_id:
+    """Bring `folder` to the weights of `model`; `edited` names the parameters that edits change.
+
+    LedgerError if something else lies there: it is not overwritten.
+    """
+    found = state_of(folder)
+    if found == (state_id, base_hash):
         return
+    if folder.exists() and any(folder.iterdir()) and (found is None or found[1] != base_hash):
+        raise LedgerError(f"{folder}: holds another model; move it away or choose another folder")
     files = _files_of(folder, edited)
     if files is None:
-        _write_whole(model, tokenizer, folder, state_id)
+        with replacing_folder(folder) as partial:
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            _write_state(partial, state_id, base_hash)
         return
     parameters = dict(model.named_parameters())
+    _write_state(folder, "", base_hash)  # an id may come back by undo: none holds in between
     for file, names in files.items():
         _rewrite(file, {name: parameters[name].data for name in names})
-    _write_state(folder, state_id)
-
-
-def _write_whole(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, state_id: str
-) -> None:
-    with replacing_folder(folder) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        _write_state(partial, state_id)
+    _write_state(folder, state_id, base_hash)
 
 
 def _files_of(folder: Path, names: list[str]) -> dict[Path, list[str]] | None:
@@ -89,5 +95,5 @@ def _rewrite(file: Path, replaced: dict[str, torch.Tensor]) -> None:
         save_file(tensors, partial, metadata)
 
 
-def _write_state(folder: Path, state_id: str) -> None:
-    write_text(folder / STATE_FILE, json.dumps({"state": state_id}) + "\n")
+def _write_state(folder: Path, state_id: str, base_hash: str) -> None:
+    write_text(folder / STATE_FILE, json.dumps({"state": state_id, "base": base_hash}) + "\n")

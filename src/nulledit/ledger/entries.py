@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nulledit.data.facts import Fact
+from nulledit.errors import LedgerError
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,10 @@ class Base:
     """Hash of its weights."""
     dtype: str
     """Its dtype."""
+    recipe: dict[str, Any]
+    """The recipe that its first epoch is to have."""
+    seed: int
+    """The seed that its first epoch is to have."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +82,8 @@ class Column:
     outcome: dict[str, Any]
     """How the value was reached: loss, steps, ‖δ‖/‖h‖, whether the model knew it already."""
     replaces: int = 0
-    """The column that this one stands in for (an older answer, or the same fact's before its key
-    was shared), or 0. Undoing this one brings that one back."""
+    """The column that this one stands in for: an older answer to the same question, or the same
+    fact's before it was optimised again; else 0. Undoing it brings an answer behind it back."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +100,6 @@ class Event:
     """Columns that became active."""
     deactivated: tuple[int, ...]
     """Columns that no longer are."""
-    note: str = ""
-    """For people."""
 
 
 @dataclass
@@ -120,6 +123,20 @@ class History:
     def active(self) -> list[Column]:
         """Columns that are part of the model now, in the order they were made."""
         return [c for c in self.columns if c.active]
+
+    @property
+    def epoch(self) -> Epoch:
+        """The epoch that batches belong to now; LedgerError if there is none or more than one."""
+        if len(self.epochs) != 1:
+            raise LedgerError(
+                f"the ledger has {len(self.epochs)} epochs; this version works with exactly one"
+            )
+        return self.epochs[0]
+
+    @property
+    def counts(self) -> tuple[int, int, int, int]:
+        """Numbers of epochs, batches, columns and events."""
+        return len(self.epochs), len(self.batches), len(self.columns), len(self.events)
 
     @property
     def state_id(self) -> str:

@@ -27,7 +27,7 @@ def fold(
     official sequential rule, and without a column it equals that rule without the fact.
     """
     if not columns:
-        return history.tensors[history.epochs[-1].tensors][f"base.{layer}"].to(device).double()
+        return history.tensors[history.epoch.tensors][f"base.{layer}"].to(device).double()
     keys = history.column_tensor(columns, f"keys.{layer}").mT
     targets = history.column_tensor(columns, f"targets.{layer}").mT
     return solve_joint(history, layer, keys, targets, device=device)
@@ -42,7 +42,7 @@ def solve_joint(
     device: torch.device | None = None,
 ) -> Tensor:
     """Weight W₀ + Δ [d_out, d_in] for `keys` [d_in, n] with absolute `targets` [d_out, n]."""
-    epoch = history.epochs[-1]
+    epoch = history.epoch
     tensors = history.tensors[epoch.tensors]
     recipe = Recipe.from_dict(epoch.recipe)
     base = tensors[f"base.{layer}"].to(device).double()

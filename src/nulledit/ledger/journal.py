@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -10,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from nulledit.data.facts import Fact
+from nulledit.errors import LedgerError
 from nulledit.ledger.entries import Batch, Column, Epoch, Event, History
 from nulledit.ledger.store import Store, tensor_bytes
 
@@ -20,12 +22,24 @@ class Journal:
     def __init__(self, history: History, store: Store | None = None):
         """Go on with `history`; `store` holds exactly that, or nothing is kept on disk."""
         self.history, self.store = history, store
+        self._stored = history.counts
 
     def keep_in(self, folder: Path) -> None:
         """Begin a ledger in `folder` with all there is, and commit every later change to it."""
         store = Store(folder)
         store.create(self.history)
-        self.store = store
+        self.store, self._stored = store, self.history.counts
+
+    def copy_to(self, store: Store) -> None:
+        """Bring another store to this history; LedgerError if it holds something else."""
+        if not store.exists:
+            store.create(self.history)
+            return
+        there, events = store.load(), self.history.events
+        if there.base != self.history.base or there.events != events[: len(there.events)]:
+            raise LedgerError(f"{store.folder}: holds the ledger of another run")
+        if len(there.events) < len(events):
+            store.commit(self.history, there.counts)
 
     def begin(self, epoch: Epoch, tensors: dict[str, Tensor]) -> None:
         """Open an epoch; it is stored together with its first batch."""
@@ -43,11 +57,9 @@ class Journal:
     ) -> None:
         """Add a batch of columns `made` with its `tensors`, and change which columns are active.
 
-        Whatever error the store raises, the history is as before then.
+        Whatever error the store raises, the history is as before then, unless the store has it.
         """
         h = self.history
-        stored_epochs = len(h.epochs) if h.events else 0
-        counts = (stored_epochs, len(h.batches), len(h.columns), len(h.events))
         before = (list(h.columns), list(h.batches), list(h.events))
         on, off = {c.id for c in activated}, {c.id for c in deactivated}
         h.columns[:] = [
@@ -69,16 +81,23 @@ class Journal:
         )
         try:
             if self.store:
-                epochs, batches, columns, events = counts
-                self.store.commit(h, epochs=epochs, batches=batches, columns=columns, events=events)
+                self.store.commit(h, self._stored)
         except BaseException:
-            h.columns[:], h.batches[:], h.events[:] = before
+            if self._reached_the_store():  # interrupted just as the transaction had ended
+                self._stored = h.counts
+            else:
+                h.columns[:], h.batches[:], h.events[:] = before
             raise
+        self._stored = h.counts
+
+    def _reached_the_store(self) -> bool:
+        try:
+            return self.store is not None and self.store.events() == len(self.history.events)
+        except (sqlite3.Error, OSError):
+            return False
 
     def stored_version(self, facts: Sequence[Fact]) -> list[Column] | None:
-        """Inactive columns made together for exactly `facts`, newest first; [] for no facts."""
-        if not facts:
-            return []
+        """Inactive columns made together for exactly `facts`, newest first."""
         groups: dict[tuple[int, int], list[Column]] = {}
         for column in self.history.columns:
             groups.setdefault((column.batch, column.group), []).append(column)
@@ -87,3 +106,15 @@ class Journal:
             if same and not any(c.active for c in columns):
                 return columns
         return None
+
+    def answers_behind(self, columns: Sequence[Column]) -> list[Column]:
+        """The older answers that `columns` stand in for, through all their re-makings."""
+        by_id = {c.id: c for c in self.history.columns}
+        found = []
+        for column in columns:
+            older = by_id.get(column.replaces)
+            while older is not None and older.fact == column.fact:
+                older = by_id.get(older.replaces)
+            if older is not None:
+                found.append(older)
+        return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -23,14 +24,9 @@ logger = logging.getLogger(__name__)
 
 
 def open_epoch(
-    model: PartialModel,
-    recipe: Recipe,
-    statistics: Statistics,
-    *,
-    contexts: tuple[str, ...],
-    seed: int,
-) -> tuple[Epoch, dict[str, Tensor]]:
-    """The first epoch of a ledger, and its tensors.
+    model: PartialModel, recipe: Recipe, statistics: Statistics
+) -> Callable[[tuple[str, ...], int], tuple[Epoch, dict[str, Tensor]]]:
+    """Prepare the first epoch of a ledger; called with contexts and seed, it is made.
 
     Warns where the null-space rule protects nothing or leaves no room. StatisticsError where the
     statistics do not fit the model's layers or do not serve the method's filter.
@@ -42,16 +38,13 @@ def open_epoch(
         metric = _metric(recipe, statistics.spectra[layer], layer, weight.shape[1])
         tensors |= metric_tensors(metric, layer, dtype)
         tensors[f"base.{layer}"] = weight.detach().clone().cpu().contiguous()
-    digest, _ = tensor_bytes(tensors)
-    epoch = Epoch(
-        id=1,
-        recipe=recipe.to_dict(),
-        seed=seed,
-        contexts=contexts,
-        statistics=asdict(statistics.manifest),
-        tensors=digest,
-    )
-    return epoch, tensors
+
+    def make(contexts: tuple[str, ...], seed: int) -> tuple[Epoch, dict[str, Tensor]]:
+        digest, _ = tensor_bytes(tensors)
+        manifest = asdict(statistics.manifest)
+        return Epoch(1, recipe.to_dict(), seed, contexts, manifest, digest), tensors
+
+    return make
 
 
 def _metric(recipe: Recipe, spectrum: Spectrum, layer: int, d_in: int) -> Metric:

@@ -38,7 +38,7 @@ CREATE TABLE columns (
     outcome TEXT NOT NULL, replaces INTEGER NOT NULL) STRICT;
 CREATE TABLE events (
     id INTEGER PRIMARY KEY, kind TEXT NOT NULL, time TEXT NOT NULL, activated TEXT NOT NULL,
-    deactivated TEXT NOT NULL, note TEXT NOT NULL) STRICT;
+    deactivated TEXT NOT NULL) STRICT;
 """
 
 
@@ -75,13 +75,13 @@ class Store:
             db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
             _insert(db, history.epochs, history.batches, history.columns, history.events)
 
-    def commit(
-        self, history: History, *, epochs: int, batches: int, columns: int, events: int
-    ) -> None:
-        """Add what `history` holds beyond those counts, and which columns are active, as one step.
+    def commit(self, history: History, stored: tuple[int, int, int, int]) -> None:
+        """Add what `history` holds beyond the counts `stored`, and which columns are active.
 
-        LedgerError if the ledger on disk is not at those counts: another process wrote to it.
+        One step: all of it or nothing. LedgerError if the ledger on disk is not at those counts:
+        another process has written to it.
         """
+        epochs, batches, columns, events = stored
         new_batches, new_epochs = history.batches[batches:], history.epochs[epochs:]
         for digest in [e.tensors for e in new_epochs] + [b.tensors for b in new_batches]:
             self._write_tensors(digest, history.tensors[digest])
@@ -122,6 +122,11 @@ class Store:
             history.tensors[digest] = self._read_tensors(digest)
         return history
 
+    def events(self) -> int:
+        """Number of events committed."""
+        with closing(self._connect()) as db:
+            return int(db.execute("SELECT COUNT(*) FROM events").fetchone()[0])
+
     def _connect(self) -> sqlite3.Connection:
         db = sqlite3.connect(self.database, isolation_level=None, timeout=10)
         db.execute("PRAGMA synchronous = FULL")
@@ -133,7 +138,8 @@ class Store:
         if file.is_file():
             return
         found, raw = tensor_bytes(tensors)
-        assert found == digest
+        if found != digest:
+            raise LedgerError(f"tensors of {digest[:12]} changed in memory; nothing was written")
         for left in self.tensors.glob(".*.part"):
             left.unlink()  # of a process that was killed
         with replacing(file) as partial:
@@ -182,8 +188,8 @@ def _insert(
         ],
     )
     db.executemany(
-        "INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)",
-        [(e.id, e.kind, e.time, _dump(e.activated), _dump(e.deactivated), e.note) for e in events],
+        "INSERT INTO events VALUES (?, ?, ?, ?, ?)",
+        [(e.id, e.kind, e.time, _dump(e.activated), _dump(e.deactivated)) for e in events],
     )
 
 
@@ -205,7 +211,5 @@ def _column(row: tuple[Any, ...]) -> Column:
 
 
 def _event(row: tuple[Any, ...]) -> Event:
-    id_, kind, time, activated, deactivated, note = row
-    return Event(
-        id_, kind, time, tuple(json.loads(activated)), tuple(json.loads(deactivated)), note
-    )
+    id_, kind, time, activated, deactivated = row
+    return Event(id_, kind, time, tuple(json.loads(activated)), tuple(json.loads(deactivated)))

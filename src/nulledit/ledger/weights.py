@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nulledit.config import Recipe
 from nulledit.errors import LedgerError
 from nulledit.ledger.entries import Column, History
 from nulledit.ledger.fold import fold, metric_of, solve_joint
@@ -46,13 +45,12 @@ class EditedWeights:
     @property
     def layers(self) -> tuple[int, ...]:
         """Edited blocks."""
-        epochs = self.history.epochs
-        return Recipe.from_dict(epochs[-1].recipe).layers if epochs else ()
+        return tuple(self.history.epoch.recipe["layers"]) if self.history.epochs else ()
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The epoch's tensors: W₀ and the metric of each layer."""
-        return self.history.tensors[self.history.epochs[-1].tensors]
+        return self.history.tensors[self.history.epoch.tensors]
 
     def exact(self, layer: int) -> Tensor:
         """The weight [d_out, d_in] of `layer` before rounding, float64."""
@@ -88,7 +86,10 @@ class EditedWeights:
             device=self._solve_device(layer),
         )
         if not torch.isfinite(weight).all():
-            raise LedgerError(f"the update of layer {layer} is not finite; nothing was kept")
+            raise LedgerError(
+                f"the update of layer {layer} is not finite and was not kept: load the model in "
+                "float32 or bfloat16, or use a larger method.l2"
+            )
         self._set(layer, weight)
         return keys, targets
 

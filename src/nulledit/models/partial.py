@@ -55,7 +55,9 @@ class Prefix:
 
     def select(self, rows: Tensor) -> Prefix:
         """The prefixes of `rows` (indices) only."""
-        kept = [e and (e[0][rows], e[1][rows]) for e in self.entries]
+        kept = [
+            e and (e[0][rows.to(e[0].device)], e[1][rows.to(e[1].device)]) for e in self.entries
+        ]
         return Prefix(kept, self.mask[rows])
 
     def cache(self) -> Cache:

@@ -90,7 +90,7 @@ class RowEncoder:
         if len(ids) > self.max_length:
             raise FactError(
                 f"prompt of {len(ids)} tokens is longer than the model's context of "
-                f"{self.max_length}: {text[:60]!r}..."
+                f"{self.max_length}, shorten it: {text[:60]!r}..."
             )
         subject_last = target_start = -1
         if subject_end is not None:
@@ -167,6 +167,14 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
         if isinstance(candidate, int):
             return candidate
     return 0
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that the tokenizer puts in front of every text by itself."""
+    coded = list(tokenizer("a", verbose=False)["input_ids"])
+    plain = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
+    starts = (i for i in range(len(coded)) if coded[i : i + len(plain)] == plain)
+    return coded[: next(starts, 0)]
 
 
 def chunks_by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:

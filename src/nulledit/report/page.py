@@ -73,7 +73,9 @@ def _run(run: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], *, last: bo
         + ".",
     ]
     if run["known"]:
-        parts.append(f"The model knew {run['known']} of them before; they are kept as they are.")
+        parts.append(
+            f"The model said {run['known']} of them before; they were written all the same."
+        )
     if run["after"]:
         parts.append(as_markdown(rates_table({"before": run["before"], "after": run["after"]})))
         parts.append(

@@ -69,6 +69,7 @@ def fact_line(
         "run": run,
         "batch": column.batch,
         "column": column.id,
+        "active": column.active,
         "subject": fact.subject,
         "prompt": fact.render(fact.prompt),
         "target": fact.target,
