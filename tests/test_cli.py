@@ -183,8 +183,8 @@ def test_facts_that_are_in_the_model_are_left_out(edited, place):
 
 def test_a_model_that_is_behind_its_ledger_is_rebuilt(edited, place):
     wanted = state(edited)
-    state = json.loads((edited / "model" / "nulledit.json").read_text())
-    (edited / "model" / "nulledit.json").write_text(json.dumps(state | {"state": "old"}))
+    behind = json.loads((edited / "model" / "nulledit.json").read_text()) | {"state": "old"}
+    (edited / "model" / "nulledit.json").write_text(json.dumps(behind))
     done("edit", place / "facts.json", "--continue", edited, "--quiet")
     assert state(edited) == wanted
 
