@@ -2,6 +2,7 @@
 
 import dataclasses
 from importlib import resources
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,3 +61,13 @@ def test_a_new_answer_replaces_the_older_one():
     assert not says(editor, fact)
     editor.undo("b")
     assert says(editor, fact)
+
+
+def test_the_readme_s_python_runs_as_written(tmp_path, monkeypatch):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    code = readme.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert [fact.id for fact in names["editor"].facts] == ["sushi"]
+    assert says(names["editor"], names["editor"].facts[0])
