@@ -99,13 +99,26 @@ class Enough(Exception):
 
 
 @torch.no_grad()
-def read(model: nn.Module, ids: Tensor, mask: Tensor, module: nn.Module, *, inputs: bool) -> Tensor:
-    """What enters (or leaves) `module` at all positions [n, T, d]; the forward pass ends there."""
+def read(
+    model: nn.Module,
+    ids: Tensor,
+    mask: Tensor,
+    module: nn.Module,
+    *,
+    inputs: bool,
+    stop: bool = False,
+) -> Tensor:
+    """What enters (or leaves) `module` at all positions [n, T, d].
+
+    As in the published code the whole model runs, logits and all; with `stop`, which that code has
+    for statistics alone, the forward pass ends at the module.
+    """
     found = []
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
         found.append(args[0] if inputs else hidden(output))
-        raise Enough
+        if stop:
+            raise Enough
 
     handle = module.register_forward_hook(hook)
     try:
@@ -131,7 +144,8 @@ def second_moment(
     module, total, count = mlp_out(model, layer), 0, 0
     for start in range(0, len(texts), batch_size):
         ids, mask = pad(tokenizer, texts[start : start + batch_size], model.device)
-        keys = read(model, ids, mask, module, inputs=True)[mask.bool()].to(dtype)  # [tokens, d_in]
+        keys = read(model, ids, mask, module, inputs=True, stop=True)  # [n, T, d_in]
+        keys = keys[mask.bool()].to(dtype)  # [tokens, d_in]
         total, count = total + keys.mT @ keys, count + len(keys)
     return total / count
 
@@ -271,6 +285,7 @@ def alphaedit_batch(
         transposed = type(module).__name__ == "Conv1D"  # GPT-2 keeps [d_in, d_out]
         module.weight += (update.mT if transposed else update).to(module.weight)
         done[layer] = LayerUpdate(K, R, update)
-    for layer, part in done.items():  # editing a layer leaves its own keys alone: no need to reread
-        history[layer] += (part.keys @ part.keys.mT).to(history[layer])
+    for layer in layers:  # read once more, as published, though no edit changed them since
+        K = compute_keys(model, tokenizer, facts, layer, contexts).mT
+        history[layer] += (K @ K.mT).to(history[layer])
     return done

@@ -47,6 +47,7 @@ class Walk:
         others share the rest. `positions` bounds the tokens that run together.
         """
         self.model, self.layer = model, first
+        self._keys: Tensor | None = None  # of the block whose turn it is
         rows: list[tuple[int, ...]] = []
         owner: list[int] = []
         weight: list[float] = []
@@ -81,7 +82,9 @@ class Walk:
 
     @torch.no_grad()
     def keys(self) -> Tensor:
-        """Mean keys K [d_in, n] of the block whose turn it is, with the weights as they are now."""
+        """Mean keys K [d_in, n] of the block whose turn it is. Its own edit does not change them."""
+        if self._keys is not None:
+            return self._keys
         found: Tensor | None = None
         for chunk in self.chunks:
             with self.model.reading_keys([self.layer]) as read:
@@ -92,7 +95,8 @@ class Walk:
                 found = torch.zeros(self.n, keys.shape[-1], dtype=torch.float64)
             found.index_add_(0, self.owner[chunk.rows], at_last * self.weight[chunk.rows, None])
         assert found is not None
-        return found.mT
+        self._keys = found.mT
+        return self._keys
 
     @torch.no_grad()
     def hidden(self, layer: int) -> Tensor:
@@ -121,3 +125,4 @@ class Walk:
                 chunk.batch, states=chunk.states, first=self.layer, last=self.layer
             )
         self.layer += 1
+        self._keys = None
