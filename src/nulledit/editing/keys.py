@@ -82,7 +82,7 @@ class Walk:
 
     @torch.no_grad()
     def keys(self) -> Tensor:
-        """Mean keys K [d_in, n] of the block whose turn it is. Its own edit does not change them."""
+        """Mean keys K [d_in, n] of the block whose turn it is; its own edit leaves them alone."""
         if self._keys is not None:
             return self._keys
         found: Tensor | None = None
