@@ -385,11 +385,17 @@ def test_windows_begin_as_the_tokenizer_begins_texts(tokenizer, tmp_path):
 def test_preservation_is_the_ratio_of_norms_on_explicit_keys():
     generator = torch.manual_seed(1)
     W, D = torch.randn(2, 5, 8, dtype=torch.float64, generator=generator)
-    K = torch.randn(8, 30, dtype=torch.float64, generator=generator)
-    expected = float((D @ K).norm() / (W @ K).norm())
-    assert preservation(W, W + D, K @ K.mT / 30) == pytest.approx(expected, rel=1e-12)
-    assert preservation(W, W, K @ K.mT) == 0
-    assert math.isnan(preservation(W, W + D, torch.zeros(8, 8)))
+    windows = list(torch.randn(6, 5, 8, dtype=torch.float64, generator=generator))
+    K = torch.cat(windows).mT
+    error, standard_error = preservation(W, W + D, windows)
+    assert error == pytest.approx(float((D @ K).norm() / (W @ K).norm()), rel=1e-12)
+    assert preservation(W, W, windows) == (0, 0)
+    assert all(math.isnan(x) for x in preservation(W, W + D, [torch.zeros(3, 8)]))
+    assert math.isnan(preservation(W, W + D, windows[:1])[1])
+    # the delta method against leaving one window out in turn
+    left = [preservation(W, W + D, windows[:i] + windows[i + 1 :])[0] for i in range(6)]
+    spread = 5 / 6 * sum((x - sum(left) / 6) ** 2 for x in left)
+    assert standard_error == pytest.approx(spread**0.5, rel=0.2)
 
 
 def test_the_report_is_the_ratio_on_the_base_models_own_keys(
@@ -408,7 +414,6 @@ def test_the_report_is_the_ratio_on_the_base_models_own_keys(
     base = {layer: as_out_in(partial.mlp_out(layer)).clone() for layer in recipe.layers}
     unedited = preservation_report(editor, windows)
     assert [item.error for item in unedited] == [0, 0]
-    assert all(math.isnan(item.free_share) for item in unedited)
 
     report = editor.edit(facts)
     now = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -419,7 +424,8 @@ def test_the_report_is_the_ratio_on_the_base_models_own_keys(
         assert item.error == pytest.approx(expected, rel=1e-6)
         assert item.error > 0
         assert item.layer == told.layer
-        assert item.free_share == pytest.approx(told.free_share)
+        assert item.n == 3
+        assert 0 < told.free_share_error < told.free_share
     assert all(torch.equal(tensor, now[name]) for name, tensor in model.state_dict().items())
 
 

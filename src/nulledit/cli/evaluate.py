@@ -85,5 +85,7 @@ def evaluate(run: str, as_json: bool, quiet: bool, **given: Any) -> None:
         return
     click.echo(as_text(rates_table({s: e.summary() for s, e in sides.items()})))
     if kept:
-        errors = ", ".join(f"{p.error:.3g} (layer {p.layer})" for p in kept)
+        errors = ", ".join(
+            f"{p.error:.3g} ± {p.standard_error:.1g} (layer {p.layer})" for p in kept
+        )
         click.echo(f"\n‖ΔK₀‖/‖W₀K₀‖: {errors}\nPerplexity and ‖ΔK₀‖ are on {text.name}.")

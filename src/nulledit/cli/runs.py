@@ -19,7 +19,7 @@ from nulledit.data.facts import Fact
 from nulledit.editor import Editor, EditReport
 from nulledit.errors import LedgerError, NullEditError
 from nulledit.evaluation.generation import contains
-from nulledit.evaluation.preservation import preservation_report
+from nulledit.evaluation.preservation import Preservation, preservation_report
 from nulledit.evaluation.runner import Evaluation
 from nulledit.ledger.entries import Column
 from nulledit.ledger.store import Store
@@ -189,16 +189,16 @@ def _finish(
     runs = folder_of.read_json(folder, "summary.json", {"runs": []})["runs"]
     number = len(runs) + 1
     before = after = None
-    errors: dict[int, float] = {}
+    kept: dict[int, Preservation] = {}
     if text and columns:
         facts = count(len(columns), "fact")
         say(f"Evaluating {facts} on the base and the edited model", quiet=quiet)
         with _timed(seconds, "evaluation"):
             before, after = evaluate_both(editor, [c.fact for c in columns], text, quiet=quiet)
-            errors = {p.layer: p.error for p in preservation_report(editor, text.windows)}
+            kept = {p.layer: p for p in preservation_report(editor, text.windows)}
     lines = _lines(columns, number, before, after)
     batches = sorted({c.batch for c in columns})
-    layers = [asdict(r) | {"error": errors.get(r.layer)} for r in report.layers]
+    layers = [asdict(r) | _error(kept.get(r.layer)) for r in report.layers]
     runs.append(
         {
             "run": number,
@@ -231,6 +231,16 @@ def _finish(
         summary=summary,
     )
     return Result(folder, summary, lines)
+
+
+def _error(kept: Preservation | None) -> dict[str, Any]:
+    if kept is None:
+        return {"error": None, "error_standard_error": None, "windows": None}
+    return {
+        "error": kept.error,
+        "error_standard_error": kept.standard_error,
+        "windows": kept.n,
+    }
 
 
 def _lines(

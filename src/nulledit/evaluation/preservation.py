@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from nulledit.data.corpus import Corpus
-from nulledit.editing.statistics import key_moments
 from nulledit.editor import Editor
-from nulledit.ledger.fold import metric_of
 from nulledit.models.layouts import as_out_in, frozen
+from nulledit.models.tokens import collate
 
 SHIPPED = "preservation.txt"
 
@@ -28,22 +27,33 @@ class Preservation:
     """Block number."""
     error: float
     """‖ΔK₀‖_F/‖W₀K₀‖_F over the text's keys K₀ in the base model; 0 without edits."""
-    free_share: float
-    """Mean ‖Pk‖²/‖k‖² of the edit keys: the share that edits may use; nan without edits."""
+    standard_error: float
+    """Of `error`, over windows of the text; nan for one window."""
+    n: int
+    """Windows."""
 
 
-def preservation(base_weight: Tensor, edited_weight: Tensor, moment: Tensor) -> float:
-    """‖ΔK₀‖_F/‖W₀K₀‖_F from weights [d_out, d_in] and the keys' second moment C [d_in, d_in].
+def preservation(
+    base_weight: Tensor, edited_weight: Tensor, windows: Sequence[Tensor]
+) -> tuple[float, float]:
+    """‖ΔK₀‖_F/‖W₀K₀‖_F and its standard error.
 
-    The keys need not be kept: ‖ΔK₀‖²_F = n·tr(Δ C Δᵀ). A moment summed from float32 products cannot
-    tell errors under about 1e-4 from 0.
+    Weights are [d_out, d_in], keys [t, d_in] by window.
+
+    The standard error is that of a ratio of sums over windows, by the delta method.
     """
-    C = moment.double()
-    W = base_weight.to(C)
-    D = edited_weight.to(C) - W
-    energy = float(((W @ C) * W).sum())
-    moved = float(((D @ C) * D).sum())
-    return math.sqrt(max(moved, 0.0) / energy) if energy > 0 else math.nan
+    W = base_weight.double()
+    D = edited_weight.to(W) - W
+    moved = torch.stack([(K.to(W) @ D.mT).square().sum() for K in windows])
+    energy = torch.stack([(K.to(W) @ W.mT).square().sum() for K in windows])
+    if energy.sum() == 0:
+        return math.nan, math.nan
+    ratio = moved.sum() / energy.sum()
+    error, n = float(ratio.sqrt()), len(windows)
+    if n < 2 or error == 0:
+        return error, math.nan if n < 2 else 0.0
+    spread = (moved - ratio * energy).square().sum() * n / (n - 1)
+    return error, float(spread.sqrt() / energy.sum()) / (2 * error)
 
 
 def preservation_report(editor: Editor, token_windows: Sequence[list[int]]) -> list[Preservation]:
@@ -54,15 +64,18 @@ def preservation_report(editor: Editor, token_windows: Sequence[list[int]]) -> l
     """
     layers = editor.recipe.layers
     edited = _weights(editor)
+    keys: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     with frozen(editor.model), torch.no_grad(), editor.base_weights():
         base = _weights(editor)
-        moments = key_moments(editor.partial, editor.tokenizer, token_windows, layers)
+        for window in token_windows:
+            batch = collate([window], pad_id=0, device=editor.partial.device)
+            with editor.partial.reading_keys(layers) as found:
+                editor.partial.run(batch, last=layers[-1])
+            for layer in layers:
+                keys[layer].append(found[layer][0])  # [t, d_in]
+    n = len(token_windows)
     return [
-        Preservation(
-            layer,
-            preservation(base[layer], edited[layer], moments[layer].value),
-            _free_share(editor, layer),
-        )
+        Preservation(layer, *preservation(base[layer], edited[layer], keys[layer]), n)
         for layer in layers
     ]
 
@@ -82,12 +95,3 @@ def shipped_corpus() -> Corpus:
 def _weights(editor: Editor) -> dict[int, Tensor]:
     """A copy of W [d_out, d_in] of each edited layer, as stored now."""
     return {i: as_out_in(editor.partial.mlp_out(i)).clone() for i in editor.recipe.layers}
-
-
-def _free_share(editor: Editor, layer: int) -> float:
-    columns = editor.history.active
-    if not columns:
-        return math.nan
-    keys = editor.history.column_tensor(columns, f"keys.{layer}").mT  # [d_in, n]
-    metric = metric_of(editor.history.tensors[editor.history.epochs[-1].tensors], layer)
-    return float(metric.free_share(keys).mean())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,7 +27,11 @@ class LayerReport:
     d_in: int
     """Width of the keys."""
     free_share: float
-    """Mean ‖Pk‖²/‖k‖² of the edit keys: the share that edits may use."""
+    """Mean ‖Pk‖²/‖k‖² of the edit keys: the share that edits may use; nan without edits."""
+    free_share_error: float
+    """Its standard error over the edited facts; nan for fewer than two."""
+    n: int
+    """Edited facts."""
     update_share: float
     """‖Δ‖/‖W₀‖ of all edits so far."""
     rounding_share: float
@@ -160,12 +165,15 @@ class EditedWeights:
         columns, exact = self.history.active, self.exact(layer).cpu()
         stored = as_out_in(self.model.mlp_out(layer)).double().cpu()
         keys, _ = self.recorded(columns, layer)
+        shares = metric.free_share(keys)
         norm = float((exact - base).norm())
         return LayerReport(
             layer=layer,
             protected=base.shape[1] - metric.rank,
             d_in=base.shape[1],
-            free_share=float(metric.free_share(keys).mean()) if columns else float("nan"),
+            free_share=float(shares.mean()) if columns else math.nan,
+            free_share_error=float(shares.std()) / len(columns) ** 0.5 if columns else math.nan,
+            n=len(columns),
             update_share=norm / float(base.norm()),
             rounding_share=float((stored - exact).norm()) / norm if norm else 0.0,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -76,9 +77,9 @@ def preservation_table(layers: Sequence[Mapping[str, Any]]) -> Table:
     rows: list[Sequence[str]] = [
         [
             str(row["layer"]),
-            number(row.get("error")),
+            _number_plus_minus(row.get("error"), row.get("error_standard_error")),
             number(row["update_share"]),
-            number(row["free_share"]),
+            _number_plus_minus(row["free_share"], row.get("free_share_error")),
             f"{row['protected']} of {row['d_in']}",
         ]
         for row in layers
@@ -87,6 +88,12 @@ def preservation_table(layers: Sequence[Mapping[str, Any]]) -> Table:
         head.append("rounding/‖Δ‖")
         rows = [[*r, number(x["rounding_share"])] for r, x in zip(rows, layers, strict=True)]
     return head, rows
+
+
+def _number_plus_minus(value: float | None, error: float | None) -> str:
+    """A number of any size with its standard error, where it has one."""
+    known = error is not None and math.isfinite(error)
+    return number(value) + (f" ± {number(error)}" if known else "")
 
 
 def _plus_minus(value: float | None, error: float | None, digits: int) -> str:
