@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,6 +18,7 @@ from nulledit.config import Recipe, layers_by_depth, load_recipe, shipped_recipe
 from nulledit.data.facts import Fact
 from nulledit.editing.contexts import make_contexts
 from nulledit.editing.keys import Walk
+from nulledit.editing.queue import batches, merged
 from nulledit.editing.statistics import Statistics, find_statistics
 from nulledit.editing.values import Value, optimise_values, plan_rows
 from nulledit.errors import ConfigError, FactError, LedgerError, ModelError, StatisticsError
@@ -27,7 +27,8 @@ from nulledit.ledger.entries import Base, Column, History
 from nulledit.ledger.journal import Journal
 from nulledit.ledger.opening import open_epoch
 from nulledit.ledger.store import Store
-from nulledit.ledger.weights import EditedWeights, LayerReport, unit_columns
+from nulledit.ledger.weights import EditedWeights, LayerReport
+from nulledit.linalg.angles import same_key_groups
 from nulledit.methods.registry import find_method
 from nulledit.models.layouts import as_out_in, frozen, parameter_name, write_weight
 from nulledit.models.load import load_model, model_hash
@@ -237,7 +238,7 @@ class Editor:
                 self._begin_epoch()
                 self._check_lengths(queue)
                 done = 0
-                for batch in _batches(queue, size, seed=self.seed if shuffle else None):
+                for batch in batches(queue, size, seed=self.seed if shuffle else None):
                     run.tell("batches", done, len(queue))
                     self._edit_batch(batch, run)
                     done += len(batch)
@@ -333,7 +334,7 @@ class Editor:
         staying = [c for c in present if c not in touched]
         if leaving or restored:
             self.weights.refresh(staying)
-        groups = _groups(first_keys, self._same)
+        groups = same_key_groups(first_keys, self._same)
         with run.timed("values"):
             values = self._optimise(batch, groups, run)
         tensors = {"z": torch.stack([v.z for v in values]).detach().cpu()}
@@ -487,7 +488,7 @@ class Editor:
                 run.notices.append(f"{fact.id}: repeats {known.id}, left out")
             else:
                 run.notices.append(f"{fact.id}: another wording of {known.id}, edited as one fact")
-                queue[fact.key] = _merged(known, fact)
+                queue[fact.key] = merged(known, fact)
         return list(queue.values())
 
     def _check_lengths(self, facts: Sequence[Fact]) -> None:
@@ -549,30 +550,6 @@ class _Run:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-def _batches(queue: Sequence[Fact], size: int, *, seed: int | None) -> Iterator[list[Fact]]:
-    """`queue` in batches, each in the queue's order.
-
-    With a `seed` the facts are dealt out by a hash of their ids: the batches that are left after
-    an interruption are those that would have come.
-    """
-    dealt = list(range(len(queue)))
-    if seed is not None:
-        dealt.sort(key=lambda i: sha256(f"{seed}/{queue[i].id}".encode()).digest())
-    for start in range(0, len(queue), size):
-        yield [queue[i] for i in sorted(dealt[start : start + size])]
-
-
-def _merged(fact: Fact, other: Fact) -> Fact:
-    """One fact with the prompts, paraphrases and neighbours of both."""
-    prompts = tuple(dict.fromkeys((*fact.prompts, *other.prompts)))
-    return replace(
-        fact,
-        more_prompts=tuple(p for p in prompts if p != fact.prompt),
-        paraphrases=tuple(dict.fromkeys((*fact.paraphrases, *other.paraphrases))),
-        neighbours=tuple(dict.fromkeys((*fact.neighbours, *other.neighbours))),
-    )
-
-
 def _by_group(columns: Sequence[Column]) -> list[list[Column]]:
     groups: dict[tuple[int, int], list[Column]] = {}
     for column in columns:
@@ -603,19 +580,6 @@ def _resolve(recipe: Recipe | str | Path | None, name: str, model: PartialModel)
     for layer in recipe.layers:
         as_out_in(model.mlp_out(layer))
     return recipe
-
-
-def _groups(keys: Tensor, same: float) -> list[int]:
-    """For each column of `keys` [d_in, n], the index of the first column it shares a key with."""
-    unit = unit_columns(keys)
-    close = (unit.mT @ unit) > same
-    groups = list(range(keys.shape[1]))
-    for i in range(len(groups)):
-        for j in range(i):
-            if close[i, j] and groups[i] != groups[j]:
-                old, new = max(groups[i], groups[j]), min(groups[i], groups[j])
-                groups = [new if g == old else g for g in groups]
-    return groups
 
 
 def _some(names: Iterable[Any], most: int = 5) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from nulledit.errors import LedgerError
 from nulledit.ledger.entries import Column, History
 from nulledit.ledger.fold import fold, metric_of, solve_joint
+from nulledit.linalg.angles import unit_columns
 from nulledit.models.layouts import as_out_in, write_weight
 from nulledit.models.partial import PartialModel
 
@@ -165,21 +166,15 @@ class EditedWeights:
         columns, exact = self.history.active, self.exact(layer).cpu()
         stored = as_out_in(self.model.mlp_out(layer)).double().cpu()
         keys, _ = self.recorded(columns, layer)
-        shares = metric.free_share(keys)
+        shares, n = metric.free_share(keys), len(columns)
         norm = float((exact - base).norm())
         return LayerReport(
             layer=layer,
             protected=base.shape[1] - metric.rank,
             d_in=base.shape[1],
-            free_share=float(shares.mean()) if columns else math.nan,
-            free_share_error=float(shares.std()) / len(columns) ** 0.5 if columns else math.nan,
-            n=len(columns),
+            free_share=float(shares.mean()) if n else math.nan,
+            free_share_error=float(shares.std()) / n**0.5 if n > 1 else math.nan,
+            n=n,
             update_share=norm / float(base.norm()),
             rounding_share=float((stored - exact).norm()) / norm if norm else 0.0,
         )
-
-
-def unit_columns(keys: Tensor) -> Tensor:
-    """`keys` [d, n] scaled to length 1, float64."""
-    K = keys.double()
-    return K / K.norm(dim=0, keepdim=True).clamp_min(1e-30)
