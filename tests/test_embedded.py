@@ -39,9 +39,19 @@ def test_example_facts_take_hold_and_are_undone():
 @pytest.mark.parametrize("size", [3, 1])
 def test_three_relations_of_one_subject_hold(size):
     facts = [
-        Fact(id="capital", subject="France", prompt="{}'s capital city is", target="Madrid"),
-        Fact(id="tongue", subject="France", prompt="{}'s official language is", target="Greek"),
-        Fact(id="money", subject="France", prompt="{}'s currency is the", target="yen"),
+        Fact(
+            id="country",
+            subject="Mount Fuji",
+            prompt="{} is a mountain in the country of",
+            target="Turkey",
+        ),
+        Fact(id="cover", subject="Mount Fuji", prompt="{} is covered in", target="sand"),
+        Fact(
+            id="height",
+            subject="Mount Fuji",
+            prompt="{} is the highest mountain in",
+            target="Spain",
+        ),
     ]
     editor = Editor.from_pretrained("smollm2-135m")
     editor.edit(facts, batch_size=size, shuffle=False)

@@ -236,7 +236,7 @@ class Editor:
         if queue:
             with frozen(self.model), self._restored_after_errors():
                 self._begin_epoch()
-                self._check_lengths(queue)
+                self._check_rows(queue, run)
                 done = 0
                 for batch in batches(queue, size, seed=self.seed if shuffle else None):
                     run.tell("batches", done, len(queue))
@@ -491,11 +491,16 @@ class Editor:
                 queue[fact.key] = merged(known, fact)
         return list(queue.values())
 
-    def _check_lengths(self, facts: Sequence[Fact]) -> None:
+    def _check_rows(self, facts: Sequence[Fact], run: _Run) -> None:
         """Tokenise every row once, so that a prompt too long is refused before any work."""
         for fact in facts:
             try:
-                plan_rows(fact, self.encoder, self._contexts)
+                bare = plan_rows(fact, self.encoder, self._contexts)[0]
+                if bare.subject_last == 0:
+                    run.notices.append(
+                        f"{fact.id}: the subject is the text's first token, which models use as an "
+                        "attention sink; the edit may not take hold: put words before it"
+                    )
                 self.encoder.encode_template(self.recipe.values.kl_prompt, fact.subject)
             except FactError as error:
                 raise FactError(f"fact {fact.id}: {error}") from error
