@@ -52,12 +52,6 @@ def test_moment_does_not_depend_on_batches_or_chunk(sizes, chunk):
     torch.testing.assert_close(moment.value, whole, rtol=1e-12, atol=1e-12)
 
 
-def test_moments_merge_to_the_moment_of_all():
-    keys = draw(30, 4)
-    one = SecondMoment(4).update(keys[:11]).merge(SecondMoment(4).update(keys[11:]))
-    torch.testing.assert_close(one.value, SecondMoment(4).update(keys).value)
-
-
 def test_float32_products_keep_small_eigenvalues():
     """Eigenvalues six orders below the largest, from float32 keys, to 1e-3."""
     d, n = 32, 20_000

@@ -35,14 +35,6 @@ class SecondMoment:
         self.count += len(rows)
         return self
 
-    def merge(self, other: SecondMoment) -> SecondMoment:
-        """Add the keys that `other` has seen."""
-        if other.sum.shape != self.sum.shape:
-            raise ValueError(f"widths differ: {self.sum.shape[0]} and {other.sum.shape[0]}")
-        self.sum += other.sum.to(self.sum.device)
-        self.count += other.count
-        return self
-
     @property
     def value(self) -> Tensor:
         """C [d, d], float64, squared activation units."""

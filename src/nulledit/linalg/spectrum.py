@@ -83,11 +83,6 @@ class Spectrum:
         """One past the index of the last eigenvector held."""
         return self.start + self.eigenvectors.shape[1]
 
-    @property
-    def full(self) -> bool:
-        """Whether every eigenvector is held."""
-        return self.eigenvectors.shape[1] == self.d_in
-
     def protected(self, threshold: float) -> int:
         """Number of directions with eigenvalue >= `threshold`, which edits may not use."""
         return int((self.eigenvalues >= threshold).sum())
