@@ -8,8 +8,8 @@ from nulledit import read_facts
 from nulledit.config import load_recipe, shipped_recipes
 from nulledit.editing.statistics import Statistics
 from nulledit.evaluation.preservation import shipped_text
+from nulledit.ledger.fold import LayerMetrics
 from nulledit.linalg.spectrum import RULES
-from nulledit.methods.registry import find_method
 
 ASSETS = resources.files("nulledit") / "assets"
 
@@ -30,9 +30,8 @@ def test_shipped_statistics_serve_the_shipped_recipe_and_the_published_layers():
             spectrum = statistics.spectra[layer]
             rule = recipe.null_space
             threshold = RULES[rule.rule](spectrum.eigenvalues, rule.value)
-            method = find_method(recipe.method.name)
-            metric = spectrum.metric(method.gains(spectrum.eigenvalues, threshold, recipe.method))
-            assert 0 < metric.rank < spectrum.d_in
+            metrics = LayerMetrics.of(recipe, spectrum, threshold)
+            assert 0 < metrics.metric.rank < spectrum.d_in
 
 
 def test_example_facts_are_complete():

@@ -10,6 +10,7 @@ import torch
 from nulledit import Editor, Fact, NullEditError
 from nulledit.errors import ConfigError, FactError, LedgerError, ModelError, StatisticsError
 from nulledit.ledger.entries import History
+from nulledit.ledger.fold import LayerMetrics, read_spectrum
 from nulledit.ledger.store import Store
 
 
@@ -82,8 +83,9 @@ def test_undo_is_the_solve_without_the_column_in_any_order(make_editor, facts):
     for layer in editor.recipe.layers:
         tensors = editor.history.tensors[editor.history.epochs[0].tensors]
         base = tensors[f"base.{layer}"]
-        U, g = tensors[f"metric.vectors.{layer}"], tensors[f"metric.gains.{layer}"]
-        rest = float(tensors[f"metric.rest.{layer}"])
+        spectrum, threshold = read_spectrum(tensors, layer)
+        metric = LayerMetrics.of(editor.recipe, spectrum, threshold).metric
+        U, g, rest = metric.vectors, metric.gains, metric.rest
         G = rest * torch.eye(len(U), dtype=torch.float64) + U @ torch.diag(g - rest) @ U.mT
         K = editor.history.column_tensor(editor.history.active, f"keys.{layer}").mT
         V = editor.history.column_tensor(editor.history.active, f"targets.{layer}").mT

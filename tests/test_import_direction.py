@@ -18,8 +18,10 @@ ORDER = [
     "editing",
     "methods",
     "ledger",
+    "batch",
     "editor",
     "evaluation",
+    "baselines",
     "report",
     "cli",
 ]

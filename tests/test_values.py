@@ -10,6 +10,7 @@ from nulledit import Editor
 from nulledit.config import ValueSettings
 from nulledit.editing.keys import Walk
 from nulledit.editing.values import optimise_values
+from nulledit.ledger.fold import read_spectrum
 from nulledit.models.layouts import as_out_in, frozen
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import RowEncoder, pad_id
@@ -159,11 +160,12 @@ def test_batches_equal_the_reference_with_its_history(
         editor.edit(batch)
     tensors = editor.history.tensors[editor.history.epochs[0].tensors]
     for layer in recipe.layers:
-        vectors = tensors[f"metric.vectors.{layer}"].double()
-        gains = tensors[f"metric.gains.{layer}"] * recipe.method.l2
-        rest = float(tensors[f"metric.rest.{layer}"]) * recipe.method.l2
-        eye = torch.eye(len(vectors), dtype=torch.float64)
-        projectors[layer] = rest * eye + vectors @ torch.diag(gains - rest) @ vectors.mT
+        spectrum, threshold = read_spectrum(tensors, layer)
+        held = slice(spectrum.start, spectrum.stop)
+        protected = spectrum.eigenvalues[held] >= threshold
+        vectors, eye = spectrum.eigenvectors, torch.eye(spectrum.d_in, dtype=torch.float64)
+        thin = vectors @ vectors.mT
+        projectors[layer] = eye - thin if protected.all() else thin
         history[layer] = torch.zeros_like(eye)
     for number, batch in enumerate(batches):
         z = torch.stack([theirs(slow, tokenizer, f, settings=recipe.values).z for f in batch])
@@ -177,7 +179,7 @@ def test_batches_equal_the_reference_with_its_history(
             layers=recipe.layers,
             projectors=projectors,
             history=history,
-            l2=recipe.method.l2,
+            l2=0.1,
             contexts=CONTEXTS,
             dtype=torch.float64,
         )

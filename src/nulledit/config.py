@@ -37,10 +37,24 @@ class ValueSettings:
     """A fact leaves when this many steps took less than 1 % off its loss; 0: never (published)."""
     kl_prompt: str = "{} is a"
     """Where the subject's own meaning is held: the state at `{}` must predict as before."""
+    stop_when_likeliest: bool = False
+    """A fact leaves when every token of its target is the likeliest one in all its contexts
+    (ENCORE's early stop, arXiv:2502.01636)."""
+    norm_anchor: bool = False
+    """Scale z to the mean norm that the batch's subjects have in the unedited model (NAS,
+    arXiv:2602.02543)."""
+    at: Literal["last", "each"] = "last"
+    """last: one value behind the last edited layer; the others take a share of what is missing.
+    each: a value at every edited layer, each written whole (BLUE, which edits two layers)."""
+    chunk_tokens: int = 0
+    """A target longer than this is written in chunks, each at the end of the one before (AnyEdit);
+    0: never."""
 
     def __post_init__(self) -> None:
-        _positive(self, "steps", "learning_rate", "clamp")
-        _not_negative(self, "kl_weight", "weight_decay", "stop_loss", "patience")
+        check_positive(self, "steps", "learning_rate", "clamp")
+        check_not_negative(
+            self, "kl_weight", "weight_decay", "stop_loss", "patience", "chunk_tokens"
+        )
         _one_slot(self.kl_prompt, "values.kl_prompt")
 
 
@@ -60,13 +74,13 @@ class ContextSettings:
     """Weight of the bare prompt in the mean key; the others share the rest."""
 
     def __post_init__(self) -> None:
-        _not_negative(self, "count", "tokens", "bare_weight")
+        check_not_negative(self, "count", "tokens", "bare_weight")
         if self.bare_weight > 1:
             raise ConfigError(f"contexts.bare_weight is {self.bare_weight}; expected 0 to 1")
         if self.count and not self.starts:
             raise ConfigError("contexts.starts is empty; give words, or set contexts.count to 0")
         if self.count and not self.texts:
-            _positive(self, "tokens")
+            check_positive(self, "tokens")
         for text in self.texts:
             _one_slot(text, "contexts.texts")
         if self.texts and self.texts[0] != "{}":
@@ -84,22 +98,22 @@ class NullSpaceSettings:
     """Published: 2e-2 for `absolute` (squared activation units; the paper's footnote says 1e-2)."""
 
     def __post_init__(self) -> None:
-        _positive(self, "value")
+        check_positive(self, "value")
         if self.rule == "leakage" and self.value >= 1:
             raise ConfigError(f"null_space.value is {self.value}; a leakage is a share below 1")
 
 
 @dataclass(frozen=True)
 class MethodSettings:
-    """Which method solves, and its own constants."""
+    """Which method solves. In a recipe its constants stand beside its name: `l2: 10`."""
 
     name: str = "alphaedit"
-    """See `nulledit info` for the methods known."""
-    l2: float = 10.0
-    """λ₂, ridge on the update (10 in AlphaEdit's code; the paper's equation has I)."""
-
-    def __post_init__(self) -> None:
-        _positive(self, "l2")
+    """See `nulledit methods`."""
+    projection: Literal["own", "none", "inside", "after"] = "own"
+    """The null-space projection of the update. own: as the method was published. inside: solved
+    within the null space. after: the finished update is projected."""
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    """The method's own settings by name; those left out have its defaults."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +130,8 @@ class StatisticsSettings:
     """Whether position 0 of a window counts. It is an attention sink with an unusual key."""
 
     def __post_init__(self) -> None:
-        _positive(self, "window")
-        _not_negative(self, "tokens")
+        check_positive(self, "window")
+        check_not_negative(self, "tokens")
 
 
 @dataclass(frozen=True)
@@ -144,8 +158,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if list(self.layers) != sorted(set(self.layers)) or any(i < 0 for i in self.layers):
             raise ConfigError(f"layers are {list(self.layers)}; expected ascending numbers from 0")
-        _positive(self, "batch_size")
-        _not_negative(self, "chunk_positions")
+        check_positive(self, "batch_size")
+        check_not_negative(self, "chunk_positions")
         if not 0 < self.same_key <= 1:
             raise ConfigError(f"same_key is {self.same_key}; expected a cosine above 0, at most 1")
 
@@ -156,15 +170,22 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back."""
-        return _plain(dataclasses.asdict(self))
+        data = _plain(dataclasses.asdict(self))
+        data["method"] |= data["method"].pop("constants")
+        return data
 
     def to_yaml(self) -> str:
         """The recipe as YAML."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     def with_fields(self, changes: Mapping[str, Any]) -> Recipe:
-        """A copy with dotted fields replaced: `{"values.steps": 15}`; strings are read as YAML."""
+        """A copy with dotted fields replaced: `{"values.steps": 15}`; strings are read as YAML.
+
+        Another `method.name` leaves the old method's constants and projection behind.
+        """
         data = self.to_dict()
+        if changes.get("method.name", self.method.name) != self.method.name:
+            data["method"] = {"name": changes["method.name"]}
         for dotted, value in changes.items():
             *path, last = dotted.split(".")
             place: Any = data
@@ -224,6 +245,14 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         raise ConfigError(f"{path}: {error}") from error
 
 
+def read_settings(cls: type, data: Mapping[str, Any], where: str) -> Any:
+    """A settings dataclass from plain data; unknown keys and wrong types are ConfigErrors.
+
+    `where` stands before the keys in messages: "method.".
+    """
+    return _build(cls, data, where)
+
+
 def _build(cls: type, data: Any, where: str) -> Any:
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where or 'recipe'}: expected named settings, found {data!r}")
@@ -232,9 +261,12 @@ def _build(cls: type, data: Any, where: str) -> Any:
     values = {}
     for key, value in data.items():
         name = f"{where}{key}"
-        if key not in known:
-            raise ConfigError(_unknown(name, known))
-        values[key] = _convert(hints[key], value, name)
+        if key not in known or key == "constants":
+            if "constants" not in known or key == "constants":
+                raise ConfigError(_unknown(name, known))
+            values.setdefault("constants", {})[key] = value  # checked by the method itself
+        else:
+            values[key] = _convert(hints[key], value, name)
     return cls(**values)
 
 
@@ -278,14 +310,16 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _positive(settings: Any, *names: str) -> None:
+def check_positive(settings: Any, *names: str) -> None:
+    """ConfigError unless each named field is a finite number above 0."""
     for name in names:
         value = getattr(settings, name)
         if not value > 0 or value == float("inf"):
             raise ConfigError(f"{name} is {value}; expected a number above 0")
 
 
-def _not_negative(settings: Any, *names: str) -> None:
+def check_not_negative(settings: Any, *names: str) -> None:
+    """ConfigError unless each named field is a finite number of 0 or more."""
     for name in names:
         value = getattr(settings, name)
         if not value >= 0 or value == float("inf"):

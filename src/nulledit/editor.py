@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nulledit.batch import BatchWriter, Progress, Run, Written
 from nulledit.config import Recipe, layers_by_depth, load_recipe, shipped_recipes
 from nulledit.data.facts import Fact
 from nulledit.editing.contexts import make_contexts
-from nulledit.editing.keys import Walk
 from nulledit.editing.queue import batches, merged
 from nulledit.editing.statistics import Statistics, find_statistics
-from nulledit.editing.values import Value, optimise_values, plan_rows
+from nulledit.editing.value_cache import ValueCache
+from nulledit.editing.values import plan_rows
 from nulledit.errors import ConfigError, FactError, LedgerError, ModelError, StatisticsError
 from nulledit.ledger.checkpoint import write_model
 from nulledit.ledger.entries import Base, Column, History
@@ -28,20 +26,15 @@ from nulledit.ledger.journal import Journal
 from nulledit.ledger.opening import open_epoch
 from nulledit.ledger.store import Store
 from nulledit.ledger.weights import EditedWeights, LayerReport
-from nulledit.linalg.angles import same_key_groups
-from nulledit.methods.registry import find_method
+from nulledit.methods import find_method
 from nulledit.models.layouts import as_out_in, frozen, parameter_name, write_weight
 from nulledit.models.load import load_model, model_hash
 from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import RowEncoder, context_length, pad_id
+from nulledit.models.tokens import RowEncoder, context_length
 
 logger = logging.getLogger(__name__)
 
 NEAR_KEY = 0.9  # cosine of keys above which an undo names an edit as near
-CPU_POSITIONS = 200  # small chunks stay in a processor's cache
-ACCELERATOR_POSITIONS = 16384
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -86,12 +79,14 @@ class Editor:
         statistics: Statistics | str | Path | None = None,
         name: str = "",
         seed: int = 0,
+        value_cache: str | Path | None = None,
     ):
         """Take a `model` as the base of edits; its weights are changed in place.
 
         `recipe`: a Recipe, a file, or a shipped recipe's name; left out, the shipped one called
         `name`, else the published settings on five layers chosen by depth. `statistics`: of this
         model's keys; left out, shipped or cached ones are looked for at the first edit.
+        `value_cache`: a folder that keeps optimised values for any editor that asks for the same.
         """
         self.model, self.tokenizer = model, tokenizer
         self.partial = PartialModel(model)
@@ -99,6 +94,7 @@ class Editor:
         self.recipe = _resolve(recipe, name, self.partial)
         self.seed = seed
         self._statistics = statistics
+        self.value_cache = None if value_cache is None else ValueCache(Path(value_cache))
         base = Base(
             model=name,
             hash=model_hash(model),
@@ -119,17 +115,31 @@ class Editor:
         device: str | None = None,
         dtype: str | None = None,
         seed: int = 0,
+        value_cache: str | Path | None = None,
         trust_remote_code: bool = False,
     ) -> Self:
         """Load a model by name (`smollm2-135m`), folder or Hub id and make an editor of it."""
         model, tokenizer = load_model(
             name, device=device, dtype=dtype, trust_remote_code=trust_remote_code
         )
-        return cls(model, tokenizer, recipe=recipe, statistics=statistics, name=name, seed=seed)
+        return cls(
+            model,
+            tokenizer,
+            recipe=recipe,
+            statistics=statistics,
+            name=name,
+            seed=seed,
+            value_cache=value_cache,
+        )
 
     @classmethod
     def load(
-        cls, folder: str | Path, *, device: str | None = None, trust_remote_code: bool = False
+        cls,
+        folder: str | Path,
+        *,
+        device: str | None = None,
+        value_cache: str | Path | None = None,
+        trust_remote_code: bool = False,
     ) -> Self:
         """Take up what `save` (or `nulledit edit`) left in `folder`; later edits are written there.
 
@@ -157,7 +167,12 @@ class Editor:
                 base = history.tensors[history.epoch.tensors][f"base.{layer}"]
                 write_weight(partial.mlp_out(layer), base)
         editor = cls(
-            model, tokenizer, recipe=recipe, name=history.base.model, seed=history.base.seed
+            model,
+            tokenizer,
+            recipe=recipe,
+            name=history.base.model,
+            seed=history.base.seed,
+            value_cache=value_cache,
         )
         found = editor.history.base.hash
         if found != history.base.hash:
@@ -177,7 +192,7 @@ class Editor:
     @property
     def facts(self) -> list[Fact]:
         """The facts that are in the model now, in the order they were edited."""
-        return [column.fact for column in self.history.active]
+        return _facts_of(self.history.active)
 
     def attach(self, folder: str | Path) -> None:
         """Keep the ledger in `folder`/ledger from now on: every batch is committed as it ends."""
@@ -207,11 +222,8 @@ class Editor:
     @contextmanager
     def base_weights(self) -> Iterator[PreTrainedModel]:
         """The model without its edits inside; as before afterwards."""
-        try:
-            self.weights.refresh([])
+        with self.weights.unedited():
             yield self.model
-        finally:
-            self.weights.refresh()
 
     def edit(
         self,
@@ -231,19 +243,21 @@ class Editor:
         size = self.recipe.batch_size if batch_size is None else batch_size
         if size < 1:
             raise ConfigError(f"batch_size is {size}; expected 1 or more")
-        run = _Run(progress)
+        run = Run(progress)
         queue = self._admit(facts, run)
         if queue:
             with frozen(self.model), self._restored_after_errors():
                 self._begin_epoch()
                 self._check_rows(queue, run)
                 done = 0
+                if find_method(self.recipe.method.name).one_by_one:
+                    size = 1
                 for batch in batches(queue, size, seed=self.seed if shuffle else None):
                     run.tell("batches", done, len(queue))
                     self._edit_batch(batch, run)
                     done += len(batch)
         asked = {fact.id for fact in queue}
-        columns = tuple(c for c in self.history.active if c.fact.id in asked)
+        columns = tuple(c for c in self.history.present if c.fact.id in asked)
         return EditReport(columns, self.weights.reports(), tuple(run.notices), run.seconds)
 
     def undo(self, *ids: str) -> UndoReport:
@@ -259,7 +273,7 @@ class Editor:
         if not ids:
             raise LedgerError("no fact to undo was named")
         before = self.weights.exact(self.weights.layers[-1])
-        gone = [active[i] for i in dict.fromkeys(ids)]
+        gone = [c for c in self.history.active if c.fact.id in ids]
         dropped = self._with_groups(gone)
         staying = [c for c in self.history.active if c not in dropped]
         near = self.weights.near(gone, staying, cosine=NEAR_KEY)
@@ -268,7 +282,7 @@ class Editor:
         for group in _by_group(dropped):
             back = [c for c in group if c not in gone]
             back += self._journal.answers_behind([c for c in group if c in gone])
-            version = self._journal.stored_version([c.fact for c in back]) if back else []
+            version = self._journal.stored_version(_facts_of(back)) if back else []
             shared = self.weights.near(version or [], staying + restored, cosine=self._same)
             if version is None or shared:
                 rebuild += back
@@ -277,8 +291,8 @@ class Editor:
         with frozen(self.model), self._restored_after_errors():
             if rebuild:
                 self._edit_batch(
-                    [c.fact for c in rebuild],
-                    _Run(None),
+                    _facts_of(rebuild),
+                    Run(None),
                     kind="undo",
                     dropped=dropped,
                     restored=restored,
@@ -288,11 +302,11 @@ class Editor:
                 self._journal.commit("undo", [], activated=restored, deactivated=dropped)
                 self.weights.refresh()
         return UndoReport(
-            removed=tuple(c.fact.id for c in gone),
-            restored=tuple(c.fact.id for c in restored),
-            rebuilt=tuple(c.fact.id for c in rebuild),
-            near=tuple((c.fact.id, cosine) for c, cosine in near),
-            moved=tuple((c.fact.id, share) for c, share in self.weights.moved(before)),
+            removed=tuple(fact.id for fact in _facts_of(gone)),
+            restored=tuple(fact.id for fact in _facts_of(restored)),
+            rebuilt=tuple(fact.id for fact in _facts_of(rebuild)),
+            near=_by_fact(near),
+            moved=_by_fact(self.weights.moved(before)),
         )
 
     # -- one batch ---------------------------------------------------------------------------
@@ -300,7 +314,7 @@ class Editor:
     def _edit_batch(
         self,
         facts: Sequence[Fact],
-        run: _Run,
+        run: Run,
         *,
         kind: str = "edit",
         dropped: Sequence[Column] = (),
@@ -318,105 +332,70 @@ class Editor:
         present.sort(key=lambda c: c.id)
         older = [c for c in present if c.fact.key in asked]
         run.notices += [
-            f"{asked[c.fact.key].id}: the older answer {c.fact.target!r} of {c.fact.id} is replaced"
-            for c in older
+            f"{asked[fact.key].id}: the older answer {fact.target!r} of {fact.id} is replaced"
+            for fact in _facts_of(older)
         ]
-        walk, first_keys = self._start_walk(facts, run)
-        near = self.weights.near_keys(first_keys, present, cosine=self._same)
+        writer = self._writer(facts, run)
+        near = self.weights.near_keys(writer.first_keys, present, cosine=self._same)
+        if writer.method.by_gradient:
+            near = []  # it shares no value between facts on one key
         touched = self._with_groups([*older, *(c for c, _ in near)], among=present)
-        joined = [c for c in touched if c.fact.key not in asked]
-        batch = [c.fact for c in joined] + list(facts)
+        joined = _facts_of(c for c in touched if c.fact.key not in asked)
         if joined:
-            names = _some(c.fact.id for c in joined)
+            names = _some(fact.id for fact in joined)
             run.notices.append(f"{names}: optimised again with a new fact on the same key")
-            walk, first_keys = self._start_walk(batch, run)
+            writer = self._writer([*joined, *facts], run)
         leaving = [*dropped, *touched]
         staying = [c for c in present if c not in touched]
         if leaving or restored:
             self.weights.refresh(staying)
-        groups = same_key_groups(first_keys, self._same)
-        with run.timed("values"):
-            values = self._optimise(batch, groups, run)
-        tensors = {"z": torch.stack([v.z for v in values]).detach().cpu()}
-        tensors |= self._write_layers(walk, tensors["z"], staying, run)
+        written = writer.write(staying)
         stand_in = {**(behind or {}), **{c.fact.key: c for c in touched}}
-        made = self._columns(batch, values, groups, stand_in)
-        known = [c.fact.id for c in made if c.outcome["known"]]
+        made = self._columns(writer, written, stand_in)
+        known = _facts_of(c for c in made if c.outcome["known"])
         if known:
-            run.notices.append(f"{_some(known)}: said by the model already; written all the same")
+            names = _some(fact.id for fact in known)
+            run.notices.append(f"{names}: said by the model already; written all the same")
         back = [c for c in restored if c in staying]
-        self._journal.commit(kind, made, deactivated=leaving, activated=back, tensors=tensors)
+        self._journal.commit(
+            kind, made, deactivated=leaving, activated=back, tensors=written.tensors
+        )
 
-    def _write_layers(
-        self, walk: Walk, z: Tensor, staying: Sequence[Column], run: _Run
-    ) -> dict[str, Tensor]:
-        """Edit layer after layer; keys and absolute targets, one row per fact."""
-        recorded: dict[str, Tensor] = {}
-        layers = self.recipe.layers
-        for layer in range(layers[0], layers[-1] + 1):
-            if layer in layers:
-                with run.timed("keys"):
-                    keys = walk.keys()
-                    missing = z.double().mT - walk.hidden(layers[-1])
-                left = sum(other >= layer for other in layers)
-                with run.timed("solve"):
-                    keys, targets = self.weights.write(layer, staying, keys, missing / left)
-                recorded[f"keys.{layer}"] = keys.mT.contiguous()
-                recorded[f"targets.{layer}"] = targets.mT.contiguous()
-            with run.timed("keys"):
-                walk.advance()
-        return recorded
-
-    def _start_walk(self, facts: Sequence[Fact], run: _Run) -> tuple[Walk, Tensor]:
-        with run.timed("keys"):
-            walk = Walk(
-                self.partial,
-                self.encoder,
-                facts,
-                first=self.recipe.layers[0],
-                contexts=self._contexts,
-                bare_weight=self.recipe.contexts.bare_weight,
-                pad_id=pad_id(self.tokenizer),
-            )
-            return walk, walk.keys()
-
-    def _optimise(self, facts: Sequence[Fact], groups: Sequence[int], run: _Run) -> list[Value]:
-        on_cpu = self.partial.device.type == "cpu"
-        positions = CPU_POSITIONS if on_cpu else ACCELERATOR_POSITIONS
-        return optimise_values(
+    def _writer(self, facts: Sequence[Fact], run: Run) -> BatchWriter:
+        return BatchWriter(
             self.partial,
+            self.tokenizer,
             self.encoder,
+            self.recipe,
+            self.weights,
+            self.history.epoch.contexts,
             facts,
-            groups,
-            layer=self.recipe.layers[-1],
-            contexts=self._contexts,
-            settings=self.recipe.values,
-            positions=self.recipe.chunk_positions or positions,
-            pad_id=pad_id(self.tokenizer),
-            progress=run.counter("values", len(facts)),
+            run,
+            base_hash=self.history.base.hash,
+            cache=self.value_cache,
         )
 
     def _columns(
-        self,
-        facts: Sequence[Fact],
-        values: Sequence[Value],
-        groups: Sequence[int],
-        stand_in: dict[tuple[str, str], Column],
+        self, writer: BatchWriter, written: Written, stand_in: dict[tuple[str, str], Column]
     ) -> list[Column]:
         first = len(self.history.columns) + 1
-        return [
-            Column(
-                id=first + i,
-                batch=len(self.history.batches) + 1,
-                row=i,
-                group=first + groups[i],
-                fact=fact,
-                active=True,
-                outcome={k: v for k, v in vars(value).items() if k != "z"},
-                replaces=stand_in[fact.key].id if fact.key in stand_in else 0,
+        columns = []
+        for i, request in enumerate(writer.requests):
+            fact = writer.facts[request.owner]
+            columns.append(
+                Column(
+                    id=first + i,
+                    batch=len(self.history.batches) + 1,
+                    row=i,
+                    group=first + written.groups[i],
+                    fact=fact,
+                    active=True,
+                    outcome=written.outcomes[i],
+                    replaces=stand_in[fact.key].id if fact.key in stand_in else 0,
+                    part=request.part,
+                )
             )
-            for i, (fact, value) in enumerate(zip(facts, values, strict=True))
-        ]
+        return columns
 
     def _with_groups(
         self, columns: Sequence[Column], among: Sequence[Column] | None = None
@@ -460,7 +439,7 @@ class Editor:
             self.weights.refresh()
             raise
 
-    def _admit(self, facts: Iterable[Fact], run: _Run) -> list[Fact]:
+    def _admit(self, facts: Iterable[Fact], run: Run) -> list[Fact]:
         """Facts that are not in the model yet, one per question.
 
         Several wordings of one question with one answer become one fact with several prompts, also
@@ -491,11 +470,11 @@ class Editor:
                 queue[fact.key] = merged(known, fact)
         return list(queue.values())
 
-    def _check_rows(self, facts: Sequence[Fact], run: _Run) -> None:
+    def _check_rows(self, facts: Sequence[Fact], run: Run) -> None:
         """Tokenise every row once, so that a prompt too long is refused before any work."""
         for fact in facts:
             try:
-                bare = plan_rows(fact, self.encoder, self._contexts)[0]
+                bare = plan_rows(fact, self.encoder, self.history.epoch.contexts)[0]
                 if bare.subject_last == 0:
                     run.notices.append(
                         f"{fact.id}: the subject is the text's first token, which models use as an "
@@ -516,43 +495,21 @@ class Editor:
         yield statistics
 
     @property
-    def _contexts(self) -> tuple[str, ...]:
-        return self.history.epoch.contexts
-
-    @property
     def _same(self) -> float:
         return self.recipe.same_key
 
 
-class _Run:
-    """What one call gathers on its way: notices, seconds by stage, progress."""
+def _facts_of(columns: Iterable[Column]) -> list[Fact]:
+    """Their facts, each once."""
+    return list(dict.fromkeys(column.fact for column in columns))
 
-    def __init__(self, progress: Progress | None):
-        self.notices: list[str] = []
-        self.seconds: dict[str, float] = {}
-        self.progress = progress
 
-    def tell(self, stage: str, done: int, total: int) -> None:
-        if self.progress:
-            self.progress(stage, done, total)
-
-    def counter(self, stage: str, total: int) -> Callable[[int], None]:
-        done = 0
-
-        def count(n: int) -> None:
-            nonlocal done
-            done += n
-            self.tell(stage, done, total)
-
-        return count
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+def _by_fact(found: Iterable[tuple[Column, float]]) -> tuple[tuple[str, float], ...]:
+    """(id, number) with the first number of each fact."""
+    first: dict[str, float] = {}
+    for column, number in found:
+        first.setdefault(column.fact.id, number)
+    return tuple(first.items())
 
 
 def _by_group(columns: Sequence[Column]) -> list[list[Column]]:
@@ -581,7 +538,7 @@ def _resolve(recipe: Recipe | str | Path | None, name: str, model: PartialModel)
             f"layer {top} is the model's last: nothing above it would read the edit; "
             f"choose layers up to {top - 1}"
         )
-    find_method(recipe.method.name)
+    find_method(recipe.method.name).read(recipe.method)
     for layer in recipe.layers:
         as_out_in(model.mlp_out(layer))
     return recipe

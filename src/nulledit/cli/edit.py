@@ -39,6 +39,7 @@ FIXED = {
     "batch_size": "--batch-size",
     "layers": "--layers",
     "method": "--method",
+    "project": "--project",
     "learning_rate": "--learning-rate",
     "steps": "--steps",
     "clamp": "--clamp",
@@ -51,6 +52,7 @@ FIXED = {
 FIELDS = {
     "batch_size": "batch_size",
     "method": "method.name",
+    "project": "method.projection",
     "learning_rate": "values.learning_rate",
     "steps": "values.steps",
     "clamp": "values.clamp",
@@ -89,7 +91,12 @@ class _Edit(Sectioned):
 @conflict_option
 @click.option("--batch-size", metavar="N", type=int, help="Facts solved together.")
 @click.option("--layers", metavar="LIST", help="Edited layers, as 4,5,6 or 4-8, from 0.")
-@click.option("--method", metavar="NAME", help="See nulledit info.")
+@click.option("--method", metavar="NAME", help="See nulledit methods.")
+@click.option(
+    "--project",
+    type=click.Choice(["own", "none", "inside", "after"]),
+    help="Null-space projection: as published, off, within the solve, or of the finished update.",
+)
 @click.option(
     "--learning-rate", metavar="X", type=float, help="Of the values, in units of the hidden state."
 )

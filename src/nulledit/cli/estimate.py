@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from nulledit.batch import ACCELERATOR_POSITIONS, CPU_POSITIONS
 from nulledit.cli.measure import windows_of
 from nulledit.config import Recipe, layers_by_depth
 from nulledit.data.facts import Fact
-from nulledit.editor import ACCELERATOR_POSITIONS, CPU_POSITIONS
 from nulledit.errors import ModelError, NullEditError
 from nulledit.evaluation.protocols import queries_of
 from nulledit.models.layouts import as_out_in, find_layout, mlp_out

@@ -40,7 +40,7 @@ def collect() -> dict[str, Any]:
 
     import nulledit
     from nulledit.config import shipped_recipes
-    from nulledit.methods.registry import METHODS
+    from nulledit.methods import METHODS
     from nulledit.models.layouts import LAYOUTS
     from nulledit.models.load import EMBEDDED, cache_folder
 
@@ -67,7 +67,7 @@ def collect() -> dict[str, Any]:
         "models": {name: f"also {entry.hub} on the Hub" for name, entry in EMBEDDED.items()}
         | {"any Hub id or local folder": "of a known architecture"},
         "architectures": sorted(LAYOUTS),
-        "methods": {name: method.paper for name, method in sorted(METHODS.items())},
+        "methods": {method.name: method.paper for method in METHODS},
     }
 
 

@@ -185,7 +185,7 @@ def _finish(
         line | {"active": line["column"] in present} for line in folder_of.read_lines(folder)
     ]
     told = {line["column"] for line in earlier}
-    columns = [c for c in editor.history.active if c.id not in told]
+    columns = [c for c in editor.history.present if c.id not in told]
     runs = folder_of.read_json(folder, "summary.json", {"runs": []})["runs"]
     number = len(runs) + 1
     before = after = None

@@ -14,7 +14,7 @@ model, one fact at a time, and computes logits everywhere. Here, with the same r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,10 @@ class Value:
     """‖δ‖/‖h‖."""
     known: bool
     """Whether the model already said the target by strict argmax before any step."""
+
+    def scaled_to(self, norm: float) -> Value:
+        """The value with z scaled to length `norm` (NAS, arXiv:2602.02543)."""
+        return replace(self, z=self.z * (norm / float(self.z.norm())))
 
 
 @dataclass(frozen=True)
@@ -204,9 +208,10 @@ class _Chunk:
         known: dict[int, bool] = {}
         updates = [0] * n_groups
         for step in range(s.steps):
-            nll, drift, right = reads.losses(deltas, drift_start)
+            nll, drift, right, likeliest = reads.losses(deltas, drift_start)
             if step == 0:
                 known = {f: bool(ok) for f, ok in zip(reads.facts, right, strict=True)}
+            said = dict(zip(reads.facts, likeliest.tolist(), strict=True))
             decay = {g: s.weight_decay * deltas[g].norm() / norms[g].square() for g in active}
             per_fact = nll + s.kl_weight * drift
             groups_of_facts = [self.group_of[f] for f in reads.facts]
@@ -226,7 +231,15 @@ class _Chunk:
                 worst[g] = max(worst.get(g, outcome[f][0]), outcome[f][0])
             for g in active:
                 history[g].append(worst[g])
-            staying = [g for g in active if not self._done(history[g])]
+            staying = [
+                g
+                for g in active
+                if not self._done(history[g])
+                and not (
+                    s.stop_when_likeliest
+                    and all(said[f] for f in reads.facts if self.group_of[f] == g)
+                )
+            ]
             if not staying:
                 break
             loss = sum(
@@ -332,8 +345,10 @@ class _Reads:
 
     def losses(
         self, deltas: Sequence[Tensor], drift_start: dict[int, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Per fact: NLL of the target, drift (KL), and whether the bare prompt says the target."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Per fact: NLL of the target, drift (KL), whether the bare prompt says the target, and
+        whether every row does.
+        """
         model = self.chunk.model
         stacked = torch.stack(list(deltas))[self.delta_of_row.to(deltas[0].device)]  # [rows, d]
         moved = self.states[:, :1] + stacked[:, None].to(self.states)
@@ -350,11 +365,12 @@ class _Reads:
         zero = each.new_zeros(len(self.facts))
         fact = self.fact.to(device)
         nll = zero.index_add(0, fact, each * self.weight.to(each))
-        wrong = (says.argmax(1) != self.target.to(device)) & self.is_bare.to(device)
-        right = zero.index_add(0, fact, wrong.to(each)) == 0
+        wrong = says.argmax(1) != self.target.to(device)
+        likeliest = zero.index_add(0, fact, wrong.to(each)) == 0
+        right = zero.index_add(0, fact, (wrong & self.is_bare.to(device)).to(each)) == 0
         log_p = F.log_softmax(drifts, dim=1)
         for i, f in enumerate(self.facts):
             drift_start.setdefault(f, log_p[i].detach().clone())
         start = torch.stack([drift_start[f] for f in self.facts])
         kl = F.kl_div(start, log_p, log_target=True, reduction="none").sum(1)
-        return nll, kl, right
+        return nll, kl, right, likeliest

@@ -74,7 +74,8 @@ class Column:
     row: int
     """Its row in the batch's tensors."""
     group: int
-    """Columns of one batch that share a key and a δ have one group, the id of its first column."""
+    """Columns of one batch that stand or fall together (facts on one key, chunks of one target)
+    have one group, the id of its first column."""
     fact: Fact
     """The request."""
     active: bool
@@ -84,6 +85,8 @@ class Column:
     replaces: int = 0
     """The column that this one stands in for: an older answer to the same question, or the same
     fact's before it was optimised again; else 0. Undoing it brings an answer behind it back."""
+    part: int = 0
+    """Number of the chunk that a long target was cut into, from 0; one column holds each."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,11 @@ class History:
     def active(self) -> list[Column]:
         """Columns that are part of the model now, in the order they were made."""
         return [c for c in self.columns if c.active]
+
+    @property
+    def present(self) -> list[Column]:
+        """One active column per fact in the model, in order."""
+        return [c for c in self.active if c.part == 0]
 
     @property
     def epoch(self) -> Epoch:

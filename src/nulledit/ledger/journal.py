@@ -102,8 +102,7 @@ class Journal:
         for column in self.history.columns:
             groups.setdefault((column.batch, column.group), []).append(column)
         for columns in reversed(list(groups.values())):
-            same = len(columns) == len(facts) and {c.fact for c in columns} == set(facts)
-            if same and not any(c.active for c in columns):
+            if {c.fact for c in columns} == set(facts) and not any(c.active for c in columns):
                 return columns
         return None
 

@@ -13,10 +13,10 @@ from nulledit.config import Recipe
 from nulledit.editing.statistics import Statistics
 from nulledit.errors import StatisticsError
 from nulledit.ledger.entries import Epoch
-from nulledit.ledger.fold import metric_tensors
+from nulledit.ledger.fold import LayerMetrics, spectrum_tensors
 from nulledit.ledger.store import tensor_bytes
-from nulledit.linalg.spectrum import RULES, Metric, Spectrum
-from nulledit.methods.registry import find_method
+from nulledit.linalg.spectrum import RULES, Spectrum
+from nulledit.methods import find_method
 from nulledit.models.layouts import as_out_in
 from nulledit.models.partial import PartialModel
 
@@ -35,8 +35,8 @@ def open_epoch(
     tensors: dict[str, Tensor] = {}
     for layer in recipe.layers:
         weight = as_out_in(model.mlp_out(layer))
-        metric = _metric(recipe, statistics.spectra[layer], layer, weight.shape[1])
-        tensors |= metric_tensors(metric, layer, dtype)
+        spectrum, threshold = _spectrum(recipe, statistics.spectra[layer], layer, weight.shape[1])
+        tensors |= spectrum_tensors(spectrum, threshold, layer, dtype)
         tensors[f"base.{layer}"] = weight.detach().clone().cpu().contiguous()
 
     def make(contexts: tuple[str, ...], seed: int) -> tuple[Epoch, dict[str, Tensor]]:
@@ -47,29 +47,35 @@ def open_epoch(
     return make
 
 
-def _metric(recipe: Recipe, spectrum: Spectrum, layer: int, d_in: int) -> Metric:
+def _spectrum(recipe: Recipe, spectrum: Spectrum, layer: int, d_in: int) -> tuple[Spectrum, float]:
+    """What the recipe's metrics need of `spectrum`, and τ."""
     rule, value = recipe.null_space.rule, recipe.null_space.value
+    method = find_method(recipe.method.name)
     if spectrum.d_in != d_in:
         raise StatisticsError(
             f"statistics of layer {layer} are {spectrum.d_in} wide, its keys {d_in}"
         )
     threshold = RULES[rule](spectrum.eigenvalues, value)
-    gains = find_method(recipe.method.name).gains(spectrum.eigenvalues, threshold, recipe.method)
     try:
-        metric = spectrum.metric(gains)
+        metrics = LayerMetrics.of(recipe, spectrum, threshold)
     except LookupError as error:
         raise StatisticsError(
-            f"these compact statistics don't serve null_space {rule} {value} at layer {layer} "
-            f"({error}): make full ones with `nulledit stats make`"
+            f"these compact statistics don't serve {method.name} with null_space {rule} {value} at "
+            f"layer {layer} ({error}): make full ones with `nulledit stats make`"
         ) from error
-    if metric.rank == d_in:
+    if method.projection(recipe.method) != "none":
+        _warn_of_extremes(metrics.projector.rank, layer, d_in, threshold)
+    return metrics.spectrum, threshold
+
+
+def _warn_of_extremes(free: int, layer: int, d_in: int, threshold: float) -> None:
+    if free == d_in:
         logger.warning(
             "layer %d: nothing is protected (no eigenvalue reaches %.3g)", layer, threshold
         )
-    if metric.rank == 0:
+    if free == 0:
         logger.warning(
             "layer %d: no room left (every eigenvalue reaches %.3g): edits are void",
             layer,
             threshold,
         )
-    return metric

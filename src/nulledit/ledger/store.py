@@ -24,7 +24,7 @@ from nulledit.errors import LedgerError
 from nulledit.files import replacing
 from nulledit.ledger.entries import Base, Batch, Column, Epoch, Event, History
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE TABLE epochs (
@@ -35,7 +35,7 @@ CREATE TABLE batches (
 CREATE TABLE columns (
     id INTEGER PRIMARY KEY, batch INTEGER NOT NULL REFERENCES batches, row INTEGER NOT NULL,
     "group" INTEGER NOT NULL, fact_id TEXT NOT NULL, fact TEXT NOT NULL, active INTEGER NOT NULL,
-    outcome TEXT NOT NULL, replaces INTEGER NOT NULL) STRICT;
+    outcome TEXT NOT NULL, replaces INTEGER NOT NULL, part INTEGER NOT NULL) STRICT;
 CREATE TABLE events (
     id INTEGER PRIMARY KEY, kind TEXT NOT NULL, time TEXT NOT NULL, activated TEXT NOT NULL,
     deactivated TEXT NOT NULL) STRICT;
@@ -178,11 +178,11 @@ def _insert(
         "INSERT INTO batches VALUES (?, ?, ?)", [(b.id, b.epoch, b.tensors) for b in batches]
     )
     db.executemany(
-        "INSERT INTO columns VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO columns VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         [
             (
                 *(c.id, c.batch, c.row, c.group, c.fact.id, _dump(c.fact.to_dict())),
-                *(int(c.active), _dump(c.outcome), c.replaces),
+                *(int(c.active), _dump(c.outcome), c.replaces, c.part),
             )
             for c in columns
         ],
@@ -205,9 +205,10 @@ def _epoch(row: tuple[Any, ...]) -> Epoch:
 
 
 def _column(row: tuple[Any, ...]) -> Column:
-    id_, batch, place, group, _fact_id, fact, active, outcome, replaces = row
+    id_, batch, place, group, _fact_id, fact, active, outcome, replaces, part = row
     request = Fact.from_dict(json.loads(fact))
-    return Column(id_, batch, place, group, request, bool(active), json.loads(outcome), replaces)
+    found = json.loads(outcome)
+    return Column(id_, batch, place, group, request, bool(active), found, replaces, part)
 
 
 def _event(row: tuple[Any, ...]) -> Event:

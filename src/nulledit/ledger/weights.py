@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from nulledit.editing.problem import TargetLoss
 from nulledit.errors import LedgerError
 from nulledit.ledger.entries import Column, History
-from nulledit.ledger.fold import fold, metric_of, solve_joint
+from nulledit.ledger.fold import LayerFold, LayerState
 from nulledit.linalg.angles import unit_columns
 from nulledit.models.layouts import as_out_in, write_weight
 from nulledit.models.partial import PartialModel
@@ -45,7 +47,8 @@ class EditedWeights:
     def __init__(self, model: PartialModel, history: History):
         """`history` may have no epoch yet; then nothing is edited."""
         self.model, self.history = model, history
-        self._exact: dict[int, Tensor] = {}
+        self._folds: dict[int, LayerFold] = {}
+        self._states: dict[int, LayerState] = {}
         self.refresh()
 
     @property
@@ -53,62 +56,77 @@ class EditedWeights:
         """Edited blocks."""
         return tuple(self.history.epoch.recipe["layers"]) if self.history.epochs else ()
 
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The epoch's tensors: W₀ and the metric of each layer."""
-        return self.history.tensors[self.history.epoch.tensors]
-
     def exact(self, layer: int) -> Tensor:
         """The weight [d_out, d_in] of `layer` before rounding, float64."""
-        return self._exact[layer]
+        return self._states[layer].weight
 
     def base(self, layer: int) -> Tensor:
         """W₀ [d_out, d_in] of `layer`, float64, on the CPU."""
-        return self.tensors[f"base.{layer}"].double()
+        return self._fold(layer).base.cpu()
 
     def refresh(self, columns: Sequence[Column] | None = None) -> None:
         """Set every edited matrix to W₀ + the fold of `columns` (the active ones by default)."""
         chosen = self.history.active if columns is None else columns
         for layer in self.layers:
-            self._set(layer, fold(self.history, layer, chosen, device=self._solve_device(layer)))
+            self._set(layer, self._fold(layer).fold(chosen))
+
+    @contextmanager
+    def unedited(self) -> Iterator[None]:
+        """W₀ everywhere inside; afterwards the very states of before."""
+        states = dict(self._states)
+        try:
+            self.refresh([])
+            yield
+        finally:
+            for layer, state in states.items():
+                self._set(layer, state)
 
     def write(
-        self, layer: int, columns: Sequence[Column], keys: Tensor, residual: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Edit `layer`: `columns` as recorded, and `residual` [d_out, n] at new `keys` [d_in, n].
+        self,
+        layer: int,
+        columns: Sequence[Column],
+        keys: Tensor,
+        residual: Tensor | None,
+        *,
+        target_loss: TargetLoss | None = None,
+    ) -> dict[str, Tensor]:
+        """Edit `layer`, which holds `columns`: `residual` [d_out, n] at new `keys` [d_in, n].
 
-        Returns the new keys and absolute targets as they are to be recorded: in the dtype that
-        they are stored in, so that a reloaded ledger solves with the same numbers.
+        Without a residual the method finds the update by `target_loss`. Returns what is to be
+        recorded, one row per key, in the dtype that it is stored in, so that a reloaded ledger
+        solves with the same numbers.
         """
-        dtype = self.record_dtype
+        dtype, fold, before = self.record_dtype, self._fold(layer), self._states[layer]
         keys = keys.to(dtype)
-        targets = (self.exact(layer).cpu() @ keys.double() + residual).to(dtype)
-        old_keys, old_targets = self.recorded(columns, layer)
-        weight = solve_joint(
-            self.history,
-            layer,
-            torch.cat([old_keys, keys], dim=1),
-            torch.cat([old_targets, targets], dim=1),
-            device=self._solve_device(layer),
-        )
-        if not torch.isfinite(weight).all():
+        now = before.weight.cpu() @ keys.double()
+        targets = (now if residual is None else now + residual).to(dtype)
+        state = fold.add(before, columns, keys, targets, target_loss=target_loss)
+        if not torch.isfinite(state.weight).all():
             raise LedgerError(
                 f"the update of layer {layer} is not finite and was not kept: load the model in "
-                "float32 or bfloat16, or use a larger method.l2"
+                "float32 or bfloat16, or protect more (a larger method.l2 or method.moment_weight)"
             )
-        self._set(layer, weight)
-        return keys, targets
+        recorded = {f"keys.{layer}": keys.mT.contiguous()}
+        if fold.method.by_gradient:
+            update = (state.total - before.total).to(dtype)
+            state = fold.moved(before, update)
+            recorded[f"update.{layer}"] = update.cpu()
+            targets = (state.weight.cpu() @ keys.double()).to(dtype)
+        self._set(layer, state)
+        return {**recorded, f"targets.{layer}": targets.mT.contiguous()}
 
     def recorded(self, columns: Sequence[Column], layer: int) -> tuple[Tensor, Tensor]:
         """Keys [d_in, n] and absolute targets [d_out, n] of `columns`."""
         if not columns:
-            d_out, d_in = self.tensors[f"base.{layer}"].shape
+            d_out, d_in = self._fold(layer).base.shape
             empty = torch.empty(0, dtype=self.record_dtype)
             return empty.reshape(d_in, 0), empty.reshape(d_out, 0)
-        return (
-            self.history.column_tensor(columns, f"keys.{layer}").mT,
-            self.history.column_tensor(columns, f"targets.{layer}").mT,
-        )
+        return self._fold(layer).recorded(columns)
+
+    def _fold(self, layer: int) -> LayerFold:
+        if layer not in self._folds:
+            self._folds[layer] = LayerFold(self.history, layer, self._solve_device(layer))
+        return self._folds[layer]
 
     @property
     def record_dtype(self) -> torch.dtype:
@@ -152,9 +170,9 @@ class EditedWeights:
         shares = (change.norm(dim=0) / written.norm(dim=0).clamp_min(1e-12)).tolist()
         return sorted(zip(columns, shares, strict=True), key=lambda pair: -pair[1])
 
-    def _set(self, layer: int, weight: Tensor) -> None:
-        self._exact[layer] = weight
-        write_weight(self.model.mlp_out(layer), weight)
+    def _set(self, layer: int, state: LayerState) -> None:
+        self._states[layer] = state
+        write_weight(self.model.mlp_out(layer), state.weight)
 
     def _solve_device(self, layer: int) -> torch.device:
         """Where the layer's weights are, unless float64 is missing there."""
@@ -162,11 +180,11 @@ class EditedWeights:
         return torch.device("cpu") if device.type == "mps" else device
 
     def _report(self, layer: int) -> LayerReport:
-        metric, base = metric_of(self.tensors, layer), self.base(layer)
+        metric, base = self._fold(layer).metrics.metric, self.base(layer)
         columns, exact = self.history.active, self.exact(layer).cpu()
         stored = as_out_in(self.model.mlp_out(layer)).double().cpu()
         keys, _ = self.recorded(columns, layer)
-        shares, n = metric.free_share(keys), len(columns)
+        shares, n = metric.free_share(keys.to(metric.vectors.device)), len(columns)
         norm = float((exact - base).norm())
         return LayerReport(
             layer=layer,

@@ -18,7 +18,11 @@ def solve_update(keys: Tensor, residual: Tensor, metric: Metric) -> Tensor:
     is the joint solve that the official sequential rule with its history of keys equals.
     """
     K, R = keys.double(), residual.double()
-    GK = metric.apply(K)  # [d_in, n]
-    system = K.mT @ GK
+    return solve_with(K, R, metric.apply(K))
+
+
+def solve_with(keys: Tensor, residual: Tensor, weighted: Tensor) -> Tensor:
+    """The same from GK = `weighted` [d_in, n], for a G that is no Metric; all float64."""
+    system = keys.mT @ weighted
     system.diagonal().add_(1.0)  # symmetric, eigenvalues >= 1
-    return torch.cholesky_solve(R.mT, torch.linalg.cholesky(system)).mT @ GK.mT
+    return torch.cholesky_solve(residual.mT, torch.linalg.cholesky(system)).mT @ weighted.mT

@@ -97,15 +97,20 @@ class Spectrum:
 
         Raises LookupError if it needs eigenvectors that a compact spectrum lacks.
         """
-        low, high = gains[0], gains[-1]
-        rest = low if (gains == low).sum() >= (gains == high).sum() else high
-        odd = (gains != rest).nonzero().squeeze(1)
+        odd, rest = _odd_gains(gains)
         if len(odd) and (int(odd[0]) < self.start or int(odd[-1]) >= self.stop):
             raise LookupError(
                 f"needs eigenvectors {int(odd[0])} to {int(odd[-1])} of {self.d_in}; "
                 f"held are {self.start} to {self.stop - 1}"
             )
-        return Metric(self.eigenvectors[:, odd - self.start], gains[odd], float(rest))
+        return Metric(self.eigenvectors[:, odd - self.start], gains[odd], rest)
+
+    def reduced(self, *gains: Tensor) -> Spectrum:
+        """Without the eigenvectors that no metric of these `gains` needs."""
+        odd = torch.cat([_odd_gains(g)[0] for g in gains])
+        start, stop = (int(odd.min()), int(odd.max()) + 1) if len(odd) else (self.start, self.start)
+        kept = self.eigenvectors[:, start - self.start : stop - self.start]
+        return Spectrum(self.eigenvalues, kept, start)
 
     def compact(self, threshold: float, *, dtype: torch.dtype = torch.float16) -> Spectrum:
         """Keep only the thinner side of the null space at `threshold`, rounded to `dtype`."""
@@ -124,6 +129,13 @@ class Spectrum:
             return Spectrum(self.eigenvalues, U, self.start)
         values, vectors = torch.linalg.eigh(U.mT @ U)
         return Spectrum(self.eigenvalues, U @ (vectors * values.rsqrt()) @ vectors.mT, self.start)
+
+
+def _odd_gains(gains: Tensor) -> tuple[Tensor, float]:
+    """Indices whose gain is not that of the rest, and the rest's gain: that of the larger end."""
+    low, high = gains[0], gains[-1]
+    rest = low if (gains == low).sum() >= (gains == high).sum() else high
+    return (gains != rest).nonzero().squeeze(1), float(rest)
 
 
 def threshold_absolute(eigenvalues: Tensor, value: float) -> float:

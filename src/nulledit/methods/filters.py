@@ -2,18 +2,145 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
-from nulledit.config import MethodSettings
-from nulledit.editing.problem import LayerProblem
-from nulledit.linalg.solve import solve_update
+from nulledit.config import check_positive
+from nulledit.methods.registry import Method
+
+FLOOR = 1e-6  # of the largest eigenvalue: 1/s of a direction that the text never used has no end
 
 
-def alphaedit_gains(eigenvalues: Tensor, threshold: float, settings: MethodSettings) -> Tensor:
-    """AlphaEdit (arXiv:2410.02355): 1/λ₂ where the eigenvalue is below τ, else 0."""
-    return (eigenvalues < threshold).to(eigenvalues) / settings.l2
+@dataclass(frozen=True)
+class RidgeSettings:
+    """A plain ridge."""
+
+    l2: float = 10.0
+    """λ₂, ridge on the update (10 in AlphaEdit's code; the paper's equation has I)."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "l2")
 
 
-def solve_filter(problem: LayerProblem) -> Tensor:
-    """The family's closed form."""
-    return solve_update(problem.keys, problem.residual, problem.metric)
+@dataclass(frozen=True)
+class MomentSettings:
+    """Preservation by the second moment alone."""
+
+    moment_weight: float = 15000.0
+    """λ₀, weight of C (MEMIT: 15,000 for LLaMA3 and GPT-J, 20,000 for GPT2-XL)."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "moment_weight")
+
+
+@dataclass(frozen=True)
+class MomentRidgeSettings:
+    """Second moment and ridge together."""
+
+    moment_weight: float = 15000.0
+    """λ₀, weight of C."""
+    l2: float = 10.0
+    """λ₂, ridge on the update."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "moment_weight", "l2")
+
+
+@dataclass(frozen=True)
+class SoftSettings:
+    """A ridge that grows with the eigenvalue."""
+
+    l2: float = 10.0
+    """λ₂, ridge on the update far inside the null space."""
+    softness: float = 2.0
+    """p: how sharply the filter falls at τ. 1: ENCORE's with λ₀ = λ₂/τ; large: AlphaEdit."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "l2", "softness")
+
+
+def ridge_gains(eigenvalues: Tensor, threshold: float, settings: RidgeSettings) -> Tensor:
+    """1/λ₂ everywhere. Inside the null space it is AlphaEdit (arXiv:2410.02355, Eq. 14)."""
+    del threshold
+    return eigenvalues.new_full(eigenvalues.shape, 1 / settings.l2)
+
+
+def moment_gains(eigenvalues: Tensor, threshold: float, settings: MomentSettings) -> Tensor:
+    """1/(λ₀ s): MEMIT (arXiv:2210.07229, Eq. 14), with s not below 1e-6 of the largest."""
+    del threshold
+    floor = FLOOR * float(eigenvalues[-1])
+    return 1 / (settings.moment_weight * eigenvalues.clamp_min(floor))
+
+
+def moment_ridge_gains(
+    eigenvalues: Tensor, threshold: float, settings: MomentRidgeSettings
+) -> Tensor:
+    """1/(λ₀ s + λ₂): ENCORE's Frobenius term, RLSEdit, BetaEdit."""
+    del threshold
+    return 1 / (settings.moment_weight * eigenvalues + settings.l2)
+
+
+def soft_gains(eigenvalues: Tensor, threshold: float, settings: SoftSettings) -> Tensor:
+    """1/(λ₂ (1 + (s/τ)^p)): protection that sets in gradually instead of at a cut."""
+    return 1 / (settings.l2 * (1 + (eigenvalues / threshold) ** settings.softness))
+
+
+FILTERS = (
+    Method(
+        name="alphaedit",
+        about="ridge inside the null space of preserved keys; past facts stay in the solve",
+        paper="arXiv:2410.02355",
+        settings=RidgeSettings,
+        gains=ridge_gains,
+        history=True,
+        projected=True,
+    ),
+    Method(
+        name="memit",
+        about="preserved keys weigh in by their second moment; each batch on its own",
+        paper="arXiv:2210.07229",
+        settings=MomentSettings,
+        gains=moment_gains,
+    ),
+    Method(
+        name="memit-history",
+        about="MEMIT with all past facts in the solve: the strongest simple baseline",
+        paper="arXiv:2605.26670",
+        settings=MomentSettings,
+        gains=moment_gains,
+        history=True,
+    ),
+    Method(
+        name="rlsedit",
+        about="MEMIT with history and a ridge, as recursive least squares",
+        paper="arXiv:2601.15686",
+        settings=MomentRidgeSettings,
+        gains=moment_ridge_gains,
+        history=True,
+    ),
+    Method(
+        name="encore",
+        about="MEMIT with a Frobenius term; its early stop is values.stop_when_likeliest",
+        paper="arXiv:2502.01636",
+        settings=MomentRidgeSettings,
+        gains=moment_ridge_gains,
+    ),
+    Method(
+        name="betaedit",
+        about="AlphaEdit with the second moment kept inside, before its first refresh of P",
+        paper="arXiv:2605.09285",
+        settings=MomentRidgeSettings,
+        gains=moment_ridge_gains,
+        history=True,
+        projected=True,
+    ),
+    Method(
+        name="soft",
+        about="soft null space: AlphaEdit's cut made a slope (ours)",
+        paper="docs/methods/soft.md",
+        settings=SoftSettings,
+        gains=soft_gains,
+        history=True,
+    ),
+)

@@ -1,42 +1,103 @@
-"""The table of methods."""
+"""The table of methods, and the one place where a method meets the projection."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
 
 from torch import Tensor
 
-from nulledit.config import MethodSettings
+from nulledit.config import MethodSettings, read_settings
+from nulledit.data.facts import suggest
 from nulledit.editing.problem import LayerProblem
 from nulledit.errors import ConfigError
-from nulledit.methods.filters import alphaedit_gains, solve_filter
+from nulledit.linalg.solve import solve_update
+
+Gains = Callable[[Tensor, float, Any], Tensor]
+
+
+def solve_filter(problem: LayerProblem) -> Tensor:
+    """The family's closed form: Δ = R (I + Kᵀ G K)⁻¹ Kᵀ G."""
+    return solve_update(problem.keys, problem.residual, problem.metric)
 
 
 @dataclass(frozen=True)
 class Method:
-    """One method and its traits."""
+    """One method and its traits; the driver reads traits, never names."""
 
     name: str
     """As in recipes."""
+    about: str
+    """One line."""
     paper: str
     """Where it is from."""
-    history: bool
-    """Whether past facts stay in the system, so that batches equal one joint solve."""
-    gains: Callable[[Tensor, float, MethodSettings], Tensor]
-    """The spectral filter: (eigenvalues [d_in], τ, settings) → g [d_in]."""
-    solve: Callable[[LayerProblem], Tensor]
+    settings: type
+    """A frozen dataclass of its constants, with defaults."""
+    gains: Gains
+    """The spectral filter: (eigenvalues [d_in], τ, settings) → g [d_in], before any projection."""
+    solve: Callable[[LayerProblem], Tensor] = solve_filter
     """The update Δ [d_out, d_in], float64."""
+    finish: Callable[[Tensor, Tensor, Any], Tensor] | None = None
+    """(ΣΔ of all batches, W₀, settings) → what is added to W₀ in its stead."""
+    history: bool = False
+    """Whether past facts stay in the system, so that batches equal one joint solve."""
+    projected: bool = False
+    """Whether it projects inside as published."""
+    one_by_one: bool = False
+    """Whether facts are edited one at a time, each on the model that the one before left."""
+    rewinds: bool = False
+    """Whether values are optimised on the unedited model."""
+    by_gradient: bool = False
+    """Whether Δ comes from the targets' loss in the model: no values are optimised, the ledger
+    keeps the update itself, and a batch can only be undone as a whole (the rest is edited anew)."""
+    cost: str = "n × n solve"
+    """What a batch of n facts costs beside values and keys."""
+    page: str = ""
+    """Its page in docs/methods/, if it is not the name's own."""
+
+    def read(self, settings: MethodSettings) -> Any:
+        """The constants of a recipe as this method's settings; ConfigError for unknown ones."""
+        return read_settings(self.settings, settings.constants, "method.")
+
+    def projection(self, settings: MethodSettings) -> str:
+        """The projection in force: none, inside or after."""
+        if settings.projection != "own":
+            return settings.projection
+        return "inside" if self.projected else "none"
+
+    def update(self, problem: LayerProblem) -> Tensor:
+        """Δ [d_out, d_in], projected as the problem asks."""
+        update = self.solve(problem)
+        return problem.projector.apply(update.mT).mT if problem.projection == "after" else update
+
+    def constants(self) -> dict[str, Any]:
+        """The settings' names and defaults."""
+        return {f.name: f.default for f in fields(self.settings)}
 
 
-METHODS = {
-    m.name: m
-    for m in (Method("alphaedit", "arXiv:2410.02355", True, alphaedit_gains, solve_filter),)
-}
+class Registry:
+    """Methods by name."""
 
+    def __init__(self) -> None:
+        self._methods: dict[str, Method] = {}
 
-def find_method(name: str) -> Method:
-    """A method by name, or a ConfigError that lists those known."""
-    if name not in METHODS:
-        raise ConfigError(f"unknown method {name!r}; known: {', '.join(sorted(METHODS))}")
-    return METHODS[name]
+    def add(self, method: Method) -> Method:
+        """Make `method` known to recipes; ConfigError if its name is taken."""
+        if method.name in self._methods:
+            raise ConfigError(f"a method {method.name!r} is registered already")
+        self._methods[method.name] = method
+        return method
+
+    def find(self, name: str) -> Method:
+        """A method by name, or a ConfigError that suggests near ones."""
+        if name not in self._methods:
+            raise ConfigError(
+                f"unknown method {name!r}{suggest(name, self._methods)}; "
+                f"known: {', '.join(self._methods)}"
+            )
+        return self._methods[name]
+
+    def __iter__(self) -> Iterator[Method]:
+        """All of them, as registered."""
+        return iter(self._methods.values())

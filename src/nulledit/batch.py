@@ -1,0 +1,284 @@
+"""One batch of facts through keys, values and solves, layer by layer."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from nulledit.config import Recipe
+from nulledit.data.facts import Fact
+from nulledit.editing.chunks import chunks_of
+from nulledit.editing.keys import Walk
+from nulledit.editing.target_loss import WeightLoss
+from nulledit.editing.value_cache import ValueCache
+from nulledit.editing.values import Value, optimise_values
+from nulledit.ledger.entries import Column
+from nulledit.ledger.weights import EditedWeights
+from nulledit.linalg.angles import same_key_groups
+from nulledit.methods import find_method
+from nulledit.models.layouts import as_out_in
+from nulledit.models.partial import PartialModel
+from nulledit.models.tokens import RowEncoder, pad_id
+
+CPU_POSITIONS = 200  # small chunks stay in a processor's cache
+ACCELERATOR_POSITIONS = 16384
+
+Progress = Callable[[str, int, int], None]
+
+
+class Run:
+    """What one call gathers on its way: notices, seconds by stage, progress."""
+
+    def __init__(self, progress: Progress | None):
+        self.notices: list[str] = []
+        self.seconds: dict[str, float] = {}
+        self.progress = progress
+
+    def tell(self, stage: str, done: int, total: int) -> None:
+        """Report progress, if anybody listens."""
+        if self.progress:
+            self.progress(stage, done, total)
+
+    def counter(self, stage: str, total: int) -> Callable[[int], None]:
+        """Called with a number of things just done."""
+        done = 0
+
+        def count(n: int) -> None:
+            nonlocal done
+            done += n
+            self.tell(stage, done, total)
+
+        return count
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the wall seconds inside to `seconds[stage]`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Request:
+    """What gets a column: a fact, or one chunk of a long target."""
+
+    owner: int
+    """Place of its fact in the batch."""
+    part: int
+    """Number of the chunk, from 0."""
+    wording: Fact
+    """What the walk and the values are asked."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a batch left in the weights."""
+
+    tensors: dict[str, Tensor]
+    """Keys, targets and values, one row per request."""
+    outcomes: list[dict[str, Any]]
+    """How each request's value was reached."""
+    groups: list[int]
+    """Requests that stand or fall together have one number, that of the first of them."""
+
+
+class BatchWriter:
+    """Writes one batch into the edited layers."""
+
+    def __init__(
+        self,
+        model: PartialModel,
+        tokenizer: PreTrainedTokenizerBase,
+        encoder: RowEncoder,
+        recipe: Recipe,
+        weights: EditedWeights,
+        contexts: tuple[str, ...],
+        facts: Sequence[Fact],
+        run: Run,
+        *,
+        base_hash: str = "",
+        cache: ValueCache | None = None,
+    ):
+        """Brings `facts` to the first edited layer; nothing is changed yet."""
+        self.model, self.encoder, self.recipe = model, encoder, recipe
+        self.weights, self.contexts, self.run, self.cache = weights, contexts, run, cache
+        self.base_hash, self.pad_id = base_hash, pad_id(tokenizer)
+        self.method = find_method(recipe.method.name)
+        self.facts = list(facts)
+        self.requests = [
+            Request(i, part, wording)
+            for i, fact in enumerate(self.facts)
+            for part, wording in enumerate(
+                chunks_of(fact, encoder, recipe.values.chunk_tokens)
+                if not self.method.by_gradient
+                else (fact,)
+            )
+        ]
+        with run.timed("keys"):
+            self.walk = self._walk()
+            self.first_keys = self.walk.keys()  # [d_in, requests]
+
+    def write(self, staying: Sequence[Column]) -> Written:
+        """Edit layer after layer; `staying` are the columns in the weights now."""
+        wordings = [request.wording for request in self.requests]
+        if self.method.by_gradient:
+            found, tensors = self._descend(staying)
+            return Written(tensors, found, [0] * len(wordings))
+        shared = same_key_groups(self.first_keys, self.recipe.same_key)
+        each = self.recipe.values.at == "each"
+        last = self.recipe.layers[-1]
+        values = [] if each else self._values(last, shared)
+        tensors = {}
+        for layer in self._upwards():
+            if each:
+                values = self._values(layer, shared)
+                tensors[f"z.{layer}"] = _stacked(values)
+            with self.run.timed("keys"):
+                keys = self.walk.keys()
+                missing = _stacked(values).double().mT - self.walk.hidden(layer if each else last)
+            left = 1 if each else sum(other >= layer for other in self.recipe.layers)
+            with self.run.timed("solve"):
+                tensors |= self.weights.write(layer, staying, keys, missing / left)
+        tensors["z"] = _stacked(values)
+        outcomes = [{k: v for k, v in vars(value).items() if k != "z"} for value in values]
+        return Written(tensors, outcomes, self._joined(shared))
+
+    def _descend(self, staying: Sequence[Column]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+        """Each layer by gradient descent on the targets' loss."""
+        tensors: dict[str, Tensor] = {}
+        loss = None
+        for layer in self._upwards():
+            with self.run.timed("keys"):
+                keys = self.walk.keys()
+            with self.run.timed("solve"), torch.enable_grad():
+                loss = WeightLoss(
+                    self.model,
+                    self.encoder,
+                    [request.wording for request in self.requests],
+                    layer=layer,
+                    pad_id=self.pad_id,
+                    positions=self._positions(4),
+                )
+                tensors |= self.weights.write(layer, staying, keys, None, target_loss=loss)
+        assert loss is not None
+        with torch.enable_grad():
+            end = loss(loss.current())[0]
+        return [{"loss": end, "known": None} for _ in self.requests], tensors
+
+    def _upwards(self) -> Iterator[int]:
+        """The edited layers; the walk is at each one's input, and runs it once it is written."""
+        layers = self.recipe.layers
+        for layer in range(layers[0], layers[-1] + 1):
+            if layer in layers:
+                yield layer
+            with self.run.timed("keys"):
+                self.walk.advance()
+
+    def _walk(self) -> Walk:
+        return Walk(
+            self.model,
+            self.encoder,
+            [request.wording for request in self.requests],
+            first=self.recipe.layers[0],
+            contexts=self.contexts,
+            bare_weight=self.recipe.contexts.bare_weight,
+            pad_id=self.pad_id,
+        )
+
+    def _values(self, layer: int, shared: Sequence[int]) -> list[Value]:
+        """One value per request at `layer`, on the weights that the method wants."""
+        with self.run.timed("values"):
+            if not self.method.rewinds:
+                values = self._optimised(layer, shared)
+            if self.method.rewinds or self.recipe.values.norm_anchor:
+                with self.weights.unedited():
+                    if self.method.rewinds:
+                        values = self._optimised(layer, shared)
+                    if self.recipe.values.norm_anchor:
+                        norm = float(self._walk().hidden(layer).norm(dim=0).mean())
+                        values = [value.scaled_to(norm) for value in values]
+            return values
+
+    def _optimised(self, layer: int, shared: Sequence[int]) -> list[Value]:
+        """Values from the cache, or optimised and kept there."""
+        wordings = [request.wording for request in self.requests]
+        members: dict[int, list[int]] = {}
+        for i, group in enumerate(shared):
+            members.setdefault(group, []).append(i)
+        names: dict[int, str] = {}
+        values: dict[int, Value] = {}
+        if self.cache is not None:
+            weights = self._weights_hash()
+            for group, mine in members.items():
+                names[group] = self.cache.name(
+                    weights,
+                    [wordings[i] for i in mine],
+                    layer=layer,
+                    contexts=self.contexts,
+                    settings=self.recipe.values,
+                )
+                values.update(zip(mine, self.cache.get(names[group]) or (), strict=False))
+        missing = [i for i in range(len(wordings)) if i not in values]
+        counter = self.run.counter("values", len(wordings))
+        counter(len(values))
+        found = optimise_values(
+            self.model,
+            self.encoder,
+            [wordings[i] for i in missing],
+            [shared[i] for i in missing],
+            layer=layer,
+            contexts=self.contexts,
+            settings=self.recipe.values,
+            positions=self._positions(1),
+            pad_id=self.pad_id,
+            progress=counter,
+        )
+        values.update(zip(missing, found, strict=True))
+        if self.cache is not None:
+            for group, mine in members.items():
+                if mine[0] in missing:
+                    self.cache.put(names[group], [values[i] for i in mine])
+        return [values[i] for i in range(len(wordings))]
+
+    def _weights_hash(self) -> str:
+        """Of the model as it is: the base, and the edited matrices that differ from it."""
+        digest = hashlib.sha256(self.base_hash.encode())
+        for layer in self.weights.layers:
+            weight = as_out_in(self.model.mlp_out(layer)).cpu().contiguous()
+            if not torch.equal(weight.double(), self.weights.base(layer)):
+                digest.update(f"{layer}".encode() + weight.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _joined(self, shared: Sequence[int]) -> list[int]:
+        """Requests that share a key or a fact, with all that these share in turn."""
+        group = list(range(len(shared)))
+        changed = True
+        while changed:
+            changed = False
+            for names in (shared, [request.owner for request in self.requests]):
+                lowest: dict[int, int] = {}
+                for i, name in enumerate(names):
+                    lowest[name] = min(lowest.get(name, group[i]), group[i])
+                joined = [lowest[name] for name in names]
+                changed = changed or joined != group
+                group = joined
+        return group
+
+    def _positions(self, factor: int) -> int:
+        on_cpu = self.model.device.type == "cpu"
+        default = CPU_POSITIONS if on_cpu else ACCELERATOR_POSITIONS
+        return factor * (self.recipe.chunk_positions or default)
+
+
+def _stacked(values: Sequence[Value]) -> Tensor:
+    return torch.stack([value.z for value in values]).detach().cpu()  # [requests, d]

@@ -1,0 +1,85 @@
+"""The loss of targets as a function of one layer's weight, for methods that descend on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from nulledit.data.facts import Fact
+from nulledit.editing.values import plan_rows
+from nulledit.models.layouts import as_out_in, write_weight
+from nulledit.models.partial import PartialModel
+from nulledit.models.tokens import Batch, RowEncoder, chunks_by_length, collate
+
+
+class WeightLoss:
+    """Mean NLL of the targets behind their bare prompts, and its gradient by W of one layer.
+
+    States at the block's input are computed once; each call runs the blocks from there on.
+    """
+
+    def __init__(
+        self,
+        model: PartialModel,
+        encoder: RowEncoder,
+        facts: Sequence[Fact],
+        *,
+        layer: int,
+        pad_id: int,
+        positions: int,
+    ):
+        """`positions` bounds the tokens that run together."""
+        self.model, self.layer, self.n = model, layer, len(facts)
+        self.rows = [row for fact in facts for row in plan_rows(fact, encoder, ("{}",))[:1]]
+        inputs = [row.ids[:-1] for row in self.rows]
+        self.chunks = [
+            self._start(chunk, inputs, pad_id)
+            for chunk in chunks_by_length([len(ids) for ids in inputs], positions)
+        ]
+
+    @torch.no_grad()
+    def _start(
+        self, chunk: Sequence[int], inputs: Sequence[Sequence[int]], pad_id: int
+    ) -> tuple[Batch, Tensor, Sequence[int]]:
+        batch = collate([inputs[i] for i in chunk], pad_id=pad_id, device=self.model.device)
+        return batch, self.model.run(batch, last=self.layer - 1), chunk
+
+    def __call__(self, weight: Tensor) -> tuple[float, Tensor]:
+        """Loss in nats and gradient [d_out, d_in], float64; the module's weight is as before."""
+        module = self.model.mlp_out(self.layer)
+        parameter = module.weight
+        assert isinstance(parameter, Tensor)
+        held, total = parameter.detach().clone(), 0.0
+        gradient = torch.zeros_like(weight)
+        parameter.requires_grad_(True)
+        try:
+            write_weight(module, weight)
+            for batch, states, chunk in self.chunks:
+                loss = self._loss(batch, states, chunk) / self.n
+                (found,) = torch.autograd.grad(loss, parameter)
+                gradient += (found.mT if isinstance(module, Conv1D) else found).to(gradient)
+                total += float(loss)
+        finally:
+            parameter.requires_grad_(False)
+            parameter.data.copy_(held)
+        return total, gradient
+
+    def _loss(self, batch: Batch, states: Tensor, chunk: Sequence[int]) -> Tensor:
+        normed = self.model.run_normed(batch, states=states, first=self.layer)
+        loss = normed.new_zeros(())
+        for i, place in enumerate(chunk):
+            row = self.rows[place]
+            target = torch.tensor(row.target_ids, device=normed.device)
+            at = slice(row.target_start - 1, row.target_start - 1 + len(target))
+            logits = self.model.logits(normed[i, at])
+            logits = logits.float() if logits.dtype.itemsize < 4 else logits
+            loss = loss + F.cross_entropy(logits, target.to(logits.device)).to(loss)
+        return loss
+
+    def current(self) -> Tensor:
+        """The layer's weight now [d_out, d_in], float64."""
+        return as_out_in(self.model.mlp_out(self.layer)).double()

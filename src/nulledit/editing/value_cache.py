@@ -1,0 +1,67 @@
+"""Optimised values kept on disk, by a hash of everything that they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from nulledit.config import ValueSettings
+from nulledit.data.facts import Fact
+from nulledit.editing.values import Value
+from nulledit.files import replacing
+
+FORMAT = 1  # raise it when the same inputs come to give other values
+
+
+class ValueCache:
+    """One file per group of facts that share a δ."""
+
+    def __init__(self, folder: Path):
+        """`folder` is made when the first value is kept."""
+        self.folder = folder
+
+    def name(
+        self,
+        weights: str,
+        facts: Sequence[Fact],
+        *,
+        layer: int,
+        contexts: Sequence[str],
+        settings: ValueSettings,
+    ) -> str:
+        """The hash of one group's request on a model whose weights have the hash `weights`."""
+        used: dict[str, Any] = asdict(settings)
+        for elsewhere in ("norm_anchor", "at", "chunk_tokens"):  # they act before or after
+            used.pop(elsewhere)
+        asked = [[fact.subject, list(fact.prompts), fact.target] for fact in facts]
+        content = [FORMAT, weights, layer, list(contexts), used, asked]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def get(self, name: str) -> list[Value] | None:
+        """The group's values, or None where none are kept (or the file is damaged)."""
+        file = self.folder / f"{name}.safetensors"
+        if not file.is_file():
+            return None
+        try:
+            with safe_open(file, "pt") as opened:
+                z = opened.get_tensor("z")
+                notes = json.loads(opened.metadata()["values"])
+        except (SafetensorError, OSError, KeyError, ValueError):
+            return None
+        return [Value(z=row, **note) for row, note in zip(z, notes, strict=True)]
+
+    def put(self, name: str, values: Sequence[Value]) -> None:
+        """Keep a group's values."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        notes = [{k: v for k, v in vars(value).items() if k != "z"} for value in values]
+        z = torch.stack([value.z.detach().cpu() for value in values])
+        with replacing(self.folder / f"{name}.safetensors") as partial:
+            save_file({"z": z}, partial, metadata={"values": json.dumps(notes)})
