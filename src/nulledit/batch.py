@@ -201,7 +201,7 @@ class BatchWriter:
             if not self.method.rewinds:
                 values = self._optimised(layer, shared)
             if self.method.rewinds or self.recipe.values.norm_anchor:
-                with self.weights.unedited():
+                with self.weights.holding([]):
                     if self.method.rewinds:
                         values = self._optimised(layer, shared)
                     if self.recipe.values.norm_anchor:

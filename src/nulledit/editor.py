@@ -160,6 +160,37 @@ class Editor:
             dtype=history.base.dtype,
             trust_remote_code=trust_remote_code,
         )
+        return cls._resumed(store, history, model, tokenizer, source, value_cache)
+
+    @classmethod
+    def resume(
+        cls,
+        folder: str | Path,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        statistics: Statistics | str | Path | None = None,
+        value_cache: str | Path | None = None,
+    ) -> Self:
+        """Take up the ledger in `folder` with its base, or its edited model, in memory.
+
+        `statistics` are for a ledger that has no batch yet.
+        """
+        store = Store(Path(folder) / "ledger")
+        editor = cls._resumed(store, store.load(), model, tokenizer, "the given model", value_cache)
+        editor._statistics = statistics
+        return editor
+
+    @classmethod
+    def _resumed(
+        cls,
+        store: Store,
+        history: History,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        source: str,
+        value_cache: str | Path | None,
+    ) -> Self:
         recipe = Recipe.from_dict(history.base.recipe)
         if history.epochs:
             partial = PartialModel(model)
@@ -222,7 +253,13 @@ class Editor:
     @contextmanager
     def base_weights(self) -> Iterator[PreTrainedModel]:
         """The model without its edits inside; as before afterwards."""
-        with self.weights.unedited():
+        with self.weights.holding([]):
+            yield self.model
+
+    @contextmanager
+    def as_of(self, event: int) -> Iterator[PreTrainedModel]:
+        """The model behind event number `event` of the ledger inside; as before afterwards."""
+        with self.weights.holding(self.history.active_as_of(event)):
             yield self.model
 
     def edit(

@@ -30,4 +30,5 @@ def merged(fact: Fact, other: Fact) -> Fact:
         more_prompts=tuple(p for p in prompts if p != fact.prompt),
         paraphrases=tuple(dict.fromkeys((*fact.paraphrases, *other.paraphrases))),
         neighbours=tuple(dict.fromkeys((*fact.neighbours, *other.neighbours))),
+        portability=tuple(dict.fromkeys((*fact.portability, *other.portability))),
     )

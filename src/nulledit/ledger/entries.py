@@ -127,6 +127,13 @@ class History:
         """Columns that are part of the model now, in the order they were made."""
         return [c for c in self.columns if c.active]
 
+    def active_as_of(self, event: int) -> list[Column]:
+        """Columns that were part of the model behind event number `event`; 0: none."""
+        on: set[int] = set()
+        for entry in self.events[:event]:
+            on = (on - set(entry.deactivated)) | set(entry.activated)
+        return [c for c in self.columns if c.id in on]
+
     @property
     def present(self) -> list[Column]:
         """One active column per fact in the model, in order."""

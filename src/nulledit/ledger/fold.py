@@ -45,7 +45,7 @@ class LayerMetrics:
         gains = method.gains(spectrum.eigenvalues, threshold, method.read(recipe.method))
         if method.projection(recipe.method) == "inside":
             gains = gains * free
-        kept = spectrum.reduced(gains, free)
+        kept = spectrum.whole() if method.reads_moment else spectrum.reduced(gains, free)
         return cls(kept, spectrum.metric(gains), spectrum.metric(free))
 
 

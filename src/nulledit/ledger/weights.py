@@ -15,6 +15,7 @@ from nulledit.errors import LedgerError
 from nulledit.ledger.entries import Column, History
 from nulledit.ledger.fold import LayerFold, LayerState
 from nulledit.linalg.angles import unit_columns
+from nulledit.linalg.spectrum import Metric
 from nulledit.models.layouts import as_out_in, write_weight
 from nulledit.models.partial import PartialModel
 
@@ -64,6 +65,10 @@ class EditedWeights:
         """W₀ [d_out, d_in] of `layer`, float64, on the CPU."""
         return self._fold(layer).base.cpu()
 
+    def projector(self, layer: int) -> Metric:
+        """P of `layer`, on the null space of its preserved keys."""
+        return self._fold(layer).metrics.projector
+
     def refresh(self, columns: Sequence[Column] | None = None) -> None:
         """Set every edited matrix to W₀ + the fold of `columns` (the active ones by default)."""
         chosen = self.history.active if columns is None else columns
@@ -71,11 +76,11 @@ class EditedWeights:
             self._set(layer, self._fold(layer).fold(chosen))
 
     @contextmanager
-    def unedited(self) -> Iterator[None]:
-        """W₀ everywhere inside; afterwards the very states of before."""
+    def holding(self, columns: Sequence[Column]) -> Iterator[None]:
+        """Only `columns` in the weights inside; afterwards the very states of before."""
         states = dict(self._states)
         try:
-            self.refresh([])
+            self.refresh(columns)
             yield
         finally:
             for layer, state in states.items():

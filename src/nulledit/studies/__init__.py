@@ -1,0 +1,1 @@
+"""The paper's experiments, and those its replications added, as commands."""

@@ -1,0 +1,278 @@
+"""Studies of one batch: every arm writes the same values, so arms differ by the solve alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nulledit.config import StatisticsSettings
+from nulledit.data.corpus import open_corpus
+from nulledit.data.facts import Fact
+from nulledit.editing.statistics import collect
+from nulledit.report.study import Column, FigureSpec, Point, StudyTable
+from nulledit.studies.building import (
+    PREFERENCE,
+    Outcome,
+    StudySpec,
+    best,
+    growth,
+    perplexity_value,
+    rate,
+    rate_cells,
+    rate_columns,
+)
+from nulledit.studies.lab import Lab
+from nulledit.studies.stream import StreamPlan
+from nulledit.studies.streams import Followed, follow, stream_work, unedited
+
+MEASURES = (*PREFERENCE, "efficacy_strict", "generalization_strict", "specificity_strict")
+
+
+def one_batch(lab: Lab, arms: Mapping[str, Mapping[str, Any]]) -> list[StreamPlan]:
+    """A plan per arm, given as its own changes of the base recipe; all facts in one batch."""
+    queue = tuple(lab.facts(lab.settings["facts"], skip=lab.settings["skip"]))
+    return [
+        StreamPlan(label, lab.recipe.with_fields(changes), queue, len(queue), lab.seed)
+        for label, changes in arms.items()
+    ]
+
+
+def threshold_arms(lab: Lab) -> dict[str, dict[str, Any]]:
+    """Label -> changes: the cut by eigenvalue, by leakage, and how soft it is."""
+    arms: dict[str, dict[str, Any]] = {}
+    for value in lab.settings["thresholds"]:
+        arms[f"τ = {value:g}"] = {"null_space.rule": "absolute", "null_space.value": value}
+    for value in lab.settings["leakages"]:
+        arms[f"leakage ≤ {value:g}"] = {"null_space.rule": "leakage", "null_space.value": value}
+    for value in lab.settings["softness"]:
+        arms[f"soft p = {value:g}"] = {"method.name": "soft", "method.softness": value}
+    return arms
+
+
+def preservation_arms(lab: Lab) -> dict[str, dict[str, Any]]:
+    """Label -> changes: the projection, an explicit penalty, both, and a plain ridge."""
+    arms: dict[str, dict[str, Any]] = {
+        "ridge only": {"method.projection": "none"},
+        "projection": {},
+    }
+    for value in lab.settings["penalties"]:
+        penalty = {"method.name": "memit-history", "method.moment_weight": value}
+        both = {"method.name": "betaedit", "method.moment_weight": value}
+        arms[f"penalty λ₀ = {value:g}"] = penalty
+        arms[f"both, λ₀ = {value:g}"] = both
+    return arms
+
+
+def run_threshold(lab: Lab) -> Outcome:
+    """Sensitivity to τ, to the leakage and to the softness."""
+    queue, before, arms = _followed(lab, one_batch(lab, threshold_arms(lab)))
+    outcome = Outcome("", [_table("threshold", queue, before, arms)], [_trade(before, arms)])
+    spread = _spread(arms, before)
+    outcome.shows = f"Over {len(arms)} settings of the cut, {spread}"
+    return outcome
+
+
+def run_preservation(lab: Lab) -> Outcome:
+    """Projection against an explicit penalty against both."""
+    queue, before, arms = _followed(lab, one_batch(lab, preservation_arms(lab)))
+    outcome = Outcome("", [_table("preservation", queue, before, arms)], [_trade(before, arms)])
+    firm = [a for a in arms if (r := rate(a.end, "efficacy_strict")) and r.mean >= 0.8]
+    least = best({a.label: _growth(a, before) for a in firm}, lowest=True)
+    outcome.shows = (
+        f"Among settings that keep strict efficacy at 80 % or more, perplexity grows least with "
+        f"{least}; {_spread(arms, before)}"
+    )
+    return outcome
+
+
+def corpus_plans(lab: Lab) -> list[tuple[int, StreamPlan]]:
+    """(tokens, plan) for each budget of preserved text; statistics are named, not yet made."""
+    found = []
+    for tokens in lab.settings["tokens"]:
+        (plan,) = one_batch(lab, {f"{tokens:,} tokens": {}})
+        found.append((tokens, replace(plan, statistics=_statistics(lab, tokens))))
+    return found
+
+
+def run_corpus(lab: Lab) -> Outcome:
+    """How few tokens of preserved text suffice."""
+    layers = lab.recipe.layers
+    corpus = open_corpus(lab.sources.need("corpus"))
+    plans = []
+    for tokens in lab.settings["tokens"]:
+        if lab.progress:
+            lab.progress(f"statistics of {tokens} tokens", 0, 1)
+        folder = _statistics(lab, tokens)
+        lab.bench.clear()
+        statistics = collect(
+            lab.bench.partial,
+            lab.bench.tokenizer,
+            corpus,
+            StatisticsSettings(tokens=tokens),
+            layers=layers,
+            name=lab.bench.name,
+            model_hash=lab.bench.base.history.base.hash,
+            folder=folder,
+            progress=False,
+        )
+        (plan,) = one_batch(lab, {f"{tokens:,} tokens": {}})
+        plans.append((tokens, statistics, replace(plan, statistics=folder)))
+    queue, before, arms = _followed(lab, [plan for _, _, plan in plans])
+    table = _table("corpus", queue, before, arms)
+    first, threshold = layers[0], lab.recipe.null_space.value
+    columns = (*table.columns, Column("protected", f"protected, layer {first}", None, "", 0))
+    rows = []
+    for row in table.rows:
+        protected = {
+            f"{tokens:,} tokens": s.spectra[first].protected(threshold) for tokens, s, _ in plans
+        }
+        rows.append({**row, "protected": protected.get(str(row["arm"]))})
+    outcome = Outcome("", [replace(table, columns=columns, rows=tuple(rows))])
+    points = []
+    for (tokens, _, _), arm in zip(plans, arms, strict=True):
+        for measure in (*PREFERENCE, "efficacy_strict"):
+            r = rate(arm.end, measure)
+            if r:
+                points.append(Point(tokens, 100 * r.mean, 100 * r.standard_error, r.n, measure))
+    outcome.figures.append(
+        FigureSpec(
+            "corpus",
+            "Rates behind one batch, by how many tokens the statistics saw.",
+            "lines",
+            "tokens of preserved text",
+            "mean over facts (%)",
+            series="measure",
+            log=("x",),
+            points=tuple(points),
+        )
+    )
+    fewest, most = arms[0], arms[-1]
+    if plans[0][0] > plans[-1][0]:
+        fewest, most = most, fewest
+    small, large = (_growth(arm, before) for arm in (fewest, most))
+    spec = [rate(arm.end, "specificity") for arm in (fewest, most)]
+    if small is not None and large is not None and spec[0] and spec[1]:
+        outcome.shows = (
+            f"From {fewest.label} to {most.label}, specificity goes from {100 * spec[0].mean:.1f} "
+            f"to {100 * spec[1].mean:.1f} % and the growth of perplexity from {small:.2f} to "
+            f"{large:.2f} %."
+        )
+    return outcome
+
+
+def _statistics(lab: Lab, tokens: int) -> Path:
+    layers = "-".join(map(str, lab.recipe.layers))
+    return lab.bench.folder / "statistics" / f"{tokens}-tokens-layers-{layers}"
+
+
+def _followed(
+    lab: Lab, plans: Sequence[StreamPlan]
+) -> tuple[tuple[Fact, ...], tuple[Any, Any], list[Followed]]:
+    queue = plans[0].facts
+    before = unedited(lab, queue)
+    return queue, before, [follow(lab, plan) for plan in plans]
+
+
+def _table(
+    name: str, queue: Sequence[Fact], before: tuple[Any, Any], arms: Sequence[Followed]
+) -> StudyTable:
+    columns = [Column("arm", "setting"), *rate_columns(MEASURES)]
+    text = before[1] is not None
+    if text:
+        columns += [
+            Column("perplexity", "perplexity", "low", "", 2),
+            Column("growth", "growth", "low", "%", 2),
+        ]
+    columns.append(Column("update", "‖Δ‖/‖W‖", None, "%"))
+    first: dict[str, Any] = {"arm": "unedited", **rate_cells(before[0], MEASURES)}
+    if text:
+        first["perplexity"] = perplexity_value(before[1])
+    rows = [first]
+    for arm in arms:
+        at = arm.checkpoints[-1]
+        row: dict[str, Any] = {"arm": arm.label, **rate_cells(arm.end, MEASURES)}
+        if text:
+            row |= {
+                "perplexity": perplexity_value(arm.perplexity[at]),
+                "growth": _growth(arm, before),
+            }
+        rows.append({**row, "update": arm.update_share(at)})
+    caption = (
+        f"One batch of {len(queue)} facts with the same values in every setting; ± is one standard "
+        "error over facts, of perplexity over windows."
+    )
+    return StudyTable(name, "Settings", caption, tuple(columns), tuple(rows))
+
+
+def _trade(before: tuple[Any, Any], arms: Sequence[Followed]) -> FigureSpec:
+    points = []
+    for arm in arms:
+        r, grown = rate(arm.end, "efficacy_strict"), _growth(arm, before)
+        if r and grown is not None:
+            points.append(Point(grown, 100 * r.mean, series=arm.label))
+    return FigureSpec(
+        "trade-off",
+        "What each setting writes against what it disturbs: up and to the left is better.",
+        "scatter",
+        "growth of perplexity (%)",
+        "strict efficacy (%)",
+        series="setting",
+        points=tuple(points),
+    )
+
+
+def _growth(arm: Followed, before: tuple[Any, Any]) -> float | None:
+    return growth(arm.perplexity[arm.checkpoints[-1]], before[1])
+
+
+def _spread(arms: Sequence[Followed], before: tuple[Any, Any]) -> str:
+    parts = []
+    for measure in ("efficacy_strict", "specificity"):
+        found = [100 * r.mean for arm in arms if (r := rate(arm.end, measure))]
+        if found:
+            name = measure.replace("_", " ")
+            parts.append(f"{name} ranges from {min(found):.1f} to {max(found):.1f} %")
+    grown = [g for arm in arms if (g := _growth(arm, before)) is not None]
+    if grown:
+        parts.append(f"the growth of perplexity from {min(grown):.2f} to {max(grown):.2f} %")
+    return " and ".join(parts) + "."
+
+
+THRESHOLD = StudySpec(
+    name="threshold",
+    title="How sharp a cut, and where",
+    question="How sensitive are edits to the threshold τ, to a bound on leakage, and to the "
+    "softness of the cut?",
+    needs=("facts",),
+    cannot_show="One batch shows what a setting costs at once, not how it holds up in a long "
+    "stream, and the best τ of one model says nothing about another's, whose keys have another "
+    "scale.",
+    work=lambda lab: stream_work(lab, one_batch(lab, threshold_arms(lab))),
+    run=run_threshold,
+)
+PRESERVATION = StudySpec(
+    name="preservation",
+    title="Projection, penalty, or both",
+    question="Is the null-space projection better than an explicit penalty on preserved keys, "
+    "and do both together gain anything?",
+    needs=("facts",),
+    cannot_show="Behind one batch the update is small beside the weights; where penalties add up "
+    "over thousands of edits the order may change.",
+    work=lambda lab: stream_work(lab, one_batch(lab, preservation_arms(lab))),
+    run=run_preservation,
+)
+CORPUS = StudySpec(
+    name="corpus",
+    title="How much preserved text",
+    question="How few tokens of preserved text do the statistics need?",
+    needs=("facts", "corpus"),
+    cannot_show="All budgets are of one corpus, and the perplexity text is of its kind: a text of "
+    "another kind may need more.",
+    work=lambda lab: replace(
+        stream_work(lab, [plan for _, plan in corpus_plans(lab)]),
+        other_tokens=sum(lab.settings["tokens"]),
+    ),
+    run=run_corpus,
+)

@@ -1,0 +1,200 @@
+"""A stream of edits: what it is, where it is kept, and the model at each of its checkpoints.
+
+A stream's folder is named by a hash of everything that decides it, so settings that several studies
+share are edited once. Its ledger is committed batch by batch; any checkpoint's weights are the fold
+of the ledger up to there, so what is measured can be asked for later, and is kept beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nulledit.config import Recipe
+from nulledit.data.facts import Fact
+from nulledit.editor import Editor
+from nulledit.errors import ConfigError
+from nulledit.files import write_text
+from nulledit.ledger.store import Store
+from nulledit.report.run import as_json
+
+FORMAT = 1  # raise it when the same plan comes to give another stream
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """A queue of facts, and how it is edited."""
+
+    label: str
+    """What tables call it; decides nothing."""
+    recipe: Recipe
+    """Settings."""
+    facts: tuple[Fact, ...]
+    """The queue, in the order that it is edited in."""
+    batch_size: int
+    """Facts solved together; a checkpoint stands behind each batch."""
+    seed: int = 0
+    """Of the contexts."""
+    statistics: Path | None = None
+    """A statistics file or folder; None: those found for the model."""
+
+    def checkpoints(self) -> list[int]:
+        """Numbers of facts behind each batch, from 0."""
+        return [*range(0, len(self.facts), self.batch_size), len(self.facts)]
+
+    def digest(self, model_hash: str) -> str:
+        """Names the stream on the model with `model_hash`."""
+        statistics = "" if self.statistics is None else _statistics_hash(self.statistics)
+        content = [
+            FORMAT,
+            model_hash,
+            self.recipe.to_dict(),
+            [fact.to_dict() for fact in self.facts],
+            self.batch_size,
+            self.seed,
+            statistics,
+        ]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Stream:
+    """A plan at work in its folder."""
+
+    def __init__(self, plan: StreamPlan, folder: Path, editor: Editor):
+        """`editor` holds what the folder's ledger has so far."""
+        self.plan, self.folder, self.editor = plan, folder, editor
+
+    def edit(self, progress: Progress | None = None) -> None:
+        """Edit what is missing; every finished batch is kept."""
+        marks = self._marks()
+        for start, end in zip(self.plan.checkpoints(), self.plan.checkpoints()[1:], strict=False):
+            if str(end) in marks:
+                continue
+            report = self.editor.edit(
+                self.plan.facts[start:end],
+                batch_size=self.plan.batch_size,
+                shuffle=False,
+                progress=progress,
+            )
+            marks[str(end)] = {
+                "event": len(self.editor.history.events),
+                "seconds": report.seconds,
+                "notices": list(report.notices),
+            }
+            write_text(self.folder / "marks.json", as_json(marks))
+            if progress:
+                progress("edited", end, len(self.plan.facts))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Wall seconds of editing by stage, as far as they were spent in finished batches."""
+        total: dict[str, float] = {}
+        for mark in self._marks().values():
+            for stage, value in mark["seconds"].items():
+                total[stage] = total.get(stage, 0.0) + value
+        return total
+
+    @contextmanager
+    def at(self, facts: int) -> Iterator[Editor]:
+        """The model behind the first `facts` facts of the queue."""
+        event = self._marks()[str(facts)]["event"] if facts else 0
+        with self.editor.as_of(event):
+            yield self.editor
+
+    def measure(
+        self, facts: int, name: str, settings: Mapping[str, Any], ask: Callable[[Editor], Any]
+    ) -> Any:
+        """What `ask` says of the model at a checkpoint, as plain data; kept in the folder.
+
+        `name` and `settings` are everything that decides the answer beside stream and checkpoint.
+        """
+        content = json.dumps([name, settings], sort_keys=True, default=str)
+        digest = hashlib.sha256(content.encode()).hexdigest()[:12]
+        file = self.folder / "measured" / f"{facts:06d}-{name}-{digest}.json"
+        if file.is_file():
+            return json.loads(file.read_text(encoding="utf-8"))
+        with self.at(facts) as editor:
+            found = ask(editor)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, as_json(found))
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    def _marks(self) -> dict[str, Any]:
+        file = self.folder / "marks.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+class Workbench:
+    """One model, lent to one stream after the other."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path,
+        *,
+        name: str,
+    ):
+        """`model` is unedited, loaded by `name`; streams and values are kept in `folder`."""
+        self.model, self.tokenizer, self.folder, self.name = model, tokenizer, folder, name
+        self.base = Editor(model, tokenizer, recipe=Recipe(layers=(0,)), name=name)
+        self.encoder, self.partial = self.base.encoder, self.base.partial
+        self._open: Stream | None = None
+
+    def stream(self, plan: StreamPlan) -> Stream:
+        """The stream of `plan` as far as it was edited; the one lent before ends."""
+        self.clear()
+        if not plan.facts:
+            raise ConfigError(f"{plan.label}: no facts to edit")
+        folder = self.folder / "streams" / plan.digest(self.base.history.base.hash)
+        cache = self.folder / "values"
+        if Store(folder / "ledger").exists:
+            editor = Editor.resume(
+                folder,
+                self.model,
+                self.tokenizer,
+                statistics=plan.statistics,
+                value_cache=cache,
+            )
+        else:
+            editor = Editor(
+                self.model,
+                self.tokenizer,
+                recipe=plan.recipe,
+                statistics=plan.statistics,
+                name=self.name,
+                seed=plan.seed,
+                value_cache=cache,
+            )
+            folder.mkdir(parents=True, exist_ok=True)
+            about = {"label": plan.label, "facts": len(plan.facts), "batch_size": plan.batch_size}
+            write_text(folder / "plan.json", as_json({**about, "recipe": plan.recipe.to_dict()}))
+            editor.attach(folder)
+        self._open = Stream(plan, folder, editor)
+        return self._open
+
+    def clear(self) -> None:
+        """The model without edits."""
+        if self._open is not None:
+            self._open.editor.weights.refresh([])
+            self._open = None
+
+
+def shuffled(facts: Sequence[Fact], seed: int) -> list[Fact]:
+    """`facts` in an order of their own that a seed fixes."""
+    return sorted(facts, key=lambda f: hashlib.sha256(f"{seed}/{f.id}".encode()).digest())
+
+
+def _statistics_hash(path: Path) -> str:
+    """Of a compact file, or of the manifest of a folder, which says what the rest was made from."""
+    file = path / "manifest.json" if path.suffix != ".safetensors" else path
+    return hashlib.sha256(file.read_bytes()).hexdigest()
