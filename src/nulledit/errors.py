@@ -31,3 +31,11 @@ class CheckFailed(NullEditError):
     """A check or gate ran and said no."""
 
     exit_code = 1
+
+
+class ReportError(NullEditError):
+    """A folder holds no run or study that a report can be made of, or a page is in the way."""
+
+
+class NoRoomError(NullEditError):
+    """Earlier edits have taken every direction that a new one could use."""

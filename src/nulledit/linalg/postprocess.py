@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -28,11 +30,14 @@ def restrain(update: Tensor, weight: Tensor, base: float) -> Tensor:
     vectors stay, so what the update maps to zero it still maps to zero. An update with nothing
     above comes back as it is, to the bit.
     """
-    limit = torch.linalg.matrix_norm(weight, ord=2)
-    U, sigma, Vh = torch.linalg.svd(update, full_matrices=False)
-    above = sigma > limit
+    if update.norm() <= weight.norm() / weight.shape[0] ** 0.5:  # σ of one <= σ_max of the other
+        return update
+    limit = torch.linalg.eigvalsh(weight @ weight.mT)[-1].sqrt()
+    squares, U = torch.linalg.eigh(update @ update.mT)  # exact enough: only large ones are used
+    above = squares > limit.square()
     if not above.any():
         return update
-    high = sigma[above]
-    restrained = (high / limit).log() / torch.log(torch.tensor(base).to(high)) + limit
-    return update - (U[:, above] * (high - restrained)) @ Vh[above]
+    sigma = squares[above].sqrt()
+    restrained = (sigma / limit).log() / math.log(base) + limit
+    high = U[:, above]
+    return update - (high * (1 - restrained / sigma)) @ (high.mT @ update)

@@ -105,6 +105,14 @@ class Spectrum:
             )
         return Metric(self.eigenvectors[:, odd - self.start], gains[odd], rest)
 
+    def whole(self) -> Spectrum:
+        """Itself, for those who need C; LookupError unless every eigenvector is held."""
+        if self.eigenvectors.shape[1] < self.d_in:
+            raise LookupError(
+                f"needs all {self.d_in} eigenvectors; held are {self.eigenvectors.shape[1]}"
+            )
+        return self
+
     def reduced(self, *gains: Tensor) -> Spectrum:
         """Without the eigenvectors that no metric of these `gains` needs."""
         odd = torch.cat([_odd_gains(g)[0] for g in gains])

@@ -51,6 +51,10 @@ class Method:
     by_gradient: bool = False
     """Whether Δ comes from the targets' loss in the model: no values are optimised, the ledger
     keeps the update itself, and a batch can only be undone as a whole (the rest is edited anew)."""
+    linear: bool = True
+    """Whether what is added to W₀ is linear in R for given keys."""
+    reads_moment: bool = False
+    """Whether it reads C itself off the spectrum, so that every eigenvector is kept."""
     cost: str = "n × n solve"
     """What a batch of n facts costs beside values and keys."""
     page: str = ""

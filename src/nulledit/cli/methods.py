@@ -1,0 +1,133 @@
+"""`nulledit methods`: the table of methods, and one of them in detail."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nulledit.cli.common import emit, output_options, prepare
+
+if TYPE_CHECKING:
+    from nulledit.methods import Method
+
+TRAITS = {
+    "history": "past facts stay in the solve: batches equal one joint solve, in any order",
+    "projected": "solves inside the null space, as published",
+    "linear": "the update is linear in what is missing at the keys",
+    "one_by_one": "edits facts one at a time, each on the model that the one before left",
+    "rewinds": "optimises values on the unedited model",
+    "by_gradient": "finds the update by gradient descent; a batch is undone as a whole",
+}
+
+
+@click.command(short_help="The methods, their settings and sources.")
+@click.argument("name", metavar="[NAME]", required=False)
+@output_options
+def methods(name: str | None, as_json: bool, quiet: bool) -> None:
+    """All methods in a table, or one by NAME with its settings. More in docs/methods/.
+
+    A recipe names its method and sets its constants beside the name: `method: {name: memit,
+    moment_weight: 20000}`; any of them takes `projection: none`, `inside` or `after`.
+
+    \b
+    $ nulledit methods
+    $ nulledit methods memit
+    """
+    prepare(quiet=quiet)
+    from nulledit.methods import METHODS, find_method
+
+    if name is not None:
+        found = describe(find_method(name))
+        emit(found) if as_json else click.echo(page(found))
+        return
+    rows = [describe(method) for method in METHODS]
+    emit(rows) if as_json else click.echo(table(rows))
+
+
+def describe(method: Method) -> dict[str, Any]:
+    """All that is said of a method, as plain data."""
+    docs = field_docs(method.settings)
+    settings = [
+        {"name": name, "default": default, "about": docs.get(name, "")}
+        for name, default in method.constants().items()
+    ]
+    ours = method.settings.__module__.startswith("nulledit.")
+    return {
+        "name": method.name,
+        "about": method.about,
+        "paper": method.paper,
+        "traits": {trait: getattr(method, trait) for trait in TRAITS},
+        "settings": settings,
+        "cost": method.cost,
+        "page": f"docs/methods/{method.page or method.name}.md" if ours else None,
+    }
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """One line a method, and one below that says what it does."""
+    from nulledit.report.tables import as_text
+
+    head = ["method", "history", "projected", "linear", "paper", "settings"]
+    rows: list[Sequence[str]] = [
+        [
+            m["name"],
+            *("yes" if m["traits"][trait] else "-" for trait in head[1:4]),
+            m["paper"],
+            ", ".join(f"{s['name']}={_plain(s['default'])}" for s in m["settings"]),
+        ]
+        for m in found
+    ]
+    lines = as_text((head, rows), left=len(head), most=90).splitlines()
+    said = [f"{m['name']}: {m['about']}. A batch costs: {m['cost']}." for m in found]
+    notes = [f"{trait}: {TRAITS[trait]}" for trait in head[1:4]]
+    return "\n".join([*lines, "", *notes, "", *said])
+
+
+def page(method: dict[str, Any]) -> str:
+    """One method in detail."""
+    traits = [said for trait, said in TRAITS.items() if method["traits"][trait]]
+    lines = [f"{method['name']}: {method['about']}", ""]
+    lines += [f"{name:<6} {method[name]}" for name in ("paper", "page", "cost") if method[name]]
+    lines += ["", *(f"- {said}" for said in traits)]
+    for setting in method["settings"]:
+        lines += ["", f"{setting['name']} (default {_plain(setting['default'])})"]
+        lines += textwrap.wrap(setting["about"], 96, initial_indent="  ", subsequent_indent="  ")
+    return "\n".join(lines)
+
+
+def field_docs(settings: type) -> dict[str, str]:
+    """The docstring under each field of a settings dataclass and of those it builds on.
+
+    Empty for a class whose source is not at hand, such as one typed into a console.
+    """
+    docs: dict[str, str] = {}
+    for cls in reversed(settings.__mro__):
+        if not dataclasses.is_dataclass(cls):
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+        except (OSError, TypeError):
+            continue
+        body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
+        for field, text in itertools.pairwise(body):
+            if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
+                continue
+            if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                docs[field.target.id] = " ".join(str(text.value.value).split())
+    return docs
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value == math.e:
+        return "e"
+    return f"{value:g}" if isinstance(value, float) else str(value)

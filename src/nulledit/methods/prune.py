@@ -1,0 +1,49 @@
+"""PRUNE: MEMIT, with the large singular values of all edits together held back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nulledit.config import check_positive
+from nulledit.errors import ConfigError
+from nulledit.linalg.postprocess import restrain
+from nulledit.methods.filters import MomentSettings, moment_gains
+from nulledit.methods.registry import Method
+
+
+@dataclass(frozen=True)
+class PruneSettings(MomentSettings):
+    """MEMIT's, and how hard singular values are held back."""
+
+    base: float = math.e
+    """α, base of the logarithm: larger holds back more (e and 1.2 in the published code)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "base")
+        if self.base <= 1:
+            raise ConfigError(f"base is {self.base}; expected a number above 1")
+
+
+def restrain_total(total: Tensor, original: Tensor, settings: PruneSettings) -> Tensor:
+    """The total update [d_out, d_in] with singular values above those of W₀ held back.
+
+    It is added to W₀. (The official AlphaEdit code adds it to the edited weight, so that the edits
+    count twice.)
+    """
+    return restrain(total, original, settings.base)
+
+
+PRUNE = Method(
+    name="prune",
+    about="MEMIT, with singular values of the total update above those of W₀ held back",
+    paper="arXiv:2405.16821",
+    settings=PruneSettings,
+    gains=moment_gains,
+    finish=restrain_total,
+    linear=False,
+    cost="n × n solve and two d_out × d_out eigendecompositions",
+)

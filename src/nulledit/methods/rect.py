@@ -1,0 +1,50 @@
+"""RECT: MEMIT's update with its relatively small entries left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nulledit.config import check_positive
+from nulledit.editing.problem import LayerProblem
+from nulledit.errors import ConfigError
+from nulledit.linalg.postprocess import keep_largest
+from nulledit.methods.filters import MomentSettings, moment_gains
+from nulledit.methods.registry import Method, solve_filter
+
+
+@dataclass(frozen=True)
+class RectSettings(MomentSettings):
+    """MEMIT's, and how much of its update stays."""
+
+    keep: float = 0.4
+    """Share of the entries of Δ that stay (0.4 in AlphaEdit's code; 0.2 in RECT's own example)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "keep")
+        if self.keep > 1:
+            raise ConfigError(f"keep is {self.keep}; expected a share above 0, at most 1")
+
+
+def solve_rect(problem: LayerProblem) -> Tensor:
+    """MEMIT's Δ, of which the entries with the largest |Δ/W| stay (arXiv:2401.04700, Sec. 5).
+
+    Leaving out entries leaves the null space. Projected inside, what stays is projected once more:
+    the null space has the last word, and zeros are no longer exact.
+    """
+    kept = keep_largest(solve_filter(problem), problem.weight, problem.settings.keep)
+    return problem.projector.apply(kept.mT).mT if problem.projection == "inside" else kept
+
+
+RECT = Method(
+    name="rect",
+    about="MEMIT, of whose update only the largest relative changes stay",
+    paper="arXiv:2401.04700",
+    settings=RectSettings,
+    gains=moment_gains,
+    solve=solve_rect,
+    linear=False,
+    cost="n × n solve and a selection among d_out · d_in entries",
+)
