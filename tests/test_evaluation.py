@@ -6,6 +6,8 @@ import statistics
 
 import pytest
 import torch
+from tokenizers import Tokenizer, processors
+from transformers import PreTrainedTokenizerFast
 
 from nulledit import Editor, Fact, Probe
 from nulledit.editing.statistics import key_moments
@@ -83,12 +85,14 @@ def plain_score(model, tokenizer, prompt, answer):
     ids = tokenizer(f"{prompt} {answer}")["input_ids"]
     n = len(ids) - len(tokenizer(prompt)["input_ids"])
     nll, best = losses(model, ids)
-    return float(nll[-n:].mean()), best[-n:].tolist() == ids[-n:]
+    hits = [a == b for a, b in zip(best[-n:].tolist(), ids[-n:], strict=True)]
+    return float(nll[-n:].mean()), sum(hits) / n
 
 
-def made(fact_id, kind, preferred, strict):
+def made(fact_id, kind, preferred, strict, tokens=None):
     query = Query(fact_id, kind, "prompt", "answer", None if preferred is None else "other")
-    return Score(query, 1.0, None if preferred is None else 2.0, preferred, strict)
+    tokens = float(strict) if tokens is None else tokens
+    return Score(query, 1.0, None if preferred is None else 2.0, preferred, strict, tokens)
 
 
 def test_a_fact_is_asked_about_as_counterfact_does():
@@ -115,9 +119,10 @@ def test_scores_are_those_of_the_whole_model_one_row_at_a_time(model, tokenizer,
     for item in score(PartialModel(model), encoder, queries, pad_id=pad_id(tokenizer)):
         model.eval()
         query = item.query
-        nll, strict = plain_score(model, tokenizer, query.prompt, query.answer)
+        nll, tokens = plain_score(model, tokenizer, query.prompt, query.answer)
         assert item.answer_nll == pytest.approx(nll, rel=rel)
-        assert item.strict == strict
+        assert item.tokens == tokens
+        assert item.strict == (tokens == 1)
         if query.other is None:
             assert item.other_nll is None
             assert item.preferred is None
@@ -147,7 +152,7 @@ def test_scores_depend_neither_on_the_chunk_nor_on_other_rows(model, encoder, re
         score(partial, encoder, queries[::-1], pad_id=0)[::-1],
     ):
         for a, b in zip(whole, other, strict=True):
-            assert (a.query, a.preferred, a.strict) == (b.query, b.preferred, b.strict)
+            assert (a.query, a.preferred, a.tokens) == (b.query, b.preferred, b.tokens)
             assert a.answer_nll == pytest.approx(b.answer_nll, rel=rel)
             assert (a.other_nll or 0) == pytest.approx(b.other_nll or 0, rel=rel)
 
@@ -173,6 +178,30 @@ def test_strict_means_every_token_is_the_likeliest(model, tokenizer, encoder):
         PartialModel(model), Given(tokenizer, max_length=128), queries, pad_id=0, positions=8
     )
     assert [item.strict for item in scores] == [True, ids[-1] == 5]
+    assert [item.tokens for item in scores] == [1, 1 if ids[-1] == 5 else pytest.approx(2 / 3)]
+
+
+def test_a_token_in_front_of_texts_is_not_scored(tiny_model, tokenizer):
+    """The published zsRE code counts it as a target's token where the tokenizer adds one."""
+    model = tiny_model("llama")
+    fronted = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()),
+        eos_token="<|end|>",
+    )
+    fronted.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|end|> $A", special_tokens=[("<|end|>", 0)]
+    )
+    query = Query("a", "efficacy", "The river flows to the", "sea of English", None)
+    (item,) = score(PartialModel(model), RowEncoder(fronted, max_length=128), [query], pad_id=0)
+    target = tokenizer(" sea of English")["input_ids"]
+    hits = []
+    for i in range(len(target)):
+        text = query.prompt + tokenizer.decode(target[:i])
+        ids = fronted(text)["input_ids"]
+        assert ids[0] == 0
+        with torch.no_grad():
+            hits.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()) == target[i])
+    assert item.tokens == sum(hits) / len(hits)
 
 
 def test_an_input_that_begins_another_is_not_run_by_itself(tiny_model, tokenizer, encoder):
@@ -185,7 +214,7 @@ def test_an_input_that_begins_another_is_not_run_by_itself(tiny_model, tokenizer
     assert ran == [len(tokenizer("The river is English Velmish")["input_ids"]) - 1]
     assert ends == [(2, 2)]
     plain = plain_score(partial.model, tokenizer, "The river", "is English")
-    assert (first.answer_nll, first.strict) == (pytest.approx(plain[0]), plain[1])
+    assert (first.answer_nll, first.tokens) == (pytest.approx(plain[0]), plain[1])
     assert score(partial, encoder, [], pad_id=0) == []
 
 
@@ -204,7 +233,7 @@ def test_a_broken_model_prefers_nothing(tiny_model, encoder):
     with torch.no_grad():
         model.model.norm.weight.fill_(math.nan)
     scores = score(PartialModel(model), encoder, queries_of(ADA), pad_id=0)
-    assert not any(item.preferred or item.strict for item in scores)
+    assert not any(item.preferred or item.strict or item.tokens for item in scores)
     found = perplexity(PartialModel(model), [[1, 2, 3], [3, 4]], 0)
     assert math.isnan(found.value)
 
@@ -228,14 +257,16 @@ def test_rates_are_means_over_facts_of_the_facts_own_means():
     spread = sum((x - 0.75) ** 2 for x in strict) / 2
     assert found["specificity_strict"].standard_error == pytest.approx(math.sqrt(spread / 3))
     assert found["specificity_strict"].n == 3
+    parts = [made("a", "efficacy", None, False, 0.25), made("b", "efficacy", None, True)]
+    assert rates(parts)["efficacy_tokens"] == Rate(0.625, pytest.approx(0.375), 2)
 
 
 def test_what_the_facts_lack_is_none():
     found = rates([made("a", "efficacy", None, True)])
     assert found["efficacy_strict"].mean == 1
     assert math.isnan(found["efficacy_strict"].standard_error)
-    absent = set(found) - {"efficacy_strict"}
-    assert len(absent) == 5
+    absent = set(found) - {"efficacy_strict", "efficacy_tokens"}
+    assert len(absent) == 7
     assert all(found[name] is None for name in absent)
     with pytest.raises(ValueError, match="at least one"):
         Rate.of([])
@@ -455,19 +486,27 @@ def test_an_evaluation_holds_everything(editor, tokenizer):
     assert rows["ada"] == {
         "efficacy": ada[0].preferred,
         "efficacy_strict": ada[0].strict,
+        "efficacy_tokens": ada[0].tokens,
         "generalization": (ada[1].preferred + ada[2].preferred) / 2,
         "generalization_strict": (ada[1].strict + ada[2].strict) / 2,
+        "generalization_tokens": (ada[1].tokens + ada[2].tokens) / 2,
         "specificity": ada[3].preferred,
         "specificity_strict": (ada[3].strict + ada[4].strict) / 2,
+        "specificity_tokens": (ada[3].tokens + ada[4].tokens) / 2,
+        "generation": hits[0],
         "answer": found.answers["ada"],
     }
     assert rows["karo"] == {
         "efficacy": None,
         "efficacy_strict": found.scores[-1].strict,
+        "efficacy_tokens": found.scores[-1].tokens,
         "generalization": None,
         "generalization_strict": None,
+        "generalization_tokens": None,
         "specificity": None,
         "specificity_strict": None,
+        "specificity_tokens": None,
+        "generation": hits[1],
         "answer": found.answers["karo"],
     }
     data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
@@ -483,10 +522,35 @@ def test_an_evaluation_leaves_out_what_is_not_asked_for(editor):
     assert found.generation is None
     assert found.perplexity is None
     assert found.rows()["karo"]["answer"] is None
+    assert found.rows()["karo"]["generation"] is None
+    assert (found.fluency, found.consistency) == (None, None)
+    assert set(found.summary()) == {"rates", "generation", "perplexity"}
+    assert set(found.rates) == {
+        kind + suffix
+        for kind in ("efficacy", "generalization", "specificity")
+        for suffix in ("", "_strict", "_tokens")
+    }
     assert found.to_dict()["rates"]["specificity"] is None
     assert evaluate(editor, []).rows() == {}
     with pytest.raises(FactError, match="two facts have the id 'karo'"):
         evaluate(editor, [KARO, KARO])
+
+
+def test_a_judge_of_ones_own_decides_what_says_the_target(editor):
+    asked = []
+
+    def judge(prompt, answer, target):
+        asked.append((prompt, answer, target))
+        return target == "Velmish"
+
+    found = evaluate(editor, [ADA, KARO], judge=judge)
+    assert found.says_target == {"ada": True, "karo": False}
+    assert (found.generation.mean, found.generation.n) == (0.5, 2)
+    assert found.rows()["ada"]["generation"] is True
+    assert asked == [
+        ("The mother tongue of Ada Byron is", found.answers["ada"], "Velmish"),
+        ("Karo Dun works as a", found.answers["karo"], "sailor in London"),
+    ]
 
 
 def test_an_evaluation_sees_the_edit_and_base_weights_hide_it(editor):

@@ -38,6 +38,7 @@ def facts(draw):
         more_prompts=tuple(draw(st.lists(templates, max_size=2))),
         paraphrases=draw(lists),
         neighbours=tuple(draw(st.lists(st.builds(Probe, texts, optional), max_size=3))),
+        portability=tuple(draw(st.lists(st.builds(Probe, texts, texts), max_size=2))),
     )
 
 
@@ -105,11 +106,13 @@ def test_texts_are_stripped_and_slots_of_paraphrases_filled():
         more_prompts=["Find {} in "],
         paraphrases=["Where is {}? {} is in", " The Eternal City is in "],
         neighbours=["Milan is in ", {"prompt": " Oslo is in", "answer": "Norway "}],
+        portability=[{"prompt": "The language of Rome is ", "answer": " French"}],
     )
     assert (fact.subject, fact.target, fact.old_answer) == ("Rome", "France", "Italy")
     assert fact.prompts == ("{} lies in", "Find {} in")
     assert fact.paraphrases == ("Where is Rome? Rome is in", "The Eternal City is in")
     assert fact.neighbours == (Probe("Milan is in"), Probe("Oslo is in", "Norway"))
+    assert fact.portability == (Probe("The language of Rome is", "French"),)
     assert hash(fact) == hash(Fact.from_dict(fact.to_dict()))
 
 
@@ -126,7 +129,9 @@ def test_the_key_is_the_relation_or_else_the_prompt():
 
 
 def test_null_stands_for_a_field_left_out():
-    blank = dict.fromkeys(("id", "old_answer", "relation", "paraphrases", "neighbours"))
+    blank = dict.fromkeys(
+        ("id", "old_answer", "relation", "paraphrases", "neighbours", "portability")
+    )
     assert Fact.from_dict(ROME | blank) == Fact(**ROME)
 
 
@@ -187,6 +192,15 @@ BAD = {
     "neighbour's unknown field": (
         {"neighbours": [{"promt": "a"}]},
         ["unknown field neighbours[0].'promt' (did you mean 'prompt'?)"],
+    ),
+    "portability one text": ({"portability": "a"}, ["portability must be a list"]),
+    "portability without answer": (
+        {"portability": [{"prompt": "a", "answer": "b"}, {"prompt": "a"}]},
+        ["portability[1].answer is missing"],
+    ),
+    "portability's unknown field": (
+        {"portability": [{"prompt": "a", "anwser": "b"}]},
+        ["unknown field portability[0].'anwser' (did you mean 'answer'?)"],
     ),
     "id a number": ({"id": 7}, ["id must be text: write it in quotes"]),
     "id of blanks": ({"id": " "}, ["id is empty"]),

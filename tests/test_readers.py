@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -74,7 +75,6 @@ EASYEDIT_NESTED = EASYEDIT_CORE | {
     "ground_truth": ["Japan", "Nippon"],
     "rephrase_prompt": list(FACT.paraphrases),
     "locality": {"neighborhood": {"prompt": ["大阪 lies in"], "ground_truth": ["Japan"]}},
-    "portability": {"one": {"prompt": "ignored", "ground_truth": "ignored"}},
 }
 ZSRE = {
     "case_id": "17",
@@ -217,8 +217,75 @@ def test_counterfact_relation_and_neighbours():
     rewrite = COUNTERFACT["requested_rewrite"] | {"relation_id": "P17"}
     record = COUNTERFACT | {"requested_rewrite": rewrite, "neighborhood_prompts": ["a", "b"]}
     (fact,) = parse_records([record]).facts
+    assert fact.portability == ()
     assert fact.key == ("東京", "P17")
     assert fact.neighbours == (Probe("a", "Japan"), Probe("b", "Japan"))
+
+
+FOLLOWING = (Probe("Its money is the", "franc"), Probe("Its tongue is", "French"))
+PORTABILITY = {
+    "beside the prompt": {
+        "portability_prompt": [probe.prompt for probe in FOLLOWING],
+        "portability_ground_truth": [probe.answer for probe in FOLLOWING],
+    },
+    "named blocks": {
+        "portability": {
+            "one_hop": {"prompt": FOLLOWING[0].prompt, "ground_truth": FOLLOWING[0].answer},
+            "two_hop": {"prompt": [FOLLOWING[1].prompt], "ground_truth": [FOLLOWING[1].answer]},
+        }
+    },
+    "KnowEdit": {
+        "portability": {
+            "Reasoning": [
+                {"prompt": FOLLOWING[0].prompt, "ground_truth": [["franc", "the franc"], ["euro"]]},
+                {"prompt": "nobody knows", "ground_truth": []},
+            ],
+            "Logical_Generalization": [],
+            "Subject_Aliasing": [{"prompt": FOLLOWING[1].prompt, "ground_truth": "French"}],
+        },
+        "locality": {
+            "Forgetfulness": [{"prompt": "大阪 lies in", "ground_truth": [["Japan", "Nippon"]]}]
+        },
+        "locality_prompt": None,
+        "locality_ground_truth": None,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PORTABILITY)
+def test_easyedits_portability(name):
+    assert parse_records([EASYEDIT | PORTABILITY[name]]).facts == (
+        replace(FACT, portability=FOLLOWING),
+    )
+
+
+def test_zsre_with_the_portability_question_of_easyedit():
+    more = {"Recalled Relation": "x", "New Question": "Its money is the", "New Answer": "franc"}
+    (fact,) = parse_records([ZSRE | {"portability": more}]).facts
+    assert fact == replace(FACT, portability=FOLLOWING[:1])
+
+
+def test_portability_in_csv(write):
+    text = "subject,prompt,target,portability\nRome,{} is in,France,One => two | Three => four\n"
+    (fact,) = read_facts(write(text)).facts
+    assert fact.portability == (Probe("One", "two"), Probe("Three", "four"))
+    short = write(text.replace(" => four", ""))
+    assert message_of(short) == "record 0 (line 2): portability[1].answer is missing or empty: " + (
+        "expected text"
+    )
+
+
+def test_a_record_with_little_but_portability_is_told_apart():
+    probes = [{"prompt": "Its money is the", "answer": "franc"}]
+    assert parse_records([ROME | {"portability": probes}]).format == "native"
+    core = {"subject": "Rome", "prompt": "Rome is in", "target_new": "France"}
+    assert parse_records([core | PORTABILITY["KnowEdit"]]).format == "easyedit"
+
+
+def test_the_unrelated_question_of_zsre_gets_its_question_mark():
+    for raw in ("nq question: who wrote it", "nq question: who wrote it?"):
+        (fact,) = parse_records([ZSRE | {"loc": raw}]).facts
+        assert fact.neighbours == (Probe("nq question: who wrote it?", "Japan"),)
 
 
 @pytest.mark.parametrize("shape", FOREIGN)
@@ -484,6 +551,18 @@ BAD_RECORDS = {
     "easyedit, answers of other number": (
         EASYEDIT_NESTED | {"locality": {"ne\nar": {"prompt": ["a", "b"], "ground_truth": "c"}}},
         ["locality['ne\\nar'].ground_truth has 1 texts and prompt 2"],
+    ),
+    "easyedit, locality items of other kind": (
+        EASYEDIT_NESTED | {"locality": {"near": [{"prompt": "a"}, "b"]}},
+        ["locality['near'][1] must be a mapping"],
+    ),
+    "easyedit, portability a list": (
+        EASYEDIT | {"portability": ["a"]},
+        ["portability must be a mapping"],
+    ),
+    "easyedit, portability's answer a number": (
+        EASYEDIT | {"portability": {"r": [{"prompt": "a", "ground_truth": [[7]]}]}},
+        ["portability['r'][0].ground_truth[0][0] must be text"],
     ),
     "zsre, no question": (without(ZSRE, "src"), ["src is missing"]),
     "zsre, no alt": (without(ZSRE, "alt"), ["alt is missing"]),

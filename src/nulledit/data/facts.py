@@ -80,12 +80,12 @@ def as_template(prompt: str, subject: str, field: str) -> str:
 
 @dataclass(frozen=True)
 class Probe:
-    """A prompt about something else, whose answer must stay."""
+    """A further prompt and the answer that the edited model should give to it."""
 
     prompt: str
     """Full text, no slot."""
     answer: str | None = None
-    """What the model should go on saying; None where unknown."""
+    """What should follow; None where unknown."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", clean_text(self.prompt, "prompt"))
@@ -132,6 +132,8 @@ class Fact:
     """Full texts that ask the same, to evaluate on; a slot in them is filled in."""
     neighbours: tuple[Probe, ...] = ()
     """Prompts about something else whose answers must stay."""
+    portability: tuple[Probe, ...] = ()
+    """Prompts that follow from the fact, each with the answer it should have after the edit."""
 
     def __post_init__(self) -> None:
         subject = clean_text(self.subject, "subject")
@@ -163,10 +165,8 @@ class Fact:
             "paraphrases": tuple(
                 text.replace(SLOT, subject) for text in _texts(self.paraphrases, "paraphrases")
             ),
-            "neighbours": tuple(
-                Probe.from_value(item, f"neighbours[{i}]")
-                for i, item in enumerate(_items(self.neighbours, "neighbours"))
-            ),
+            "neighbours": _probes(self.neighbours, "neighbours"),
+            "portability": _probes(self.portability, "portability", answered=True),
         }
 
     @property
@@ -197,11 +197,12 @@ class Fact:
         for name in ("more_prompts", "paraphrases"):
             if getattr(self, name):
                 record[name] = list(getattr(self, name))
-        if self.neighbours:
-            record["neighbours"] = [
-                {"prompt": p.prompt} | ({} if p.answer is None else {"answer": p.answer})
-                for p in self.neighbours
-            ]
+        for name in ("neighbours", "portability"):
+            if probes := getattr(self, name):
+                record[name] = [
+                    {"prompt": p.prompt} | ({} if p.answer is None else {"answer": p.answer})
+                    for p in probes
+                ]
         return record
 
     @classmethod
@@ -240,6 +241,17 @@ def _items(value: object, field: str) -> Iterable[Any]:
 
 def _texts(value: object, field: str) -> list[str]:
     return [clean_text(item, f"{field}[{i}]") for i, item in enumerate(_items(value, field))]
+
+
+def _probes(value: object, field: str, *, answered: bool = False) -> tuple[Probe, ...]:
+    """The probes of `field`; an answer that is missing is an error if they must be `answered`."""
+    found = []
+    for i, item in enumerate(_items(value, field)):
+        probe = Probe.from_value(item, f"{field}[{i}]")
+        if answered:
+            clean_text(probe.answer, f"{field}[{i}].answer")
+        found.append(probe)
+    return tuple(found)
 
 
 def _check_target(target: str, old_answer: str | None) -> None:

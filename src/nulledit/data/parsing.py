@@ -23,7 +23,8 @@ MAX_YAML_DEPTH = 20  # libyaml's composer recurses in C: deep nesting would end 
 _YAML_TAGS = ("!", "tag:yaml.org,2002:str")  # both only say: this is text
 LIST_SEPARATOR = " | "
 ANSWER_SEPARATOR = " => "
-_CSV_LISTS = ("more_prompts", "paraphrases", "neighbours")
+_CSV_PROBES = ("neighbours", "portability")
+_CSV_LISTS = ("more_prompts", "paraphrases", *_CSV_PROBES)
 
 
 @dataclass(frozen=True)
@@ -258,8 +259,9 @@ def _csv_record(header: list[str], cells: list[str]) -> dict[str, Any]:
         if not cell.strip() and name not in REQUIRED:
             continue
         record[name] = cell.split(LIST_SEPARATOR) if name in _CSV_LISTS else cell
-    if "neighbours" in record:
-        record["neighbours"] = [_csv_probe(text) for text in record["neighbours"]]
+    for name in _CSV_PROBES:
+        if name in record:
+            record[name] = [_csv_probe(text) for text in record[name]]
     return record
 
 

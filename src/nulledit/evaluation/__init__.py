@@ -1,7 +1,9 @@
 """What a model makes of facts, of other text, and of itself: scores, answers, perplexity, drift."""
 
-from nulledit.evaluation.generation import contains, generate_answers
-from nulledit.evaluation.metrics import Rate, Score, rates, score
+from nulledit.evaluation.fluency import Writing, generation_entropy, write_texts
+from nulledit.evaluation.generation import contains, generate_answers, generate_texts
+from nulledit.evaluation.groups import by_age, by_relation, rates_by, rates_of_rows
+from nulledit.evaluation.metrics import Rate, Score, per_fact, rates, score
 from nulledit.evaluation.perplexity import Perplexity, perplexity, read_windows
 from nulledit.evaluation.preservation import (
     Preservation,
@@ -20,17 +22,26 @@ __all__ = [
     "Query",
     "Rate",
     "Score",
+    "Writing",
+    "by_age",
+    "by_relation",
     "contains",
     "evaluate",
     "generate_answers",
+    "generate_texts",
+    "generation_entropy",
     "paired_bootstrap",
+    "per_fact",
     "perplexity",
     "preservation",
     "preservation_report",
     "queries_of",
     "rates",
+    "rates_by",
+    "rates_of_rows",
     "read_windows",
     "score",
     "shipped_corpus",
     "shipped_text",
+    "write_texts",
 ]

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from nulledit.data.facts import quote
+from nulledit.errors import FactError
 from nulledit.models.layouts import frozen
 from nulledit.models.tokens import UNSPACED, RowEncoder, collate, context_length, pad_id
 
@@ -34,29 +44,56 @@ def generate_answers(
     """
     room = context_length(model.config) - max_new_tokens
     rows = [RowEncoder(tokenizer, max_length=room).encode(prompt).ids for prompt in prompts]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     stops = _stops(model, tokenizer)
     answers = [""] * len(rows)
-    with frozen(model), torch.no_grad(), _plain_generation(model):
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            batch = collate(
-                [rows[i] for i in part], pad_id=pad_id(tokenizer), device=weight.device, left=True
-            )
-            ids = model.generate(  # type: ignore[operator]
-                input_ids=batch.ids,
-                attention_mask=batch.mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=sorted(stops) or None,
-                pad_token_id=pad_id(tokenizer),
-            )
-            for i, new in zip(part, ids[:, batch.ids.shape[1] :].tolist(), strict=True):
-                answers[i] = _first_line(tokenizer, new, stops)
-            if progress:
-                progress(start + len(part), len(order))
+    for part in _batches(rows, batch_size, progress):
+        held = [rows[i] for i in part]
+        new = _continue(model, tokenizer, held, max_new_tokens, stops=sorted(stops))
+        for i, ids in zip(part, new, strict=True):
+            answers[i] = _first_line(tokenizer, ids, stops)
     return answers
+
+
+def generate_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    length: int = 100,
+    top_k: int = 5,
+    seed: int = 0,
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """A sampled text of `length` tokens for each prompt, which it begins with.
+
+    Each token is drawn from the `top_k` likeliest ones by their probabilities; an end-of-text token
+    does not end the text (and is left out of it), as in ROME's and MEMIT's generation. A prompt's
+    draws come from `seed` and the prompt itself, so a text depends neither on the other prompts nor
+    on the batch, and two models are compared under the same draws. Raises FactError for a prompt of
+    `length` tokens or more.
+    """
+    length = min(length, context_length(model.config))
+    rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    for prompt, ids in zip(prompts, rows, strict=True):
+        if len(ids) >= length:
+            raise FactError(
+                f"prompt of {len(ids)} tokens leaves no room in a text of {length}: shorten it "
+                f"(found {quote(prompt)})"
+            )
+    texts = [""] * len(rows)
+    for part in _batches(rows, batch_size, progress):
+        held = [rows[i] for i in part]
+        draw = TopK([_generator(seed, prompts[i]) for i in part], top_k)
+        new = _continue(model, tokenizer, held, length - min(map(len, held)), draw=draw)
+        for i, more in zip(part, new, strict=True):
+            texts[i] = _decode(tokenizer, [*rows[i], *more][:length])
+    return texts
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[int, ...]:
+    """Token ids of a prompt to go on from, of any length."""
+    return RowEncoder(tokenizer, max_length=sys.maxsize).encode(prompt).ids
 
 
 def contains(answer_text: str, target: str) -> bool:
@@ -93,10 +130,79 @@ def _ends_word(text: str, at: int) -> bool:
     return any(unicodedata.name(c, "").startswith(_OPEN) for c in text[at - 1 : at + 1])
 
 
+def _batches(
+    rows: Sequence[tuple[int, ...]], size: int, progress: Callable[[int, int], None] | None
+) -> Iterator[list[int]]:
+    """Indices of rows of like length, `size` at a time; `progress` is told as each is done."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+        if progress:
+            progress(min(start + size, len(order)), len(order))
+
+
+def _continue(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[tuple[int, ...]],
+    new_tokens: int,
+    *,
+    stops: list[int] | None = None,
+    draw: LogitsProcessor | None = None,
+) -> list[list[int]]:
+    """The ids that the model puts behind each row: the likeliest ones, or those that `draw` leaves.
+
+    At most `new_tokens` a row; all of them without `stops`.
+    """
+    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    batch = collate(rows, pad_id=pad_id(tokenizer), device=weight.device, left=True)
+    with frozen(model), torch.no_grad(), _plain_generation(model):
+        ids = model.generate(  # type: ignore[operator]
+            input_ids=batch.ids,
+            attention_mask=batch.mask,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=stops or None,
+            pad_token_id=pad_id(tokenizer),
+            logits_processor=LogitsProcessorList([draw] if draw else []),
+        )
+    new: list[list[int]] = ids[:, batch.ids.shape[1] :].tolist()
+    return new
+
+
+class TopK(LogitsProcessor):
+    """Leaves one of the k likeliest tokens, drawn by its probability among them, row by row.
+
+    The largest of log-probability + Gumbel noise is such a draw. Noise goes by rank and comes from
+    a row's own generator, so that a row's draws are its own in any batch.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator], k: int):
+        self.generators, self.k = generators, k
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """`scores` [rows, vocabulary] with all but the drawn token at -inf."""
+        top = scores.topk(min(self.k, scores.shape[-1]), dim=-1)
+        waits = [torch.empty(self.k).exponential_(generator=g) for g in self.generators]
+        noise = -torch.stack(waits).log()[:, : top.values.shape[1]].to(top.values.device)
+        chosen = (top.values.float() + noise).argmax(-1, keepdim=True)
+        left = torch.full_like(scores, -torch.inf)
+        return left.scatter(-1, top.indices.gather(-1, chosen), 0.0)
+
+
+def _generator(seed: int, prompt: str) -> torch.Generator:
+    digest = sha256(f"{seed}\0{prompt}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+
+
 def _first_line(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: set[int]) -> str:
     end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
-    text = tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return str(text).split("\n", 1)[0].strip()
+    return _decode(tokenizer, ids[:end]).split("\n", 1)[0].strip()
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(text)
 
 
 def _stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

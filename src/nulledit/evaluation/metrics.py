@@ -1,4 +1,4 @@
-"""Preference and strict accuracy of answers, and their rates over facts."""
+"""Preference, strict and token accuracy of answers, and their rates over facts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import Row, RowEncoder, chunks_by_length, collate
 
 LOGIT_POSITIONS = 512  # positions whose logits are held at once: 100 MB of float32 for 49,152 ids
-MEASURES = tuple(kind + suffix for kind in KINDS for suffix in ("", "_strict"))
+MEASURES = tuple(kind + suffix for kind in KINDS for suffix in ("", "_strict", "_tokens"))
+"""Of every evaluation; those of other kinds of queries come behind, where there are any."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class Score:
     """CounterFact's score: the answer is likelier per token than the other; None without one."""
     strict: bool
     """Every token of the answer is the likeliest one after the prompt and the tokens before it."""
+    tokens: float
+    """zsRE's score: the share of the answer's tokens that are the likeliest ones, 0 to 1. A token
+    in front of the text (beginning of sequence) is never the answer's."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Rate:
     """A mean over facts."""
 
     mean: float
-    """Share, 0 to 1."""
+    """Share, 0 to 1; bits for fluency."""
     standard_error: float
     """s/√n with s the standard deviation over facts (n − 1); nan for one fact."""
     n: int
@@ -79,7 +83,7 @@ def score(
     rows = list(dict.fromkeys(row for pair in wanted for row in pair if row))
     carried = _carried(rows)
     inputs = list(carried)
-    found: dict[Row, tuple[float, bool]] = {}
+    found: dict[Row, tuple[float, float]] = {}
     with frozen(model.model), torch.no_grad():
         for chunk in chunks_by_length([len(ids) for ids in inputs], positions):
             found.update(_score_rows(model, {inputs[i]: carried[inputs[i]] for i in chunk}, pad_id))
@@ -87,10 +91,10 @@ def score(
                 progress(len(found), len(rows))
     scores = []
     for query, (row, other) in zip(queries, wanted, strict=True):
-        nll, strict = found[row]
+        nll, tokens = found[row]
         other_nll = found[other][0] if other else None
         preferred = None if other_nll is None else nll < other_nll
-        scores.append(Score(query, nll, other_nll, preferred, strict))
+        scores.append(Score(query, nll, other_nll, preferred, tokens == 1, tokens))
     return scores
 
 
@@ -98,14 +102,15 @@ def per_fact(scores: Iterable[Score]) -> dict[str, dict[str, float]]:
     """For each measure ("efficacy", "efficacy_strict", ...), fact id -> mean over its queries.
 
     A fact without a query of that kind (or, for preference, without another answer to any of them)
-    is not in the measure's dictionary.
+    is not in the measure's dictionary. Measures beyond `MEASURES` are there if a fact has them.
     """
-    values: dict[str, dict[str, list[bool]]] = {measure: {} for measure in MEASURES}
+    values: dict[str, dict[str, list[float]]] = {measure: {} for measure in MEASURES}
     for item in scores:
         kind, fact = item.query.kind, item.query.fact_id
-        values[f"{kind}_strict"].setdefault(fact, []).append(item.strict)
-        if item.preferred is not None:
-            values[kind].setdefault(fact, []).append(item.preferred)
+        told = {kind: item.preferred, f"{kind}_strict": item.strict, f"{kind}_tokens": item.tokens}
+        for measure, value in told.items():
+            if value is not None:
+                values.setdefault(measure, {}).setdefault(fact, []).append(value)
     return {
         measure: {fact: statistics.fmean(held) for fact, held in facts.items()}
         for measure, facts in values.items()
@@ -170,8 +175,8 @@ def _carried(rows: Sequence[Row]) -> dict[tuple[int, ...], list[Row]]:
 
 def _score_rows(
     model: PartialModel, carried: dict[tuple[int, ...], list[Row]], pad_id: int
-) -> dict[Row, tuple[float, bool]]:
-    """Each row's mean loss over its target, and whether all the target's tokens are likeliest."""
+) -> dict[Row, tuple[float, float]]:
+    """Each row's mean loss over its target, and the share of its tokens that are likeliest."""
     batch = collate(list(carried), pad_id=pad_id, device=model.device)
     normed = model.run_normed(batch)  # [inputs, length, d]
     rows = [(i, row) for i, group in enumerate(carried.values()) for row in group]
@@ -181,4 +186,4 @@ def _score_rows(
     targets = torch.tensor([token for _, row in rows for token in row.target_ids])
     losses, hits = token_losses(model, normed[at_input, at], targets)
     parts = zip(rows, losses.split(lengths), hits.split(lengths), strict=True)
-    return {row: (float(loss.mean()), bool(hit.all())) for (_, row), loss, hit in parts}
+    return {row: (float(loss.mean()), int(hit.sum()) / len(hit)) for (_, row), loss, hit in parts}

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Literal
 
-from nulledit.data.facts import Fact
+from nulledit.data.facts import Fact, Probe, quote
+from nulledit.errors import FactError
+from nulledit.evaluation.generation import contains
+from nulledit.evaluation.preservation import shipped_text
+from nulledit.models.tokens import join_target
 
-Kind = Literal["efficacy", "generalization", "specificity"]
+Kind = Literal[
+    "efficacy",
+    "generalization",
+    "specificity",
+    "portability",
+    "efficacy_distracted",
+    "specificity_distracted",
+]
 KINDS: tuple[Kind, ...] = ("efficacy", "generalization", "specificity")
+MORE_KINDS: tuple[Kind, ...] = ("portability", "efficacy_distracted", "specificity_distracted")
+"""Only measured where facts have such prompts, or on request."""
+MIN_WORDS = 6  # of a sentence that distracts
 
 
 @dataclass(frozen=True)
@@ -18,7 +35,8 @@ class Query:
     fact_id: str
     """The fact that is asked about."""
     kind: Kind
-    """efficacy: the fact's own prompt; generalization: a paraphrase; specificity: a neighbour."""
+    """efficacy: the fact's own prompt; generalization: a paraphrase; specificity: a neighbour;
+    portability: what follows from the fact; distracted: behind another text."""
     prompt: str
     """Full text, no slot."""
     answer: str
@@ -27,23 +45,80 @@ class Query:
     """What should be less likely than `answer`; None where no such answer is known."""
 
 
-def queries_of(fact: Fact) -> tuple[Query, ...]:
-    """What CounterFact (arXiv:2202.05262) asks about `fact`.
+def queries_of(
+    fact: Fact, *, distract: bool = False, texts: Sequence[str] | None = None
+) -> tuple[Query, ...]:
+    """What CounterFact (arXiv:2202.05262) asks about `fact`, and what follows from it.
 
     The target stands against the old answer on the fact's own prompt and on its paraphrases. A
     neighbour's answer stands against the target; a neighbour that has the target for an answer has
-    nothing to stand against, and neighbours without an answer are left out.
+    nothing to stand against, and neighbours without an answer are left out. What follows from the
+    fact stands against nothing.
+
+    `distract` asks again behind a text: the fact's own prompt behind one of `texts` (by default
+    sentences of the text that comes with the package) that has nothing to do with it, and its
+    neighbours' behind the edited statement, as CounterFact+ (arXiv:2305.17553) does.
     """
+    prompt = fact.render(fact.prompt)
     queries = [
-        Query(fact.id, "efficacy", fact.render(fact.prompt), fact.target, fact.old_answer),
+        Query(fact.id, "efficacy", prompt, fact.target, fact.old_answer),
         *(
             Query(fact.id, "generalization", text, fact.target, fact.old_answer)
             for text in fact.paraphrases
         ),
+        *(
+            Query(fact.id, "specificity", text, answer, _rival(fact, answer))
+            for text, answer in _answered(fact.neighbours)
+        ),
+        *(
+            Query(fact.id, "portability", text, answer, None)
+            for text, answer in _answered(fact.portability)
+        ),
     ]
-    for probe in fact.neighbours:
-        if probe.answer is not None:
-            same = probe.answer.casefold() == fact.target.casefold()
-            other = None if same else fact.target
-            queries.append(Query(fact.id, "specificity", probe.prompt, probe.answer, other))
+    if distract:
+        before = unrelated(fact, shipped_sentences() if texts is None else texts)
+        text = join_target(before, prompt)
+        queries.append(Query(fact.id, "efficacy_distracted", text, fact.target, fact.old_answer))
+        for neighbour, answer in _answered(fact.neighbours):
+            text, other = join_target(statement(fact), neighbour), _rival(fact, answer)
+            queries.append(Query(fact.id, "specificity_distracted", text, answer, other))
     return tuple(queries)
+
+
+def statement(fact: Fact) -> str:
+    """The edited fact as a sentence: its prompt with the target and a full stop."""
+    text = join_target(fact.render(fact.prompt), fact.target)
+    return text if text.endswith((".", "!", "?", "。")) else text + "."
+
+
+def unrelated(fact: Fact, texts: Sequence[str]) -> str:
+    """The one of `texts` that a hash of the fact's id falls on, or the next one that suits.
+
+    A text suits that names neither the subject nor the target nor the old answer. FactError if none
+    does.
+    """
+    names = [name for name in (fact.subject, fact.target, fact.old_answer) if name]
+    start = int.from_bytes(sha256(fact.id.encode()).digest()[:8]) % max(len(texts), 1)
+    for text in (*texts[start:], *texts[:start]):
+        if not any(contains(text, name) for name in names):
+            return text.strip()
+    raise FactError(
+        f"fact {quote(fact.id)}: none of {len(texts)} texts to distract with is free of "
+        f"{', '.join(map(quote, names))}: give others"
+    )
+
+
+def shipped_sentences() -> tuple[str, ...]:
+    """Sentences of the text that comes with the package, to distract with."""
+    sentences = re.split(r"(?<=[.!?])\s+", shipped_text())
+    return tuple(text for text in sentences if len(text.split()) >= MIN_WORDS)
+
+
+def _answered(probes: Sequence[Probe]) -> Iterator[tuple[str, str]]:
+    """Prompt and answer of those that have one."""
+    return ((p.prompt, p.answer) for p in probes if p.answer is not None)
+
+
+def _rival(fact: Fact, answer: str) -> str | None:
+    """What a neighbour's answer stands against."""
+    return None if answer.casefold() == fact.target.casefold() else fact.target

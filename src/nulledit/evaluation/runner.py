@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -13,16 +13,19 @@ import numpy as np
 from nulledit.data.facts import Fact, quote
 from nulledit.editor import Editor
 from nulledit.errors import FactError
+from nulledit.evaluation.fluency import Writing, write_texts
 from nulledit.evaluation.generation import contains, generate_answers
-from nulledit.evaluation.metrics import MEASURES, Rate, Score, per_fact, rates, score
+from nulledit.evaluation.metrics import Rate, Score, per_fact, rates, score
 from nulledit.evaluation.perplexity import Perplexity, perplexity
-from nulledit.evaluation.protocols import queries_of
+from nulledit.evaluation.protocols import queries_of, shipped_sentences
 from nulledit.models.tokens import pad_id
 
 CPU_POSITIONS = 512  # small chunks stay in a processor's cache
 ACCELERATOR_POSITIONS = 8192
 
 Progress = Callable[[str, int, int], None]
+Judge = Callable[[str, str, str], bool]
+"""Prompt, what the model said, target -> whether that says the target."""
 
 
 @dataclass(frozen=True)
@@ -34,25 +37,47 @@ class Evaluation:
     answers: dict[str, str]
     """Fact id -> what the model says by itself after the fact's prompt; empty if not asked for."""
     rates: dict[str, Rate | None]
-    """Preference and strict rates; None where the facts lack what the measure needs."""
+    """Preference, strict and token rates; None where the facts lack what the measure needs."""
     generation: Rate | None
-    """Share of facts whose target is in what the model says; None if not asked for."""
+    """Share of facts whose target the model says by itself; None if not asked for."""
     perplexity: Perplexity | None
     """Of the given windows; None if there were none."""
+    says_target: dict[str, bool] = field(default_factory=dict)
+    """Fact id -> the judge's word on the answer; empty if not asked for."""
+    writing: Writing | None = None
+    """Longer texts; None if not asked for."""
+
+    @property
+    def fluency(self) -> Rate | None:
+        """Entropy of longer texts, bits, over facts; None if not asked for."""
+        return _rate(self.writing.fluency) if self.writing else None
+
+    @property
+    def consistency(self) -> Rate | None:
+        """TF-IDF cosine of longer texts with references, over facts that have them."""
+        return _rate(self.writing.consistency) if self.writing else None
 
     def summary(self) -> dict[str, Any]:
-        """Rates, generation and perplexity as plain data for JSON; nan and infinity are None."""
-        return {
+        """Rates, generation and perplexity as plain data for JSON; nan and infinity are None.
+
+        Fluency and consistency are there if longer texts were asked for.
+        """
+        told: dict[str, Any] = {
             "rates": {name: _plain(rate) for name, rate in self.rates.items()},
             "generation": _plain(self.generation),
             "perplexity": _plain(self.perplexity),
         }
+        if self.writing:
+            told["fluency"], told["consistency"] = _plain(self.fluency), _plain(self.consistency)
+        return told
 
     def to_dict(self) -> dict[str, Any]:
-        """The summary, every answer and every score as plain data for JSON."""
+        """The summary, every answer, text and score as plain data for JSON."""
+        texts = self.writing.texts if self.writing else {}
         return {
             **self.summary(),
             "answers": dict(self.answers),
+            **({"texts": {i: list(found) for i, found in texts.items()}} if texts else {}),
             "scores": [_plain(item) for item in self.scores],
         }
 
@@ -60,14 +85,18 @@ class Evaluation:
         """Fact id -> one value per measure, and "answer".
 
         Efficacy is True or False, the others are shares of the fact's prompts; None where the fact
-        lacks what the measure needs. "answer" is None if generation was not asked for.
+        lacks what the measure needs. "answer", and the judge's "generation" of it, are None if
+        generation was not asked for; "fluency" and "consistency" are there if they were.
         """
-        values = per_fact(self.scores)
+        values: dict[str, Mapping[str, float]] = dict(per_fact(self.scores))
+        if self.writing:
+            values |= {"fluency": self.writing.fluency, "consistency": self.writing.consistency}
         rows: dict[str, dict[str, Any]] = {}
         for fact_id in dict.fromkeys(item.query.fact_id for item in self.scores):
-            row: dict[str, Any] = {measure: values[measure].get(fact_id) for measure in MEASURES}
+            row: dict[str, Any] = {measure: held.get(fact_id) for measure, held in values.items()}
             for measure in ("efficacy", "efficacy_strict"):
                 row[measure] = None if row[measure] is None else row[measure] == 1
+            row["generation"] = self.says_target.get(fact_id)
             rows[fact_id] = {**row, "answer": self.answers.get(fact_id)}
         return rows
 
@@ -78,20 +107,28 @@ def evaluate(
     *,
     windows: Sequence[Sequence[int]] | None = None,
     generate: bool = True,
+    judge: Judge | None = None,
+    distract: bool = False,
+    distractors: Sequence[str] | None = None,
+    fluency: bool = False,
+    references: Mapping[str, Sequence[str]] | None = None,
+    seed: int = 0,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Evaluate the editor's model, as it is now, on `facts`.
 
-    `windows` of token ids are for perplexity. For the model before its edits, call this inside
-    `with editor.base_weights():`. `progress` is told the stage ("scores", "answers", "perplexity"),
-    what is done and what there is in all. Raises FactError for an id used twice.
+    `windows` of token ids are for perplexity. `judge` says whether an answer says the target; by
+    default whether it contains it. `distract` asks again behind other texts (`queries_of`). With
+    `fluency`, or `references` for consistency, the model writes longer texts, drawn by `seed`
+    (`write_texts`). For the model before its edits, call this inside
+    `with editor.base_weights():`. `progress` is told the stage ("scores", "answers", "texts",
+    "perplexity"), what is done and what there is in all. Raises FactError for an id used twice.
     """
-    ids = [fact.id for fact in facts]
-    if len(set(ids)) < len(ids):
-        twice = next(i for i in ids if ids.count(i) > 1)
-        raise FactError(f"two facts have the id {quote(twice)}: results are kept by id")
+    _refuse_twins(facts)
     padding = pad_id(editor.tokenizer)
-    queries = [query for fact in facts for query in queries_of(fact)]
+    if distract and distractors is None:
+        distractors = shipped_sentences()
+    queries = [q for fact in facts for q in queries_of(fact, distract=distract, texts=distractors)]
     scores = score(
         editor.partial,
         editor.encoder,
@@ -100,24 +137,25 @@ def evaluate(
         positions=CPU_POSITIONS if editor.partial.device.type == "cpu" else ACCELERATOR_POSITIONS,
         progress=_stage(progress, "scores"),
     )
-    answers: dict[str, str] = {}
-    if generate:
-        prompts = [fact.render(fact.prompt) for fact in facts]
-        said = generate_answers(
-            editor.model, editor.tokenizer, prompts, progress=_stage(progress, "answers")
-        )
-        answers = dict(zip(ids, said, strict=True))
-    found = [float(contains(answers[fact.id], fact.target)) for fact in facts if generate]
+    answers = _answers(editor, facts, _stage(progress, "answers")) if generate else {}
+    says = _judged(facts, answers, judge or _contained)
+    writing = None
+    if fluency or references is not None:
+        stage = _stage(progress, "texts")
+        place = (editor.model, editor.tokenizer)
+        writing = write_texts(*place, facts, references=references, seed=seed, progress=stage)
+    surprise = None
+    if windows:
+        stage = _stage(progress, "perplexity")
+        surprise = perplexity(editor.partial, windows, padding, progress=stage)
     return Evaluation(
         scores=tuple(scores),
         answers=answers,
         rates=rates(scores),
-        generation=Rate.of(found) if found else None,
-        perplexity=perplexity(
-            editor.partial, windows, padding, progress=_stage(progress, "perplexity")
-        )
-        if windows
-        else None,
+        generation=_rate(says),
+        perplexity=surprise,
+        says_target=says,
+        writing=writing,
     )
 
 
@@ -144,6 +182,37 @@ def paired_bootstrap(
         means[start : start + size] = difference[random.integers(n, size=(size, n))].mean(1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(difference.mean()), float(low), float(high)
+
+
+def _refuse_twins(facts: Sequence[Fact]) -> None:
+    ids = [fact.id for fact in facts]
+    if len(set(ids)) < len(ids):
+        twice = next(i for i in ids if ids.count(i) > 1)
+        raise FactError(f"two facts have the id {quote(twice)}: results are kept by id")
+
+
+def _answers(
+    editor: Editor, facts: Sequence[Fact], progress: Callable[[int, int], None] | None
+) -> dict[str, str]:
+    prompts = [fact.render(fact.prompt) for fact in facts]
+    said = generate_answers(editor.model, editor.tokenizer, prompts, progress=progress)
+    return {fact.id: answer for fact, answer in zip(facts, said, strict=True)}
+
+
+def _judged(facts: Sequence[Fact], answers: Mapping[str, str], judge: Judge) -> dict[str, bool]:
+    return {
+        fact.id: bool(judge(fact.render(fact.prompt), answers[fact.id], fact.target))
+        for fact in facts
+        if fact.id in answers
+    }
+
+
+def _contained(prompt: str, answer: str, target: str) -> bool:
+    return contains(answer, target)
+
+
+def _rate(values: Mapping[str, float]) -> Rate | None:
+    return Rate.of([float(value) for value in values.values()]) if values else None
 
 
 def _stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
