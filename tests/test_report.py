@@ -1,12 +1,13 @@
 """Tables, figures and the page of a run."""
 
-import io
 import json
 
 import pytest
 
-from nulledit.report.figures import rate_rows, rates_figure
+from nulledit.report.figures import figure_of
+from nulledit.report.images import as_png, as_svg
 from nulledit.report.page import report_page
+from nulledit.report.rates import rate_rows, rates_spec
 from nulledit.report.run import as_json, read_lines, write, write_run
 from nulledit.report.tables import as_markdown, as_text, preservation_table, rates_table
 from nulledit.report.text import markdown, plain, shorten, width
@@ -143,17 +144,29 @@ def test_rounding_is_shown_where_there_is_some():
 
 def test_a_figure_has_its_numbers_and_saves_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    rows = rate_rows({"before": side(0.04), "after": side(1.0)})
-    assert len(rows) == 8  # two metrics of three, two scores, two sides
-    figure = rates_figure(rows)
+    sides = {"before": side(0.04), "after": side(1.0)}
+    assert len(rate_rows(sides)) == 8  # two metrics of three, two scores, two sides
+    spec = rates_spec(sides)
+    figure = figure_of(spec, spec.points)
     assert len(figure.axes) == 2
-    assert len(figure.axes[0].patches) == 4
-    figure.savefig(io.BytesIO(), format="svg")
+    heights = [bar.get_height() for bar in figure.axes[0].patches]
+    assert heights == [4.0, 75.0, 100.0, 75.0]  # side by side, metric by metric
+    as_svg(figure)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_figure_of_nothing_is_drawn():
-    rates_figure([]).savefig(io.BytesIO(), format="png")
+    spec = rates_spec({})
+    assert as_png(figure_of(spec, spec.points)).startswith(b"\x89PNG")
+
+
+def test_rates_of_further_prompts_have_their_rows():
+    more = side(1.0)
+    more["rates"] |= {"portability": rate(0.5), "efficacy_tokens": rate(0.9)}
+    _, rows = rates_table({"after": more})
+    labels = [row[0] for row in rows]
+    assert "portability, preference (%)" in labels
+    assert not any("tokens" in label for label in labels)
 
 
 def test_the_page_shows_answers_and_tables():

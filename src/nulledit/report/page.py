@@ -1,9 +1,9 @@
-"""The page of a run, in Markdown."""
+"""The page of a run or a study, in Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nulledit.report.tables import (
     ABSENT,
@@ -13,8 +13,12 @@ from nulledit.report.tables import (
     preservation_table,
     rates_table,
 )
-from nulledit.report.text import count, markdown
+from nulledit.report.text import count, markdown, plain, shorten
 
+if TYPE_CHECKING:
+    from nulledit.report.study import Example, FigureSpec, Study, StudyTable
+
+LONGEST = 300  # columns of a generated text
 SHOWN = 25  # facts whose answers stand on the page
 
 
@@ -32,6 +36,60 @@ def report_page(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) 
         mine = [line for line in lines if line["run"] == run["run"]]
         parts += _run(run, mine, last=run is summary["runs"][-1])
     return "\n\n".join(parts) + "\n"
+
+
+def study_page(study: Study) -> str:
+    """A study as a page, its figures beside it in `figures/`."""
+    from nulledit.report.words import chosen_examples, sentence
+
+    parts = [
+        f"# {markdown(study.title)}",
+        markdown(study.question),
+        markdown(sentence(study)),
+        "\n".join(f"- {markdown(notice)}" for notice in study.notices),
+    ]
+    for title, said in (("It shows", study.shows), ("It cannot show", study.cannot_show)):
+        if said:
+            parts.append(f"**{title}:** {markdown(said)}")
+    for table in study.tables:
+        parts += _study_table(table)
+    for spec in study.figures:
+        parts += _study_figure(spec)
+    for title, examples in chosen_examples(study.examples):
+        parts += [f"## {title}", _examples(examples)]
+    parts.append("Settings, environment and every number are in `study.json` and `figures/`.")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _study_table(table: StudyTable) -> list[str]:
+    from nulledit.report.cells import notes, shown, study_table
+
+    left = {i for i, cells in enumerate(zip(*shown(table), strict=True)) if not cells[0].numeric}
+    said = ". ".join(part for part in (table.caption.rstrip("."), *notes(table)) if part)
+    return [
+        f"## {markdown(table.title)}",
+        as_markdown(study_table(table), left=left),
+        markdown(said) + ".",
+    ]
+
+
+def _study_figure(spec: FigureSpec) -> list[str]:
+    from nulledit.report.words import figure_caption
+
+    caption = markdown(figure_caption(spec))
+    return [
+        f"![{caption}](figures/{spec.name}.png)",
+        f"{caption} [CSV](figures/{spec.name}.csv)",
+    ]
+
+
+def _examples(examples: Sequence[Example]) -> str:
+    rows: list[Sequence[str]] = [
+        [shorten(plain(c), LONGEST) for c in (e.arm, e.prompt, e.target, *map(_said, said))]
+        for e in examples
+        for said in [(e.before, e.after)]
+    ]
+    return as_markdown((["arm", "prompt", "target", "before", "after"], rows), left=5)
 
 
 def answers_table(lines: Sequence[Mapping[str, Any]], most: int = SHOWN) -> Table:

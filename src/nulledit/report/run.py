@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -12,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import nulledit
 from nulledit.errors import LedgerError
-from nulledit.files import replacing
-from nulledit.report.figures import rate_rows, rates_figure
+from nulledit.report.figures import figure_of
+from nulledit.report.images import as_png, as_svg
 from nulledit.report.page import report_page
+from nulledit.report.rates import rate_rows, rates_spec
+from nulledit.report.writing import as_json, write
 
 if TYPE_CHECKING:
     from nulledit.editor import Editor
@@ -120,33 +121,12 @@ def write_run(
     write(folder / "summary.json", as_json(summary))  # last: it counts the run
 
 
-def write(file: Path, content: str | bytes) -> None:
-    """Write whole or not at all; what UTF-8 can't hold is escaped."""
-    raw = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
-    with replacing(file) as partial:
-        partial.write_bytes(raw)
-
-
-def as_json(value: Any, *, indent: int | None = 2) -> str:
-    """JSON text in one document or line; numbers that are not finite are null."""
-    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
-
-
 def _write_figure(folder: Path, sides: Mapping[str, Mapping[str, Any]]) -> None:
     rows = rate_rows(sides)
     head = ("metric", "score", "side", "mean", "standard_error", "n")
     cells = [["" if row[name] is None else str(row[name]) for name in head] for row in rows]
     write(folder / "figure.csv", "".join(",".join(c) + "\n" for c in (head, *cells)))
-    figure = rates_figure(rows)
-    for kind in ("png", "svg"):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind, dpi=160)
-        write(folder / f"figure.{kind}", buffer.getvalue())
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and value - value != 0 else value
+    spec = rates_spec(sides)
+    figure = figure_of(spec, spec.points)
+    write(folder / "figure.png", as_png(figure))
+    write(folder / "figure.svg", as_svg(figure))

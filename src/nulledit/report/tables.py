@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from nulledit.report.text import markdown, plain, shorten, width
@@ -33,10 +33,11 @@ def as_text(table: Table, *, left: int = 1, most: int = 60) -> str:
     return "\n".join(lines)
 
 
-def as_markdown(table: Table, *, left: int = 1) -> str:
-    """The same table in Markdown."""
+def as_markdown(table: Table, *, left: int | Collection[int] = 1) -> str:
+    """The same table in Markdown; the first `left` columns, or those given, stand left."""
     head, rows = table
-    rule = ["---" if i < left else "---:" for i in range(len(head))]
+    at_left = range(left) if isinstance(left, int) else left
+    rule = ["---" if i in at_left else "---:" for i in range(len(head))]
     lines = [[markdown(c) for c in head], rule, *([markdown(c) for c in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -62,6 +63,9 @@ def rates_table(sides: Mapping[str, Mapping[str, Any]]) -> Table:
         for key, label in ((name, "preference"), (f"{name}_strict", "strict")):
             rates = [side["rates"].get(key) for side in sides.values()]
             rows.append([f"{name}, {label} (%)", *map(percent, rates), _count(rates)])
+    for key in _others(sides):
+        rates = [side["rates"].get(key) for side in sides.values()]
+        rows.append([f"{_label(key)} (%)", *map(percent, rates), _count(rates)])
     generation = [side.get("generation") for side in sides.values()]
     rows.append(["answer contains the target (%)", *map(percent, generation), _count(generation)])
     texts = [side.get("perplexity") for side in sides.values()]
@@ -88,6 +92,18 @@ def preservation_table(layers: Sequence[Mapping[str, Any]]) -> Table:
         head.append("rounding/‖Δ‖")
         rows = [[*r, number(x["rounding_share"])] for r, x in zip(rows, layers, strict=True)]
     return head, rows
+
+
+def _others(sides: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Preference and strict rates of further kinds of prompts, where there are any."""
+    known = {name + suffix for name in METRICS for suffix in ("", "_strict")}
+    found = {k: None for side in sides.values() for k, rate in side["rates"].items() if rate}
+    return [key for key in found if key not in known and not key.endswith("_tokens")]
+
+
+def _label(key: str) -> str:
+    kind = key.removesuffix("_strict")
+    return f"{kind.replace('_', ' ')}, {'preference' if kind == key else 'strict'}"
 
 
 def _number_plus_minus(value: float | None, error: float | None) -> str:

@@ -1,0 +1,295 @@
+"""What stands in one panel: lines, bars, clouds of points, intervals."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from nulledit.report.colours import Style, is_unedited, plain_name
+from nulledit.report.text import plain
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from nulledit.report.study import Point
+
+Look = Mapping[str, Style]
+FEW = 14  # bars that have room for their number
+NORMAL = 1.959964  # 97.5 % point
+
+
+def lines(axes: Axes, rows: Sequence[Point], look: Look, lying: bool = False) -> None:
+    """A line with error bars per series; the unedited model as a grey line with a band."""
+    del lying
+    places, names = positions(rows)
+    span = max(places.values(), default=0) - min(places.values(), default=0)
+    shown = [name for name in look if not _reference(name)]
+    step = 0.006 * span if _evenly(rows) else 0.0  # side by side, so that error bars are seen
+    for i, (name, style) in enumerate(look.items()):
+        mine = [row for row in rows if row.series == name]
+        if not mine:
+            continue
+        if _reference(name):
+            _band(axes, mine, places, literal(name))
+            continue
+        shift = (shown.index(name) - (len(shown) - 1) / 2) * step
+        axes.errorbar(
+            [places[row.x] + shift for row in mine],
+            [_number(row.y) for row in mine],
+            [row.error or 0 for row in mine] if any(row.error for row in mine) else None,
+            color=style.colour,
+            marker=style.marker,
+            elinewidth=0.9,
+            label=literal(name),
+            zorder=3 + i / 100,
+        )
+    _ticks(axes, places, names)
+
+
+def bars(axes: Axes, rows: Sequence[Point], look: Look, lying: bool = False) -> None:
+    """Grouped bars, upright or lying; the unedited model as a grey line through each group."""
+    categories = list(dict.fromkeys(row.x for row in rows))
+    shown = [name for name in look if not _reference(name)]
+    thick = 0.8 / max(1, len(shown))
+    draw = axes.barh if lying else axes.bar
+    many = len(categories) * len(shown) > FEW
+    for name, style in look.items():
+        mine = [row for row in rows if row.series == name and row.y is not None]
+        middle = [categories.index(row.x) for row in mine]
+        heights = [_number(row.y) for row in mine]
+        if _reference(name):
+            _through(axes, middle, mine, literal(name), lying)
+            continue
+        at = [m + (shown.index(name) - (len(shown) - 1) / 2) * thick for m in middle]
+        draw(at, heights, 0.92 * thick, color=style.colour, label=literal(name))
+        ends = [row.error or 0.0 for row in mine]
+        if any(ends):
+            where = (heights, at) if lying else (at, heights)
+            along: dict[str, Any] = {"xerr" if lying else "yerr": ends}
+            cap = 1.5 if many else 2.5
+            axes.errorbar(*where, **along, fmt="none", ecolor="black", elinewidth=0.8, capsize=cap)
+        if not many:
+            axes.margins(
+                x=0.12 if lying else None, y=None if lying else 0.12
+            )  # room for the numbers
+            _heights(axes, at, heights, ends, lying)
+    _categories(axes, categories, lying=lying)
+    if any((row.y or 0) < 0 for row in rows):
+        (axes.axvline if lying else axes.axhline)(0, color="#555555", linewidth=0.8)
+
+
+def scatter(axes: Axes, rows: Sequence[Point], look: Look, lying: bool = False) -> None:
+    """A cloud of points per series, the first series lowest."""
+    del lying
+    size = 22 if len(rows) < 200 else 10
+    for name, style in look.items():
+        mine = [row for row in rows if row.series == name]
+        axes.scatter(
+            [_number(row.x) for row in mine],
+            [_number(row.y) for row in mine],
+            s=size,
+            alpha=0.65,
+            color=style.colour,
+            marker=style.marker,
+            linewidths=0,
+            label=literal(name),
+        )
+
+
+def intervals(axes: Axes, rows: Sequence[Point], look: Look, lying: bool = False) -> None:
+    """Differences with 95 % intervals and a line at zero; hollow where the interval reaches it."""
+    del lying
+    names = list(dict.fromkeys(row.x for row in rows))
+    step = 0.7 / max(1, len(look))
+    axes.axvline(0, color="#555555", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    for i, (name, style) in enumerate(look.items()):
+        shift = (i - (len(look) - 1) / 2) * step
+        label: str | None = literal(name)
+        for row in rows:
+            if row.series != name or row.y is None:
+                continue
+            low, high = interval(row)
+            at = names.index(row.x) + shift
+            axes.errorbar(
+                row.y,
+                at,
+                xerr=[[max(0.0, row.y - low)], [max(0.0, high - row.y)]],
+                color=style.colour,
+                marker=style.marker,
+                markersize=5.5,
+                markerfacecolor="white" if low <= 0 <= high else style.colour,
+                label=label,
+                zorder=3,
+            )
+            label = None
+    _categories(axes, names, lying=True)
+
+
+DRAW: dict[str, Callable[[Axes, Sequence[Point], Look, bool], None]] = {
+    "lines": lines,
+    "bars": bars,
+    "scatter": scatter,
+    "intervals": intervals,
+}
+
+
+def interval(row: Point) -> tuple[float, float]:
+    """The 95 % interval: as given, else normal from the standard error, else the point alone."""
+    y = _number(row.y)
+    half = NORMAL * (row.error or 0.0)
+    return (
+        y - half if row.low is None else row.low,
+        y + half if row.high is None else row.high,
+    )
+
+
+def crowded(rows: Sequence[Point]) -> bool:
+    """Whether a panel's bars are too many, or their names too long, to stand on a telephone."""
+    bars_here = len({row.x for row in rows}) * len({row.series for row in rows})
+    return bars_here > FEW or sum(len(str(x)) for x in {row.x for row in rows}) > 36
+
+
+def positions(rows: Sequence[Point]) -> tuple[dict[float | str, float], list[str] | None]:
+    """x to its place on the axis; and the names to write there where x is text."""
+    values = list(dict.fromkeys(row.x for row in rows))
+    if all(isinstance(x, int | float) for x in values):
+        return {x: float(x) for x in values}, None
+    return {x: float(i) for i, x in enumerate(values)}, [category(x) for x in values]
+
+
+def category(x: float | str) -> str:
+    """A name below the axis, in short lines."""
+    text = f"{x:g}" if isinstance(x, int | float) else x
+    return "\n".join(textwrap.wrap(literal(text), 22))
+
+
+def literal(text: str) -> str:
+    """`text` in which matplotlib sees no formula, and XML no forbidden character.
+
+    A first underscore would hide a name from the legend.
+    """
+    text = plain(text)
+    return (f"\u2009{text}" if text.startswith("_") else text).replace("$", r"\$")
+
+
+def _reference(name: str) -> bool:
+    """Drawn as a grey line. `before` stands beside `after` as bars or points of its own."""
+    return is_unedited(name) and plain_name(name) != "before"
+
+
+def far_references(rows: Sequence[Point]) -> list[Point]:
+    """The unedited model's points where they would flatten the others' lines to a third."""
+    told = [row for row in rows if math.isfinite(_number(row.y))]
+    mine = [row for row in told if _reference(row.series)]
+    others = [_number(row.y) for row in told if not _reference(row.series)]
+    if not mine or len(others) < 2:
+        return []
+    everything = [*others, *(_number(row.y) for row in mine)]
+    apart = max(everything) - min(everything) > 3 * (max(others) - min(others))
+    return mine if apart else []
+
+
+def beyond(axes: Axes, far: Sequence[Point], rows: Sequence[Point]) -> None:
+    """Say where the unedited model lies that has no place in the panel."""
+    values = [_number(row.y) for row in far]
+    below = max(values) < min(y for row in rows if math.isfinite(y := _number(row.y)))
+    ends = list(dict.fromkeys(f"{v:.3g}".replace("-", "−") for v in (min(values), max(values))))
+    axes.text(
+        *(0.03, 0.03 if below else 0.97),
+        f"{literal(far[0].series)}: {' to '.join(ends)} {'↓' if below else '↑'}",
+        transform=axes.transAxes,
+        va="bottom" if below else "top",
+        color="#5f5f5f",
+        fontsize=8,
+    )
+
+
+def _evenly(rows: Sequence[Point]) -> bool:
+    """Whether there are error bars, at places that lie apart on a plain axis."""
+    at = sorted({row.x for row in rows if isinstance(row.x, int | float)})
+    if len(at) < 2 or not any(row.error for row in rows):
+        return False
+    return min(b - a for a, b in itertools.pairwise(at)) > 0.05 * (at[-1] - at[0])
+
+
+def _band(
+    axes: Axes, rows: Sequence[Point], places: Mapping[float | str, float], name: str
+) -> None:
+    colour = "#8c8c8c"
+    heights = [_number(row.y) for row in rows]
+    low = [y - (row.error or 0) for y, row in zip(heights, rows, strict=True)]
+    high = [y + (row.error or 0) for y, row in zip(heights, rows, strict=True)]
+    if len(rows) == 1:
+        axes.axhline(heights[0], color=colour, label=name, zorder=1)
+        axes.axhspan(low[0], high[0], color=colour, alpha=0.25, linewidth=0, zorder=0)
+        return
+    x = [places[row.x] for row in rows]
+    axes.plot(x, heights, color=colour, label=name, zorder=1)
+    axes.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0, zorder=0)
+
+
+def _through(
+    axes: Axes, middle: Sequence[int], rows: Sequence[Point], name: str, lying: bool
+) -> None:
+    label: str | None = name
+    for m, row in zip(middle, rows, strict=True):
+        y, error = _number(row.y), row.error or 0.0
+        ends = [m - 0.45, m + 0.45]
+        axes.plot(
+            *([[y, y], ends] if lying else [ends, [y, y]]),
+            color="#6e6e6e",
+            linewidth=1.6,
+            label=label,
+            zorder=4,
+        )
+        fill = axes.fill_betweenx if lying else axes.fill_between
+        fill(ends, y - error, y + error, color="#8c8c8c", alpha=0.3, linewidth=0, zorder=0)
+        label = None
+
+
+def _heights(
+    axes: Axes, at: Sequence[float], heights: Sequence[float], ends: Sequence[float], lying: bool
+) -> None:
+    """Each bar's number behind its error bar."""
+    for x, height, end in zip(at, heights, ends, strict=True):
+        top = height + math.copysign(end, height)
+        up = 3 if height >= 0 else -3
+        axes.annotate(
+            f"{height:.3g}".replace("-", "−"),
+            (top, x) if lying else (x, top),
+            xytext=(up, 0) if lying else (0, up),
+            textcoords="offset points",
+            ha=("left" if up > 0 else "right") if lying else "center",
+            va="center" if lying else ("bottom" if up > 0 else "top"),
+            fontsize=8,
+        )
+
+
+def _categories(axes: Axes, names: Sequence[float | str], *, lying: bool) -> None:
+    shown = [category(name) for name in names]
+    if lying:
+        axes.set_yticks(range(len(names)), shown)
+        axes.set_ylim(len(names) - 0.5, -0.5)  # the first on top
+        axes.tick_params(axis="y", length=0)
+        return
+    axes.set_xticks(range(len(names)), shown)
+    axes.set_xlim(-0.6, len(names) - 0.4)
+    axes.tick_params(axis="x", length=0)
+
+
+def _ticks(axes: Axes, places: Mapping[float | str, float], names: list[str] | None) -> None:
+    """Ticks at the measured x, where these are few and lie apart."""
+    at = sorted(places.values())
+    if names is not None:
+        axes.set_xticks(list(places.values()), names)
+    elif 1 < len(at) <= 8:
+        gaps = [b - a for a, b in itertools.pairwise(at)]
+        if min(gaps) > 0.1 * (at[-1] - at[0]):
+            axes.set_xticks(at, [f"{x:,.10g}".replace(",", "\u2009") for x in at])
+
+
+def _number(value: float | str | None) -> float:
+    return value if isinstance(value, int | float) else math.nan

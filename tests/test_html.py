@@ -1,0 +1,292 @@
+"""`nulledit report`: the HTML page of runs and studies."""
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from click.testing import CliRunner
+from test_report import line, summary
+from test_study import BAD, lines, spec, study, table
+
+from nulledit.cli.main import cli
+from nulledit.errors import ReportError
+from nulledit.evaluation.runner import paired_bootstrap
+from nulledit.report.compare import comparison
+from nulledit.report.html import Part, html_page
+from nulledit.report.markup import Markup, join, tag
+from nulledit.report.merge import collect
+from nulledit.report.run import as_json, write_run
+from nulledit.report.run_study import read_run, run_study
+from nulledit.report.study import Example, Value, write_study
+from nulledit.report.words import chosen_examples, duration, flat
+
+RECIPE = "method: {name: alphaedit}\nlayers: [3, 4]\n"
+VOID = {"meta", "img", "source", "br"}
+
+
+class Reader(HTMLParser):
+    """What a browser sees: tags with their attributes, text, and whether tags are closed."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.text, self.open = [], "", []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, name, attributes):
+        self.tags.append((name, dict(attributes)))
+        if name not in VOID:
+            self.open.append(name)
+
+    def handle_endtag(self, name):
+        assert self.open.pop() == name
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, name):
+        return [attributes for found, attributes in self.tags if found == name]
+
+
+def page_of(*studies, title="Report"):
+    return Reader(html_page(title, [Part(one, "What was run.", "folder") for one in studies]))
+
+
+def write_a_run(folder, lines, **more):
+    """The files of a run folder that a report reads, from lines of results."""
+    folder.mkdir(exist_ok=True)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "environment.json").write_text(as_json([{"run": 1, "device": "cpu"}]))
+    (folder / "results.jsonl").write_text("".join(as_json(x, indent=None) for x in lines))
+    (folder / "summary.json").write_text(as_json(summary(**more)))
+    return folder
+
+
+def scored(i, efficacy, generalization, **more):
+    row = {"efficacy": efficacy, "generalization": generalization, "answer": "Madrid."}
+    return line(i) | {"before": {"efficacy": False, "answer": "Paris."}, "after": row} | more
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs that share facts 1 to 4; the second has lost two of them."""
+    base = tmp_path_factory.mktemp("runs")
+    first = [scored(i, True, 0.5) for i in range(5)]
+    second = [scored(i, i > 2, None if i == 4 else 0.75) for i in range(1, 7)]
+    write_run(
+        base / "one",
+        recipe=RECIPE,
+        environments=[{"run": 1, "device": "cpu"}],
+        lines=first,
+        summary=summary(),
+    )
+    return base / "one", write_a_run(base / "two", second)
+
+
+# -- markup --------------------------------------------------------------------------------------
+
+
+def test_text_and_attributes_are_escaped_and_markup_is_not():
+    made = tag("p", BAD, tag("b", "bold"), class_='"x" onclick="y')
+    assert made.startswith('<p class="&quot;x&quot; onclick=&quot;y">&lt;script&gt;')
+    assert made.endswith("<b>bold</b></p>")
+    assert "\x1b" not in made
+    assert join("<a>", Markup("<a>"), None) == "&lt;a&gt;<a>"
+
+
+# -- the page ------------------------------------------------------------------------------------
+
+
+def test_a_page_stands_alone():
+    page = page_of(study())
+    assert page.open == []
+    assert not page.all("script")
+    assert not page.all("link")
+    addresses = [
+        value
+        for _, attributes in page.tags
+        for key, value in attributes.items()
+        if key in ("src", "srcset", "href")
+    ]
+    assert addresses
+    assert all(address.startswith(("data:", "#")) for address in addresses)
+    assert not any(key.startswith("on") for _, held in page.tags for key in held)
+
+
+def test_nothing_given_is_markup():
+    odd = study(
+        title=BAD,
+        question=BAD,
+        shows=BAD,
+        settings={BAD: {BAD: BAD}},
+        environment=({BAD: BAD},),
+        notices=(BAD,),
+        tables=(table((BAD, BAD)),),
+        figures=(spec("lines", *lines(BAD, panel=BAD), caption=BAD, labels={"x": BAD, "y": BAD}),),
+        examples=(Example(BAD, BAD, BAD, BAD, BAD, True), Example(BAD, BAD, BAD, None, "", False)),
+    )
+    page = page_of(odd, odd, title=BAD)
+    assert page.open == []
+    assert not page.all("script")
+    assert page.text.count("<script>alert(1)</script>") > 30
+    pictures = [held["src"] for held in page.all("img")]
+    assert all(b"<script" not in base64.b64decode(p.partition(",")[2]) for p in pictures)
+
+
+def test_tables_mark_the_best_and_show_errors_small():
+    found = table(("a", Value(90.0, 2.0, 9)), ("b", Value(88.5, 0.1, 9)), ("c", None))
+    page = html_page("", [Part(study(tables=(found,), figures=(), examples=()), "")])
+    assert re.search(r'class="best">90.0</span><span class="mark"[^>]*>●</span>', page)
+    assert re.search(r'>88.5</span><span class="mark"[^>]*>○</span>', page)
+    assert re.search(r"<small[^>]*>± 2.0</small>", page)
+    assert '<td class="num absent">absent</td>' in page
+    assert "● best of its column, ○ within one standard error of the best" in page
+    assert "n = 9" in page
+
+
+def test_a_figure_has_two_widths_its_caption_and_its_numbers():
+    one = study()
+    page = page_of(one)
+    assert len(page.all("img")) == len(page.all("source")) == len(one.figures)
+    assert page.all("img")[0]["alt"] == "What happens. n = 200."
+    link = next(held for held in page.all("a") if held.get("download") == "stream.csv")
+    table_of = base64.b64decode(link["href"].partition(",")[2]).decode().splitlines()
+    assert table_of[0] == "x,y,error,n,series,panel"
+    assert len(table_of) == 1 + len(one.figures[0].points)
+
+
+def test_several_parts_have_a_table_of_contents():
+    bare = study(title="First", figures=())
+    page = page_of(bare, study(title="Second", figures=()), title="Both")
+    links = [held["href"] for held in page.all("a") if held["href"].startswith("#")]
+    assert links == [f"#{held['id']}" for held in page.all("section")]
+    assert len(page.all("h1")) == 1
+    assert not page_of(bare).all("nav")
+
+
+def test_settings_and_environment_are_folded():
+    page = page_of(study(figures=()))
+    assert len(page.all("details")) == 2
+    assert "recipe.layers" in page.text
+    assert all("open" not in held for held in page.all("details"))
+
+
+def test_examples_come_in_turn_from_each_arm():
+    held = [Example("a", f"p{i}", "t", "b", "a", True) for i in range(9)]
+    held += [Example("b", "q", "t", "b", "a", True), Example("b", "r", "t", "b", "a", False)]
+    (title, shown), (failed, _) = chosen_examples(held)
+    assert (title, failed) == ("5 of 10 edits that hold", "1 edit that fails")
+    assert [e.prompt for e in shown] == ["p0", "q", "p1", "p2", "p3"]
+
+
+def test_words():
+    assert [duration(s) for s in (0.42, 59, 60, 3599.9, 39960)] == [
+        *("0.4 s", "59 s", "1 min", "1 h", "11 h 6 min"),
+    ]
+    assert flat({"a": {"b": [1, 2]}, "c": None, "d": True, "e": {}}) == {
+        **{"a.b": "1, 2", "c": "none", "d": "yes", "e": "none"},
+    }
+
+
+# -- runs ----------------------------------------------------------------------------------------
+
+
+def test_a_run_is_a_study_with_its_rates_and_answers(runs):
+    found = run_study(read_run(runs[0], "one"))
+    rows = {row["measure"]: row for row in found.tables[0].rows}
+    assert rows["efficacy, preference"]["after"] == Value(100.0, 4.0, 25)
+    assert rows["efficacy, preference"]["difference"] == "+100.0 [+100.0, +100.0]"
+    assert "generalization, preference" not in rows  # the summary lacks it
+    assert found.examples[0] == Example("", "France is", "Madrid", "Paris.", "Madrid.", True)
+    assert found.settings == {"method": {"name": "alphaedit"}, "layers": [3, 4]}
+
+
+def test_runs_are_compared_on_the_facts_they_share(runs):
+    a, b = (read_run(folder, folder.name) for folder in runs)
+    for run in (a, b):
+        run.summary["runs"][-1]["after"]["rates"]["generalization"] = {
+            **{"mean": 0.5, "standard_error": 0.1, "n": 5}
+        }
+    compared = comparison([a, b])
+    rows = compared.tables[0].rows
+    assert [row["efficacy"].mean for row in rows] == [100.0, 50.0]  # facts 1 to 4
+    assert [row["efficacy"].n for row in rows] == [4, 4]
+    points = {point.x: point for point in compared.figures[0].points}
+    expected = paired_bootstrap([100.0] * 4, [0.0, 0.0, 100.0, 100.0])
+    found = points["efficacy, preference"]
+    assert (found.y, found.low, found.high) == expected
+    assert points["generalization, preference"].n == 3  # fact 4 lacks it in one
+
+
+def test_runs_without_a_common_fact_are_no_contest(tmp_path):
+    one = write_a_run(tmp_path / "one", [scored(1, True, 0.5)])
+    other = write_a_run(tmp_path / "other", [scored(2, False, 0.5)])
+    compared = comparison([read_run(f, f.name) for f in (one, other)])
+    assert "share no fact" in compared.notices[0]
+    assert all(column.better is None for column in compared.tables[0].columns[2:-1])
+    assert compared.figures == ()
+
+
+def test_facts_that_were_undone_are_left_out(tmp_path):
+    folder = write_a_run(tmp_path, [scored(1, True, 1.0), scored(2, True, 1.0, active=False)])
+    assert len(run_study(read_run(folder, "run")).examples) == 1
+
+
+def test_a_run_without_evaluation_has_a_page(tmp_path):
+    bare = [line(1) | {"before": None, "after": None}]
+    write_a_run(tmp_path, bare, before=None, after=None, text=None, layers=[])
+    page = html_page("", collect([tmp_path]).parts())
+    assert "Not evaluated" in page
+
+
+# -- the command ---------------------------------------------------------------------------------
+
+
+def report(*words):
+    return CliRunner().invoke(cli, ["report", *map(str, words)])
+
+
+def test_one_folder_has_its_page_inside(runs):
+    done = report(runs[0])
+    assert done.exit_code == 0, done.output
+    assert str(runs[0] / "report.html") in done.stdout
+    assert Reader((runs[0] / "report.html").read_text()).all("h1")
+    assert report(runs[0]).exit_code == 0  # again, over our own page
+
+
+def test_runs_and_studies_share_a_page(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_study(tmp_path / "stream", study(figures=()))
+    done = report(*runs, "stream", "stream/", "--json", "-q")
+    assert done.exit_code == 0, done.output
+    data = json.loads(done.stdout)
+    assert [f["kind"] for f in data["folders"]] == ["run", "run", "study"]  # each once
+    assert data["comparison"]["figures"][0]["points"]
+    assert data["folders"][2]["tables"][0]["rows"][0]["rate"]["mean"] == 99.0
+    text = (tmp_path / "report.html").read_text()
+    assert text.index("Runs compared") < text.index("A long stream")
+
+
+def test_another_file_is_not_overwritten(runs, tmp_path):
+    file = tmp_path / "mine.html"
+    file.write_text("<p>mine</p>")
+    done = report(runs[0], "--out", file)
+    assert done.exit_code == 2
+    assert "--force" in done.stderr
+    assert file.read_text() == "<p>mine</p>"
+    assert report(runs[0], "--out", file, "--force").exit_code == 0
+    assert "nulledit" in file.read_text()
+    assert report(runs[0], "--out", tmp_path).exit_code == 2
+
+
+def test_a_folder_that_is_neither_is_refused(tmp_path, runs):
+    for folder, said in ((tmp_path, "no run and no study"), (tmp_path / "none", "no folder")):
+        with pytest.raises(ReportError, match=said):
+            collect([folder])
+    (tmp_path / "summary.json").write_text(as_json({"runs": []}))
+    (tmp_path / "results.jsonl").write_text("")
+    with pytest.raises(ReportError, match="not the summary of a run"):
+        collect([tmp_path])
+    assert report(tmp_path).exit_code == 2
