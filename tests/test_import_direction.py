@@ -23,6 +23,7 @@ ORDER = [
     "evaluation",
     "baselines",
     "report",
+    "studies",
     "cli",
 ]
 FILES = sorted(p for p in SOURCE.rglob("*.py") if p.parent != SOURCE or p.name != "__init__.py")

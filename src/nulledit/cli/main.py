@@ -19,7 +19,10 @@ from nulledit.cli.edit import edit
 from nulledit.cli.evaluate import evaluate
 from nulledit.cli.facts import facts
 from nulledit.cli.info import info
+from nulledit.cli.methods import methods
+from nulledit.cli.report import report
 from nulledit.cli.stats import stats
+from nulledit.cli.study import study
 from nulledit.errors import NullEditError
 from nulledit.report.text import plain
 
@@ -34,6 +37,14 @@ SECTIONS: dict[str, list[tuple[click.Command, str, str]]] = {
     "Look at a run": [
         (ask, "One prompt, base and edited model.", 'nulledit ask run "The capital of France is"'),
         (evaluate, "Rates and perplexity, base and edited.", "nulledit evaluate run"),
+        (report, "One HTML page of runs and studies.", "nulledit report run"),
+    ],
+    "Compare": [
+        (
+            study,
+            "The paper's experiments, as commands.",
+            "nulledit study table1 --facts counterfact.json --dry-run",
+        ),
     ],
     "Prepare": [
         (facts, "Check a file of facts.", "nulledit facts check facts.yaml"),
@@ -42,6 +53,7 @@ SECTIONS: dict[str, list[tuple[click.Command, str, str]]] = {
             "Statistics of a model's preserved keys.",
             "nulledit stats make gpt2 --text corpus.txt --layers 2-6",
         ),
+        (methods, "Methods, their settings and sources.", "nulledit methods memit"),
         (info, "Versions, devices, caches, recipes, models.", "nulledit info"),
     ],
 }

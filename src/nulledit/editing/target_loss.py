@@ -62,7 +62,7 @@ class WeightLoss:
                 loss = self._loss(batch, states, chunk) / self.n
                 (found,) = torch.autograd.grad(loss, parameter)
                 gradient += (found.mT if isinstance(module, Conv1D) else found).to(gradient)
-                total += float(loss)
+                total += float(loss.detach())
         finally:
             parameter.requires_grad_(False)
             parameter.data.copy_(held)

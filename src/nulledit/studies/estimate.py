@@ -70,10 +70,11 @@ def _finished(lab: Lab, plan: StreamPlan, digest: str) -> bool:
 
 def _seconds_per_token(lab: Lab) -> float:
     model, spent = lab.bench.partial, []
-    batch = collate([list(range(200))], pad_id=0, device=model.device)
+    length = min(200, lab.bench.encoder.max_length)
+    batch = collate([[0] * length], pad_id=0, device=model.device)
     with frozen(model.model), torch.no_grad():
         for _ in range(3):
             start = time.perf_counter()
             model.run(batch)
             spent.append(time.perf_counter() - start)
-    return sorted(spent)[1] / 200
+    return sorted(spent)[1] / length

@@ -196,5 +196,7 @@ def shuffled(facts: Sequence[Fact], seed: int) -> list[Fact]:
 
 def _statistics_hash(path: Path) -> str:
     """Of a compact file, or of the manifest of a folder, which says what the rest was made from."""
-    file = path / "manifest.json" if path.suffix != ".safetensors" else path
+    file = path if path.suffix == ".safetensors" else path / "manifest.json"
+    if not file.is_file():  # of a plan that is only estimated
+        return str(path.name)
     return hashlib.sha256(file.read_bytes()).hexdigest()

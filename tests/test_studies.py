@@ -1,0 +1,293 @@
+"""Studies on a tiny model that knows a small world: shared, resumed, and honest about gaps."""
+
+import json
+
+import pytest
+import world
+from conftest import statistics_of
+
+from nulledit.config import Recipe
+from nulledit.errors import ConfigError
+from nulledit.methods import find_method
+from nulledit.report.study import read_study
+from nulledit.studies.estimate import estimate
+from nulledit.studies.lab import Lab, Sources
+from nulledit.studies.registry import STUDIES, find_study, run_study
+from nulledit.studies.scale import Scale, load_scale
+from nulledit.studies.stream import Stream, Workbench
+
+RECIPE = Recipe.from_dict(
+    {
+        "layers": [0, 1],
+        "values": {"steps": 6, "learning_rate": 0.2, "weight_decay": 1.0, "clamp": 3.0},
+        "contexts": {"texts": ["{}", "then he said . {}"]},
+        "null_space": {"rule": "leakage", "value": 0.01},
+        "method": {"l2": 1e-3},
+    }
+)
+ARMS = {
+    "alphaedit": {},
+    "memit": {"method.name": "memit", "method.moment_weight": 0.1},
+    "rome": {"method.name": "rome", "layers": [1]},
+    "ft": {"method.name": "ft", "layers": [1]},
+}
+SMALL = {
+    "table1": {"arms": ["alphaedit", "rome", "ft"], "zsre_arms": ["alphaedit"], "zsre": 4},
+    "projection": {"arms": ["memit"], "projections": ["inside", "after"]},
+    "capability": {"arms": ["alphaedit", "memit"], "ask_every": 6, "items": 4},
+    "drift": {"arms": ["alphaedit", "memit"], "prompts": 8},
+    "categories": {"arms": ["alphaedit"], "items": 4, "smallest": 3, "leak_prompts": 8},
+    "threshold": {"thresholds": [0.01], "leakages": [0.1], "softness": [2]},
+    "preservation": {"penalties": [0.1]},
+    "corpus": {"tokens": [300, 600]},
+    "scale": {
+        "arms": ["alphaedit"],
+        "arm": "alphaedit",
+        "batch_sizes": [2, 4],
+        "zsre": 4,
+        "ask_every": 6,
+        "widths": [32, 64],
+        "expansion": 2,
+        "solve_facts": 4,
+    },
+    "order": {"arms": ["alphaedit"]},
+}
+SHARED = {"facts": 12, "skip": 0, "batch_size": 6, "windows": 2, "answers": 3, "fluency": 2}
+
+
+@pytest.fixture(scope="module")
+def words():
+    return world.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def known(words):
+    return world.trained("llama", words)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Files of the world in the forms that studies read."""
+    folder = tmp_path_factory.mktemp("data")
+    facts = [
+        world.fact(person, relation, world.another(person, relation))
+        for person in world.PEOPLE[:6]
+        for relation in world.RELATIONS
+    ]
+    (folder / "facts.json").write_text(json.dumps([f.to_dict() for f in facts]))
+    zsre = [
+        {
+            "subject": f.subject,
+            "src": f.render(f.prompt),
+            "rephrase": f.paraphrases[0],
+            "alt": f.target,
+            "answers": [f.old_answer],
+            "loc": f"nq question: {f.neighbours[0].prompt}",
+            "loc_ans": f.neighbours[0].answer,
+        }
+        for f in facts[::3]
+    ]
+    (folder / "zsre.json").write_text(json.dumps(zsre))
+    (folder / "text.txt").write_text("\n".join(world.sentences()))
+    prompts = [{"prompt": t.format(p)} for p in world.PEOPLE[6:] for t in ("{} speaks",)]
+    (folder / "prompts.json").write_text(json.dumps(prompts))
+    tasks = folder / "tasks"
+    tasks.mkdir()
+    pairs = [("Karo Dun speaks Latin", 1), ("the river is long", 0)] * 4
+    for name in ("sst2", "cola"):
+        lines = [json.dumps({"sentence": s, "label": y}) for s, y in pairs]
+        (tasks / f"{name}.jsonl").write_text("\n".join(lines))
+    for name in ("mrpc", "rte"):
+        lines = [
+            json.dumps({"sentence1": s, "sentence2": s, "label": y, "idx": i})
+            for i, (s, y) in enumerate(pairs)
+        ]
+        (tasks / f"{name}.jsonl").write_text("\n".join(lines))
+    nli = [
+        json.dumps({"sentence1": s, "sentence2": s, "label": ["not_entailment", "entailment"][y]})
+        for s, y in pairs
+    ]
+    (tasks / "nli.jsonl").write_text("\n".join(nli))
+    mmlu = [
+        json.dumps({"question": s, "subject": "x", "choices": ["a", "b", "c", "d"], "answer": y})
+        for s, y in pairs
+    ]
+    (tasks / "mmlu.jsonl").write_text("\n".join(mmlu))
+    return Sources(
+        facts=str(folder / "facts.json"),
+        zsre=str(folder / "zsre.json"),
+        text=str(folder / "text.txt"),
+        corpus=str(folder / "text.txt"),
+        capability=str(tasks),
+        prompts=str(folder / "prompts.json"),
+    )
+
+
+@pytest.fixture
+def make_lab(known, words, data, tmp_path, monkeypatch):
+    """A lab for a study on a fresh copy of the model; `work` is shared unless given."""
+    statistics = statistics_of(known, words, layers=(0, 1), lines=world.sentences())
+    monkeypatch.setattr("nulledit.editor.find_statistics", lambda *_: iter([statistics]))
+
+    def make(name, *, work="work", sources=data, **changes):
+        model = type(known)(known.config).eval()
+        model.load_state_dict(known.state_dict())
+        settings = {**SHARED, **SMALL[name], **changes}
+        scale = Scale("small", ARMS, {name: settings})
+        bench = Workbench(model, words, tmp_path / work, name="")
+        return Lab(bench, RECIPE, scale, settings, sources)
+
+    return make
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_makes_its_folder(name, make_lab, tmp_path):
+    lab = make_lab(name)
+    size = estimate(lab, find_study(name).work(lab))
+    assert size["seconds_in_all"] >= 0
+    assert size["to_edit"] > 0
+    made = run_study(find_study(name), lab, tmp_path / name)
+    read = read_study(tmp_path / name)
+    assert read.tables
+    assert read.shows
+    assert read.cannot_show
+    assert [t.name for t in read.tables] == [t.name for t in made.tables]
+    assert (tmp_path / name / "study.md").is_file()
+    for figure in read.figures:
+        assert figure.points
+        assert (tmp_path / name / "figures" / f"{figure.name}.png").stat().st_size > 1000
+    if name != "corpus":  # whose statistics are made on the way
+        again = make_lab(name)
+        assert estimate(again, find_study(name).work(again))["to_edit"] == 0
+
+
+def test_a_finished_study_is_not_edited_again(make_lab, tmp_path, monkeypatch):
+    first = run_study(find_study("table1"), make_lab("table1"), tmp_path / "a")
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("edited again")
+
+    monkeypatch.setattr("nulledit.editor.Editor._edit_batch", refuse)
+    second = run_study(find_study("table1"), make_lab("table1"), tmp_path / "b")
+    assert [t.rows for t in first.tables] == [t.rows for t in second.tables]
+    assert [f.points for f in first.figures] == [f.points for f in second.figures]
+
+
+def test_an_interrupted_stream_goes_on_to_the_same_numbers(make_lab, tmp_path, monkeypatch):
+    whole = run_study(find_study("table1"), make_lab("table1", work="whole"), tmp_path / "a")
+    commit = Stream.edit
+    finished = []
+
+    def stopping(self, progress=None):
+        def tell(stage, done, total):
+            if stage == "edited":
+                finished.append(done)
+                if len(finished) == 3:  # behind the first batch of the second arm
+                    raise KeyboardInterrupt
+
+        commit(self, tell)
+
+    monkeypatch.setattr(Stream, "edit", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(find_study("table1"), make_lab("table1", work="cut"), tmp_path / "b")
+    monkeypatch.setattr(Stream, "edit", commit)
+    rest = run_study(find_study("table1"), make_lab("table1", work="cut"), tmp_path / "b")
+
+    def numbers(study):
+        return [
+            {k: v for k, v in row.items() if k != "seconds"} for t in study.tables for row in t.rows
+        ]
+
+    assert numbers(whole) == numbers(rest)
+
+
+def test_a_checkpoint_is_the_stream_that_ended_there(make_lab):
+    lab = make_lab("table1", work="long")
+    queue = lab.facts(12)
+    for arm in ARMS:
+        long = lab.edited(lab.plan(arm, queue))
+        early = lab.asked(long, 6, queue[:6])
+        with long.at(6) as editor:
+            held = {layer: editor.weights.exact(layer).clone() for layer in editor.weights.layers}
+        short = lab.edited(lab.plan(arm, queue[:6]))
+        for layer, weight in held.items():
+            there = short.editor.weights.exact(layer)
+            assert float((weight - there).norm() / there.norm()) < 1e-5
+        assert lab.asked(short, 6, queue[:6]) == early
+
+
+def test_arms_share_the_values_of_their_first_batch(make_lab, monkeypatch):
+    asked = []
+    optimise = __import__("nulledit.batch", fromlist=["optimise_values"]).optimise_values
+
+    def counting(model, encoder, facts, *args, **kwargs):
+        asked.append(len(facts))
+        return optimise(model, encoder, facts, *args, **kwargs)
+
+    monkeypatch.setattr("nulledit.batch.optimise_values", counting)
+    lab = make_lab("projection", work="values")
+    queue = lab.facts(6)
+    lab.edited(lab.plan("alphaedit", queue))
+    lab.edited(lab.plan("memit", queue))
+    assert asked == [6, 0]
+    lab.edited(lab.plan("memit", queue, recipe=RECIPE.with_fields({"values.steps": 7})))
+    assert asked == [6, 0, 6], "other settings are other values"
+
+
+def test_the_model_is_as_before_when_a_lab_is_cleared(make_lab, known):
+    lab = make_lab("table1")
+    lab.edited(lab.plan("alphaedit", lab.facts(6)))
+    lab.bench.clear()
+    for name, weight in lab.bench.model.state_dict().items():
+        assert weight.equal(known.state_dict()[name])
+
+
+def test_what_the_data_lack_is_absent(make_lab, data, tmp_path):
+    bare = [
+        {"id": f"f{i}", "subject": p, "prompt": "{} speaks", "target": world.another(p, "tongue")}
+        for i, p in enumerate(world.PEOPLE)
+    ]
+    (tmp_path / "bare.json").write_text(json.dumps(bare))
+    sources = Sources(facts=str(tmp_path / "bare.json"))
+    lab = make_lab("table1", sources=sources, work="bare", arms=["alphaedit"], facts=6)
+    study = run_study(find_study("table1"), lab, tmp_path / "out")
+    table = study.tables[0]
+    keys = {column.key for column in table.columns}
+    assert "generalization" not in keys
+    assert "specificity_tokens" not in keys
+    assert "perplexity" not in keys
+    assert "efficacy_strict" in keys
+    assert any("zsre" in notice for notice in study.notices)
+
+
+def test_bad_input_is_refused_by_name(make_lab, data):
+    with pytest.raises(ConfigError, match="did you mean 'table1'"):
+        find_study("tabel1")
+    with pytest.raises(ConfigError, match=r"has 18 facts.*needs 40"):
+        make_lab("table1", facts=40).facts(40)
+    lab = make_lab("table1")
+    with pytest.raises(ConfigError, match="did you mean 'memit'"):
+        lab.plan("memti", [])
+    with pytest.raises(ConfigError, match="expected memit\\+ one of"):
+        lab.plan("memit+sideways", [])
+    with pytest.raises(ConfigError, match="needs --capability"):
+        find_study("capability").check(Sources(facts=data.facts))
+    with pytest.raises(ConfigError, match="no such file"):
+        find_study("table1").check(Sources(facts="nowhere.json"))
+    with pytest.raises(ConfigError, match="did you mean 'batch_size'"):
+        load_scale("small").of("table1", {"batchsize": 3})
+    with pytest.raises(ConfigError, match="no scale"):
+        load_scale("medium")
+
+
+@pytest.mark.parametrize("name", ["small", "paper"])
+def test_shipped_scales_have_every_study_and_only_known_arms(name):
+    scale = load_scale(name)
+    assert set(scale.studies) == set(STUDIES)
+    for settings in scale.studies.values():
+        for key in ("arms", "zsre_arms"):
+            for arm in settings.get(key, ()):
+                scale.recipe(RECIPE.with_fields({"layers": [3, 4, 5]}), arm)
+    for arm in scale.arms:
+        recipe = scale.recipe(RECIPE.with_fields({"layers": [3, 4, 5]}), arm)
+        find_method(recipe.method.name).read(recipe.method)
