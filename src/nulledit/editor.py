@@ -575,7 +575,7 @@ def _resolve(recipe: Recipe | str | Path | None, name: str, model: PartialModel)
             f"layer {top} is the model's last: nothing above it would read the edit; "
             f"choose layers up to {top - 1}"
         )
-    find_method(recipe.method.name).read(recipe.method)
+    find_method(recipe.method.name).check(recipe)
     for layer in recipe.layers:
         as_out_in(model.mlp_out(layer))
     return recipe

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nulledit.config import MethodSettings, read_settings
+from nulledit.config import MethodSettings, Recipe, read_settings
 from nulledit.data.facts import suggest
 from nulledit.editing.problem import LayerProblem
 from nulledit.errors import ConfigError
@@ -63,6 +63,19 @@ class Method:
     def read(self, settings: MethodSettings) -> Any:
         """The constants of a recipe as this method's settings; ConfigError for unknown ones."""
         return read_settings(self.settings, settings.constants, "method.")
+
+    def check(self, recipe: Recipe) -> None:
+        """ConfigError for constants or options of `recipe` that the method can't use."""
+        self.read(recipe.method)
+        values = recipe.values
+        unused = {
+            "values.chunk_tokens": values.chunk_tokens > 0,
+            "values.at": values.at != "last",
+            "values.norm_anchor": values.norm_anchor,
+        }
+        for name, given in unused.items():
+            if self.by_gradient and given:
+                raise ConfigError(f"{self.name} optimises no values, so it can't use {name}")
 
     def projection(self, settings: MethodSettings) -> str:
         """The projection in force: none, inside or after."""

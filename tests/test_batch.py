@@ -1,0 +1,370 @@
+"""Every method through the editor, and the options that any of them can use."""
+
+import dataclasses
+
+import pytest
+import torch
+import world
+from conftest import FAMILIES, RECIPE, build_model, statistics_of
+
+from nulledit import Editor, Fact
+from nulledit.editing.chunks import chunks_of
+from nulledit.editing.keys import Walk
+from nulledit.editing.target_loss import WeightLoss
+from nulledit.editing.value_cache import ValueCache
+from nulledit.editing.values import Value, optimise_values
+from nulledit.errors import ConfigError, StatisticsError
+from nulledit.methods import METHODS
+from nulledit.models.layouts import as_out_in, frozen
+from nulledit.models.tokens import pad_id
+
+# Small models: constants of about the size of their second moments.
+CONSTANTS = {
+    "memit": {"method.moment_weight": 0.1},
+    "memit-history": {"method.moment_weight": 0.1},
+    "rlsedit": {"method.moment_weight": 0.1, "method.l2": 0.1},
+    "encore": {"method.moment_weight": 0.1, "method.l2": 0.1},
+    "betaedit": {"method.moment_weight": 0.1, "method.l2": 0.1},
+    "rect": {"method.moment_weight": 0.1},
+    "prune": {"method.moment_weight": 0.1},
+    "nse": {"method.moment_weight": 0.1},
+    "ft": {"method.steps": 3, "method.learning_rate": 0.01, "method.norm_constraint": 0.02},
+    "alphaedit": {"method.l2": 0.1},
+    "evoedit": {"method.l2": 0.1},
+    "soft": {"method.l2": 0.1},
+}
+NAMES = [method.name for method in METHODS]
+
+
+def recipe_of(name, **changes):
+    given = {k.replace("__", "."): v for k, v in changes.items()}
+    return RECIPE.with_fields({"method.name": name, **CONSTANTS.get(name, {}), **given})
+
+
+@pytest.fixture
+def make(tokenizer):
+    def editor(recipe, family="llama", **given):
+        model = build_model(family)
+        statistics = statistics_of(model, tokenizer)
+        return Editor(model, tokenizer, recipe=recipe, statistics=statistics, **given)
+
+    return editor
+
+
+def weights(editor):
+    return {i: as_out_in(editor.partial.mlp_out(i)).clone() for i in editor.recipe.layers}
+
+
+def gap(a, b):
+    return max(float((a[i] - b[i]).norm() / a[i].norm()) for i in a)
+
+
+@pytest.mark.parametrize("projection", ["own", "none", "inside", "after"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method_edits_undoes_and_comes_back(name, projection, make, facts, tmp_path):
+    family = FAMILIES[NAMES.index(name) % len(FAMILIES)]
+    editor = make(recipe_of(name, method__projection=projection), family)
+    before = weights(editor)
+    editor.edit(facts, batch_size=2, shuffle=False)
+    edited = weights(editor)
+    assert gap(before, edited) > 1e-6
+    editor.attach(tmp_path)
+    resumed = Editor.resume(tmp_path, build_model(family), editor.tokenizer)
+    assert gap(edited, weights(resumed)) < 1e-12
+    with editor.base_weights():
+        assert gap(before, weights(editor)) == 0
+    assert gap(edited, weights(editor)) == 0
+    editor.undo(facts[1].id)
+    assert [f.id for f in editor.facts if f.id == facts[1].id] == []
+    editor.undo(*[f.id for f in editor.facts])
+    assert gap(before, weights(editor)) == 0
+
+
+@pytest.mark.parametrize("name", [m.name for m in METHODS if not m.history and not m.by_gradient])
+def test_undo_without_history_solves_the_later_batches_again(name, make, facts):
+    editor = make(recipe_of(name))
+    editor.edit(facts, batch_size=1, shuffle=False)
+    recorded = {c.fact.id: c for c in editor.history.active}
+    editor.undo(facts[1].id)
+    left = [recorded[f.id] for f in facts if f.id != facts[1].id]
+    for layer in editor.recipe.layers:
+        fold = editor.weights._fold(layer)
+        state = fold.fold(())
+        for i, column in enumerate(left):
+            state = fold.add(state, left[:i], *fold.recorded([column]))
+        found = editor.weights.exact(layer)
+        assert float((found - state.weight).norm() / state.weight.norm()) < 1e-12
+
+
+def test_a_gradient_batch_is_undone_as_a_whole_and_the_rest_edited_anew(make, facts):
+    editor = make(recipe_of("ft"))
+    editor.edit(facts, batch_size=2, shuffle=False)
+    report = editor.undo(facts[0].id)
+    assert report.rebuilt == (facts[1].id,)
+    other = make(recipe_of("ft"))
+    other.edit([facts[2], facts[3]])
+    other.edit([facts[1]])
+    # the batch that stayed was made on the first one's weights: its update is as recorded
+    assert {f.id for f in editor.facts} == {f.id for f in other.facts}
+    assert gap(weights(editor), weights(other)) < 0.2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_of_a_weight_and_its_gradient(family, tokenizer, facts):
+    editor = Editor(build_model(family), tokenizer, recipe=RECIPE)
+    losses = [
+        WeightLoss(
+            editor.partial,
+            editor.encoder,
+            facts,
+            layer=1,
+            pad_id=pad_id(tokenizer),
+            positions=positions,
+        )
+        for positions in (16, 4096)
+    ]
+    with frozen(editor.model):
+        weight = losses[0].current()
+        (loss, gradient), (other, again) = (each(weight) for each in losses)
+        assert abs(loss - other) < 1e-7
+        assert torch.allclose(gradient, again, atol=1e-7), "chunks don't matter"
+        assert torch.equal(losses[0].current(), weight)
+        direction = torch.randn_like(weight)
+        step = 1e-3  # rotary embeddings and some norms are float32 inside
+        ends = [losses[0](weight + sign * step * direction)[0] for sign in (1, -1)]
+        slope = (ends[0] - ends[1]) / (2 * step)
+        assert abs(slope - float((gradient * direction).sum())) < 1e-3 * max(1, abs(slope))
+    plain = 0.0
+    for fact in facts:
+        row = editor.encoder.encode_template(fact.prompt, fact.subject, target=fact.target)
+        with torch.no_grad():
+            logits = editor.model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
+        told = [
+            -float(logits[row.target_start + t - 1, token])
+            for t, token in enumerate(row.target_ids)
+        ]
+        plain += sum(told) / len(told) / len(facts)
+    assert abs(loss - plain) < 1e-7
+
+
+def test_rewinding_optimises_on_the_unedited_model(make, facts):
+    editor = make(recipe_of("nse"))
+    editor.edit(facts, batch_size=2, shuffle=False)
+    fresh = make(recipe_of("nse"))
+    fresh.edit(facts[2:])
+    z = [
+        e.history.column_tensor([c for c in e.history.active if c.fact in facts[2:]], "z")
+        for e in (editor, fresh)
+    ]
+    assert torch.allclose(*z, atol=1e-10)
+    plain = make(recipe_of("memit"))
+    plain.edit(facts, batch_size=2, shuffle=False)
+    other = plain.history.column_tensor(plain.history.active[2:], "z")
+    assert not torch.allclose(other, z[0], atol=1e-4)
+
+
+def test_norm_anchor_gives_every_value_the_unedited_mean_norm(make, facts):
+    editor = make(recipe_of("alphaedit", values__norm_anchor=True))
+    editor.edit(facts[:2])
+    editor.edit(facts[2:])
+    for batch in (facts[:2], facts[2:]):
+        columns = [c for c in editor.history.active if c.fact in batch]
+        with editor.base_weights():
+            walk = Walk(
+                editor.partial,
+                editor.encoder,
+                batch,
+                first=1,
+                contexts=("{}",),
+                bare_weight=1.0,
+                pad_id=0,
+            )
+            norm = walk.hidden(2).norm(dim=0).mean()
+        z = editor.history.column_tensor(columns, "z")
+        assert torch.allclose(z.norm(dim=1), norm.expand(2), atol=1e-9)
+
+
+def test_a_value_at_each_layer_is_written_whole(make, facts):
+    changes = {"values__at": "each", "method__l2": 1e-9, "method__projection": "none"}
+    recipe = recipe_of("alphaedit", contexts__texts=["{}"], contexts__bare_weight=1.0, **changes)
+    editor = make(recipe)
+    editor.edit(facts[:2])
+    columns = editor.history.active
+    first, last = recipe.layers
+    fresh = make(recipe)
+    with frozen(fresh.model):
+        found = optimise_values(
+            fresh.partial,
+            fresh.encoder,
+            facts[:2],
+            [0, 1],
+            layer=first,
+            contexts=("{}",),
+            settings=recipe.values,
+            positions=4096,
+            pad_id=0,
+        )
+    z_first = editor.history.column_tensor(columns, f"z.{first}")
+    assert torch.allclose(z_first, torch.stack([v.z for v in found]), atol=1e-9)
+    walk = Walk(
+        editor.partial,
+        editor.encoder,
+        facts[:2],
+        first=first,
+        contexts=("{}",),
+        bare_weight=1.0,
+        pad_id=0,
+    )
+    for layer in (first, last):
+        z = editor.history.column_tensor(columns, f"z.{layer}")
+        assert torch.allclose(walk.hidden(layer).mT, z, atol=1e-5)
+
+
+LONG = Fact(
+    id="long",
+    subject="Karo Dun",
+    prompt="The life of {} is",
+    target="a river in the valley of Velm",
+    more_prompts=("{} had",),
+)
+
+
+def test_chunks_put_together_are_the_target(tokenizer):
+    editor = Editor(build_model("llama"), tokenizer, recipe=RECIPE)
+    parts = chunks_of(LONG, editor.encoder, 3)
+    assert len(parts) > 2
+    assert " ".join(p.target for p in parts) == LONG.target
+    for number, part in enumerate(parts):
+        before = " ".join(p.target for p in parts[:number])
+        for prompt, own in zip(part.prompts, LONG.prompts, strict=True):
+            assert part.render(prompt) == " ".join(filter(None, (LONG.render(own), before)))
+        length = len(tokenizer(" " + part.target)["input_ids"])
+        assert length <= 3 or " " not in part.target
+    assert chunks_of(LONG, editor.encoder, 0) == (LONG,)
+    assert chunks_of(LONG, editor.encoder, 1000) == (LONG,)
+    short = dataclasses.replace(LONG, target="Velmish")
+    assert chunks_of(short, editor.encoder, 1) == (short,)
+
+
+def test_a_fact_in_chunks_stands_and_falls_as_one(make, facts, tmp_path):
+    editor = make(recipe_of("alphaedit", values__chunk_tokens=3))
+    before = weights(editor)
+    editor.edit([facts[0], LONG])
+    parts = [c.part for c in editor.history.active if c.fact == LONG]
+    assert parts == list(range(len(parts)))
+    assert len(parts) > 2
+    assert [f.id for f in editor.facts] == ["ada", "long"]
+    with_it = weights(editor)
+    editor.save(tmp_path)
+    assert gap(with_it, weights(Editor.load(tmp_path))) == 0
+    other = dataclasses.replace(LONG, id="other", target="short")
+    editor.edit([other])
+    assert [f.id for f in editor.facts] == ["ada", "other"]
+    assert editor.undo("other").restored == ("long",)
+    assert gap(with_it, weights(editor)) < 1e-12
+    assert editor.undo("long").removed == ("long",)
+    assert [f.id for f in editor.facts] == ["ada"]
+    editor.undo("ada")
+    assert gap(before, weights(editor)) == 0
+
+
+def test_values_are_taken_from_the_cache_only_for_the_very_same_request(make, facts, tmp_path):
+    first = make(recipe_of("alphaedit"), value_cache=tmp_path)
+    first.edit(facts)
+    kept = {p.name for p in tmp_path.iterdir()}
+    assert kept
+    second = make(recipe_of("memit"), value_cache=tmp_path)
+    second.edit(facts)
+    assert {p.name for p in tmp_path.iterdir()} == kept
+    z = [e.history.column_tensor(e.history.active, "z") for e in (first, second)]
+    assert torch.equal(*z)
+    fresh = make(recipe_of("memit"))
+    fresh.edit(facts)
+    assert gap(weights(second), weights(fresh)) < 1e-9
+    third = make(recipe_of("alphaedit"), value_cache=tmp_path)
+    third.edit(facts[:1])
+    third.edit(facts[1:])  # on other weights
+    assert {p.name for p in tmp_path.iterdir()} > kept
+
+
+def test_a_damaged_cache_file_is_not_used(tmp_path):
+    cache = ValueCache(tmp_path)
+    value = Value(torch.ones(3), 1.0, 1.0, 2, 0.5, False)
+    cache.put("a", [value])
+    (found,) = cache.get("a")
+    assert torch.equal(found.z, value.z)
+    assert dataclasses.replace(found, z=value.z) == value
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+    assert cache.get("a") is None
+    assert cache.get("b") is None
+
+
+def test_settings_of_another_method_are_refused(make):
+    with pytest.raises(ConfigError, match=r"unknown setting 'method.l2'"):
+        make(RECIPE.with_fields({"method.name": "memit", "method.l2": 1.0}))
+    with pytest.raises(ConfigError, match="did you mean 'moment_weight'"):
+        make(RECIPE.with_fields({"method.name": "memit", "method.moment_wieght": 1.0}))
+    with pytest.raises(ConfigError, match="did you mean 'memit'"):
+        make(RECIPE.with_fields({"method.name": "memti"}))
+    with pytest.raises(ConfigError, match="expected a number above 0"):
+        make(RECIPE.with_fields({"method.l2": -1.0}))
+    for option in ({"values.chunk_tokens": 3}, {"values.at": "each"}, {"values.norm_anchor": True}):
+        with pytest.raises(ConfigError, match=r"ft optimises no values"):
+            make(RECIPE.with_fields({"method.name": "ft", **option}))
+
+
+def test_compact_statistics_say_what_they_can_not_serve(tokenizer, facts):
+    model = build_model("llama")
+    full = statistics_of(model, tokenizer)
+    compact = dataclasses.replace(
+        full, spectra={i: s.compact(1e-3) for i, s in full.spectra.items()}
+    )
+    editor = Editor(model, tokenizer, recipe=recipe_of("memit"), statistics=compact)
+    with pytest.raises(StatisticsError, match=r"don't serve memit .*nulledit stats make"):
+        editor.edit(facts)
+
+
+@pytest.fixture(scope="module")
+def known():
+    words = world.tokenizer()
+    return world.trained("llama", words), words
+
+
+WORLD = RECIPE.from_dict(
+    {
+        "layers": [0, 1],
+        "values": {"steps": 60, "learning_rate": 0.2, "weight_decay": 0.1, "clamp": 6.0},
+        "contexts": {"texts": ["{}", "then he said . {}"]},
+        "null_space": {"rule": "leakage", "value": 0.05},
+        "method": {"l2": 1e-3},
+    }
+)
+
+
+def in_the_world(known, **changes):
+    model = type(known[0])(known[0].config).eval()
+    model.load_state_dict(known[0].state_dict())
+    statistics = statistics_of(model, known[1], layers=(0, 1), lines=world.sentences())
+    recipe = WORLD.with_fields({k.replace("__", "."): v for k, v in changes.items()})
+    return Editor(model, known[1], recipe=recipe, statistics=statistics)
+
+
+def test_the_world_says_a_whole_long_answer_written_in_chunks(known):
+    editor = in_the_world(known, values__chunk_tokens=1)
+    fact = Fact(subject="Mira Ostrel", prompt="{} speaks", target="Dutch Oslo Cairo Rome")
+    editor.edit([fact])
+    ids = known[1]("Mira Ostrel speaks", return_tensors="pt")["input_ids"]
+    said = known[1].decode(editor.model.generate(ids, max_new_tokens=4, do_sample=False)[0, 3:])
+    assert said == fact.target
+
+
+def test_early_stop_ends_as_soon_as_every_row_says_the_target(known):
+    edits = [world.fact(p, "home", world.another(p, "home")) for p in world.PEOPLE[:3]]
+    changes = {"values__stop_loss": 0.0}
+    late = in_the_world(known, **changes).edit(edits)
+    early = in_the_world(known, values__stop_when_likeliest=True, **changes)
+    report = early.edit(edits)
+    for stopped, went_on in zip(report.columns, late.columns, strict=True):
+        steps = stopped.outcome["steps"]
+        assert 0 < steps < went_on.outcome["steps"]
