@@ -51,6 +51,7 @@ SMALL = {
         "solve_facts": 4,
     },
     "order": {"arms": ["alphaedit"]},
+    "instead": {"arms": ["alphaedit"], "crowds": [0, 1], "facts": 6},
 }
 SHARED = {"facts": 12, "skip": 0, "batch_size": 6, "windows": 2, "answers": 3, "fluency": 2}
 

@@ -132,7 +132,7 @@ class Lab:
         fluency: bool = False,
     ) -> dict[str, dict[str, Any]]:
         """Fact id -> one value per measure, at a checkpoint; no stream: of the unedited model."""
-        settings = {"facts": _hash([f.to_dict() for f in facts]), "generate": generate}
+        settings = {"facts": hash_of([f.to_dict() for f in facts]), "generate": generate}
 
         def ask(editor: Editor) -> Any:
             return evaluate(editor, facts, generate=generate).rows()
@@ -156,12 +156,12 @@ class Lab:
         """Perplexity of the text; None if none was given."""
         if self.sources.text is None:
             return None
-        windows = self._windows()
+        windows = self.windows()
 
         def ask(editor: Editor) -> Any:
             return asdict(perplexity(editor.partial, windows, pad_id(editor.tokenizer)))
 
-        settings = {"windows": _hash(windows)}
+        settings = {"windows": hash_of(windows)}
         found: dict[str, Any] = self._measure(stream, done, "perplexity", settings, ask)
         return found
 
@@ -181,14 +181,14 @@ class Lab:
                 "hidden_norm": asdict(edited_token_norm(editor, facts)),
             }
 
-        settings = {"facts": _hash([f.to_dict() for f in facts])}
+        settings = {"facts": hash_of([f.to_dict() for f in facts])}
         found: dict[str, Any] = self._measure(stream, done, "norms", settings, ask)
         return found
 
     def capability(self, stream: Stream | None, done: int) -> dict[str, Any]:
         """Task -> its result, with items."""
         items = self.items()
-        settings = {"items": _hash([[item.id, dict(item.record)] for item in items])}
+        settings = {"items": hash_of([[item.id, dict(item.record)] for item in items])}
 
         def ask(editor: Editor) -> Any:
             found = capability(
@@ -219,7 +219,7 @@ class Lab:
             found = drift(base, edited)
             return {**found.to_dict(), "points": list(found.rows())}
 
-        settings = {"rows": _hash([list(row) for row in rows]), "layers": layers}
+        settings = {"rows": hash_of([list(row) for row in rows]), "layers": layers}
         found: dict[str, Any] = self._measure(stream, done, "drift", settings, ask)
         return found
 
@@ -231,13 +231,19 @@ class Lab:
         settings: Mapping[str, Any],
         ask: Callable[[Editor], Any],
     ) -> Any:
-        if stream is not None:
-            if self.progress:
-                self.progress(f"{stream.plan.label}: {name} at {done}", 0, 1)
-            return stream.measure(done, name, settings, ask)
+        if stream is None:
+            return self.of_unedited(name, settings, ask)
+        if self.progress:
+            self.progress(f"{stream.plan.label}: {name} at {done}", 0, 1)
+        return stream.measure(done, name, settings, ask)
+
+    def of_unedited(
+        self, name: str, settings: Mapping[str, Any], ask: Callable[[Editor], Any]
+    ) -> Any:
+        """What `ask` says of the model without edits, from the work folder if it has it."""
         self.bench.clear()
         model = self.bench.base.history.base.hash[:16]
-        file = self.bench.folder / "unedited" / f"{model}-{name}-{_hash(settings)}.json"
+        file = self.bench.folder / "unedited" / f"{model}-{name}-{hash_of(settings)}.json"
         if not file.is_file():
             if self.progress:
                 self.progress(f"unedited: {name}", 0, 1)
@@ -245,7 +251,8 @@ class Lab:
             write_text(file, as_json(ask(self.bench.base)))
         return json.loads(file.read_text(encoding="utf-8"))
 
-    def _windows(self) -> list[list[int]]:
+    def windows(self) -> list[list[int]]:
+        """Of the perplexity text."""
         count = self.settings.get("windows", 20)
         window = min(WINDOW, self.bench.encoder.max_length)
         file = self.sources.need("text")
@@ -269,5 +276,6 @@ class Lab:
         return staged
 
 
-def _hash(content: Any) -> str:
+def hash_of(content: Any) -> str:
+    """16 hex digits that name plain data."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

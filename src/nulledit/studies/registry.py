@@ -13,6 +13,7 @@ from nulledit.report.run import environment
 from nulledit.report.study import Study, write_study
 from nulledit.studies.behaviour import CAPABILITY, CATEGORIES, DRIFT
 from nulledit.studies.building import StudySpec
+from nulledit.studies.instead import INSTEAD
 from nulledit.studies.lab import Lab
 from nulledit.studies.one_batch import CORPUS, PRESERVATION, THRESHOLD
 from nulledit.studies.sizes import ORDER, SCALE
@@ -31,6 +32,7 @@ STUDIES: Mapping[str, StudySpec] = {
         CORPUS,
         SCALE,
         ORDER,
+        INSTEAD,
     )
 }
 

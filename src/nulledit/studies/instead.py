@@ -1,0 +1,167 @@
+"""What one could do instead of editing: facts in the prompt, or a LoRA trained on them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from nulledit.baselines import LoraBaseline, LoraSettings, in_context
+from nulledit.config import ContextSettings
+from nulledit.data.facts import Fact
+from nulledit.editor import Editor
+from nulledit.errors import ConfigError
+from nulledit.evaluation.perplexity import perplexity
+from nulledit.evaluation.runner import evaluate
+from nulledit.models.tokens import pad_id
+from nulledit.report.study import Column, StudyTable
+from nulledit.studies.building import (
+    PREFERENCE,
+    STRICT,
+    Outcome,
+    StudySpec,
+    Work,
+    growth,
+    rate_cells,
+    rate_columns,
+)
+from nulledit.studies.lab import Lab, hash_of
+from nulledit.studies.scale import chosen
+from nulledit.studies.stream import StreamPlan
+from nulledit.studies.streams import follow, unedited
+
+MEASURES = (*PREFERENCE, *STRICT)
+
+
+def plans(lab: Lab) -> list[StreamPlan]:
+    """The edited arms."""
+    queue = lab.facts(lab.settings["facts"], skip=lab.settings["skip"])
+    return [lab.plan(arm, queue) for arm in chosen(lab.settings)]
+
+
+def run_instead(lab: Lab) -> Outcome:
+    """Editing against the prompt against LoRA, on the same questions."""
+    edited = plans(lab)
+    queue = edited[0].facts
+    base_rows, base_perplexity = unedited(lab, queue)
+    columns = [Column("arm", "what"), *rate_columns(MEASURES)]
+    if base_perplexity is not None:
+        columns.append(Column("growth", "perplexity growth", "low", "%", 2))
+    columns += [
+        Column("seconds", "s/fact once", "low", "", 2),
+        Column("tokens", "tokens/question", "low", "", 0),
+    ]
+    rows: list[dict[str, Any]] = [
+        {"arm": "unedited", **rate_cells(base_rows, MEASURES), "tokens": 0}
+    ]
+    for plan in edited:
+        arm = follow(lab, plan, [len(queue)])
+        grown = growth(arm.perplexity[len(queue)], base_perplexity)
+        spent = sum(arm.seconds.values()) / len(queue)
+        rows.append(_row(f"edited: {plan.label}", arm.end, grown, spent, 0))
+    for crowd in lab.settings["crowds"]:
+        label = (
+            "in the prompt: its own" if crowd == 0 else f"in the prompt: its own and {crowd} more"
+        )
+        found, tokens = _prompted(lab, queue, crowd)
+        rows.append(_row(label, found, 0.0 if base_perplexity else None, 0.0, tokens))
+    lora = _lora(lab, queue)
+    if lora is not None:
+        grown = growth(lora["perplexity"], base_perplexity)
+        rows.append(_row("LoRA", lora["rows"], grown, lora["seconds"] / len(queue), 0))
+    for row in rows:
+        if base_perplexity is None:
+            row.pop("growth", None)
+    caption = (
+        f"{len(queue)} facts, the same questions for all. In the prompt, a neighbour's question "
+        "gets the same statements in front as the fact's own. A LoRA is trained batch after batch; "
+        "nothing holds the rest of the model in place."
+    )
+    table = StudyTable("instead", "Instead of editing", caption, tuple(columns), tuple(rows))
+    told = []
+    for row in rows[1:]:
+        cells = [row[m] for m in ("efficacy_strict", "generalization_strict", "specificity")]
+        told.append(
+            f"{row['arm']}: "
+            + " / ".join("absent" if c is None else f"{c.mean:.1f}" for c in cells)
+        )
+    return Outcome(
+        "Strict efficacy / strict generalization / specificity (%): " + "; ".join(told) + ".",
+        [table],
+    )
+
+
+def _row(
+    label: str, rows: Any, grown: float | None, seconds: float, tokens: float
+) -> dict[str, Any]:
+    return {
+        "arm": label,
+        **rate_cells(rows, MEASURES),
+        "growth": grown,
+        "seconds": seconds,
+        "tokens": tokens,
+    }
+
+
+def _prompted(lab: Lab, queue: Sequence[Fact], crowd: int) -> tuple[Any, float]:
+    settings = {"facts": hash_of([f.to_dict() for f in queue]), "crowd": crowd, "seed": lab.seed}
+
+    def ask(editor: Editor) -> Any:
+        return in_context(editor, queue, crowd=crowd, seed=lab.seed, generate=False).rows()
+
+    rows = lab.of_unedited("in-context", settings, ask)
+    lengths = [
+        len(lab.bench.encoder.encode(f"{fact.render(fact.prompt)} {fact.target}").ids) + 4
+        for fact in queue
+    ]
+    return rows, (crowd + 1) * sum(lengths) / len(lengths)
+
+
+def _lora(lab: Lab, queue: Sequence[Fact]) -> Any:
+    """Rows, perplexity and seconds of a LoRA on the whole queue; None without PEFT."""
+    size = lab.settings["batch_size"]
+    wanted = LoraSettings(seed=lab.seed, contexts=ContextSettings(count=2))
+    windows = lab.windows() if lab.sources.text else None
+    settings = {
+        "facts": hash_of([f.to_dict() for f in queue]),
+        "lora": asdict(wanted),
+        "batch_size": size,
+        "windows": hash_of(windows),
+    }
+
+    def ask(editor: Editor) -> Any:
+        start = time.perf_counter()
+        with LoraBaseline(editor.model, editor.tokenizer, wanted) as lora:
+            for at in range(0, len(queue), size):
+                lora.train(queue[at : at + size])
+            seconds = time.perf_counter() - start
+            rows = evaluate(editor, queue, generate=False).rows()
+            text = (
+                perplexity(editor.partial, windows, pad_id(editor.tokenizer)) if windows else None
+            )
+        return {"rows": rows, "perplexity": text and asdict(text), "seconds": seconds}
+
+    try:
+        return lab.of_unedited("lora", settings, ask)
+    except ConfigError as error:
+        lab.notices.append(f"LoRA is absent: {error}")
+        return None
+
+
+INSTEAD = StudySpec(
+    name="instead",
+    title="Instead of editing",
+    question="Why not put the facts in the prompt, or train a LoRA on them?",
+    needs=("facts",),
+    cannot_show="The prompt is told which fact to state: a retriever that misses would do worse, "
+    "and one that fetches nothing for a neighbour better. One set of LoRA settings, chosen on the "
+    "first records.",
+    work=lambda lab: Work(
+        plans(lab),
+        asked=lab.settings["facts"] * (3 + 3 * len(lab.settings["crowds"])),
+        perplexities=3 if lab.sources.text else 0,
+        other_tokens=lab.settings["facts"] * 2000,
+    ),
+    run=run_instead,
+)
