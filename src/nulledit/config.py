@@ -258,7 +258,7 @@ def _build(cls: type, data: Any, where: str) -> Any:
         raise ConfigError(f"{where or 'recipe'}: expected named settings, found {data!r}")
     hints = typing.get_type_hints(cls)
     known = {f.name: f for f in dataclasses.fields(cls)}
-    values = {}
+    values: dict[str, Any] = {}
     for key, value in data.items():
         name = f"{where}{key}"
         if key not in known or key == "constants":

@@ -1,4 +1,4 @@
-"""`nulledit evaluate`: rates, perplexity and preservation of a run."""
+"""`nulledit evaluate`: the rates of a run, base and edited model."""
 
 from __future__ import annotations
 
@@ -30,6 +30,14 @@ from nulledit.cli.common import (
     help="Text for perplexity and preservation.  [default: one that comes with nulledit]",
 )
 @click.option("--base/--no-base", default=True, show_default=True, help="The base model, too.")
+@click.option("--distract", is_flag=True, help="Ask again behind distracting text.")
+@click.option("--fluency", is_flag=True, help="Let it write longer texts; n-gram entropy.")
+@click.option("--references", metavar="FILE", help="Texts by fact, for consistency (JSON).")
+@click.option("--by-relation", is_flag=True, help="Rates by relation, groups of ten or more.")
+@click.option("--capability", metavar="DIR", help="Six tasks: sst2.jsonl and so on.")
+@click.option("--items", metavar="N", type=click.IntRange(1), default=50, help="Of each task.")
+@click.option("--prompts", metavar="FILE", help="Drift of hidden states on these.")
+@click.option("--harness", metavar="TASKS", help="lm-evaluation-harness tasks, with commas.")
 @device_option
 @trust_option
 @output_options
@@ -38,11 +46,13 @@ def evaluate(run: str, as_json: bool, quiet: bool, **given: Any) -> None:
 
     Efficacy asks the fact's prompt, generalization its paraphrases, specificity its neighbours:
     each by preference (the answer is likelier than the other one) and strictly (every token of the
-    answer is the likeliest). What the facts lack is absent.
+    answer is the likeliest). What the facts lack is absent. docs/protocols.md and
+    docs/capability.md say what each measure means.
 
     \b
     $ nulledit evaluate run
     $ nulledit evaluate run --facts others.yaml --text wiki.txt --json
+    $ nulledit evaluate run --distract --capability tasks --prompts known_1000.json
     """
     from nulledit.data.readers import read_facts
 
@@ -51,12 +61,16 @@ def evaluate(run: str, as_json: bool, quiet: bool, **given: Any) -> None:
         read = {"limit": given["limit"], "on_conflict": given["on_conflict"]}
         chosen = list(read_facts(given["facts"], **read).facts)
     prepare(quiet=quiet)
+    from nulledit.cli import rest
     from nulledit.cli.measure import check_lengths, load_run, read_text
     from nulledit.evaluation.preservation import preservation_report
     from nulledit.evaluation.runner import evaluate as ask_all
+    from nulledit.evaluation.tasks import read_tasks
     from nulledit.report.tables import as_text, rates_table
     from nulledit.report.text import count
 
+    references = rest.read_references(given["references"])
+    items = read_tasks(given["capability"], limit=given["items"]) if given["capability"] else []
     editor = load_run(
         run, given["device"], quiet=quiet, trust_remote_code=given["trust_remote_code"]
     )
@@ -64,13 +78,32 @@ def evaluate(run: str, as_json: bool, quiet: bool, **given: Any) -> None:
     text = read_text(editor, given["text"])
     check_lengths(editor, facts)
     say(f"Evaluating {count(len(facts), 'fact')}, perplexity on {text.name}", quiet=quiet)
-    sides = {}
+    sides: dict[str, Any] = {}
+    tasks: dict[str, Any] = {}
+    harness: dict[str, Any] = {}
+
+    def ask(side: str) -> None:
+        with Bars(quiet=quiet, prefix=f"{side}: ") as bars:
+            sides[side] = ask_all(
+                editor,
+                facts,
+                windows=text.windows,
+                distract=given["distract"],
+                fluency=given["fluency"],
+                references=references,
+                progress=bars,
+            )
+        if items:
+            tasks[side] = rest.tasks_of(editor, items)
+        if given["harness"]:
+            harness[side] = rest.harness_of(editor, given["harness"])
+
     if given["base"]:
-        with Bars(quiet=quiet, prefix="base: ") as bars, editor.base_weights():
-            sides["base"] = ask_all(editor, facts, windows=text.windows, progress=bars)
-    with Bars(quiet=quiet, prefix="edited: ") as bars:
-        sides["edited"] = ask_all(editor, facts, windows=text.windows, progress=bars)
+        with editor.base_weights():
+            ask("base")
+    ask("edited")
     kept = preservation_report(editor, text.windows) if editor.history.epochs else []
+    drift = rest.drift_of(editor, given["prompts"], facts) if given["prompts"] else None
     if as_json:
         emit(
             {
@@ -79,6 +112,9 @@ def evaluate(run: str, as_json: bool, quiet: bool, **given: Any) -> None:
                 "text": text.name,
                 **{side: evaluation.summary() for side, evaluation in sides.items()},
                 "preservation": [asdict(p) for p in kept],
+                "capability": {s: {k: t.summary() for k, t in r.items()} for s, r in tasks.items()},
+                "drift": drift.to_dict() if drift else None,
+                "harness": harness,
                 "results": {side: evaluation.rows() for side, evaluation in sides.items()},
             }
         )
@@ -89,3 +125,14 @@ def evaluate(run: str, as_json: bool, quiet: bool, **given: Any) -> None:
             f"{p.error:.3g} ± {p.standard_error:.1g} (layer {p.layer})" for p in kept
         )
         click.echo(f"\n‖ΔK₀‖/‖W₀K₀‖: {errors}\nPerplexity and ‖ΔK₀‖ are on {text.name}.")
+    more: dict[str, Any] = {}
+    if given["by_relation"]:
+        more["By relation, edited"] = rest.relations_table(facts, sides["edited"])
+    if tasks:
+        more["Six tasks (%)"] = rest.capability_table(tasks)
+    if drift:
+        more["Drift of hidden states"] = rest.drift_table(drift)
+    if harness:
+        more["lm-evaluation-harness"] = rest.harness_table(harness)
+    if more:
+        click.echo("\n" + rest.as_sections(more))

@@ -68,6 +68,11 @@ def rates_table(sides: Mapping[str, Mapping[str, Any]]) -> Table:
         rows.append([f"{_label(key)} (%)", *map(percent, rates), _count(rates)])
     generation = [side.get("generation") for side in sides.values()]
     rows.append(["answer contains the target (%)", *map(percent, generation), _count(generation)])
+    for key, label, unit in (("fluency", "fluency", "bits"), ("consistency", "consistency", "%")):
+        found = [side.get(key) for side in sides.values()]
+        if any(found):
+            shown = [_bits(r) if unit == "bits" else percent(r) for r in found]
+            rows.append([f"{label} ({unit})", *shown, _count(found)])
     texts = [side.get("perplexity") for side in sides.values()]
     said = [ABSENT if not p else _plus_minus(p["value"], p["standard_error"], 2) for p in texts]
     tokens = next((f"{p['tokens']} tokens" for p in texts if p), "")
@@ -92,6 +97,11 @@ def preservation_table(layers: Sequence[Mapping[str, Any]]) -> Table:
         head.append("rounding/‖Δ‖")
         rows = [[*r, number(x["rounding_share"])] for r, x in zip(rows, layers, strict=True)]
     return head, rows
+
+
+def _bits(rate: Mapping[str, Any] | None) -> str:
+    """A rate that is no share."""
+    return _plus_minus(rate["mean"], rate["standard_error"], 2) if rate else ABSENT
 
 
 def _others(sides: Mapping[str, Mapping[str, Any]]) -> list[str]:
