@@ -524,7 +524,7 @@ def stop_in_batch(monkeypatch, number, error):
             raise error
         return optimise_values(*words, **options)
 
-    monkeypatch.setattr("nulledit.editor.optimise_values", stops)
+    monkeypatch.setattr("nulledit.batch.optimise_values", stops)
 
 
 def test_an_interruption_keeps_the_finished_batches(edited, place, options, tmp_path, monkeypatch):

@@ -1,0 +1,124 @@
+"""The command line beyond one edit: methods, projection, further measures, studies, reports."""
+
+import json
+
+import pytest
+from test_cli import done, edited, invoke, options, place, refused  # noqa: F401  fixtures
+
+from nulledit.methods import METHODS
+from nulledit.studies.registry import STUDIES
+
+
+def test_any_method_and_the_projection_switch(place, options, tmp_path):  # noqa: F811
+    changes = ("--method", "memit", "--set", "method.moment_weight=0.1")
+    for way in ("none", "inside", "after"):
+        run = tmp_path / way
+        done("edit", place / "facts.json", *options, *changes, "--project", way, "--out", run)
+        assert f"projection: {way}" in (run / "recipe.yaml").read_text()
+    shares = []
+    for way in ("none", "inside", "after"):
+        summary = json.loads((tmp_path / way / "summary.json").read_text())
+        shares.append([layer["update_share"] for layer in summary["runs"][-1]["layers"]])
+    assert len({tuple(s) for s in shares}) == 3, "three different updates"
+
+
+def test_methods_are_listed_with_their_settings():
+    text = done("methods").stdout
+    for method in METHODS:
+        assert method.name in text
+        assert method.paper in text
+    listed = json.loads(done("methods", "--json").stdout)
+    assert "moment_weight" in json.dumps(listed)
+    assert "did you mean 'memit'" in refused("methods", "memti")
+
+
+def test_more_is_asked_of_a_run(edited, tmp_path):  # noqa: F811
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    pair = [("Ada Byron speaks", 1), ("the river flows", 0)] * 3
+    for name in ("sst2", "cola"):
+        lines = [json.dumps({"sentence": s, "label": y}) for s, y in pair]
+        (tasks / f"{name}.jsonl").write_text("\n".join(lines))
+    for name in ("mrpc", "rte"):
+        lines = [json.dumps({"sentence1": s, "sentence2": s, "label": y}) for s, y in pair]
+        (tasks / f"{name}.jsonl").write_text("\n".join(lines))
+    labels = ["not_entailment", "entailment"]
+    nli = [json.dumps({"sentence1": s, "sentence2": s, "label": labels[y]}) for s, y in pair]
+    (tasks / "nli.jsonl").write_text("\n".join(nli))
+    mmlu = [
+        json.dumps({"question": s, "subject": "x", "choices": list("abcd"), "answer": y})
+        for s, y in pair
+    ]
+    (tasks / "mmlu.jsonl").write_text("\n".join(mmlu))
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps([{"prompt": f"The river {w}"} for w in ("flows", "is", "was")]))
+    references = tmp_path / "references.json"
+    references.write_text(json.dumps({"ada": ["Ada Byron speaks Velmish in Velm."]}))
+    asked = (
+        *("evaluate", edited, "--quiet", "--distract", "--by-relation", "--capability", tasks),
+        *("--items", "4", "--prompts", prompts, "--fluency", "--references", references),
+    )
+    text = done(*asked).stdout
+    for said in ("efficacy distracted", "By relation", "sst2", "Drift", "fluency", "consistency"):
+        assert said in text, said
+    plain = json.loads(done(*asked, "--json").stdout)
+    assert set(plain["capability"]) == {"base", "edited"}
+    assert plain["drift"]["layers"]
+    assert plain["edited"]["consistency"]["n"] == 1
+    references.write_text("[1]")
+    assert "expected an object of lists of texts" in refused(*asked)
+
+
+def test_studies_are_listed_and_refused_by_name(tmp_path):
+    text = done("study").stdout
+    for name in STUDIES:
+        assert name in text
+    assert set(json.loads(done("study", "--json").stdout)) == set(STUDIES)
+    assert "did you mean 'table1'" in refused("study", "tabel1", "--quiet")
+    assert "needs --facts" in refused("study", "table1", "--quiet")
+    assert "no such file" in refused("study", "table1", "--facts", tmp_path / "no.json", "--quiet")
+    facts = tmp_path / "facts.json"
+    facts.write_text("[]")
+    given = ("study", "table1", "--facts", facts, "--quiet")
+    assert "did you mean 'memit'" in refused(*given, "--arms", "memti")
+    assert "did you mean 'batch_size'" in refused(*given, "--set", "batchsize=3")
+    assert "expected small, paper or a YAML file" in refused(*given, "--scale", "medium")
+
+
+@pytest.mark.slow
+def test_a_stream_longer_than_the_data_is_refused(tmp_path):
+    facts = tmp_path / "facts.json"
+    record = {"id": "a", "subject": "Ada", "prompt": "{} is", "target": "x"}
+    facts.write_text(json.dumps([record]))
+    said = refused("study", "table1", "--facts", facts, "--quiet", "--work", tmp_path / "work")
+    assert "has 1 facts behind record 0; the stream needs 200" in said
+
+
+def test_a_study_runs_from_the_command_line(place, tmp_path):  # noqa: F811
+    scale = tmp_path / "tiny.yaml"
+    scale.write_text(
+        "arms: {alphaedit: {}, memit: {method.name: memit, method.moment_weight: 0.1}}\n"
+        "studies: {order: {arms: [alphaedit], facts: 4, skip: 0, batch_size: 2, windows: 1}}\n"
+    )
+    given = (
+        *("study", "order", "--model", place / "model", "--recipe", place / "recipe.yaml"),
+        *("--facts", place / "facts.json", "--scale", scale, "--work", tmp_path / "work"),
+        *("--out", tmp_path / "order", "--quiet"),
+    )
+    dry = json.loads(done(*given, "--dry-run", "--json").stdout)
+    assert dry["to_edit"] == 4
+    assert not (tmp_path / "order").exists()
+    # statistics by the model's name lie in the cache of another test's process: make them there
+    done(
+        *("stats", "make", place / "model", "--text", place / "corpus.txt"),
+        *("--layers", "1-2", "--window", "64", "--quiet"),
+    )
+    assert "Shuffled" in done(*given).stdout
+    assert json.loads(done(*given, "--dry-run", "--json").stdout)["to_edit"] == 0
+    page = done("report", tmp_path / "order", "--quiet")
+    assert (tmp_path / "order" / "report.html").is_file(), page.output
+    broken = json.loads((tmp_path / "order" / "study.json").read_text()) | {"format": 99}
+    (tmp_path / "order" / "study.json").write_text(json.dumps(broken))
+    result = invoke("report", tmp_path / "order", "--quiet")
+    assert result.exit_code == 2
+    assert "format 99" in result.stderr
