@@ -1,11 +1,14 @@
 """Studies on a tiny model that knows a small world: shared, resumed, and honest about gaps."""
 
+import dataclasses
 import json
 
 import pytest
+import torch
 import world
 from conftest import statistics_of
 
+from nulledit import batch as batch_module
 from nulledit.config import Recipe
 from nulledit.errors import ConfigError
 from nulledit.methods import find_method
@@ -14,7 +17,7 @@ from nulledit.studies.estimate import estimate
 from nulledit.studies.lab import Lab, Sources
 from nulledit.studies.registry import STUDIES, find_study, run_study
 from nulledit.studies.scale import Scale, load_scale
-from nulledit.studies.stream import Stream, Workbench
+from nulledit.studies.stream import Stream, Workbench, shuffled
 
 RECIPE = Recipe.from_dict(
     {
@@ -219,13 +222,13 @@ def test_a_checkpoint_is_the_stream_that_ended_there(make_lab):
 
 def test_arms_share_the_values_of_their_first_batch(make_lab, monkeypatch):
     asked = []
-    optimise = __import__("nulledit.batch", fromlist=["optimise_values"]).optimise_values
+    optimise = batch_module.optimise_values
 
     def counting(model, encoder, facts, *args, **kwargs):
         asked.append(len(facts))
         return optimise(model, encoder, facts, *args, **kwargs)
 
-    monkeypatch.setattr("nulledit.batch.optimise_values", counting)
+    monkeypatch.setattr(batch_module, "optimise_values", counting)
     lab = make_lab("projection", work="values")
     queue = lab.facts(6)
     lab.edited(lab.plan("alphaedit", queue))
@@ -233,6 +236,41 @@ def test_arms_share_the_values_of_their_first_batch(make_lab, monkeypatch):
     assert asked == [6, 0]
     lab.edited(lab.plan("memit", queue, recipe=RECIPE.with_fields({"values.steps": 7})))
     assert asked == [6, 0, 6], "other settings are other values"
+
+
+def test_a_longer_stream_goes_on_from_a_shorter_one(make_lab, monkeypatch):
+    asked = []
+    optimise = batch_module.optimise_values
+
+    def counting(model, encoder, facts, *args, **kwargs):
+        asked.extend(fact.id for fact in facts)
+        return optimise(model, encoder, facts, *args, **kwargs)
+
+    monkeypatch.setattr(batch_module, "optimise_values", counting)
+    lab = make_lab("table1", work="fork")
+    queue = lab.facts(12)
+    alone = lab.edited(lab.plan("rome", queue))
+    expected = {i: alone.editor.weights.exact(i).clone() for i in alone.editor.weights.layers}
+    at_once = list(asked)
+    lab = make_lab("table1", work="forked")
+    lab.edited(lab.plan("rome", queue[:6]))
+    before = len(asked)
+    longer = lab.edited(lab.plan("rome", queue))
+    assert asked[len(at_once) :] == at_once, "what was edited is not edited again"
+    assert before < len(asked)
+    for layer, weight in expected.items():
+        assert torch.equal(longer.editor.weights.exact(layer), weight)
+    with longer.at(6) as editor:
+        assert len(editor.history.active_as_of(6)) == 6
+
+
+def test_a_longer_queue_begins_with_a_shorter_one():
+    one = world.fact("Ada Velm", "job", "smith")
+    facts = [dataclasses.replace(one, id=f"{i}") for i in range(9)]
+    short, long = (shuffled(facts[:n], 0, block=3) for n in (6, 9))
+    assert long[:6] == short
+    assert short != facts[:6]
+    assert shuffled(facts, 1, block=3) != long
 
 
 def test_the_model_is_as_before_when_a_lab_is_cleared(make_lab, known):

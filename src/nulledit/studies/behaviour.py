@@ -26,6 +26,7 @@ from nulledit.studies.building import (
 from nulledit.studies.lab import Lab
 from nulledit.studies.scale import chosen
 from nulledit.studies.stream import Stream, StreamPlan
+from nulledit.studies.streams import asked_at
 
 
 def plans_of(lab: Lab) -> list[StreamPlan]:
@@ -37,11 +38,6 @@ def plans_of(lab: Lab) -> list[StreamPlan]:
 # -- capability --------------------------------------------------------------------------------
 
 
-def _spots(lab: Lab, plan: StreamPlan) -> list[int]:
-    every, end = lab.settings["ask_every"], len(plan.facts)
-    return [at for at in plan.checkpoints()[1:] if at % every == 0 or at == end]
-
-
 def run_capability(lab: Lab) -> Outcome:
     """The six tasks along the stream."""
     base = lab.capability(None, 0)
@@ -49,7 +45,7 @@ def run_capability(lab: Lab) -> Outcome:
     found: dict[str, dict[int, Any]] = {}
     for plan in plans:
         stream = lab.edited(plan)
-        found[plan.label] = {at: lab.capability(stream, at) for at in _spots(lab, plan)}
+        found[plan.label] = {at: lab.capability(stream, at) for at in asked_at(lab, plan)}
     end = len(plans[0].facts)
     ends = {label: along[end] for label, along in found.items()}
     tables = [
@@ -372,7 +368,7 @@ CAPABILITY = StudySpec(
     cannot_show="A model of this size answers most of these tasks at chance, so F1 can't fall; "
     "only the right answer's probability can move, and a fall from chance is not a loss of skill.",
     work=lambda lab: Work(
-        plans_of(lab), capabilities=1 + sum(len(_spots(lab, p)) for p in plans_of(lab))
+        plans_of(lab), capabilities=1 + sum(len(asked_at(lab, p)) for p in plans_of(lab))
     ),
     run=run_capability,
 )

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from nulledit.config import Recipe
 from nulledit.data.facts import Fact
 from nulledit.editor import Editor
 from nulledit.errors import ConfigError
-from nulledit.files import write_text
+from nulledit.files import replacing_folder, write_text
 from nulledit.ledger.store import Store
 from nulledit.report.run import as_json
 
@@ -157,6 +158,8 @@ class Workbench:
             raise ConfigError(f"{plan.label}: no facts to edit")
         folder = self.folder / "streams" / plan.digest(self.base.history.base.hash)
         cache = self.folder / "values"
+        if not Store(folder / "ledger").exists:
+            self._fork(plan, folder)
         if Store(folder / "ledger").exists:
             editor = Editor.resume(
                 folder,
@@ -182,6 +185,24 @@ class Workbench:
         self._open = Stream(plan, folder, editor)
         return self._open
 
+    def _fork(self, plan: StreamPlan, folder: Path) -> None:
+        """Begin with the edits of a finished stream that is the beginning of `plan`, if one is."""
+        for count in reversed(plan.checkpoints()[1:-1]):
+            shorter = replace(plan, facts=plan.facts[:count])
+            source = folder.parent / shorter.digest(self.base.history.base.hash)
+            marks = source / "marks.json"
+            if marks.is_file() and str(count) in json.loads(marks.read_text(encoding="utf-8")):
+                folder.mkdir(parents=True, exist_ok=True)
+                write_text(folder / "marks.json", marks.read_text(encoding="utf-8"))
+                if (source / "measured").is_dir():  # of the same model at the same checkpoints
+                    shutil.copytree(source / "measured", folder / "measured", dirs_exist_ok=True)
+                with replacing_folder(
+                    folder / "ledger"
+                ) as partial:  # last: it says that all is there
+                    shutil.copytree(source / "ledger", partial, dirs_exist_ok=True)
+                return
+        (folder / "marks.json").unlink(missing_ok=True)
+
     def clear(self) -> None:
         """The model without edits."""
         if self._open is not None:
@@ -189,9 +210,17 @@ class Workbench:
             self._open = None
 
 
-def shuffled(facts: Sequence[Fact], seed: int) -> list[Fact]:
-    """`facts` in an order of their own that a seed fixes."""
-    return sorted(facts, key=lambda f: hashlib.sha256(f"{seed}/{f.id}".encode()).digest())
+def shuffled(facts: Sequence[Fact], seed: int, *, block: int = 200) -> list[Fact]:
+    """`facts` in an order that a seed fixes.
+
+    Blocks of `block` facts are shuffled each by itself, so that a longer queue begins with a
+    shorter one of whole blocks, and its stream with the other's edits.
+    """
+    mixed: list[Fact] = []
+    for start in range(0, len(facts), block):
+        part = facts[start : start + block]
+        mixed += sorted(part, key=lambda f: hashlib.sha256(f"{seed}/{f.id}".encode()).digest())
+    return mixed
 
 
 def _statistics_hash(path: Path) -> str:

@@ -93,10 +93,11 @@ def follow(lab: Lab, plan: StreamPlan, checkpoints: Sequence[int] | None = None)
 
 
 def asked_at(lab: Lab, plan: StreamPlan) -> list[int]:
-    """Checkpoints at which a stream is asked: every `ask_every` facts, and its end."""
+    """Checkpoints at which a stream is asked: every `ask_every` facts (or those listed), its end."""
     every = lab.settings.get("ask_every", 1)
+    wanted = every if isinstance(every, list) else range(every, len(plan.facts) + 1, every)
     end = len(plan.facts)
-    return [at for at in plan.checkpoints()[1:] if at % every == 0 or at == end]
+    return [at for at in plan.checkpoints()[1:] if at in wanted or at == end]
 
 
 def unedited(lab: Lab, facts: Sequence[Fact]) -> tuple[dict[str, dict[str, Any]], Any]:
