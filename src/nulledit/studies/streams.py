@@ -93,7 +93,7 @@ def follow(lab: Lab, plan: StreamPlan, checkpoints: Sequence[int] | None = None)
 
 
 def asked_at(lab: Lab, plan: StreamPlan) -> list[int]:
-    """Checkpoints at which a stream is asked: every `ask_every` facts (or those listed), its end."""
+    """Checkpoints at which a stream is asked: every `ask_every` facts, or those listed; its end."""
     every = lab.settings.get("ask_every", 1)
     wanted = every if isinstance(every, list) else range(every, len(plan.facts) + 1, every)
     end = len(plan.facts)
