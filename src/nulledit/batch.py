@@ -40,6 +40,7 @@ class Run:
     def __init__(self, progress: Progress | None):
         self.notices: list[str] = []
         self.seconds: dict[str, float] = {}
+        self.optimised = 0  # values that were not in a cache
         self.progress = progress
 
     def tell(self, stage: str, done: int, total: int) -> None:
@@ -231,6 +232,7 @@ class BatchWriter:
         missing = [i for i in range(len(wordings)) if i not in values]
         counter = self.run.counter("values", len(wordings))
         counter(len(values))
+        self.run.optimised += len(missing)
         found = optimise_values(
             self.model,
             self.encoder,
@@ -281,4 +283,4 @@ class BatchWriter:
 
 
 def _stacked(values: Sequence[Value]) -> Tensor:
-    return torch.stack([value.z for value in values]).detach().cpu()  # [requests, d]
+    return torch.stack([value.z.detach().cpu() for value in values])  # [requests, d]

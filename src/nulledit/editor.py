@@ -49,6 +49,8 @@ class EditReport:
     """Facts known, replaced, repeated, or joined with others on one key."""
     seconds: dict[str, float]
     """Wall time by stage: values, keys, solve."""
+    optimised: int = 0
+    """Values that were optimised in this call, not taken from a cache."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Editor:
         self.model, self.tokenizer = model, tokenizer
         self.partial = PartialModel(model)
         self.encoder = RowEncoder(tokenizer, max_length=context_length(model.config))
-        self.recipe = _resolve(recipe, name, self.partial)
+        self.recipe = resolve_recipe(recipe, name, self.partial)
         self.seed = seed
         self._statistics = statistics
         self.value_cache = None if value_cache is None else ValueCache(Path(value_cache))
@@ -295,7 +297,8 @@ class Editor:
                     done += len(batch)
         asked = {fact.id for fact in queue}
         columns = tuple(c for c in self.history.present if c.fact.id in asked)
-        return EditReport(columns, self.weights.reports(), tuple(run.notices), run.seconds)
+        layers = self.weights.reports()
+        return EditReport(columns, layers, tuple(run.notices), run.seconds, run.optimised)
 
     def undo(self, *ids: str) -> UndoReport:
         """Take facts out again, exactly: the weights become the solve without their columns.
@@ -389,7 +392,8 @@ class Editor:
         written = writer.write(staying)
         stand_in = {**(behind or {}), **{c.fact.key: c for c in touched}}
         made = self._columns(writer, written, stand_in)
-        known = _facts_of(c for c in made if c.outcome["known"])
+        unknown = {c.fact.id for c in made if not c.outcome["known"]}
+        known = _facts_of(c for c in made if c.fact.id not in unknown)
         if known:
             names = _some(fact.id for fact in known)
             run.notices.append(f"{names}: said by the model already; written all the same")
@@ -556,7 +560,7 @@ def _by_group(columns: Sequence[Column]) -> list[list[Column]]:
     return list(groups.values())
 
 
-def _resolve(recipe: Recipe | str | Path | None, name: str, model: PartialModel) -> Recipe:
+def resolve_recipe(recipe: Recipe | str | Path | None, name: str, model: PartialModel) -> Recipe:
     """The recipe to use on `model`, with layers; ModelError where they don't fit it."""
     if recipe is None:
         recipe = name if name in shipped_recipes() else Recipe()

@@ -17,8 +17,10 @@ def replacing(file: Path) -> Iterator[Path]:
     What other libraries write with narrow permissions becomes as readable as any new file.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.part")
-    partial.unlink(missing_ok=True)  # of a process that was killed
+    for left in file.parent.glob(f".{file.name}.*.part"):
+        if not _alive(left.name.split(".")[-2]):
+            left.unlink(missing_ok=True)  # of a process that was killed
+    partial = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
         partial.touch()
         mode = partial.stat().st_mode
@@ -29,6 +31,17 @@ def replacing(file: Path) -> Iterator[Path]:
         sync(file.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _alive(process: str) -> bool:
+    """Whether the process that a temporary name tells of still runs, on this machine."""
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 @contextmanager

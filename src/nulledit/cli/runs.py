@@ -204,7 +204,7 @@ def _finish(
             "run": number,
             "time": folder_of.now(),
             "facts": len(columns),
-            "known": sum(bool(c.outcome["known"]) for c in columns),
+            "known": _known(columns),
             "batches": [batches[0], batches[-1]] if batches else [],
             "before": before.summary() if before else None,
             "after": after.summary() if after else None,
@@ -231,6 +231,12 @@ def _finish(
         summary=summary,
     )
     return Result(folder, summary, lines)
+
+
+def _known(columns: Sequence[Column]) -> int | None:
+    """How many facts the model said before; None where the method never asked it."""
+    told = [c.outcome["known"] for c in columns]
+    return None if None in told else sum(told)
 
 
 def _error(kept: Preservation | None) -> dict[str, Any]:

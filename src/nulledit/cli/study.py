@@ -101,7 +101,7 @@ def study(name: str | None, as_json: bool, quiet: bool, **given: Any) -> None:
 
 
 def _lab(name: str, given: dict[str, Any], spec: Any, *, quiet: bool) -> Any:
-    """Everything is checked before the model is loaded."""
+    """Everything that needs no model is checked before it is loaded, the rest just after."""
     from nulledit.config import Recipe, load_recipe, shipped_recipes
     from nulledit.studies.lab import Lab, Sources
     from nulledit.studies.scale import load_scale
@@ -126,9 +126,17 @@ def _lab(name: str, given: dict[str, Any], spec: Any, *, quiet: bool) -> Any:
         raise ConfigError("the recipe names no layers: give --layers or --recipe")
     from nulledit.studies.scale import chosen
 
+    recipes = [recipe]
     for key in ("arms", "zsre_arms"):
         for arm in chosen(settings, key) if key in settings else ():
-            scale.recipe(recipe, arm)
+            recipes.append(scale.recipe(recipe, arm))
+    for arm in chosen(settings, "arms") if "projections" in settings else ():
+        for way in chosen(settings, "projections"):
+            scale.recipe(recipe, f"{arm}+{way}")
+    out = Path(given["out"] or Path("studies") / name)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out}: is a file; give a folder")
+    from nulledit.editor import resolve_recipe
     from nulledit.models.load import load_model
     from nulledit.studies.stream import Workbench
 
@@ -141,6 +149,8 @@ def _lab(name: str, given: dict[str, Any], spec: Any, *, quiet: bool) -> Any:
         trust_remote_code=given["trust_remote_code"],
     )
     bench = Workbench(model, tokenizer, Path(given["work"]), name=source)
+    for each in recipes:
+        resolve_recipe(each, source, bench.partial)
     tell = None if quiet else _Teller()
     return Lab(bench, recipe, scale, settings, sources, seed=given["seed"], progress=tell)
 

@@ -7,6 +7,7 @@ token of the chunk before. All chunks are optimised on the true text before them
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from nulledit.data.facts import SLOT, Fact
@@ -16,10 +17,12 @@ from nulledit.models.tokens import RowEncoder
 def chunks_of(fact: Fact, encoder: RowEncoder, tokens: int) -> tuple[Fact, ...]:
     """`fact` as one request per chunk of at most about `tokens` tokens; itself if its target fits.
 
-    Cuts are between words, so a word longer than that stays whole, as does a text without spaces.
+    Cuts are at single spaces, so what has none stays whole, be it longer, and so does a text with
+    braces, which would look like a slot.
     """
-    words = fact.target.split()
-    if tokens == 0 or len(words) < 2 or _length(encoder, fact.target) <= tokens:
+    words = re.split(r"(?<=\S) (?=\S)", fact.target)
+    short = tokens == 0 or len(words) < 2 or _length(encoder, fact.target) <= tokens
+    if short or any(brace in fact.target for brace in "{}"):
         return (fact,)
     chunks: list[str] = []
     for word in words:

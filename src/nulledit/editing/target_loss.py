@@ -17,7 +17,7 @@ from nulledit.models.tokens import Batch, RowEncoder, chunks_by_length, collate
 
 
 class WeightLoss:
-    """Mean NLL of the targets behind their bare prompts, and its gradient by W of one layer.
+    """Mean NLL of the facts' targets behind their bare prompts, and its gradient by W of one layer.
 
     States at the block's input are computed once; each call runs the blocks from there on.
     """
@@ -33,8 +33,10 @@ class WeightLoss:
         positions: int,
     ):
         """`positions` bounds the tokens that run together."""
-        self.model, self.layer, self.n = model, layer, len(facts)
-        self.rows = [row for fact in facts for row in plan_rows(fact, encoder, ("{}",))[:1]]
+        self.model, self.layer = model, layer
+        own = [plan_rows(fact, encoder, ("{}",)) for fact in facts]
+        self.rows = [row for rows in own for row in rows]
+        self.weights = [1 / len(rows) / len(facts) for rows in own for _ in rows]
         inputs = [row.ids[:-1] for row in self.rows]
         self.chunks = [
             self._start(chunk, inputs, pad_id)
@@ -59,7 +61,7 @@ class WeightLoss:
         try:
             write_weight(module, weight)
             for batch, states, chunk in self.chunks:
-                loss = self._loss(batch, states, chunk) / self.n
+                loss = self._loss(batch, states, chunk)
                 (found,) = torch.autograd.grad(loss, parameter)
                 gradient += (found.mT if isinstance(module, Conv1D) else found).to(gradient)
                 total += float(loss.detach())
@@ -77,7 +79,8 @@ class WeightLoss:
             at = slice(row.target_start - 1, row.target_start - 1 + len(target))
             logits = self.model.logits(normed[i, at])
             logits = logits.float() if logits.dtype.itemsize < 4 else logits
-            loss = loss + F.cross_entropy(logits, target.to(logits.device)).to(loss)
+            own = F.cross_entropy(logits, target.to(logits.device))
+            loss = loss + self.weights[place] * own.to(loss)
         return loss
 
     def current(self) -> Tensor:

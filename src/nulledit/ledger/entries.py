@@ -6,6 +6,7 @@ The weights are a function of these and nothing else: W = round(W₀ + fold of t
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -158,7 +159,8 @@ class History:
         """Identifies the weights: base, epochs and active columns, in hex."""
         digest = hashlib.sha256(self.base.hash.encode())
         for epoch in self.epochs:
-            digest.update(epoch.tensors.encode())
+            recipe = json.dumps(epoch.recipe, sort_keys=True)
+            digest.update(f"{epoch.tensors} {recipe}\n".encode())
         hashes = {b.id: b.tensors for b in self.batches}
         for column in self.active:
             digest.update(f"{hashes[column.batch]} {column.row}\n".encode())

@@ -185,11 +185,14 @@ class EditedWeights:
         return torch.device("cpu") if device.type == "mps" else device
 
     def _report(self, layer: int) -> LayerReport:
-        metric, base = self._fold(layer).metrics.metric, self.base(layer)
+        fold, base = self._fold(layer), self.base(layer)
+        projected = fold.method.projection(fold.recipe.method) != "none"
+        metric = fold.metrics.projector if projected else fold.metrics.metric
         columns, exact = self.history.active, self.exact(layer).cpu()
         stored = as_out_in(self.model.mlp_out(layer)).double().cpu()
         keys, _ = self.recorded(columns, layer)
-        shares, n = metric.free_share(keys.to(metric.vectors.device)), len(columns)
+        shares = metric.free_share(keys.to(metric.vectors.device))
+        n = len(self.history.present)
         norm = float((exact - base).norm())
         return LayerReport(
             layer=layer,

@@ -24,7 +24,7 @@ class Shown:
     error: str = ""
     """`± 0.5`, empty without a standard error."""
     n: str = ""
-    """n, empty where all numbers of the table have the same (`common_n`)."""
+    """n, empty where all numbers of the column have the same (`common_n`)."""
     mark: str = ""
     """`best`, `tie` or nothing."""
     numeric: bool = False
@@ -34,20 +34,22 @@ class Shown:
 def shown(table: StudyTable) -> list[list[Shown]]:
     """The table's cells, row by row."""
     marks = {column.key: _marks(table, column) for column in table.columns}
-    hide_n = common_n(table) is not None
+    hidden = {key for keys in common_n(table).values() for key in keys}
     return [
-        [
-            _cell(row.get(column.key), column, marks[column.key][i], hide_n=hide_n)
-            for column in table.columns
-        ]
+        [_cell(row.get(c.key), c, marks[c.key][i], hide_n=c.key in hidden) for c in table.columns]
         for i, row in enumerate(table.rows)
     ]
 
 
-def common_n(table: StudyTable) -> int | None:
-    """The n of every number that has one, if they agree."""
-    found = {v.n for row in table.rows for v in row.values() if isinstance(v, Value) and v.n}
-    return found.pop() if len(found) == 1 else None
+def common_n(table: StudyTable) -> dict[int, list[str]]:
+    """n -> keys of the columns whose numbers all have it, the n of most columns first."""
+    found: dict[int, list[str]] = {}
+    for column in table.columns:
+        cells = [row.get(column.key) for row in table.rows]
+        agreed = {cell.n for cell in cells if isinstance(cell, Value) and cell.n}
+        if len(agreed) == 1:
+            found.setdefault(agreed.pop(), []).append(column.key)
+    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
 
 
 def notes(table: StudyTable) -> list[str]:
@@ -56,8 +58,9 @@ def notes(table: StudyTable) -> list[str]:
     said = []
     if any(cell.error for cell in cells):
         said.append("± is one standard error")
-    if (n := common_n(table)) is not None:
-        said.append(f"n = {n}")
+    titles = {column.key: column.title for column in table.columns}
+    for i, (n, keys) in enumerate(common_n(table).items()):
+        said.append(f"n = {n}" + (f" in {', '.join(titles[key] for key in keys)}" if i else ""))
     marks = [mark for mark in MEANING if any(cell.mark == mark for cell in cells)]
     if marks:
         apart = any(is_unedited(_name(table, row)) for row in table.rows)

@@ -21,7 +21,6 @@ from nulledit.report.writing import as_json, write
 
 FORMAT = 1
 KINDS = ("lines", "bars", "scatter", "intervals")
-SCALES = ("small", "paper")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -160,7 +159,7 @@ class Study:
     question: str
     """What it asks, one sentence."""
     scale: str
-    """`small` (this machine) or `paper` (the papers' sizes)."""
+    """`small` (this machine), `paper` (the papers' sizes), or the name of a scale of one's own."""
     settings: Mapping[str, Any]
     """All that was set, plain data."""
     environment: tuple[Mapping[str, Any], ...]
@@ -183,7 +182,6 @@ class Study:
     """Version that made it."""
 
     def __post_init__(self) -> None:
-        _one_of("scale", self.scale, SCALES)
         for what in (self.tables, self.figures):
             names = [item.name for item in what]
             if len(set(names)) < len(names):

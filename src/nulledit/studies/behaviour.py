@@ -21,6 +21,7 @@ from nulledit.studies.building import (
     StudySpec,
     Work,
     difference,
+    extremes,
     rate,
 )
 from nulledit.studies.lab import Lab
@@ -58,7 +59,9 @@ def run_capability(lab: Lab) -> Outcome:
             for at, result in {0: base, **along}.items():
                 r = result[task]["probability"]
                 points.append(
-                    Point(at, 100 * r["mean"], _percent(r["standard_error"]), r["n"], label, task)
+                    Point(
+                        at, _percent(r["mean"]), _percent(r["standard_error"]), r["n"], label, task
+                    )
                 )
     figure = FigureSpec(
         "capability",
@@ -82,8 +85,8 @@ def run_capability(lab: Lab) -> Outcome:
     clear = [f"{p.series} on {p.panel} ({p.y:+.1f})" for p in moved if p.low * p.high > 0]  # type: ignore[operator]
     shows = (
         f"Behind {end} edits the right answer's probability moved by {_range(p.y for p in moved)} "
-        f"points over tasks and arms; "
-        f"intervals without zero: {', '.join(clear) or 'none'}."
+        f"points over tasks and arms; of {len(moved)} intervals, those without zero: "
+        f"{', '.join(clear) or 'none'}."
     )
     return Outcome(shows, tables, [figure, change])
 
@@ -117,25 +120,24 @@ def _moved_tasks(base: Mapping[str, Any], arms: Mapping[str, Mapping[str, Any]])
     points = []
     for label, found in arms.items():
         for task in base:
-            pairs = [
-                (a["probability"], b["probability"])
-                for a, b in zip(base[task]["items"], found[task]["items"], strict=True)
-                if a["probability"] is not None and b["probability"] is not None
-            ]
-            if pairs:
-                mean, low, high = paired_bootstrap([a for a, _ in pairs], [b for _, b in pairs])
-                points.append(
-                    Point(
-                        label,
-                        100 * mean,
-                        n=len(pairs),
-                        series=label,
-                        panel=task,
-                        low=100 * low,
-                        high=100 * high,
-                    )
-                )
+            moved = _moved(base[task], found[task])
+            if moved:
+                mean, low, high = (100 * x for x in moved)
+                n = len(base[task]["items"])
+                points.append(Point(label, mean, n=n, series=label, panel=task, low=low, high=high))
     return points
+
+
+def _moved(
+    before: Mapping[str, Any], after: Mapping[str, Any]
+) -> tuple[float, float, float] | None:
+    """How the right answer's probability moved over items: mean and 95 % interval."""
+    pairs = [
+        (a["probability"], b["probability"])
+        for a, b in zip(before["items"], after["items"], strict=True)
+        if a["probability"] is not None and b["probability"] is not None
+    ]
+    return paired_bootstrap([a for a, _ in pairs], [b for _, b in pairs]) if pairs else None
 
 
 # -- drift ---------------------------------------------------------------------------------------
@@ -185,12 +187,10 @@ def run_drift(lab: Lab) -> Outcome:
         points=tuple(points),
     )
     last = f"d{layers[-1]}"
-    order = sorted(rows, key=lambda row: row[last].mean)
-    shows = (
-        f"At the last block, states of other text move least with {order[0]['arm']} "
-        f"({order[0][last].mean:.1f} %) and most with {order[-1]['arm']} "
-        f"({order[-1][last].mean:.1f} %)."
-    )
+    moved = {row["arm"]: row[last].mean for row in rows if row[last] and row[last].mean is not None}
+    shows = "States of other text could not be compared."
+    if moved:
+        shows = f"At the last block, states of other text move {extremes(moved)}."
     return Outcome(
         shows, [StudyTable("drift", "Distances", caption, tuple(columns), tuple(rows))], [figure]
     )
@@ -225,22 +225,25 @@ def run_categories(lab: Lab) -> Outcome:
     for name in sorted(groups, key=lambda g: (g == OTHER, -len(groups[g]))):
         row = _relation_row(name, groups[name], before, after, leaks[name])
         rows.append(row)
-        if row["change"] is not None and name != OTHER:
-            points.append(Point(leaks[name], row["change"], n=len(groups[name]), series="relation"))
+        leak, n = leaks[name], len(groups[name])
+        if row["change"] is not None and leak is not None and name != OTHER:
+            points.append(Point(leak, row["change"], n=n, series="relation"))
     for task in tasks_before:
-        a, b = tasks_before[task]["items"], tasks_after[task]["items"]
-        moved = paired_bootstrap([i["probability"] for i in a], [i["probability"] for i in b])
-        leak = leaks[f"task {task}"]
+        found = _moved(tasks_before[task], tasks_after[task])
+        if found is None:
+            continue
+        moved, leak = found, leaks[f"task {task}"]
         rows.append(
             {
                 "group": f"task {task}",
-                "n": len(a),
+                "n": len(tasks_before[task]["items"]),
                 "leak": leak,
                 "change": 100 * moved[0],
                 "interval": f"{100 * moved[1]:+.1f} to {100 * moved[2]:+.1f}",
             }
         )
-        points.append(Point(leak, 100 * moved[0], n=len(a), series="task"))
+        if leak is not None:
+            points.append(Point(leak, 100 * moved[0], series="task"))
     columns = (
         Column("group", "relation or task"),
         Column("n", "n", None, "", 0),
@@ -273,7 +276,7 @@ def run_categories(lab: Lab) -> Outcome:
 
 
 def _relation_row(
-    name: str, members: Sequence[Fact], before: Rows, after: Rows, leak: float
+    name: str, members: Sequence[Fact], before: Rows, after: Rows, leak: float | None
 ) -> dict[str, Any]:
     ids = [fact.id for fact in members]
     sides = [{i: side[i] for i in ids} for side in (before, after)]
@@ -290,23 +293,27 @@ def _relation_row(
     }
 
 
-def _leaks(lab: Lab, stream: Stream, prompts: Mapping[str, Sequence[str]]) -> dict[str, float]:
+def _leaks(
+    lab: Lab, stream: Stream, prompts: Mapping[str, Sequence[str]]
+) -> dict[str, float | None]:
     """Group -> mean ‖Pk‖²/‖k‖² in % of the unedited keys at the ends of its prompts."""
+
+    most = lab.settings["leak_prompts"]
 
     def ask(editor: Editor) -> Any:
         return {
-            name: _free_share(editor, texts, lab.settings["leak_prompts"])
+            name: _free_share(editor, list(dict.fromkeys(texts))[:most]) if texts else None
             for name, texts in prompts.items()
         }
 
-    settings = {"prompts": {k: list(v) for k, v in prompts.items()}}
-    found: dict[str, float] = stream.measure(0, "leak", settings, ask)
+    settings = {"prompts": {k: list(v) for k, v in prompts.items()}, "most": most}
+    found: dict[str, float | None] = stream.measure(0, "leak", settings, ask)
     return found
 
 
-def _free_share(editor: Editor, texts: Sequence[str], most: int) -> float:
+def _free_share(editor: Editor, texts: Sequence[str]) -> float:
     layers = editor.recipe.layers
-    rows = [editor.encoder.encode(text).ids for text in list(dict.fromkeys(texts))[:most]]
+    rows = [editor.encoder.encode(text).ids for text in texts]
     shares = []
     with frozen(editor.model), torch.no_grad():
         for chunk in chunks_by_length([len(row) for row in rows], 2048):
@@ -328,15 +335,24 @@ def _free_share(editor: Editor, texts: Sequence[str], most: int) -> float:
 def _correlation(points: Sequence[Point]) -> str:
     if len(points) < 4:
         return f"Only {len(points)} relations are large enough to compare. "
-    x, y = (np.argsort(np.argsort([getattr(p, axis) for p in points])) for axis in ("x", "y"))
+    x, y = (_ranks([getattr(p, axis) for p in points]) for axis in ("x", "y"))
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return f"All {len(points)} relations changed alike, so nothing can be said of leaks. "
     rho = float(np.corrcoef(x, y)[0, 1])
     rng = np.random.default_rng(0)
-    drawn = [float(np.corrcoef(x, rng.permutation(y))[0, 1]) for _ in range(2000)]
-    chance = np.mean([abs(value) >= abs(rho) for value in drawn])
+    drawn = [float(np.corrcoef(x, rng.permutation(y))[0, 1]) for _ in range(1999)]
+    chance = (1 + sum(abs(value) >= abs(rho) - 1e-12 for value in drawn)) / 2000
     return (
         f"Over {len(points)} relations the rank correlation of a relation's unprotected share with "
-        f"its change of specificity is {rho:+.2f} (permutation p = {chance:.2f}). "
+        f"its change of specificity is {rho:+.2f} (permutation p = {chance:.3f}). "
     )
+
+
+def _ranks(values: Sequence[Any]) -> np.ndarray:
+    """Ranks, ties with their mean."""
+    _, place, count = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+    last = count.cumsum()
+    return (last - (count - 1) / 2)[place]
 
 
 def _facts_against_skills(before: Rows, after: Rows, points: Sequence[Point]) -> str:
@@ -345,8 +361,8 @@ def _facts_against_skills(before: Rows, after: Rows, points: Sequence[Point]) ->
     if not moved or not tasks:
         return ""
     return (
-        f"Neighbouring facts lose {-moved[0]:.1f} points of specificity "
-        f"[{-moved[2]:.1f}, {-moved[1]:.1f}], while the right answer's probability on the tasks "
+        f"Specificity of neighbouring facts changes by {moved[0]:+.1f} points "
+        f"[{moved[1]:+.1f}, {moved[2]:+.1f}], while the right answer's probability on the tasks "
         f"moves by {np.mean(tasks):+.1f} points on average."
     )
 

@@ -195,14 +195,11 @@ def examples(arm: str, facts: Sequence[Fact], before: Rows, after: Rows) -> list
     return found
 
 
-def said(rate_: Rate | None) -> str:
-    """A rate in running text."""
-    return "absent" if rate_ is None else f"{100 * rate_.mean:.1f} %"
-
-
-def best(named: Mapping[str, float | None], *, lowest: bool = False) -> str:
-    """The name of the best number."""
-    known = {name: value for name, value in named.items() if value is not None}
-    if not known:
-        return "none"
-    return (min if lowest else max)(known, key=lambda name: known[name])
+def extremes(named: Mapping[str, float]) -> str:
+    """`94.0 % (a) down to 82.0 % (b, c)`: the ends with everyone who is there, as rounded."""
+    shown = {name: f"{value:.1f} %" for name, value in named.items()}
+    high, low = (shown[pick(named, key=lambda name: named[name])] for pick in (max, min))
+    ends = {end: ", ".join(n for n, text in shown.items() if text == end) for end in (high, low)}
+    if high == low:
+        return f"{high} with {ends[high]}"
+    return f"from {high} ({ends[high]}) down to {low} ({ends[low]})"

@@ -49,8 +49,8 @@ def run_instead(lab: Lab) -> Outcome:
     if base_perplexity is not None:
         columns.append(Column("growth", "perplexity growth", "low", "%", 2))
     columns += [
-        Column("seconds", "s/fact once", "low", "", 2),
-        Column("tokens", "tokens/question", "low", "", 0),
+        Column("seconds", "once", None, "s/fact", 2),
+        Column("tokens", "tokens/question", None, "", 0),
     ]
     rows: list[dict[str, Any]] = [
         {"arm": "unedited", **rate_cells(base_rows, MEASURES), "tokens": 0}
@@ -58,14 +58,15 @@ def run_instead(lab: Lab) -> Outcome:
     for plan in edited:
         arm = follow(lab, plan, [len(queue)])
         grown = growth(arm.perplexity[len(queue)], base_perplexity)
-        spent = sum(arm.seconds.values()) / len(queue)
+        known = arm.own_seconds is not None and arm.value_seconds is not None
+        spent = (arm.own_seconds or 0) + (arm.value_seconds or 0) if known else None
         rows.append(_row(f"edited: {plan.label}", arm.end, grown, spent, 0))
     for crowd in lab.settings["crowds"]:
         label = (
             "in the prompt: its own" if crowd == 0 else f"in the prompt: its own and {crowd} more"
         )
         found, tokens = _prompted(lab, queue, crowd)
-        rows.append(_row(label, found, 0.0 if base_perplexity else None, 0.0, tokens))
+        rows.append(_row(label, found, None, None, tokens))
     lora = _lora(lab, queue)
     if lora is not None:
         grown = growth(lora["perplexity"], base_perplexity)
@@ -75,8 +76,9 @@ def run_instead(lab: Lab) -> Outcome:
             row.pop("growth", None)
     caption = (
         f"{len(queue)} facts, the same questions for all. In the prompt, a neighbour's question "
-        "gets the same statements in front as the fact's own. A LoRA is trained batch after batch; "
-        "nothing holds the rest of the model in place."
+        "gets the same statements in front as the fact's own; weights, and so other text, stay as "
+        "they are. A LoRA is trained batch after batch; nothing holds the rest of the model in "
+        "place. Seconds of editing count values that were optimised in this study's own stream."
     )
     table = StudyTable("instead", "Instead of editing", caption, tuple(columns), tuple(rows))
     told = []
@@ -93,7 +95,7 @@ def run_instead(lab: Lab) -> Outcome:
 
 
 def _row(
-    label: str, rows: Any, grown: float | None, seconds: float, tokens: float
+    label: str, rows: Any, grown: float | None, seconds: float | None, tokens: float
 ) -> dict[str, Any]:
     return {
         "arm": label,

@@ -24,7 +24,7 @@ from nulledit.files import write_text
 from nulledit.models.tokens import pad_id
 from nulledit.report.run import as_json
 from nulledit.studies.scale import Scale
-from nulledit.studies.stream import Progress, Stream, StreamPlan, Workbench, shuffled
+from nulledit.studies.stream import MEASURES, Progress, Stream, StreamPlan, Workbench, shuffled
 
 WINDOW = 256
 
@@ -208,7 +208,7 @@ class Lab:
             without={fact.subject for fact in facts},
         )
         depth = self.bench.partial.depth
-        last = stream.editor.recipe.layers[-1]
+        last = self.recipe.layers[-1]  # of all arms, wherever they edit
         layers = sorted({last, depth // 2, depth - 1})
 
         def ask(editor: Editor) -> Any:
@@ -243,7 +243,8 @@ class Lab:
         """What `ask` says of the model without edits, from the work folder if it has it."""
         self.bench.clear()
         model = self.bench.base.history.base.hash[:16]
-        file = self.bench.folder / "unedited" / f"{model}-{name}-{hash_of(settings)}.json"
+        digest = hash_of(settings if MEASURES == 1 else [settings, MEASURES])
+        file = self.bench.folder / "unedited" / f"{model}-{name}-{digest}.json"
         if not file.is_file():
             if self.progress:
                 self.progress(f"unedited: {name}", 0, 1)

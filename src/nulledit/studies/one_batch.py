@@ -11,19 +11,20 @@ from nulledit.config import StatisticsSettings
 from nulledit.data.corpus import open_corpus
 from nulledit.data.facts import Fact
 from nulledit.editing.statistics import collect
+from nulledit.linalg.spectrum import RULES, Spectrum
 from nulledit.report.study import Column, FigureSpec, Point, StudyTable
 from nulledit.studies.building import (
     PREFERENCE,
     Outcome,
     StudySpec,
-    best,
+    extremes,
     growth,
     perplexity_value,
     rate,
     rate_cells,
     rate_columns,
 )
-from nulledit.studies.lab import Lab
+from nulledit.studies.lab import Lab, hash_of
 from nulledit.studies.stream import StreamPlan
 from nulledit.studies.streams import Followed, follow, stream_work, unedited
 
@@ -43,9 +44,11 @@ def threshold_arms(lab: Lab) -> dict[str, dict[str, Any]]:
     """Label -> changes: the cut by eigenvalue, by leakage, and how soft it is."""
     arms: dict[str, dict[str, Any]] = {}
     for value in lab.settings["thresholds"]:
-        arms[f"τ = {value:g}"] = {"null_space.rule": "absolute", "null_space.value": value}
+        cut = {"null_space.rule": "absolute", "null_space.value": value}
+        arms[f"τ = {value:g}"] = {"method.name": "alphaedit", **cut}
     for value in lab.settings["leakages"]:
-        arms[f"leakage ≤ {value:g}"] = {"null_space.rule": "leakage", "null_space.value": value}
+        cut = {"null_space.rule": "leakage", "null_space.value": value}
+        arms[f"leakage ≤ {value:g}"] = {"method.name": "alphaedit", **cut}
     for value in lab.settings["softness"]:
         arms[f"soft p = {value:g}"] = {"method.name": "soft", "method.softness": value}
     return arms
@@ -54,8 +57,8 @@ def threshold_arms(lab: Lab) -> dict[str, dict[str, Any]]:
 def preservation_arms(lab: Lab) -> dict[str, dict[str, Any]]:
     """Label -> changes: the projection, an explicit penalty, both, and a plain ridge."""
     arms: dict[str, dict[str, Any]] = {
-        "ridge only": {"method.projection": "none"},
-        "projection": {},
+        "ridge only": {"method.name": "alphaedit", "method.projection": "none"},
+        "projection": {"method.name": "alphaedit"},
     }
     for value in lab.settings["penalties"]:
         penalty = {"method.name": "memit-history", "method.moment_weight": value}
@@ -79,11 +82,13 @@ def run_preservation(lab: Lab) -> Outcome:
     queue, before, arms = _followed(lab, one_batch(lab, preservation_arms(lab)))
     outcome = Outcome("", [_table("preservation", queue, before, arms)], [_trade(before, arms)])
     firm = [a for a in arms if (r := rate(a.end, "efficacy_strict")) and r.mean >= 0.8]
-    least = best({a.label: _growth(a, before) for a in firm}, lowest=True)
-    outcome.shows = (
-        f"Among settings that keep strict efficacy at 80 % or more, perplexity grows least with "
-        f"{least}; {_spread(arms, before)}"
-    )
+    grown = {a.label: g for a in firm if (g := _growth(a, before)) is not None}
+    outcome.shows = _spread(arms, before).capitalize()
+    if grown:
+        outcome.shows += (
+            " Among settings that keep strict efficacy at 80 % or more, the growth of perplexity "
+            f"goes {extremes(grown)}."
+        )
     return outcome
 
 
@@ -117,25 +122,25 @@ def run_corpus(lab: Lab) -> Outcome:
             folder=folder,
             progress=False,
         )
-        (plan,) = one_batch(lab, {f"{tokens:,} tokens": {}})
-        plans.append((tokens, statistics, replace(plan, statistics=folder)))
-    queue, before, arms = _followed(lab, [plan for _, _, plan in plans])
+        found = statistics.manifest.tokens
+        if found < tokens:
+            lab.notices.append(f"The corpus has {found:,} of the {tokens:,} tokens asked for.")
+        (plan,) = one_batch(lab, {f"{found:,} tokens": {}})
+        plans.append((statistics, replace(plan, statistics=folder)))
+    queue, before, arms = _followed(lab, [plan for _, plan in plans])
     table = _table("corpus", queue, before, arms)
-    first, threshold = layers[0], lab.recipe.null_space.value
+    first = layers[0]
     columns = (*table.columns, Column("protected", f"protected, layer {first}", None, "", 0))
-    rows = []
-    for row in table.rows:
-        protected = {
-            f"{tokens:,} tokens": s.spectra[first].protected(threshold) for tokens, s, _ in plans
-        }
-        rows.append({**row, "protected": protected.get(str(row["arm"]))})
+    protected = {plan.label: _protected(lab, s.spectra[first]) for s, plan in plans}
+    rows = [{**row, "protected": protected.get(str(row["arm"]))} for row in table.rows]
     outcome = Outcome("", [replace(table, columns=columns, rows=tuple(rows))])
     points = []
-    for (tokens, _, _), arm in zip(plans, arms, strict=True):
+    for (statistics, _), arm in zip(plans, arms, strict=True):
         for measure in (*PREFERENCE, "efficacy_strict"):
             r = rate(arm.end, measure)
             if r:
-                points.append(Point(tokens, 100 * r.mean, 100 * r.standard_error, r.n, measure))
+                at = statistics.manifest.tokens
+                points.append(Point(at, 100 * r.mean, 100 * r.standard_error, r.n, measure))
     outcome.figures.append(
         FigureSpec(
             "corpus",
@@ -149,7 +154,7 @@ def run_corpus(lab: Lab) -> Outcome:
         )
     )
     fewest, most = arms[0], arms[-1]
-    if plans[0][0] > plans[-1][0]:
+    if plans[0][0].manifest.tokens > plans[-1][0].manifest.tokens:
         fewest, most = most, fewest
     small, large = (_growth(arm, before) for arm in (fewest, most))
     spec = [rate(arm.end, "specificity") for arm in (fewest, most)]
@@ -162,9 +167,16 @@ def run_corpus(lab: Lab) -> Outcome:
     return outcome
 
 
+def _protected(lab: Lab, spectrum: Spectrum) -> int:
+    rule = lab.recipe.null_space
+    return spectrum.protected(RULES[rule.rule](spectrum.eigenvalues, rule.value))
+
+
 def _statistics(lab: Lab, tokens: int) -> Path:
     layers = "-".join(map(str, lab.recipe.layers))
-    return lab.bench.folder / "statistics" / f"{tokens}-tokens-layers-{layers}"
+    corpus = open_corpus(lab.sources.need("corpus"))
+    what = hash_of([lab.bench.base.history.base.hash, corpus.sha256])
+    return lab.bench.folder / "statistics" / f"{tokens}-tokens-layers-{layers}-{what}"
 
 
 def _followed(
@@ -200,8 +212,8 @@ def _table(
             }
         rows.append({**row, "update": arm.update_share(at)})
     caption = (
-        f"One batch of {len(queue)} facts with the same values in every setting; ± is one standard "
-        "error over facts, of perplexity over windows."
+        f"One batch of {len(queue)} facts with the same values in every setting. n counts facts, "
+        "for perplexity tokens."
     )
     return StudyTable(name, "Settings", caption, tuple(columns), tuple(rows))
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nulledit.data.facts import suggest
-from nulledit.errors import ConfigError
+from nulledit.errors import ConfigError, ReportError
 from nulledit.report.run import environment
-from nulledit.report.study import Study, write_study
+from nulledit.report.study import Study, read_study, write_study
 from nulledit.studies.behaviour import CAPABILITY, CATEGORIES, DRIFT
 from nulledit.studies.building import StudySpec
 from nulledit.studies.instead import INSTEAD
 from nulledit.studies.lab import Lab
 from nulledit.studies.one_batch import CORPUS, PRESERVATION, THRESHOLD
+from nulledit.studies.scale import check_settings
 from nulledit.studies.sizes import ORDER, SCALE
 from nulledit.studies.streams import PROJECTION, TABLE1
 
@@ -47,17 +49,24 @@ def find_study(name: str) -> StudySpec:
 def run_study(spec: StudySpec, lab: Lab, folder: Path) -> Study:
     """Run `spec` and write its folder; what was edited or measured before is taken up."""
     spec.check(lab.sources)
+    check_settings(lab.settings)
     wall, cpu = time.perf_counter(), time.process_time()
     outcome = spec.run(lab)
     seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+    settings = _settings(lab)
+    here = ({**environment(lab.bench.base), "seed": lab.seed, "seconds": seconds},)
+    earlier = _earlier(folder, settings)
     study = Study(
         name=spec.name,
         title=spec.title,
         question=spec.question,
-        scale=lab.scale.name if lab.scale.name in ("small", "paper") else "small",
-        settings=_settings(lab),
-        environment=(environment(lab.bench.base),),
-        seconds=seconds,
+        scale=lab.scale.name,
+        settings=settings,
+        environment=(*earlier, *here),
+        seconds={
+            name: spent + sum(e["seconds"][name] for e in earlier if "seconds" in e)
+            for name, spent in seconds.items()
+        },
         shows=outcome.shows,
         cannot_show=spec.cannot_show,
         notices=tuple(lab.notices),
@@ -67,6 +76,15 @@ def run_study(spec: StudySpec, lab: Lab, folder: Path) -> Study:
     )
     write_study(folder, study)
     return study
+
+
+def _earlier(folder: Path, settings: dict[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """Environments of the calls before that made the same study here."""
+    try:
+        before = read_study(folder)
+    except ReportError:
+        return ()
+    return before.environment if before.settings == json.loads(json.dumps(settings)) else ()
 
 
 def _settings(lab: Lab) -> dict[str, Any]:

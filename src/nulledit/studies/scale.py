@@ -13,6 +13,7 @@ import yaml
 from nulledit.config import Recipe
 from nulledit.data.facts import suggest
 from nulledit.errors import ConfigError
+from nulledit.methods import find_method
 
 PROJECTIONS = ("inside", "after", "none")
 
@@ -29,7 +30,9 @@ class Scale:
     """Name of a study -> its settings."""
 
     def of(self, study: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-        """A study's settings with `changes`; ConfigError for a setting that it does not have."""
+        """A study's settings with `changes`; ConfigError for what can't be."""
+        if study not in self.studies:
+            raise ConfigError(f"scale {self.name} has no settings of the study {study}")
         settings = dict(self.studies[study])
         for name, value in changes.items():
             if name not in settings:
@@ -37,7 +40,8 @@ class Scale:
                     f"study {study} has no setting {name!r}{suggest(name, settings)}; it has "
                     f"{', '.join(settings)}"
                 )
-            settings[name] = yaml.safe_load(value) if isinstance(value, str) else value
+            settings[name] = _value(name, value)
+        check_settings(settings)
         return settings
 
     def recipe(self, base: Recipe, arm: str) -> Recipe:
@@ -56,7 +60,42 @@ class Scale:
         changes = dict(self.arms[name])
         if plus:
             changes["method.projection"] = projection
-        return base.with_fields(changes)
+        try:
+            recipe = base.with_fields(changes)
+            find_method(recipe.method.name).check(recipe)
+        except ConfigError as error:
+            raise ConfigError(f"arm {arm}: {error}") from error
+        return recipe
+
+
+POSITIVE = (
+    *("facts", "batch_size", "windows", "items", "prompts", "smallest", "leak_prompts"),
+    *("expansion", "solve_facts"),
+)
+COUNTS = ("skip", "zsre", "answers", "fluency")  # 0 leaves it out
+NUMBERS = ("thresholds", "leakages", "softness", "penalties", "tokens", "widths", "batch_sizes")
+NAMES = ("arms", "zsre_arms", "projections")
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """ConfigError for a setting of the wrong kind or out of range."""
+    for name, value in settings.items():
+        if name in POSITIVE and not _whole(value, 1):
+            raise ConfigError(f"{name} is {value!r}; expected a whole number above 0")
+        if name in COUNTS and not _whole(value, 0):
+            raise ConfigError(f"{name} is {value!r}; expected a whole number, 0 or more")
+        if name in NUMBERS and not (_list(value) and all(_number(v) and v > 0 for v in value)):
+            raise ConfigError(f"{name} is {value!r}; expected a list of numbers above 0")
+        if name == "crowds" and not (_list(value) and all(_whole(v, 0) for v in value)):
+            raise ConfigError(f"{name} is {value!r}; expected a list of whole numbers")
+        if name == "ask_every":
+            listed = value if _list(value) else [value]
+            if not all(_whole(v, 1) for v in listed):
+                raise ConfigError(f"{name} is {value!r}; expected a number of facts, or a list")
+        if name in NAMES:
+            found = chosen(settings, name) if isinstance(value, str | list) else []
+            if not found or not all(isinstance(v, str) and v for v in found):
+                raise ConfigError(f"{name} is {value!r}; expected names, with commas between them")
 
 
 def load_scale(name_or_path: str) -> Scale:
@@ -75,7 +114,39 @@ def load_scale(name_or_path: str) -> Scale:
         raise ConfigError(f"{path}: broken YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, Mapping) or set(data) != {"arms", "studies"}:
         raise ConfigError(f"{path}: expected `arms` and `studies`")
+    for part in ("arms", "studies"):
+        named = data[part]
+        if not isinstance(named, Mapping) or not all(
+            isinstance(v, Mapping) for v in named.values()
+        ):
+            raise ConfigError(f"{path}: {part} must be names with settings behind them")
     return Scale(path.stem, data["arms"], data["studies"])
+
+
+def _value(name: str, text: Any) -> Any:
+    """A setting as given on the command line; lists with commas or in YAML's brackets."""
+    if not isinstance(text, str):
+        return text
+    if name in NAMES and not text.lstrip().startswith("["):
+        return text
+    if name in (*NUMBERS, "crowds") and not text.lstrip().startswith("["):
+        text = f"[{text}]"
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: {text!r} is not a value") from error
+
+
+def _list(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 0
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def chosen(settings: Mapping[str, Any], name: str = "arms") -> Sequence[str]:

@@ -92,7 +92,7 @@ def run_scale(lab: Lab) -> Outcome:
     outcome.tables.append(_cost_table(cost))
     outcome.figures.append(_cost_figure(cost))
     told.append(_growth_of(cost))
-    outcome.shows = " ".join(told)
+    outcome.shows = " ".join(told).strip()
     return outcome
 
 
@@ -195,6 +195,8 @@ def _cost_figure(costs: Sequence[dict[str, float]]) -> FigureSpec:
 
 
 def _growth_of(costs: Sequence[dict[str, float]]) -> str:
+    if len(costs) < 2:
+        return ""
     widths = np.log([c["d_in"] for c in costs])
     parts = []
     for step in STEPS:

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from nulledit.ledger.store import Store
 from nulledit.report.run import as_json
 
 FORMAT = 1  # raise it when the same plan comes to give another stream
+MEASURES = 1  # raise it when the same question comes to get another answer
 
 Progress = Callable[[str, int, int], None]
 
@@ -77,9 +79,11 @@ class Stream:
     def edit(self, progress: Progress | None = None) -> None:
         """Edit what is missing; every finished batch is kept."""
         marks = self._marks()
-        for start, end in zip(self.plan.checkpoints(), self.plan.checkpoints()[1:], strict=False):
+        for start, end in pairwise(self.plan.checkpoints()):
             if str(end) in marks:
                 continue
+            known = max((mark["event"] for mark in marks.values()), default=0)
+            begun = len(self.editor.history.events) > known  # its time was lost with the process
             report = self.editor.edit(
                 self.plan.facts[start:end],
                 batch_size=self.plan.batch_size,
@@ -88,21 +92,29 @@ class Stream:
             )
             marks[str(end)] = {
                 "event": len(self.editor.history.events),
-                "seconds": report.seconds,
+                "seconds": None if begun else report.seconds,
+                "optimised": report.optimised,
                 "notices": list(report.notices),
             }
             write_text(self.folder / "marks.json", as_json(marks))
             if progress:
                 progress("edited", end, len(self.plan.facts))
 
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Wall seconds of editing by stage, as far as they were spent in finished batches."""
-        total: dict[str, float] = {}
-        for mark in self._marks().values():
-            for stage, value in mark["seconds"].items():
-                total[stage] = total.get(stage, 0.0) + value
-        return total
+    def seconds(self, *stages: str) -> float | None:
+        """Wall seconds per fact of the stages `keys` and `solve`, or of a value's optimisation.
+
+        For `values`, over those that were optimised here and not taken from the cache. None where
+        there are none, or where an interruption took the time with it.
+        """
+        marks = list(self._marks().values())
+        if any(mark["seconds"] is None for mark in marks):
+            return None
+        spent = sum(mark["seconds"].get(stage, 0.0) for mark in marks for stage in stages)
+        if "values" in stages:
+            count = sum(mark.get("optimised", 0) for mark in marks)
+        else:
+            count = len(self.plan.facts)
+        return spent / count if count else None
 
     @contextmanager
     def at(self, facts: int) -> Iterator[Editor]:
@@ -118,7 +130,10 @@ class Stream:
 
         `name` and `settings` are everything that decides the answer beside stream and checkpoint.
         """
-        content = json.dumps([name, settings], sort_keys=True, default=str)
+        asked: list[Any] = [name, settings]
+        if MEASURES > 1:
+            asked.append(MEASURES)
+        content = json.dumps(asked, sort_keys=True, default=str)
         digest = hashlib.sha256(content.encode()).hexdigest()[:12]
         file = self.folder / "measured" / f"{facts:06d}-{name}-{digest}.json"
         if file.is_file():
@@ -179,9 +194,9 @@ class Workbench:
                 value_cache=cache,
             )
             folder.mkdir(parents=True, exist_ok=True)
-            about = {"label": plan.label, "facts": len(plan.facts), "batch_size": plan.batch_size}
-            write_text(folder / "plan.json", as_json({**about, "recipe": plan.recipe.to_dict()}))
             editor.attach(folder)
+        about = {"label": plan.label, "facts": len(plan.facts), "batch_size": plan.batch_size}
+        write_text(folder / "plan.json", as_json({**about, "recipe": plan.recipe.to_dict()}))
         self._open = Stream(plan, folder, editor)
         return self._open
 
@@ -195,7 +210,12 @@ class Workbench:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_text(folder / "marks.json", marks.read_text(encoding="utf-8"))
                 if (source / "measured").is_dir():  # of the same model at the same checkpoints
-                    shutil.copytree(source / "measured", folder / "measured", dirs_exist_ok=True)
+                    shutil.copytree(
+                        source / "measured",
+                        folder / "measured",
+                        dirs_exist_ok=True,
+                        ignore=shutil.ignore_patterns(".*"),  # what another process is writing
+                    )
                 with replacing_folder(
                     folder / "ledger"
                 ) as partial:  # last: it says that all is there
@@ -214,7 +234,8 @@ def shuffled(facts: Sequence[Fact], seed: int, *, block: int = 200) -> list[Fact
     """`facts` in an order that a seed fixes.
 
     Blocks of `block` facts are shuffled each by itself, so that a longer queue begins with a
-    shorter one of whole blocks, and its stream with the other's edits.
+    shorter one of whole blocks, and its stream with the other's edits. A file that is sorted by
+    relation stays so beyond a block.
     """
     mixed: list[Fact] = []
     for start in range(0, len(facts), block):

@@ -18,10 +18,10 @@ from nulledit.studies.building import (
     Rows,
     StudySpec,
     Work,
-    best,
     curve,
     difference,
     examples,
+    extremes,
     growth,
     intervals,
     perplexity_value,
@@ -49,8 +49,10 @@ class Followed:
     """Checkpoint -> perplexity."""
     norms: dict[int, dict[str, Any]]
     """Checkpoint -> norms."""
-    seconds: dict[str, float]
-    """Wall seconds of editing by stage."""
+    own_seconds: float | None
+    """Wall seconds per fact of keys and solve."""
+    value_seconds: float | None
+    """Wall seconds per value that was optimised."""
 
     @property
     def end(self) -> Rows:
@@ -88,7 +90,8 @@ def follow(lab: Lab, plan: StreamPlan, checkpoints: Sequence[int] | None = None)
         rows,
         {at: lab.perplexity(stream, at) for at in every},
         {at: lab.norms(stream, at, plan.facts[: plan.batch_size]) for at in every},
-        stream.seconds,
+        stream.seconds("keys", "solve"),
+        stream.seconds("values"),
     )
 
 
@@ -107,6 +110,12 @@ def unedited(lab: Lab, facts: Sequence[Fact]) -> tuple[dict[str, dict[str, Any]]
     if answered:
         spoken = lab.asked(None, 0, answered, generate=True)
         rows = {key: {**row, **_spoken(spoken.get(key))} for key, row in rows.items()}
+    written = facts[: lab.settings.get("fluency", 0)]
+    if written:
+        varied = lab.asked(None, 0, written, fluency=True)
+        rows = {
+            key: {**row, "fluency": varied.get(key, {}).get("fluency")} for key, row in rows.items()
+        }
     return rows, lab.perplexity(None, 0)
 
 
@@ -125,10 +134,8 @@ def end_table(
     """One row per arm behind the whole stream."""
     base_rows, base_perplexity = before
     ends = [arm.end for arm in arms]
-    measures = (
-        present([*PREFERENCE, *STRICT], *ends) if _has_preference(ends) else [*TOKENS, *STRICT[:1]]
-    )
-    measures = present([*measures, "generation"], *ends)
+    kinds = [*PREFERENCE, *STRICT] if _has_preference(ends) else [*TOKENS, "efficacy_strict"]
+    measures = present([*kinds, "generation", "fluency"], *ends)
     columns = [Column("arm", "method"), *rate_columns(measures)]
     text = base_perplexity is not None
     if text:
@@ -136,7 +143,10 @@ def end_table(
             Column("perplexity", "perplexity", "low", "", 2),
             Column("growth", "growth", "low", "%"),
         ]
-    columns += [Column("update", "‖Δ‖/‖W‖", None, "%"), Column("seconds", "s/fact", "low", "", 2)]
+    columns += [
+        Column("update", "‖Δ‖/‖W‖", None, "%"),
+        Column("seconds", "keys, solve", None, "s/fact", 2),
+    ]
     first: dict[str, Any] = {"arm": "unedited", **rate_cells(base_rows, measures)}
     if text:
         first |= {"perplexity": perplexity_value(base_perplexity)}
@@ -148,12 +158,12 @@ def end_table(
             row["perplexity"] = perplexity_value(arm.perplexity[at])
             row["growth"] = growth(arm.perplexity[at], base_perplexity)
         row["update"] = arm.update_share(at)
-        row["seconds"] = sum(arm.seconds.values()) / at
+        row["seconds"] = arm.own_seconds
         rows.append(row)
     caption = (
-        f"Behind {facts} edits; efficacy and generalization of all of them. ± is one standard "
-        "error over facts. Seconds are wall time of editing on a shared machine; values that "
-        "another arm had optimised on the same weights were taken over from it."
+        f"Behind {facts} edits; efficacy and generalization of all of them. n counts facts, for "
+        "perplexity tokens. Seconds are wall time of keys and solve on a shared machine; "
+        "values, which cost every method about the same, are not in them."
     )
     return StudyTable(name, title, caption, tuple(columns), tuple(rows))
 
@@ -285,17 +295,18 @@ def run_projection(lab: Lab) -> Outcome:
     )
     told = []
     for label, plain, projected in pairs:
-        moved = difference(plain, projected, "specificity")
-        eff = difference(plain, projected, "efficacy_strict")
-        at = end[0]
-        name = label.partition("+")[0]
-        grown = [growth(arms[a].perplexity[at], before[1]) for a in (name, label)]
-        if moved and eff and None not in grown:
-            told.append(
-                f"{label}: specificity {moved[0]:+.1f} [{moved[1]:+.1f}, {moved[2]:+.1f}], strict "
-                f"efficacy {eff[0]:+.1f} [{eff[1]:+.1f}, {eff[2]:+.1f}], perplexity growth "
-                f"{grown[0]:.1f} to {grown[1]:.1f} %."
-            )
+        parts = []
+        for measure in ("specificity", "efficacy_strict"):
+            moved = difference(plain, projected, measure)
+            if moved:
+                parts.append(
+                    f"{TITLES[measure]} {moved[0]:+.1f} [{moved[1]:+.1f}, {moved[2]:+.1f}]"
+                )
+        both = (label.partition("+")[0], label)
+        grown = [growth(arms[name].perplexity[end[0]], before[1]) for name in both]
+        if grown[0] is not None and grown[1] is not None:
+            parts.append(f"perplexity growth {grown[0]:.1f} to {grown[1]:.1f} %")
+        told.append(f"{label}: {', '.join(parts) or 'nothing measurable'}.")
     outcome.shows = "Projected minus plain, in points. " + " ".join(told)
     return outcome
 
@@ -313,15 +324,13 @@ def projection_plans(lab: Lab) -> list[tuple[str, StreamPlan]]:
 def _leaders(arms: Sequence[Followed], base: Any) -> str:
     parts = []
     for measure in ("efficacy_strict", "specificity"):
-        found = {arm.label: r.mean for arm in arms if (r := rate(arm.end, measure))}
+        found = {arm.label: 100 * r.mean for arm in arms if (r := rate(arm.end, measure))}
         if found:
-            name = best(found)
-            parts.append(f"{TITLES[measure]} is highest with {name} ({100 * found[name]:.1f} %)")
+            parts.append(f"{TITLES[measure]}: {extremes(found)}")
     grown = {arm.label: growth(arm.perplexity[arm.checkpoints[-1]], base) for arm in arms}
     known = {name: value for name, value in grown.items() if value is not None}
     if known:
-        name = best(known, lowest=True)
-        parts.append(f"perplexity grows least with {name} ({known[name]:+.1f} %)")
+        parts.append(f"growth of perplexity: {extremes(known)}")
     return "; ".join(parts) + "."
 
 
