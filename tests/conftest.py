@@ -126,6 +126,21 @@ def tiny_model():
     return build_model
 
 
+@pytest.fixture(scope="session")
+def worlds():
+    """A tokenizer, and a trained model per family, made when first asked for: `worlds("llama")`."""
+    import world
+
+    words, made = world.tokenizer(), {}
+
+    def get(family):
+        if family not in made:
+            made[family] = world.trained(family, words)
+        return made[family], words
+
+    return get
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request):
     return request.param

@@ -326,9 +326,8 @@ def test_compact_statistics_say_what_they_can_not_serve(tokenizer, facts):
 
 
 @pytest.fixture(scope="module")
-def known():
-    words = world.tokenizer()
-    return world.trained("llama", words), words
+def known(worlds):
+    return worlds("llama")
 
 
 WORLD = RECIPE.from_dict(

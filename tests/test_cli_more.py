@@ -64,6 +64,7 @@ def test_more_is_asked_of_a_run(edited, tmp_path):  # noqa: F811
     plain = json.loads(done(*asked, "--json").stdout)
     assert set(plain["capability"]) == {"base", "edited"}
     assert plain["drift"]["layers"]
+    assert plain["relations"]["other"]["efficacy"]["n"] == 1  # one of four has an old answer
     assert plain["edited"]["consistency"]["n"] == 1
     references.write_text("[1]")
     assert "expected an object of lists of texts" in refused(*asked)

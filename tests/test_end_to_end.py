@@ -21,20 +21,18 @@ RECIPE = Recipe.from_dict(
 
 
 @pytest.fixture(scope="module")
-def words():
-    return world.tokenizer()
+def words(worlds):
+    return worlds("llama")[1]
 
 
 @pytest.fixture(scope="module")
-def known_worlds(words):
-    """One trained model per family, made when first asked for."""
-    made = {}
+def known_worlds(worlds):
+    """A fresh copy of the trained model of a family."""
 
     def get(family):
-        if family not in made:
-            made[family] = world.trained(family, words)
-        model = type(made[family])(made[family].config).eval()
-        model.load_state_dict(made[family].state_dict())
+        trained, _ = worlds(family)
+        model = type(trained)(trained.config).eval()
+        model.load_state_dict(trained.state_dict())
         return model
 
     return get

@@ -60,13 +60,13 @@ SHARED = {"facts": 12, "skip": 0, "batch_size": 6, "windows": 2, "answers": 3, "
 
 
 @pytest.fixture(scope="module")
-def words():
-    return world.tokenizer()
+def words(worlds):
+    return worlds("llama")[1]
 
 
 @pytest.fixture(scope="module")
-def known(words):
-    return world.trained("llama", words)
+def known(worlds):
+    return worlds("llama")[0]
 
 
 @pytest.fixture(scope="module")

@@ -115,6 +115,9 @@ def evaluate(run: str, as_json: bool, quiet: bool, **given: Any) -> None:
                 "capability": {s: {k: t.summary() for k, t in r.items()} for s, r in tasks.items()},
                 "drift": drift.to_dict() if drift else None,
                 "harness": harness,
+                "relations": rest.relations_of(facts, sides["edited"])
+                if given["by_relation"]
+                else None,
                 "results": {side: evaluation.rows() for side, evaluation in sides.items()},
             }
         )

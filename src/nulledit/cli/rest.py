@@ -51,8 +51,14 @@ def harness_of(editor: Editor, tasks: str) -> dict[str, Any]:
     return harness_results(editor.model, editor.tokenizer, [t.strip() for t in tasks.split(",")])
 
 
+def relations_of(facts: Sequence[Fact], evaluation: Evaluation) -> dict[str, Any]:
+    """Rates by relation as plain data, groups of at least ten facts."""
+    found = rates_of_rows(evaluation.rows(), by_relation(facts))
+    return {name: {m: _plain(r) for m, r in rates.items()} for name, rates in found.items()}
+
+
 def relations_table(facts: Sequence[Fact], evaluation: Evaluation) -> Table:
-    """Rates by relation, groups of at least ten facts."""
+    """The same as a table."""
     found = rates_of_rows(evaluation.rows(), by_relation(facts))
     rows: list[Sequence[str]] = [
         [name, *(percent(_plain(rates.get(m))) for m in SEEN)] for name, rates in found.items()
