@@ -25,7 +25,13 @@ from nulledit.errors import ConfigError
 
 @click.command(short_help="The paper's experiments.")
 @click.argument("name", metavar="NAME", required=False)
-@click.option("--model", metavar="MODEL", default="smollm2-135m", show_default=True)
+@click.option(
+    "--model",
+    metavar="MODEL",
+    default="smollm2-135m",
+    show_default=True,
+    help="smollm2-135m, a local folder or a Hub id.",
+)
 @click.option("--out", metavar="DIR", help="Folder of the results.  [default: studies/NAME]")
 @click.option(
     "--work",
