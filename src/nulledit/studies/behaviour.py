@@ -247,11 +247,11 @@ def run_categories(lab: Lab) -> Outcome:
     columns = (
         Column("group", "relation or task"),
         Column("n", "n", None, "", 0),
-        Column("leak", "unprotected share", "low", "%"),
-        Column("efficacy", "efficacy, strict", "high", "%"),
+        Column("leak", "unprotected share", None, "%"),
+        Column("efficacy", "efficacy, strict", None, "%"),
         Column("before", "specificity before", None, "%"),
-        Column("after", "after", "high", "%"),
-        Column("change", "change", "high", "%"),
+        Column("after", "after", None, "%"),
+        Column("change", "change", None, "%"),
         Column("interval", "95 % interval", None),
     )
     caption = (
