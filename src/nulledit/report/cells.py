@@ -140,6 +140,8 @@ def _finite(value: float | None) -> float | None:
 
 
 def _write(value: float, column: Column) -> str:
+    if abs(value) < 1e-12:  # what rounding leaves of a zero
+        value = 0.0
     text = f"{value:.{column.digits}f}"
     if abs(value) >= 1e6 or (value and float(text) == 0):
         text = f"{value:.2g}"  # neither a row of digits nor a false zero

@@ -95,7 +95,8 @@ def _task_table(
     kind: str, title: str, base: Mapping[str, Any], arms: Mapping[str, Mapping[str, Any]]
 ) -> StudyTable:
     tasks = list(base)
-    columns = [Column("arm", "model"), *(Column(t, t, "high", "%") for t in tasks)]
+    better = "high" if kind == "probability" else None  # chance is no rival
+    columns = [Column("arm", "model"), *(Column(t, t, better, "%") for t in tasks)]
 
     def cell(result: Mapping[str, Any]) -> Value:
         if kind == "f1":
