@@ -66,7 +66,9 @@ def run_scale(lab: Lab) -> Outcome:
         queue = plans[0].facts
         before = unedited(lab, queue)
         arms = [follow(lab, plan, [len(queue)]) for plan in plans]
-        outcome.tables.append(end_table("batches", "zsRE by batch size", len(queue), before, arms))
+        title = "zsRE by batch size"
+        table = end_table("batches", title, len(queue), before, arms, tokens=True)
+        outcome.tables.append(table)
         found = [rate(arm.end, "efficacy_tokens") for arm in arms]
         told.append(
             "Token efficacy on zsRE by batch size: "

@@ -129,12 +129,19 @@ def stream_work(lab: Lab, plans: Sequence[StreamPlan], *, every: bool = True) ->
 
 
 def end_table(
-    name: str, title: str, facts: int, before: tuple[Rows, Any], arms: Sequence[Followed]
+    name: str,
+    title: str,
+    facts: int,
+    before: tuple[Rows, Any],
+    arms: Sequence[Followed],
+    *,
+    tokens: bool = False,
 ) -> StudyTable:
-    """One row per arm behind the whole stream."""
+    """One row per arm behind the whole stream; `tokens`: by zsRE's measure."""
     base_rows, base_perplexity = before
     ends = [arm.end for arm in arms]
-    kinds = [*PREFERENCE, *STRICT] if _has_preference(ends) else [*TOKENS, "efficacy_strict"]
+    by_preference = _has_preference(ends) and not tokens
+    kinds = [*PREFERENCE, *STRICT] if by_preference else [*TOKENS, "efficacy_strict"]
     measures = present([*kinds, "generation", "fluency"], *ends)
     columns = [Column("arm", "method"), *rate_columns(measures)]
     text = base_perplexity is not None
@@ -253,7 +260,9 @@ def run_table1(lab: Lab) -> Outcome:
         queue = plans[0].facts
         before = unedited(lab, queue)
         arms = [follow(lab, plan) for plan in plans]
-        outcome.tables.append(end_table(source, title, len(queue), before, arms))
+        tokens = source == "zsre"  # as published
+        table = end_table(source, title, len(queue), before, arms, tokens=tokens)
+        outcome.tables.append(table)
         if len(arms[0].checkpoints) > 1:
             size = lab.settings["batch_size"]
             outcome.tables.append(cohort_table(f"{source}-cohorts", arms, size, queue))
