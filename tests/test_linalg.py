@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nulledit.linalg.moments import SecondMoment
-from nulledit.linalg.solve import solve_update
+from nulledit.linalg.solve import room_left, solve_update
 from nulledit.linalg.spectrum import (
     Metric,
     Spectrum,
@@ -195,6 +195,19 @@ def test_no_room_left_gives_no_update():
     )
     assert metric.rank == 0
     assert solve_update(draw(20, 3), draw(6, 3), metric).norm() == 0
+
+
+def test_room_left_is_the_dense_trace_and_runs_from_one_to_none():
+    metric = null_space_metric(spectrum_of(), 0.5, l2=0.1)
+    G = metric.apply(torch.eye(12, dtype=torch.float64))
+    K = draw(12, 4)
+    S = K.mT @ G @ K
+    taken = torch.trace(S @ torch.linalg.inv(torch.eye(4, dtype=torch.float64) + S))
+    assert room_left(metric, K) == pytest.approx(1 - float(taken) / metric.rank, abs=1e-12)
+    assert room_left(metric, K[:, :0]) == 1
+    assert 1 > room_left(metric, K) > room_left(metric, 10 * draw(12, 9)) > 0
+    assert room_left(metric, 1e2 * draw(12, 40)) == pytest.approx(0, abs=1e-3)
+    assert math.isnan(room_left(null_space_metric(spectrum_of(), 0.0, l2=0.1), K))
 
 
 def test_spectrum_refuses_what_is_not_finite():

@@ -15,6 +15,7 @@ from nulledit.errors import LedgerError
 from nulledit.ledger.entries import Column, History
 from nulledit.ledger.fold import LayerFold, LayerState
 from nulledit.linalg.angles import unit_columns
+from nulledit.linalg.solve import room_left
 from nulledit.linalg.spectrum import Metric
 from nulledit.models.layouts import as_out_in, write_weight
 from nulledit.models.partial import PartialModel
@@ -40,6 +41,9 @@ class LayerReport:
     """‖Δ‖/‖W₀‖ of all edits so far."""
     rounding_share: float
     """‖rounding‖/‖Δ‖: what storing in the model's dtype costs."""
+    room: float
+    """1 − tr(KᵀGK (I + KᵀGK)⁻¹) / rank G: the share of the usable directions that no edit has
+    taken yet; 1 without edits, nan where no direction is usable."""
 
 
 class EditedWeights:
@@ -190,8 +194,8 @@ class EditedWeights:
         metric = fold.metrics.projector if projected else fold.metrics.metric
         columns, exact = self.history.active, self.exact(layer).cpu()
         stored = as_out_in(self.model.mlp_out(layer)).double().cpu()
-        keys, _ = self.recorded(columns, layer)
-        shares = metric.free_share(keys.to(metric.vectors.device))
+        keys = self.recorded(columns, layer)[0].to(metric.vectors.device)
+        shares = metric.free_share(keys)
         n = len(self.history.present)
         norm = float((exact - base).norm())
         return LayerReport(
@@ -203,4 +207,5 @@ class EditedWeights:
             n=n,
             update_share=norm / float(base.norm()),
             rounding_share=float((stored - exact).norm()) / norm if norm else 0.0,
+            room=room_left(fold.metrics.metric, keys) if n else 1.0,
         )

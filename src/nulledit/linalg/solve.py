@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,3 +28,21 @@ def solve_with(keys: Tensor, residual: Tensor, weighted: Tensor) -> Tensor:
     system = keys.mT @ weighted
     system.diagonal().add_(1.0)  # symmetric, eigenvalues >= 1
     return torch.cholesky_solve(residual.mT, torch.linalg.cholesky(system)).mT @ weighted.mT
+
+
+def room_left(metric: Metric, keys: Tensor) -> float:
+    """Share of the rank of G that edits at `keys` K [d_in, n] have not taken.
+
+        1 − tr(KᵀGK (I + KᵀGK)⁻¹) / rank G
+
+    The trace counts the directions that the solve holds fast: a key far above the ridge counts as
+    one, a key that the ridge drowns as nothing. nan where G has no direction at all.
+    """
+    if not metric.rank:
+        return math.nan
+    K = keys.double()
+    system = K.mT @ metric.apply(K)
+    system.diagonal().add_(1.0)
+    inverse = torch.linalg.inv(torch.linalg.cholesky(system))
+    taken = K.shape[1] - float(inverse.square().sum())  # tr(S (I+S)⁻¹) = n − tr (I+S)⁻¹
+    return 1 - taken / metric.rank
