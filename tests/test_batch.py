@@ -14,6 +14,7 @@ from nulledit.editing.target_loss import WeightLoss
 from nulledit.editing.value_cache import ValueCache
 from nulledit.editing.values import Value, optimise_values
 from nulledit.errors import ConfigError, StatisticsError
+from nulledit.ledger.fold import recorded
 from nulledit.methods import METHODS
 from nulledit.models.layouts import as_out_in, frozen
 from nulledit.models.tokens import pad_id
@@ -84,14 +85,14 @@ def test_every_method_edits_undoes_and_comes_back(name, projection, make, facts,
 def test_undo_without_history_solves_the_later_batches_again(name, make, facts):
     editor = make(recipe_of(name))
     editor.edit(facts, batch_size=1, shuffle=False)
-    recorded = {c.fact.id: c for c in editor.history.active}
+    by_id = {c.fact.id: c for c in editor.history.active}
     editor.undo(facts[1].id)
-    left = [recorded[f.id] for f in facts if f.id != facts[1].id]
+    left = [by_id[f.id] for f in facts if f.id != facts[1].id]
     for layer in editor.recipe.layers:
         fold = editor.weights._fold(layer)
         state = fold.fold(())
         for i, column in enumerate(left):
-            state = fold.add(state, left[:i], *fold.recorded([column]))
+            state = fold.add(state, left[:i], *recorded(editor.history, [column], layer))
         found = editor.weights.exact(layer)
         assert float((found - state.weight).norm() / state.weight.norm()) < 1e-12
 

@@ -18,7 +18,7 @@ from nulledit.config import MethodSettings, Recipe
 from nulledit.editing.problem import LayerProblem
 from nulledit.errors import ConfigError, LedgerError, NoRoomError
 from nulledit.ledger.entries import Base, Batch, Column, Epoch, History
-from nulledit.ledger.fold import LayerFold, LayerMetrics, spectrum_tensors
+from nulledit.ledger.fold import LayerFold, LayerMetrics, recorded, spectrum_tensors
 from nulledit.linalg.postprocess import keep_largest, restrain
 from nulledit.linalg.solve import solve_update
 from nulledit.linalg.spectrum import Spectrum
@@ -93,7 +93,7 @@ class Stream:
             before, self.history.columns, keys, targets, target_loss=quadratic(keys, targets)
         )
         rows = {"keys.0": keys.mT, "targets.0": targets.mT}
-        if self.fold.method.by_gradient:
+        if self.fold.stage.method.by_gradient:
             rows["update.0"] = self.state.total - before.total
         self.history.batches.append(Batch(id_, 1, f"batch{id_}"))
         self.history.tensors[f"batch{id_}"] = rows
@@ -106,7 +106,7 @@ class Stream:
         """(K, absolute V) of each batch, of `columns` only."""
         chosen = self.history.columns if columns is None else columns
         numbers = sorted({c.batch for c in chosen})
-        return [self.fold.recorded([c for c in chosen if c.batch == n]) for n in numbers]
+        return [recorded(self.history, [c for c in chosen if c.batch == n], 0) for n in numbers]
 
 
 # -- the papers, plainly ---------------------------------------------------------------------
@@ -241,7 +241,7 @@ def test_inside_is_the_method_in_the_null_spaces_own_coordinates(name):
     stream = Stream(name, 1, projection="inside")
     (K, V), free = stream.batches()[0], BASIS[:, VALUES < THRESHOLD]
     method = find_method(name)
-    settings = stream.fold.settings
+    settings = stream.fold.stage.settings
     values = VALUES[VALUES < THRESHOLD]
     small = Spectrum(values, torch.eye(len(values), dtype=torch.float64))
     metric = small.metric(method.gains(values, THRESHOLD, settings))
@@ -305,11 +305,11 @@ def problem_of(stream, keys=None, residual=None, past=None, **changes):
         keys=keys,
         residual=3 * draw(OUT, keys.shape[1], seed=30) if residual is None else residual,
         past_keys=keys[:, :0] if past is None else past,
-        spectrum=fold.metrics.spectrum,
-        metric=fold.metrics.metric,
-        projector=fold.metrics.projector,
-        projection=fold.method.projection(fold.recipe.method),
-        settings=fold.settings,
+        spectrum=fold.stage.metrics.spectrum,
+        metric=fold.stage.metrics.metric,
+        projector=fold.stage.metrics.projector,
+        projection=fold.stage.method.projection(fold.stage.recipe.method),
+        settings=fold.stage.settings,
         **changes,
     )
 

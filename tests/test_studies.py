@@ -131,7 +131,7 @@ def data(tmp_path_factory):
 def make_lab(known, words, data, tmp_path, monkeypatch):
     """A lab for a study on a fresh copy of the model; `work` is shared unless given."""
     statistics = statistics_of(known, words, layers=(0, 1), lines=world.sentences())
-    monkeypatch.setattr("nulledit.editor.find_statistics", lambda *_: iter([statistics]))
+    monkeypatch.setattr("nulledit.changes.find_statistics", lambda *_: iter([statistics]))
 
     def make(name, *, work="work", sources=data, **changes):
         model = type(known)(known.config).eval()
@@ -171,7 +171,7 @@ def test_a_finished_study_is_not_edited_again(make_lab, tmp_path, monkeypatch):
     def refuse(*_args, **_kwargs):
         raise AssertionError("edited again")
 
-    monkeypatch.setattr("nulledit.editor.Editor._edit_batch", refuse)
+    monkeypatch.setattr("nulledit.changes.Changes.batch", refuse)
     second = run_study(find_study("table1"), make_lab("table1"), tmp_path / "b")
     assert [t.rows for t in first.tables] == [t.rows for t in second.tables]
     assert [f.points for f in first.figures] == [f.points for f in second.figures]

@@ -32,6 +32,8 @@ CPU_POSITIONS = 200  # small chunks stay in a processor's cache
 ACCELERATOR_POSITIONS = 16384
 
 Progress = Callable[[str, int, int], None]
+Given = Callable[[int], list[Value]]
+"""Values that are known, one per request, by the layer that they are for."""
 
 
 class Run:
@@ -129,8 +131,11 @@ class BatchWriter:
             self.walk = self._walk()
             self.first_keys = self.walk.keys()  # [d_in, requests]
 
-    def write(self, staying: Sequence[Column]) -> Written:
-        """Edit layer after layer; `staying` are the columns in the weights now."""
+    def write(self, staying: Sequence[Column], given: Given | None = None) -> Written:
+        """Edit layer after layer; `staying` are the columns in the weights now.
+
+        Values are optimised, unless they are `given`.
+        """
         wordings = [request.wording for request in self.requests]
         if self.method.by_gradient:
             found, tensors = self._descend(staying)
@@ -138,11 +143,12 @@ class BatchWriter:
         shared = same_key_groups(self.first_keys, self.recipe.same_key)
         each = self.recipe.values.at == "each"
         last = self.recipe.layers[-1]
-        values = [] if each else self._values(last, shared)
+        find = given or (lambda layer: self._values(layer, shared))
+        values = [] if each else find(last)
         tensors = {}
         for layer in self._upwards():
             if each:
-                values = self._values(layer, shared)
+                values = find(layer)
                 tensors[f"z.{layer}"] = _stacked(values)
             with self.run.timed("keys"):
                 keys = self.walk.keys()

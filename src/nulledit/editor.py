@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nulledit.batch import BatchWriter, Progress, Run, Written
+from nulledit.batch import Progress, Run
+from nulledit.changes import Changes, some
 from nulledit.config import Recipe, layers_by_depth, load_recipe, shipped_recipes
 from nulledit.data.facts import Fact
-from nulledit.editing.contexts import make_contexts
 from nulledit.editing.queue import batches, merged
-from nulledit.editing.statistics import Statistics, find_statistics
+from nulledit.editing.statistics import Statistics
 from nulledit.editing.value_cache import ValueCache
-from nulledit.editing.values import plan_rows
-from nulledit.errors import ConfigError, FactError, LedgerError, ModelError, StatisticsError
+from nulledit.errors import ConfigError, FactError, LedgerError, ModelError
 from nulledit.ledger.checkpoint import write_model
 from nulledit.ledger.entries import Base, Column, History
-from nulledit.ledger.journal import Journal
-from nulledit.ledger.opening import open_epoch
+from nulledit.ledger.journal import Journal, Trial
+from nulledit.ledger.merging import Decide, conflicts, decided, with_own_ids
+from nulledit.ledger.plans import by_group, facts_of, last_undone, newest, plan_redo, plan_undo
 from nulledit.ledger.store import Store
 from nulledit.ledger.weights import EditedWeights, LayerReport
 from nulledit.methods import find_method
@@ -31,6 +31,7 @@ from nulledit.models.layouts import as_out_in, frozen, parameter_name, write_wei
 from nulledit.models.load import load_model, model_hash
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import RowEncoder, context_length
+from nulledit.replay import replay
 
 logger = logging.getLogger(__name__)
 
@@ -54,19 +55,21 @@ class EditReport:
 
 
 @dataclass(frozen=True)
-class UndoReport:
-    """What `Editor.undo` did."""
+class ChangeReport:
+    """What `undo`, `redo`, `restore`, `rebuild` or `merge` did."""
 
     removed: tuple[str, ...]
     """Ids of the facts taken out."""
     restored: tuple[str, ...]
     """Ids of facts whose older columns came back."""
     rebuilt: tuple[str, ...]
-    """Ids of facts on the same key whose values were optimised again."""
+    """Ids of facts that were written anew."""
     near: tuple[tuple[str, float], ...]
-    """Edits on nearly the same key: (id, cosine), nearest first."""
+    """Edits on nearly the same key as those removed: (id, cosine), nearest first."""
     moved: tuple[tuple[str, float], ...]
     """How the others moved: (id, ‖change at its key‖/‖what was written there‖), largest first."""
+    notices: tuple[str, ...] = ()
+    """What else is worth knowing."""
 
 
 class Editor:
@@ -93,19 +96,34 @@ class Editor:
         self.model, self.tokenizer = model, tokenizer
         self.partial = PartialModel(model)
         self.encoder = RowEncoder(tokenizer, max_length=context_length(model.config))
-        self.recipe = resolve_recipe(recipe, name, self.partial)
-        self.seed = seed
-        self._statistics = statistics
-        self.value_cache = None if value_cache is None else ValueCache(Path(value_cache))
+        resolved = resolve_recipe(recipe, name, self.partial)
         base = Base(
             model=name,
             hash=model_hash(model),
             dtype=str(model.dtype).removeprefix("torch."),
-            recipe=self.recipe.to_dict(),
+            recipe=resolved.to_dict(),
             seed=seed,
         )
-        self._journal = Journal(History(base))
-        self.weights = EditedWeights(self.partial, self.history)
+        cache = None if value_cache is None else ValueCache(Path(value_cache))
+        self._work(Journal(History(base)), resolved, statistics, cache)
+
+    def _work(
+        self,
+        journal: Journal,
+        recipe: Recipe,
+        statistics: Statistics | str | Path | None,
+        cache: ValueCache | None,
+    ) -> None:
+        self._journal = journal
+        self._changes = Changes(
+            self.partial,
+            self.tokenizer,
+            self.encoder,
+            journal,
+            recipe=recipe,
+            statistics=statistics,
+            cache=cache,
+        )
 
     @classmethod
     def from_pretrained(
@@ -180,7 +198,7 @@ class Editor:
         """
         store = Store(Path(folder) / "ledger")
         editor = cls._resumed(store, store.load(), model, tokenizer, "the given model", value_cache)
-        editor._statistics = statistics
+        editor._changes.statistics = statistics
         return editor
 
     @classmethod
@@ -193,16 +211,13 @@ class Editor:
         source: str,
         value_cache: str | Path | None,
     ) -> Self:
-        recipe = Recipe.from_dict(history.base.recipe)
-        if history.epochs:
-            partial = PartialModel(model)
-            for layer in recipe.layers:
-                base = history.tensors[history.epoch.tensors][f"base.{layer}"]
-                write_weight(partial.mlp_out(layer), base)
+        partial = PartialModel(model)
+        for layer in history.layers:
+            write_weight(partial.mlp_out(layer), history.original(layer))
         editor = cls(
             model,
             tokenizer,
-            recipe=recipe,
+            recipe=Recipe.from_dict(history.base.recipe),
             name=history.base.model,
             seed=history.base.seed,
             value_cache=value_cache,
@@ -213,9 +228,25 @@ class Editor:
                 f"{source}: its weights without the edits have hash {found[:12]}, the ledger's "
                 f"base has {history.base.hash[:12]}: this is another model, or one changed by hand"
             )
-        editor._journal = Journal(history, store)
-        editor.weights = EditedWeights(editor.partial, history)
+        latest = history.epochs[-1].recipe if history.epochs else history.base.recipe
+        cache = editor._changes.cache
+        editor._work(Journal(history, store), Recipe.from_dict(latest), None, cache)
         return editor
+
+    @property
+    def recipe(self) -> Recipe:
+        """Of the current epoch, or of the next one to open."""
+        return self._changes.recipe
+
+    @property
+    def seed(self) -> int:
+        """Of contexts and queues."""
+        return self.history.base.seed
+
+    @property
+    def weights(self) -> EditedWeights:
+        """The edited matrices."""
+        return self._changes.weights
 
     @property
     def history(self) -> History:
@@ -225,7 +256,7 @@ class Editor:
     @property
     def facts(self) -> list[Fact]:
         """The facts that are in the model now, in the order they were edited."""
-        return _facts_of(self.history.active)
+        return facts_of(self.history.active)
 
     def attach(self, folder: str | Path) -> None:
         """Keep the ledger in `folder`/ledger from now on: every batch is committed as it ends."""
@@ -285,200 +316,194 @@ class Editor:
         run = Run(progress)
         queue = self._admit(facts, run)
         if queue:
-            with frozen(self.model), self._restored_after_errors():
-                self._begin_epoch()
-                self._check_rows(queue, run)
+            changes = self._changes
+            with frozen(self.model), changes.guarded():
+                changes.open_epoch(self.seed)
+                changes.check_rows(queue, run)
                 done = 0
-                if find_method(self.recipe.method.name).one_by_one:
+                if changes.method.one_by_one:
                     size = 1
                 for batch in batches(queue, size, seed=self.seed if shuffle else None):
                     run.tell("batches", done, len(queue))
-                    self._edit_batch(batch, run)
+                    changes.batch(batch, run)
                     done += len(batch)
         asked = {fact.id for fact in queue}
         columns = tuple(c for c in self.history.present if c.fact.id in asked)
         layers = self.weights.reports()
         return EditReport(columns, layers, tuple(run.notices), run.seconds, run.optimised)
 
-    def undo(self, *ids: str) -> UndoReport:
+    def next_epoch(
+        self,
+        recipe: Recipe | str | Path,
+        *,
+        statistics: Statistics | str | Path | None = None,
+    ) -> None:
+        """Have the next `edit` begin an epoch with another recipe or other statistics.
+
+        Its base is the weights so far; with a method that keeps history, the facts that are there
+        enter with what their layers give at their keys now. Undo works across epochs.
+        """
+        self._changes.next_epoch(resolve_recipe(recipe, "", self.partial), statistics)
+
+    def undo(self, *ids: str) -> ChangeReport:
         """Take facts out again, exactly: the weights become the solve without their columns.
 
         An answer that an undone fact had replaced comes back; facts on the same key as it are
-        rebuilt without it. LedgerError if an id is not in the model.
+        rebuilt without it. A batch by gradient is taken out whole, and the rest of it descended
+        anew. LedgerError if an id is not in the model.
         """
         active = {c.fact.id: c for c in self.history.active}
         for id_ in ids:
             if id_ not in active:
-                raise LedgerError(f"no fact {id_!r} in the model; in it are: {_some(active)}")
+                raise LedgerError(f"no fact {id_!r} in the model; in it are: {some(active)}")
         if not ids:
             raise LedgerError("no fact to undo was named")
-        before = self.weights.exact(self.weights.layers[-1])
         gone = [c for c in self.history.active if c.fact.id in ids]
-        dropped = self._with_groups(gone)
-        staying = [c for c in self.history.active if c not in dropped]
-        near = self.weights.near(gone, staying, cosine=NEAR_KEY)
-        restored: list[Column] = []
-        rebuild: list[Column] = []  # columns of the facts to optimise again
-        for group in _by_group(dropped):
-            back = [c for c in group if c not in gone]
-            back += self._journal.answers_behind([c for c in group if c in gone])
-            version = self._journal.stored_version(_facts_of(back)) if back else []
-            shared = self.weights.near(version or [], staying + restored, cosine=self._same)
-            if version is None or shared:
-                rebuild += back
-            else:
-                restored += version
-        with frozen(self.model), self._restored_after_errors():
-            if rebuild:
-                self._edit_batch(
-                    _facts_of(rebuild),
-                    Run(None),
-                    kind="undo",
-                    dropped=dropped,
-                    restored=restored,
-                    behind={c.fact.key: c for c in rebuild},
-                )
-            else:
-                self._journal.commit("undo", [], activated=restored, deactivated=dropped)
-                self.weights.refresh()
-        return UndoReport(
-            removed=tuple(fact.id for fact in _facts_of(gone)),
-            restored=tuple(fact.id for fact in _facts_of(restored)),
-            rebuilt=tuple(fact.id for fact in _facts_of(rebuild)),
-            near=_by_fact(near),
-            moved=_by_fact(self.weights.moved(before)),
-        )
+        with self._changed(gone) as (report, run), self._changes.guarded():
+            plan = plan_undo(self.history, gone, self._changes.near)
+            self._changes.carry_out(plan, "undo", run)
+            whole = {c.batch for c in gone if self._by_gradient(c)}
+            if plan.remade and whole:
+                names = some(f"batch {number}" for number in sorted(whole))
+                run.notices.append(f"{names}: one update by gradient, undone as a whole")
+        return report()
 
-    # -- one batch ---------------------------------------------------------------------------
+    def redo(self, *ids: str) -> ChangeReport:
+        """Bring facts back that were taken out; without ids, all that the last undo took.
 
-    def _edit_batch(
-        self,
-        facts: Sequence[Fact],
-        run: Run,
-        *,
-        kind: str = "edit",
-        dropped: Sequence[Column] = (),
-        restored: Sequence[Column] = (),
-        behind: Mapping[tuple[str, str], Column] | None = None,
-    ) -> None:
-        """Edit `facts` together and commit; `dropped` columns leave first, `restored` come back.
-
-        An older answer to the same question leaves as well. Facts that share a key with a new one,
-        or a value with one that leaves, are optimised again, so that one value says all of them.
-        `behind`: columns that new ones stand in for, by question, beside those that leave here.
+        The last undo is reversed exactly, as long as nothing else happened since. Named facts come
+        back with their stored columns, unless other facts on their keys ask for a new value.
+        LedgerError if there is nothing to redo, or an id is unknown or in the model.
         """
-        asked = {fact.key: fact for fact in facts}
-        present = [c for c in self.history.active if c not in dropped] + list(restored)
-        present.sort(key=lambda c: c.id)
-        older = [c for c in present if c.fact.key in asked]
-        run.notices += [
-            f"{asked[fact.key].id}: the older answer {fact.target!r} of {fact.id} is replaced"
-            for fact in _facts_of(older)
-        ]
-        writer = self._writer(facts, run)
-        near = self.weights.near_keys(writer.first_keys, present, cosine=self._same)
-        if writer.method.by_gradient:
-            near = []  # it shares no value between facts on one key
-        touched = self._with_groups([*older, *(c for c, _ in near)], among=present)
-        joined = _facts_of(c for c in touched if c.fact.key not in asked)
-        if joined:
-            names = _some(fact.id for fact in joined)
-            run.notices.append(f"{names}: optimised again with a new fact on the same key")
-            writer = self._writer([*joined, *facts], run)
-        leaving = [*dropped, *touched]
-        staying = [c for c in present if c not in touched]
-        if leaving or restored:
-            self.weights.refresh(staying)
-        written = writer.write(staying)
-        stand_in = {**(behind or {}), **{c.fact.key: c for c in touched}}
-        made = self._columns(writer, written, stand_in)
-        unknown = {c.fact.id for c in made if not c.outcome["known"]}
-        known = _facts_of(c for c in made if c.fact.id not in unknown)
-        if known:
-            names = _some(fact.id for fact in known)
-            run.notices.append(f"{names}: said by the model already; written all the same")
-        back = [c for c in restored if c in staying]
-        self._journal.commit(
-            kind, made, deactivated=leaving, activated=back, tensors=written.tensors
-        )
-
-    def _writer(self, facts: Sequence[Fact], run: Run) -> BatchWriter:
-        return BatchWriter(
-            self.partial,
-            self.tokenizer,
-            self.encoder,
-            self.recipe,
-            self.weights,
-            self.history.epoch.contexts,
-            facts,
-            run,
-            base_hash=self.history.base.hash,
-            cache=self.value_cache,
-        )
-
-    def _columns(
-        self, writer: BatchWriter, written: Written, stand_in: dict[tuple[str, str], Column]
-    ) -> list[Column]:
-        first = len(self.history.columns) + 1
-        columns = []
-        for i, request in enumerate(writer.requests):
-            fact = writer.facts[request.owner]
-            columns.append(
-                Column(
-                    id=first + i,
-                    batch=len(self.history.batches) + 1,
-                    row=i,
-                    group=first + written.groups[i],
-                    fact=fact,
-                    active=True,
-                    outcome=written.outcomes[i],
-                    replaces=stand_in[fact.key].id if fact.key in stand_in else 0,
-                    part=request.part,
+        changes, history = self._changes, self.history
+        with self._changed([]) as (report, run), changes.guarded():
+            if not ids:
+                event = last_undone(history)
+                by_id = {c.id: c for c in history.columns}
+                self._journal.commit(
+                    "redo",
+                    [],
+                    activated=[by_id[i] for i in event.deactivated],
+                    deactivated=[by_id[i] for i in event.activated],
                 )
-            )
-        return columns
+                self.weights.refresh()
+                return report()
+            wanted = [column for id_ in dict.fromkeys(ids) for column in newest(history, id_)]
+            with changes.together("redo") as trial:
+                for group in by_group(wanted):
+                    changes.carry_out(plan_redo(history, group, changes.near), "redo", run)
+                trial.keep()
+        return report()
 
-    def _with_groups(
-        self, columns: Sequence[Column], among: Sequence[Column] | None = None
-    ) -> list[Column]:
-        """All columns (active ones by default) that share a group with one of `columns`."""
-        hit = {(c.batch, c.group) for c in columns}
-        candidates = self.history.active if among is None else among
-        return [c for c in candidates if (c.batch, c.group) in hit]
-
-    # -- around a batch ----------------------------------------------------------------------
-
-    def _begin_epoch(self) -> None:
-        if self.history.epochs:
-            return
-        refusal: StatisticsError | None = None
-        for statistics in self._candidates():
-            try:
-                opening = open_epoch(self.partial, self.recipe, statistics)
-            except StatisticsError as error:
-                refusal = refusal or error  # full ones in the cache may serve what shipped don't
-                continue
-            contexts = make_contexts(
-                self.model, self.tokenizer, self.recipe.contexts, seed=self.seed
-            )
-            epoch, tensors = opening(contexts, self.seed)
-            self._journal.begin(epoch, tensors)
+    def restore(self) -> ChangeReport:
+        """Take out everything: the base, bit for bit. `redo` brings it all back."""
+        if not self.history.active:
+            raise LedgerError("no fact is in the model: it is the base already")
+        with self._changed(self.history.active) as (report, _), self._changes.guarded():
+            self._journal.commit("restore", [], deactivated=self.history.active)
             self.weights.refresh()
-            return
-        base, layers = self.history.base, ",".join(map(str, self.recipe.layers))
-        raise refusal or StatisticsError(
-            "no statistics of this model's preserved keys: make them once with "
-            f"`nulledit stats make {base.model or 'MODEL'} --text CORPUS --layers {layers}`"
-        )
+        return report()
+
+    def rebuild(self, *, values: bool = False, progress: Progress | None = None) -> ChangeReport:
+        """Write the facts in the model anew, batch by batch, as if the others had never been.
+
+        Keys and residuals are taken again, so that no trace of undone facts is left in them; the
+        stored values stay, or with `values` are optimised again. A batch by gradient descends anew.
+        """
+        columns = self.history.active
+        if not columns:
+            raise LedgerError("no fact is in the model: there is nothing to rebuild")
+        together = self._changes.together("rebuild")
+        with self._changed([], progress) as (report, run), together as trial:
+            self._journal.commit("rebuild", [], deactivated=columns)
+            self.weights.refresh()
+            replay(self._changes, self.history, columns, run, values=values)
+            trial.keep()
+        return report()
+
+    def merge(
+        self,
+        other: History,
+        *,
+        decide: Decide | None = None,
+        progress: Progress | None = None,
+    ) -> ChangeReport:
+        """Take over the facts of another ledger on the same base: one model with both.
+
+        This ledger's facts first, then the other's, each batch in its epoch: keys and residuals are
+        taken again, stored values stay but where two facts share a key. `decide`: what to do about
+        each of `conflicts(other)`: first, second or neither. LedgerError if one is not decided.
+        """
+        if other.base.hash != self.history.base.hash:
+            raise LedgerError(
+                f"the ledgers have different bases: {self.history.base.hash[:12]} and "
+                f"{other.base.hash[:12]}; only edits of one model can be merged"
+            )
+        choice = decided(conflicts(self.history, other), decide)
+        held = self.history.active
+        mine = [c for c in held if choice.get(c.fact.key, "first") == "first"]
+        here = {c.fact.key for c in held}
+        theirs = [
+            c
+            for c in other.active
+            if choice.get(c.fact.key, "first" if c.fact.key in here else "second") == "second"
+        ]
+        with self._changed([], progress) as (report, run), self._changes.together("merge") as trial:
+            names = with_own_ids(self.history, facts_of(theirs))
+            run.notices += [f"{a.id}: named {b.id}, the id is taken" for a, b in names.items()]
+            self._journal.commit("merge", [], deactivated=held)
+            self.weights.refresh()
+            replay(self._changes, self.history, mine, run)
+            replay(self._changes, other, theirs, run, renamed=names)
+            trial.keep()
+        return report()
 
     @contextmanager
-    def _restored_after_errors(self) -> Iterator[None]:
-        """Whatever ends the inside early, the weights are those of the history again."""
-        try:
-            yield
-        except BaseException:
-            self.weights.refresh()
-            raise
+    def trial(self, *, writing: bool = True) -> Iterator[Trial]:
+        """Changes inside are kept, all at once, only if `trial.keep()` is called.
+
+        Else model, history and ledger are as before: edit, look, decide. `writing=False` for a mere
+        look, which no other process at work on the ledger need hinder.
+        """
+        with self._changes.together(writing=writing) as trial:
+            yield trial
+
+    @contextmanager
+    def _changed(
+        self, gone: Sequence[Column], progress: Progress | None = None
+    ) -> Iterator[tuple[Callable[[], ChangeReport], Run]]:
+        """Watch a change; the report is asked for when it is made."""
+        history, run = self.history, Run(progress)
+        before = {c.id: c for c in history.active}
+        known = len(history.columns)
+        layer = max(self.weights.layers, default=-1)
+        exact = self.weights.exact(layer) if layer >= 0 else None
+        out = {c.id for c in gone}
+        staying = [c for c in history.active if c.id not in out]
+        near = self.weights.near(gone, staying, cosine=NEAR_KEY) if gone and staying else []
+
+        def report() -> ChangeReport:
+            now = {c.id: c for c in history.active}
+            lost = facts_of(c for i, c in before.items() if i not in now)
+            there = {c.fact.id for c in now.values()}
+            fresh = facts_of(c for i, c in now.items() if i > known)
+            moved = self.weights.moved(exact) if exact is not None else []
+            back = facts_of(c for i, c in now.items() if i not in before and i <= known)
+            return ChangeReport(
+                removed=tuple(f.id for f in lost if f.id not in there),
+                restored=tuple(f.id for f in back),
+                rebuilt=tuple(f.id for f in fresh),
+                near=_by_fact(near),
+                moved=_by_fact(pair for pair in moved if pair[0].id in before),
+                notices=tuple(run.notices),
+            )
+
+        with frozen(self.model):
+            yield report, run
+
+    def _by_gradient(self, column: Column) -> bool:
+        epoch = self.history.epochs[self.history.epoch_of(column) - 1]
+        return find_method(epoch.recipe["method"]["name"]).by_gradient
 
     def _admit(self, facts: Iterable[Fact], run: Run) -> list[Fact]:
         """Facts that are not in the model yet, one per question.
@@ -496,13 +521,13 @@ class Editor:
                     "give another id"
                 )
             other = queue.get(fact.key)
-            if other is not None and other.target != fact.target:
+            if other is not None and other.demand != fact.demand:
                 raise FactError(
                     f"{other.id} and {fact.id} contradict each other on {fact.subject!r}: "
                     f"{other.target!r} and {fact.target!r}; keep one of them"
                 )
             known = other or held.get(fact.key)
-            if known is None or known.target != fact.target:
+            if known is None or known.demand != fact.demand:
                 queue[fact.key] = fact
             elif set(fact.prompts) <= set(known.prompts):
                 run.notices.append(f"{fact.id}: repeats {known.id}, left out")
@@ -511,39 +536,6 @@ class Editor:
                 queue[fact.key] = merged(known, fact)
         return list(queue.values())
 
-    def _check_rows(self, facts: Sequence[Fact], run: Run) -> None:
-        """Tokenise every row once, so that a prompt too long is refused before any work."""
-        for fact in facts:
-            try:
-                bare = plan_rows(fact, self.encoder, self.history.epoch.contexts)[0]
-                if bare.subject_last == 0:
-                    run.notices.append(
-                        f"{fact.id}: the subject is the text's first token, which models use as an "
-                        "attention sink; the edit may not take hold: put words before it"
-                    )
-                self.encoder.encode_template(self.recipe.values.kl_prompt, fact.subject)
-            except FactError as error:
-                raise FactError(f"fact {fact.id}: {error}") from error
-
-    def _candidates(self) -> Iterator[Statistics]:
-        """The statistics given, or those found, that are of this model and cover its layers."""
-        given = self._statistics
-        if given is None:
-            yield from find_statistics(self.history.base.hash, self.recipe.layers)
-            return
-        statistics = given if isinstance(given, Statistics) else Statistics.load(Path(given))
-        statistics.check(self.history.base.hash, self.recipe.layers)
-        yield statistics
-
-    @property
-    def _same(self) -> float:
-        return self.recipe.same_key
-
-
-def _facts_of(columns: Iterable[Column]) -> list[Fact]:
-    """Their facts, each once."""
-    return list(dict.fromkeys(column.fact for column in columns))
-
 
 def _by_fact(found: Iterable[tuple[Column, float]]) -> tuple[tuple[str, float], ...]:
     """(id, number) with the first number of each fact."""
@@ -551,13 +543,6 @@ def _by_fact(found: Iterable[tuple[Column, float]]) -> tuple[tuple[str, float], 
     for column, number in found:
         first.setdefault(column.fact.id, number)
     return tuple(first.items())
-
-
-def _by_group(columns: Sequence[Column]) -> list[list[Column]]:
-    groups: dict[tuple[int, int], list[Column]] = {}
-    for column in columns:
-        groups.setdefault((column.batch, column.group), []).append(column)
-    return list(groups.values())
 
 
 def resolve_recipe(recipe: Recipe | str | Path | None, name: str, model: PartialModel) -> Recipe:
@@ -583,9 +568,3 @@ def resolve_recipe(recipe: Recipe | str | Path | None, name: str, model: Partial
     for layer in recipe.layers:
         as_out_in(model.mlp_out(layer))
     return recipe
-
-
-def _some(names: Iterable[Any], most: int = 5) -> str:
-    shown = [str(n) for n in names]
-    more = f" and {len(shown) - most} more" if len(shown) > most else ""
-    return ", ".join(shown[:most]) + more

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 
@@ -17,10 +17,11 @@ def replacing(file: Path) -> Iterator[Path]:
     What other libraries write with narrow permissions becomes as readable as any new file.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    for left in file.parent.glob(f".{file.name}.*.part"):
+    for left in file.parent.glob(f".{escape(file.name)}.*.part"):
         if not _alive(left.name.split(".")[-2]):
             left.unlink(missing_ok=True)  # of a process that was killed
     partial = file.with_name(f".{file.name}.{os.getpid()}.part")
+    partial.unlink(missing_ok=True)  # of a killed process that had this one's number
     try:
         partial.touch()
         mode = partial.stat().st_mode
@@ -33,40 +34,68 @@ def replacing(file: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def _alive(process: str) -> bool:
-    """Whether the process that a temporary name tells of still runs, on this machine."""
-    try:
-        os.kill(int(process), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder to fill; it takes the place of `folder` when the inside ends well."""
+    """A temporary folder to fill; it takes the place of `folder` when the inside ends well.
+
+    The old folder is set aside until the new one stands in its place. A process that is killed in
+    between leaves no folder for a moment: `recover_folder` puts the new one there.
+    """
+    recover_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(f".{folder.name}-*.part"):
-        shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".part", dir=folder.parent))
-    inside = partial / "content"
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    new, old = partial / "new", partial / "old"
     try:
-        inside.mkdir()
-        yield inside
+        new.mkdir(parents=True)
+        yield new
         probe = partial / "probe"
         probe.touch()
-        for file in inside.rglob("*"):
-            if file.is_file():
-                file.chmod(probe.stat().st_mode)
-                sync(file)
+        for path in new.rglob("*"):
+            if path.is_file():
+                path.chmod(probe.stat().st_mode)
+            if path.exists():  # no link into nowhere
+                sync(path)
+        sync(new)
         if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(inside, folder)
+            os.replace(folder, old)
+            sync(partial)
+        os.replace(new, folder)
         sync(folder.parent)
     finally:
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def recover_folder(folder: Path) -> bool:
+    """Finish what killed processes left of `replacing_folder`; whether the folder came back by it.
+
+    A new folder was complete before the old one was set aside, so it is the one that stays.
+    """
+    recovered = False
+    for left in folder.parent.glob(f".{escape(folder.name)}.*.part"):
+        number = left.name.split(".")[-2]
+        if number != str(os.getpid()) and _alive(number):
+            continue
+        if (left / "old").exists() and not folder.exists():
+            whole = left / "new" if (left / "new").exists() else left / "old"
+            os.replace(whole, folder)
+            sync(folder.parent)
+            recovered = True
+        shutil.rmtree(left, ignore_errors=True)
+    return recovered
+
+
+def sweep(folder: Path) -> None:
+    """Remove temporary files that killed processes left in `folder`.
+
+    Also those under this process's number, which an earlier one may have had: not to be called
+    while this one writes there.
+    """
+    for left in folder.glob(".*.part"):
+        number = left.name.split(".")[-2]
+        if left.is_file() and (number == str(os.getpid()) or not _alive(number)):
+            left.unlink(missing_ok=True)
 
 
 def write_text(file: Path, text: str) -> None:
@@ -82,3 +111,14 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _alive(process: str) -> bool:
+    """Whether the process that a temporary name tells of still runs, on this machine."""
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -8,7 +8,7 @@ import hashlib
 import re
 import reprlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from nulledit.errors import FactError
@@ -19,6 +19,7 @@ MAX_ID_CHARACTERS = 200
 _FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 # What YAML makes of an unquoted 1969, 1.5, yes or 1969-07-20.
 _NOT_QUOTED = (bool, int, float, datetime.date)
+_TRUTHS = {"true": True, "false": False}  # CSV has no truth values of its own
 _shortener = reprlib.Repr()
 _shortener.maxstring = _shortener.maxother = 60
 
@@ -112,16 +113,21 @@ class Probe:
 
 @dataclass(frozen=True)
 class Fact:
-    """Subject, prompt and target: after the edit the model answers the prompt with the target."""
+    """Subject, prompt and target: after the edit the model answers the prompt with the target.
+
+    With `forget` it is the other way round: the target is what the model says now and should no
+    longer say.
+    """
 
     subject: str
     """What the fact is about."""
     prompt: str
     """Template with one slot `{}`; a text that names the subject once is turned into one."""
     target: str
-    """The answer to write."""
+    """The answer to write, or to suppress."""
     id: str = ""
-    """Name in ledgers and reports; by default a hash of subject, prompt and target."""
+    """Name in ledgers and reports; by default a hash of subject, prompt and target (and of
+    `forget`)."""
     old_answer: str | None = None
     """The answer before the edit."""
     relation: str | None = None
@@ -134,8 +140,13 @@ class Fact:
     """Prompts about something else whose answers must stay."""
     portability: tuple[Probe, ...] = ()
     """Prompts that follow from the fact, each with the answer it should have after the edit."""
+    forget: bool = False
+    """Suppress the target, with nothing in its place: the model is to answer as if it did not know
+    the subject."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.forget, bool):
+            raise FactError(f"forget must be true or false (found {quote(self.forget)})")
         subject = clean_text(self.subject, "subject")
         if SLOT in subject or subject.startswith("}") or subject.endswith("{"):
             # Filled in, it would look like a slot again.
@@ -151,8 +162,10 @@ class Fact:
         for name in ("old_answer", "relation"):
             if getattr(self, name) is not None:
                 clean[name] = clean_text(getattr(self, name), name)
-        _check_target(clean["target"], clean.get("old_answer"))
-        clean["id"] = _default_id(clean) if self.id == "" else _clean_id(self.id)
+        if not self.forget:  # what is to be forgotten may well be the answer so far
+            _check_target(clean["target"], clean.get("old_answer"))
+        default = _default_id(clean, forget=self.forget)
+        clean["id"] = default if self.id == "" else _clean_id(self.id)
         for name, value in clean.items():
             object.__setattr__(self, name, value)
 
@@ -184,6 +197,27 @@ class Fact:
         """Subject and relation; two facts of one key and different targets contradict."""
         return self.subject, self.relation_key
 
+    @property
+    def demand(self) -> tuple[str, bool]:
+        """Target and `forget`: two facts of one key agree only if these are the same."""
+        return self.target, self.forget
+
+    def forgotten(self, answer: str | None = None) -> Fact:
+        """The fact that suppresses `answer` to this question, by default this fact's target.
+
+        What is asked about it afterwards stays the same; what follows from the target does not
+        follow any more. An id that was given is kept, another one is derived anew.
+        """
+        own = self.id != _default_id(vars(self), forget=self.forget)
+        return replace(
+            self,
+            id=self.id if own else "",
+            target=self.target if answer is None else answer,
+            old_answer=None,
+            portability=(),
+            forget=True,
+        )
+
     def render(self, template: str) -> str:
         """`template` with the subject in its slot; other braces are left alone."""
         return template.replace(SLOT, self.subject, 1)
@@ -203,6 +237,8 @@ class Fact:
                     {"prompt": p.prompt} | ({} if p.answer is None else {"answer": p.answer})
                     for p in probes
                 ]
+        if self.forget:  # left out otherwise, so that the records of other facts stay as they were
+            record["forget"] = True
         return record
 
     @classmethod
@@ -217,7 +253,19 @@ class Fact:
             if name not in record:
                 raise FactError(f"{name} is missing (found the fields {quote(list(record))})")
         given = {k: v for k, v in record.items() if v is not None or k in REQUIRED}
+        if "forget" in given:
+            given["forget"] = _TRUTHS.get(str(given["forget"]).casefold(), given["forget"])
         return cls(**given)
+
+
+def refuse_forgetting(facts: Iterable[Fact], who: str) -> None:
+    """FactError if one of `facts` is to be forgotten, which `who` cannot do."""
+    for fact in facts:
+        if fact.forget:
+            raise FactError(
+                f"fact {quote(fact.id)} is to be forgotten, which {who} can't do: it only writes "
+                "answers. Take a method that optimises values, or leave the fact out"
+            )
 
 
 FIELDS = tuple(field.name for field in fields(Fact))
@@ -274,6 +322,7 @@ def _clean_id(value: object) -> str:
     return text
 
 
-def _default_id(clean: Mapping[str, str]) -> str:
+def _default_id(clean: Mapping[str, Any], *, forget: bool) -> str:
     content = "\0".join(clean[name] for name in REQUIRED)  # no text may hold a NUL
+    content += "\0forget" if forget else ""
     return "f" + hashlib.sha256(content.encode()).hexdigest()[:10]

@@ -62,7 +62,7 @@ def preservation_report(editor: Editor, token_windows: Sequence[list[int]]) -> l
     Keys are the base model's; the edited weights are as stored, rounding included. Use a text that
     the statistics did not see.
     """
-    layers = editor.recipe.layers
+    layers = editor.weights.layers
     edited = _weights(editor)
     keys: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     with frozen(editor.model), torch.no_grad(), editor.base_weights():
@@ -94,4 +94,4 @@ def shipped_corpus() -> Corpus:
 
 def _weights(editor: Editor) -> dict[int, Tensor]:
     """A copy of W [d_out, d_in] of each edited layer, as stored now."""
-    return {i: as_out_in(editor.partial.mlp_out(i)).clone() for i in editor.recipe.layers}
+    return {i: as_out_in(editor.partial.mlp_out(i)).clone() for i in editor.weights.layers}

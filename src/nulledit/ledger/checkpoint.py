@@ -1,36 +1,101 @@
 """The edited model as an ordinary Hugging Face folder, derived from the ledger.
 
-The folder carries the ledger's state id. Only the files that hold edited matrices are rewritten
-when the state changes, each under a temporary name that is renamed over the old one; the state id
-comes last, so that a folder whose id is not the ledger's is known to need rewriting.
+`nulledit.json` in it names the ledger's state, the base, and the hash of every file. Only the files
+that hold edited matrices are rewritten when the state changes, each under a temporary name that is
+renamed over the old one. While that goes on the state is empty and the hashes of both are listed,
+so that a rewriting that was interrupted is told apart from a file that something else changed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from pathlib import Path
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nulledit.errors import LedgerError
-from nulledit.files import replacing, replacing_folder, write_text
+from nulledit.files import recover_folder, replacing, replacing_folder, sweep, write_text
+from nulledit.models.load import sha256_of
 
 STATE_FILE = "nulledit.json"
+LARGEST_STATE = 16 << 20  # bytes
+LARGEST_HEADER = 100 << 20  # bytes, as the safetensors library has it
+BLOCK = 1 << 20  # bytes copied at once
+DIGEST = re.compile(r"[0-9a-f]{64}")
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 
-def state_of(folder: Path) -> tuple[str, str] | None:
-    """The ledger state that the model in `folder` was written for, and its base's hash.
+@dataclass(frozen=True)
+class FolderState:
+    """What `nulledit.json` says of the folder it lies in."""
 
-    The state is empty while files are being rewritten. None if the folder is not one of ours.
-    """
+    state: str
+    """The ledger's state id that the model was written for; empty while files are rewritten."""
+    base: str
+    """Hash of the model before any edit."""
+    files: dict[str, tuple[str, ...]]
+    """SHA-256 of every other file by its path in the folder; old and new while it is rewritten."""
+
+    def to_text(self) -> str:
+        """The one form that it is written in; a hash of the rest comes with it."""
+        files = {n: list(d) if len(d) > 1 else d[0] for n, d in self.files.items()}
+        data: dict[str, Any] = {"state": self.state, "base": self.base, "files": files}
+        data["sha256"] = hashlib.sha256(_canonical(data).encode()).hexdigest()
+        return _canonical(data)
+
+    @classmethod
+    def from_text(cls, text: str) -> FolderState:
+        """ValueError unless it is what `to_text` writes."""
+        try:
+            data = json.loads(text)
+            files = {
+                str(name): (hashes,) if isinstance(hashes, str) else tuple(hashes)
+                for name, hashes in data["files"].items()
+            }
+            found = cls(data["state"], data["base"], files)
+            same = found.to_text() == text
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+            same = False
+        if not same:
+            raise ValueError("not what nulledit wrote")
+        for name, hashes in files.items():
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+                raise ValueError(f"names a file outside its folder: {name!r}")
+            if not all(DIGEST.fullmatch(digest) for digest in hashes):
+                raise ValueError(f"holds no hash of {name!r}")
+        return found
+
+
+def read_state(folder: Path) -> FolderState | None:
+    """What `nulledit.json` in `folder` says, None without one; LedgerError if it is damaged."""
+    file = folder / STATE_FILE
     try:
-        found = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        return str(found["state"]), str(found["base"])
-    except (OSError, ValueError, KeyError, TypeError):
+        with file.open("rb") as opened:
+            raw = opened.read(LARGEST_STATE + 1)
+    except OSError:
         return None
+    try:
+        if len(raw) > LARGEST_STATE:
+            raise ValueError(f"larger than {LARGEST_STATE} bytes")
+        return FolderState.from_text(raw.decode("utf-8"))
+    except ValueError as error:
+        raise LedgerError(
+            f"{file}: damaged ({error}); move the folder away, it is written anew from the base "
+            "and the ledger"
+        ) from error
 
 
 def write_model(
@@ -44,28 +109,40 @@ def write_model(
 ) -> None:
     """Bring `folder` to the weights of `model`; `edited` names the parameters that edits change.
 
-    LedgerError if something else lies there: it is not overwritten.
+    LedgerError if something else lies there, or if something else changed a file that is to be
+    rewritten: it is not overwritten.
     """
-    found = state_of(folder)
-    if found == (state_id, base_hash):
+    recover_folder(folder)
+    found = read_state(folder)
+    if found and (found.state, found.base) == (state_id, base_hash):
         return
-    if folder.exists() and any(folder.iterdir()) and (found is None or found[1] != base_hash):
+    if (found is None or found.base != base_hash) and folder.exists() and any(folder.iterdir()):
         raise LedgerError(f"{folder}: holds another model; move it away or choose another folder")
-    files = _files_of(folder, edited)
-    if files is None:
+    sweep(folder)
+    files = files_with(folder, edited) if found and _all_there(folder, found) else None
+    if found is None or files is None:
         with replacing_folder(folder) as partial:
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-            _write_state(partial, state_id, base_hash)
+            written: dict[str, tuple[str, ...]] = {}
+            written |= {name: (sha256_of(partial / name),) for name in files_in(partial)}
+            _write_state(partial, FolderState(state_id, base_hash, written))
         return
     parameters = dict(model.named_parameters())
-    _write_state(folder, "", base_hash)  # an id may come back by undo: none holds in between
+    hashes = dict(found.files)
     for file, names in files.items():
-        _rewrite(file, {name: parameters[name].data for name in names})
-    _write_state(folder, state_id, base_hash)
+        new = _rewrite(file, {name: parameters[name].data for name in names})
+        hashes[file.relative_to(folder).as_posix()] = (new,)
+    _write_state(folder, FolderState(state_id, base_hash, hashes))
 
 
-def _files_of(folder: Path, names: list[str]) -> dict[Path, list[str]] | None:
+def files_in(folder: Path) -> list[str]:
+    """Every file in `folder` but `nulledit.json` and temporary ones, by its path in it."""
+    names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    return sorted(n for n in names if n != STATE_FILE and not _temporary(n))
+
+
+def files_with(folder: Path, names: list[str]) -> dict[Path, list[str]] | None:
     """Which file holds which of `names`; None if the folder is no model with all of them."""
     if not (folder / "config.json").is_file():
         return None
@@ -73,9 +150,8 @@ def _files_of(folder: Path, names: list[str]) -> dict[Path, list[str]] | None:
     missing = set(names)
     for file in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(file, "pt") as opened:
-                held = missing & set(opened.keys())
-        except (OSError, SafetensorError):
+            held = missing & set(read_header(file)[0])
+        except (OSError, ValueError):
             return None
         if held:
             files[file] = sorted(held)
@@ -83,17 +159,110 @@ def _files_of(folder: Path, names: list[str]) -> dict[Path, list[str]] | None:
     return None if missing else files
 
 
-def _rewrite(file: Path, replaced: dict[str, torch.Tensor]) -> None:
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-    for name, tensor in replaced.items():
-        if tensors[name].shape != tensor.shape:
-            raise LedgerError(f"{file}: {name} has another shape than the model's")
-        tensors[name] = tensor.detach().to(tensors[name].dtype).cpu().contiguous()
+@dataclass(frozen=True)
+class Place:
+    """Where a safetensors file holds a tensor."""
+
+    dtype: torch.dtype | None
+    """Its dtype; None for one that no weight has."""
+    shape: tuple[int, ...]
+    """Its shape."""
+    begin: int
+    """Offset of its first byte in the file."""
+    end: int
+    """Offset behind its last byte."""
+
+
+def read_header(file: Path) -> tuple[dict[str, Place], int]:
+    """Where `file` holds which tensor, and the size that it must have; ValueError if unreadable."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if not 2 <= length <= LARGEST_HEADER:
+            raise ValueError(f"{file}: not a safetensors file")
+        try:
+            header = json.loads(opened.read(length))
+            places = {
+                name: Place(
+                    DTYPES.get(entry["dtype"]),
+                    tuple(entry["shape"]),
+                    *(8 + length + int(offset) for offset in entry["data_offsets"]),
+                )
+                for name, entry in header.items()
+                if name != "__metadata__"
+            }
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{file}: not a safetensors file") from error
+    return places, max((place.end for place in places.values()), default=8 + length)
+
+
+def _rewrite(file: Path, replaced: Mapping[str, Tensor]) -> str:
+    """Put tensors into a file of the folder and list its new hash, which is returned."""
+    folder = file.parent
+    found, name = read_state(folder), file.name
+    assert found is not None
     with replacing(file) as partial:
-        save_file(tensors, partial, metadata)
+        old, new = _copy(file, partial, replaced)
+        if old not in found.files.get(name, ()):
+            raise LedgerError(
+                f"{file}: changed by something else: its hash is {old[:12]}; move the folder away, "
+                "it is written anew from the base and the ledger"
+            )
+        hashes = (old, new) if new != old else (new,)
+        _write_state(folder, replace(found, state="", files={**found.files, name: hashes}))
+    return new
 
 
-def _write_state(folder: Path, state_id: str, base_hash: str) -> None:
-    write_text(folder / STATE_FILE, json.dumps({"state": state_id, "base": base_hash}) + "\n")
+def _copy(source: Path, target: Path, replaced: Mapping[str, Tensor]) -> tuple[str, str]:
+    """Copy a safetensors file with some tensors replaced, block by block; hashes of both."""
+    places, _ = read_header(source)
+    old, new = hashlib.sha256(), hashlib.sha256()
+    with source.open("rb") as reading, target.open("wb") as writing:
+        at = 0
+        for name in sorted(replaced, key=lambda n: places[n].begin):
+            place, tensor = places[name], replaced[name]
+            if place.dtype is None or place.shape != tuple(tensor.shape):
+                raise LedgerError(f"{source}: {name} has another shape or dtype than the model's")
+            for block in _blocks(reading, place.begin - at):
+                old.update(block)
+                new.update(block)
+                writing.write(block)
+            for block in _blocks(reading, place.end - place.begin):
+                old.update(block)
+            raw = tensor.detach().to(place.dtype).cpu().contiguous().reshape(-1).view(torch.uint8)
+            if raw.numel() != place.end - place.begin:
+                raise LedgerError(f"{source}: {name} takes another number of bytes than it should")
+            content: Any = raw.numpy()  # a buffer of bytes
+            new.update(content)
+            writing.write(content)
+            at = place.end
+        for block in _blocks(reading, None):
+            old.update(block)
+            new.update(block)
+            writing.write(block)
+    return old.hexdigest(), new.hexdigest()
+
+
+def _blocks(opened: IO[bytes], length: int | None) -> Iterator[bytes]:
+    """The next `length` bytes, or all that are left."""
+    while length is None or length > 0:
+        block = opened.read(BLOCK if length is None else min(BLOCK, length))
+        if not block:
+            return
+        yield block
+        length = None if length is None else length - len(block)
+
+
+def _all_there(folder: Path, found: FolderState) -> bool:
+    return all((folder / name).is_file() for name in found.files)
+
+
+def _temporary(name: str) -> bool:
+    return PurePosixPath(name).name.startswith(".") and name.endswith(".part")
+
+
+def _write_state(folder: Path, found: FolderState) -> None:
+    write_text(folder / STATE_FILE, found.to_text())
+
+
+def _canonical(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, indent=1, sort_keys=True) + "\n"

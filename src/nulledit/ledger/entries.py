@@ -49,7 +49,7 @@ class Epoch:
     statistics: dict[str, Any]
     """Manifest of the statistics."""
     tensors: str
-    """SHA-256 of the file with W₀ and the metric of each layer."""
+    """SHA-256 of the file with the spectrum of each layer, and W₀ of those edited first here."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Event:
     id: int
     """Counted from 1."""
     kind: str
-    """edit or undo."""
+    """edit, undo, redo, restore, rebuild or merge."""
     time: str
     """UTC, ISO 8601."""
     activated: tuple[int, ...]
@@ -142,12 +142,31 @@ class History:
 
     @property
     def epoch(self) -> Epoch:
-        """The epoch that batches belong to now; LedgerError if there is none or more than one."""
-        if len(self.epochs) != 1:
-            raise LedgerError(
-                f"the ledger has {len(self.epochs)} epochs; this version works with exactly one"
-            )
-        return self.epochs[0]
+        """The epoch that batches belong to now; LedgerError if there is none."""
+        if not self.epochs:
+            raise LedgerError("nothing was edited yet: the ledger has no epoch")
+        return self.epochs[-1]
+
+    def epoch_of(self, column: Column) -> int:
+        """Id of the epoch that made `column`."""
+        return self.batches[column.batch - 1].epoch
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Blocks that some epoch edits, in order."""
+        return tuple(sorted({layer for e in self.epochs for layer in e.recipe["layers"]}))
+
+    def at_layer(self, layer: int, columns: Sequence[Column]) -> list[Column]:
+        """Those of `columns` that have a key at `layer`: their epoch edits it."""
+        has = {e.id for e in self.epochs if layer in e.recipe["layers"]}
+        return [c for c in columns if self.epoch_of(c) in has]
+
+    def original(self, layer: int) -> Tensor:
+        """W₀ [d_out, d_in] of `layer`, in the base's dtype."""
+        for epoch in self.epochs:
+            if layer in epoch.recipe["layers"]:
+                return self.tensors[epoch.tensors][f"base.{layer}"]
+        raise LedgerError(f"no epoch edits layer {layer}")
 
     @property
     def counts(self) -> tuple[int, int, int, int]:
@@ -156,14 +175,16 @@ class History:
 
     @property
     def state_id(self) -> str:
-        """Identifies the weights: base, epochs and active columns, in hex."""
+        """Identifies the weights: base, and active columns with their epochs, in hex."""
         digest = hashlib.sha256(self.base.hash.encode())
-        for epoch in self.epochs:
-            recipe = json.dumps(epoch.recipe, sort_keys=True)
-            digest.update(f"{epoch.tensors} {recipe}\n".encode())
         hashes = {b.id: b.tensors for b in self.batches}
-        for column in self.active:
-            digest.update(f"{hashes[column.batch]} {column.row}\n".encode())
+        for epoch in self.epochs:
+            mine = [c for c in self.active if self.epoch_of(c) == epoch.id]
+            if mine:  # an epoch without an active column leaves no trace in the weights
+                recipe = json.dumps(epoch.recipe, sort_keys=True)
+                digest.update(f"{epoch.tensors} {recipe}\n".encode())
+            for column in mine:
+                digest.update(f"{hashes[column.batch]} {column.row}\n".encode())
         return digest.hexdigest()
 
     def column_tensor(self, columns: Sequence[Column], name: str) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from nulledit.config import Recipe
 from nulledit.editing.problem import LayerProblem, TargetLoss
 from nulledit.errors import LedgerError
-from nulledit.ledger.entries import Column, History
+from nulledit.ledger.entries import Column, Epoch, History
 from nulledit.linalg.spectrum import Metric, Spectrum
 from nulledit.methods import find_method
 
@@ -20,10 +20,12 @@ from nulledit.methods import find_method
 class LayerState:
     """Where a fold stands."""
 
+    start: Tensor
+    """Weight [d_out, d_in] that the epoch began with, float64: W₀ in the first."""
     total: Tensor
-    """ΣΔ [d_out, d_in] of all batches, float64."""
+    """ΣΔ [d_out, d_in] of the epoch's batches, float64."""
     weight: Tensor
-    """W₀ + the total, or what the method's `finish` makes of it, float64."""
+    """The start + the total, or what the method's `finish` makes of it, float64."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class LayerMetrics:
 
     spectrum: Spectrum
     """Of the preserved keys, with the eigenvectors that the metrics need."""
+    threshold: float
+    """τ: directions with a larger eigenvalue are protected."""
     metric: Metric
     """G of the method's gains, zero outside the null space if projected inside."""
     projector: Metric
@@ -46,46 +50,32 @@ class LayerMetrics:
         if method.projection(recipe.method) == "inside":
             gains = gains * free
         kept = spectrum.whole() if method.reads_moment else spectrum.reduced(gains, free)
-        return cls(kept, spectrum.metric(gains), spectrum.metric(free))
+        return cls(kept, threshold, spectrum.metric(gains), spectrum.metric(free))
 
 
 class LayerFold:
-    """Makes columns into the weight of one layer.
-
-    With history, a run of batches is one joint solve over all columns: it equals the official
-    sequential rule, and without a column it equals that rule without the fact. Without history,
-    each batch is solved in its turn on the weight that the batches before left.
-    """
+    """Makes columns into the weight of one layer, epoch after epoch."""
 
     def __init__(self, history: History, layer: int, device: torch.device):
-        """Of the history's epoch; solves run on `device`."""
-        epoch = history.epoch
-        tensors = history.tensors[epoch.tensors]
+        """Of `history`; solves run on `device`."""
         self.history, self.layer, self.device = history, layer, device
-        self.recipe = Recipe.from_dict(epoch.recipe)
-        self.method = find_method(self.recipe.method.name)
-        self.settings = self.method.read(self.recipe.method)
-        self.base = tensors[f"base.{layer}"].to(device).double()  # W₀
-        spectrum, threshold = read_spectrum(tensors, layer, device)
-        self.metrics = LayerMetrics.of(self.recipe, spectrum, threshold)
+        self.base = history.original(layer).to(device).double()  # W₀
+        self._stages: dict[int, Stage] = {}
+
+    @property
+    def stage(self) -> Stage:
+        """The latest epoch that edits the layer."""
+        return self._stage(self._epochs()[-1])
 
     def fold(self, columns: Sequence[Column]) -> LayerState:
-        """The state with exactly `columns` in the model."""
-        state = self._state(torch.zeros_like(self.base))
-        if not columns:
-            return state
-        if self.method.history:
-            return self.add(state, (), *self.recorded(columns))
-        batches: dict[int, list[Column]] = {}
-        for column in columns:
-            batches.setdefault(column.batch, []).append(column)
+        """The state with exactly `columns` in the model, at its latest epoch."""
+        state = LayerState(self.base, torch.zeros_like(self.base), self.base)
         before: list[Column] = []
-        for number, batch in sorted(batches.items()):
-            if self.method.by_gradient:
-                state = self.moved(state, self._stored(number, batch))
-            else:
-                state = self.add(state, before, *self.recorded(batch))
-            before += batch
+        for epoch in self._epochs():
+            state = LayerState(state.weight, torch.zeros_like(self.base), state.weight)
+            mine = [c for c in columns if self.history.epoch_of(c) == epoch.id]
+            state = self._stage(epoch).fold(state, before, mine)
+            before += mine
         return state
 
     def add(
@@ -98,24 +88,92 @@ class LayerFold:
         target_loss: TargetLoss | None = None,
     ) -> LayerState:
         """Go on from `state`, which holds `columns`, to new `keys` [d_in, n] with absolute
-        `targets` [d_out, n].
+        `targets` [d_out, n], in the latest epoch.
         """
-        # One memory layout, whatever the caller's: the same columns must give the same bits.
-        old_keys, old_targets = self.recorded(columns) if columns else (keys[:, :0], targets[:, :0])
-        K, V = self._exact(keys), self._exact(targets)
-        start = state.total
+        stage = self.stage
+        held = self.history.at_layer(self.layer, columns)
+        own = [c for c in held if self.history.epoch_of(c) == stage.epoch.id]
+        before = [c for c in held if self.history.epoch_of(c) != stage.epoch.id]
+        return stage.add(state, before, own, keys, targets, target_loss=target_loss)
+
+    def _epochs(self) -> list[Epoch]:
+        return [e for e in self.history.epochs if self.layer in e.recipe["layers"]]
+
+    def _stage(self, epoch: Epoch) -> Stage:
+        if epoch.id not in self._stages or self._stages[epoch.id].epoch != epoch:
+            self._stages[epoch.id] = Stage(self.history, epoch, self.layer, self.device)
+        return self._stages[epoch.id]
+
+
+class Stage:
+    """One epoch of one layer: its method on its batches.
+
+    With history, a run of batches is one joint solve over all columns: it equals the official
+    sequential rule, and without a column it equals that rule without the fact. Columns of epochs
+    before join it with what the layer gives at their keys as the epoch begins. Without history,
+    each batch is solved in its turn on the weight that the batches before left.
+    """
+
+    def __init__(self, history: History, epoch: Epoch, layer: int, device: torch.device):
+        """`epoch` of `history` at `layer`; solves run on `device`."""
+        self.history, self.epoch, self.layer, self.device = history, epoch, layer, device
+        self.recipe = Recipe.from_dict(epoch.recipe)
+        self.method = find_method(self.recipe.method.name)
+        self.settings = self.method.read(self.recipe.method)
+        spectrum, threshold = read_spectrum(history.tensors[epoch.tensors], layer, device)
+        self.metrics = LayerMetrics.of(self.recipe, spectrum, threshold)
+
+    def fold(
+        self, state: LayerState, before: Sequence[Column], columns: Sequence[Column]
+    ) -> LayerState:
+        """`columns` of this epoch on a `state` at its beginning, which holds `before`."""
+        if not columns:
+            return state
         if self.method.history:
-            K = torch.cat([self._exact(old_keys), K], dim=1)
-            V = torch.cat([self._exact(old_targets), V], dim=1)
-            start, old_keys = torch.zeros_like(self.base), old_keys[:, :0]
-        weight = self.base if self.method.history else state.weight
+            return self.add(state, before, (), *recorded(self.history, columns, self.layer))
+        batches: dict[int, list[Column]] = {}
+        for column in columns:
+            batches.setdefault(column.batch, []).append(column)
+        own: list[Column] = []
+        for number, batch in sorted(batches.items()):
+            if self.method.by_gradient:
+                state = self.moved(state, self._stored(number, batch))
+            else:
+                pair = recorded(self.history, batch, self.layer)
+                state = self.add(state, before, own, *pair)
+            own += batch
+        return state
+
+    def add(
+        self,
+        state: LayerState,
+        before: Sequence[Column],
+        own: Sequence[Column],
+        keys: Tensor,
+        targets: Tensor,
+        *,
+        target_loss: TargetLoss | None = None,
+    ) -> LayerState:
+        """Go on from `state`, which holds the columns `before` this epoch and its `own`."""
+        # One memory layout, whatever the caller's: the same columns must give the same bits.
+        K, V = self._exact(keys), self._exact(targets)
+        past = self._past(K, before)
+        own_keys, own_targets = self._past(K, own), self._targets(V, own)
+        if self.method.history:
+            start, weight = torch.zeros_like(state.total), state.start
+            K, V = torch.cat([own_keys, K], dim=1), torch.cat([own_targets, V], dim=1)
+            residual = torch.cat([V.new_zeros(len(V), past.shape[1]), V - weight @ K], dim=1)
+            K, past = torch.cat([past, K], dim=1), past[:, :0]
+        else:
+            start, weight = state.total, state.weight
+            residual, past = V - weight @ K, torch.cat([past, own_keys], dim=1)
         problem = LayerProblem(
             layer=self.layer,
             weight=weight,
-            original=self.base,
+            original=state.start,
             keys=K,
-            residual=V - weight @ K,
-            past_keys=self._exact(old_keys),
+            residual=residual,
+            past_keys=past,
             spectrum=self.metrics.spectrum,
             metric=self.metrics.metric,
             projector=self.metrics.projector,
@@ -123,23 +181,27 @@ class LayerFold:
             settings=self.settings,
             target_loss=target_loss,
         )
-        return self._state(start + self.method.update(problem))
+        return self._state(state.start, start + self.method.update(problem))
 
     def moved(self, state: LayerState, update: Tensor) -> LayerState:
         """`state` with `update` [d_out, d_in], as stored, added."""
-        return self._state(state.total + self._exact(update))
+        return self._state(state.start, state.total + self._exact(update))
 
-    def recorded(self, columns: Sequence[Column]) -> tuple[Tensor, Tensor]:
-        """Keys [d_in, n] and absolute targets [d_out, n] of `columns`, as stored."""
-        return (
-            self.history.column_tensor(columns, f"keys.{self.layer}").mT,
-            self.history.column_tensor(columns, f"targets.{self.layer}").mT,
+    def _state(self, start: Tensor, total: Tensor) -> LayerState:
+        finish = self.method.finish
+        return LayerState(
+            start, total, start + (finish(total, start, self.settings) if finish else total)
         )
 
-    def _state(self, total: Tensor) -> LayerState:
-        finish = self.method.finish
-        shown = finish(total, self.base, self.settings) if finish else total
-        return LayerState(total, self.base + shown)
+    def _past(self, like: Tensor, columns: Sequence[Column]) -> Tensor:
+        """Recorded keys of `columns` [d_in, n]."""
+        keys = recorded(self.history, columns, self.layer)[0] if columns else like[:, :0]
+        return self._exact(keys)
+
+    def _targets(self, like: Tensor, columns: Sequence[Column]) -> Tensor:
+        """Recorded targets of `columns` [d_out, n]."""
+        targets = recorded(self.history, columns, self.layer)[1] if columns else like[:, :0]
+        return self._exact(targets)
 
     def _stored(self, number: int, columns: Sequence[Column]) -> Tensor:
         batch = self.history.batches[number - 1]
@@ -153,6 +215,14 @@ class LayerFold:
 
     def _exact(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device).double().contiguous()
+
+
+def recorded(history: History, columns: Sequence[Column], layer: int) -> tuple[Tensor, Tensor]:
+    """Keys [d_in, n] and absolute targets [d_out, n] of `columns` at `layer`, as stored."""
+    return (
+        history.column_tensor(columns, f"keys.{layer}").mT,
+        history.column_tensor(columns, f"targets.{layer}").mT,
+    )
 
 
 def spectrum_tensors(

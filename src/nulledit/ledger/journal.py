@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from torch import Tensor
 
-from nulledit.data.facts import Fact
 from nulledit.errors import LedgerError
 from nulledit.ledger.entries import Batch, Column, Epoch, Event, History
 from nulledit.ledger.store import Store, tensor_bytes
+
+
+@dataclass
+class Trial:
+    """Changes that are not kept yet."""
+
+    kept: bool = field(default=False, init=False)
+    """Whether they will be."""
+
+    def keep(self) -> None:
+        """Keep them when the block ends."""
+        self.kept = True
 
 
 class Journal:
@@ -41,10 +53,55 @@ class Journal:
         if len(there.events) < len(events):
             store.commit(self.history, there.counts)
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """One writer at a time: LedgerError if another process is at work on the store."""
+        if self.store is None:
+            yield
+            return
+        with self.store.writing():
+            yield
+
+    @contextmanager
+    def together(self, kind: str = "") -> Iterator[Trial]:
+        """Changes inside reach the store in one step, if `keep` was called; else they are undone.
+
+        With `kind` they become one event of that kind.
+        """
+        h, store, trial = self.history, self.store, Trial()
+        before = _copy(h)
+        active = {c.id for c in h.active}
+        self.store = None
+        try:
+            yield trial
+            if trial.kept:
+                if kind:
+                    now = {c.id for c in h.active}
+                    del h.events[len(before.events) :]
+                    if now != active:
+                        h.events.append(_event(h, kind, now - active, active - now))
+                if store is not None and h.counts != self._stored:
+                    self.store = store
+                    self._commit_to(store)
+        except BaseException:
+            trial.kept = self._stored == h.counts and store is not None
+            raise
+        finally:
+            self.store = store
+            if not trial.kept:
+                _put_back(h, before)
+
     def begin(self, epoch: Epoch, tensors: dict[str, Tensor]) -> None:
         """Open an epoch; it is stored together with its first batch."""
         self.history.tensors[epoch.tensors] = tensors
         self.history.epochs.append(epoch)
+
+    def drop_empty_epoch(self) -> None:
+        """Take back an epoch that got no batch."""
+        h = self.history
+        used = {b.epoch for b in h.batches}
+        while h.epochs and h.epochs[-1].id not in used:
+            h.epochs.pop()
 
     def commit(
         self,
@@ -60,7 +117,7 @@ class Journal:
         Whatever error the store raises, the history is as before then, unless the store has it.
         """
         h = self.history
-        before = (list(h.columns), list(h.batches), list(h.events))
+        before = _copy(h)
         on, off = {c.id for c in activated}, {c.id for c in deactivated}
         h.columns[:] = [
             replace(c, active=c.id in on or (c.active and c.id not in off)) for c in h.columns
@@ -70,50 +127,46 @@ class Journal:
             digest, _ = tensor_bytes(tensors)
             h.batches.append(Batch(len(h.batches) + 1, len(h.epochs), digest))
             h.tensors[digest] = tensors
-        h.events.append(
-            Event(
-                id=len(h.events) + 1,
-                kind=kind,
-                time=datetime.now(UTC).isoformat(timespec="seconds"),
-                activated=tuple(c.id for c in (*activated, *made)),
-                deactivated=tuple(sorted(off)),
-            )
-        )
+        h.events.append(_event(h, kind, on | {c.id for c in made}, off))
+        if self.store is None:
+            return
         try:
-            if self.store:
-                self.store.commit(h, self._stored)
+            self._commit_to(self.store)
         except BaseException:
-            if self._reached_the_store():  # interrupted just as the transaction had ended
-                self._stored = h.counts
-            else:
-                h.columns[:], h.batches[:], h.events[:] = before
+            if self._stored != h.counts:
+                _put_back(h, before)
             raise
-        self._stored = h.counts
 
-    def _reached_the_store(self) -> bool:
+    def _commit_to(self, store: Store) -> None:
         try:
-            return self.store is not None and self.store.events() == len(self.history.events)
-        except (sqlite3.Error, OSError):
+            store.commit(self.history, self._stored)
+        except BaseException:
+            if self._reached(store):  # interrupted just as the transaction had ended
+                self._stored = self.history.counts
+            raise
+        self._stored = self.history.counts
+
+    def _reached(self, store: Store) -> bool:
+        try:
+            return store.events() == len(self.history.events)
+        except (sqlite3.Error, OSError, LedgerError):
             return False
 
-    def stored_version(self, facts: Sequence[Fact]) -> list[Column] | None:
-        """Inactive columns made together for exactly `facts`, newest first."""
-        groups: dict[tuple[int, int], list[Column]] = {}
-        for column in self.history.columns:
-            groups.setdefault((column.batch, column.group), []).append(column)
-        for columns in reversed(list(groups.values())):
-            if {c.fact for c in columns} == set(facts) and not any(c.active for c in columns):
-                return columns
-        return None
 
-    def answers_behind(self, columns: Sequence[Column]) -> list[Column]:
-        """The older answers that `columns` stand in for, through all their re-makings."""
-        by_id = {c.id: c for c in self.history.columns}
-        found = []
-        for column in columns:
-            older = by_id.get(column.replaces)
-            while older is not None and older.fact == column.fact:
-                older = by_id.get(older.replaces)
-            if older is not None:
-                found.append(older)
-        return found
+def _event(history: History, kind: str, on: set[int], off: set[int]) -> Event:
+    time = datetime.now(UTC).isoformat(timespec="seconds")
+    number = len(history.events) + 1
+    return Event(number, kind, time, tuple(sorted(on)), tuple(sorted(off)))
+
+
+def _copy(h: History) -> History:
+    return History(
+        h.base, list(h.epochs), list(h.batches), list(h.columns), list(h.events), dict(h.tensors)
+    )
+
+
+def _put_back(history: History, before: History) -> None:
+    for name in ("epochs", "batches", "columns", "events"):
+        getattr(history, name)[:] = getattr(before, name)
+    history.tensors.clear()
+    history.tensors.update(before.tensors)

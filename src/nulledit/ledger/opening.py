@@ -12,7 +12,7 @@ from torch import Tensor
 from nulledit.config import Recipe
 from nulledit.editing.statistics import Statistics
 from nulledit.errors import StatisticsError
-from nulledit.ledger.entries import Epoch
+from nulledit.ledger.entries import Epoch, History
 from nulledit.ledger.fold import LayerMetrics, spectrum_tensors
 from nulledit.ledger.store import tensor_bytes
 from nulledit.linalg.spectrum import RULES, Spectrum
@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 
 
 def open_epoch(
-    model: PartialModel, recipe: Recipe, statistics: Statistics
+    model: PartialModel, recipe: Recipe, statistics: Statistics, history: History
 ) -> Callable[[tuple[str, ...], int], tuple[Epoch, dict[str, Tensor]]]:
-    """Prepare the first epoch of a ledger; called with contexts and seed, it is made.
+    """Prepare the next epoch of `history`; called with contexts and seed, it is made.
 
     Warns where the null-space rule protects nothing or leaves no room. StatisticsError where the
     statistics do not fit the model's layers or do not serve the method's filter.
@@ -37,12 +37,15 @@ def open_epoch(
         weight = as_out_in(model.mlp_out(layer))
         spectrum, threshold = _spectrum(recipe, statistics.spectra[layer], layer, weight.shape[1])
         tensors |= spectrum_tensors(spectrum, threshold, layer, dtype)
-        tensors[f"base.{layer}"] = weight.detach().clone().cpu().contiguous()
+        if layer not in history.layers:
+            tensors[f"base.{layer}"] = weight.detach().clone().cpu().contiguous()
 
     def make(contexts: tuple[str, ...], seed: int) -> tuple[Epoch, dict[str, Tensor]]:
         digest, _ = tensor_bytes(tensors)
         manifest = asdict(statistics.manifest)
-        return Epoch(1, recipe.to_dict(), seed, contexts, manifest, digest), tensors
+        return Epoch(
+            len(history.epochs) + 1, recipe.to_dict(), seed, contexts, manifest, digest
+        ), tensors
 
     return make
 

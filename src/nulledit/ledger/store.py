@@ -1,28 +1,52 @@
-"""A ledger on disk: `ledger.db` (SQLite) and `tensors/<sha256>.safetensors`.
+"""A ledger on disk: `ledger.db` (SQLite), its hash in `ledger.db.sha256`, and
+`tensors/<sha256>.safetensors`.
 
 Tensor files are written under a temporary name, synced and renamed to the hash of their content
-before the transaction that names them; a crash leaves the state before or after, never between.
+before the database that names them. The database is never written in place: a transaction is
+applied to a copy, the copy's hash is listed beside the old one, and the copy is renamed over it.
+A crash leaves the state before or after, never between, and at every moment the database on disk
+is one that is listed. One process writes at a time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
+import shutil
 import sqlite3
-from collections.abc import Iterable
-from contextlib import closing
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import quote
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from nulledit.data.facts import Fact
-from nulledit.errors import LedgerError
-from nulledit.files import replacing
+from nulledit.errors import LedgerError, NullEditError
+from nulledit.files import replacing, write_text
 from nulledit.ledger.entries import Base, Batch, Column, Epoch, Event, History
+from nulledit.models.load import sha256_of
+
+LOCK_SECONDS = 1.0  # how long a writer waits for another one
+LARGEST_DATABASE = 1 << 30  # bytes; 500 facts take about one million
+TRIES = 20  # at reading while others write
+BLOCK = 1 << 20  # bytes copied at once
+DIGEST = re.compile(r"[0-9a-f]{64}")
+LISTING = re.compile(r"([0-9a-f]{64}\n)(?:(?!\1)[0-9a-f]{64}\n)?")
+# What a row of another program's making may do to a reader.
+UNREADABLE = (
+    *(sqlite3.Error, NullEditError, KeyError, ValueError, TypeError, AttributeError),
+    *(OverflowError, RecursionError),
+)
+T = TypeVar("T")
 
 SCHEMA_VERSION = 2
 SCHEMA = """
@@ -55,25 +79,67 @@ class Store:
         """`folder`: where `ledger.db` is or will be."""
         self.folder = folder
         self.database = folder / "ledger.db"
+        self.listing = folder / "ledger.db.sha256"
         self.tensors = folder / "tensors"
+        self._writer: tuple[int, int] | None = None  # process and thread
 
     @property
     def exists(self) -> bool:
         """Whether a ledger was committed here."""
         return self.database.is_file()
 
+    # -- writing -----------------------------------------------------------------------------
+
+    @contextmanager
+    def writing(self, *, events: int | None = None) -> Iterator[None]:
+        """The only writer of this ledger inside, across processes; it ends with the process, too.
+
+        May be entered again inside. `events`: how many the ledger is to hold. LedgerError if it
+        holds another number, or if another process is writing.
+        """
+        me = (os.getpid(), threading.get_ident())
+        if self._writer == me:
+            yield
+            return
+        if not self.folder.is_dir():
+            raise LedgerError(f"{self.folder}: no ledger here")
+        lock = FileLock(self.folder / ".lock", timeout=LOCK_SECONDS)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise LedgerError(
+                f"{self.folder}: {self._holder()} is writing to this ledger; wait for it, "
+                "nothing was changed"
+            ) from error
+        try:
+            self._writer = me
+            with suppress(OSError):  # only for the message above
+                (self.folder / ".lock").write_text(f"{me[0]}\n", encoding="ascii")
+            if events is not None:
+                self._check_there()
+                self._check_count(self.events(), events)
+            yield
+        finally:
+            self._writer = None
+            lock.release()
+
     def create(self, history: History) -> None:
         """Begin a ledger here with all that `history` holds; LedgerError if there is one."""
-        if self.exists:
-            raise LedgerError(f"{self.folder}: holds a ledger already")
-        self.tensors.mkdir(parents=True, exist_ok=True)
-        for digest, tensors in history.tensors.items():
-            self._write_tensors(digest, tensors)
-        meta = {"schema_version": str(SCHEMA_VERSION), "base": json.dumps(asdict(history.base))}
-        with replacing(self.database) as partial, closing(sqlite3.connect(partial)) as db, db:
-            db.executescript(SCHEMA)
-            db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
-            _insert(db, history.epochs, history.batches, history.columns, history.events)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.writing():
+            if self.exists:
+                raise LedgerError(f"{self.folder}: holds a ledger already")
+            self.tensors.mkdir(exist_ok=True)
+            self._sweep(set(history.tensors))
+            for digest, tensors in history.tensors.items():
+                self._write_tensors(digest, tensors)
+            meta = {"schema_version": str(SCHEMA_VERSION), "base": json.dumps(asdict(history.base))}
+            with replacing(self.database) as partial:
+                with closing(_writable(partial)) as db, db:
+                    db.executescript(f"BEGIN; {SCHEMA}")
+                    db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
+                    _insert(db, history.epochs, history.batches, history.columns, history.events)
+                self._list(sha256_of(partial))
 
     def commit(self, history: History, stored: tuple[int, int, int, int]) -> None:
         """Add what `history` holds beyond the counts `stored`, and which columns are active.
@@ -83,81 +149,264 @@ class Store:
         """
         epochs, batches, columns, events = stored
         new_batches, new_epochs = history.batches[batches:], history.epochs[epochs:]
-        for digest in [e.tensors for e in new_epochs] + [b.tensors for b in new_batches]:
-            self._write_tensors(digest, history.tensors[digest])
-        with closing(self._connect()) as db, db:
-            db.execute("BEGIN IMMEDIATE")
-            found = db.execute("SELECT COUNT(*) FROM events").fetchone()[0]
-            if found != events:
-                raise LedgerError(
-                    f"{self.folder}: another process has written to this ledger "
-                    f"({found} events, expected {events}); nothing was changed, load it again"
-                )
-            changed = [(int(c.active), c.id) for c in history.columns[:columns]]
-            db.executemany("UPDATE columns SET active = ? WHERE id = ?", changed)
-            _insert(db, new_epochs, new_batches, history.columns[columns:], history.events[events:])
+        with self.writing():
+            self._check_there()
+            with replacing(self.database) as partial:
+                old = self._copy_to(partial)
+                with closing(_writable(partial)) as db, db:
+                    db.execute("BEGIN IMMEDIATE")
+                    self._check_count(_count_events(db), events)
+                    self._sweep(_digests(db) | set(history.tensors))
+                    for digest in _named(new_epochs, new_batches):
+                        self._write_tensors(digest, history.tensors[digest])
+                    changed = [(int(c.active), c.id) for c in history.columns[:columns]]
+                    db.executemany("UPDATE columns SET active = ? WHERE id = ?", changed)
+                    _insert(
+                        *(db, new_epochs, new_batches),
+                        *(history.columns[columns:], history.events[events:]),
+                    )
+                new = sha256_of(partial)
+                self._list(old, new)
+            self._list(new)
+
+    def settle(self) -> None:
+        """List the database's hash alone, where a commit that was killed left two."""
+        if len(self._listed()) > 1:
+            with self.writing():
+                self._list(self.check())
+
+    def discard(self) -> None:
+        """Remove a ledger in which no batch was finished; LedgerError if one was."""
+        if not self.folder.is_dir():
+            return
+        with self.writing():
+            if self.exists and self.events():
+                raise LedgerError(f"{self.folder}: holds finished batches; it is not removed")
+            shutil.rmtree(self.folder)
+
+    # -- reading -----------------------------------------------------------------------------
+
+    def check(self) -> str:
+        """The database's hash; LedgerError if it is not the one listed, or either is missing."""
+        for _ in range(TRIES):
+            seen = self._seen()
+            listed, found = self._listed(), self._hash()
+            if found in listed:
+                return found
+            if seen == self._seen():  # and no other process has written meanwhile
+                break
+        raise LedgerError(
+            f"{self.database}: damaged: its hash is {found[:12]}, {self.listing.name} lists "
+            f"{' and '.join(digest[:12] for digest in listed)}; put back a copy of both files"
+        )
 
     def load(self) -> History:
         """Read everything; LedgerError where something is missing or has another hash."""
-        if not self.exists:
-            raise LedgerError(f"{self.folder}: no ledger here (expected ledger.db)")
-        try:
-            with closing(self._connect()) as db:
-                meta = dict(db.execute("SELECT name, value FROM meta"))
-                if int(meta["schema_version"]) != SCHEMA_VERSION:
-                    raise LedgerError(
-                        f"{self.folder}: ledger of schema {meta['schema_version']}, this version "
-                        f"reads schema {SCHEMA_VERSION}"
-                    )
-                history = History(
-                    Base(**json.loads(meta["base"])),
-                    [_epoch(r) for r in db.execute("SELECT * FROM epochs ORDER BY id")],
-                    [Batch(*r) for r in db.execute("SELECT * FROM batches ORDER BY id")],
-                    [_column(r) for r in db.execute("SELECT * FROM columns ORDER BY id")],
-                    [_event(r) for r in db.execute("SELECT * FROM events ORDER BY id")],
-                )
-        except (sqlite3.Error, KeyError, ValueError, TypeError) as error:
-            raise LedgerError(f"{self.database}: not a readable ledger ({error})") from error
-        for digest in [e.tensors for e in history.epochs] + [b.tensors for b in history.batches]:
+        history = self.read()
+        for digest in _named(history.epochs, history.batches):
             history.tensors[digest] = self._read_tensors(digest)
+        return history
+
+    def read(self) -> History:
+        """Everything but the tensors, from a database whose hash is the one listed."""
+        self._check_there()
+        try:
+            history = self._reading(self._history)
+        except UNREADABLE as error:
+            if isinstance(error, LedgerError):
+                raise
+            raise LedgerError(f"{self.database}: not a readable ledger ({error})") from error
+        for digest in _named(history.epochs, history.batches):
+            if not isinstance(digest, str) or not DIGEST.fullmatch(digest):  # it becomes a path
+                raise LedgerError(f"{self.database}: names a tensor file by {digest!r}, no hash")
         return history
 
     def events(self) -> int:
         """Number of events committed."""
-        with closing(self._connect()) as db:
-            return int(db.execute("SELECT COUNT(*) FROM events").fetchone()[0])
+        with closing(_readable(self.database)) as db:
+            return _count_events(db)
 
-    def _connect(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self.database, isolation_level=None, timeout=10)
-        db.execute("PRAGMA synchronous = FULL")
-        db.execute("PRAGMA foreign_keys = ON")
-        return db
+    def tensor_file(self, digest: str) -> Path:
+        """The file of the tensors that have this hash."""
+        return self.tensors / f"{digest}.safetensors"
+
+    def check_tensors(self, digest: str) -> None:
+        """LedgerError if the file is missing or has another content; read block by block."""
+        file = self.tensor_file(digest)
+        try:
+            found = sha256_of(file)
+        except OSError as error:
+            raise LedgerError(f"{file}: missing, but the ledger names it") from error
+        if found != digest:
+            raise LedgerError(f"{file}: damaged: its hash is {found[:12]}, expected {digest[:12]}")
+
+    def unnamed(self, history: History) -> list[Path]:
+        """Tensor files that `history` does not name: of a write that was killed."""
+        return sorted(self._strays(set(_named(history.epochs, history.batches))))
+
+    # -- inside ------------------------------------------------------------------------------
+
+    def _history(self, db: sqlite3.Connection) -> History:
+        meta = dict(db.execute("SELECT name, value FROM meta"))
+        if int(meta["schema_version"]) != SCHEMA_VERSION:
+            raise LedgerError(
+                f"{self.folder}: ledger of schema {meta['schema_version']}, this version "
+                f"reads schema {SCHEMA_VERSION}"
+            )
+        return History(
+            Base(**json.loads(meta["base"])),
+            [_epoch(r) for r in db.execute("SELECT * FROM epochs ORDER BY id")],
+            [Batch(*r) for r in db.execute("SELECT * FROM batches ORDER BY id")],
+            [_column(r) for r in db.execute("SELECT * FROM columns ORDER BY id")],
+            [_event(r) for r in db.execute("SELECT * FROM events ORDER BY id")],
+        )
+
+    def _reading(self, read: Callable[[sqlite3.Connection], T]) -> T:
+        """What `read` finds in a database that was the listed one from before to after."""
+        for _ in range(TRIES):
+            seen = self._seen()
+            self.check()
+            with closing(_readable(self.database)) as db:
+                result = read(db)
+            if seen == self._seen():
+                return result
+        raise LedgerError(f"{self.folder}: written to again and again while it was read; try again")
+
+    def _seen(self) -> tuple[object, ...]:
+        """Changes whenever a commit renames a file over the database or its listing."""
+        marks: list[object] = []
+        for file in (self.database, self.listing):
+            with suppress(FileNotFoundError):
+                found = file.stat()
+                marks += [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns]
+        return tuple(marks)
+
+    def _hash(self) -> str:
+        size = self.database.stat().st_size
+        if size > LARGEST_DATABASE:
+            raise LedgerError(f"{self.database}: {size} bytes; more than {LARGEST_DATABASE}")
+        return sha256_of(self.database)
+
+    def _listed(self) -> list[str]:
+        try:
+            with self.listing.open("rb") as file:
+                text = file.read(200).decode("ascii", "replace")
+        except FileNotFoundError as error:
+            raise LedgerError(
+                f"{self.listing}: missing: it holds the hash that {self.database.name} is checked "
+                "by; put back a copy of both files"
+            ) from error
+        if not LISTING.fullmatch(text):
+            raise LedgerError(
+                f"{self.listing}: damaged: expected one line or two of 64 hex digits"
+            )
+        return text.split()
+
+    def _list(self, *hashes: str) -> None:
+        write_text(self.listing, "".join(f"{digest}\n" for digest in dict.fromkeys(hashes)))
+
+    def _copy_to(self, partial: Path) -> str:
+        """Copy the database, block by block; its hash, which must be listed."""
+        digest = hashlib.sha256()
+        with self.database.open("rb") as source, partial.open("wb") as target:
+            while block := source.read(BLOCK):
+                digest.update(block)
+                target.write(block)
+        if digest.hexdigest() not in self._listed():
+            self.check()  # says what is wrong
+        return digest.hexdigest()
+
+    def _check_there(self) -> None:
+        if not self.exists:
+            raise LedgerError(f"{self.folder}: no ledger here (expected ledger.db)")
+
+    def _check_count(self, found: int, expected: int) -> None:
+        if found != expected:
+            raise LedgerError(
+                f"{self.folder}: another process has written to this ledger "
+                f"({found} events, expected {expected}); nothing was changed, load it again"
+            )
+
+    def _holder(self) -> str:
+        number = ""
+        with suppress(OSError, ValueError):
+            number = (self.folder / ".lock").read_text(encoding="ascii")[:20].strip()
+        if number == str(os.getpid()):
+            return "another editor of this process"
+        return f"another process (pid {number})" if number.isdigit() else "another process"
+
+    def _sweep(self, named: set[str]) -> None:
+        """Remove what killed writers left; under the lock nobody else has a file under way."""
+        for file in self._strays(named):
+            file.unlink(missing_ok=True)
+        for ending in ("-journal", "-wal", "-shm"):
+            self.database.with_name(self.database.name + ending).unlink(missing_ok=True)
+        own = f".{self.database.name}.{os.getpid()}.part"
+        for file in self.folder.glob(f".{self.database.name}*.part*"):
+            if file.name != own:
+                file.unlink(missing_ok=True)
+
+    def _strays(self, named: set[str]) -> list[Path]:
+        """Tensor files under temporary names or hashes that nothing names; not what others put."""
+        found = []
+        for file in self.tensors.iterdir() if self.tensors.is_dir() else ():
+            stem, _, ending = file.name.partition(".safetensors")
+            if stem.startswith(".") and ending.endswith(".part"):
+                found.append(file)
+            elif not ending and DIGEST.fullmatch(stem) and stem not in named:
+                found.append(file)
+        return found
 
     def _write_tensors(self, digest: str, tensors: dict[str, Tensor]) -> None:
-        file = self.tensors / f"{digest}.safetensors"
-        if file.is_file():
+        file = self.tensor_file(digest)
+        if file.is_file() and sha256_of(file) == digest:
             return
         found, raw = tensor_bytes(tensors)
         if found != digest:
             raise LedgerError(f"tensors of {digest[:12]} changed in memory; nothing was written")
-        for left in self.tensors.glob(".*.part"):
-            left.unlink()  # of a process that was killed
         with replacing(file) as partial:
             partial.write_bytes(raw)
 
     def _read_tensors(self, digest: str) -> dict[str, Tensor]:
-        file = self.tensors / f"{digest}.safetensors"
+        self.check_tensors(digest)  # before anything of it is in memory
+        file = self.tensor_file(digest)
         try:
-            raw = file.read_bytes()
-        except OSError as error:
-            raise LedgerError(f"{file}: missing, but the ledger names it") from error
-        found = hashlib.sha256(raw).hexdigest()
-        if found != digest:
-            raise LedgerError(f"{file}: damaged: its hash is {found[:12]}, expected {digest[:12]}")
-        try:
-            return load(raw)
+            return load(file.read_bytes())
         except SafetensorError as error:
             raise LedgerError(f"{file}: not a safetensors file ({error})") from error
+
+
+def _named(epochs: Iterable[Epoch], batches: Iterable[Batch]) -> list[str]:
+    """Hashes of their tensor files."""
+    return [e.tensors for e in epochs] + [b.tensors for b in batches]
+
+
+def _writable(file: Path) -> sqlite3.Connection:
+    """A copy that nobody else sees: neither a journal nor syncing is needed before its rename."""
+    db = sqlite3.connect(file, isolation_level=None)
+    db.execute("PRAGMA journal_mode = MEMORY")
+    db.execute("PRAGMA synchronous = OFF")
+    db.execute("PRAGMA temp_store = MEMORY")
+    db.execute("PRAGMA foreign_keys = ON")
+    db.execute("PRAGMA trusted_schema = OFF")
+    return db
+
+
+def _readable(file: Path) -> sqlite3.Connection:
+    """Neither locks nor journals: the file is renamed over, never written in place."""
+    name = quote(str(file.resolve()))
+    db = sqlite3.connect(f"file:{name}?mode=ro&immutable=1", uri=True, isolation_level=None)
+    db.execute("PRAGMA trusted_schema = OFF")
+    return db
+
+
+def _count_events(db: sqlite3.Connection) -> int:
+    return int(db.execute("SELECT COUNT(*) FROM events").fetchone()[0])
+
+
+def _digests(db: sqlite3.Connection) -> set[str]:
+    query = "SELECT tensors FROM epochs UNION SELECT tensors FROM batches"
+    return {row[0] for row in db.execute(query)}
 
 
 def _insert(

@@ -13,7 +13,7 @@ from torch import Tensor
 from nulledit.editing.problem import TargetLoss
 from nulledit.errors import LedgerError
 from nulledit.ledger.entries import Column, History
-from nulledit.ledger.fold import LayerFold, LayerState
+from nulledit.ledger.fold import LayerFold, LayerState, recorded
 from nulledit.linalg.angles import unit_columns
 from nulledit.linalg.solve import room_left
 from nulledit.linalg.spectrum import Metric
@@ -57,9 +57,14 @@ class EditedWeights:
         self.refresh()
 
     @property
+    def first(self) -> int:
+        """The first block that the current epoch edits."""
+        return int(self.history.epoch.recipe["layers"][0])
+
+    @property
     def layers(self) -> tuple[int, ...]:
         """Edited blocks."""
-        return tuple(self.history.epoch.recipe["layers"]) if self.history.epochs else ()
+        return self.history.layers
 
     def exact(self, layer: int) -> Tensor:
         """The weight [d_out, d_in] of `layer` before rounding, float64."""
@@ -71,24 +76,45 @@ class EditedWeights:
 
     def projector(self, layer: int) -> Metric:
         """P of `layer`, on the null space of its preserved keys."""
-        return self._fold(layer).metrics.projector
+        return self._fold(layer).stage.metrics.projector
+
+    def leakage(self, layer: int) -> float:
+        """tr(PC)/tr(C): share of the preserved keys' energy that edits of `layer` may disturb."""
+        metrics = self._fold(layer).stage.metrics
+        return metrics.spectrum.leakage(metrics.threshold)
 
     def refresh(self, columns: Sequence[Column] | None = None) -> None:
         """Set every edited matrix to W₀ + the fold of `columns` (the active ones by default)."""
         chosen = self.history.active if columns is None else columns
         for layer in self.layers:
             self._set(layer, self._fold(layer).fold(chosen))
+        self._forget(set(self._states) - set(self.layers))
+
+    def _forget(self, layers: set[int]) -> None:
+        """Put W₀ back into layers that no epoch edits any more."""
+        for layer in layers:
+            write_weight(self.model.mlp_out(layer), self._folds.pop(layer).base)
+            del self._states[layer]
 
     @contextmanager
     def holding(self, columns: Sequence[Column]) -> Iterator[None]:
         """Only `columns` in the weights inside; afterwards the very states of before."""
-        states = dict(self._states)
+        states = self.states()
         try:
             self.refresh(columns)
             yield
         finally:
-            for layer, state in states.items():
-                self._set(layer, state)
+            self.return_to(states)
+
+    def states(self) -> dict[int, LayerState]:
+        """Where each layer stands, for `return_to`."""
+        return dict(self._states)
+
+    def return_to(self, states: dict[int, LayerState]) -> None:
+        """Set every edited matrix as it was when `states` were taken; others to W₀."""
+        for layer, state in states.items():
+            self._set(layer, state)
+        self._forget(set(self._states) - set(states))
 
     def write(
         self,
@@ -116,21 +142,23 @@ class EditedWeights:
                 "float32 or bfloat16, or protect more (a larger method.l2 or method.moment_weight)"
             )
         recorded = {f"keys.{layer}": keys.mT.contiguous()}
-        if fold.method.by_gradient:
+        stage = fold.stage
+        if stage.method.by_gradient:
             update = (state.total - before.total).to(dtype)
-            state = fold.moved(before, update)
+            state = stage.moved(before, update)
             recorded[f"update.{layer}"] = update.cpu()
             targets = (state.weight.cpu() @ keys.double()).to(dtype)
         self._set(layer, state)
         return {**recorded, f"targets.{layer}": targets.mT.contiguous()}
 
     def recorded(self, columns: Sequence[Column], layer: int) -> tuple[Tensor, Tensor]:
-        """Keys [d_in, n] and absolute targets [d_out, n] of `columns`."""
-        if not columns:
+        """Keys [d_in, n] and absolute targets [d_out, n] of those of `columns` that have them."""
+        mine = self.history.at_layer(layer, columns)
+        if not mine:
             d_out, d_in = self._fold(layer).base.shape
             empty = torch.empty(0, dtype=self.record_dtype)
             return empty.reshape(d_in, 0), empty.reshape(d_out, 0)
-        return self._fold(layer).recorded(columns)
+        return recorded(self.history, mine, layer)
 
     def _fold(self, layer: int) -> LayerFold:
         if layer not in self._folds:
@@ -152,16 +180,20 @@ class EditedWeights:
         """Those of `others` whose first-layer key is within `cosine` of one of `columns`'."""
         if not columns or not others:
             return []
-        mine, _ = self.recorded(columns, self.layers[0])
+        mine, _ = self.recorded(columns, self.first)
         return self.near_keys(mine, others, cosine=cosine)
 
     def near_keys(
         self, keys: Tensor, others: Sequence[Column], *, cosine: float
     ) -> list[tuple[Column, float]]:
-        """Those of `others` whose first-layer key is within `cosine` of one of `keys` [d_in, n]."""
-        if not others:
+        """Those of `others` whose first-layer key is within `cosine` of one of `keys` [d_in, n].
+
+        A column of an epoch that does not edit the current first layer has no key to compare.
+        """
+        others = self.history.at_layer(self.first, others)
+        if not others or not keys.shape[1]:
             return []
-        theirs, _ = self.recorded(others, self.layers[0])
+        theirs, _ = self.recorded(others, self.first)
         best = (unit_columns(theirs).mT @ unit_columns(keys)).max(1).values.tolist()
         found = [(c, value) for c, value in zip(others, best, strict=True) if value > cosine]
         return sorted(found, key=lambda pair: -pair[1])
@@ -171,7 +203,8 @@ class EditedWeights:
 
         ‖change at the key‖ over ‖what the edits had written there‖, largest first.
         """
-        columns, layer = self.history.active, self.layers[-1]
+        layer = self.layers[-1]
+        columns = self.history.at_layer(layer, self.history.active)
         keys, _ = self.recorded(columns, layer)
         K, before = keys.double(), before.cpu()
         change = (self.exact(layer).cpu() - before) @ K
@@ -189,14 +222,14 @@ class EditedWeights:
         return torch.device("cpu") if device.type == "mps" else device
 
     def _report(self, layer: int) -> LayerReport:
-        fold, base = self._fold(layer), self.base(layer)
-        projected = fold.method.projection(fold.recipe.method) != "none"
-        metric = fold.metrics.projector if projected else fold.metrics.metric
-        columns, exact = self.history.active, self.exact(layer).cpu()
+        stage, base = self._fold(layer).stage, self.base(layer)
+        projected = stage.method.projection(stage.recipe.method) != "none"
+        metric = stage.metrics.projector if projected else stage.metrics.metric
+        columns, exact = self.history.at_layer(layer, self.history.active), self.exact(layer).cpu()
         stored = as_out_in(self.model.mlp_out(layer)).double().cpu()
         keys = self.recorded(columns, layer)[0].to(metric.vectors.device)
         shares = metric.free_share(keys)
-        n = len(self.history.present)
+        n = len({c.fact for c in columns})
         norm = float((exact - base).norm())
         return LayerReport(
             layer=layer,
@@ -207,5 +240,5 @@ class EditedWeights:
             n=n,
             update_share=norm / float(base.norm()),
             rounding_share=float((stored - exact).norm()) / norm if norm else 0.0,
-            room=room_left(fold.metrics.metric, keys) if n else 1.0,
+            room=room_left(stage.metrics.metric, keys) if n else 1.0,
         )
