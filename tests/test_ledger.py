@@ -9,7 +9,7 @@ import torch
 from conftest import RECIPE, build_model, statistics_of
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from nulledit import Editor, Fact
 from nulledit.config import Recipe
@@ -28,6 +28,12 @@ OTHERS = {
 SUBJECTS = ["Ada Byron", "Karo Dun", "Velm", "Émile Zola", "the river"]
 PROMPTS = ["I know that {} is", "Then {} said"]
 TARGETS = ["English", "sailor", "London"]
+ASKED = st.lists(
+    st.tuples(st.sampled_from(SUBJECTS), st.sampled_from(PROMPTS)),
+    min_size=1,
+    max_size=3,
+    unique=True,
+)
 
 
 def changed(recipe, changes):
@@ -109,19 +115,22 @@ class Life(RuleBasedStateMachine):
     def teardown(self):
         self.folder.cleanup()
 
-    @rule(
-        asked=st.lists(
-            st.tuples(st.sampled_from(SUBJECTS), st.sampled_from(PROMPTS)),
-            min_size=1,
-            max_size=3,
-            unique=True,
-        ),
-        answer=st.sampled_from(TARGETS),
-    )
+    @initialize(asked=ASKED, answer=st.sampled_from(TARGETS))
+    def begin(self, asked, answer):
+        self.edit(asked, answer)
+
+    @rule(asked=ASKED, answer=st.sampled_from(TARGETS))
     def edit(self, asked, answer):
         facts = [Fact(subject=s, prompt=p, target=answer) for s, p in asked]
         self.editor.edit(facts)
         self.expected |= {fact.key: answer for fact in facts}
+
+    @rule(name=st.sampled_from(sorted(OTHERS)), asked=ASKED, answer=st.sampled_from(TARGETS))
+    def edit_in_an_epoch(self, name, asked, answer):
+        recipe = changed(RECIPE, OTHERS[name])
+        if recipe != self.editor.recipe:
+            self.editor.next_epoch(recipe, statistics=self.statistics)
+        self.edit(asked, answer)
 
     @precondition(lambda self: self.editor.facts)
     @rule(data=st.data())
@@ -154,12 +163,6 @@ class Life(RuleBasedStateMachine):
         if not rebuilt:  # values that are optimised again depend on the weights at that time
             for x, y in zip(*ends, strict=True):
                 assert float((x - y).norm()) <= 1e-10 * float(x.norm())
-
-    @rule(name=st.sampled_from(sorted(OTHERS)))
-    def begin_an_epoch(self, name):
-        recipe = changed(RECIPE, OTHERS[name])
-        if recipe != self.editor.recipe:
-            self.editor.next_epoch(recipe, statistics=self.statistics)
 
     @precondition(lambda self: self.editor.facts)
     @rule()
@@ -197,7 +200,7 @@ def test_any_sequence_of_changes_is_the_slow_fold_of_what_is_left(tokenizer):
     run_state_machine_as_test(
         Life,
         settings=settings(
-            max_examples=12,
+            max_examples=20,
             stateful_step_count=10,
             deadline=None,
             derandomize=True,
