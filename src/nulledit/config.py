@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from nulledit.errors import ConfigError
+from nulledit.reading import MAX_SETTINGS, one_line, parse_yaml, read_text
 
 
 @dataclass(frozen=True)
@@ -194,10 +196,7 @@ class Recipe:
                 if not isinstance(place, dict):
                     raise ConfigError(_unknown(".".join(path[: i + 1]), data))
             if isinstance(value, str):
-                try:
-                    value = yaml.safe_load(value)
-                except yaml.YAMLError as error:
-                    raise ConfigError(f"{dotted}: {value!r} is not a value") from error
+                value = parse_yaml(value, source=dotted, error=ConfigError)
             place[last] = value
         return Recipe.from_dict(data)
 
@@ -225,24 +224,18 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     if str(name_or_path) in shipped_recipes():
         source = resources.files("nulledit") / "assets" / "recipes" / f"{name_or_path}.yaml"
         text = source.read_text(encoding="utf-8")
-    elif path.is_file():
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{path}: not a text file in UTF-8") from error
+    elif os.path.exists(path):  # also where the name is too long to ask
+        text = read_text(path, most=MAX_SETTINGS, error=ConfigError, what="recipe")
     else:
         raise ConfigError(
             f"no recipe {str(name_or_path)!r}: expected a file or one of "
             f"{', '.join(shipped_recipes())}"
         )
+    data = parse_yaml(text, source=str(path), error=ConfigError)
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: broken YAML: {' '.join(str(error).split())}") from error
-    try:
-        return Recipe.from_dict(data or {})
+        return Recipe.from_dict({} if data is None else data)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(one_line(f"{path}: {error}")) from error
 
 
 def read_settings(cls: type, data: Mapping[str, Any], where: str) -> Any:

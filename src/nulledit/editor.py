@@ -262,6 +262,11 @@ class Editor:
         """Keep the ledger in `folder`/ledger from now on: every batch is committed as it ends."""
         self._journal.keep_in(Path(folder) / "ledger")
 
+    def fork(self, folder: str | Path) -> None:
+        """Copy the ledger to `folder`/ledger, and keep it there from now on."""
+        self._journal.store = None
+        self.attach(folder)
+
     def save(self, folder: str | Path) -> None:
         """Write the ledger (first) and the edited model, an ordinary Hugging Face folder."""
         target = Store(Path(folder) / "ledger")
@@ -467,6 +472,12 @@ class Editor:
         """
         with self._changes.together(writing=writing) as trial:
             yield trial
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """No other process writes to the ledger inside; LedgerError if one does already."""
+        with self._journal.writing():
+            yield
 
     @contextmanager
     def _changed(

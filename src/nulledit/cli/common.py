@@ -125,6 +125,11 @@ def prepare(*, quiet: bool) -> None:
         warnings.filterwarnings("ignore", category=category, module=r"(?!nulledit)")
 
 
+def echo(page: str) -> None:
+    """A result on stdout, in lines none of which can steer the terminal."""
+    click.echo("\n".join(map(plain, page.split("\n"))))
+
+
 def say(message: str, *, quiet: bool) -> None:
     """A line about what goes on, to stderr."""
     if not quiet:

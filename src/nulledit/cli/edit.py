@@ -13,6 +13,7 @@ from nulledit.cli.common import (
     conflict_option,
     device_option,
     dtype_option,
+    echo,
     emit,
     model_source,
     named,
@@ -33,9 +34,14 @@ if TYPE_CHECKING:
 FIXED = {
     "model": "--model",
     "out": "--out",
+    "seed": "--seed",
+    "dtype": "--dtype",
+    "dry_run": "--dry-run",
+}
+# What an epoch fixes.
+OF_EPOCH = {
     "recipe": "--recipe",
     "stats": "--stats",
-    "seed": "--seed",
     "batch_size": "--batch-size",
     "layers": "--layers",
     "method": "--method",
@@ -46,8 +52,6 @@ FIXED = {
     "l2": "--l2",
     "null_space": "--null-space",
     "changes": "--set",
-    "dtype": "--dtype",
-    "dry_run": "--dry-run",
 }
 FIELDS = {
     "batch_size": "batch_size",
@@ -62,10 +66,13 @@ FIELDS = {
 
 class _Edit(Sectioned):
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
-        "Model and run": ("model", "out", "run", "device", "dtype", "trust_remote_code", "dry_run"),
+        "Model and run": (
+            *("model", "out", "run", "new_epoch", "device", "dtype", "trust_remote_code"),
+            "dry_run",
+        ),
         "Facts": ("limit", "skip", "on_conflict", "no_shuffle", "seed"),
         "Recipe": ("recipe", "stats", *FIELDS, "layers", "null_space", "changes"),
-        "Evaluation": ("text", "no_evaluate"),
+        "Evaluation": ("text", "no_evaluate", "gate"),
     }
 
 
@@ -74,6 +81,9 @@ class _Edit(Sectioned):
 @click.option("--model", metavar="MODEL", help="smollm2-135m, a local folder or a Hub id.")
 @click.option("--out", metavar="RUN", help="Folder to make for the run.")
 @click.option("--continue", "run", metavar="RUN", help="Write more facts into this run.")
+@click.option(
+    "--new-epoch", is_flag=True, help="With --continue: another recipe or statistics from here on."
+)
 @click.option(
     "--recipe", metavar="FILE|NAME", help="See nulledit info for names.  [default: the model's]"
 )
@@ -120,6 +130,9 @@ class _Edit(Sectioned):
     help="Text for perplexity and preservation.  [default: one that comes with nulledit]",
 )
 @click.option("--no-evaluate", is_flag=True, help="Edit only.")
+@click.option(
+    "--gate", metavar="FILE", help="Limits (see nulledit check); a model that fails is not written."
+)
 @click.option("--dry-run", is_flag=True, help="Estimate time and memory; edit nothing.")
 @output_options
 def edit(facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
@@ -132,11 +145,13 @@ def edit(facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
     What computes is decided by a recipe; the options under Recipe change single fields of it.
 
     Every batch is kept as it ends: after an interruption, go on with --continue, which takes model,
-    recipe and statistics from the run's ledger.
+    recipe and statistics from the run's ledger. With --gate all is kept at the end, or nothing.
 
     \b
     $ nulledit edit facts.yaml --model smollm2-135m --out run
     $ nulledit edit more.yaml --continue run
+    $ nulledit edit more.yaml --continue run --new-epoch --method memit-history
+    $ nulledit edit more.yaml --continue run --gate default
     """
     _check(given)
     from nulledit.data.readers import read_facts
@@ -155,7 +170,17 @@ def edit(facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
         return emit(size) if as_json else click.echo(estimate.as_page(size))
     from nulledit.cli import runs
 
-    result = runs.run(facts, found.facts, recipe, given, quiet=quiet)
+    try:
+        result = runs.run(facts, found.facts, recipe, given, quiet=quiet)
+    except runs.Refused as error:
+        from nulledit.cli.check import gate_table
+        from nulledit.report.tables import as_text
+
+        if as_json:
+            emit(error.report.to_dict())
+        else:
+            echo(as_text(gate_table(error.report), left=2, most=90))
+        raise
     if as_json:
         emit(result.to_dict())
     else:
@@ -168,7 +193,11 @@ def make_recipe(given: dict[str, Any]) -> Recipe:
     from nulledit.config import Recipe, load_recipe, shipped_recipes
 
     name = given["recipe"] or (given["model"] if given["model"] in shipped_recipes() else None)
-    recipe = load_recipe(name) if name else Recipe()
+    return changed(load_recipe(name) if name else Recipe(), given)
+
+
+def changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
+    """`recipe` with the fields that flags name."""
     changes: dict[str, Any] = dict(parse_changes(given["changes"]))
     changes |= {FIELDS[k]: given[k] for k in FIELDS if given[k] is not None}
     if given["layers"]:
@@ -184,10 +213,22 @@ def _check(given: dict[str, Any]) -> None:
         refused = named(given, FIXED)
         if refused:
             raise ConfigError(
-                f"{', '.join(refused)} can't be given with --continue: model, recipe, seed and "
-                f"statistics are those of {given['run']}"
+                f"{', '.join(refused)} can't be given with --continue: model and seed are those of "
+                f"{given['run']}"
+            )
+        refused = named(given, OF_EPOCH)
+        if refused and not given["new_epoch"]:
+            raise ConfigError(
+                f"{', '.join(refused)} can't be given with --continue: recipe and statistics are "
+                f"those of {given['run']}; add --new-epoch to change them from here on"
+            )
+        if given["new_epoch"] and not refused:
+            raise ConfigError(
+                "--new-epoch changes nothing: give another --recipe, --method, --stats or setting"
             )
         return
+    if given["new_epoch"]:
+        raise ConfigError("--new-epoch belongs to --continue RUN")
     if not given["model"]:
         raise ConfigError("give --model MODEL and --out RUN, or --continue RUN")
     if not given["out"] and not given["dry_run"]:

@@ -13,16 +13,26 @@ from typing import Any
 import click
 
 import nulledit
+from nulledit.cli.apply import apply
 from nulledit.cli.ask import ask
+from nulledit.cli.change import rebuild, redo, restore, undo
+from nulledit.cli.check import check
 from nulledit.cli.common import CONTEXT, Interrupted
+from nulledit.cli.diff import diff
 from nulledit.cli.edit import edit
 from nulledit.cli.evaluate import evaluate
+from nulledit.cli.export import export
 from nulledit.cli.facts import facts
+from nulledit.cli.forget import forget
+from nulledit.cli.history import log, show
 from nulledit.cli.info import info
+from nulledit.cli.merge import merge
 from nulledit.cli.methods import methods
+from nulledit.cli.preview import preview
 from nulledit.cli.report import report
 from nulledit.cli.stats import stats
 from nulledit.cli.study import study
+from nulledit.cli.verify import verify
 from nulledit.errors import NullEditError
 from nulledit.report.text import plain
 
@@ -33,11 +43,35 @@ SECTIONS: dict[str, list[tuple[click.Command, str, str]]] = {
             "Write facts into a model, or more facts into a run.",
             "nulledit edit facts.yaml --model smollm2-135m --out run",
         ),
+        (preview, "What an edit would change; writes nothing.", "nulledit preview run more.yaml"),
+        (forget, "Suppress a fact, with nothing in its place.", "nulledit forget run facts.yaml"),
+    ],
+    "Live with edits": [
+        (log, "What happened to the model, event by event.", "nulledit log run"),
+        (show, "The facts of a run, or the story of one.", "nulledit show run capital-of-france"),
+        (undo, "Take facts out, exactly.", "nulledit undo run capital-of-france"),
+        (redo, "Take the last undo back.", "nulledit redo run"),
+        (restore, "The base again, bit for bit.", "nulledit restore run"),
+        (rebuild, "Write the facts anew, without a trace of undone ones.", "nulledit rebuild run"),
+        (merge, "Two runs on one base become one.", "nulledit merge run other --out both"),
+        (diff, "Two runs, or two states of one.", "nulledit diff run@3 run"),
     ],
     "Look at a run": [
         (ask, "One prompt, base and edited model.", 'nulledit ask run "The capital of France is"'),
         (evaluate, "Rates and perplexity, base and edited.", "nulledit evaluate run"),
         (report, "One HTML page of runs and studies.", "nulledit report run"),
+    ],
+    "Gates": [
+        (check, "Limits on a run; exit code 1 if one is broken.", "nulledit check run"),
+        (verify, "Every hash, and the weights computed again.", "nulledit verify run"),
+    ],
+    "Hand over": [
+        (
+            export,
+            "A checkpoint, a LoRA adapter or a delta.",
+            "nulledit export run --as lora --out adapter",
+        ),
+        (apply, "A delta on its base, or off again.", "nulledit apply delta gpt2 --out model"),
     ],
     "Compare": [
         (

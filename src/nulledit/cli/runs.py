@@ -7,20 +7,25 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from nulledit import __version__
 from nulledit.cli.common import Bars, Interrupted, model_source, say
+from nulledit.cli.edit import changed
 from nulledit.cli.measure import Text, check_lengths, evaluate_both, load_run, read_text
-from nulledit.config import Recipe
+from nulledit.config import Recipe, load_recipe
 from nulledit.data.facts import Fact
 from nulledit.editor import Editor, EditReport
-from nulledit.errors import LedgerError, NullEditError
+from nulledit.errors import CheckFailed, LedgerError, NullEditError
 from nulledit.evaluation.generation import contains
 from nulledit.evaluation.preservation import Preservation, preservation_report
 from nulledit.evaluation.runner import Evaluation
+from nulledit.gates.limits import Limits, load_limits
+from nulledit.gates.measure import GateReport, check
+from nulledit.gates.warn import warnings_of
 from nulledit.ledger.entries import Column
 from nulledit.ledger.store import Store
 from nulledit.report import run as folder_of
@@ -56,7 +61,8 @@ def run(
     """Begin a run (`recipe`) or go on with one (None). The ledger commits first, batch by batch."""
     started = time.perf_counter()
     folder = Path(given["run"] or given["out"])
-    if recipe is None:
+    limits = load_limits(given["gate"]) if given["gate"] else None
+    if given["run"]:
         editor = load_run(
             folder, given["device"], quiet=quiet, trust_remote_code=given["trust_remote_code"]
         )
@@ -64,6 +70,8 @@ def run(
             raise LedgerError(
                 f"{folder}: no batch was finished here; begin again with --out {folder}"
             )
+        if given["new_epoch"]:
+            editor.next_epoch(epoch_recipe(editor, given), statistics=given["stats"])
     else:
         check_fresh(folder)
         say(f"Loading {given['model']}", quiet=quiet)
@@ -83,31 +91,99 @@ def run(
         text = read_text(editor, given["text"])
         check_lengths(editor, facts)
     held = len(editor.history.events)
-    created = not folder.exists()
+    created, begins = not folder.exists(), not given["run"]
     again = _command(source, given, folder)
     try:
-        if recipe is not None:
-            _sweep(folder)
-            editor.attach(folder)
-        report = _edit(editor, facts, given, seconds, quiet=quiet)
-        with _timed(seconds, "save"):
-            editor.save_model(folder / "model")
-        return _finish(editor, folder, report, text, seconds, quiet=quiet)
+        with ExitStack() as stack:
+            if begins:
+                _sweep(folder)
+            if begins and limits is None:
+                editor.attach(folder)
+            stack.enter_context(editor.writing())
+            if limits is None:
+                report = _edit(editor, facts, given, seconds, quiet=quiet)
+            else:
+                report = _gated(editor, facts, given, limits, text, seconds, quiet=quiet)
+                if begins:
+                    editor.attach(folder)
+            with _timed(seconds, "save"):
+                editor.save_model(folder / "model")
+            return _finish(editor, folder, report, text, seconds, quiet=quiet)
     except KeyboardInterrupt as error:
-        kept = len(editor.history.events) - held
-        if recipe is not None and not kept:
+        kept = _kept_batches(editor, folder, held)
+        if begins and not kept:
             _take_back(folder, created)
             raise Interrupted(
                 "interrupted before the first batch was finished: nothing was kept"
             ) from error
         raise Interrupted(f"interrupted: {_kept(kept, folder)}; go on with: {again}") from error
     except (NullEditError, OSError, sqlite3.Error):
-        kept = len(editor.history.events) - held
-        if recipe is not None and not kept:
+        kept = _kept_batches(editor, folder, held)
+        if begins and not kept:
             _take_back(folder, created)
         elif kept:
             say(f"Note: {_kept(kept, folder)}; go on with: {again}", quiet=False)
         raise
+
+
+def keep(editor: Editor, folder: Path) -> None:
+    """Bring the model and the pages of a run to its ledger, after a change that edits nothing."""
+    editor.save_model(folder / "model")
+    summary = folder_of.read_json(folder, "summary.json", None)
+    if summary is None:
+        return
+    present = {c.id for c in editor.history.active}
+    lines = folder_of.read_lines(folder)
+    folder_of.write_run(
+        folder,
+        recipe=editor.recipe.to_yaml(),
+        environments=folder_of.read_json(folder, "environment.json", []),
+        lines=[line | {"active": line["column"] in present} for line in lines],
+        summary=summary | _state(editor),
+    )
+
+
+def epoch_recipe(editor: Editor, given: dict[str, Any]) -> Recipe:
+    """The recipe of a new epoch: a file's or the run's own, changed by flags."""
+    recipe = load_recipe(given["recipe"]) if given["recipe"] else editor.recipe
+    return changed(recipe, given)
+
+
+class Refused(CheckFailed):
+    """A gate said no; nothing was written."""
+
+    def __init__(self, report: GateReport, name: str):
+        """`report`: what it found on `name`."""
+        broken = ", ".join(report.failed)
+        super().__init__(
+            f"{name}: {broken} failed; no model was written and the ledger is as before"
+        )
+        self.report = report
+
+
+def _gated(
+    editor: Editor,
+    facts: Sequence[Fact],
+    given: dict[str, Any],
+    limits: Limits,
+    text: Text | None,
+    seconds: dict[str, float],
+    *,
+    quiet: bool,
+) -> EditReport:
+    """Edit in memory; kept if the limits hold, else Refused."""
+    windows = None
+    if limits.needs("text"):
+        windows = (text or read_text(editor, given["text"])).windows
+    with editor.trial() as trial:
+        report = _edit(editor, facts, given, seconds, quiet=quiet)
+        say(f"Checking the edited model against {given['gate']}", quiet=quiet)
+        with _timed(seconds, "gate"), Bars(quiet=quiet, prefix="gate: ") as bars:
+            found = check(editor, limits, windows=windows, progress=bars)
+        if not found.passed:
+            raise Refused(found, given["run"] or given["out"])
+        trial.keep()
+    return report
 
 
 def check_fresh(folder: Path) -> None:
@@ -211,17 +287,10 @@ def _finish(
             "text": text.name if text and after else None,
             "layers": layers,
             "seconds": {k: round(v, 3) for k, v in seconds.items()},
-            "notices": list(report.notices),
+            "notices": [*report.notices, *warnings_of(report.layers)],
         }
     )
-    summary = {
-        "version": __version__,
-        "state": editor.history.state_id,
-        "base": asdict(editor.history.base),
-        "facts": len(editor.facts),
-        "batches": len(editor.history.batches),
-        "runs": runs,
-    }
+    summary = {**_state(editor), "runs": runs}
     environments = folder_of.read_json(folder, "environment.json", [])
     folder_of.write_run(
         folder,
@@ -231,6 +300,16 @@ def _finish(
         summary=summary,
     )
     return Result(folder, summary, lines)
+
+
+def _state(editor: Editor) -> dict[str, Any]:
+    return {
+        "version": __version__,
+        "state": editor.history.state_id,
+        "base": asdict(editor.history.base),
+        "facts": len(editor.facts),
+        "batches": len(editor.history.batches),
+    }
 
 
 def _known(columns: Sequence[Column]) -> int | None:
@@ -292,13 +371,19 @@ def _sweep(folder: Path) -> None:
         shutil.rmtree(folder / "ledger")
 
 
+def _kept_batches(editor: Editor, folder: Path, held: int) -> int:
+    """How many batches this call has committed; with a gate none is before the end."""
+    there = Store(folder / "ledger").exists
+    return len(editor.history.events) - held if there else 0
+
+
 def _kept(batches: int, folder: Path) -> str:
     return f"{count(batches, 'finished batch')} {'is' if batches == 1 else 'are'} kept in {folder}"
 
 
 def _command(source: str, given: dict[str, Any], folder: Path) -> str:
     words = ["nulledit", "edit", source, "--continue", str(folder)]
-    for name in ("skip", "limit", "text"):
+    for name in ("skip", "limit", "text", "gate"):
         if given[name]:
             words += [f"--{name}", str(given[name])]
     for name in ("no_shuffle", "no_evaluate", "trust_remote_code"):

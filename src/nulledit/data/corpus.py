@@ -7,10 +7,14 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from nulledit.errors import StatisticsError
 
 DATASET = "datasets:"
+MAX_LINE = 2**27
+"""Characters of a line, which is held whole. A corpus may be of any length; text8 has 100 million
+in one line."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +39,22 @@ def open_corpus(source: str | Path) -> Corpus:
         return _dataset(str(source).removeprefix(DATASET))
     path = Path(source)
     if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.suffix in (".txt", ".jsonl", ".md"))
+        kinds = (".txt", ".jsonl", ".md")
+        files = sorted(f for f in path.rglob("*") if f.suffix in kinds and f.is_file())
         if not files:
             raise StatisticsError(f"{path}: no .txt, .md or .jsonl file in this folder")
     elif path.is_file():
         files = [path]
     else:
-        raise StatisticsError(f"{path}: no such file or folder")
+        kind = "not a regular file" if path.exists() else "no such file or folder"
+        raise StatisticsError(f"{path}: {kind}")
     digest = hashlib.sha256()
     for file in files:
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
+        try:
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+        except OSError as error:
+            raise StatisticsError(f"{file}: cannot be read: {error.strerror}") from None
     return Corpus(path.name, digest.hexdigest(), lambda: _texts_of(files))
 
 
@@ -53,7 +62,7 @@ def _texts_of(files: Iterable[Path]) -> Iterator[str]:
     for file in files:
         try:
             with file.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
+                for number, line in enumerate(_bounded(lines, file), 1):
                     if file.suffix == ".jsonl":
                         if line.strip():
                             yield from _json_text(line, f"{file}: line {number}").splitlines(True)
@@ -63,10 +72,22 @@ def _texts_of(files: Iterable[Path]) -> Iterator[str]:
             raise StatisticsError(f"{file}: not a text file in UTF-8") from error
 
 
+def _bounded(lines: TextIO, file: Path) -> Iterator[str]:
+    """Lines as by iteration, but never more than MAX_LINE characters at once."""
+    number = 0
+    while line := lines.readline(MAX_LINE + 1):
+        number += 1
+        if len(line) > MAX_LINE:
+            raise StatisticsError(
+                f"{file}: line {number} has more than {MAX_LINE} characters: expected line breaks"
+            )
+        yield line
+
+
 def _json_text(line: str, where: str) -> str:
     try:
         text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise StatisticsError(f'{where}: expected JSON with a "text" field') from error
     if not isinstance(text, str):
         raise StatisticsError(f"{where}: text is {type(text).__name__}; expected a string")
@@ -93,6 +114,8 @@ def _dataset(name: str) -> Corpus:
 
     def texts() -> Iterator[str]:
         for record in stream:
+            if not isinstance(record.get("text"), str):
+                raise StatisticsError(f"{DATASET}{name}: a record has no text in the field 'text'")
             yield from record["text"].splitlines(True)
 
     return Corpus(name, digest, texts)

@@ -5,22 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
-
-import yaml
+from typing import Any
 
 from nulledit.data.facts import FIELDS, REQUIRED, quote, suggest
 from nulledit.errors import FactError
+from nulledit.reading import check_values, parse_yaml, unique_keys
 
-if TYPE_CHECKING:
-    from yaml import SafeLoader as BaseLoader
-else:  # ten times faster, where PyYAML was built with libyaml
-    BaseLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-MAX_YAML_DEPTH = 20  # libyaml's composer recurses in C: deep nesting would end the process
-_YAML_TAGS = ("!", "tag:yaml.org,2002:str")  # both only say: this is text
 LIST_SEPARATOR = " | "
 ANSWER_SEPARATOR = " => "
 _CSV_PROBES = ("neighbours", "portability")
@@ -50,12 +42,14 @@ def parse_text(text: str, *, source: str, suffix: str) -> tuple[str, list[Row]]:
     if not text.strip():
         raise FactError(f"{source}: the file is empty")
     may_be_yaml = suffix in (".yaml", ".yml")
+    check_values(text, source=source, error=FactError)
     if text.lstrip()[0] in "[{" and (_is_json(text) or not may_be_yaml):
         container, rows = _parse_json(text, source)
     elif _has_csv_header(text) or suffix == ".csv":
         container, rows = "csv", list(_parse_csv(text, source))
     else:
-        container, rows = "yaml", _rows(_parse_yaml(text, source), source)
+        document = parse_yaml(text, source=source, error=FactError)
+        container, rows = "yaml", _rows(document, source)
     if not rows:
         raise FactError(f"{source}: the file holds no facts")
     return container, rows
@@ -72,7 +66,7 @@ def _rows(document: Any, source: str) -> list[Row]:
     elif isinstance(document, dict) and len(document) > 1:
         document = [document]  # one fact alone
     if not isinstance(document, list):
-        hint = suggest(next(iter(document)), ["facts"]) if isinstance(document, dict) else ""
+        hint = suggest(next(iter(document), ""), ["facts"]) if isinstance(document, dict) else ""
         raise FactError(
             f"{source}: expected a list of facts or a mapping with the key 'facts' "
             f"(found {type(document).__name__} {quote(document)}){hint}"
@@ -119,87 +113,13 @@ def _parse_jsonl(text: str, source: str) -> Iterator[Row]:
 
 
 def _load_json(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_unique_keys)
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; a key given twice is an error, where JSON would silently take the last."""
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"the key {quote(name)} stands twice in one object, {quote(found)}")
-        found[name] = value
-    return found
+    return json.loads(text, object_pairs_hook=unique_keys)
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-
-
-# --- YAML -----------------------------------------------------------------------------------
-
-
-class _Loader(BaseLoader):
-    """Plain values only, and no key twice in a mapping."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """As YAML says, which PyYAML does not check."""
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                problem = f"the key {quote(key.value)} stands twice in one mapping"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
-        return super().construct_mapping(node, deep)
-
-
-def _parse_yaml(text: str, source: str) -> Any:
-    if found := yaml.reader.Reader.NON_PRINTABLE.search(text):
-        raise FactError(
-            f"{source}: line {_line(text, found.start())}: not a text file: "
-            f"it holds the character U+{ord(found.group()):04X}"
-        )
-    try:
-        _refuse_traps(text)
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = "" if mark is None else f"line {mark.line + 1}: "
-        problem = " ".join(str(error.problem or error.context).split())
-        raise FactError(f"{source}: {where}broken YAML: {problem}") from None
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        # ValueError: a date such as 2021-13-45, or !!int with a text.
-        raise FactError(f"{source}: broken YAML: {' '.join(str(error).split())}") from None
-
-
-def _refuse_traps(text: str) -> None:
-    """Refuse, by events, which are safe to read, what is not safe to build.
-
-    Aliases can make a small file huge, deep nesting overflows the stack, and PyYAML fails with
-    any kind of error on a text tagged as, say, a timestamp.
-    """
-    depth = 0
-    for event in yaml.parse(text, Loader=_Loader):
-        problem, tag = None, getattr(event, "tag", None)
-        mark = cast(Any, event.start_mark)  # libyaml has a Mark of its own
-        if isinstance(event, yaml.AliasEvent):
-            problem = f"aliases (*{event.anchor}) are not allowed"
-        elif tag not in (None, *_YAML_TAGS):
-            problem = f"tags are not allowed (found {quote(tag)})"
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-        if depth > MAX_YAML_DEPTH:
-            problem = f"nested deeper than {MAX_YAML_DEPTH} levels"
-        if problem:
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
-
-
-def _line(text: str, position: int) -> int:
-    return text.count("\n", 0, position) + 1
 
 
 # --- CSV ------------------------------------------------------------------------------------

@@ -11,8 +11,10 @@ from nulledit.data.facts import Fact, quote
 from nulledit.data.formats import SHAPES, detect_shape
 from nulledit.data.parsing import Row, parse_text
 from nulledit.errors import FactError
+from nulledit.reading import read_text
 
 MAX_BYTES = 512 * 2**20
+"""Of a facts file: ten times CounterFact's."""
 
 OnConflict = Literal["error", "first", "last"]
 
@@ -82,22 +84,7 @@ def parse_records(
 
 
 def _read_text(path: Path) -> str:
-    try:
-        if not path.exists():
-            raise FactError(f"{path}: no such file")
-        if not path.is_file():
-            kind = "a folder" if path.is_dir() else "not a regular file"
-            raise FactError(f"{path}: is {kind}: expected a facts file")
-        if (size := path.stat().st_size) > MAX_BYTES:
-            raise FactError(f"{path}: has {size} bytes: expected at most {MAX_BYTES}")
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise FactError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise FactError(
-            f"{path}: not UTF-8 text (found byte 0x{byte:02X} at offset {error.start})"
-        ) from None
+    text = read_text(path, most=MAX_BYTES, error=FactError, what="facts file")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

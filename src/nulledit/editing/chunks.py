@@ -18,11 +18,11 @@ def chunks_of(fact: Fact, encoder: RowEncoder, tokens: int) -> tuple[Fact, ...]:
     """`fact` as one request per chunk of at most about `tokens` tokens; itself if its target fits.
 
     Cuts are at single spaces, so what has none stays whole, be it longer, and so does a text with
-    braces, which would look like a slot.
+    braces, which would look like a slot. So does an answer to forget: none of it is to be written.
     """
     words = re.split(r"(?<=\S) (?=\S)", fact.target)
     short = tokens == 0 or len(words) < 2 or _length(encoder, fact.target) <= tokens
-    if short or any(brace in fact.target for brace in "{}"):
+    if fact.forget or short or any(brace in fact.target for brace in "{}"):
         return (fact,)
     chunks: list[str] = []
     for word in words:

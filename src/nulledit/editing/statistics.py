@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from itertools import chain
@@ -14,14 +15,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 import nulledit
-from nulledit.config import StatisticsSettings
+from nulledit.config import StatisticsSettings, read_settings
 from nulledit.data.corpus import Corpus, windows
-from nulledit.errors import StatisticsError
+from nulledit.errors import ConfigError, StatisticsError
 from nulledit.files import replacing, write_text
 from nulledit.linalg.moments import SecondMoment
 from nulledit.linalg.spectrum import Spectrum
@@ -29,8 +30,14 @@ from nulledit.models.layouts import as_out_in
 from nulledit.models.load import cache_folder
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import beginning, chunks_by_length, collate, pad_id
+from nulledit.reading import MAX_SETTINGS, one_line, parse_json, read_text
 
 FORMAT = 1
+MAX_WIDTH = 2**17
+"""Of keys. The widest MLP of an open model, of LLaMA3 405B, has 53,248; a matrix of more than this
+would not fit into memory."""
+MAX_ROUNDING = 0.01
+"""How far rounding may move an eigenvector; float16 moves one by less than 0.001."""
 SORTED_TOKENS = 32768  # windows are sorted by length within so many tokens
 SAVE_EVERY = 60.0  # seconds between savings of unfinished sums
 
@@ -69,18 +76,30 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str, where: str) -> Manifest:
         """Read what `to_json` wrote; StatisticsError otherwise."""
+        data = parse_json(text or "null", source=where, error=StatisticsError)
+        if not isinstance(data, dict) or "format" not in data:
+            raise StatisticsError(f"{where}: no manifest of key statistics")
+        if data["format"] != FORMAT:
+            raise StatisticsError(
+                one_line(f"{where}: statistics of format {data['format']}, expected {FORMAT}; ")
+                + " make them again"
+            )
         try:
-            data = json.loads(text)
-            if data["format"] != FORMAT:
+            found: Manifest = read_settings(cls, data, "")
+        except (ConfigError, TypeError) as error:
+            raise StatisticsError(
+                one_line(f"{where}: no manifest of key statistics ({error})")
+            ) from error
+        for text in (found.model_hash, found.corpus_hash, found.dtype, found.version):
+            if not (text.isascii() and text.isprintable()):
                 raise StatisticsError(
-                    f"{where}: statistics of format {data['format']}, expected {FORMAT}; "
-                    "make them again"
+                    one_line(f"{where}: {text!r} is no hash, dtype or version of statistics")
                 )
-            data["settings"] = StatisticsSettings(**data["settings"])
-            data["layers"] = tuple(data["layers"])
-            return cls(**data)
-        except (ValueError, KeyError, TypeError) as error:
-            raise StatisticsError(f"{where}: no manifest of key statistics") from error
+        if not found.layers or len(set(found.layers)) < len(found.layers) or min(found.layers) < 0:
+            raise StatisticsError(
+                one_line(f"{where}: layers are {list(found.layers)}; expected numbers from 0")
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -124,15 +143,16 @@ class Statistics:
         """Read a folder made by `collect` or a compact file; StatisticsError otherwise."""
         if path.is_dir():
             manifest = Manifest.from_json(_text(path / "manifest.json"), str(path))
-            tensors, _ = _tensors(path / "spectra.safetensors")
-            return cls(manifest, {i: _spectrum(tensors, i, 0) for i in manifest.layers})
-        tensors, metadata = _tensors(path)
-        manifest = Manifest.from_json(metadata.get("manifest", ""), str(path))
-        starts = json.loads(metadata.get("starts", "{}"))
-        return cls(
-            manifest,
-            {i: _spectrum(tensors, i, starts[str(i)]).orthonormal() for i in manifest.layers},
-        )
+            with _opened(path / "spectra.safetensors") as (tensors, _):
+                return cls(manifest, {i: tensors.spectrum(i, 0) for i in manifest.layers})
+        with _opened(path) as (tensors, metadata):
+            manifest = Manifest.from_json(metadata.get("manifest", ""), str(path))
+            starts = parse_json(
+                metadata.get("starts", "{}"), source=f"{path}: starts", error=StatisticsError
+            )
+            if not isinstance(starts, dict):
+                raise StatisticsError(f"{path}: starts are no object")
+            return cls(manifest, {i: _thin(tensors, i, starts) for i in manifest.layers})
 
 
 def collect(
@@ -324,14 +344,19 @@ def _resume(
     file = folder / "partial.safetensors"
     if not file.is_file():
         return moments, 0
-    tensors, metadata = _tensors(file)
-    found = Manifest.from_json(metadata.get("manifest", ""), str(file))
-    if replace(found, version="") != replace(manifest, version=""):
-        raise StatisticsError(f"{folder}: holds other unfinished statistics; choose another folder")
-    for layer, moment in moments.items():
-        moment.sum.copy_(tensors[f"sum.{layer}"])
-        moment.count = int(metadata["count"])
-    return moments, int(metadata["windows"])
+    with _opened(file) as (tensors, metadata):
+        found = Manifest.from_json(metadata.get("manifest", ""), str(file))
+        if replace(found, version="") != replace(manifest, version=""):
+            raise StatisticsError(
+                f"{folder}: holds other unfinished statistics; choose another folder"
+            )
+        counts = [metadata.get(name, "") for name in ("count", "windows")]
+        if not all(text.isascii() and text.isdigit() and len(text) < 20 for text in counts):
+            raise StatisticsError(f"{file}: says of no number of tokens and windows; delete it")
+        for layer, moment in moments.items():
+            moment.sum.copy_(tensors.tensor(f"sum.{layer}", tuple(moment.sum.shape)))
+            moment.count = int(counts[0])
+        return moments, int(counts[1])
 
 
 def _save(
@@ -352,23 +377,89 @@ def _save(
     (folder / "partial.safetensors").unlink(missing_ok=True)
 
 
-def _spectrum(tensors: dict[str, torch.Tensor], layer: int, start: int) -> Spectrum:
-    return Spectrum(
-        tensors[f"eigenvalues.{layer}"].double(), tensors[f"eigenvectors.{layer}"].double(), start
-    )
+@dataclass(frozen=True)
+class _Tensors:
+    """A safetensors file whose shapes are checked in its head, before a tensor is read."""
+
+    file: Path
+    """For messages."""
+    opened: Any
+    """As `safe_open` gives it."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor of numbers with a fraction; StatisticsError if there is none."""
+        if name not in set(self.opened.keys()):
+            raise StatisticsError(f"{self.file}: has no tensor {name}")
+        part = self.opened.get_slice(name)
+        if part.get_dtype() not in ("F16", "BF16", "F32", "F64"):
+            raise StatisticsError(f"{self.file}: {name} is of {part.get_dtype()}; expected floats")
+        return tuple(part.get_shape())
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """In float64; StatisticsError unless it has this shape and is finite."""
+        if (found := self.shape(name)) != shape:
+            raise StatisticsError(
+                f"{self.file}: {name} has the shape {list(found)}, expected {list(shape)}"
+            )
+        tensor: torch.Tensor = self.opened.get_tensor(name).double()
+        if not tensor.isfinite().all():
+            raise StatisticsError(f"{self.file}: {name} has entries that are not finite")
+        return tensor
+
+    def spectrum(self, layer: int, start: int) -> Spectrum:
+        """The spectrum of a layer: a possible one, with eigenvectors of length 1."""
+        names = f"eigenvalues.{layer}", f"eigenvectors.{layer}"
+        first, second = map(self.shape, names)
+        d, m = first[0] if first else 0, second[-1] if second else 0
+        matching = (first, second) == ((d,), (d, m)) and 0 < d <= MAX_WIDTH
+        if not matching or not 0 <= start <= start + m <= d:
+            raise StatisticsError(
+                f"{self.file}: layer {layer} has eigenvalues {list(first)} and eigenvectors "
+                f"{list(second)} from {start}; expected [d] and [d, m] of at most {MAX_WIDTH}"
+            )
+        values, vectors = self.tensor(names[0], (d,)), self.tensor(names[1], (d, m))
+        if values.min() < 0 or (values.diff() < 0).any() or not 0 < values.sum() < torch.inf:
+            raise StatisticsError(
+                f"{self.file}: {names[0]} are no eigenvalues of a second moment: expected "
+                "ascending numbers from 0"
+            )
+        if ((vectors.norm(dim=0) - 1).abs() > MAX_ROUNDING).any():
+            raise StatisticsError(f"{self.file}: {names[1]} are not of length 1")
+        return Spectrum(values, vectors, start)
 
 
-def _tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _thin(tensors: _Tensors, layer: int, starts: Mapping[str, Any]) -> Spectrum:
+    """The spectrum of a layer of a compact file, whose rounding is taken back."""
+    start = starts.get(str(layer))
+    if type(start) is not int:
+        raise StatisticsError(f"{tensors.file}: says of no first eigenvector of layer {layer}")
+    rounded = tensors.spectrum(layer, start)
+    found = rounded.orthonormal()
+    moved = (found.eigenvectors - rounded.eigenvectors).norm(dim=0)
+    if not (moved <= MAX_ROUNDING).all():  # also where it is nan
+        raise StatisticsError(f"{tensors.file}: eigenvectors.{layer} are not orthogonal")
+    return found
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[tuple[_Tensors, dict[str, str]]]:
+    """Tensors and metadata of a safetensors file; nothing but its head is read.
+
+    safetensors itself refuses a head of more than 100 MB, and shapes that the file's size doesn't
+    agree with.
+    """
+    if not file.is_file():
+        kind = "not a regular file" if file.exists() else "no such file"
+        raise StatisticsError(f"{file}: no readable statistics file ({kind})")
     try:
         with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-        return load_file(file), metadata
+            yield _Tensors(file, opened), opened.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise StatisticsError(f"{file}: no readable statistics file ({error})") from error
+        raise StatisticsError(one_line(f"{file}: no readable statistics file ({error})")) from error
 
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise StatisticsError(f"{file}: no readable manifest of statistics") from error
+        return read_text(file, most=MAX_SETTINGS, error=StatisticsError, what="manifest")
+    except StatisticsError as error:
+        raise StatisticsError(f"{error}: no readable manifest of statistics") from None

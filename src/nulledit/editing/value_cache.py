@@ -41,7 +41,10 @@ class ValueCache:
         used: dict[str, Any] = asdict(settings)
         for elsewhere in ("norm_anchor", "at", "chunk_tokens"):  # they act before or after
             used.pop(elsewhere)
-        asked = [[fact.subject, list(fact.prompts), fact.target] for fact in facts]
+        asked = [
+            [fact.subject, list(fact.prompts), fact.target, *(["forget"] if fact.forget else [])]
+            for fact in facts
+        ]
         content = [FORMAT, weights, layer, list(contexts), used, asked]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

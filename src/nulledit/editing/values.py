@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nulledit.config import ValueSettings
 from nulledit.data.facts import Fact
+from nulledit.editing.ignorance import Lesson, lessons_of
 from nulledit.errors import ModelError
 from nulledit.models.partial import PartialModel, Prefix
 from nulledit.models.tokens import Batch, Row, RowEncoder, collate
@@ -55,6 +56,7 @@ class _Job:
 
     fact_id: str
     rows: tuple[Row, ...]  # rewriting rows; the first is the bare prompt
+    lessons: tuple[Lesson, ...]  # of the rows, where a fact is to be forgotten; else none
     drift_row: Row | None  # None: read at the bare row, whose tokens up to the subject are the same
     group: int
 
@@ -89,10 +91,11 @@ def optimise_values(
     """
     jobs = []
     for fact, group in zip(facts, groups, strict=True):
-        rows = plan_rows(fact, encoder, contexts)
+        lessons = lessons_of(model, encoder, fact, contexts) if fact.forget else ()
+        rows = tuple(x.row for x in lessons) or plan_rows(fact, encoder, contexts)
         drift = encoder.encode_template(settings.kl_prompt, fact.subject).upto_subject()
         shared = rows[0].upto_subject().ids == drift.ids
-        jobs.append(_Job(fact.id, rows, None if shared else drift, group))
+        jobs.append(_Job(fact.id, rows, lessons, None if shared else drift, group))
     values: dict[int, Value] = {}
     waiting = list(range(len(jobs)))
     while waiting:
@@ -166,6 +169,11 @@ class _Chunk:
             owner += [i] * (len(rows) - len(owner))
         self.rows, self.owner, self.bare, self.drift = rows, owner, bare, drift
         self.device = model.device
+        self.taught = {  # row -> what to say in its target's places [target tokens, vocabulary]
+            bare[i] + k: lesson.teacher(model)
+            for i, job in enumerate(jobs)
+            for k, lesson in enumerate(job.lessons)
+        }
         self._keep_states(pad_id)
 
     @torch.no_grad()
@@ -234,10 +242,8 @@ class _Chunk:
             staying = [
                 g
                 for g in active
-                if not self._done(history[g])
-                and not (
-                    s.stop_when_likeliest
-                    and all(said[f] for f in reads.facts if self.group_of[f] == g)
+                if not self._done(
+                    history[g], {f: said[f] for f in reads.facts if self.group_of[f] == g}
                 )
             ]
             if not staying:
@@ -270,10 +276,18 @@ class _Chunk:
             for f, g in enumerate(self.group_of)
         ]
 
-    def _done(self, losses: list[float]) -> bool:
-        """Converged, or no longer improving: under 1 % in `patience` steps."""
+    def _done(self, losses: list[float], said: dict[int, bool]) -> bool:
+        """Converged, or no longer improving: under 1 % in `patience` steps.
+
+        `said`: for each fact of the group, whether every row says what it should. A flat
+        distribution is near another one also where the answer to forget is its peak, so a fact to
+        forget has not converged before some other token is likelier in every row.
+        """
         s = self.settings
-        if losses[-1] < s.stop_loss:
+        if s.stop_when_likeliest and all(said.values()):
+            return True
+        gone = all(ok for f, ok in said.items() if self.jobs[f].lessons)
+        if losses[-1] < s.stop_loss and gone:
             return True
         return (
             s.patience > 0
@@ -320,9 +334,14 @@ class _Reads:
         target: list[int] = []
         fact: list[int] = []
         weight: list[float] = []
+        taught: list[int] = []  # places in `target` that are taught otherwise
+        banned: list[int] = []
         for i, f in enumerate(self.facts):
-            for r in range(chunk.bare[f], chunk.bare[f] + len(chunk.jobs[f].rows)):
-                row = chunk.rows[r]
+            for k, row in enumerate(chunk.jobs[f].rows):
+                r = chunk.bare[f] + k
+                if chunk.jobs[f].lessons:
+                    taught += range(len(target), len(target) + len(row.target_ids))
+                    banned += chunk.jobs[f].lessons[k].banned
                 for t, token in enumerate(row.target_ids):
                     at_row.append(place[r])
                     at_position.append(row.target_start + t - 1 - row.subject_last)
@@ -330,6 +349,9 @@ class _Reads:
                     fact.append(i)
                     weight.append(1 / (len(row.target_ids) * len(chunk.jobs[f].rows)))
         self.n_nll = len(target)
+        self.taught = torch.tensor(taught, dtype=torch.long, device=device)
+        self.banned = torch.tensor(banned, dtype=torch.long, device=device)
+        self.teacher = [told for r, told in chunk.taught.items() if r in place]
         bare = {chunk.bare[f] for f in self.facts}
         self.is_bare = torch.tensor([rows[r] in bare for r in at_row], device=device)
         for f in self.facts:
@@ -346,8 +368,8 @@ class _Reads:
     def losses(
         self, deltas: Sequence[Tensor], drift_start: dict[int, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Per fact: NLL of the target, drift (KL), whether the bare prompt says the target, and
-        whether every row does.
+        """Per fact: NLL of the target (or KL from what is taught), drift (KL), whether the bare
+        prompt says the target (or no longer the answer to forget), and whether every row does.
         """
         model = self.chunk.model
         stacked = torch.stack(list(deltas))[self.delta_of_row.to(deltas[0].device)]  # [rows, d]
@@ -362,10 +384,12 @@ class _Reads:
         device = logits.device
         says, drifts = logits[: self.n_nll], logits[self.n_nll :]
         each = F.cross_entropy(says, self.target.to(device), reduction="none")
+        wrong = says.argmax(1) != self.target.to(device)
+        if self.teacher:
+            each, wrong = self._as_taught(says, each, wrong)
         zero = each.new_zeros(len(self.facts))
         fact = self.fact.to(device)
         nll = zero.index_add(0, fact, each * self.weight.to(each))
-        wrong = says.argmax(1) != self.target.to(device)
         likeliest = zero.index_add(0, fact, wrong.to(each)) == 0
         right = zero.index_add(0, fact, (wrong & self.is_bare.to(device)).to(each)) == 0
         log_p = F.log_softmax(drifts, dim=1)
@@ -374,3 +398,11 @@ class _Reads:
         start = torch.stack([drift_start[f] for f in self.facts])
         kl = F.kl_div(start, log_p, log_target=True, reduction="none").sum(1)
         return nll, kl, right, likeliest
+
+    def _as_taught(self, says: Tensor, each: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor]:
+        """Where a teacher speaks: KL(teacher ‖ model); wrong is a token that it never says."""
+        at, banned = self.taught.to(says.device), self.banned.to(says.device)
+        told = torch.cat(self.teacher).to(says)
+        kl = F.kl_div(F.log_softmax(says[at], dim=1), told, reduction="none").sum(1)
+        wrong = wrong.index_copy(0, at, says[at].argmax(1) == banned)
+        return each.index_copy(0, at, kl), wrong

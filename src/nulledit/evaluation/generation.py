@@ -33,10 +33,13 @@ def generate_answers(
     prompts: Sequence[str],
     *,
     max_new_tokens: int = 12,
+    first_line: bool = True,
     batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """The greedy continuation of each prompt, without the prompt, up to its first newline.
+
+    With `first_line=False` it goes on over newlines.
 
     Prompts run in batches of like length, padded on the left under a mask; the tokenizer's settings
     are not touched. Sampling settings and penalties that the checkpoint carries are left out.
@@ -50,7 +53,8 @@ def generate_answers(
         held = [rows[i] for i in part]
         new = _continue(model, tokenizer, held, max_new_tokens, stops=sorted(stops))
         for i, ids in zip(part, new, strict=True):
-            answers[i] = _first_line(tokenizer, ids, stops)
+            text = _until_stop(tokenizer, ids, stops)
+            answers[i] = (text.split("\n", 1)[0] if first_line else text).strip()
     return answers
 
 
@@ -195,9 +199,9 @@ def _generator(seed: int, prompt: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
 
 
-def _first_line(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: set[int]) -> str:
+def _until_stop(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: set[int]) -> str:
     end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
-    return _decode(tokenizer, ids[:end]).split("\n", 1)[0].strip()
+    return _decode(tokenizer, ids[:end])
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

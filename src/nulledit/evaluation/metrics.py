@@ -36,10 +36,12 @@ class Score:
     preferred: bool | None
     """CounterFact's score: the answer is likelier per token than the other; None without one."""
     strict: bool
-    """Every token of the answer is the likeliest one after the prompt and the tokens before it."""
+    """Every token of the answer is the likeliest one after the prompt and the tokens before it; for
+    an answer that is unwanted, some token is not."""
     tokens: float
-    """zsRE's score: the share of the answer's tokens that are the likeliest ones, 0 to 1. A token
-    in front of the text (beginning of sequence) is never the answer's."""
+    """zsRE's score: the share of the answer's tokens that are the likeliest ones, 0 to 1 (that are
+    not, for an answer that is unwanted). A token in front of the text (beginning of sequence) is
+    never the answer's."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ def score(
         nll, tokens = found[row]
         other_nll = found[other][0] if other else None
         preferred = None if other_nll is None else nll < other_nll
-        scores.append(Score(query, nll, other_nll, preferred, tokens == 1, tokens))
+        strict, share = (tokens < 1, 1 - tokens) if query.unwanted else (tokens == 1, tokens)
+        scores.append(Score(query, nll, other_nll, preferred, strict, share))
     return scores
 
 

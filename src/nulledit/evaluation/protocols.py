@@ -21,7 +21,11 @@ Kind = Literal[
     "portability",
     "efficacy_distracted",
     "specificity_distracted",
+    "forgotten",
+    "forgotten_paraphrases",
 ]
+FORGOTTEN: tuple[Kind, ...] = ("forgotten", "forgotten_paraphrases")
+"""Asked of facts to forget, in the place of efficacy and generalization: right is not to say it."""
 KINDS: tuple[Kind, ...] = ("efficacy", "generalization", "specificity")
 MORE_KINDS: tuple[Kind, ...] = ("portability", "efficacy_distracted", "specificity_distracted")
 """Only measured where facts have such prompts, or on request."""
@@ -36,13 +40,19 @@ class Query:
     """The fact that is asked about."""
     kind: Kind
     """efficacy: the fact's own prompt; generalization: a paraphrase; specificity: a neighbour;
-    portability: what follows from the fact; distracted: behind another text."""
+    portability: what follows from the fact; distracted: behind another text; forgotten: the own
+    prompt, or the paraphrases, of a fact to forget."""
     prompt: str
     """Full text, no slot."""
     answer: str
-    """What should follow."""
+    """What should follow; of the forgotten kinds, what should not."""
     other: str | None
     """What should be less likely than `answer`; None where no such answer is known."""
+
+    @property
+    def unwanted(self) -> bool:
+        """Whether `answer` is what should not be said."""
+        return self.kind in FORGOTTEN
 
 
 def queries_of(
@@ -55,11 +65,27 @@ def queries_of(
     nothing to stand against, and neighbours without an answer are left out. What follows from the
     fact stands against nothing.
 
+    Of a fact to forget, the answer that should be gone is asked for, on the fact's own prompt and
+    on its paraphrases, and neighbours' answers stand against nothing.
+
     `distract` asks again behind a text: the fact's own prompt behind one of `texts` (by default
     sentences of the text that comes with the package) that has nothing to do with it, and its
-    neighbours' behind the edited statement, as CounterFact+ (arXiv:2305.17553) does.
+    neighbours' behind the edited statement, as CounterFact+ (arXiv:2305.17553) does. Facts to
+    forget have no statement, so they are not asked again.
     """
     prompt = fact.render(fact.prompt)
+    if fact.forget:
+        return (
+            Query(fact.id, "forgotten", prompt, fact.target, None),
+            *(
+                Query(fact.id, "forgotten_paraphrases", text, fact.target, None)
+                for text in fact.paraphrases
+            ),
+            *(
+                Query(fact.id, "specificity", text, answer, None)
+                for text, answer in _answered(fact.neighbours)
+            ),
+        )
     queries = [
         Query(fact.id, "efficacy", prompt, fact.target, fact.old_answer),
         *(

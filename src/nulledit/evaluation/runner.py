@@ -43,7 +43,8 @@ class Evaluation:
     perplexity: Perplexity | None
     """Of the given windows; None if there were none."""
     says_target: dict[str, bool] = field(default_factory=dict)
-    """Fact id -> the judge's word on the answer; empty if not asked for."""
+    """Fact id -> the judge's word on the answer; empty if not asked for. Facts to forget have
+    nothing to say and are left out."""
     writing: Writing | None = None
     """Longer texts; None if not asked for."""
 
@@ -203,7 +204,7 @@ def _judged(facts: Sequence[Fact], answers: Mapping[str, str], judge: Judge) -> 
     return {
         fact.id: bool(judge(fact.render(fact.prompt), answers[fact.id], fact.target))
         for fact in facts
-        if fact.id in answers
+        if fact.id in answers and not fact.forget
     }
 
 

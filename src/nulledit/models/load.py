@@ -18,9 +18,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
 from nulledit.errors import ModelError
 from nulledit.files import replacing_folder, write_text
+from nulledit.reading import MAX_DOCUMENT, one_line, parse_json, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,11 @@ EMBEDDED = {
     )
 }
 SOURCE_FILE = "nulledit-source.json"
+INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_FILE = "adapter_config.json"
+MAX_JSON = 256 * 2**20
+"""Bytes of a JSON file of a model; the largest, tokenizers of 256,000 pieces, have 35 million."""
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def cache_folder() -> Path:
@@ -71,7 +78,8 @@ def load_model(
 
     `name`: the embedded model's name, a local folder or a Hub id. `dtype`: "float32", "bfloat16",
     "float16" or a torch dtype; left out, the checkpoint's own. `device`: a torch device, or "auto"
-    to let accelerate place the parts. Raises ModelError if there is no such model.
+    to let accelerate place the parts. Weights are read from safetensors only: a pickle can run any
+    code. Raises ModelError if there is no such model.
     """
     source = str(embedded_folder(name)) if name in EMBEDDED and _gguf_of(name) else name
     if name in EMBEDDED and source == name:
@@ -79,22 +87,20 @@ def load_model(
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     placing = {"device_map": "auto"} if device == "auto" else {}
     try:
+        if Path(source).is_dir():
+            _check_folder(Path(source), name)
         config = AutoConfig.from_pretrained(source, **options)
         if config.is_encoder_decoder or config.model_type in ("bert", "roberta", "distilbert"):
             raise ModelError(f"{name}: {config.model_type} is no decoder-only language model")
+        _check_weights(source, name, revision, getattr(config, "transformers_weights", None))
         model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=_dtype(dtype), **options, **placing
+            source, dtype=_dtype(dtype), use_safetensors=True, **options, **placing
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except ModelError:
+    except (ModelError, torch.OutOfMemoryError, MemoryError):
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        hint = f"; install it with: {EMBEDDED[name].install}" if name in EMBEDDED else ""
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(
-            f"can't load a causal language model from {name!r}: expected one of "
-            f"{', '.join(EMBEDDED)}, a local model folder or a Hub id{hint} ({reason})"
-        ) from error
+    except Exception as error:  # transformers raises many kinds for a folder that is no model
+        raise _not_loaded(name, error) from error
     if device is not None and device != "auto":
         try:
             model.to(torch.device(device))  # type: ignore[arg-type]
@@ -103,6 +109,89 @@ def load_model(
                 f"can't use device {str(device)!r}: {str(error).splitlines()[0]}"
             ) from error
     return model.eval(), tokenizer
+
+
+def _not_loaded(name: str, error: Exception) -> ModelError:
+    """What transformers said, as a line for users of nulledit."""
+    said = " ".join(str(error).split())
+    if "use_safetensors" in said:
+        return ModelError(f"{name}: has no weights in safetensors. {_NO_PICKLE}")
+    if "trust_remote_code" in said:
+        return ModelError(
+            f"{name}: comes with code of its own, which is not run unless you ask for it: read the "
+            "code, then give --trust-remote-code"
+        )
+    hint = f"; install it with: {EMBEDDED[name].install}" if name in EMBEDDED else ""
+    return ModelError(
+        f"can't load a causal language model from {name!r}: expected one of "
+        f"{', '.join(EMBEDDED)}, a local model folder or a Hub id{hint} ({said[:200]})"
+    )
+
+
+_NO_PICKLE = (
+    "Other formats are pickles, which can run any code when they are read: load the model where "
+    "you trust it and save it by save_pretrained"
+)
+
+
+def _check_folder(folder: Path, name: str) -> None:
+    """Refuse an adapter, and files that would not end, before anything is read."""
+    for file in sorted(folder.glob("*.json")):
+        if not (file.is_file() and file.stat().st_size <= MAX_JSON):
+            raise ModelError(f"{file}: expected a file of at most {MAX_JSON} bytes")
+    if (folder / ADAPTER_FILE).exists():
+        raise _is_adapter(name)
+
+
+def _check_weights(source: str, name: str, revision: str | None, given: object) -> None:
+    """Refuse weights that are a pickle, and a list of weights that leads to one or out of here.
+
+    `given`: the file of weights that the configuration names, which goes before all others.
+    """
+    if Path(source).is_dir():
+        files = sorted(Path(source).iterdir())
+        if not any(file.suffix == ".safetensors" for file in files):
+            found = [file.name for file in files if file.suffix in PICKLES]
+            told = f", only {', '.join(found[:3])}" if found else ""
+            raise ModelError(f"{name}: has no weights in safetensors{told}. {_NO_PICKLE}")
+    elif _file_of(source, ADAPTER_FILE, revision):
+        raise _is_adapter(name)
+    listed: list[object] = [] if given is None else [given]
+    for index in {INDEX_FILE, given if isinstance(given, str) else INDEX_FILE}:
+        file = _file_of(source, index, revision) if index.endswith(".index.json") else None
+        if file is not None:
+            text = read_text(file, most=MAX_DOCUMENT, error=ModelError, what="list of weights")
+            found = parse_json(text, source=str(file), error=ModelError)
+            weights = found.get("weight_map") if isinstance(found, dict) else None
+            if not isinstance(weights, dict):
+                raise ModelError(f"{file}: expected names of weights and of their files")
+            listed += weights.values()
+    for entry in listed:
+        ours = isinstance(entry, str) and Path(entry).name == entry and "\\" not in entry
+        if not ours or not str(entry).endswith((".safetensors", ".safetensors.index.json")):
+            raise ModelError(
+                one_line(
+                    f"{name}: names {entry!r} as a file of its weights; expected a .safetensors "
+                    f"file beside it. {_NO_PICKLE}"
+                )
+            )
+
+
+def _is_adapter(name: str) -> ModelError:
+    return ModelError(
+        f"{name}: is an adapter ({ADAPTER_FILE}); give its base, or merge it into the base first"
+    )
+
+
+def _file_of(source: str, file: str, revision: str | None) -> Path | None:
+    """A file of a local folder or of a Hub repository; None if there is none."""
+    if Path(source).is_dir():
+        return Path(source) / file if (Path(source) / file).exists() else None
+    try:
+        found = cached_file(source, file, revision=revision)
+    except (OSError, ValueError):  # no such file, no network, no such repository
+        return None
+    return Path(found) if found else None
 
 
 def embedded_folder(name: str) -> Path:
@@ -158,7 +247,7 @@ def _intact(folder: Path, source_sha256: str) -> bool:
         return manifest["source_sha256"] == source_sha256 and all(
             sha256_of(folder / file) == digest for file, digest in manifest["weights"].items()
         )
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 

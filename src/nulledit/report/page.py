@@ -28,8 +28,9 @@ def report_page(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) 
     parts = [
         "# Edited facts",
         f"In the model: {count(summary['facts'], 'fact')} of {count(summary['batches'], 'batch')}. "
-        f"Base: {markdown(base['model'] or 'a model in memory')} ({base['dtype']}, weights "
-        f"{base['hash'][:12]}); state {summary['state'][:12]}; nulledit {summary['version']}. "
+        f"Base: {markdown(base['model'] or 'a model in memory')} "
+        f"({markdown(base['dtype'])}, weights {markdown(base['hash'][:12])}); "
+        f"state {markdown(summary['state'][:12])}; nulledit {markdown(summary['version'])}. "
         "The settings are in `recipe.yaml`, every fact in `results.jsonl`.",
     ]
     for run in reversed(summary["runs"]):
@@ -126,8 +127,8 @@ def _run(run: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], *, last: bo
     which = f"batches {first} to {final}" if final > first else f"batch {first}"
     parts = [
         f"## Run {run['run']}: {count(run['facts'], 'fact')}, {which if final else 'no new batch'}",
-        f"{run['time']}. Seconds: "
-        + ", ".join(f"{stage} {spent:.1f}" for stage, spent in run["seconds"].items())
+        f"{markdown(run['time'])}. Seconds: "
+        + ", ".join(f"{markdown(stage)} {spent:.1f}" for stage, spent in run["seconds"].items())
         + ".",
     ]
     if run["known"]:
@@ -139,7 +140,7 @@ def _run(run: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], *, last: bo
         parts.append(
             "Mean over facts ± standard error, n facts. By preference: the answer is likelier than "
             "the other one. Strict: every token of it is the likeliest. Perplexity on "
-            f"{markdown(run['text'])}."
+            f"{markdown(run['text'] or ABSENT)}."
         )
         if last:
             parts.append(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -10,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import nulledit
-from nulledit.errors import LedgerError
+from nulledit.errors import ReportError
+from nulledit.reading import MAX_DOCUMENT, MAX_LINES, check_values, parse_json, read_text
+from nulledit.report.checks import is_environment, is_line, is_summary
 from nulledit.report.figures import figure_of
 from nulledit.report.images import as_png, as_svg
 from nulledit.report.page import report_page
@@ -83,22 +84,44 @@ def fact_line(
 
 
 def read_lines(folder: Path) -> list[dict[str, Any]]:
-    """The lines of `results.jsonl`, none if there is no such file."""
+    """The lines of `results.jsonl`, none if there is no such file; ReportError for others."""
     file = folder / "results.jsonl"
-    try:
-        text = file.read_text(encoding="utf-8") if file.is_file() else ""
-        return [json.loads(line) for line in text.split("\n") if line]
-    except ValueError as error:
-        raise LedgerError(f"{file}: a line is not JSON ({error}); move the file away") from error
+    if not file.exists():
+        return []
+    text = read_text(file, most=MAX_LINES, error=ReportError)
+    check_values(text, source=str(file), error=ReportError)
+    lines = []
+    for number, raw in enumerate(text.split("\n"), 1):  # U+2028 may stand in a JSON text
+        if raw:
+            where = f"{file}: line {number}"
+            line = parse_json(raw, source=where, error=ReportError)
+            if not is_line(line):
+                raise ReportError(f"{where}: no result of a fact; {_WAY_OUT}")
+            lines.append(line)
+    return lines
 
 
 def read_json(folder: Path, name: str, default: Any) -> Any:
-    """The content of a JSON file in the folder, or `default` if there is none."""
+    """The content of a JSON file in the folder, or `default` if there is none.
+
+    ReportError if it is too large, not JSON, or not what `write_run` writes under this name.
+    """
     file = folder / name
-    try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else default
-    except ValueError as error:
-        raise LedgerError(f"{file}: not JSON ({error}); move the file away") from error
+    if not file.exists():
+        return default
+    text = read_text(file, most=MAX_DOCUMENT, error=ReportError)
+    found = parse_json(text, source=str(file), error=ReportError)
+    about = _KNOWN.get(name)
+    if about and not about[0](found):
+        raise ReportError(f"{file}: not {about[1]}; {_WAY_OUT}")
+    return found
+
+
+_KNOWN = {
+    "summary.json": (is_summary, "the summary of a run"),
+    "environment.json": (is_environment, "a run's environments"),
+}
+_WAY_OUT = "move the file away, or edit again into a new folder"
 
 
 def write_run(

@@ -46,9 +46,8 @@ def percent(rate: Mapping[str, Any] | None) -> str:
     """A rate with its standard error, in percent; what the data lacks is absent."""
     if not rate or not rate["n"]:
         return ABSENT
-    return _plus_minus(
-        100 * rate["mean"], rate["standard_error"] and 100 * rate["standard_error"], 1
-    )
+    mean, error = rate["mean"], rate["standard_error"]
+    return _plus_minus(None if mean is None else 100 * mean, error and 100 * error, 1)
 
 
 def number(value: float | None) -> str:

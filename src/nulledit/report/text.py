@@ -5,20 +5,29 @@ from __future__ import annotations
 import re
 import unicodedata
 
+MARKS = 4  # characters in a column, at most
 _NAMED = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
 # Joiners that Indic scripts, Persian and emoji need; other format characters can reorder a line.
 _HARMLESS = "\u200c\u200d"
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~&!])")
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~&!$]|:(?=//)|(?<=www)\.)", re.IGNORECASE)
+# What begins a list, a heading or a rule.
+_MARK = re.compile(r"([-+=](?=[-+=\s]|$)|\d{1,9}[.)](?=\s|$))")
 
 
 def plain(text: object) -> str:
     """`text` on one line; control and direction characters are written out (`\\x1b`, `\\u202e`)."""
-    return "".join(_visible(c) for c in str(text))
+    said = str(text)
+    return said if said.isprintable() else "".join(map(_visible, said))
 
 
 def markdown(text: object) -> str:
-    """`plain` text in which nothing has a meaning in Markdown, for cells and list items."""
-    return _MARKDOWN.sub(r"\\\1", plain(text))
+    """`plain` text in which nothing has a meaning in Markdown: paragraphs, cells and list items.
+
+    Nor in GitHub's, where addresses become links and dollars formulas.
+    """
+    shown = _MARKDOWN.sub(r"\\\1", plain(text).lstrip())
+    mark = _MARK.match(shown)
+    return shown if mark is None else f"{shown[: mark.end(1) - 1]}\\{shown[mark.end(1) - 1 :]}"
 
 
 def count(n: int, noun: str) -> str:
@@ -28,17 +37,20 @@ def count(n: int, noun: str) -> str:
 
 def width(text: str) -> int:
     """Columns that `text` takes in a terminal: two for wide characters, none for combining ones."""
-    return sum(_columns(c) for c in text)
+    return len(text) if text.isascii() else sum(map(_columns, text))
 
 
 def shorten(text: str, most: int) -> str:
-    """`text` cut to `most` columns, with an ellipsis where something is left out."""
-    if width(text) <= most:
+    """`text` cut to `most` columns, with an ellipsis where something is left out.
+
+    A column has room for a few marks that take none: combining ones pile up without an end.
+    """
+    if len(text) <= MARKS * most and width(text) <= most:
         return text
     kept, taken = "", 0
     for c in text:
         taken += _columns(c)
-        if taken > most - 1:
+        if taken > most - 1 or len(kept) >= MARKS * most:
             break
         kept += c
     return kept.rstrip() + "…"
@@ -50,6 +62,8 @@ def _visible(c: str) -> str:
     kind = unicodedata.category(c)
     if kind in ("Cc", "Cs", "Zl", "Zp") or (kind == "Cf" and c not in _HARMLESS):
         point = ord(c)
+        if point > 0xFFFF:
+            return f"\\U{point:08x}"
         return f"\\x{point:02x}" if point < 256 else f"\\u{point:04x}"
     return c
 

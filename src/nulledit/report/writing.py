@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,20 @@ def write(file: Path, content: str | bytes) -> None:
         partial.write_bytes(raw)
 
 
+# What JSON itself leaves as it is and a terminal may obey: C1 codes, directions, invisible tags.
+_STEERING = re.compile(
+    "[\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff"
+    "\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+
+
 def as_json(value: Any, *, indent: int | None = 2) -> str:
-    """JSON text in one document or line; numbers that are not finite are null."""
-    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+    """JSON text in one document or line; numbers that are not finite are null.
+
+    It can be shown on a terminal: characters that would steer it are escaped, as JSON allows.
+    """
+    text = json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return _STEERING.sub(lambda found: json.dumps(found.group())[1:-1], text) + "\n"
 
 
 def _finite(value: Any) -> Any:

@@ -14,6 +14,7 @@ from nulledit.report.run import environment
 from nulledit.report.study import Study, read_study, write_study
 from nulledit.studies.behaviour import CAPABILITY, CATEGORIES, DRIFT
 from nulledit.studies.building import StudySpec
+from nulledit.studies.collapse import COLLAPSE
 from nulledit.studies.instead import INSTEAD
 from nulledit.studies.lab import Lab
 from nulledit.studies.one_batch import CORPUS, PRESERVATION, THRESHOLD
@@ -35,6 +36,7 @@ STUDIES: Mapping[str, StudySpec] = {
         SCALE,
         ORDER,
         INSTEAD,
+        COLLAPSE,
     )
 }
 

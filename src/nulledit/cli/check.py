@@ -1,0 +1,107 @@
+"""`nulledit check`: a run against limits; exit code 1 if one is broken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from nulledit.cli.common import (
+    Bars,
+    device_option,
+    emit,
+    output_options,
+    prepare,
+    say,
+    trust_option,
+)
+from nulledit.errors import CheckFailed
+
+if TYPE_CHECKING:
+    from nulledit.gates.measure import GateReport, Row
+    from nulledit.report.tables import Table
+
+
+@click.command(short_help="Compare a run with limits; exit 1 if one is broken.")
+@click.argument("run", metavar="RUN")
+@click.option("--limits", metavar="FILE", default="default", help="YAML.  [default: shipped ones]")
+@click.option("--text", metavar="FILE", help="For perplexity.  [default: one that comes along]")
+@click.option("--capability", metavar="DIR", help="Six tasks: sst2.jsonl and so on.")
+@device_option
+@trust_option
+@output_options
+def check(
+    run: str,
+    limits: str,
+    text: str | None,
+    capability: str | None,
+    device: str | None,
+    trust_remote_code: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Compare the edited model of a run with its base against limits in a YAML file.
+
+    Exit code 0 if all hold, 1 if one does not. Only what the limits ask for is measured. A limit
+    that can't be measured fails, unless the file calls it optional. docs/gates.md names the limits.
+
+    \b
+    $ nulledit check run
+    $ nulledit check run --limits release.yaml --text wiki.txt --capability tasks
+    """
+    from nulledit.gates.limits import load_limits
+
+    asked = load_limits(limits)
+    prepare(quiet=quiet)
+    from nulledit.cli.measure import load_run, windows_of
+    from nulledit.gates.measure import check as measure
+    from nulledit.report.tables import as_text
+
+    editor = load_run(run, device, quiet=quiet, trust_remote_code=trust_remote_code)
+    windows = None
+    if asked.needs("text"):
+        found = windows_of(editor.encoder, text)
+        windows = found.windows
+        say(f"Perplexity on {found.name}", quiet=quiet)
+    with Bars(quiet=quiet) as bars:
+        report = measure(editor, asked, windows=windows, tasks=capability, progress=bars)
+    if as_json:
+        emit({"run_folder": run, **report.to_dict()})
+    else:
+        click.echo(as_text(gate_table(report), left=2, most=90))
+    refuse(report, run)
+
+
+def gate_table(report: GateReport) -> Table:
+    """One row per limit: whether it holds, what was found, what is allowed; two columns at left."""
+    head = ["limit", "", "found (%)", "n", "allowed (%)", ""]
+    rows: list[Sequence[str]] = [
+        [row.name, row.verdict, _found(row), _count(row), _allowed(row), row.note]
+        for row in report.rows
+    ]
+    return head, rows
+
+
+def refuse(report: GateReport, name: str) -> None:
+    """CheckFailed, with the names of the limits that `name` breaks, if it breaks one."""
+    if report.passed:
+        return
+    broken = ", ".join(report.failed)
+    raise CheckFailed(f"{name}: {len(report.failed)} of {len(report.rows)} limits failed: {broken}")
+
+
+def _found(row: Row) -> str:
+    if row.found is None:
+        return "not measured" if row.verdict == "FAILED" else ""
+    shown = f"{row.found:.1f}"
+    return shown if row.error is None else f"{shown} ± {row.error:.1f}"
+
+
+def _count(row: Row) -> str:
+    return "" if row.n is None else f"{row.n} {row.over}"
+
+
+def _allowed(row: Row) -> str:
+    sign = "≥" if row.side == "at_least" else "≤"
+    return f"{sign} {row.limit:g}" + (" at 95 %" if row.confident else "")

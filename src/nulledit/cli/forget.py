@@ -1,0 +1,191 @@
+"""`nulledit forget`: suppress answers in a run's model, with nothing in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import click
+
+from nulledit.cli.common import (
+    Bars,
+    Sectioned,
+    conflict_option,
+    device_option,
+    emit,
+    output_options,
+    prepare,
+    say,
+    trust_option,
+)
+from nulledit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from nulledit.data.facts import Fact
+    from nulledit.editor import Editor
+    from nulledit.evaluation.forgetting import Recall
+    from nulledit.report.tables import Table
+
+
+class _Forget(Sectioned):
+    sections: ClassVar[Mapping[str, Sequence[str]]] = {
+        "One fact": ("subject", "prompt", "target"),
+        "Facts of a file": ("old_answers", "skip", "limit", "on_conflict"),
+        "Model": ("device", "trust_remote_code"),
+    }
+
+
+@click.command(cls=_Forget, short_help="Suppress answers, with nothing in their place.")
+@click.argument("run", metavar="RUN")
+@click.argument("facts", metavar="[FACTS]", required=False)
+@click.option("--subject", metavar="TEXT", help="What the fact is about.")
+@click.option("--prompt", metavar="TEXT", help="Text that the answer follows, with the subject.")
+@click.option("--target", metavar="TEXT", help="The answer to forget.  [default: what it says now]")
+@click.option("--old-answers", is_flag=True, help="Forget each fact's old_answer, not its target.")
+@click.option("--skip", metavar="N", type=click.IntRange(0), default=0, help="Leave out the first.")
+@click.option("--limit", metavar="N", type=click.IntRange(1), help="Take so many.  [default: all]")
+@conflict_option
+@click.option(
+    "--tokens",
+    metavar="N",
+    type=click.IntRange(1),
+    default=20,
+    show_default=True,
+    help="Length of the texts in which the answer is looked for.",
+)
+@device_option
+@trust_option
+@output_options
+def forget(run: str, facts: str | None, as_json: bool, quiet: bool, **given: Any) -> None:
+    """Have the model of a run answer as if it did not know the subject.
+
+    Either FACTS, a file as for `edit` whose targets are the answers to forget, or one fact by
+    --subject and --prompt. It is an edit like any other: in the ledger, undone by `undo`, replaced
+    when the same question is edited, and in the place of an earlier edit of it.
+
+    A leak is the answer in what the model then says by itself, behind the fact's prompt or its
+    paraphrases. docs/forget.md says what to expect: other wordings of a question often still find
+    the answer. It is no protection of data.
+
+    \b
+    $ nulledit forget run --subject France --prompt "The capital of France is the city of"
+    $ nulledit forget run facts.yaml --old-answers
+    """
+    _check(facts, given)
+    chosen = _read(facts, given, quiet=quiet) if facts else []
+    prepare(quiet=quiet)
+    from pathlib import Path
+
+    from nulledit.cli.measure import check_lengths, load_run
+    from nulledit.evaluation.forgetting import recall_of, summary
+    from nulledit.report.tables import as_text
+
+    editor = load_run(
+        run, given["device"], quiet=quiet, trust_remote_code=given["trust_remote_code"]
+    )
+    asked = chosen or [_one(editor, given)]
+    check_lengths(editor, asked)
+    with Bars(quiet=quiet, prefix="before: ") as bars:
+        before = recall_of(editor, asked, tokens=given["tokens"], progress=_texts(bars))
+    with Bars(quiet=quiet) as bars:
+        report = editor.edit(asked, progress=bars)
+    editor.save_model(Path(run) / "model")
+    for notice in report.notices:
+        say(f"Note: {notice}", quiet=quiet)
+    with Bars(quiet=quiet, prefix="after: ") as bars:
+        after = recall_of(editor, asked, tokens=given["tokens"], progress=_texts(bars))
+    sides = {"before": before, "after": after}
+    if as_json:
+        from dataclasses import asdict
+
+        plain = {s: {"summary": summary(r), "facts": [*map(asdict, r)]} for s, r in sides.items()}
+        emit({"run_folder": run, **plain, "notices": list(report.notices)})
+        return
+    click.echo(as_text(_answers(before, after), left=4, most=44))
+    click.echo("\n" + as_text(_rates({side: summary(r) for side, r in sides.items()})))
+
+
+def _check(facts: str | None, given: Mapping[str, Any]) -> None:
+    """One fact or a file of them, and the options of that one."""
+    of_one = [f"--{name}" for name in ("subject", "prompt", "target") if given[name] is not None]
+    if facts:
+        if of_one:
+            raise ConfigError(f"{', '.join(of_one)} can't be given with FACTS ({facts})")
+        return
+    if given["subject"] is None or given["prompt"] is None:
+        raise ConfigError("give FACTS, or --subject and --prompt of one fact")
+    of_file = {"--old-answers": "old_answers", "--skip": "skip", "--limit": "limit"}
+    if named := [flag for flag, name in of_file.items() if given[name]]:
+        raise ConfigError(f"{', '.join(named)} can't be given without FACTS")
+
+
+def _read(file: str, given: Mapping[str, Any], *, quiet: bool) -> list[Fact]:
+    """The facts of `file`, to be forgotten."""
+    from nulledit.data.facts import quote
+    from nulledit.data.readers import read_facts
+    from nulledit.errors import FactError
+
+    read = read_facts(
+        file, skip=given["skip"], limit=given["limit"], on_conflict=given["on_conflict"]
+    )
+    for notice in read.notices:
+        say(f"Note: {notice}", quiet=quiet)
+    for fact in read.facts:
+        if given["old_answers"] and fact.old_answer is None:
+            raise FactError(f"{file}: fact {quote(fact.id)} has no old_answer to forget")
+    return [f.forgotten(f.old_answer if given["old_answers"] else None) for f in read.facts]
+
+
+def _one(editor: Editor, given: Mapping[str, Any]) -> Fact:
+    """The fact of the options; its answer is found if it was not given."""
+    from nulledit.data.facts import Fact
+    from nulledit.evaluation.forgetting import find_answer
+
+    subject, prompt, target = given["subject"], given["prompt"], given["target"]
+    if target is None:
+        target = find_answer(editor, subject, prompt)
+    return Fact(subject=subject, prompt=prompt, target=target, forget=True)
+
+
+def _texts(bars: Bars) -> Any:
+    return lambda done, total: bars("texts", done, total)
+
+
+def _answers(before: Sequence[Recall], after: Sequence[Recall]) -> Table:
+    """What was said of each fact, and what is."""
+    rows: list[Sequence[str]] = [
+        [
+            old.own.prompt,
+            old.answer,
+            old.own.says,
+            new.own.says,
+            f"{old.own.chance:.3f} → {new.own.chance:.3f}",
+            "yes" if new.own.leaks else "no",
+            _leaks(old, new),
+        ]
+        for old, new in zip(before, after, strict=True)
+    ]
+    head = ["prompt", "old answer", "said", "says", "p(old answer)", "leaks", "in paraphrases"]
+    return head, rows
+
+
+def _leaks(old: Recall, new: Recall) -> str:
+    """How many paraphrases leak, before and after."""
+    if not new.paraphrases:
+        return "absent"
+    count = [sum(said.leaks for said in recall.paraphrases) for recall in (old, new)]
+    return f"{count[0]} → {count[1]} of {len(new.paraphrases)}"
+
+
+def _rates(sides: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Rates over facts, before and after."""
+    from nulledit.report.tables import number, percent
+
+    labels = {"leaks": "answer leaks (%)", "leaks_in_paraphrases": "in paraphrases (%)"}
+    rows: list[Sequence[str]] = [
+        [label, *(percent(side[name]) for side in sides.values())] for name, label in labels.items()
+    ]
+    for name, label in {"chance": "p(old answer)", "entropy": "entropy of texts (bits)"}.items():
+        rates = [side[name] for side in sides.values()]
+        rows.append([label, *(number(rate["mean"] if rate else None) for rate in rates)])
+    return ["", *sides], rows

@@ -1,0 +1,67 @@
+"""`nulledit log` and `nulledit show`: what a run's ledger tells, without loading its model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from nulledit.cli.common import echo, emit, output_options, prepare
+
+if TYPE_CHECKING:
+    from nulledit.ledger.entries import History
+
+
+@click.command(short_help="What happened to the model, event by event.")
+@click.argument("run", metavar="RUN")
+@click.option("--limit", metavar="N", type=click.IntRange(1), help="Only the last ones.")
+@output_options
+def log(run: str, limit: int | None, as_json: bool, quiet: bool) -> None:
+    """Every event in the ledger of RUN, oldest first: what came in, what went out, and when.
+
+    RUN@N, in `nulledit diff`, is the model behind event N.
+
+    \b
+    $ nulledit log run
+    """
+    history = _history(run, quiet)
+    from nulledit.report.ledger import events_of, log_table
+    from nulledit.report.tables import as_text
+
+    events = events_of(history)[-(limit or 0) :]
+    if as_json:
+        emit({"run": run, "base": history.base.model, "state": history.state_id, "events": events})
+    else:
+        echo(as_text(log_table(events), left=5))
+
+
+@click.command(short_help="One fact of a run, or all that are in the model.")
+@click.argument("run", metavar="RUN")
+@click.argument("id_", metavar="[ID]", required=False)
+@output_options
+def show(run: str, id_: str | None, as_json: bool, quiet: bool) -> None:
+    """What RUN's ledger knows of the fact ID; without it, the facts in the model.
+
+    \b
+    $ nulledit show run
+    $ nulledit show run capital-of-france
+    """
+    history = _history(run, quiet)
+    from nulledit.report.ledger import facts_table, story_of, story_text
+    from nulledit.report.tables import as_text
+
+    if id_ is not None:
+        story = story_of(history, id_)
+        return emit({"run": run, **story}) if as_json else echo(story_text(story))
+    if as_json:
+        facts = [{**c.fact.to_dict(), "batch": c.batch} for c in history.present]
+        return emit({"run": run, "facts": facts})
+    return echo(as_text(facts_table(history), left=3))
+
+
+def _history(run: str, quiet: bool) -> History:
+    prepare(quiet=quiet)
+    from nulledit.ledger.store import Store
+
+    return Store(Path(run) / "ledger").load()

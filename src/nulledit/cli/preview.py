@@ -1,0 +1,192 @@
+"""`nulledit preview`: what a change would do, written nowhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nulledit.cli.common import (
+    Bars,
+    conflict_option,
+    device_option,
+    echo,
+    emit,
+    output_options,
+    prepare,
+    say,
+    trust_option,
+)
+from nulledit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from nulledit.data.facts import Fact
+    from nulledit.editor import Editor
+    from nulledit.evaluation.runner import Evaluation
+    from nulledit.ledger.weights import LayerReport
+    from nulledit.report.tables import Table
+
+HELD = 20  # facts in the model that are asked again
+
+
+@click.command(short_help="What an edit or an undo would change; writes nothing.")
+@click.argument("run", metavar="RUN|MODEL")
+@click.argument("facts", metavar="[FACTS]", required=False)
+@click.option(
+    "--undo", "undone", multiple=True, metavar="ID", help="Take this fact out; repeatable."
+)
+@click.option("--limit", metavar="N", type=click.IntRange(1), help="Take so many records.")
+@click.option("--text", metavar="FILE", help="For perplexity.  [default: one that comes along]")
+@conflict_option
+@device_option
+@trust_option
+@output_options
+def preview(
+    run: str,
+    facts: str | None,
+    undone: tuple[str, ...],
+    limit: int | None,
+    text: str | None,
+    on_conflict: str,
+    **given: Any,
+) -> None:
+    """Edit RUN in memory and show what would change: the facts, their neighbours, facts that are in
+    the model already, perplexity and norms. Nothing is written.
+
+    A model's name in the place of RUN previews the first edit of a run, with the model's recipe.
+
+    \b
+    $ nulledit preview run more.yaml
+    $ nulledit preview run --undo capital-of-france
+    """
+    if not facts and not undone:
+        raise ConfigError("give FACTS to edit, or --undo ID")
+    from nulledit.data.readers import read_facts
+
+    options: dict[str, Any] = {"limit": limit, "on_conflict": on_conflict}
+    found = read_facts(facts, **options) if facts else None
+    prepare(quiet=given["quiet"])
+    from nulledit.cli.measure import check_lengths, read_text
+    from nulledit.evaluation.runner import evaluate
+    from nulledit.report.tables import as_text, rates_table
+
+    quiet = given["quiet"]
+    editor = _editor(run, given)
+    new: list[Fact] = list(found.facts) if found else []
+    check_lengths(editor, new)
+    windows = read_text(editor, text)
+    gone = [f for f in editor.facts if f.id in undone]
+    asked = [*new, *gone]
+    keys = {f.key for f in asked}
+    held = [f for f in editor.facts if f.key not in keys][-HELD:]
+
+    def measure(name: str) -> tuple[Evaluation, Evaluation | None]:
+        with Bars(quiet=quiet, prefix=f"{name}: ") as bars:
+            mine = evaluate(editor, asked, windows=windows.windows, progress=bars)
+            others = evaluate(editor, held, generate=False, progress=bars) if held else None
+        return mine, others
+
+    before, layers = measure("before"), editor.weights.reports()
+    notices: list[str] = []
+    with editor.trial(writing=False), Bars(quiet=quiet) as bars:
+        if undone:
+            notices += editor.undo(*undone).notices
+        if new:
+            notices += editor.edit(new, progress=bars).notices
+        after, would_be = measure("after"), editor.weights.reports()
+    for notice in notices:
+        say(f"Note: {notice}", quiet=quiet)
+    sides = {"before": before[0].summary(), "after": after[0].summary()}
+    others = {
+        name: e.summary()
+        for name, e in (("before", before[1]), ("after", after[1]))
+        if e is not None
+    }
+    if given["as_json"]:
+        return emit(
+            {
+                "run": run,
+                "asked": sides,
+                "held": others,
+                "answers": [
+                    {
+                        "id": f.id,
+                        "prompt": f.render(f.prompt),
+                        "target": f.target,
+                        "before": before[0].answers.get(f.id),
+                        "after": after[0].answers.get(f.id),
+                    }
+                    for f in asked
+                ],
+                "layers": {
+                    "before": [vars(r) for r in layers],
+                    "after": [vars(r) for r in would_be],
+                },
+                "notices": notices,
+            }
+        )
+    parts = [as_text(_answers(asked, before[0], after[0]), left=4, most=40)]
+    parts.append(as_text(rates_table(sides)))
+    if others:
+        parts.append(f"The last {len(held)} facts in the model:")
+        parts.append(as_text(_held_table(others)))
+    parts.append(as_text(_norms(layers, would_be)))
+    parts.append(f"Perplexity is on {windows.name}. Nothing was written.")
+    return echo("\n\n".join(parts))
+
+
+def _editor(run: str, given: dict[str, Any]) -> Editor:
+    from nulledit.cli.measure import load_run
+    from nulledit.editor import Editor
+
+    trust, quiet = given["trust_remote_code"], given["quiet"]
+    if (Path(run) / "ledger").is_dir() or (
+        Path(run).is_dir() and not (Path(run) / "config.json").is_file()
+    ):
+        return load_run(run, given["device"], quiet=quiet, trust_remote_code=trust)
+    say(f"Loading {run}", quiet=quiet)
+    return Editor.from_pretrained(run, device=given["device"], trust_remote_code=trust)
+
+
+def _answers(facts: Sequence[Fact], before: Evaluation, after: Evaluation) -> Table:
+    from nulledit.report.ledger import answer_of
+
+    rows: list[Sequence[str]] = [
+        [
+            f.render(f.prompt),
+            answer_of(f),
+            before.answers.get(f.id, ""),
+            after.answers.get(f.id, ""),
+        ]
+        for f in facts
+    ]
+    return ["prompt", "target", "before", "after"], rows
+
+
+def _held_table(sides: dict[str, dict[str, Any]]) -> Table:
+    from nulledit.report.tables import rates_table
+
+    head, rows = rates_table(sides)
+    measured = [row for row in rows if any(cell[:1].isdigit() for cell in row[1:])]
+    return head, measured
+
+
+def _norms(before: Sequence[LayerReport], after: Sequence[LayerReport]) -> Table:
+    from nulledit.report.tables import number
+
+    then = {r.layer: r for r in before}
+    rows: list[Sequence[str]] = []
+    for now in after:
+        old = then.get(now.layer)
+        rows.append(
+            [
+                str(now.layer),
+                number(old.update_share if old else 0.0),
+                number(now.update_share),
+                number(100 * (old.room if old else 1.0)),
+                number(100 * now.room),
+            ]
+        )
+    return ["layer", "‖Δ‖/‖W₀‖ before", "after", "room left before (%)", "after (%)"], rows

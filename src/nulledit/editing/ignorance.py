@@ -1,0 +1,100 @@
+"""What a model says when it does not know whom a text is about: the teacher of `forget`.
+
+The subject's embeddings drown in noise of three times their spread, as in ROME's corrupted runs
+(arXiv:2202.05262, Section 2), and the distributions of the next token are averaged over some draws.
+What is left is what the wording alone suggests: behind "The capital of France is the city of" many
+cities, none of them likely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nulledit.data.facts import Fact
+from nulledit.models.partial import PartialModel
+from nulledit.models.tokens import Row, RowEncoder, collate, fill
+
+NOISE = 3.0  # standard deviations of the text's embeddings; at 1 some subjects still show through
+DRAWS = 4  # one alone has likings of its own: for the country of the Seine, 24 % of Somalia
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A row, and how to ask the uninformed model what it would say at each of its target tokens."""
+
+    row: Row
+    """Prompt and the answer to forget, as far as it is read."""
+    hidden: slice
+    """Where the subject's tokens are."""
+
+    @property
+    def banned(self) -> tuple[int, ...]:
+        """For each target token, the one that the teacher never says; -1: none."""
+        *before, last = self.row.target_ids
+        return (*(-1 for _ in before), last)
+
+    def teacher(self, model: PartialModel) -> Tensor:
+        """Probabilities [target tokens, vocabulary] in the model as it is."""
+        told = uninformed(model, self.row, self.hidden)
+        told[-1, self.row.target_ids[-1]] = 0  # the likeliest guess may be the answer itself
+        return told / told.sum(1, keepdim=True)
+
+
+def lessons_of(
+    model: PartialModel, encoder: RowEncoder, fact: Fact, contexts: Sequence[str]
+) -> tuple[Lesson, ...]:
+    """What to learn so that `fact` is forgotten: one lesson per training prompt and context.
+
+    Each row ends with the answer's telling token ("Atlantic" in "the Atlantic Ocean"); what comes
+    behind it matters only if it is said.
+    """
+    asked = [
+        blinded(encoder, fact, prompt, context) for prompt in fact.prompts for context in contexts
+    ]
+    most = telling(model, *asked[0])
+    return tuple(Lesson(_cut(row, most), hidden) for row, hidden in asked)
+
+
+def blinded(encoder: RowEncoder, fact: Fact, prompt: str, context: str = "{}") -> tuple[Row, slice]:
+    """`prompt` with the fact's target behind it, and where in it the subject's tokens are."""
+    row = encoder.encode_template(prompt, fact.subject, context=context, target=fact.target)
+    before, after = context.split("{}", 1)
+    text, _ = fill(prompt, fact.subject)
+    start = len(before) + prompt.index("{}")
+    first = encoder.encode(before + text + after, subject_end=start + 1).subject_last
+    return row, slice(first, row.subject_last + 1)
+
+
+def telling(model: PartialModel, row: Row, hidden: slice) -> int:
+    """Place in the row's target of the token whose likelihood gains most by knowing the subject."""
+    at = range(len(row.target_ids)), row.target_ids
+    gain = uninformed(model, row, slice(0, 0))[at].log() - uninformed(model, row, hidden)[at].log()
+    return int(gain.argmax())
+
+
+@torch.no_grad()
+def uninformed(model: PartialModel, row: Row, hidden: slice) -> Tensor:
+    """Probabilities [target tokens, vocabulary] of what stands in the target's places of `row`.
+
+    The embeddings at `hidden` drown in noise; an empty slice hides nothing. The draws are the same
+    for every row, so a result does not depend on what else is asked.
+    """
+    draws = DRAWS if hidden.stop > hidden.start else 1
+    batch = collate([row.ids[:-1]] * draws, pad_id=0, device=model.device)
+    states = model.run(batch, last=-1).clone()  # embeddings
+    shape = states[:, hidden].shape
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(states)
+    states[:, hidden] += NOISE * states[0].float().std().to(states) * noise
+    normed = model.run_normed(batch, states=states, first=0)
+    logits = model.logits(normed[:, row.target_start - 1 :])
+    logits = logits.float() if logits.dtype.itemsize < 4 else logits
+    return logits.softmax(-1).mean(0)
+
+
+def _cut(row: Row, place: int) -> Row:
+    """The row up to its target's token number `place`, or to its last one."""
+    return replace(row, ids=row.ids[: row.target_start + place + 1])

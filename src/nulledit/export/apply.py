@@ -1,0 +1,186 @@
+"""A delta put on its base, and taken off again; the result is an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nulledit.editor import Editor
+from nulledit.errors import CheckFailed, LedgerError, ModelError
+from nulledit.export.delta import Manifest, read_delta, read_manifest
+from nulledit.export.factors import ordered_sum
+from nulledit.export.updates import check_shard_size, refuse_existing, write_json
+from nulledit.files import replacing_folder
+from nulledit.models.layouts import as_out_in, mlp_out, parameter_name, write_weight
+from nulledit.models.load import load_model, model_hash
+
+MARK_FILE = "nulledit-delta.json"
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What was written."""
+
+    folder: Path
+    """An ordinary Hugging Face model."""
+    removed: bool
+    """Whether the delta was taken off."""
+    hash: str
+    """Of the model's weights, as the manifest foretold."""
+    facts: int
+    """How many are in the delta."""
+    same_as_run: bool
+    """Whether it is the run's model to the bit; with `removed`, False."""
+
+
+def apply_delta(
+    delta: str | Path,
+    base: str | Path,
+    out: str | Path,
+    *,
+    max_shard_size: str | int = "50GB",
+    trust_remote_code: bool = False,
+) -> Applied:
+    """Write base + delta to `out`, in the base's dtype.
+
+    The delta is checked by its hashes, the base by its own, and the result against the manifest:
+    the sum is taken in a fixed order, so that its bits are those of the exporting machine.
+    LedgerError, ModelError and CheckFailed say what does not fit; nothing is written then.
+    """
+    out = Path(out)
+    check_shard_size(max_shard_size)
+    refuse_existing(out)
+    found = read_delta(delta)
+    manifest = found.manifest
+    model, tokenizer = _load(base, manifest, trust_remote_code)
+    _check_hash(model, manifest.base_hash, f"{base}: is not the base of this delta")
+    for layer, (left, right) in found.factors.items():
+        module = mlp_out(model, layer)
+        write_weight(module, ordered_sum(as_out_in(module), left, right))
+    _check_result(model, manifest.result_hash)
+    mark = {
+        "delta": manifest.sha256,
+        "state": manifest.state,
+        "base": manifest.base,
+        "base_hash": manifest.base_hash,
+        "result_hash": manifest.result_hash,
+    }
+    _write(model, tokenizer, out, mark, max_shard_size)
+    same = manifest.result_hash == manifest.run_hash
+    return Applied(out, False, manifest.result_hash, len(manifest.facts), same)
+
+
+def remove_delta(
+    delta: str | Path,
+    model: str | Path,
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    run: str | Path | None = None,
+    max_shard_size: str | int = "50GB",
+    trust_remote_code: bool = False,
+) -> Applied:
+    """Write `model`, a base with this delta on it, without it to `out`: the base, bit for bit.
+
+    Subtracting would leave rounding behind, so W₀ itself is put back: from `base`, whose hash must
+    match, or from the ledger of `run`. Only the delta's manifest is read. Refused without either,
+    where `model` is not base + delta, and where the result is not the base.
+    """
+    out = Path(out)
+    check_shard_size(max_shard_size)
+    refuse_existing(out)
+    if (base is None) == (run is None):
+        raise LedgerError(
+            "taking a delta off needs W₀: give either the base or the run whose ledger holds it"
+        )
+    manifest = read_manifest(Path(delta))
+    held, tokenizer = _load(model, manifest, trust_remote_code)
+    if model_hash(held) not in (manifest.result_hash, manifest.run_hash):
+        raise ModelError(
+            f"{model}: is not the base with this delta on it (expected weights "
+            f"{manifest.result_hash[:12]}); only such a model can be taken back"
+        )
+    if base is not None:
+        originals = _from_base(base, manifest, trust_remote_code)
+    else:
+        assert run is not None
+        originals = _from_run(run, manifest, trust_remote_code)
+    for layer, weight in originals.items():
+        write_weight(mlp_out(held, layer), weight)
+    _check_result(held, manifest.base_hash)
+    _write(held, tokenizer, out, None, max_shard_size)
+    return Applied(out, True, manifest.base_hash, len(manifest.facts), False)
+
+
+def check_fits(model: PreTrainedModel, manifest: Manifest, name: object) -> None:
+    """ModelError unless `model` has the matrices that the delta names, in its shapes."""
+    for entry in manifest.layers:
+        found = parameter_name(model, entry.layer)
+        shape = tuple(as_out_in(mlp_out(model, entry.layer)).shape)
+        if found != entry.parameter or shape != entry.shape:
+            raise ModelError(
+                f"{name}: has {found} {list(shape)} where the delta has {entry.parameter} "
+                f"{list(entry.shape)}: it is of another model"
+            )
+
+
+def _load(
+    name: str | Path, manifest: Manifest, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    options = {"dtype": manifest.base_dtype, "trust_remote_code": trust_remote_code}
+    model, tokenizer = load_model(str(name), **options)  # type: ignore[arg-type]
+    check_fits(model, manifest, name)
+    return model, tokenizer
+
+
+def _from_base(base: str | Path, manifest: Manifest, trust_remote_code: bool) -> dict[int, Tensor]:
+    model, _ = _load(base, manifest, trust_remote_code)
+    _check_hash(model, manifest.base_hash, f"{base}: is not the base of this delta")
+    return {e.layer: as_out_in(mlp_out(model, e.layer)) for e in manifest.layers}
+
+
+def _from_run(run: str | Path, manifest: Manifest, trust_remote_code: bool) -> dict[int, Tensor]:
+    editor = Editor.load(run, trust_remote_code=trust_remote_code)
+    found = editor.history.base.hash
+    if found != manifest.base_hash:
+        raise LedgerError(
+            f"{run}: its base has hash {found[:12]}, the delta's {manifest.base_hash[:12]}: it is "
+            "the run of another base"
+        )
+    missing = [e.layer for e in manifest.layers if e.layer not in editor.weights.layers]
+    if missing:
+        raise LedgerError(f"{run}: its ledger holds no W₀ of layers {missing}; give the base")
+    return {e.layer: editor.weights.base(e.layer) for e in manifest.layers}
+
+
+def _check_hash(model: PreTrainedModel, expected: str, said: str) -> None:
+    found = model_hash(model)
+    if found != expected:
+        raise ModelError(f"{said}: its weights have hash {found[:12]}, expected {expected[:12]}")
+
+
+def _check_result(model: PreTrainedModel, expected: str) -> None:
+    found = model_hash(model)
+    if found != expected:
+        raise CheckFailed(
+            f"the result has hash {found[:12]}, the delta's manifest says {expected[:12]}; nothing "
+            "was written: delta and manifest do not belong together"
+        )
+
+
+def _write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    mark: dict[str, Any] | None,
+    max_shard_size: str | int,
+) -> None:
+    with replacing_folder(out) as partial:
+        model.save_pretrained(partial, max_shard_size=max_shard_size)
+        tokenizer.save_pretrained(partial)
+        if mark:
+            write_json(partial / MARK_FILE, mark)

@@ -1,0 +1,225 @@
+"""README.md of an exported model or adapter: front matter that the Hub reads, then what was done.
+
+Facts come from anywhere: whatever stands in a cell is escaped, so that it is text and no markup.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nulledit import __version__
+from nulledit.data.facts import Fact
+from nulledit.editor import Editor
+from nulledit.export.updates import Export, LayerExport
+from nulledit.models.load import EMBEDDED
+from nulledit.report.tables import as_markdown, number, rates_table
+from nulledit.report.text import count, markdown, plain, shorten
+
+SHOWN = 50  # facts in the table
+LONGEST = 80  # columns of a cell
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+STATISTICS = ("corpus", "corpus_hash", "tokens", "dtype", "layers", "settings")
+"""Fields of the statistics' manifest that a card tells."""
+
+
+def model_card(editor: Editor, layers: Sequence[LayerExport], *, run: str, summary: Any) -> str:
+    """The card of a whole checkpoint. `summary`: the run's `summary.json`, or None."""
+    return _page(
+        _front_matter(editor, "transformers", "finetune"),
+        "# Edited model",
+        _origin(editor),
+        *_facts(editor),
+        *_method(editor),
+        "## Layers",
+        _layers(layers),
+        *_measures(summary, editor),
+        "## Undo",
+        f"The run's ledger, `{_code(run)}/ledger`, takes back single facts exactly, or all:",
+        f"```sh\nnulledit undo {_code(run)} ID...\nnulledit restore {_code(run)}\n```",
+        "Without the ledger, go back to the base model named above; these weights alone do not "
+        "hold what they were before.",
+    )
+
+
+def adapter_card(editor: Editor, export: Export, *, run: str) -> str:
+    """The card of an adapter."""
+    exact = all(layer.rank == layer.of for layer in export.layers)
+    said = (
+        "The adapter is the whole update, up to rounding of its factors"
+        if exact
+        else "The update was cut to this rank: the adapter is not the whole of it"
+    )
+    cost = _cost(export)
+    return _page(
+        _front_matter(editor, "peft", "adapter"),
+        "# Edited facts as an adapter",
+        _origin(editor),
+        f"Rank {export.rank}, padded with zeros; scaling 1; factors in {export.dtype}. {said}."
+        + (f" {cost}" if cost else ""),
+        "```python\nfrom peft import PeftModel\n\n"
+        "model = PeftModel.from_pretrained(base_model, this_folder)\n```",
+        *_facts(editor),
+        *_method(editor),
+        "## Layers",
+        _layers(export.layers),
+        "## Undo",
+        "Unload the adapter. Single facts are taken back in the run and exported again: "
+        f"`nulledit undo {_code(run)} ID...`.",
+    )
+
+
+def _front_matter(editor: Editor, library: str, relation: str) -> str:
+    """The YAML block. `base_model` is there only if it can be the id of a model on the Hub."""
+    data: dict[str, Any] = {}
+    base = hub_id(editor.history.base.model)
+    if base:
+        data |= {"base_model": base, "base_model_relation": relation}
+    epochs = [epoch.recipe for epoch in editor.history.epochs]
+    methods = dict.fromkeys(plain(recipe["method"]["name"]) for recipe in epochs)
+    data |= {
+        "library_name": library,
+        "pipeline_tag": "text-generation",
+        "tags": ["knowledge-editing", "model-editing", "nulledit", *methods],
+    }
+    if relation == "adapter":
+        data["tags"].append("lora")
+    return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=False)}---"
+
+
+def hub_id(name: str) -> str | None:
+    """The id on the Hub of the model `name`; None for a folder or an object in memory."""
+    if name in EMBEDDED:
+        return EMBEDDED[name].hub
+    return name if _HUB_ID.fullmatch(name) and not Path(name).exists() else None
+
+
+def _origin(editor: Editor) -> str:
+    base = editor.history.base
+    name = plain(Path(base.model).name if Path(base.model).is_dir() else base.model)
+    rows: list[Sequence[str]] = [
+        ["base model", name or "a model in memory"],
+        ["base weights", f"{base.hash} ({base.dtype})"],
+        ["state of the ledger", editor.history.state_id],
+        ["edited facts", str(len(set(_present(editor))))],
+        ["made with", f"nulledit {__version__}"],
+    ]
+    note = ""
+    if base.model in EMBEDDED:
+        note = (
+            f"\n\nThe base is {markdown(base.model)}, a quantised copy of the model on the Hub "
+            "converted back to float32: its weights are near those of the Hub's, not the same."
+        )
+    return as_markdown((["", ""], rows), left=2) + note
+
+
+def _present(editor: Editor) -> list[Fact]:
+    return list(dict.fromkeys(column.fact for column in editor.history.present))
+
+
+def _facts(editor: Editor) -> list[str]:
+    facts = _present(editor)
+    head = ["id", "prompt", "new answer", "old answer"]
+    shown = [[f.id, f.render(f.prompt), *_answers(f)] for f in facts[:SHOWN]]
+    rows: list[Sequence[str]] = [[shorten(plain(t), LONGEST) for t in row] for row in shown]
+    parts = ["## Edited facts", as_markdown((head, rows), left=len(head))]
+    if len(facts) > SHOWN:
+        parts.append(f"and {len(facts) - SHOWN} more.")
+    return parts
+
+
+def _answers(fact: Fact) -> tuple[str, str]:
+    """The new one and the old one."""
+    return ("(forgotten)", fact.target) if fact.forget else (fact.target, fact.old_answer or "")
+
+
+def _method(editor: Editor) -> list[str]:
+    epochs = editor.history.epochs
+    parts = ["## Method"]
+    for epoch in epochs:
+        recipe = yaml.safe_dump(epoch.recipe, sort_keys=False, allow_unicode=False)
+        known = {k: epoch.statistics[k] for k in STATISTICS if k in epoch.statistics}
+        statistics = yaml.safe_dump(_plain(known), sort_keys=False, allow_unicode=False)
+        if len(epochs) > 1:
+            parts.append(f"### Epoch {epoch.id}")
+        parts += [
+            f"Recipe, seed {epoch.seed}:",
+            _fenced(recipe),
+            "Statistics of the preserved keys:",
+            _fenced(statistics),
+        ]
+    return parts if epochs else []
+
+
+def _measures(summary: Any, editor: Editor) -> list[str]:
+    """The last evaluation of the run folder, if it can be read."""
+    runs = summary.get("runs") if isinstance(summary, dict) else None
+    if not isinstance(runs, list):
+        return []
+    told = [r for r in runs if isinstance(r, dict) and r.get("after") and r.get("before")]
+    if not told:
+        return []
+    last = told[-1]
+    try:
+        table = as_markdown(rates_table({"base": last["before"], "edited": last["after"]}))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return []
+    now = summary.get("state") == editor.history.state_id and last is runs[-1]
+    when = "of this state" if now else "of an earlier state of the run"
+    facts = count(int(last.get("facts") or 0), "fact")
+    return ["## Measures", f"An evaluation {when}, on the {facts} of one call of `edit`.", table]
+
+
+def _layers(layers: Sequence[LayerExport]) -> str:
+    head = ["matrix", "shape", "rank", "‖Δ‖/‖W₀‖", "‖Δ − BA‖/‖Δ‖", "rounding/‖Δ‖"]
+    rows: list[Sequence[str]] = [
+        [
+            layer.parameter,
+            f"{layer.shape[0]} × {layer.shape[1]}",
+            f"{layer.rank} of {layer.of}" if layer.of else "",
+            number(layer.update_share),
+            number(layer.error) if layer.of else "",
+            number(layer.rounding_share),
+        ]
+        for layer in layers
+    ]
+    return as_markdown((head, rows))
+
+
+def _cost(export: Export) -> str:
+    if export.cost is None:
+        return ""
+    cost = export.cost
+    return (
+        f"Of {count(cost.facts, 'fact')}, {cost.stored_strict} hold by argmax with it and "
+        f"{cost.exact_strict} with the whole update; mean loss of the new answers "
+        f"{cost.stored_nll:.3f} and {cost.exact_nll:.3f} nats a token."
+    )
+
+
+def _fenced(text: str) -> str:
+    """A block of code that nothing in `text` can end."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}yaml\n{text}{fence}"
+
+
+def _code(name: str) -> str:
+    """A folder's name fit to stand in code."""
+    return re.sub(r"[^\w./-]", "_", plain(name))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, int | float | bool | None) else plain(value)
+
+
+def _page(*parts: str) -> str:
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,278 @@
+"""What the edits of a run add to each edited matrix, and what an artefact of it keeps."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from nulledit.editor import Editor
+from nulledit.errors import ConfigError, LedgerError
+from nulledit.evaluation.metrics import score
+from nulledit.evaluation.protocols import queries_of
+from nulledit.export.factors import factorise, ordered_sum, relative_error
+from nulledit.models.layouts import as_out_in, mlp_out, parameter_name, write_weight
+from nulledit.models.tokens import pad_id
+
+ORIGIN_FILE = "nulledit-export.json"
+Progress = Callable[[str, int, int], None]
+MOST_RANK = 512
+"""Dimensions that a full-rank update is cut to, unless another number is asked for."""
+MEASURED_ABOVE = 1e-6
+"""‖Δ − BA‖/‖Δ‖ beyond which the facts are asked again: more than float32 factors leave."""
+
+
+@dataclass(frozen=True)
+class LayerExport:
+    """One edited matrix as an artefact holds it."""
+
+    layer: int
+    """Block number."""
+    parameter: str
+    """Name of the matrix in the state dict."""
+    shape: tuple[int, int]
+    """[d_out, d_in], whichever way the module stores it."""
+    rank: int
+    """Dimensions that are kept; 0 in a whole checkpoint."""
+    of: int
+    """Dimensions that Δ has; 0 in a whole checkpoint."""
+    error: float
+    """‖Δ − BA‖/‖Δ‖ with the factors as they are stored; 0 in a whole checkpoint."""
+    key_error: float
+    """‖(Δ − BA)K‖/‖ΔK‖ at the facts' keys."""
+    update_share: float
+    """‖Δ‖/‖W₀‖."""
+    rounding_share: float
+    """‖rounding‖/‖Δ‖: what storing W₀ + Δ in the base's dtype costs."""
+    bytes: int
+    """Of its tensors, without headers."""
+
+
+@dataclass(frozen=True)
+class FactsCost:
+    """What the stored factors change for the edited facts, against the run's model."""
+
+    facts: int
+    """How many were asked, all of them."""
+    exact_nll: float
+    """Mean negative log-probability of the target, nats per token, in the run's model; over facts
+    that are to be said, nan if there are none."""
+    stored_nll: float
+    """The same with the stored factors."""
+    worst: float
+    """Largest change of any fact's, nats per token."""
+    exact_strict: int
+    """Facts that hold in the run's model: every token of the target is the likeliest, or, where it
+    is to be forgotten, not every one."""
+    stored_strict: int
+    """The same with the stored factors."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What an export wrote."""
+
+    kind: str
+    """checkpoint, lora or delta."""
+    folder: Path
+    """Where."""
+    layers: tuple[LayerExport, ...]
+    """Edited matrices that changed."""
+    dtype: str
+    """Of the factors, or of the checkpoint."""
+    bytes: int
+    """Of all files together."""
+    rank: int | None = None
+    """The adapter's one rank, padded with zeros; None for other kinds."""
+    cost: FactsCost | None = None
+    """Measured where the factors miss more than float32 rounding does."""
+    same_as_run: bool | None = None
+    """Whether the delta gives the run's model to the bit; None for other kinds."""
+    differing: int | None = None
+    """Weights that base + delta has otherwise than the run's model; None for other kinds."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**asdict(self), "folder": str(self.folder)}
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """One matrix's factors as they are stored."""
+
+    layer: int
+    """Block number."""
+    module: str
+    """Full name of the module."""
+    transposed: bool
+    """Whether the module stores [d_in, d_out], as GPT-2's Conv1D does."""
+    left: Tensor
+    """B [d_out, r]."""
+    right: Tensor
+    """A [r, d_in]."""
+    report: LayerExport
+    """What they miss."""
+
+
+def write_origin(editor: Editor, folder: Path, kind: str) -> None:
+    """Say in `folder` which state of which base it was made from."""
+    history = editor.history
+    origin = {"kind": kind, "state": history.state_id, "base_hash": history.base.hash}
+    write_json(folder / ORIGIN_FILE, origin)
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Indented, as UTF-8."""
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def refuse_existing(folder: Path) -> None:
+    """LedgerError if something lies at `folder`: an export never overwrites."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise LedgerError(f"{folder}: exists already; choose another folder for the export")
+
+
+def check_shard_size(size: str | int) -> None:
+    """ConfigError unless `size` is a number of bytes or a text such as 5GB."""
+    if not re.fullmatch(r"[1-9]\d{0,14}([KMGT]i?B)?", str(size)):
+        raise ConfigError(f"shard size {size!r}: expected bytes, or a size such as 500MB or 5GB")
+
+
+def stored_layers(
+    editor: Editor, *, rank: int | None, dtype: torch.dtype, progress: Progress | None = None
+) -> list[StoredLayer]:
+    """Factors of every matrix that the run changed, rounded to `dtype`.
+
+    Updates by closed-form methods are kept whole unless `rank` is smaller; full-rank ones are cut
+    to `rank`, or `MOST_RANK`. LedgerError if nothing is edited.
+    """
+    found = []
+    for number, layer in enumerate(editor.weights.layers):
+        if progress:
+            progress("factors", number, len(editor.weights.layers))
+        stored = _stored(editor, layer, rank, dtype)
+        if stored.report.update_share:
+            found.append(stored)
+    if not found:
+        raise LedgerError("nothing is edited in this run: there is no update to export")
+    return found
+
+
+def update_of(editor: Editor, layer: int) -> tuple[Tensor, Tensor]:
+    """Δ and W₀ [d_out, d_in] of `layer`, float64, where the exact weight lies."""
+    exact = editor.weights.exact(layer)
+    base = editor.weights.base(layer).to(exact.device)
+    return exact - base, base
+
+
+def facts_cost(
+    editor: Editor, layers: Sequence[StoredLayer], progress: Progress | None = None
+) -> FactsCost:
+    """Ask the edited facts of the run's model and of W₀ + BA; the model is as before afterwards."""
+    facts = list(dict.fromkeys(column.fact for column in editor.history.present))
+    queries = [queries_of(fact)[0] for fact in facts]
+
+    def ask(stage: str) -> tuple[list[float], float, int]:
+        tell = (lambda done, total: progress(stage, done, total)) if progress else None
+        padding = pad_id(editor.tokenizer)
+        scores = score(editor.partial, editor.encoder, queries, pad_id=padding, progress=tell)
+        said = [s.answer_nll for s, fact in zip(scores, facts, strict=True) if not fact.forget]
+        held = sum(s.strict for s in scores)
+        return [s.answer_nll for s in scores], sum(said) / len(said) if said else math.nan, held
+
+    exact, exact_nll, exact_strict = ask("facts, exact")
+    with substituted(editor, {s.layer: weight_with(editor, s) for s in layers}):
+        stored, stored_nll, stored_strict = ask("facts, as stored")
+    return FactsCost(
+        facts=len(facts),
+        exact_nll=exact_nll,
+        stored_nll=stored_nll,
+        worst=max(abs(b - a) for a, b in zip(exact, stored, strict=True)),
+        exact_strict=exact_strict,
+        stored_strict=stored_strict,
+    )
+
+
+def weight_with(editor: Editor, stored: StoredLayer) -> Tensor:
+    """W₀ + BA [d_out, d_in] of a stored layer, float64, on the CPU."""
+    return ordered_sum(editor.weights.base(stored.layer), stored.left, stored.right)
+
+
+@contextmanager
+def substituted(editor: Editor, weights: Mapping[int, Tensor]) -> Iterator[None]:
+    """The given weights [d_out, d_in] by layer in the model inside; bit for bit as before after."""
+    kept = {
+        layer: as_out_in(mlp_out(editor.model, layer)).clone() for layer in editor.weights.layers
+    }
+    try:
+        for layer, weight in weights.items():
+            write_weight(mlp_out(editor.model, layer), weight)
+        yield
+    finally:
+        for layer, weight in kept.items():
+            write_weight(mlp_out(editor.model, layer), weight)
+
+
+def layer_report(
+    editor: Editor, layer: int, factors: tuple[Tensor, Tensor] | None = None, *, of: int = 0
+) -> LayerExport:
+    """The numbers of one layer, with `factors` (B, A) as stored or, without, as a whole.
+
+    `of`: the rank of Δ.
+    """
+    update, base = update_of(editor, layer)
+    stored = as_out_in(mlp_out(editor.model, layer))
+    norm = float(torch.linalg.matrix_norm(update))
+    rounding = float(torch.linalg.matrix_norm(stored.to(base) - (base + update)))
+    left, right = factors or (update[:, :0], update[:0])
+    held = left.nbytes + right.nbytes if factors else stored.nbytes
+    return LayerExport(
+        layer=layer,
+        parameter=parameter_name(editor.model, layer),
+        shape=(base.shape[0], base.shape[1]),
+        rank=left.shape[1],
+        of=of,
+        error=relative_error(update, left, right) if factors else 0.0,
+        key_error=_key_error(editor, layer, update, left, right) if factors else 0.0,
+        update_share=norm / float(torch.linalg.matrix_norm(base)),
+        rounding_share=rounding / norm if norm else 0.0,
+        bytes=held,
+    )
+
+
+def _stored(editor: Editor, layer: int, rank: int | None, dtype: torch.dtype) -> StoredLayer:
+    update, base = update_of(editor, layer)
+    columns = len(editor.history.active)
+    # W₀ + Δ was rounded to float64 before W₀ was taken off again: that much of Δ is no edit.
+    noise = torch.finfo(base.dtype).eps * float(torch.linalg.matrix_norm(base))
+    factors = factorise(update, columns=columns, most=rank, full_rank=MOST_RANK, noise=noise)
+    left, right = factors.left.to(dtype), factors.right.to(dtype)
+    if not (left.isfinite().all() and right.isfinite().all()):
+        raise ConfigError(f"layer {layer}: {dtype} can't hold the factors; use another dtype")
+    module = mlp_out(editor.model, layer)
+    return StoredLayer(
+        layer=layer,
+        module=parameter_name(editor.model, layer).removesuffix(".weight"),
+        transposed=isinstance(module, Conv1D),
+        left=left,
+        right=right,
+        report=layer_report(editor, layer, (left, right), of=factors.of),
+    )
+
+
+def _key_error(editor: Editor, layer: int, update: Tensor, left: Tensor, right: Tensor) -> float:
+    """‖(Δ − BA)K‖/‖ΔK‖ over the active columns that have a key in `layer`."""
+    keys = editor.weights.recorded(editor.history.active, layer)[0].to(update)  # [d_in, n]
+    written = update @ keys
+    missing = written - left.to(update) @ (right.to(update) @ keys)
+    total = float(written.norm())
+    return float(missing.norm()) / total if total else 0.0
