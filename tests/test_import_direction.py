@@ -25,9 +25,9 @@ ORDER = [
     "editor",
     "evaluation",
     "gates",
-    "export",
     "baselines",
     "report",
+    "export",
     "studies",
     "cli",
 ]

@@ -439,11 +439,6 @@ class Editor:
         taken again, stored values stay but where two facts share a key. `decide`: what to do about
         each of `conflicts(other)`: first, second or neither. LedgerError if one is not decided.
         """
-        if other.base.hash != self.history.base.hash:
-            raise LedgerError(
-                f"the ledgers have different bases: {self.history.base.hash[:12]} and "
-                f"{other.base.hash[:12]}; only edits of one model can be merged"
-            )
         choice = decided(conflicts(self.history, other), decide)
         held = self.history.active
         mine = [c for c in held if choice.get(c.fact.key, "first") == "first"]

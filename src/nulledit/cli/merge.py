@@ -68,7 +68,7 @@ def merge(
     from nulledit.cli.change import change_dict, change_text
     from nulledit.cli.measure import load_run
     from nulledit.cli.runs import check_fresh, keep
-    from nulledit.ledger.merging import conflicts, newest
+    from nulledit.ledger.merging import conflicts, decided, newest
     from nulledit.ledger.store import Store
     from nulledit.report.tables import as_text
 
@@ -83,6 +83,8 @@ def merge(
         return newest(mine, theirs)(conflict) if prefer == "newest" else prefer
 
     choice = {c: choose(c) for c in found}
+    if all(choice.values()):
+        decided(found, choose)  # refuses a word that is no choice
     rows: list[Sequence[str]] = [
         [*_sides(conflict), choice[conflict] or "not decided"] for conflict in found
     ]
@@ -106,8 +108,8 @@ def merge(
     for notice in report.notices:
         say(f"Note: {notice}", quiet=quiet)
     if as_json:
-        decided = [_plain(c, said) for c, said in choice.items()]
-        emit({"run": out, "conflicts": decided, **change_dict(editor, report)})
+        listed = [_plain(c, said) for c, said in choice.items()]
+        emit({"run": out, "conflicts": listed, **change_dict(editor, report)})
     else:
         echo(f"{change_text(editor, report)}\nModel:  {Path(out) / 'model'}")
 

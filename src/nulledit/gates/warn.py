@@ -8,21 +8,23 @@ from collections.abc import Sequence
 from nulledit.evaluation.metrics import Rate
 from nulledit.ledger.weights import LayerReport
 
-# Set on one stream and judged on others by the study `collapse` (docs/gates.md).
-ROOM_LOW = 0.75  # share of the usable directions
-NORM_HIGH = 1.0  # ‖Δ‖/‖W₀‖: the edits weigh as much as what they edit
-HIDDEN_HIGH = 1.0  # growth of ‖h‖ at the edited subjects: twice as long
+# From the study `collapse` (docs/gates.md): what one stream showed when it was last well, judged on
+# streams of other facts. ‖h‖ at the edited subjects is left out: it told of a collapse only when
+# that had come.
+ROOM_LOW = 0.7  # share of the usable directions
+NORM_HIGH = 0.9  # ‖Δ‖/‖W₀‖
+TEXT_HIGH = 0.01  # growth of ‖h‖ on text that no edit touches
 
 
 def warnings_of(
-    layers: Sequence[LayerReport], hidden_growth: Rate | float | None = None
+    layers: Sequence[LayerReport], hidden_growth_text: Rate | float | None = None
 ) -> list[str]:
     """A line for each sign that warns of a collapse; none where all is well.
 
-    `layers`: the state of the edited layers (`EditReport.layers`). `hidden_growth`: the growth of
-    ‖h‖ at the edited subjects as a share (`gates.hidden.hidden_growth`); None: not measured.
+    `layers`: the state of the edited layers (`EditReport.layers`). `hidden_growth_text`: growth of
+    ‖h‖ on other text as a share, from `hidden_growth` with `text_rows`; None: not measured.
     """
-    return [*_room(layers), *_norm(layers), *_hidden(hidden_growth)]
+    return [*_room(layers), *_norm(layers), *_hidden(hidden_growth_text)]
 
 
 def _room(layers: Sequence[LayerReport]) -> list[str]:
@@ -32,8 +34,9 @@ def _room(layers: Sequence[LayerReport]) -> list[str]:
         return []
     layer = min(low, key=lambda layer: low[layer])
     return [
-        f"room left is {100 * low[layer]:.0f} % at layer {layer} (below {100 * ROOM_LOW:.0f} % "
-        "streams have collapsed): protect less (null_space.value), or edit more layers"
+        f"room left is {100 * low[layer]:.0f} % at layer {layer} (a stream that fell below "
+        f"{100 * ROOM_LOW:.0f} % collapsed later): undo what is not needed, or protect less "
+        "(null_space.value)"
     ]
 
 
@@ -43,8 +46,9 @@ def _norm(layers: Sequence[LayerReport]) -> list[str]:
         return []
     worst = max(high, key=lambda r: math.inf if math.isnan(r.update_share) else r.update_share)
     return [
-        f"‖Δ‖/‖W₀‖ is {worst.update_share:.2f} at layer {worst.layer} (above {NORM_HIGH:g} streams "
-        "have collapsed): stop values earlier (values.stop_loss), or undo what is not needed"
+        f"‖Δ‖/‖W₀‖ is {worst.update_share:.2f} at layer {worst.layer} (a stream that passed "
+        f"{NORM_HIGH:g} collapsed later): undo what is not needed, or stop values earlier "
+        "(values.stop_loss)"
     ]
 
 
@@ -52,9 +56,9 @@ def _hidden(growth: Rate | float | None) -> list[str]:
     if growth is None:
         return []
     value = growth.mean if isinstance(growth, Rate) else growth
-    if value <= HIDDEN_HIGH:
+    if value <= TEXT_HIGH:
         return []
     return [
-        f"hidden states at the edited subjects have grown by {100 * value:.0f} % (above "
-        f"{100 * HIDDEN_HIGH:.0f} % streams have collapsed): a smaller values.clamp writes less"
+        f"hidden states of other text have grown by {100 * value:.1f} % (a stream that passed "
+        f"{100 * TEXT_HIGH:.0f} % collapsed later): edits reach what they should leave alone"
     ]

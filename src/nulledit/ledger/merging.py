@@ -34,7 +34,12 @@ Decide = Mapping[str, str] | Callable[[Conflict], str]
 
 
 def conflicts(first: History, second: History) -> list[Conflict]:
-    """Questions that both answer, differently, in the first's order."""
+    """Questions that both answer, differently, in the first's order; LedgerError for two bases."""
+    if first.base.hash != second.base.hash:
+        raise LedgerError(
+            f"the ledgers have different bases: {first.base.hash[:12]} and "
+            f"{second.base.hash[:12]}; only edits of one model can be merged"
+        )
     theirs = {fact.key: fact for fact in facts_of(second.active)}
     both = [(f, theirs[f.key]) for f in facts_of(first.active) if f.key in theirs]
     return [Conflict(a, b) for a, b in both if a.demand != b.demand]

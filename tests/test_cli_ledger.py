@@ -1,0 +1,286 @@
+"""The commands to live with edits, as a user types them."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from test_cli import RECORDS, done, invoke, options, place, refused, results, state
+
+from nulledit import Editor
+
+__all__ = ["options", "place"]  # fixtures
+
+
+@pytest.fixture(scope="module")
+def made(place, tmp_path_factory):
+    """A run of all facts in two batches, made once."""
+    run = tmp_path_factory.mktemp("made") / "run"
+    done(
+        *("edit", place / "facts.json", "--no-shuffle", "--out", run, "--no-evaluate"),
+        *("--model", place / "model", "--recipe", place / "recipe.yaml"),
+        *("--stats", place / "stats", "--quiet"),
+    )
+    return run
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(made, tmp_path / "run")
+
+
+def model_of(run):
+    return (run / "model" / "model.safetensors").read_bytes()
+
+
+def content(run):
+    """Every file but the lock, which names the last writer."""
+    return {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def log_of(run):
+    return json.loads(done("log", run, "--json").stdout)["events"]
+
+
+# -- one run ---------------------------------------------------------------------------------
+
+
+def test_undo_redo_and_restore_by_id_batch_and_field(run, place):
+    whole, before = model_of(run), state(run)
+    said = done("undo", run, "ada", "--quiet").stdout
+    assert "out: ada" in said
+    assert "the others moved by" in said
+    assert "3 in the model" in said
+    assert state(run) != before
+    assert [line["active"] for line in results(run)] == [False, True, True, True]
+    done("undo", run, "--batch", "2", "--quiet")
+    done("undo", run, "--where", "subject=Émile Zola", "--where", "target=Ostrel", "--quiet")
+    base = Editor.load(run)
+    assert base.facts == []
+    assert base.history.base.hash == Editor.from_pretrained(str(place / "model")).history.base.hash
+    for _ in range(3):
+        done("redo", run, "--quiet")
+    assert model_of(run) == whole
+    assert state(run) == before
+    assert "base, bit for bit" in done("restore", run, "--quiet").stdout
+    told = json.loads(done("redo", run, "--json", "--quiet").stdout)
+    assert (told["kind"], told["facts"]) == ("redo", 4)
+    assert set(told["restored"]) == {"ada", "zola", "velm", "karo"}
+    assert model_of(run) == whole
+    kinds = [event["kind"] for event in log_of(run)]
+    assert kinds == ["edit"] * 2 + ["undo"] * 3 + ["redo"] * 3 + ["restore", "redo"]
+
+
+def test_the_log_and_the_story_of_a_fact(run):
+    done("undo", run, "zola", "--quiet")
+    events = log_of(run)
+    assert [(e["in"], e["out"], e["facts"]) for e in events] == [
+        (["ada", "zola"], [], 2),
+        (["velm", "karo"], [], 4),
+        ([], ["zola"], 3),
+    ]
+    table = done("log", run).stdout
+    assert "+ ada, zola" in table
+    assert "− zola" in table
+    assert len(done("log", run, "--limit", "1").stdout.splitlines()) == 3
+    facts = json.loads(done("show", run, "--json").stdout)["facts"]
+    assert [fact["id"] for fact in facts] == ["ada", "velm", "karo"]
+    story = json.loads(done("show", run, "zola", "--json").stdout)
+    assert story["in_the_model"] is False
+    assert [(e["event"], e["change"]) for e in story["events"]] == [(1, "came in"), (3, "left")]
+    (version,) = story["versions"]
+    assert (version["batch"], version["method"], version["layers"]) == (1, "alphaedit", [1, 2])
+    said = done("show", run, "zola").stdout
+    assert "zola: taken out" in said
+    assert "‖δ‖/‖h‖" in said
+    assert "did you mean 'karo'" in refused("show", run, "karro")
+
+
+def test_rebuild_leaves_no_trace_of_undone_facts(run, place, options, tmp_path):
+    done("undo", run, "ada", "--quiet")
+    left = model_of(run)
+    said = done("rebuild", run, "--values", "--quiet").stdout
+    assert "written anew: zola, velm, karo" in said
+    assert model_of(run) != left
+    records = tmp_path / "rest.json"
+    records.write_text(json.dumps(RECORDS[1:2]), encoding="utf-8")
+    fresh = tmp_path / "fresh"
+    done("edit", records, *options, "--out", fresh, "--no-evaluate")
+    records.write_text(json.dumps(RECORDS[2:]), encoding="utf-8")
+    done("edit", records, "--continue", fresh, "--no-shuffle", "--no-evaluate", "--quiet")
+    one, other = Editor.load(run), Editor.load(fresh)
+    for layer in one.weights.layers:
+        update = other.weights.exact(layer) - other.weights.base(layer)
+        error = one.weights.exact(layer) - other.weights.exact(layer)
+        assert float(error.norm() / update.norm()) < 1e-4  # float32 values, optimised apart
+
+
+def test_a_new_epoch_changes_the_method_and_is_asked_for(run, place):
+    more = (place / "facts.json", "--continue", run, "--quiet", "--no-evaluate")
+    assert "add --new-epoch" in refused("edit", *more, "--method", "memit-history")
+    assert "changes nothing" in refused("edit", *more, "--new-epoch")
+    assert "belongs to --continue" in refused(
+        *("edit", place / "facts.json", "--model", place / "model", "--out", run, "--new-epoch")
+    )
+    done("undo", run, "karo", "--quiet")
+    done(
+        *("edit", *more, "--new-epoch", "--method", "memit-history"),
+        *("--stats", place / "stats"),
+    )
+    assert [e["methods"] for e in log_of(run)] == [
+        ["alphaedit"],
+        ["alphaedit"],
+        ["alphaedit"],
+        ["memit-history"],
+    ]
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["method"]["name"] == "memit-history"
+    assert Editor.load(run).recipe.method.name == "memit-history"
+    done("undo", run, "ada", "--quiet")
+    done("verify", run, "--quiet")
+
+
+def test_preview_writes_nothing(run, place, tmp_path):
+    files = content(run)
+    more = tmp_path / "more.json"
+    record = {"id": "new", "subject": "Velm", "prompt": "The people of {} speak", "target": "Greek"}
+    more.write_text(json.dumps([record]), encoding="utf-8")
+    said = done("preview", run, more, "--quiet").stdout
+    assert "Greek" in said
+    assert "The last 4 facts in the model" in said
+    assert "room left" in said
+    assert "Nothing was written" in said
+    told = json.loads(done("preview", run, "--undo", "ada", "--json", "--quiet").stdout)
+    assert [a["id"] for a in told["answers"]] == ["ada"]
+    assert told["asked"]["before"]["rates"]["efficacy_strict"]["n"] == 1
+    assert content(run) == files
+    assert "give FACTS" in refused("preview", run)
+    assert "no fact 'nobody'" in refused("preview", run, "--undo", "nobody", "--quiet")
+
+
+# -- two runs --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other(place, options, tmp_path):
+    """Another run on the same base: one question answered differently, one fact of its own."""
+    records = [
+        {**RECORDS[0], "id": "ada-2", "target": "Latin"},
+        {"id": "own", "subject": "Ostrel", "prompt": "The town of {} is in", "target": "London"},
+    ]
+    file = tmp_path / "other.json"
+    file.write_text(json.dumps(records), encoding="utf-8")
+    done("edit", file, *options, "--out", tmp_path / "other", "--no-evaluate")
+    return tmp_path / "other"
+
+
+def probability(run, prompt, answer):
+    """Geometric mean over the answer's tokens, by the whole model."""
+    editor = Editor.load(run)
+    row = editor.encoder.encode(prompt, target=answer)
+    logs = editor.model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
+    at = range(row.target_start - 1, len(row.ids) - 1)
+    return float(logs[at, list(row.target_ids)].mean().exp())
+
+
+def test_diff_tells_facts_probabilities_and_norms(run, other):
+    told = json.loads(done("diff", run, other, "--json", "--quiet").stdout)
+    pairs = [
+        (x["first"] and x["first"]["id"], x["second"] and x["second"]["id"]) for x in told["facts"]
+    ]
+    assert pairs == [
+        ("ada", "ada-2"),
+        ("zola", None),
+        ("velm", None),
+        ("karo", None),
+        (None, "own"),
+    ]
+    answers = {p["answer"]: p for p in told["facts"][0]["probabilities"]}
+    for side, folder in (("first", run), ("second", other)):
+        for answer in ("Velmish", "Latin"):
+            expected = probability(folder, "The mother tongue of Ada Byron is", answer)
+            assert answers[answer][side] == pytest.approx(expected, rel=1e-4)
+    for layer in told["layers"]:
+        assert 0 < layer["apart"] <= layer["first"] + layer["second"]
+    assert "3 facts" not in done("diff", run, run, "--quiet").stdout
+    same = json.loads(done("diff", run, run, "--json", "--quiet").stdout)
+    assert (same["facts"], same["common"]) == ([], 4)
+    assert all(layer["apart"] == 0 for layer in same["layers"])
+    first = json.loads(done("diff", f"{run}@1", run, "--json", "--quiet").stdout)
+    assert [x["second"]["id"] for x in first["facts"]] == ["velm", "karo"]
+    base = json.loads(done("diff", f"{run}@0", run, "--json", "--quiet").stdout)
+    assert base["layers"][0]["first"] == 0
+    assert "has 2 events" in refused("diff", f"{run}@7", run, "--quiet")
+    assert "Velmish" in done("diff", run, other, "--quiet").stdout
+
+
+def test_merge_lists_conflicts_until_they_are_decided(run, other, tmp_path):
+    both = tmp_path / "both"
+    result = invoke("merge", run, other, "--out", both, "--quiet")
+    assert result.exit_code == 1
+    assert "Velmish (ada)" in result.stdout
+    assert "not decided" in result.stdout
+    assert "--prefer or --decide" in result.stderr
+    assert not both.exists()
+    choices = tmp_path / "choices.yaml"
+    choices.write_text("ada-2: second\n", encoding="utf-8")
+    before = model_of(run), model_of(other)
+    done("merge", run, other, "--out", both, "--decide", choices, "--quiet")
+    facts = json.loads(done("show", both, "--json").stdout)["facts"]
+    assert [f["id"] for f in facts] == ["zola", "velm", "karo", "ada-2", "own"]
+    done("verify", both, "--quiet")
+    assert (model_of(run), model_of(other)) == before
+    assert "holds a run already" in refused("merge", run, other, "--out", both, "--quiet")
+    choices.write_text("ada: perhaps\n", encoding="utf-8")
+    said = refused("merge", run, other, "--out", tmp_path / "x", "--decide", choices, "--quiet")
+    assert "expected first, second, neither" in said
+    assert not (tmp_path / "x").exists()
+    done("merge", run, other, "--out", tmp_path / "y", "--prefer", "newest", "--quiet")
+
+
+# -- gates -----------------------------------------------------------------------------------
+
+
+def test_a_gate_that_fails_leaves_everything_as_it_was(run, place, options, tmp_path):
+    strict, loose = tmp_path / "strict.yaml", tmp_path / "loose.yaml"
+    strict.write_text("norm_growth: {at_most: 0.0001}\n", encoding="utf-8")
+    loose.write_text("norm_growth: {at_most: 100000}\n", encoding="utf-8")
+    more = tmp_path / "more.json"
+    record = {"id": "new", "subject": "Velm", "prompt": "The people of {} speak", "target": "Greek"}
+    more.write_text(json.dumps([record]), encoding="utf-8")
+    files = content(run)
+    result = invoke("edit", more, "--continue", run, "--gate", strict, "--quiet")
+    assert result.exit_code == 1
+    assert "norm_growth" in result.stdout
+    assert "no model was written" in result.stderr
+    assert content(run) == files
+    fresh = tmp_path / "fresh"
+    result = invoke("edit", more, *options, "--out", fresh, "--gate", strict)
+    assert result.exit_code == 1
+    assert not fresh.exists()
+    done("edit", more, *options, "--out", fresh, "--gate", loose, "--no-evaluate")
+    done("verify", fresh, "--quiet")
+    done("edit", more, "--continue", run, "--gate", loose, "--quiet", "--no-evaluate")
+    assert len(log_of(run)) == 3
+
+
+# -- what is refused -------------------------------------------------------------------------
+
+
+def test_bad_input_to_the_life_commands_is_one_line(run, tmp_path):
+    before = model_of(run)
+    assert "say which" in refused("undo", run)
+    assert "no fact 'nobody' in the model" in refused("undo", run, "nobody", "--quiet")
+    assert "no fact in the model fits --batch 9" in refused("undo", run, "--batch", "9", "--quiet")
+    assert "expected FIELD=TEXT" in refused("undo", run, "--where", "colour=red", "--quiet")
+    assert "nothing to redo" in refused("redo", run, "--quiet")
+    assert "is in the model" in refused("redo", run, "ada", "--quiet")
+    for command in ("log", "show", "undo", "redo", "restore", "rebuild", "verify"):
+        ids = ("x",) if command == "undo" else ()
+        assert "no " in refused(command, tmp_path / "nowhere", *ids, "--quiet")
+    done("restore", run, "--quiet")
+    assert "it is the base already" in refused("restore", run, "--quiet")
+    assert "nothing to rebuild" in refused("rebuild", run, "--quiet")
+    done("redo", run, "--quiet")
+    assert model_of(run) == before
