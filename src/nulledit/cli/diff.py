@@ -109,7 +109,7 @@ def _facts_table(found: Difference, first: str, second: str) -> tuple[Sequence[s
                 [
                     "" if i else fact.render(fact.prompt),
                     answer,
-                    _taught(item, answer),
+                    _taught(item, answer, first, second),
                     f"{p:.3f}",
                     f"{q:.3f}",
                 ]
@@ -117,10 +117,10 @@ def _facts_table(found: Difference, first: str, second: str) -> tuple[Sequence[s
     return ["prompt", "answer", "taught in", f"p, {first}", f"p, {second}"], rows
 
 
-def _taught(item: FactDifference, answer: str) -> str:
+def _taught(item: FactDifference, answer: str, first: str, second: str) -> str:
     names = [
         f"{name}{' (to forget)' if fact.forget else ''}"
-        for name, fact in (("first", item.first), ("second", item.second))
+        for name, fact in ((first, item.first), (second, item.second))
         if fact and fact.target == answer
     ]
     return ", ".join(names)
