@@ -19,6 +19,7 @@ from nulledit.editing.queue import batches, merged
 from nulledit.editing.statistics import Statistics
 from nulledit.editing.value_cache import ValueCache
 from nulledit.errors import ConfigError, FactError, LedgerError, ModelError
+from nulledit.files import recover_folder
 from nulledit.ledger.checkpoint import write_model
 from nulledit.ledger.entries import Base, Column, History
 from nulledit.ledger.journal import Journal, Trial
@@ -171,6 +172,7 @@ class Editor:
         store = Store(folder / "ledger")
         history = store.load()
         saved = folder / "model"
+        recover_folder(saved)
         source = str(saved) if (saved / "config.json").is_file() else history.base.model
         if not source:
             raise LedgerError(f"{folder}: has no model, and its base was an object in memory")
@@ -279,14 +281,15 @@ class Editor:
 
     def save_model(self, folder: Path) -> None:
         """Bring the model in `folder` to the ledger's state; nothing is done if it is there."""
-        write_model(
-            self.model,
-            self.tokenizer,
-            folder,
-            state_id=self.history.state_id,
-            base_hash=self.history.base.hash,
-            edited=[parameter_name(self.model, layer) for layer in self.weights.layers],
-        )
+        with self._journal.writing():
+            write_model(
+                self.model,
+                self.tokenizer,
+                folder,
+                state_id=self.history.state_id,
+                base_hash=self.history.base.hash,
+                edited=[parameter_name(self.model, layer) for layer in self.weights.layers],
+            )
 
     @contextmanager
     def base_weights(self) -> Iterator[PreTrainedModel]:

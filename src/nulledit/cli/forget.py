@@ -137,14 +137,22 @@ def _read(file: str, given: Mapping[str, Any], *, quiet: bool) -> list[Fact]:
 
 
 def _one(editor: Editor, given: Mapping[str, Any]) -> Fact:
-    """The fact of the options; its answer is found if it was not given."""
+    """The fact of the options, as the one in the model that asks the same if there is one.
+
+    The answer is what the model says, if none was given; what was forgotten already stays so.
+    """
     from nulledit.data.facts import Fact
     from nulledit.evaluation.forgetting import find_answer
 
-    subject, prompt, target = given["subject"], given["prompt"], given["target"]
+    target = given["target"]
+    asked = Fact(given["subject"], given["prompt"], target or "?")
+    same = (f for f in editor.facts if f.subject == asked.subject and asked.prompt in f.prompts)
+    held = next(same, None)
+    if target is None and held and held.forget:
+        return held
     if target is None:
-        target = find_answer(editor, subject, prompt)
-    return Fact(subject=subject, prompt=prompt, target=target, forget=True)
+        target = find_answer(editor, asked.subject, asked.prompt)
+    return (held or asked).forgotten(target)
 
 
 def _texts(bars: Bars) -> Any:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import sqlite3
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -91,13 +90,14 @@ def run(
         text = read_text(editor, given["text"])
         check_lengths(editor, facts)
     held = len(editor.history.events)
-    created, begins = not folder.exists(), not given["run"]
+    created, begins, attached = not folder.exists(), not given["run"], False
     again = _command(source, given, folder)
     try:
         with ExitStack() as stack:
             if begins:
-                _sweep(folder)
+                Store(folder / "ledger").discard()  # of a run that was killed in its first batch
             if begins and limits is None:
+                attached = True
                 editor.attach(folder)
             stack.enter_context(editor.writing())
             if limits is None:
@@ -105,21 +105,23 @@ def run(
             else:
                 report = _gated(editor, facts, given, limits, text, seconds, quiet=quiet)
                 if begins:
+                    attached = True
                     editor.attach(folder)
             with _timed(seconds, "save"):
                 editor.save_model(folder / "model")
             return _finish(editor, folder, report, text, seconds, quiet=quiet)
     except KeyboardInterrupt as error:
         kept = _kept_batches(editor, folder, held)
-        if begins and not kept:
+        if attached and not kept:
             _take_back(folder, created)
+        if begins and not kept:
             raise Interrupted(
                 "interrupted before the first batch was finished: nothing was kept"
             ) from error
         raise Interrupted(f"interrupted: {_kept(kept, folder)}; go on with: {again}") from error
     except (NullEditError, OSError, sqlite3.Error):
         kept = _kept_batches(editor, folder, held)
-        if begins and not kept:
+        if attached and not kept:
             _take_back(folder, created)
         elif kept:
             say(f"Note: {_kept(kept, folder)}; go on with: {again}", quiet=False)
@@ -359,16 +361,11 @@ def _new(editor: Editor, facts: Sequence[Fact], *, quiet: bool) -> list[Fact]:
 
 
 def _take_back(folder: Path, created: bool) -> None:
-    """Remove what a run made that has kept no batch."""
-    shutil.rmtree(folder / "ledger", ignore_errors=True)
+    """Remove what a run made that has kept no batch; not what another one is making there."""
+    with suppress(LedgerError):
+        Store(folder / "ledger").discard()
     if created and folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
-
-
-def _sweep(folder: Path) -> None:
-    """Remove the empty ledger of a run that was killed in its first batch."""
-    if (folder / "ledger").is_dir():
-        shutil.rmtree(folder / "ledger")
 
 
 def _kept_batches(editor: Editor, folder: Path, held: int) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -215,17 +215,16 @@ def _rewrite(file: Path, replaced: Mapping[str, Tensor]) -> str:
 def _copy(source: Path, target: Path, replaced: Mapping[str, Tensor]) -> tuple[str, str]:
     """Copy a safetensors file with some tensors replaced, block by block; hashes of both."""
     places, _ = read_header(source)
-    old, new = hashlib.sha256(), hashlib.sha256()
+    old = new = hashlib.sha256()  # one until the first tensor that differs
     with source.open("rb") as reading, target.open("wb") as writing:
         at = 0
         for name in sorted(replaced, key=lambda n: places[n].begin):
             place, tensor = places[name], replaced[name]
             if place.dtype is None or place.shape != tuple(tensor.shape):
                 raise LedgerError(f"{source}: {name} has another shape or dtype than the model's")
-            for block in _blocks(reading, place.begin - at):
-                old.update(block)
-                new.update(block)
-                writing.write(block)
+            _pass_on(_blocks(reading, place.begin - at), writing, old, new)
+            if old is new:
+                new = old.copy()
             for block in _blocks(reading, place.end - place.begin):
                 old.update(block)
             raw = tensor.detach().to(place.dtype).cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -235,11 +234,16 @@ def _copy(source: Path, target: Path, replaced: Mapping[str, Tensor]) -> tuple[s
             new.update(content)
             writing.write(content)
             at = place.end
-        for block in _blocks(reading, None):
-            old.update(block)
-            new.update(block)
-            writing.write(block)
+        _pass_on(_blocks(reading, None), writing, old, new)
     return old.hexdigest(), new.hexdigest()
+
+
+def _pass_on(blocks: Iterable[bytes], writing: IO[bytes], old: Any, new: Any) -> None:
+    for block in blocks:
+        writing.write(block)
+        old.update(block)
+        if new is not old:
+            new.update(block)
 
 
 def _blocks(opened: IO[bytes], length: int | None) -> Iterator[bytes]:

@@ -59,7 +59,7 @@ class Journal:
         if self.store is None:
             yield
             return
-        with self.store.writing():
+        with self.store.writing(events=self._stored[3]):
             yield
 
     @contextmanager

@@ -297,9 +297,7 @@ class Store:
                 "by; put back a copy of both files"
             ) from error
         if not LISTING.fullmatch(text):
-            raise LedgerError(
-                f"{self.listing}: damaged: expected one line or two of 64 hex digits"
-            )
+            raise LedgerError(f"{self.listing}: damaged: expected one line or two of 64 hex digits")
         return text.split()
 
     def _list(self, *hashes: str) -> None:

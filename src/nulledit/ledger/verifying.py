@@ -224,7 +224,10 @@ def _damage(folder: Path, name: str, hashes: tuple[str, ...]) -> str:
     if digest in hashes:
         return ""
     expected = " or ".join(one[:12] for one in hashes)
-    return f"{folder / name}: damaged: its hash is {digest[:12]}, expected {expected}"
+    return (
+        f"{folder / name}: damaged: its hash is {digest[:12]}, expected {expected}; put back a "
+        "copy, or move the folder away and have it written anew"
+    )
 
 
 def _finish(

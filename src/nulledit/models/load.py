@@ -214,9 +214,12 @@ def embedded_folder(name: str) -> Path:
         )
     logger.info("converting %s to float32 in %s (once)", file.name, folder)
     with replacing_folder(folder) as partial:
-        options = {"gguf_file": file.name, "local_files_only": True}
-        loaded = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            file.parent, gguf_file=file.name, local_files_only=True
+        )
         # A model read from GGUF still counts as quantised and refuses to be saved; a plain one of
         # the same shape takes its float32 weights.
         if hasattr(loaded.config, "quantization_config"):
