@@ -17,7 +17,9 @@ from nulledit.errors import ConfigError
 @click.option("--remove", is_flag=True, help="MODEL is base + delta: give back the base.")
 @click.option("--base", metavar="BASE", help="With --remove: the base, for its weights.")
 @click.option("--run", metavar="RUN", help="With --remove: the run whose ledger holds them.")
-@click.option("--max-shard-size", metavar="SIZE", default="50GB", show_default=True)
+@click.option(
+    "--max-shard-size", metavar="SIZE", default="50GB", show_default=True, help="Of one file."
+)
 @trust_option
 @output_options
 def apply(
