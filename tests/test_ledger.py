@@ -541,11 +541,23 @@ def content(folder):
     }
 
 
-def test_leakage_is_of_the_current_null_space(make_editor, facts):
-    editor = make_editor()
+@pytest.mark.parametrize(
+    ("method", "projection"),
+    [("alphaedit", "own"), ("memit-history", "none"), ("memit", "after"), ("soft", "inside")],
+)
+def test_leakage_is_the_dense_trace(make_editor, tokenizer, facts, method, projection):
+    recipe = changed(RECIPE, {"method": {"name": method, "projection": projection}})
+    statistics = statistics_of(build_model("llama"), tokenizer)
+    editor = make_editor(recipe, statistics=statistics)
     editor.edit(facts[:1])
     layer = editor.weights.layers[0]
-    tensors = editor.history.tensors[editor.history.epoch.tensors]
-    spectrum, threshold = read_spectrum(tensors, layer)
-    free = spectrum.eigenvalues[spectrum.eigenvalues < threshold].sum()
-    assert editor.weights.leakage(layer) == pytest.approx(float(free / spectrum.eigenvalues.sum()))
+    spectrum = statistics.spectra[layer]
+    _, threshold = read_spectrum(editor.history.tensors[editor.history.epoch.tensors], layer)
+    metrics = LayerMetrics.of(recipe, spectrum, threshold)
+    Q = spectrum.eigenvectors.double()
+    C, G = Q @ torch.diag(spectrum.eigenvalues) @ Q.mT, dense(metrics.metric)
+    written = dense(metrics.projector) @ G if projection == "after" else G
+    top = torch.linalg.eigvalsh((written + written.mT) / 2).max()
+    expected = float(torch.trace(written @ C) / (top * torch.trace(C)))
+    assert 0 < expected < 1
+    assert editor.weights.leakage(layer) == pytest.approx(expected, abs=1e-9)

@@ -54,6 +54,14 @@ SMALL = {
         "solve_facts": 4,
     },
     "order": {"arms": ["alphaedit"]},
+    "collapse": {
+        "arms": ["alphaedit"],
+        "oldest": 4,
+        "growth": 1e9,
+        "loss": 1e3,
+        "healthy_growth": 1e8,
+        "healthy_loss": 999,
+    },
     "instead": {"arms": ["alphaedit"], "crowds": [0, 1], "facts": 6},
 }
 SHARED = {"facts": 12, "skip": 0, "batch_size": 6, "windows": 2, "answers": 3, "fluency": 2}

@@ -34,12 +34,13 @@ class LayerMetrics:
 
     spectrum: Spectrum
     """Of the preserved keys, with the eigenvectors that the metrics need."""
-    threshold: float
-    """τ: directions with a larger eigenvalue are protected."""
     metric: Metric
     """G of the method's gains, zero outside the null space if projected inside."""
     projector: Metric
     """P on the null space."""
+    leakage: float
+    """tr(GC) / (‖G‖ tr C), of what is written: the share of the preserved keys' energy that edits may
+    disturb, weighed by how freely. tr(PC)/tr(C) for a projection."""
 
     @classmethod
     def of(cls, recipe: Recipe, spectrum: Spectrum, threshold: float) -> LayerMetrics:
@@ -47,10 +48,14 @@ class LayerMetrics:
         method = find_method(recipe.method.name)
         free = (spectrum.eigenvalues < threshold).to(spectrum.eigenvalues)
         gains = method.gains(spectrum.eigenvalues, threshold, method.read(recipe.method))
-        if method.projection(recipe.method) == "inside":
+        projection = method.projection(recipe.method)
+        if projection == "inside":
             gains = gains * free
+        written = gains * free if projection == "after" else gains
+        energy = spectrum.eigenvalues * written / written.max().clamp_min(1e-300)
+        leakage = float(energy.sum() / spectrum.eigenvalues.sum())
         kept = spectrum.whole() if method.reads_moment else spectrum.reduced(gains, free)
-        return cls(kept, threshold, spectrum.metric(gains), spectrum.metric(free))
+        return cls(kept, spectrum.metric(gains), spectrum.metric(free), leakage)
 
 
 class LayerFold:

@@ -79,9 +79,8 @@ class EditedWeights:
         return self._fold(layer).stage.metrics.projector
 
     def leakage(self, layer: int) -> float:
-        """tr(PC)/tr(C): share of the preserved keys' energy that edits of `layer` may disturb."""
-        metrics = self._fold(layer).stage.metrics
-        return metrics.spectrum.leakage(metrics.threshold)
+        """Share of the preserved keys' energy that edits of `layer` may disturb, 0 to 1."""
+        return self._fold(layer).stage.metrics.leakage
 
     def refresh(self, columns: Sequence[Column] | None = None) -> None:
         """Set every edited matrix to W₀ + the fold of `columns` (the active ones by default)."""
