@@ -10,6 +10,7 @@ import click
 from nulledit.cli.common import (
     Bars,
     device_option,
+    echo,
     emit,
     output_options,
     prepare,
@@ -69,7 +70,7 @@ def check(
     if as_json:
         emit({"run_folder": run, **report.to_dict()})
     else:
-        click.echo(as_text(gate_table(report), left=2, most=90))
+        echo(as_text(gate_table(report), left=2, most=90))
     refuse(report, run)
 
 

@@ -167,7 +167,7 @@ def edit(facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
 
         name = model_source(given["model"])
         size = estimate.estimate(name, found.facts, recipe, dtype=given["dtype"], given=given)
-        return emit(size) if as_json else click.echo(estimate.as_page(size))
+        return emit(size) if as_json else echo(estimate.as_page(size))
     from nulledit.cli import runs
 
     try:
@@ -184,7 +184,7 @@ def edit(facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
     if as_json:
         emit(result.to_dict())
     else:
-        click.echo(runs.as_page(result))
+        echo(runs.as_page(result))
     return None
 
 

@@ -11,6 +11,7 @@ from nulledit.cli.common import (
     Bars,
     conflict_option,
     device_option,
+    echo,
     emit,
     output_options,
     prepare,
@@ -122,12 +123,12 @@ def evaluate(run: str, as_json: bool, quiet: bool, **given: Any) -> None:
             }
         )
         return
-    click.echo(as_text(rates_table({s: e.summary() for s, e in sides.items()})))
+    echo(as_text(rates_table({s: e.summary() for s, e in sides.items()})))
     if kept:
         errors = ", ".join(
             f"{p.error:.3g} ± {p.standard_error:.1g} (layer {p.layer})" for p in kept
         )
-        click.echo(f"\n‖ΔK₀‖/‖W₀K₀‖: {errors}\nPerplexity and ‖ΔK₀‖ are on {text.name}.")
+        echo(f"\n‖ΔK₀‖/‖W₀K₀‖: {errors}\nPerplexity and ‖ΔK₀‖ are on {text.name}.")
     more: dict[str, Any] = {}
     if given["by_relation"]:
         more["By relation, edited"] = rest.relations_table(facts, sides["edited"])
@@ -138,4 +139,4 @@ def evaluate(run: str, as_json: bool, quiet: bool, **given: Any) -> None:
     if harness:
         more["lm-evaluation-harness"] = rest.harness_table(harness)
     if more:
-        click.echo("\n" + rest.as_sections(more))
+        echo("\n" + rest.as_sections(more))

@@ -94,7 +94,7 @@ def export(run: str, kind: str, out: str, as_json: bool, quiet: bool, **given: A
         emit(done.to_dict())
         return
     if done.layers:
-        click.echo(as_text(layers_table(done), left=0) + "\n")
+        echo(as_text(layers_table(done), left=0) + "\n")
     echo("\n".join(lines_of(done)))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from nulledit.cli.common import emit, output_options, prepare
+from nulledit.cli.common import echo, emit, output_options, prepare
 
 
 @click.command(short_help="Versions, devices, caches, recipes, models.")
@@ -30,7 +30,7 @@ def info(as_json: bool, quiet: bool) -> None:
             value = ", ".join(f"{k} ({v})" if v else k for k, v in value.items())
         elif isinstance(value, list):
             value = ", ".join(map(str, value)) or "none"
-        click.echo(f"{name:<{width}}  {value}")
+        echo(f"{name:<{width}}  {value}")
 
 
 def collect() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nulledit.cli.common import emit, output_options, prepare
+from nulledit.cli.common import echo, emit, output_options, prepare
 
 if TYPE_CHECKING:
     from nulledit.methods import Method
@@ -46,10 +46,10 @@ def methods(name: str | None, as_json: bool, quiet: bool) -> None:
 
     if name is not None:
         found = describe(find_method(name))
-        emit(found) if as_json else click.echo(page(found))
+        emit(found) if as_json else echo(page(found))
         return
     rows = [describe(method) for method in METHODS]
-    emit(rows) if as_json else click.echo(table(rows))
+    emit(rows) if as_json else echo(table(rows))
 
 
 def describe(method: Method) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from nulledit.cli.common import emit, output_options, say
+from nulledit.cli.common import echo, emit, output_options, say
 
 
 @click.command(short_help="One HTML page of runs and studies.")
@@ -48,7 +48,7 @@ def report(
         data: dict[str, Any] = {"report": str(file), **collected.to_dict()}
         emit(data)
         return
-    click.echo(f"Report: {file} ({file.stat().st_size / 1000:.0f} kB)")
+    echo(f"Report: {file} ({file.stat().st_size / 1000:.0f} kB)")
 
 
 def _default(folders: tuple[str, ...]) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from nulledit.evaluation.harness import harness_results
 from nulledit.evaluation.runner import Evaluation
 from nulledit.evaluation.tasks import Item
 from nulledit.models.tokens import pad_id
+from nulledit.reading import MAX_DOCUMENT, parse_json, read_text
 from nulledit.report.tables import Table, as_text, number, percent
 
 SEEN = ("efficacy_strict", "generalization", "specificity")
@@ -26,11 +26,11 @@ def read_references(file: str | None) -> dict[str, list[str]] | None:
     """Texts by fact id or "relation/target" from a JSON object; ConfigError for anything else."""
     if file is None:
         return None
-    try:
-        found = json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{file}: not JSON ({error})") from error
-    if not isinstance(found, dict) or not all(isinstance(v, list) for v in found.values()):
+    text = read_text(Path(file), most=MAX_DOCUMENT, error=ConfigError)
+    found = parse_json(text, source=file, error=ConfigError)
+    if not isinstance(found, dict) or not all(
+        isinstance(v, list) and all(isinstance(text, str) for text in v) for v in found.values()
+    ):
         raise ConfigError(f"{file}: expected an object of lists of texts, by id or relation/target")
     return found
 

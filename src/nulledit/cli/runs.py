@@ -274,6 +274,9 @@ def _finish(
         with _timed(seconds, "evaluation"):
             before, after = evaluate_both(editor, [c.fact for c in columns], text, quiet=quiet)
             kept = {p.layer: p for p in preservation_report(editor, text.windows)}
+    warnings = warnings_of(report.layers)
+    for warning in warnings:
+        say(f"Warning: {warning}", quiet=quiet)
     lines = _lines(columns, number, before, after)
     batches = sorted({c.batch for c in columns})
     layers = [asdict(r) | _error(kept.get(r.layer)) for r in report.layers]
@@ -289,7 +292,7 @@ def _finish(
             "text": text.name if text and after else None,
             "layers": layers,
             "seconds": {k: round(v, 3) for k, v in seconds.items()},
-            "notices": [*report.notices, *warnings_of(report.layers)],
+            "notices": [*report.notices, *warnings],
         }
     )
     summary = {**_state(editor), "runs": runs}

@@ -12,6 +12,7 @@ import click
 from nulledit.cli.common import (
     device_option,
     dtype_option,
+    echo,
     emit,
     model_source,
     null_space,
@@ -212,7 +213,7 @@ def _show(statistics: Statistics, rule: NullSpaceSettings, as_json: bool) -> Non
         emit({"manifest": asdict(manifest), "null_space": asdict(rule), "layers": rows})
         return
     first = "counted" if manifest.settings.count_first else "left out"
-    click.echo(
+    echo(
         f"{plain(manifest.model)} (weights {manifest.model_hash[:12]}, {manifest.dtype}) on "
         f"{plain(manifest.corpus)}, {manifest.settings.packing}, windows of "
         f"{manifest.settings.window}, position 0 {first}\n"
@@ -230,4 +231,4 @@ def _show(statistics: Statistics, rule: NullSpaceSettings, as_json: bool) -> Non
         for r in rows
     ]
     head = ["layer", "tokens", "protected", "leakage", "threshold", "median", "largest eigenvalues"]
-    click.echo(as_text((head, cells)))
+    echo(as_text((head, cells)))

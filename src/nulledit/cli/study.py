@@ -11,6 +11,7 @@ import click
 from nulledit.cli.common import (
     device_option,
     dtype_option,
+    echo,
     emit,
     model_source,
     output_options,
@@ -85,7 +86,7 @@ def study(name: str | None, as_json: bool, quiet: bool, **given: Any) -> None:
         else:
             for n, about in found.items():
                 needs = " ".join(f"--{source}" for source in about["needs"])
-                click.echo(f"{n:<13} {about['question']}\n{'':<13} needs {needs}")
+                echo(f"{n:<13} {about['question']}\n{'':<13} needs {needs}")
         return
     spec = find_study(name)
     lab = _lab(name, given, spec, quiet=quiet)
@@ -93,7 +94,7 @@ def study(name: str | None, as_json: bool, quiet: bool, **given: Any) -> None:
         from nulledit.studies.estimate import estimate
 
         size = estimate(lab, spec.work(lab))
-        emit(size) if as_json else click.echo(_as_text(name, size))
+        emit(size) if as_json else echo(_as_text(name, size))
         return
     from nulledit.studies.registry import run_study
 
@@ -102,8 +103,8 @@ def study(name: str | None, as_json: bool, quiet: bool, **given: Any) -> None:
     if as_json:
         emit(result.to_dict())
     else:
-        click.echo((folder / "study.md").read_text(encoding="utf-8"))
-        click.echo(f"Folder: {folder}\nPage:   nulledit report {folder}")
+        echo((folder / "study.md").read_text(encoding="utf-8"))
+        echo(f"Folder: {folder}\nPage:   nulledit report {folder}")
 
 
 def _lab(name: str, given: dict[str, Any], spec: Any, *, quiet: bool) -> Any:

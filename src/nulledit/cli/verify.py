@@ -6,7 +6,15 @@ from pathlib import Path
 
 import click
 
-from nulledit.cli.common import device_option, emit, output_options, prepare, say, trust_option
+from nulledit.cli.common import (
+    device_option,
+    echo,
+    emit,
+    output_options,
+    prepare,
+    say,
+    trust_option,
+)
 
 
 @click.command(short_help="Check every hash, and compute the weights again.")
@@ -59,7 +67,7 @@ def verify(
         )
     else:
         rows = [(kind, str(len(found.of(kind))), found.says(kind)) for kind in KINDS]
-        click.echo(as_text((("", "checked", "result"), [*rows]), left=3, most=100))
+        echo(as_text((("", "checked", "result"), [*rows]), left=3, most=100))
     if found.problems:
         raise CheckFailed(
             f"{run}: {count(len(found.problems), 'problem')}: " + "; ".join(found.problems)

@@ -23,6 +23,7 @@ from nulledit.evaluation.runner import _plain
 from nulledit.models.layouts import frozen
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import RowEncoder, chunks_by_length, collate, pad_id
+from nulledit.reading import MAX_DOCUMENT, parse_json, read_text
 
 ROWS_AT_ONCE = 256  # of a matrix of pairwise distances
 
@@ -287,10 +288,8 @@ def _mean_distance(a: Tensor, b: Tensor) -> float:
 
 
 def _prompts(file: Path) -> list[str]:
-    try:
-        records = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FactError(f"{file}: expected a JSON list of records with a prompt: {error}") from None
+    text = read_text(file, most=MAX_DOCUMENT, error=FactError, what="list of prompts")
+    records = parse_json(text, source=str(file), error=FactError)
     if not isinstance(records, list):
         raise FactError(f"{file}: expected a JSON list of records (found {quote(records)})")
     for number, record in enumerate(records):

@@ -13,6 +13,7 @@ from typing import Any
 
 from nulledit.data.facts import quote, suggest
 from nulledit.errors import ConfigError, FactError
+from nulledit.reading import MAX_LINES, json_problem, read_text
 
 
 @dataclass(frozen=True)
@@ -151,10 +152,8 @@ def _read(task: Task, file: Path) -> Iterator[Item]:
     """The items of `file` in its order."""
     if not file.is_file():
         raise FactError(f"{file}: no such file: expected one record of {task.name} a line")
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # U+2028 may stand in a JSON text
-    except (OSError, UnicodeDecodeError) as error:
-        raise FactError(f"{file}: cannot be read as UTF-8 text: {error}") from None
+    text = read_text(file, most=MAX_LINES, error=FactError, what="file of items")
+    lines = text.split("\n")  # U+2028 may stand in a JSON text
     found = False
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -167,8 +166,8 @@ def _read(task: Task, file: Path) -> Iterator[Item]:
 def _item(task: Task, id_: str, line: str, where: str) -> Item:
     try:
         record = json.loads(line)
-    except ValueError as error:
-        raise FactError(f"{where}: broken JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise FactError(f"{where}: broken JSON: {json_problem(error)}") from None
     for name in (*task.fields, task.answer):
         if not isinstance(record, dict) or name not in record:
             raise FactError(f"{where}: no field {name!r}: expected a record of {task.name}")

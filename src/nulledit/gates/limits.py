@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nulledit.config import read_settings
 from nulledit.data.facts import quote, suggest
 from nulledit.errors import ConfigError
 from nulledit.evaluation.tasks import TASKS
+from nulledit.reading import MAX_SETTINGS, parse_yaml, read_text
 
 SHIPPED = "default"
 
@@ -186,32 +186,15 @@ def load_limits(name_or_path: str | Path = SHIPPED) -> Limits:
     if str(name_or_path) == SHIPPED:
         shipped = resources.files("nulledit") / "assets" / "gates" / f"{SHIPPED}.yaml"
         text = shipped.read_text(encoding="utf-8")
-    elif path.is_file():
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{path}: not a text file in UTF-8") from error
+    elif os.path.exists(path):
+        text = read_text(path, most=MAX_SETTINGS, error=ConfigError, what="file of limits")
     else:
         raise ConfigError(f"no limits {str(path)!r}: expected a YAML file, or {SHIPPED}")
-    try:
-        data = yaml.load(text, _OnceLoader)  # a safe loader
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{path}: broken YAML: {' '.join(str(error).split())}") from error
+    data = parse_yaml(text, source=str(path), error=ConfigError)
     try:
         return Limits.from_dict(data, source=path.name)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-
-
-class _OnceLoader(yaml.SafeLoader):
-    """Refuses a name that stands twice, of which YAML would keep the last without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise ConfigError(f"{quote(twice)} stands twice in the limits; keep one of them")
-        return super().construct_mapping(node, deep)
 
 
 def _bound(name: object, given: Any) -> Bound:

@@ -39,8 +39,8 @@ class LayerMetrics:
     projector: Metric
     """P on the null space."""
     leakage: float
-    """tr(GC) / (‖G‖ tr C), of what is written: the share of the preserved keys' energy that edits may
-    disturb, weighed by how freely. tr(PC)/tr(C) for a projection."""
+    """tr(GC) / (‖G‖ tr C), of what is written: the share of the preserved keys' energy that edits
+    may disturb, weighed by how freely. tr(PC)/tr(C) for a projection."""
 
     @classmethod
     def of(cls, recipe: Recipe, spectrum: Spectrum, threshold: float) -> LayerMetrics:

@@ -49,9 +49,24 @@ def is_line(value: Any) -> bool:
     )(value)
 
 
+def is_study(value: Any) -> bool:
+    """The content of `study.json`, but for its names, which `Study` itself checks."""
+    texts = ("name", "title", "question", "scale", "shows", "cannot_show", "nulledit")
+    return is_shallow(value) and _with(
+        **dict.fromkeys(texts, _is_text),
+        settings=_is_object,
+        environment=_list_of(_is_object),
+        seconds=_named(is_number),
+        notices=_list_of(_is_text),
+        tables=_list_of(_is_table),
+        figures=_list_of(_is_figure),
+        examples=_list_of(_is_example),
+    )(value)
+
+
 def is_environment(value: Any) -> bool:
     """The content of `environment.json`."""
-    return is_shallow(value) and _list_of(lambda v: isinstance(v, Mapping))(value)
+    return is_shallow(value) and _list_of(_is_object)(value)
 
 
 def _is_run(value: Any) -> bool:
@@ -110,6 +125,30 @@ def _is_row(value: Any) -> bool:
     )
 
 
+def _is_table(value: Any) -> bool:
+    texts = dict.fromkeys(("name", "title", "caption"), _is_text)
+    column = _with(key=_is_text, title=_is_text, unit=_is_text, digits=_is_digits)
+    rows = _list_of(_named(_is_cell))
+    return _with(**texts, columns=_list_of(column), rows=rows)(value)
+
+
+def _is_cell(value: Any) -> bool:
+    measured = _with(mean=_is_measured, standard_error=_is_measured, n=_or_none(_is_whole))
+    return _is_text(value) or _is_measured(value) or measured(value)
+
+
+def _is_figure(value: Any) -> bool:
+    texts = dict.fromkeys(("name", "caption", "kind", "x", "y", "series"), _is_text)
+    rest = {"panel": _or_none(_is_text), "labels": _named(_is_text), "log": _list_of(_is_text)}
+    return _with(**texts, **rest)(value)
+
+
+def _is_example(value: Any) -> bool:
+    texts = dict.fromkeys(("arm", "prompt", "target"), _is_text)
+    said = dict.fromkeys(("before", "after"), _or_none(_is_text))
+    return _with(**texts, **said, holds=_is_bool)(value)
+
+
 def _with(**checks: Check) -> Check:
     """An object that has these names, each with a value that passes."""
     return lambda value: (
@@ -128,6 +167,14 @@ def _list_of(check: Check) -> Check:
 
 def _or_none(check: Check) -> Check:
     return lambda value: value is None or check(value)
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _is_digits(value: Any) -> bool:
+    return _is_whole(value) and value <= 20
 
 
 def _holds(value: Any) -> bool:

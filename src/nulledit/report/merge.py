@@ -55,7 +55,7 @@ def collect(folders: Sequence[Path]) -> Collected:
             runs.append(run)
             try:
                 part = Part(run_study(run), run_sentence(run), str(folder))
-            except (KeyError, TypeError, AttributeError) as error:
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise ReportError(
                     f"{folder}: not a run's files ({type(error).__name__}: {error}); "
                     "edit again into a new folder"
@@ -67,7 +67,10 @@ def collect(folders: Sequence[Path]) -> Collected:
                 f"{folder}: {what}; expected a folder with summary.json (of `nulledit edit`) or "
                 "study.json (of `nulledit study`)"
             )
-    return Collected(tuple(found), comparison(runs))
+    try:
+        return Collected(tuple(found), comparison(runs))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ReportError(f"the runs can't be compared ({error}); give them one by one") from error
 
 
 def write_report(collected: Collected, file: Path, *, title: str, force: bool = False) -> None:

@@ -174,7 +174,8 @@ def _layers(run: Mapping[str, Any]) -> list[str]:
         as_markdown(preservation_table(run["layers"])),
         "‖ΔK₀‖/‖W₀K₀‖: how far the layer's output moves on text that the statistics did not see "
         f"({markdown(run['text'] or ABSENT)}); the paper's claim is 0. Edit keys free: the share "
-        f"of the edited keys' energy outside the protected directions.{said}",
+        "of the edited keys' energy outside the protected directions. Room left: the share of the "
+        f"usable directions that no edit has taken yet.{said}",
     ]
 
 

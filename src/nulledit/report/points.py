@@ -48,10 +48,15 @@ def points_csv(points: Sequence[Point]) -> str:
 
 def read_points(text: str) -> tuple[Point, ...]:
     """Points from CSV. x is a number where every x is one. ValueError if it is another table."""
-    rows = list(csv.DictReader(io.StringIO(text)))
+    try:
+        rows = list(csv.DictReader(io.StringIO(text)))
+    except csv.Error as error:
+        raise ValueError(f"a figure's CSV is broken: {error}") from None
     head = text.split("\n", 1)[0].strip().split(",")
     if missing := set(COLUMNS[:6]) - set(head):
         raise ValueError(f"a figure's CSV lacks {', '.join(sorted(missing))}")
+    if any(row[name] is None for row in rows for name in COLUMNS[:6]):
+        raise ValueError("a figure's CSV has a row that is too short")
     numeric = all(_is_number(row["x"]) for row in rows)
     return tuple(
         Point(
@@ -82,4 +87,6 @@ def _is_number(text: str) -> bool:
 
 
 def _number(text: str | None) -> float | None:
+    if text and not _is_number(text):
+        raise ValueError(f"{text[:60]!r} is no finite number")
     return float(text) if text else None

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nulledit.errors import ReportError
+from nulledit.reading import MAX_SETTINGS, parse_yaml, read_text
 from nulledit.report import measures
 from nulledit.report.page import mark
 from nulledit.report.rates import rates_spec
@@ -44,18 +43,19 @@ def read_run(folder: Path, name: str) -> RunFolder:
     missing = [f for f in ("summary.json", "results.jsonl") if not (folder / f).is_file()]
     if missing:
         raise ReportError(f"{folder}: no run here (no {' and no '.join(missing)})")
-    recipe = folder / "recipe.yaml"
-    try:
-        settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
-    except (yaml.YAMLError, ValueError) as error:
-        raise ReportError(f"{recipe}: not YAML; move the file away") from error
+    recipe, settings = folder / "recipe.yaml", {}
+    if recipe.exists():
+        text = read_text(recipe, most=MAX_SETTINGS, error=ReportError)
+        settings = parse_yaml(text, source=str(recipe), error=ReportError)
+    if not isinstance(settings, dict) or not isinstance(settings.get("method", {}), dict):
+        raise ReportError(f"{recipe}: not a recipe; move the file away")
     summary = read_json(folder, "summary.json", {})
     if not isinstance(summary, dict) or not {"runs", "base", "version"} <= set(summary):
         raise ReportError(
             f"{folder / 'summary.json'}: not the summary of a run; edit again into a new folder"
         )
     environment = read_json(folder, "environment.json", [])
-    return RunFolder(name, summary, read_lines(folder), settings or {}, environment)
+    return RunFolder(name, summary, read_lines(folder), settings, environment)
 
 
 def run_study(run: RunFolder) -> Study:

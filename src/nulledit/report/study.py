@@ -7,7 +7,6 @@ STUDY/figures/NAME.png, NAME.svg, STUDY/study.md    drawn from these
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -16,6 +15,8 @@ from typing import Any
 
 import nulledit
 from nulledit.errors import ReportError
+from nulledit.reading import MAX_DOCUMENT, check_values, one_line, parse_json, read_text
+from nulledit.report.checks import is_study
 from nulledit.report.points import Point, points_csv, read_points
 from nulledit.report.writing import as_json, write
 
@@ -217,12 +218,10 @@ def write_study(folder: Path, study: Study) -> None:
 def read_study(folder: Path) -> Study:
     """The study of a folder, with its figures' points. ReportError if it can't be read."""
     file = Path(folder) / "study.json"
-    try:
-        plain = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ReportError(f"{folder}: no study here (expected {file})") from error
-    except ValueError as error:
-        raise ReportError(f"{file}: not JSON ({error}); run the study again") from error
+    if not file.exists():
+        raise ReportError(f"{folder}: no study here (expected {file})")
+    text = read_text(file, most=MAX_DOCUMENT, error=ReportError)
+    plain = parse_json(text, source=str(file), error=ReportError)
     found = plain.get("format") if isinstance(plain, dict) else None
     if found != FORMAT:
         raise ReportError(
@@ -230,9 +229,14 @@ def read_study(folder: Path) -> Study:
             "use the version that wrote it, or run the study again"
         )
     try:
+        if missing := [f.name for f in fields(Study) if f.name not in plain]:
+            raise ValueError(f"lacks {', '.join(missing)}")
+        if not is_study(plain):
+            raise ValueError("values of another kind than a study has")
         return _study(plain, Path(folder))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ReportError(f"{file}: not a study ({error}); run the study again") from error
+        said = one_line(f"{file}: not a study ({error}); run the study again")
+        raise ReportError(said) from error
 
 
 def _study(plain: dict[str, Any], folder: Path) -> Study:
@@ -261,7 +265,9 @@ def _figure(plain: dict[str, Any], folder: Path) -> FigureSpec:
     file = folder / "figures" / f"{plain['name']}.csv"
     if not file.is_file():
         raise ReportError(f"{file} is missing: the figure's numbers are kept there; run it again")
-    points = read_points(file.read_text(encoding="utf-8"))
+    text = read_text(file, most=MAX_DOCUMENT, error=ReportError)
+    check_values(text, source=str(file), error=ReportError)
+    points = read_points(text)
     return FigureSpec(**{**plain, "log": tuple(plain["log"]), "points": points})
 
 

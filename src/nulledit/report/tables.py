@@ -81,7 +81,7 @@ def rates_table(sides: Mapping[str, Mapping[str, Any]]) -> Table:
 
 def preservation_table(layers: Sequence[Mapping[str, Any]]) -> Table:
     """Per layer: what the edits do to keys of other text, and how large they are."""
-    head = ["layer", "‖ΔK₀‖/‖W₀K₀‖", "‖Δ‖/‖W₀‖", "edit keys free", "protected"]
+    head = ["layer", "‖ΔK₀‖/‖W₀K₀‖", "‖Δ‖/‖W₀‖", "edit keys free", "protected", "room left (%)"]
     rows: list[Sequence[str]] = [
         [
             str(row["layer"]),
@@ -89,6 +89,7 @@ def preservation_table(layers: Sequence[Mapping[str, Any]]) -> Table:
             number(row["update_share"]),
             _number_plus_minus(row["free_share"], row.get("free_share_error")),
             f"{row['protected']} of {row['d_in']}",
+            number(None if row.get("room") is None else 100 * row["room"]),
         ]
         for row in layers
     ]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nulledit.config import Recipe
 from nulledit.data.facts import suggest
 from nulledit.errors import ConfigError
 from nulledit.methods import find_method
+from nulledit.reading import MAX_SETTINGS, parse_yaml, read_text
 
 PROJECTIONS = ("inside", "after", "none")
 
@@ -104,14 +104,11 @@ def load_scale(name_or_path: str) -> Scale:
     path = Path(name_or_path)
     if name_or_path in ("small", "paper"):
         text = shipped.read_text(encoding="utf-8")
-    elif path.is_file():
-        text = path.read_text(encoding="utf-8")
+    elif os.path.exists(path):
+        text = read_text(path, most=MAX_SETTINGS, error=ConfigError, what="scale")
     else:
         raise ConfigError(f"no scale {name_or_path!r}: expected small, paper or a YAML file")
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: broken YAML: {' '.join(str(error).split())}") from error
+    data = parse_yaml(text, source=str(path), error=ConfigError)
     if not isinstance(data, Mapping) or set(data) != {"arms", "studies"}:
         raise ConfigError(f"{path}: expected `arms` and `studies`")
     for part in ("arms", "studies"):
@@ -131,10 +128,7 @@ def _value(name: str, text: Any) -> Any:
         return text
     if name in (*NUMBERS, "crowds") and not text.lstrip().startswith("["):
         text = f"[{text}]"
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: {text!r} is not a value") from error
+    return parse_yaml(text, source=name, error=ConfigError)
 
 
 def _list(value: Any) -> bool:
