@@ -463,7 +463,7 @@ def test_tensors_that_are_not_the_manifests(delta):
     good = load_file(file)
 
     def refused(tensors, said):
-        from nulledit.models.load import sha256_of
+        from nulledit.files import sha256_of
 
         save_file(tensors, file)
         rewrite(delta, sha256=sha256_of(file), bytes=file.stat().st_size)
@@ -476,7 +476,7 @@ def test_tensors_that_are_not_the_manifests(delta):
     refused({**good, name: good[name] * torch.nan}, "not of finite float32 numbers")
     refused({**good, name: good[name].view(torch.int32)}, "not of finite float32 numbers")
     file.write_bytes(b"\xff" * 8 + file.read_bytes()[8:])
-    from nulledit.models.load import sha256_of
+    from nulledit.files import sha256_of
 
     rewrite(delta, sha256=sha256_of(file), bytes=file.stat().st_size)
     with pytest.raises(LedgerError, match="not a safetensors file"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -96,6 +97,12 @@ def sweep(folder: Path) -> None:
         number = left.name.split(".")[-2]
         if left.is_file() and (number == str(os.getpid()) or not _alive(number)):
             left.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(file: Path, text: str) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from nulledit.editor import ChangeReport, Editor
 
 MOVED = 5  # facts whose movement is shown
+SHOWN = 10  # facts named that came or went
 FIELDS = ("id", "subject", "relation", "target", "prompt")
 
 
@@ -151,6 +152,8 @@ def change_dict(editor: Editor, report: ChangeReport) -> dict[str, Any]:
 
 def change_text(editor: Editor, report: ChangeReport) -> str:
     """A change for a terminal."""
+    from nulledit.changes import some
+
     lines = []
     for label, ids in (
         ("out", report.removed),
@@ -158,7 +161,7 @@ def change_text(editor: Editor, report: ChangeReport) -> str:
         ("written anew", report.rebuilt),
     ):
         if ids:
-            lines.append(f"{label}: {', '.join(ids)}")
+            lines.append(f"{label}: {some(ids, SHOWN)}")
     if report.near:
         near = ", ".join(f"{i} ({cosine:.3f})" for i, cosine in report.near[:MOVED])
         lines.append(f"on nearly the same key (cosine): {near}")

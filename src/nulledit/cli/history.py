@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nulledit.cli.common import echo, emit, output_options, prepare
+from nulledit.cli.common import echo, emit, output_options
 
 if TYPE_CHECKING:
     from nulledit.ledger.entries import History
@@ -25,7 +25,8 @@ def log(run: str, limit: int | None, as_json: bool, quiet: bool) -> None:
     \b
     $ nulledit log run
     """
-    history = _history(run, quiet)
+    del quiet  # there is nothing to be quiet about
+    history = _history(run)
     from nulledit.report.ledger import events_of, log_table
     from nulledit.report.tables import as_text
 
@@ -47,7 +48,8 @@ def show(run: str, id_: str | None, as_json: bool, quiet: bool) -> None:
     $ nulledit show run
     $ nulledit show run capital-of-france
     """
-    history = _history(run, quiet)
+    del quiet
+    history = _history(run)
     from nulledit.report.ledger import facts_table, story_of, story_text
     from nulledit.report.tables import as_text
 
@@ -60,8 +62,7 @@ def show(run: str, id_: str | None, as_json: bool, quiet: bool) -> None:
     return echo(as_text(facts_table(history), left=3))
 
 
-def _history(run: str, quiet: bool) -> History:
-    prepare(quiet=quiet)
+def _history(run: str) -> History:
     from nulledit.ledger.store import Store
 
     return Store(Path(run) / "ledger").load()

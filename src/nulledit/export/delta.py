@@ -26,9 +26,9 @@ from nulledit.export.updates import (
     weight_with,
     write_json,
 )
-from nulledit.files import replacing_folder
+from nulledit.files import replacing_folder, sha256_of
 from nulledit.models.layouts import as_out_in, mlp_out, parameter_name
-from nulledit.models.load import model_hash, sha256_of
+from nulledit.models.load import model_hash
 from nulledit.reading import MAX_DOCUMENT, parse_json, read_text
 
 FORMAT = "nulledit-delta"

@@ -21,8 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nulledit.errors import LedgerError
-from nulledit.files import recover_folder, replacing, replacing_folder, sweep, write_text
-from nulledit.models.load import sha256_of
+from nulledit.files import recover_folder, replacing, replacing_folder, sha256_of, sweep, write_text
 
 STATE_FILE = "nulledit.json"
 LARGEST_STATE = 16 << 20  # bytes

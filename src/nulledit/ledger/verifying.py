@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nulledit.errors import LedgerError, NullEditError
-from nulledit.files import recover_folder
+from nulledit.files import recover_folder, sha256_of
 from nulledit.ledger.checkpoint import (
     STATE_FILE,
     FolderState,
@@ -31,7 +31,6 @@ from nulledit.ledger.checkpoint import (
 from nulledit.ledger.entries import History
 from nulledit.ledger.store import DIGEST, Store
 from nulledit.models.layouts import parameter_name
-from nulledit.models.load import sha256_of
 
 DATABASE, TENSORS, FILES = "database", "tensor files", "model files"
 BASE, MATRICES = "base", "edited matrices"

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from nulledit.errors import ModelError
-from nulledit.files import replacing_folder, write_text
+from nulledit.files import replacing_folder, sha256_of, write_text
 from nulledit.reading import MAX_DOCUMENT, one_line, parse_json, read_text
 
 logger = logging.getLogger(__name__)
@@ -252,12 +252,6 @@ def _intact(folder: Path, source_sha256: str) -> bool:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
-
-
-def sha256_of(path: Path) -> str:
-    """Hash of a file's content, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def model_hash(model: PreTrainedModel, replaced: dict[str, torch.Tensor] | None = None) -> str:
