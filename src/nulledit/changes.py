@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nulledit.batch import BatchWriter, Given, Run, Written
 from nulledit.config import Recipe
-from nulledit.data.facts import Fact
+from nulledit.data.facts import Fact, refuse_forgetting
 from nulledit.editing.contexts import make_contexts
 from nulledit.editing.statistics import Statistics, find_statistics
 from nulledit.editing.value_cache import ValueCache
@@ -254,7 +254,9 @@ class Changes:
         )
 
     def check_rows(self, facts: Sequence[Fact], run: Run) -> None:
-        """Tokenise every row once, so that a prompt too long is refused before any work."""
+        """Refuse before any work what can't be done: a prompt too long, forgetting by gradient."""
+        if self.method.by_gradient:
+            refuse_forgetting(facts, self.method.name)
         for fact in facts:
             try:
                 bare = plan_rows(fact, self.encoder, self.history.epoch.contexts)[0]

@@ -333,12 +333,26 @@ class Editor:
                     size = 1
                 for batch in batches(queue, size, seed=self.seed if shuffle else None):
                     run.tell("batches", done, len(queue))
-                    changes.batch(batch, run)
+                    changes.batch(batch, run, kind=_kind(batch))
                     done += len(batch)
         asked = {fact.id for fact in queue}
         columns = tuple(c for c in self.history.present if c.fact.id in asked)
         layers = self.weights.reports()
         return EditReport(columns, layers, tuple(run.notices), run.seconds, run.optimised)
+
+    def forget(
+        self,
+        facts: Iterable[Fact],
+        *,
+        batch_size: int | None = None,
+        progress: Progress | None = None,
+    ) -> EditReport:
+        """Suppress the targets of `facts`, with nothing in their place (docs/forget.md).
+
+        An edit like any other: an earlier answer to the same question leaves, undo takes it back.
+        """
+        asked = [fact if fact.forget else fact.forgotten() for fact in facts]
+        return self.edit(asked, batch_size=batch_size, progress=progress)
 
     def next_epoch(
         self,
@@ -544,6 +558,10 @@ class Editor:
                 run.notices.append(f"{fact.id}: another wording of {known.id}, edited as one fact")
                 queue[fact.key] = merged(known, fact)
         return list(queue.values())
+
+
+def _kind(facts: Sequence[Fact]) -> str:
+    return "forget" if all(fact.forget for fact in facts) else "edit"
 
 
 def _by_fact(found: Iterable[tuple[Column, float]]) -> tuple[tuple[str, float], ...]:

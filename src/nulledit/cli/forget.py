@@ -12,6 +12,7 @@ from nulledit.cli.common import (
     Sectioned,
     conflict_option,
     device_option,
+    echo,
     emit,
     output_options,
     prepare,
@@ -77,6 +78,7 @@ def forget(run: str, facts: str | None, as_json: bool, quiet: bool, **given: Any
     from pathlib import Path
 
     from nulledit.cli.measure import check_lengths, load_run
+    from nulledit.cli.runs import keep
     from nulledit.evaluation.forgetting import recall_of, summary
     from nulledit.report.tables import as_text
 
@@ -87,9 +89,9 @@ def forget(run: str, facts: str | None, as_json: bool, quiet: bool, **given: Any
     check_lengths(editor, asked)
     with Bars(quiet=quiet, prefix="before: ") as bars:
         before = recall_of(editor, asked, tokens=given["tokens"], progress=_texts(bars))
-    with Bars(quiet=quiet) as bars:
-        report = editor.edit(asked, progress=bars)
-    editor.save_model(Path(run) / "model")
+    with editor.writing(), Bars(quiet=quiet) as bars:
+        report = editor.forget(asked, progress=bars)
+        keep(editor, Path(run))
     for notice in report.notices:
         say(f"Note: {notice}", quiet=quiet)
     with Bars(quiet=quiet, prefix="after: ") as bars:
@@ -101,8 +103,8 @@ def forget(run: str, facts: str | None, as_json: bool, quiet: bool, **given: Any
         plain = {s: {"summary": summary(r), "facts": [*map(asdict, r)]} for s, r in sides.items()}
         emit({"run_folder": run, **plain, "notices": list(report.notices)})
         return
-    click.echo(as_text(_answers(before, after), left=4, most=44))
-    click.echo("\n" + as_text(_rates({side: summary(r) for side, r in sides.items()})))
+    echo(as_text(_answers(before, after), left=4, most=44))
+    echo("\n" + as_text(_rates({side: summary(r) for side, r in sides.items()})))
 
 
 def _check(facts: str | None, given: Mapping[str, Any]) -> None:

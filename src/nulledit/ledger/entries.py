@@ -97,7 +97,7 @@ class Event:
     id: int
     """Counted from 1."""
     kind: str
-    """edit, undo, redo, restore, rebuild or merge."""
+    """edit, forget, undo, redo, restore, rebuild or merge."""
     time: str
     """UTC, ISO 8601."""
     activated: tuple[int, ...]
