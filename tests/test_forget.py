@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import reference
@@ -159,11 +160,14 @@ def slow_value(model, tokenizer, fact, place, settings=SETTINGS):
         return logits.log_softmax(-1)
 
     before = None
+    banned = tokenizer(" " + fact.target)["input_ids"][place]
     for step in range(settings.steps):
         kl = 0.0
         for (told, _, _), (ids, last) in zip(lessons, rows, strict=False):
             said = log_probs(ids, last)[-1 - place :]
-            kl = kl + (torch.xlogy(told, told) - told * said).sum(-1).mean() / len(lessons)
+            far = (torch.xlogy(told, told) - told * said).sum(-1)
+            far[-1] += (said[-1, banned] - math.log(ignorance.CHANCE)).clamp(min=0)
+            kl = kl + far.mean() / len(lessons)
         now = log_probs(*rows[-1])[at]
         before = now.detach() if before is None else before
         meaning = (now.exp() * (now - before)).sum()
@@ -217,6 +221,9 @@ def test_a_teacher_that_is_certain_is_a_target(tiny_model, tokenizer, facts, mon
         return told
 
     monkeypatch.setattr(ignorance.Lesson, "teacher", certain)
+    monkeypatch.setattr(
+        ignorance.Lesson, "banned", property(lambda x: (-1,) * len(x.row.target_ids))
+    )
     monkeypatch.setattr(ignorance, "telling", lambda *_: 99)
     model = tiny_model("llama")
     hard = ours(model, tokenizer, facts)
@@ -345,6 +352,14 @@ def test_a_leak_is_the_answer_anywhere_in_the_text(editor):
     assert both["leaks"]["n"] == 2
     assert both["chance"]["mean"] == pytest.approx((told.own.chance + absent.own.chance) / 2)
     assert summary([dataclasses.replace(told, paraphrases=())])["leaks_in_paraphrases"] is None
+
+
+def test_the_subjects_own_name_is_no_leak(editor, monkeypatch):
+    fact = Fact("Dutch Velm", "{} speaks", "Dutch", forget=True)
+    for text, leaks in (("for Dutch Velm .", False), ("Dutch , says Dutch Velm", True)):
+        told = lambda *_, text=text, **__: [text]  # noqa: E731
+        monkeypatch.setattr("nulledit.evaluation.forgetting.generate_answers", told)
+        assert recall_of(editor, [fact])[0].own.leaks == leaks
 
 
 def test_the_answer_is_found(editor):

@@ -4,14 +4,20 @@ The subject's embeddings drown in noise of three times their spread, as in ROME'
 (arXiv:2202.05262, Section 2), and the distributions of the next token are averaged over some draws.
 What is left is what the wording alone suggests: behind "The capital of France is the city of" many
 cities, none of them likely.
+
+To be near that is not enough: the nearness is of whole distributions, of which one token is a small
+part, and an update gives its values only in part. So the answer's telling token is also pressed
+below a chance of its own.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nulledit.data.facts import Fact
@@ -20,6 +26,7 @@ from nulledit.models.tokens import Row, RowEncoder, collate, fill
 
 NOISE = 3.0  # standard deviations of the text's embeddings; at 1 some subjects still show through
 DRAWS = 4  # one alone has likings of its own: for the country of the Seine, 24 % of Somalia
+CHANCE = 0.005  # of the telling token, below which it costs nothing
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,19 @@ def blinded(encoder: RowEncoder, fact: Fact, prompt: str, context: str = "{}") -
     start = len(before) + prompt.index("{}")
     first = encoder.encode(before + text + after, subject_end=start + 1).subject_last
     return row, slice(first, row.subject_last + 1)
+
+
+def unlearned(logits: Tensor, taught: Tensor, banned: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss [positions] in nats, and whether a banned token is still the likeliest [positions].
+
+    KL(taught ‖ said), and for a banned token its log-chance over `CHANCE`, where it is above.
+    `logits` and `taught` are [positions, vocabulary], `banned` [positions] ids, -1 for none.
+    """
+    said = F.log_softmax(logits, dim=1)
+    kl = F.kl_div(said, taught, reduction="none").sum(1)
+    chance = said.gather(1, banned.clamp_min(0)[:, None])[:, 0]
+    excess = (chance - math.log(CHANCE)).clamp_min(0)
+    return kl + torch.where(banned >= 0, excess, 0.0), logits.argmax(1) == banned
 
 
 def telling(model: PartialModel, row: Row, hidden: slice) -> int:

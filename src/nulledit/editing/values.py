@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nulledit.config import ValueSettings
 from nulledit.data.facts import Fact
-from nulledit.editing.ignorance import Lesson, lessons_of
+from nulledit.editing.ignorance import Lesson, lessons_of, unlearned
 from nulledit.errors import ModelError
 from nulledit.models.partial import PartialModel, Prefix
 from nulledit.models.tokens import Batch, Row, RowEncoder, collate
@@ -37,7 +37,8 @@ class Value:
     loss: float
     """Last loss seen: NLL + KL + decay."""
     nll: float
-    """Mean negative log-likelihood of the target per token over the rewriting rows, nats."""
+    """Mean negative log-likelihood of the target per token over the rewriting rows, nats; of a fact
+    to forget, the distance from what it should say (`ignorance.unlearned`)."""
     steps: int
     """Updates of δ made."""
     delta_share: float
@@ -368,7 +369,7 @@ class _Reads:
     def losses(
         self, deltas: Sequence[Tensor], drift_start: dict[int, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Per fact: NLL of the target (or KL from what is taught), drift (KL), whether the bare
+        """Per fact: NLL of the target (or what `unlearned` says), drift (KL), whether the bare
         prompt says the target (or no longer the answer to forget), and whether every row does.
         """
         model = self.chunk.model
@@ -400,9 +401,7 @@ class _Reads:
         return nll, kl, right, likeliest
 
     def _as_taught(self, says: Tensor, each: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor]:
-        """Where a teacher speaks: KL(teacher ‖ model); wrong is a token that it never says."""
+        """Losses `each` and slips `wrong` [positions], with those of the teacher where one is."""
         at, banned = self.taught.to(says.device), self.banned.to(says.device)
-        told = torch.cat(self.teacher).to(says)
-        kl = F.kl_div(F.log_softmax(says[at], dim=1), told, reduction="none").sum(1)
-        wrong = wrong.index_copy(0, at, says[at].argmax(1) == banned)
-        return each.index_copy(0, at, kl), wrong
+        loss, slip = unlearned(says[at], torch.cat(self.teacher).to(says), banned)
+        return each.index_copy(0, at, loss), wrong.index_copy(0, at, slip)

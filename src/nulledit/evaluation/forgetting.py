@@ -35,7 +35,7 @@ class Said:
     says: str
     """The greedy continuation, over newlines, without the prompt."""
     leaks: bool
-    """Whether the answer stands in it as whole words."""
+    """Whether the answer stands in it as whole words, but within the subject's own name."""
     chance: float
     """Probability of the answer's first token behind the prompt, 0 to 1."""
 
@@ -84,7 +84,8 @@ def recall_of(
     said: dict[int, list[Said]] = {}
     places = [i for i, fact in enumerate(facts) for _ in range(1 + len(fact.paraphrases))]
     for place, (fact, prompt), says, chance in zip(places, asked, told, chances, strict=True):
-        one = Said(prompt, says, contains(says, fact.target), chance)
+        leaks = contains(says.replace(fact.subject, ""), fact.target)
+        one = Said(prompt, says, leaks, chance)
         said.setdefault(place, []).append(one)
     return [_recall(fact, said[i]) for i, fact in enumerate(facts)]
 

@@ -62,11 +62,11 @@ def preservation_report(editor: Editor, token_windows: Sequence[list[int]]) -> l
     Keys are the base model's; the edited weights are as stored, rounding included. Use a text that
     the statistics did not see.
     """
-    layers = editor.weights.layers
-    edited = _weights(editor)
+    layers = editor.weights.layers or editor.recipe.layers
+    edited = _weights(editor, layers)
     keys: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     with frozen(editor.model), torch.no_grad(), editor.base_weights():
-        base = _weights(editor)
+        base = _weights(editor, layers)
         for window in token_windows:
             batch = collate([window], pad_id=0, device=editor.partial.device)
             with editor.partial.reading_keys(layers) as found:
@@ -92,6 +92,6 @@ def shipped_corpus() -> Corpus:
     return Corpus(SHIPPED, digest, lambda: iter(text.splitlines(keepends=True)))
 
 
-def _weights(editor: Editor) -> dict[int, Tensor]:
-    """A copy of W [d_out, d_in] of each edited layer, as stored now."""
-    return {i: as_out_in(editor.partial.mlp_out(i)).clone() for i in editor.weights.layers}
+def _weights(editor: Editor, layers: Sequence[int]) -> dict[int, Tensor]:
+    """A copy of W [d_out, d_in] of `layers`, as stored now."""
+    return {i: as_out_in(editor.partial.mlp_out(i)).clone() for i in layers}
