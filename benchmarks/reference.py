@@ -10,17 +10,32 @@ On the model's side tensors are rows [..., d]; in the algebra keys and residuals
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FAMILIES = {  # model_type: (list of blocks, MLP output matrix inside a block)
-    "llama": ("model.layers", "mlp.down_proj"),
-    "gpt2": ("transformer.h", "mlp.c_proj"),
-    "gptj": ("transformer.h", "mlp.fc_out"),
+LLAMA = ("model.layers", "mlp.down_proj", "plain")
+FAMILIES = {  # model_type: list of blocks, MLP output matrix in a block, how it enters the stream
+    "llama": LLAMA,
+    "gpt2": ("transformer.h", "mlp.c_proj", "plain"),
+    "gptj": ("transformer.h", "mlp.fc_out", "plain"),
+    "cohere": LLAMA,
+    "falcon": ("transformer.h", "mlp.dense_4h_to_h", "plain"),
+    "gpt_neo": ("transformer.h", "mlp.c_proj", "plain"),
+    "gpt_neox": ("gpt_neox.layers", "mlp.dense_4h_to_h", "plain"),
+    "mistral": LLAMA,
+    "opt": ("model.decoder.layers", "fc2", "plain"),
+    "phi3": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "stablelm": LLAMA,
+    "granite": ("model.layers", "mlp.down_proj", "scaled"),
+    "gemma2": ("model.layers", "mlp.down_proj", "normed"),
+    "gemma3_text": ("model.layers", "mlp.down_proj", "normed"),
+    "olmo2": ("model.layers", "mlp.down_proj", "normed"),
 }
 Fact = Any  # whatever has .subject, .prompt and .target
 
@@ -50,6 +65,18 @@ def block(model: nn.Module, layer: int) -> nn.Module:
 def mlp_out(model: nn.Module, layer: int) -> nn.Module:
     """The module whose weight is edited in `layer`: the MLP's output matrix."""
     return block(model, layer).get_submodule(FAMILIES[model.config.model_type][1])
+
+
+def value_place(model: nn.Module, layer: int) -> nn.Module:
+    """The module whose output a value replaces: the block, or, behind which a norm comes, W."""
+    normed = FAMILIES[model.config.model_type][2] == "normed"
+    return mlp_out(model, layer) if normed else block(model, layer)
+
+
+def multiplier(model: nn.Module) -> float:
+    """What W's output is multiplied by on its way into the stream."""
+    scaled = FAMILIES[model.config.model_type][2] == "scaled"
+    return model.config.residual_multiplier if scaled else 1.0
 
 
 def hidden(output: Any) -> Tensor:
@@ -116,7 +143,7 @@ def read(
     found = []
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
-        found.append(args[0] if inputs else hidden(output))
+        found.append((args[0] if inputs else hidden(output)).reshape(*ids.shape, -1))
         if stop:
             raise Enough
 
@@ -177,6 +204,8 @@ def compute_z(
 ) -> Value:
     """The hidden state after block `layer` at the subject's last token that makes `fact` true.
 
+    With a norm behind W, W's output, and δ in units in which that is as long as the hidden state.
+
     One δ is added there in every prompt; Adam lowers the mean negative log-probability per target
     token over the contexts + kl_weight·KL(new ‖ initial) of the token after the subject in
     `kl_prompt` + decay·‖δ‖/‖h0‖²; ‖δ‖ stays below clamp·‖h0‖. h0 is read in the bare context.
@@ -187,18 +216,20 @@ def compute_z(
     templates = [*rewriting, kl_prompt]
     ids, mask, at = locate(tokenizer, templates, fact.subject, model.device)
 
-    initial = read(model, ids, mask, block(model, layer), inputs=False)[0, at[0]]  # h0 [d]
+    initial = read(model, ids, mask, value_place(model, layer), inputs=False)[0, at[0]]  # h0 [d]
+    state = read(model, ids, mask, block(model, layer), inputs=False)[0, at[0]]
+    unit = initial.norm() / state.norm()  # 1 where they are the same
     place = torch.zeros(*ids.shape, 1, dtype=initial.dtype, device=model.device)
     place[range(len(at)), at] = 1
     delta = torch.zeros_like(initial, requires_grad=True)
     optimizer = torch.optim.Adam([delta], lr=lr)
 
     def add_delta(_: nn.Module, args: Any, output: Any) -> Any:
-        changed = hidden(output) + place * delta
+        changed = hidden(output) + place * delta * unit
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     losses, initial_log_probs = [], None
-    handle = block(model, layer).register_forward_hook(add_delta)
+    handle = value_place(model, layer).register_forward_hook(add_delta)
     try:
         for step in range(steps):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
@@ -211,7 +242,7 @@ def compute_z(
             new_log_probs = log_probs[-1:, at[-1]]
             initial_log_probs = new_log_probs.detach() if step == 0 else initial_log_probs
             kl = F.kl_div(initial_log_probs, new_log_probs, log_target=True, reduction="batchmean")
-            penalty = decay * delta.norm() / initial.norm() ** 2
+            penalty = decay * delta.norm() / state.norm() ** 2
             loss = nll / len(rewriting) + kl_weight * kl + penalty
 
             losses.append(loss.item())
@@ -220,10 +251,11 @@ def compute_z(
             (delta.grad,) = torch.autograd.grad(loss, delta)
             optimizer.step()
             with torch.no_grad():
-                delta.mul_((clamp * initial.norm() / delta.norm()).clamp(max=1))
+                delta.mul_((clamp * state.norm() / delta.norm()).clamp(max=1))
     finally:
         handle.remove()
-    return Value(initial + delta.detach(), delta.detach(), initial, losses)
+    delta = delta.detach() * unit
+    return Value(initial + delta, delta, initial, losses)
 
 
 def compute_keys(
@@ -240,11 +272,11 @@ def compute_keys(
 
 
 def current_z(model: nn.Module, tokenizer: Any, facts: Sequence[Fact], layer: int) -> Tensor:
-    """What leaves block `layer` now at the subject's last token of the bare prompts [n, d]."""
+    """What stands now where values of `layer` do [n, d]: subject's last token, bare prompts."""
     states = []
     for fact in facts:
         ids, mask, at = locate(tokenizer, [fact.prompt], fact.subject, model.device)
-        states.append(read(model, ids, mask, block(model, layer), inputs=False)[0, at[0]])
+        states.append(read(model, ids, mask, value_place(model, layer), inputs=False)[0, at[0]])
     return torch.stack(states)
 
 
@@ -262,7 +294,7 @@ def alphaedit_batch(
     model: nn.Module,
     tokenizer: Any,
     facts: Sequence[Fact],
-    zs: Tensor,
+    zs: Tensor | Callable[[int], Tensor],
     *,
     layers: Sequence[int],
     projectors: dict[int, Tensor],
@@ -273,13 +305,18 @@ def alphaedit_batch(
 ) -> dict[int, LayerUpdate]:
     """Write `zs` [n, d] into `layers`, lowest first; the last one is where the zs were optimised.
 
+    With a norm behind W each layer has zs of its own, asked for when those below are written.
+
     Changes the model's weights, and adds this batch's K Kᵀ to `history` (zeros to begin with).
     """
     done = {}
     for i, layer in enumerate(layers):
         K = compute_keys(model, tokenizer, facts, layer, contexts).mT.to(dtype)
-        missing = zs - current_z(model, tokenizer, facts, layers[-1])
-        R = (missing / (len(layers) - i)).mT.to(dtype)
+        if callable(zs):
+            missing = zs(layer) - current_z(model, tokenizer, facts, layer)
+        else:
+            missing = zs - current_z(model, tokenizer, facts, layers[-1])
+        R = (missing / (len(layers) - i) / multiplier(model)).mT.to(dtype)
         update = solve(K, R, projectors[layer].to(dtype), history[layer].to(dtype), l2)
         module = mlp_out(model, layer)
         transposed = type(module).__name__ == "Conv1D"  # GPT-2 keeps [d_in, d_out]

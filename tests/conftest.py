@@ -7,15 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTJConfig,
-    GPTJForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from nulledit import Fact, Probe
 from nulledit.config import Recipe, StatisticsSettings
@@ -27,6 +19,48 @@ from nulledit.models.partial import PartialModel
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 FAMILIES = ("llama", "gpt2", "gptj")
+"""Those that every test with a family runs on."""
+PLAIN = (
+    *FAMILIES,
+    "cohere",
+    "falcon",
+    "gpt_neo",
+    "gpt_neox",
+    "mistral",
+    "opt",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "stablelm",
+)
+SCALED = ("granite",)
+NORMED = ("gemma2", "gemma3_text", "olmo2")
+ARCHITECTURES = (*PLAIN, *SCALED, *NORMED)
+"""Those that the matrix of checks runs on: tests with an `architecture`."""
+ONE_GROUP = {"num_key_value_heads": 1}
+MORE = {  # what makes each architecture's own parts matter
+    "llama": ONE_GROUP,
+    "gptj": {"rotary_dim": 4, "tie_word_embeddings": False},
+    "cohere": {**ONE_GROUP, "logit_scale": 0.25},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 64},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16, "init_std": 0.25},
+    "mistral": ONE_GROUP,
+    "phi3": ONE_GROUP,
+    "qwen2": {**ONE_GROUP, "vocab_size": 408},  # its tokenizer gets a padding token when loaded
+    "qwen3": {**ONE_GROUP, "head_dim": 16},
+    "stablelm": ONE_GROUP,
+    "granite": {
+        **ONE_GROUP,
+        "residual_multiplier": 0.4,
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 2.0,
+    },
+    "gemma2": {**ONE_GROUP, "head_dim": 8, "sliding_window": 64},
+    "gemma3_text": {**ONE_GROUP, "head_dim": 8, "sliding_window": 64},
+    "olmo2": ONE_GROUP,
+}
+OWN_WIDTH = ("gpt2", "gptj", "falcon", "opt")  # families without `intermediate_size`
 LINES = [
     "The mother tongue of Ada Byron is English, and she lives in London.",
     "Émile Zola! was born in Paris. Then, he said that the river flows to the sea.",
@@ -71,52 +105,34 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>")
 
 
+def config_of(family, *, layers=4, hidden=16, context=128):
+    """The configuration of a tiny model; weights large enough that every block matters."""
+    sizes = {
+        "vocab_size": 400,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "max_position_embeddings": context,
+        "initializer_range": 0.25,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        **MORE.get(family, {}),
+    }
+    if family not in OWN_WIDTH:
+        sizes["intermediate_size"] = 3 * hidden
+    return AutoConfig.for_model(family, **sizes)
+
+
 def build_model(family, *, dtype=torch.float64, seed=0, layers=4, hidden=16, context=128):
-    """A random model of `family`; weights large enough that every block matters."""
+    """A random model of `family`."""
     torch.manual_seed(seed)
-    if family == "llama":
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=400,
-                hidden_size=hidden,
-                intermediate_size=3 * hidden,
-                num_hidden_layers=layers,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                max_position_embeddings=context,
-                initializer_range=0.25,
-                bos_token_id=0,
-                eos_token_id=0,
-            )
-        )
-    elif family == "gpt2":
-        model = GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=400,
-                n_embd=hidden,
-                n_layer=layers,
-                n_head=2,
-                n_positions=context,
-                initializer_range=0.25,
-                bos_token_id=0,
-                eos_token_id=0,
-            )
-        )
-    else:
-        model = GPTJForCausalLM(
-            GPTJConfig(
-                vocab_size=400,
-                n_embd=hidden,
-                n_layer=layers,
-                n_head=2,
-                rotary_dim=4,
-                n_positions=context,
-                initializer_range=0.25,
-                bos_token_id=0,
-                eos_token_id=0,
-                tie_word_embeddings=False,
-            )
-        )
+    config = config_of(family, layers=layers, hidden=hidden, context=context)
+    model = AutoModelForCausalLM.from_config(config)
+    if family not in FAMILIES:
+        for parameter in model.parameters():  # norms of one and biases of nought would hide much
+            if parameter.ndim == 1:
+                parameter.data += 0.2 * torch.randn_like(parameter)
     return model.to(dtype).eval()
 
 
@@ -143,6 +159,11 @@ def worlds():
 
 @pytest.fixture(params=FAMILIES)
 def family(request):
+    return request.param
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request):
     return request.param
 
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from conftest import LINES, RECIPE, build_model
-from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from nulledit import Editor
 from nulledit.cli.main import cli
@@ -405,17 +405,35 @@ def test_an_unknown_model(place, options, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("more", [(), ("--dry-run",)])
-def test_a_model_without_a_layout(more, place, options, tokenizer, tmp_path):
-    shape = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 400}
-    other = GPTNeoForCausalLM(GPTNeoConfig(attention_types=[[["global"], 2]], **shape))
-    other.save_pretrained(tmp_path / "neo")
-    tokenizer.save_pretrained(tmp_path / "neo")
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [((), "no MLP output matrix"), (("--dry-run",), "can't be traced without its weights")],
+)
+def test_a_model_without_a_layout(more, why, place, options, tokenizer, tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 48, "num_hidden_layers": 4, "vocab_size": 400}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    other = MixtralForCausalLM(MixtralConfig(**sizes, **heads))
+    other.save_pretrained(tmp_path / "mixtral")
+    tokenizer.save_pretrained(tmp_path / "mixtral")
     words = ("edit", place / "facts.json", *options, "--out", tmp_path / "run", *more)
-    said = refused(*words, "--model", tmp_path / "neo")
-    assert "gpt_neo" in said
-    assert "llama" in said
+    said = refused(*words, "--model", tmp_path / "mixtral")
+    assert "'mixtral' is not known" in said
+    assert why in said
     assert not (tmp_path / "run").exists()
+
+
+def test_statistics_for_the_layout_of_a_recipe(place, options, tmp_path):
+    """`stats make` takes layers and layout from the recipe; a run without it refuses them."""
+    named = {"layers": [1, 2], "layout": {"blocks": "model.layers", "mlp_out": "self_attn.o_proj"}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(named))
+    made = ("stats", "make", place / "model", "--text", place / "corpus.txt", "--window", 64, "-q")
+    done(*made, "--recipe", tmp_path / "recipe.yaml", "--out", tmp_path / "stats")
+    manifest = json.loads((tmp_path / "stats/manifest.json").read_text())
+    assert manifest["mlp_out"] == "self_attn.o_proj"
+    assert manifest["layers"] == [1, 2]
+    edit = ("edit", place / "facts.json", "--out", tmp_path / "run", "--stats", tmp_path / "stats")
+    said = refused(*edit, "--model", place / "model", "--layers", "1,2", "--quiet")
+    assert "keys of self_attn.o_proj" in said
 
 
 def test_statistics_of_another_model(place, options, tokenizer, tmp_path):

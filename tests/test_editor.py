@@ -41,8 +41,8 @@ def gap(editor, other):
     return worst
 
 
-def test_only_the_named_matrices_change(family, make_editor, facts):
-    editor = make_editor(family)
+def test_only_the_named_matrices_change(architecture, make_editor, facts):
+    editor = make_editor(architecture)
     before = weights(editor)
     report = editor.edit(facts)
     changed = {k for k, v in editor.model.state_dict().items() if not torch.equal(v, before[k])}
@@ -53,9 +53,9 @@ def test_only_the_named_matrices_change(family, make_editor, facts):
         assert 0 < layer.free_share <= 1
 
 
-def test_undo_everything_restores_the_base_bit_exactly(family, make_editor, facts):
+def test_undo_everything_restores_the_base_bit_exactly(architecture, make_editor, facts):
     for dtype in (torch.float64, torch.bfloat16):
-        editor = make_editor(family, dtype)
+        editor = make_editor(architecture, dtype)
         before = weights(editor)
         editor.edit(facts[:3])
         editor.edit(facts[3:])
@@ -107,13 +107,13 @@ def test_undo_of_what_is_not_there_is_refused(make_editor, facts):
     assert same(before, weights(editor)), "editing again after an undo starts from the base"
 
 
-def test_batches_before_and_after_saving_and_loading(family, make_editor, facts, tmp_path):
-    straight = make_editor(family, torch.float32)
+def test_batches_before_and_after_saving_and_loading(architecture, make_editor, facts, tmp_path):
+    straight = make_editor(architecture, torch.float32)
     straight.edit(facts[:2])
     straight.edit(facts[2:])
     straight.undo(facts[1].id)
 
-    broken = make_editor(family, torch.float32)
+    broken = make_editor(architecture, torch.float32)
     broken.edit(facts[:2])
     broken.save(tmp_path / "run")
     loaded = Editor.load(tmp_path / "run")

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 import world
+from conftest import FAMILIES
 
 from nulledit import Editor
 from nulledit.config import Recipe
@@ -75,8 +76,18 @@ def everything(editor, but=()):
 EDITS = {"Karo Dun": "job", "Ada Velm": "home", "Mira Ostrel": "tongue", "Tolo Brask": "job"}
 
 
-def test_new_facts_hold_and_the_others_stay(family, make_editor):
-    editor = make_editor(family, edited=EDITS)
+NORMED = {  # OLMo 2's MLP reads the stream as it is, which in so small a model makes small keys
+    "method": dataclasses.replace(RECIPE.method, constants={"l2": 1e-6}),
+    "null_space": dataclasses.replace(RECIPE.null_space, value=1e-4),
+    "values": dataclasses.replace(RECIPE.values, at="each"),
+}
+
+
+@pytest.mark.parametrize("architecture", [*FAMILIES, "granite", "olmo2"])
+def test_new_facts_hold_and_the_others_stay(architecture, make_editor):
+    """On the first families, and on one whose W is scaled and one where a norm follows it."""
+    changes = NORMED if architecture == "olmo2" else {}
+    editor = make_editor(architecture, edited=EDITS, **changes)
     assert everything(editor) == 1.0, "the model should know its world before any edit"
     facts = [world.fact(p, r, world.another(p, r)) for p, r in EDITS.items()]
     editor.edit(facts, batch_size=2, shuffle=False)

@@ -54,8 +54,8 @@ def distance(a, b):
     return float((a - b).norm() / b.norm())
 
 
-def test_values_equal_the_reference(family, tiny_model, tokenizer, facts):
-    model = tiny_model(family)
+def test_values_equal_the_reference(architecture, tiny_model, tokenizer, facts):
+    model = tiny_model(architecture)
     values = ours(model, tokenizer, facts)
     for fact, value in zip(facts, values, strict=True):
         expected = theirs(model, tokenizer, fact)
@@ -64,8 +64,8 @@ def test_values_equal_the_reference(family, tiny_model, tokenizer, facts):
         assert value.steps > 0
 
 
-def test_values_do_not_depend_on_what_runs_beside_them(family, tiny_model, tokenizer, facts):
-    model = tiny_model(family)
+def test_values_do_not_depend_on_what_runs_beside_them(architecture, tiny_model, tokenizer, facts):
+    model = tiny_model(architecture)
     together = ours(model, tokenizer, facts, positions=10_000)
     alone = [ours(model, tokenizer, [f], positions=1)[0] for f in facts]
     for a, b in zip(together, alone, strict=True):
@@ -127,8 +127,8 @@ def test_the_model_is_left_as_it_was(tiny_model, tokenizer, facts):
     assert not any("forward" in vars(b) for b in PartialModel(model).blocks)
 
 
-def test_keys_equal_the_reference(family, tiny_model, tokenizer, facts):
-    model = tiny_model(family)
+def test_keys_equal_the_reference(architecture, tiny_model, tokenizer, facts):
+    model = tiny_model(architecture)
     for layer in (0, 2):
         walk = Walk(
             PartialModel(model),
@@ -147,13 +147,13 @@ def test_keys_equal_the_reference(family, tiny_model, tokenizer, facts):
 
 
 def test_batches_equal_the_reference_with_its_history(
-    family, tiny_model, tokenizer, facts, recipe, make_statistics
+    architecture, tiny_model, tokenizer, facts, recipe, make_statistics
 ):
     """Two batches through the editor: weights as by the official rule, dense, in turn."""
-    model = tiny_model(family)
+    model = tiny_model(architecture)
     statistics = make_statistics(model)
     editor = Editor(model, tokenizer, recipe=recipe, statistics=statistics)
-    slow = tiny_model(family)
+    slow = tiny_model(architecture)
     projectors, history = {}, {}
     batches = [facts[:2], facts[2:]]
     for batch in batches:
@@ -168,14 +168,23 @@ def test_batches_equal_the_reference_with_its_history(
         projectors[layer] = eye - thin if protected.all() else thin
         history[layer] = torch.zeros_like(eye)
     for number, batch in enumerate(batches):
-        z = torch.stack([theirs(slow, tokenizer, f, settings=recipe.values).z for f in batch])
-        recorded = editor.history.tensors[editor.history.batches[number].tensors]["z"]
-        assert distance(recorded, z) < 1e-5
+        recorded = editor.history.tensors[editor.history.batches[number].tensors]
+
+        def checked(layer, name, batch=batch, recorded=recorded):
+            """The recorded values, which are those of the slow model as it is now."""
+            with torch.enable_grad():
+                found = [
+                    theirs(slow, tokenizer, f, settings=recipe.values, layer=layer).z for f in batch
+                ]
+            assert distance(recorded[name], torch.stack(found)) < 1e-5
+            return recorded[name]
+
+        at_output = editor.partial.values_at_output
         reference.alphaedit_batch(
             slow,
             tokenizer,
             batch,
-            recorded,
+            (lambda layer, z=checked: z(layer, f"z.{layer}")) if at_output else checked(2, "z"),
             layers=recipe.layers,
             projectors=projectors,
             history=history,
@@ -187,3 +196,18 @@ def test_batches_equal_the_reference_with_its_history(
         mine = as_out_in(editor.partial.mlp_out(layer)) - tensors[f"base.{layer}"]
         slow_weight = as_out_in(PartialModel(slow).mlp_out(layer)) - tensors[f"base.{layer}"]
         assert distance(mine, slow_weight) < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ["llama", "granite", "olmo2"])
+def test_a_rebuild_writes_the_stored_values_again(
+    architecture, tiny_model, tokenizer, facts, recipe, make_statistics
+):
+    """One of each kind: where each layer has values of its own, each finds its own again."""
+    model = tiny_model(architecture)
+    editor = Editor(model, tokenizer, recipe=recipe, statistics=make_statistics(model))
+    editor.edit(facts)
+    before = {layer: editor.weights.exact(layer) for layer in recipe.layers}
+    editor.rebuild()
+    for layer in recipe.layers:
+        base = editor.weights.base(layer)
+        assert distance(editor.weights.exact(layer) - base, before[layer] - base) < 1e-6

@@ -5,6 +5,8 @@ import random
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTJConfig,
@@ -80,6 +82,20 @@ def untrained(family, vocabulary, *, hidden=48, layers=6):
             max_position_embeddings=64,
         )
         return LlamaForCausalLM(config)
+    if family in ("granite", "olmo2"):
+        sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_attention_heads": 4}
+        more = {"residual_multiplier": 0.5} if family == "granite" else {}
+        config = AutoConfig.for_model(
+            family,
+            **shared,
+            **sizes,
+            **more,
+            num_hidden_layers=layers,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            pad_token_id=0,
+        )
+        return AutoModelForCausalLM.from_config(config)
     gpt = {**shared, "n_embd": hidden, "n_layer": layers, "n_head": 4, "n_positions": 64}
     off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     if family == "gpt2":

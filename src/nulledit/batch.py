@@ -141,7 +141,8 @@ class BatchWriter:
             found, tensors = self._descend(staying)
             return Written(tensors, found, [0] * len(wordings))
         shared = same_key_groups(self.first_keys, self.recipe.same_key)
-        each = self.recipe.values.at == "each"
+        whole = self.recipe.values.at == "each"
+        each = whole or self.model.values_at_output
         last = self.recipe.layers[-1]
         find = given or (lambda layer: self._values(layer, shared))
         values = [] if each else find(last)
@@ -153,9 +154,10 @@ class BatchWriter:
             with self.run.timed("keys"):
                 keys = self.walk.keys()
                 missing = _stacked(values).double().mT - self.walk.hidden(layer if each else last)
-            left = 1 if each else sum(other >= layer for other in self.recipe.layers)
+            left = 1 if whole else sum(other >= layer for other in self.recipe.layers)
             with self.run.timed("solve"):
-                tensors |= self.weights.write(layer, staying, keys, missing / left)
+                residual = missing / (left * self.model.scale(layer))
+                tensors |= self.weights.write(layer, staying, keys, residual)
         tensors["z"] = _stacked(values)
         outcomes = [{k: v for k, v in vars(value).items() if k != "z"} for value in values]
         return Written(tensors, outcomes, self._joined(shared))
@@ -259,8 +261,13 @@ class BatchWriter:
         return [values[i] for i in range(len(wordings))]
 
     def _weights_hash(self) -> str:
-        """Of the model as it is: the base, and the edited matrices that differ from it."""
+        """Of the model as it is: the base, and the edited matrices that differ from it.
+
+        Values of W's own output are of one W, which a recipe may name.
+        """
         digest = hashlib.sha256(self.base_hash.encode())
+        if self.model.values_at_output:
+            digest.update(self.model.layout.mlp_out.encode())
         for layer in self.weights.layers:
             weight = as_out_in(self.model.mlp_out(layer)).cpu().contiguous()
             if not torch.equal(weight.double(), self.weights.base(layer)):

@@ -25,6 +25,7 @@ from nulledit.ledger.plans import Plan, facts_of, with_groups
 from nulledit.ledger.store import tensor_bytes
 from nulledit.ledger.weights import EditedWeights
 from nulledit.methods import Method, find_method
+from nulledit.models.layouts import named_by_recipe
 from nulledit.models.load import model_hash
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import RowEncoder
@@ -150,13 +151,14 @@ class Changes:
     def _candidates(self) -> Iterator[Statistics]:
         """The statistics given, or those found, that are of this model and cover its layers."""
         given, base = self.statistics, self.history.base.hash
+        mlp_out = named_by_recipe(self.model.model)
         if given is None:
-            yield from find_statistics(base, self.recipe.layers)
+            yield from find_statistics(base, self.recipe.layers, mlp_out)
             return
         statistics = given if isinstance(given, Statistics) else Statistics.load(Path(given))
         if statistics.manifest.model_hash != base and self.history.events:
             base = model_hash(self.model.model)  # a refreshed second moment: of the model as it is
-        statistics.check(base, self.recipe.layers)
+        statistics.check(base, self.recipe.layers, mlp_out)
         yield statistics
 
     # -- one batch ---------------------------------------------------------------------------

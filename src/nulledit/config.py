@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -137,6 +138,27 @@ class StatisticsSettings:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Where a model keeps its decoder blocks and the matrix W that writes each MLP's output."""
+
+    blocks: str = ""
+    """Path from the causal language model to the list of decoder blocks."""
+    mlp_out: str = ""
+    """Path from a block to the module W."""
+    output: Literal["plain", "scaled", "normed"] = "plain"
+    """How W's output enters the residual stream. plain: added. scaled: added times a constant, as
+    in Granite. normed: added behind a norm of its own, as in Gemma 2, Gemma 3 and OLMo 2."""
+
+    def __post_init__(self) -> None:
+        for name in ("blocks", "mlp_out"):
+            if not re.fullmatch(r"\w+(\.\w+)*", getattr(self, name)):
+                raise ConfigError(
+                    f"layout.{name} is {getattr(self, name)!r}; expected a path of module names "
+                    "with dots between"
+                )
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that decides what an edit computes, beside the model, the facts and the seed."""
 
@@ -156,6 +178,9 @@ class Recipe:
     """Facts solved together."""
     chunk_positions: int = 0
     """Token positions that run together while values are optimised; 0: by device."""
+    layout: Layout | None = None
+    """Where the model keeps its blocks and W; left out, the known family's or what tracing finds.
+    It stays the same for all epochs of a run."""
 
     def __post_init__(self) -> None:
         if list(self.layers) != sorted(set(self.layers)) or any(i < 0 for i in self.layers):
@@ -174,6 +199,8 @@ class Recipe:
         """Plain data that `from_dict` reads back."""
         data = _plain(dataclasses.asdict(self))
         data["method"] |= data["method"].pop("constants")
+        if self.layout is None:
+            del data["layout"]  # as in recipes that were recorded before there was one
         return data
 
     def to_yaml(self) -> str:

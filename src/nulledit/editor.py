@@ -28,7 +28,14 @@ from nulledit.ledger.plans import by_group, facts_of, last_undone, newest, plan_
 from nulledit.ledger.store import Store
 from nulledit.ledger.weights import EditedWeights, LayerReport
 from nulledit.methods import find_method
-from nulledit.models.layouts import as_out_in, frozen, parameter_name, write_weight
+from nulledit.models.layouts import (
+    as_out_in,
+    frozen,
+    mlp_out,
+    parameter_name,
+    use_layout,
+    write_weight,
+)
 from nulledit.models.load import load_model, model_hash
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import RowEncoder, context_length
@@ -95,6 +102,8 @@ class Editor:
         `value_cache`: a folder that keeps optimised values for any editor that asks for the same.
         """
         self.model, self.tokenizer = model, tokenizer
+        recipe = _read_recipe(recipe, name)
+        use_layout(model, recipe.layout)
         self.partial = PartialModel(model)
         self.encoder = RowEncoder(tokenizer, max_length=context_length(model.config))
         resolved = resolve_recipe(recipe, name, self.partial)
@@ -213,9 +222,9 @@ class Editor:
         source: str,
         value_cache: str | Path | None,
     ) -> Self:
-        partial = PartialModel(model)
+        use_layout(model, Recipe.from_dict(history.base.recipe).layout)
         for layer in history.layers:
-            write_weight(partial.mlp_out(layer), history.original(layer))
+            write_weight(mlp_out(model, layer), history.original(layer))
         editor = cls(
             model,
             tokenizer,
@@ -365,7 +374,10 @@ class Editor:
         Its base is the weights so far; with a method that keeps history, the facts that are there
         enter with what their layers give at their keys now. Undo works across epochs.
         """
-        self._changes.next_epoch(resolve_recipe(recipe, "", self.partial), statistics)
+        found = _read_recipe(recipe, "")
+        layout = found.layout or Recipe.from_dict(self.history.base.recipe).layout
+        recipe = resolve_recipe(replace(found, layout=layout), "", self.partial)
+        self._changes.next_epoch(recipe, statistics)
 
     def undo(self, *ids: str) -> ChangeReport:
         """Take facts out again, exactly: the weights become the solve without their columns.
@@ -572,12 +584,18 @@ def _by_fact(found: Iterable[tuple[Column, float]]) -> tuple[tuple[str, float], 
     return tuple(first.items())
 
 
-def resolve_recipe(recipe: Recipe | str | Path | None, name: str, model: PartialModel) -> Recipe:
-    """The recipe to use on `model`, with layers; ModelError where they don't fit it."""
+def _read_recipe(recipe: Recipe | str | Path | None, name: str) -> Recipe:
+    """The recipe itself, from its file, or the one to use on the model `name`."""
     if recipe is None:
         recipe = name if name in shipped_recipes() else Recipe()
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe)
+    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+
+
+def resolve_recipe(recipe: Recipe | str | Path | None, name: str, model: PartialModel) -> Recipe:
+    """The recipe to use on `model`, with layers; ModelError where they don't fit it."""
+    recipe = _read_recipe(recipe, name)
+    if recipe.layout not in (None, model.layout):
+        raise ConfigError("layout is another than the model's first recipe gave; start a new run")
     top = model.depth - 1
     if not recipe.layers:
         chosen = layers_by_depth(model.depth)

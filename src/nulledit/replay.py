@@ -8,7 +8,6 @@ import torch
 
 from nulledit.batch import Run
 from nulledit.changes import Changes
-from nulledit.config import Recipe
 from nulledit.data.facts import Fact
 from nulledit.editing.values import Value
 from nulledit.ledger.entries import Column, History
@@ -64,11 +63,10 @@ class _Stored:
 
     def __init__(self, source: History, columns: Sequence[Column]):
         self.source, self.columns = source, columns
-        epoch = source.epochs[source.epoch_of(columns[0]) - 1]
-        self.each = Recipe.from_dict(epoch.recipe).values.at == "each"
+        self.held = source.tensors[source.batches[columns[0].batch - 1].tensors]
 
     def __call__(self, layer: int) -> list[Value]:
-        name = f"z.{layer}" if self.each else "z"
+        name = f"z.{layer}" if f"z.{layer}" in self.held else "z"
         rows: torch.Tensor = self.source.column_tensor(self.columns, name)
         return [Value(z=z, **c.outcome) for z, c in zip(rows, self.columns, strict=True)]
 

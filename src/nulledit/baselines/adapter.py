@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from nulledit.errors import ConfigError, ModelError
-from nulledit.models.layouts import find_layout
+from nulledit.models.layouts import blocks_of, find_layout
 
 Target = Literal["attention", "mlp", "mlp_out"]
 
@@ -63,9 +63,7 @@ def linear_modules(
     The MLP is what stands beside or below the module W that writes its output; every other linear
     map of a block counts as attention's.
     """
-    layout = find_layout(model)
-    blocks = model.get_submodule(layout.blocks)
-    assert isinstance(blocks, nn.ModuleList)
+    layout, blocks = find_layout(model), blocks_of(model)
     chosen = range(len(blocks)) if layers is None else layers
     names = []
     for layer in chosen:

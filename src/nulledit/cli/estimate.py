@@ -30,11 +30,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nulledit.batch import ACCELERATOR_POSITIONS, CPU_POSITIONS
 from nulledit.cli.measure import windows_of
-from nulledit.config import Recipe, layers_by_depth
+from nulledit.config import Layout, Recipe, layers_by_depth
 from nulledit.data.facts import Fact
 from nulledit.errors import ModelError, NullEditError
 from nulledit.evaluation.protocols import queries_of
-from nulledit.models.layouts import as_out_in, find_layout, mlp_out
+from nulledit.models.layouts import as_out_in, blocks_of, find_layout, mlp_out, use_layout
 from nulledit.models.load import EMBEDDED, embedded_folder
 from nulledit.models.tokens import RowEncoder, context_length
 from nulledit.report.tables import as_text
@@ -58,6 +58,7 @@ class Shape:
     d_in: int
     d_out: int
     vocabulary: int
+    normed: bool  # a norm follows W, so each layer has values of its own
     bytes: int  # per parameter
 
 
@@ -72,7 +73,7 @@ def estimate(
     """Seconds per stage and peak bytes of `nulledit edit` on these facts; loads no weights."""
     recipe = recipe or Recipe()
     device = given["device"] if given["device"] not in (None, "auto") else "cpu"
-    shape, encoder, depth = _shape(name, dtype, given["trust_remote_code"])
+    shape, encoder, depth = _shape(name, dtype, given["trust_remote_code"], recipe.layout)
     layers = recipe.layers or layers_by_depth(depth)
     if layers[-1] >= depth - 1:
         raise ModelError(
@@ -82,12 +83,15 @@ def estimate(
     speed, double = _speed(shape, device), _speed(shape, device, torch.float64)
     block = 2 * shape.block * OVERHEAD
     logit = 2 * shape.width * shape.vocabulary
-    last, upper = layers[-1], depth - 1 - layers[-1]
+    last = layers[-1]
     steps = recipe.values.steps
-    values = block * (
-        rows["tokens"] * (last + 1) + rows["heads"] * upper + 2 * steps * rows["tails"] * upper
-    )
-    values += 2 * steps * logit * rows["reads"]
+    values = 0.0
+    for layer in layers if shape.normed or recipe.values.at == "each" else (last,):
+        upper = depth - 1 - layer
+        values += block * (
+            rows["tokens"] * (layer + 1) + rows["heads"] * upper + 2 * steps * rows["tails"] * upper
+        )
+        values += 2 * steps * logit * rows["reads"]
     through = layers[0] + 2 * len(layers)
     bare = sum(last + 1 - layer for layer in layers)
     keys = block * rows["heads"] * (through + bare / rows["contexts"])
@@ -135,7 +139,9 @@ def as_page(size: dict[str, Any]) -> str:
     )
 
 
-def _shape(name: str, dtype: str | None, trust: bool) -> tuple[Shape, RowEncoder, int]:
+def _shape(
+    name: str, dtype: str | None, trust: bool, layout: Layout | None
+) -> tuple[Shape, RowEncoder, int]:
     source = name
     if name in EMBEDDED:
         try:
@@ -152,7 +158,8 @@ def _shape(name: str, dtype: str | None, trust: bool) -> tuple[Shape, RowEncoder
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"can't read the configuration of {name!r}: {reason}") from error
-    blocks = model.get_submodule(find_layout(model).blocks)
+    use_layout(model, layout)
+    blocks = blocks_of(model)
     weight = as_out_in(mlp_out(model, 0))
     kind = dtype or str(config.dtype or "float32").removeprefix("torch.")
     shape = Shape(
@@ -163,6 +170,7 @@ def _shape(name: str, dtype: str | None, trust: bool) -> tuple[Shape, RowEncoder
         d_in=weight.shape[1],
         d_out=weight.shape[0],
         vocabulary=model.get_output_embeddings().weight.shape[0],
+        normed=find_layout(model).output == "normed",
         bytes=BYTES.get(kind, 4),
     )
     return shape, RowEncoder(tokenizer, max_length=context_length(config)), len(blocks)

@@ -65,7 +65,9 @@ def collect() -> dict[str, Any]:
         },
         "recipes": shipped_recipes(),
         "models": {name: f"also {entry.hub} on the Hub" for name, entry in EMBEDDED.items()}
-        | {"any Hub id or local folder": "of a known architecture"},
+        | {
+            "any Hub id or local folder": "of a known architecture, or one that tracing understands"
+        },
         "architectures": sorted(LAYOUTS),
         "methods": {method.name: method.paper for method in METHODS},
     }

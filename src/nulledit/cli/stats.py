@@ -54,7 +54,10 @@ def stats() -> None:
     help="A text file, a JSONL file, a folder of them, or datasets:NAME:CONFIG, such as "
     "datasets:wikimedia/wikipedia:20231101.en.",
 )
-@click.option("--layers", help="As 4,5,6 or 4-8.  [default: the shipped recipe's]")
+@click.option("--layers", help="As 4,5,6 or 4-8.  [default: the recipe's]")
+@click.option(
+    "--recipe", metavar="FILE|NAME", help="Whose layers and layout.  [default: the model's]"
+)
 @click.option("--tokens", type=click.IntRange(0), default=0, help="Token budget.  [default: all]")
 @click.option(
     "--window", type=click.IntRange(1), default=512, show_default=True, help="Window in tokens."
@@ -81,14 +84,15 @@ def make(model: str, as_json: bool, quiet: bool, **given: Any) -> None:
     $ nulledit stats make smollm2-135m --text wiki.txt
     $ nulledit stats make gpt2 --text datasets:wikimedia/wikipedia:20231101.en --layers 2-6
     """
-    from nulledit.config import StatisticsSettings, load_recipe, shipped_recipes
+    from nulledit.config import Recipe, StatisticsSettings, load_recipe, shipped_recipes
 
     rule = null_space(given["null_space"])
-    if given["layers"]:
-        layers = parse_layers(given["layers"])
-    elif model in shipped_recipes():
-        layers = list(load_recipe(model).layers)
-    else:
+    named = given["recipe"] or (model if model in shipped_recipes() else None)
+    recipe = load_recipe(named) if named else Recipe()
+    layers = parse_layers(given["layers"]) if given["layers"] else list(recipe.layers)
+    if not layers and named:
+        raise ConfigError(f"give --layers: the recipe {named} names none")
+    if not layers:
         raise ConfigError(f"give --layers: no recipe that comes with nulledit is for {model!r}")
     settings = StatisticsSettings(
         given["tokens"], given["packing"], given["window"], not given["skip_first"]
@@ -97,7 +101,7 @@ def make(model: str, as_json: bool, quiet: bool, **given: Any) -> None:
     from nulledit.data.corpus import open_corpus
     from nulledit.editing.statistics import collect
     from nulledit.linalg.spectrum import RULES
-    from nulledit.models.layouts import as_out_in
+    from nulledit.models.layouts import as_out_in, use_layout
     from nulledit.models.load import load_model, model_hash
     from nulledit.models.partial import PartialModel
 
@@ -110,6 +114,7 @@ def make(model: str, as_json: bool, quiet: bool, **given: Any) -> None:
         dtype=given["dtype"],
         trust_remote_code=given["trust_remote_code"],
     )
+    use_layout(loaded, recipe.layout)
     partial = PartialModel(loaded)
     for layer in layers:
         if layer >= partial.depth:

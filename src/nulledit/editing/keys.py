@@ -100,7 +100,10 @@ class Walk:
 
     @torch.no_grad()
     def hidden(self, layer: int) -> Tensor:
-        """Hidden states H [d, n] behind block `layer` at the subject's last token, bare prompts."""
+        """What stands now where values of `layer` do [d, n]: bare prompts, subject's last token.
+
+        The hidden state behind the block; where a norm stands between W and the stream, W's output.
+        """
         place = {row: i for i, row in enumerate(self.bare)}
         found: dict[int, Tensor] = {}
         for chunk in self.chunks:
@@ -111,7 +114,7 @@ class Walk:
             length = int(chunk.last[index].max()) + 1
             batch = Batch(*(t[index, :length] for t in vars(chunk.batch).values()))
             states = chunk.states[index.to(chunk.states.device), :length]
-            out = self.model.run(batch, states=states, first=self.layer, last=layer)
+            _, out = self.model.run_to_values(batch, states=states, first=self.layer, layer=layer)
             at_last = out[torch.arange(len(mine)), chunk.last[index].to(out.device)].cpu().double()
             for i, row in enumerate(mine):
                 found[place[int(chunk.rows[row])]] = at_last[i]

@@ -26,7 +26,7 @@ from nulledit.errors import ConfigError, StatisticsError
 from nulledit.files import replacing, write_text
 from nulledit.linalg.moments import SecondMoment
 from nulledit.linalg.spectrum import Spectrum
-from nulledit.models.layouts import as_out_in
+from nulledit.models.layouts import as_out_in, named_by_recipe
 from nulledit.models.load import cache_folder
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import beginning, chunks_by_length, collate, pad_id
@@ -64,6 +64,8 @@ class Manifest:
     """Keys summed per layer."""
     windows: int = 0
     """Windows read."""
+    mlp_out: str = ""
+    """Path of W in a block, where a recipe's layout named it; keys of another W are others."""
     version: str = nulledit.__version__
     """Version of this library."""
     format: int = FORMAT
@@ -71,7 +73,10 @@ class Manifest:
 
     def to_json(self) -> str:
         """As JSON text."""
-        return json.dumps(asdict(self), indent=2)
+        content = asdict(self)
+        if not self.mlp_out:
+            del content["mlp_out"]  # as in manifests from before there was one
+        return json.dumps(content, indent=2)
 
     @classmethod
     def from_json(cls, text: str, where: str) -> Manifest:
@@ -90,10 +95,16 @@ class Manifest:
             raise StatisticsError(
                 one_line(f"{where}: no manifest of key statistics ({error})")
             ) from error
-        for text in (found.model_hash, found.corpus_hash, found.dtype, found.version):
+        for text in (
+            found.model_hash,
+            found.corpus_hash,
+            found.dtype,
+            found.version,
+            found.mlp_out,
+        ):
             if not (text.isascii() and text.isprintable()):
                 raise StatisticsError(
-                    one_line(f"{where}: {text!r} is no hash, dtype or version of statistics")
+                    one_line(f"{where}: {text!r} is no hash, dtype, version or path of statistics")
                 )
         if not found.layers or len(set(found.layers)) < len(found.layers) or min(found.layers) < 0:
             raise StatisticsError(
@@ -111,9 +122,14 @@ class Statistics:
     spectra: dict[int, Spectrum]
     """By layer."""
 
-    def check(self, model_hash: str, layers: Sequence[int]) -> None:
-        """Raise StatisticsError unless these are of that model and cover `layers`."""
+    def check(self, model_hash: str, layers: Sequence[int], mlp_out: str = "") -> None:
+        """Raise StatisticsError unless these are of that model and its W, and cover `layers`."""
         m = self.manifest
+        if m.mlp_out != mlp_out:
+            raise StatisticsError(
+                f"statistics are of keys of {m.mlp_out or 'the usual matrix'}, the recipe's layout "
+                f"names {mlp_out or 'none'}: run `nulledit stats make` with --recipe"
+            )
         if m.model_hash != model_hash:
             raise StatisticsError(
                 f"statistics are of {m.model} (weights {m.model_hash[:12]}), "
@@ -182,6 +198,7 @@ def collect(
         corpus_hash=corpus.sha256,
         settings=settings,
         dtype=str(model.model.dtype).removeprefix("torch."),
+        mlp_out=named_by_recipe(model.model),
     )
     folder = folder or default_folder(manifest)
     if (folder / "manifest.json").is_file():
@@ -234,19 +251,25 @@ def default_folder(manifest: Manifest) -> Path:
     return cache_folder() / "statistics" / manifest.model_hash[:16] / key
 
 
-def find_statistics(model_hash: str, layers: Sequence[int]) -> Iterator[Statistics]:
-    """Statistics of that model covering `layers`: shipped ones, then the cache's, largest first."""
+def find_statistics(
+    model_hash: str, layers: Sequence[int], mlp_out: str = ""
+) -> Iterator[Statistics]:
+    """Statistics of that model covering `layers`: shipped ones, then the cache's, largest first.
+
+    `mlp_out`: the path of W, where a recipe's layout names it.
+    """
     shipped = resources.files("nulledit") / "assets" / "statistics"
     with resources.as_file(shipped) as folder:
         for file in sorted(folder.glob("*.safetensors")):
             statistics = Statistics.load(file)
             covered = set(layers) <= set(statistics.spectra)
-            if statistics.manifest.model_hash == model_hash and covered:
+            if statistics.manifest.model_hash == model_hash and covered and not mlp_out:
                 yield statistics
     found = []
     for file in (cache_folder() / "statistics" / model_hash[:16]).glob("*/manifest.json"):
         manifest = Manifest.from_json(_text(file), str(file.parent))
-        if manifest.model_hash == model_hash and set(layers) <= set(manifest.layers):
+        of_it = manifest.model_hash == model_hash and manifest.mlp_out == mlp_out
+        if of_it and set(layers) <= set(manifest.layers):
             found.append((manifest.tokens, file.parent))
     for _, folder in sorted(found, reverse=True):
         yield Statistics.load(folder)

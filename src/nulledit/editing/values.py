@@ -9,6 +9,11 @@ model, one fact at a time, and computes logits everywhere. Here, with the same r
   attention keys and values are kept;
 - logits are computed only where the loss reads them; no weight has a gradient;
 - the facts of a chunk run together, and one that is done leaves.
+
+Where a norm stands between W and the stream, no hidden state can be written through it: there the
+value is of W's output, and the norm and the blocks above run behind it. W's output may have any
+size, the norm takes it away; so δ is counted in units in which it is as long as the hidden state,
+and step size, clamp and decay mean what they mean elsewhere.
 """
 
 from __future__ import annotations
@@ -33,7 +38,8 @@ class Value:
     """The optimised value of one fact and how it was reached."""
 
     z: Tensor
-    """h + δ [d], at the subject's last token behind the last edited block."""
+    """h + δ [d], at the subject's last token behind the last edited block; where a norm stands
+    between W and the stream, h is W's output."""
     loss: float
     """Last loss seen: NLL + KL + decay."""
     nll: float
@@ -176,13 +182,18 @@ class _Chunk:
             for k, lesson in enumerate(job.lessons)
         }
         self._keep_states(pad_id)
+        first = [bare[self.group_of.index(g)] for g in range(len(names))]
+        self.norms = self.states[first, 0].norm(dim=1).to(self.start)  # ‖h‖ [groups]
+        self.units = torch.ones_like(self.norms)
+        if model.values_at_output:
+            self.units = self.start[first].norm(dim=1) / self.norms
 
     @torch.no_grad()
     def _keep_states(self, pad_id: int) -> None:
         """Run the blocks up to `layer` once; split each row at its subject's last token."""
         inputs = [row.ids[: len(row.ids) - (len(row.target_ids) > 0)] for row in self.rows]
         batch = collate(inputs, pad_id=pad_id, device=self.device)
-        states = self.model.run(batch, last=self.layer)  # [rows, length, d]
+        states, standing = self.model.run_to_values(batch, layer=self.layer)  # [rows, length, d]
         cuts = [row.subject_last for row in self.rows]
         heads = [ids[:cut] for ids, cut in zip(inputs, cuts, strict=True)]
         tails = [ids[cut:] for ids, cut in zip(inputs, cuts, strict=True)]
@@ -198,15 +209,15 @@ class _Chunk:
         self.prefix = self.model.record_prefix(
             head, states[:, : head.ids.shape[1]], first=self.layer + 1
         )
-        self.start = self.states[:, 0].float() if states.dtype.itemsize < 4 else self.states[:, 0]
+        start = standing[torch.arange(len(cuts)), start[:, 0].to(standing.device)]
+        self.start = start.float() if start.dtype.itemsize < 4 else start
 
     def optimise(self) -> list[Value]:
         """Descend until each group is done; the values of the chunk's facts in order."""
         s = self.settings
         n_groups = max(self.group_of) + 1
         h = self.start[self.bare]  # [facts, d]
-        first_of = [self.group_of.index(g) for g in range(n_groups)]
-        norms = h[first_of].norm(dim=1)  # [groups]
+        norms = self.norms
         deltas = [torch.zeros_like(h[0], requires_grad=True) for _ in range(n_groups)]
         optimiser = torch.optim.Adam(deltas, lr=s.learning_rate)
         active = list(range(n_groups))
@@ -267,11 +278,11 @@ class _Chunk:
                 reads = _Reads(self, active)
         return [
             Value(
-                z=(h[f] + deltas[g].detach()),
+                z=h[f] + self.units[g] * deltas[g].detach(),
                 loss=outcome[f][0],
                 nll=outcome[f][1],
                 steps=updates[g],
-                delta_share=float(deltas[g].detach().norm() / h[f].norm()),
+                delta_share=float(self.units[g] * deltas[g].detach().norm() / h[f].norm()),
                 known=outcome[f][2],
             )
             for f, g in enumerate(self.group_of)
@@ -323,6 +334,7 @@ class _Reads:
         everything = len(rows) == len(chunk.rows)
         self.prefix: Prefix = chunk.prefix if everything else chunk.prefix.select(index)
         self.states = chunk.states[index.to(chunk.states.device), :longest]
+        self.start = chunk.start[index.to(chunk.start.device)]
         tail = chunk.tail
         self.batch = Batch(
             tail.ids[index, :longest],
@@ -373,8 +385,11 @@ class _Reads:
         prompt says the target (or no longer the answer to forget), and whether every row does.
         """
         model = self.chunk.model
-        stacked = torch.stack(list(deltas))[self.delta_of_row.to(deltas[0].device)]  # [rows, d]
-        moved = self.states[:, :1] + stacked[:, None].to(self.states)
+        scaled = torch.stack(list(deltas)) * self.chunk.units[:, None]
+        stacked = scaled[self.delta_of_row.to(scaled.device)]  # [rows, d]
+        moved = model.with_value(
+            self.chunk.layer, self.states[:, :1], self.start[:, None], stacked[:, None]
+        )
         states = torch.cat([moved, self.states[:, 1:]], dim=1)
         normed = model.run_normed(
             self.batch, states=states, first=self.chunk.layer + 1, prefix=self.prefix

@@ -2,56 +2,127 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from nulledit.config import Layout
 from nulledit.errors import ModelError
+from nulledit.models.probe import probe
 
-
-@dataclass(frozen=True)
-class Layout:
-    """Paths of one family, by `config.model_type`."""
-
-    blocks: str
-    """Path from the causal language model to the list of decoder blocks."""
-    mlp_out: str
-    """Path from a block to the module W that writes the MLP's output into the residual stream."""
+logger = logging.getLogger(__name__)
 
 
 LAYOUTS = {
-    "llama": Layout("model.layers", "mlp.down_proj"),
+    "cohere": Layout("model.layers", "mlp.down_proj"),
+    "falcon": Layout("transformer.h", "mlp.dense_4h_to_h"),
+    "gemma2": Layout("model.layers", "mlp.down_proj", "normed"),
+    "gemma3_text": Layout("model.layers", "mlp.down_proj", "normed"),
     "gpt2": Layout("transformer.h", "mlp.c_proj"),
+    "gpt_neo": Layout("transformer.h", "mlp.c_proj"),
+    "gpt_neox": Layout("gpt_neox.layers", "mlp.dense_4h_to_h"),
     "gptj": Layout("transformer.h", "mlp.fc_out"),
+    "granite": Layout("model.layers", "mlp.down_proj", "scaled"),
+    "llama": Layout("model.layers", "mlp.down_proj"),
+    "mistral": Layout("model.layers", "mlp.down_proj"),
+    "olmo2": Layout("model.layers", "mlp.down_proj", "normed"),
+    "opt": Layout("model.decoder.layers", "fc2"),
+    "phi3": Layout("model.layers", "mlp.down_proj"),
+    "qwen2": Layout("model.layers", "mlp.down_proj"),
+    "qwen3": Layout("model.layers", "mlp.down_proj"),
+    "stablelm": Layout("model.layers", "mlp.down_proj"),
 }
+"""By `config.model_type`."""
+_GIVEN, _TRACED = "_nulledit_given", "_nulledit_traced"  # where a model object carries a layout
 
 
 def find_layout(model: PreTrainedModel) -> Layout:
-    """The layout of `model`, or a ModelError that lists the known families."""
+    """The layout given by `use_layout`, else the known family's, else what tracing finds.
+
+    What was traced stays with the model object, and is told once in the log. ModelError where
+    there is no matrix that could be edited.
+    """
     family = model.config.model_type
-    if family not in LAYOUTS:
+    for own in (vars(model).get(_GIVEN), LAYOUTS.get(family), vars(model).get(_TRACED)):
+        if isinstance(own, Layout):
+            return own
+    found = probe(model)
+    logger.warning(
+        "model type %r is not in the table of architectures; tracing found its blocks at %s and "
+        "the MLP's output matrix at %s, which enters the residual stream %s",
+        family,
+        found.blocks,
+        found.mlp_out,
+        found.output,
+    )
+    vars(model)[_TRACED] = found
+    return found
+
+
+def use_layout(model: PreTrainedModel, layout: Layout | None) -> None:
+    """Read `model` by `layout` from now on; None: by its family's, or by what tracing finds.
+
+    ModelError if there are no such modules.
+    """
+    vars(model).pop(_GIVEN, None)
+    if layout is not None:
+        for i, block in enumerate(_blocks(model, layout)):
+            _inside(block, layout, i)
+        vars(model)[_GIVEN] = layout
+
+
+def named_by_recipe(model: PreTrainedModel) -> str:
+    """The path of W that `use_layout` gave, if it is not the family's; else empty."""
+    given, known = vars(model).get(_GIVEN), LAYOUTS.get(model.config.model_type)
+    if not isinstance(given, Layout) or (known is not None and given.mlp_out == known.mlp_out):
+        return ""
+    return given.mlp_out
+
+
+def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder blocks."""
+    return _blocks(model, find_layout(model))
+
+
+def _blocks(model: PreTrainedModel, layout: Layout) -> nn.ModuleList:
+    try:
+        found = model.get_submodule(layout.blocks)
+    except AttributeError:
+        found = None
+    if not isinstance(found, nn.ModuleList) or not len(found):
+        lists = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
         raise ModelError(
-            f"model type {family!r} has no layout; known: {', '.join(sorted(LAYOUTS))}. "
-            "To add one, see docs/add-an-architecture.md"
+            f"layout.blocks: {type(model).__name__} has no list of blocks at {layout.blocks}; its "
+            f"lists of modules: {', '.join(lists[:5]) or 'none'}"
         )
-    return LAYOUTS[family]
+    return found
+
+
+def _inside(block: nn.Module, layout: Layout, layer: int) -> nn.Module:
+    try:
+        return block.get_submodule(layout.mlp_out)
+    except AttributeError:
+        matrices = (n for n, m in block.named_modules() if isinstance(m, nn.Linear | Conv1D))
+        raise ModelError(
+            f"layout.mlp_out: block {layer} has no module {layout.mlp_out}; its matrices: "
+            f"{', '.join(matrices) or 'none'}"
+        ) from None
 
 
 def mlp_out(model: PreTrainedModel, layer: int) -> nn.Module:
     """The module W of block `layer` (counted from 0)."""
     layout = find_layout(model)
-    blocks = model.get_submodule(layout.blocks)
-    assert isinstance(blocks, nn.ModuleList)
+    blocks = _blocks(model, layout)
     if not 0 <= layer < len(blocks):
         raise ModelError(
             f"layer {layer} is out of range: the model has layers 0 to {len(blocks) - 1}"
         )
-    return blocks[layer].get_submodule(layout.mlp_out)
+    return _inside(blocks[layer], layout, layer)
 
 
 def parameter_name(model: PreTrainedModel, layer: int) -> str:
@@ -66,7 +137,7 @@ def as_out_in(module: nn.Module) -> Tensor:
     By the module's type, not its shape: GPT-2's Conv1D stores [d_in, d_out], and a square weight
     would accept the wrong orientation silently.
     """
-    weight = module.weight
+    weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2:
         raise ModelError(f"{type(module).__name__} has no weight matrix that can be edited")
     if not weight.is_floating_point():

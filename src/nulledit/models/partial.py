@@ -8,15 +8,19 @@ kept states. Nothing here knows a family's name.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as BodyOutput
 
-from nulledit.models.layouts import find_layout
+from nulledit.errors import ModelError
+from nulledit.models.layouts import blocks_of, find_layout, mlp_out
+from nulledit.models.probe import entries
 from nulledit.models.tokens import Batch
 
 
@@ -71,14 +75,11 @@ class PartialModel:
     """A causal language model whose blocks can be run a span at a time. No weight is changed."""
 
     def __init__(self, model: PreTrainedModel):
-        """Wraps `model`; a ModelError if its family has no layout."""
-        layout = find_layout(model)
-        self.model = model
-        blocks = model.get_submodule(layout.blocks)
-        assert isinstance(blocks, nn.ModuleList)
-        self.blocks = blocks
-        self._mlp_out = layout.mlp_out
-        self._tuples = self._which_return_tuples()
+        """Wraps `model`; a ModelError if there is no layout for it."""
+        self.model, self.layout = model, find_layout(model)
+        self.blocks = blocks_of(model)
+        self._body = model.get_submodule(self.layout.blocks.rpartition(".")[0])  # runs the blocks
+        self._entries = entries(model, self._body, list(self.blocks), self.layout.mlp_out)
 
     @property
     def depth(self) -> int:
@@ -93,8 +94,17 @@ class PartialModel:
         return weight.device
 
     def mlp_out(self, layer: int) -> nn.Module:
-        """The module W of block `layer`."""
-        return self.blocks[layer].get_submodule(self._mlp_out)
+        """The module W of block `layer`; ModelError if it does not enter the stream as declared."""
+        module = mlp_out(self.model, layer)
+        found, declared = self._entries[layer].output, self.layout.output
+        if found != declared:
+            raise ModelError(
+                f"what {self.layout.mlp_out} of block {layer} writes enters the residual stream "
+                f"{found or 'neither plain, nor scaled, nor normed'}, not {declared} as its layout "
+                "says, so a value written there would not come out; "
+                + (f"give the recipe a layout with output: {found}" if found else "can't edit it")
+            )
+        return module
 
     def run(
         self,
@@ -124,12 +134,50 @@ class PartialModel:
         """As `run` up to the last block, behind the model's final norm: ready for `logits`."""
         return self._forward(batch, states, first, self.depth - 1, prefix)[1]
 
+    @property
+    def values_at_output(self) -> bool:
+        """Whether a norm stands between W and the stream.
+
+        No residual of hidden states can be written through it; values are of W's own output then,
+        each layer's its own, and what the block does with that output comes behind.
+        """
+        return self.layout.output == "normed"
+
+    def scale(self, layer: int) -> float:
+        """What a change of W's output in block `layer` is multiplied by where values stand."""
+        return self._entries[layer].scale
+
+    def run_to_values(
+        self, batch: Batch, *, layer: int, states: Tensor | None = None, first: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states behind block `layer`, and where its values stand [rows, length, d] each.
+
+        Values stand in the hidden states themselves, or, where a norm follows W, in W's output.
+        """
+        if not self.values_at_output:
+            hidden = self.run(batch, states=states, first=first, last=layer)
+            return hidden, hidden
+        written: list[Tensor] = []
+        with _hooked(self.mlp_out(layer), _collect_copy(written)):
+            hidden = self.run(batch, states=states, first=first, last=layer)
+        return hidden, written[0].view(hidden.shape)
+
+    def with_value(self, layer: int, hidden: Tensor, standing: Tensor, delta: Tensor) -> Tensor:
+        """`hidden` of `run_to_values` with `delta` added to what is `standing` there [..., d]."""
+        norm = self._entries[layer].norm
+        if norm is None:
+            return hidden + delta.to(hidden)
+        before, after = norm(standing.to(hidden)), norm((standing + delta).to(hidden))
+        return hidden + (after - before).to(hidden)
+
     def logits(self, normed: Tensor) -> Tensor:
         """Logits [..., vocabulary] of normed states [..., d]."""
-        head = self.model.get_output_embeddings()
-        logits = head(normed.to(head.weight.device))
-        cap = getattr(self.model.config, "final_logit_softcapping", None)
-        return torch.tanh(logits / cap) * cap if cap else logits
+        rows = normed.reshape(1, -1, normed.shape[-1])
+        output = BodyOutput(last_hidden_state=rows)
+        one = torch.zeros(rows.shape[:2], dtype=torch.long, device=self.device)
+        with _replaced_forward(self._body, lambda *_args, **_kwargs: output):
+            logits: Tensor = self.model(input_ids=one, use_cache=False).logits
+        return logits.reshape(*normed.shape[:-1], -1)
 
     @torch.no_grad()
     def record_prefix(self, batch: Batch, states: Tensor, *, first: int) -> Prefix:
@@ -137,7 +185,9 @@ class PartialModel:
         if batch.ids.shape[1] == 0:
             return Prefix([None] * self.depth, batch.mask)
         cache = DynamicCache()
-        self._forward(batch, states, first, self.depth - 1, None, cache=cache)
+        empty = (batch.mask.sum(1, keepdim=True) == 0).to(batch.mask)
+        seeing = replace(batch, mask=batch.mask | empty)  # who sees nothing is nan in some families
+        self._forward(seeing, states, first, self.depth - 1, None, cache=cache)
         entries: list[tuple[Tensor, Tensor] | None] = [None] * self.depth
         for i, layer in enumerate(cache.layers):
             keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
@@ -149,19 +199,13 @@ class PartialModel:
     def reading_keys(self, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
         """Collect the input [rows, length, d_in] of W in `layers` of the last run inside."""
         found: dict[int, Tensor] = {}
-
-        def reader(layer: int) -> Any:
-            def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                found[layer] = args[0].detach()
-
-            return hook
-
-        handles = [self.mlp_out(i).register_forward_pre_hook(reader(i)) for i in layers]
-        try:
+        with ExitStack() as stack:
+            for layer in layers:
+                shapes: list[Tensor] = []
+                block, module = self.blocks[layer], self.mlp_out(layer)
+                stack.enter_context(_hooked(block, _collect_input(shapes), before=True))
+                stack.enter_context(_hooked(module, _read_key(found, layer, shapes), before=True))
             yield found
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _top(self, last: int | None) -> int:
         return self.depth - 1 if last is None else last
@@ -179,7 +223,7 @@ class PartialModel:
         with self._span(first, last, states, found):
             cache = prefix.cache() if prefix is not None else cache
             source = {"input_ids": batch.ids} if states is None else {"inputs_embeds": states}
-            output = self.model.base_model(
+            output = self._body(
                 **source,
                 attention_mask=batch.mask,
                 position_ids=batch.positions,
@@ -193,51 +237,46 @@ class PartialModel:
         self, first: int, last: int, states: Tensor | None, found: list[Tensor]
     ) -> Iterator[None]:
         """Only blocks `first` to `last` work inside; `found` gets the states behind `last`."""
-        passing = [i for i in range(self.depth) if not first <= i <= last]
-        before = {i: self.blocks[i].__dict__.get("forward") for i in passing}
-        for i in passing:
-            self.blocks[i].forward = _passing(self._tuples[i])
-        handles = []
-        if states is not None:
-            handles.append(
-                self.blocks[first].register_forward_pre_hook(_inject(states), with_kwargs=True)
-            )
-        if last < 0:  # nothing but the embedding
-            handles.append(
-                self.blocks[0].register_forward_pre_hook(_collect_input(found), with_kwargs=True)
-            )
-        else:
-            handles.append(self.blocks[last].register_forward_hook(_collect(found)))
-        try:
+        with ExitStack() as stack:
+            for i, block in enumerate(self.blocks):
+                if not first <= i <= last:
+                    passing = _passing(self._entries[i].as_tuple)
+                    stack.enter_context(_replaced_forward(block, passing))
+            if states is not None:
+                stack.enter_context(_hooked(self.blocks[first], _inject(states), before=True))
+            if last < 0:  # nothing but the embedding
+                stack.enter_context(_hooked(self.blocks[0], _collect_input(found), before=True))
+            else:
+                stack.enter_context(_hooked(self.blocks[last], _collect(found)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for i in passing:
-                if before[i] is None:
-                    del self.blocks[i].forward
-                else:
-                    vars(self.blocks[i])["forward"] = before[i]
 
-    @torch.no_grad()
-    def _which_return_tuples(self) -> list[bool]:
-        """Whether each block returns a tuple (older families) or a tensor, seen on one token."""
-        seen: dict[int, bool] = {}
 
-        def note(index: int) -> Any:
-            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-                seen[index] = isinstance(output, tuple)
+@contextmanager
+def _hooked(module: nn.Module, hook: Any, *, before: bool = False) -> Iterator[None]:
+    """`hook` is called behind `module`, or `before` it with its keyword arguments, inside."""
+    handle = (
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+        if before
+        else module.register_forward_hook(hook)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
 
-            return hook
 
-        handles = [b.register_forward_hook(note(i)) for i, b in enumerate(self.blocks)]
-        try:
-            one = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-            self.model.base_model(input_ids=one, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return [seen[i] for i in range(self.depth)]
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+    """`module` works by `forward` inside; as before afterwards."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            vars(module)["forward"] = before
 
 
 def _passing(as_tuple: bool) -> Any:
@@ -256,9 +295,26 @@ def _inject(states: Tensor) -> Any:
     return hook
 
 
+def _read_key(found: dict[int, Tensor], layer: int, states: list[Tensor]) -> Any:
+    """`states`: what the block was given last; some join its rows before they come to W."""
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+        found[layer] = args[0].detach().view(*states[-1].shape[:2], -1)
+        states.clear()
+
+    return hook
+
+
 def _collect(found: list[Tensor]) -> Any:
     def hook(_module: nn.Module, _args: Any, output: Any) -> None:
         found.append(output[0] if isinstance(output, tuple) else output)
+
+    return hook
+
+
+def _collect_copy(found: list[Tensor]) -> Any:
+    def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        found.append(output.clone())  # some models add to it in place
 
     return hook
 

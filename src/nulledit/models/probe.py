@@ -1,0 +1,341 @@
+"""What one run of a model shows: how W's output enters the stream, and an unknown family's layout.
+
+Nothing here knows a family's name. A model is run on a few tokens; what its modules were given and
+gave back decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from nulledit.config import Layout
+from nulledit.errors import ModelError
+
+SIZES = (1024.0, -512.0)
+"""Of what is added to W's output: far above its own, so that a two-byte dtype's rounding of the
+stream does not hide it, and within float16; two, since behind a norm the change is not twice."""
+MISSED = 0.01  # share of a change that its explanation may miss, beside the rounding
+HOW_TO = 'if it is there, name it in the recipe: "layout: {blocks: ..., mlp_out: ...}"'
+
+Output = Literal["plain", "scaled", "normed"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How one block's W enters the residual stream, as seen."""
+
+    output: Output | None
+    """As in `Layout`; None where none of them explains what was seen."""
+    scale: float = 1.0
+    """The block's output changes by this times a change of W's."""
+    norm: nn.Module | None = None
+    """The norm between W and the stream."""
+    as_tuple: bool = False
+    """Whether the block returns a tuple (older families) or a tensor."""
+
+
+@dataclass
+class _Seen:
+    """What was seen of one block, [3, d]: nothing moved, and both sizes."""
+
+    rows: list[int]
+    written: Tensor | None = None  # W's output, as moved
+    norm: nn.Module | None = None  # the first module that was given it
+    out: Tensor | None = None
+    as_tuple: bool = False
+
+
+@torch.no_grad()
+def entries(
+    model: PreTrainedModel, body: nn.Module, blocks: Sequence[nn.Module], mlp_out: str
+) -> list[Entry]:
+    """How W (`mlp_out` inside a block) of each of `blocks`, which `body` runs, enters the stream.
+
+    One run of one token in 1 + 2 len(blocks) rows. In two rows of its own each block's W is moved
+    far away, by two sizes; what the block gives there, against row 0, is what the stream takes.
+    """
+    seen = [_Seen([0, 2 * i + 1, 2 * i + 2]) for i in range(len(blocks))]
+    rows = 1 + 2 * len(blocks)
+    with _watched(model) as handles:
+        for i, block in enumerate(blocks):
+            handles.append(block.register_forward_hook(_leaving(seen[i], rows)))
+            for module in block.modules():
+                if module is not block and not isinstance(module, nn.Dropout | nn.Identity):
+                    handles.append(module.register_forward_pre_hook(_receiving(seen[i])))
+            try:
+                handles.append(
+                    block.get_submodule(mlp_out).register_forward_hook(_pushing(seen[i]))
+                )
+            except AttributeError:
+                continue  # a block of another kind
+        body(input_ids=_ids(model, [[0]] * rows), use_cache=False)
+    return [_entry(s) for s in seen]
+
+
+def _leaving(seen: _Seen, rows: int) -> Any:
+    def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+        seen.as_tuple = isinstance(output, tuple)
+        out = output[0] if isinstance(output, tuple) else output
+        if isinstance(out, Tensor) and out.shape[:2] == (rows, 1):
+            seen.out = out.reshape(rows, -1)[seen.rows]
+
+    return hook
+
+
+def _pushing(seen: _Seen) -> Any:
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor):
+            return output
+        flat = output.reshape(-1, output.shape[-1]).clone()
+        if len(flat) <= seen.rows[-1]:
+            return output  # an expert, which sees some tokens only
+        generator = torch.Generator().manual_seed(0)
+        push = torch.randn(flat.shape[1], generator=generator, dtype=torch.float64)
+        for row, size in zip(seen.rows[1:], SIZES, strict=True):
+            flat[row] += size * push.to(flat)
+        seen.written = flat[seen.rows]  # a copy: some models add to W's output in place
+        return flat.view(output.shape)
+
+    return hook
+
+
+def _receiving(seen: _Seen) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if seen.written is None or seen.norm is not None or not args:
+            return
+        given = args[0]
+        if isinstance(given, Tensor) and given.shape[-1] == seen.written.shape[-1]:
+            rows = given.reshape(-1, given.shape[-1])
+            if len(rows) > seen.rows[-1] and torch.equal(rows[seen.rows], seen.written):
+                seen.norm = module
+
+    return hook
+
+
+def _entry(seen: _Seen) -> Entry:
+    """The simplest explanation of what the block gave where W's output was moved."""
+    found = Entry(None, as_tuple=seen.as_tuple)
+    if seen.out is None or seen.written is None or seen.out.shape != seen.written.shape:
+        return found
+    out, written = seen.out, seen.written.to(seen.out.device)
+    change, moved = (t[1:].double() - t[:1].double() for t in (out, written))
+    rounding = 4 * torch.finfo(out.dtype).eps * out.double().norm(dim=1)[1:]
+
+    def explains(expected: Tensor) -> bool:
+        size = expected.norm(dim=1)
+        missed = (change - expected).norm(dim=1)
+        return bool((missed < MISSED * size + rounding.minimum(size / 4)).all())
+
+    if explains(moved):
+        return replace(found, output="plain")
+    scale = float((change * moved).sum() / moved.square().sum())
+    if explains(scale * moved):
+        return replace(found, output="scaled", scale=scale)
+    normed = seen.norm(seen.written) if seen.norm is not None else None
+    if isinstance(normed, Tensor) and normed.shape == out.shape:
+        normed = normed.to(out.device).double()
+        if explains(normed[1:] - normed[:1]):
+            return replace(found, output="normed", norm=seen.norm)
+    return found
+
+
+@dataclass
+class _Call:
+    """One call of a module."""
+
+    name: str
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(repr=False)
+    output: Any
+
+    @property
+    def states(self) -> Tensor | None:
+        """What it was given first."""
+        first = self.args[0] if self.args else self.kwargs.get("hidden_states")
+        return first if isinstance(first, Tensor) else None
+
+
+@torch.no_grad()
+def probe(model: PreTrainedModel) -> Layout:
+    """The layout of a model of an unknown family, traced in one run.
+
+    The blocks are the longest list of modules that run once, in turn, from hidden states to hidden
+    states of one shape. W is the last matrix that maps a wider width to the hidden one in a part
+    of a block that works on each token alone, which attention does not. ModelError with what was
+    found where there is none, or where `entries` can't explain how its output enters the stream.
+    """
+    kind = f"model type {model.config.model_type!r} is not known"
+    if model.config.is_encoder_decoder:
+        raise ModelError(f"{kind} and has an encoder; expected a decoder-only language model")
+    if model.device.type == "meta":
+        raise ModelError(f"{kind}, and can't be traced without its weights; {HOW_TO}")
+    calls: list[_Call] = []
+    last = min(2, model.config.get_text_config().vocab_size - 1)
+    with _watched(model) as handles:
+        for name, module in model.named_modules():
+            handles.append(module.register_forward_hook(_listing(calls, name), with_kwargs=True))
+        ids = _ids(model, [[0, 1], [0, last]])
+        try:
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        except Exception as error:  # anything can go wrong in code that nobody has seen
+            said = " ".join(str(error).split())[:200]
+            raise ModelError(f"{kind}, and can't be run on two tokens: {said}") from error
+        blocks, runs = _blocks(model, calls)
+        if not runs:
+            raise ModelError(
+                f"{kind}, and tracing found no list of decoder blocks that run in turn; {HOW_TO}"
+            )
+        _check_causal(kind, _tensor(runs[-1].output)[:, 0])
+        mlp_out = _last_writer(kind, blocks, runs[0], calls)
+    for run in runs:
+        try:
+            run.module.get_submodule(mlp_out)
+        except AttributeError:
+            raise ModelError(
+                f"{kind}: tracing found {mlp_out} in {blocks}.0, but {run.name} has none; {HOW_TO}"
+            ) from None
+    body = model.get_submodule(blocks.rpartition(".")[0])
+    found = entries(model, body, [run.module for run in runs], mlp_out)
+    first = found[0]
+    for i, entry in enumerate(found):
+        if entry.output is None:
+            raise ModelError(
+                f"{kind}: tracing found {mlp_out} in {blocks}, but what it writes in block {i} "
+                "enters the residual stream neither plain, nor scaled, nor normed"
+            )
+        if entry.output != first.output or abs(entry.scale / first.scale - 1) > MISSED:
+            raise ModelError(
+                f"{kind}: tracing found {mlp_out} in {blocks}, but what it writes enters the "
+                f"residual stream {_told(first)} in block 0 and {_told(entry)} in block {i}"
+            )
+    assert first.output is not None
+    return Layout(blocks, mlp_out, first.output)
+
+
+def _check_causal(kind: str, ends: Tensor) -> None:
+    """ModelError if states [2, d] of one token with different tokens behind it differ."""
+    if float((ends[0] - ends[1]).norm()) > 0.01 * float(ends[0].norm()):
+        raise ModelError(
+            f"{kind} and is no decoder: what it makes of a token depends on the token behind it "
+            "(encoder-only); expected a decoder-only language model"
+        )
+
+
+def _told(entry: Entry) -> str:
+    return f"scaled by {entry.scale:.3g}" if entry.output == "scaled" else str(entry.output)
+
+
+def _listing(calls: list[_Call], name: str) -> Any:
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        calls.append(_Call(name, module, args, kwargs, output))
+
+    return hook
+
+
+def _blocks(model: PreTrainedModel, calls: Sequence[_Call]) -> tuple[str, list[_Call]]:
+    """Path of the list of decoder blocks, and the blocks' calls; none where there is no list."""
+    best: tuple[str, list[_Call]] = "", []
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList):
+            continue
+        runs = [call for call in calls if any(call.module is member for member in module)]
+        in_turn = [call.module for call in runs] == list(module)
+        shapes = {_shape(call.states) for call in runs} | {_shape(call.output) for call in runs}
+        if in_turn and len(shapes) == 1 and len(next(iter(shapes))) == 3:
+            if len(runs) > len(best[1]):
+                best = path, runs
+    return best
+
+
+def _last_writer(kind: str, blocks: str, block: _Call, calls: Sequence[_Call]) -> str:
+    """Path in `block` of the matrix that writes its MLP's output."""
+    assert block.states is not None
+    hidden = block.states.shape[-1]
+    start = f"{block.name}."
+    inside = [call for call in calls if call.name.startswith(start)]
+    writers, alone = [], {}
+    for call in inside:
+        weight = getattr(call.module, "weight", None)
+        given, made = _shape(call.states), _shape(call.output)
+        if not isinstance(weight, Tensor) or not given or not made or given[-1] == made[-1]:
+            continue
+        part = call.name.removeprefix(start).split(".")[0]
+        if part not in alone:
+            alone[part] = all(_is_tokenwise(c) for c in inside if c.name == start + part)
+        if alone[part]:
+            writers.append((call.name.removeprefix(start), made[-1], given[-1]))
+    wanted = [name for name, out, given in writers if out == hidden and given > hidden]
+    if not wanted:
+        told = ", ".join(f"{name} [{out} x {given}]" for name, out, given in writers) or "none"
+        raise ModelError(
+            f"{kind}, and {blocks}.0 has no MLP output matrix [{hidden} x more than {hidden}]; the "
+            f"matrices that tracing found in its MLP: {told}; {HOW_TO}"
+        )
+    name = wanted[-1]
+    if any(part.isdigit() for part in name.split(".")) or wanted.count(name) > 1:
+        raise ModelError(
+            f"{kind}, and the MLP of {blocks}.0 has {len(wanted)} output matrices (experts?), the "
+            f"last of them {name}; expected one; {HOW_TO}"
+        )
+    return name
+
+
+def _is_tokenwise(call: _Call) -> bool:
+    """Whether a part of a block, run again with another first token, gives the same for the next.
+
+    One that is given rows without their places ([tokens, d]) can't mix them.
+    """
+    states = call.states
+    if states is None:
+        return False
+    if states.ndim < 3:
+        return True
+    changed = states.clone()
+    changed[:, 0] = changed[:, 0].flip(-1) + 1
+    args, kwargs = call.args, call.kwargs
+    if args:
+        args = (changed, *args[1:])
+    else:
+        kwargs = {**kwargs, "hidden_states": changed}
+    before = _tensor(call.module(*call.args, **call.kwargs))
+    after = _tensor(call.module(*args, **kwargs))
+    return torch.allclose(before[:, 1], after[:, 1], rtol=1e-3, atol=1e-6)
+
+
+def _tensor(output: Any) -> Tensor:
+    found = output[0] if isinstance(output, tuple) else output
+    assert isinstance(found, Tensor)
+    return found
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    found = value[0] if isinstance(value, tuple) and value else value
+    return tuple(found.shape) if isinstance(found, Tensor) else ()
+
+
+def _ids(model: PreTrainedModel, rows: list[list[int]]) -> Tensor:
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return torch.tensor(rows, device=weight.device)
+
+
+@contextmanager
+def _watched(model: nn.Module) -> Iterator[list[Any]]:
+    """Evaluation mode inside; afterwards as before, with the hooks in the list removed."""
+    was_training = model.training
+    handles: list[Any] = []
+    model.eval()
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)

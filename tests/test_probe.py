@@ -1,0 +1,186 @@
+"""Models of unknown families: traced, used with a notice, or refused; a recipe's layout."""
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, RECIPE
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nulledit import Editor
+from nulledit.config import Layout, Recipe
+from nulledit.errors import ConfigError, LedgerError, ModelError, StatisticsError
+from nulledit.ledger.merging import conflicts
+from nulledit.models import layouts
+from nulledit.models.layouts import LAYOUTS, find_layout, parameter_name, use_layout
+from nulledit.models.partial import PartialModel
+from nulledit.models.probe import probe
+
+SIZES = {
+    "vocab_size": 400,
+    "hidden_size": 16,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.25,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+def untabled(kind, **more):
+    """A model of a family that the table does not name."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **{**SIZES, **more})
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_tracing_finds_what_the_table_says(architecture, tiny_model):
+    assert probe(tiny_model(architecture)) == LAYOUTS[architecture]
+
+
+def test_nothing_is_traced_without_weights():
+    with torch.device("meta"):
+        model = untabled("starcoder2")
+    with pytest.raises(ModelError, match=r"can't be traced without its weights; .* in the recipe"):
+        find_layout(model)
+    use_layout(model, Layout("model.layers", "mlp.c_proj"))
+    assert find_layout(model).mlp_out == "mlp.c_proj"
+
+
+def test_every_architecture_of_the_table_is_tested():
+    assert set(ARCHITECTURES) == set(LAYOUTS)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [("granite", torch.bfloat16), ("olmo2", torch.float16), ("gemma2", torch.bfloat16)],
+)
+def test_the_entry_is_seen_in_two_byte_dtypes(architecture, dtype, tiny_model):
+    partial = PartialModel(tiny_model(architecture, dtype=dtype))
+    partial.mlp_out(2)  # as declared
+    expected = 0.4 if architecture == "granite" else 1.0
+    assert partial.scale(2) == pytest.approx(expected, rel=1e-3)
+
+
+def test_an_unknown_family_is_used_with_a_notice(tokenizer, facts, caplog, make_statistics):
+    """Starcoder2 is not in the table: biases on W, GELU, grouped queries."""
+    model = untabled("starcoder2", num_key_value_heads=1)
+    with caplog.at_level(logging.WARNING, "nulledit"):
+        assert find_layout(model) == Layout("model.layers", "mlp.c_proj")
+        statistics = make_statistics(model)
+        editor = Editor(model, tokenizer, recipe=RECIPE, statistics=statistics)
+    told = [r.getMessage() for r in caplog.records if "not in the table" in r.getMessage()]
+    assert len(told) == 1
+    assert "'starcoder2'" in told[0]
+    assert "mlp.c_proj, which enters the residual stream plain" in told[0]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    report = editor.edit(facts)
+    assert all(c.outcome["loss"] > 0 for c in report.columns)
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {f"model.layers.{i}.mlp.c_proj.weight" for i in RECIPE.layers}
+    editor.undo(*[fact.id for fact in facts])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "says"),
+    [
+        ("bert", {"is_decoder": False}, "no decoder.*encoder-only"),
+        (
+            "mixtral",
+            {"num_local_experts": 2, "num_experts_per_tok": 1, "num_key_value_heads": 1},
+            r"no MLP output matrix \[16 x more than 16\].*name it in the recipe",
+        ),
+        ("mamba", {}, "no MLP output matrix"),
+    ],
+)
+def test_a_model_without_the_matrix_is_refused_in_one_line(kind, more, says):
+    model = untabled(kind, **more)
+    with pytest.raises(ModelError, match=f"'{kind}' is not known.*{says}") as caught:
+        PartialModel(model)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_an_encoder_decoder_is_refused(tiny_model):
+    model = tiny_model("llama")
+    model.config.model_type, model.config.is_encoder_decoder = "other", True
+    with pytest.raises(ModelError, match="has an encoder"):
+        PartialModel(model)
+
+
+def test_a_norm_behind_the_sum_is_refused():
+    """OPT-350m norms the stream itself behind each block: no residual goes through that."""
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            "opt",
+            **{**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
+        )
+    )
+    with pytest.raises(ModelError, match=r"neither plain, nor scaled, nor normed.*can't edit it"):
+        PartialModel(model).mlp_out(1)
+
+
+@pytest.mark.parametrize(
+    ("layout", "error", "says"),
+    [
+        ({"blocks": "model.blocks", "mlp_out": "mlp.down_proj"}, ModelError, "no list of blocks"),
+        ({"blocks": "model.layers", "mlp_out": "mlp.out"}, ModelError, "no module mlp.out; its"),
+        ({"blocks": "model.layers", "mlp_out": "self_attn"}, ModelError, "neither plain"),
+        ({"blocks": "model.layers", "mlp_out": "mlp.act_fn"}, ModelError, "neither plain"),
+        ({"blocks": "model.layers", "mlp_out": "mlp"}, ModelError, "no weight matrix"),
+        ({"blocks": "model.layers"}, ConfigError, "layout.mlp_out is ''"),
+        ({"blocks": "a..b", "mlp_out": "c"}, ConfigError, "expected a path"),
+        (
+            {"blocks": "model.layers", "mlp_out": "mlp.down_proj", "output": "scaled"},
+            ModelError,
+            "enters the residual stream plain, not scaled.*layout with output: plain",
+        ),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused(layout, error, says, tiny_model, tokenizer):
+    def edit_by(given):
+        recipe = Recipe.from_dict({**RECIPE.to_dict(), "layout": given})
+        return Editor(tiny_model("llama"), tokenizer, recipe=recipe)
+
+    with pytest.raises(error, match=says):
+        edit_by(layout)
+
+
+def test_a_recipes_layout_goes_before_table_and_tracing(
+    tiny_model, tokenizer, facts, make_statistics, tmp_path, monkeypatch
+):
+    """Attention's output matrix in the place of W: used, recorded, found again; never mixed up."""
+    layout = {"blocks": "model.layers", "mlp_out": "self_attn.o_proj", "output": "plain"}
+    recipe = Recipe.from_dict({**RECIPE.to_dict(), "layout": layout})
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert "layout" not in RECIPE.to_dict(), "recipes recorded before are as they were"
+    model = tiny_model("llama", dtype=torch.float32)
+    usual = make_statistics(model)
+    with pytest.raises(StatisticsError, match="keys of the usual matrix"):
+        Editor(model, tokenizer, recipe=recipe, statistics=usual).edit(facts)
+    use_layout(model, recipe.layout)
+    own = make_statistics(model)
+    own = dataclasses.replace(
+        own, manifest=dataclasses.replace(own.manifest, mlp_out="self_attn.o_proj")
+    )
+    editor = Editor(model, tokenizer, recipe=recipe, statistics=own)
+    editor.edit(facts)
+    assert parameter_name(model, 1) == "model.layers.1.self_attn.o_proj.weight"
+    editor.save(tmp_path / "run")
+    again = Editor.load(tmp_path / "run")
+    assert again.partial.layout == recipe.layout
+    assert again.undo(facts[0].id).removed == (facts[0].id,)
+    with pytest.raises(ConfigError, match="layout is another"):
+        again.next_epoch(dataclasses.replace(recipe, layout=LAYOUTS["llama"]))
+    again.next_epoch(RECIPE)
+    assert again.recipe.layout == recipe.layout
+    other = Editor(tiny_model("llama", dtype=torch.float32), tokenizer, recipe=RECIPE)
+    with pytest.raises(LedgerError, match="different layouts"):
+        conflicts(editor.history, other.history)
+    monkeypatch.delitem(layouts.LAYOUTS, "llama")
+    assert find_layout(other.model) == Layout("model.layers", "mlp.down_proj")
