@@ -343,6 +343,20 @@ def test_readers_see_whole_ledgers_while_another_process_writes(store, tmp_path)
     assert status == 0
 
 
+def test_a_reader_slower_than_every_commit_still_reads(store, monkeypatch):
+    history, hash_of = begun(), Store._hash_of
+
+    def while_another_commits(self, file):
+        before = history.counts
+        Store(store.folder).commit(add(history), before)
+        return hash_of(self, file)
+
+    monkeypatch.setattr(Store, "_hash_of", while_another_commits)
+    for events in range(5):
+        assert same(store.read(), add(begun(), events))
+        assert len(history.events) == events + 1
+
+
 def test_discard_removes_only_what_holds_no_batch(store, tmp_path):
     Store(tmp_path / "nothing").discard()
     history = add(begun())

@@ -17,12 +17,12 @@ import re
 import shutil
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import quote
+from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -45,7 +45,6 @@ UNREADABLE = (
     *(sqlite3.Error, NullEditError, KeyError, ValueError, TypeError, AttributeError),
     *(OverflowError, RecursionError),
 )
-T = TypeVar("T")
 
 SCHEMA_VERSION = 2
 SCHEMA = """
@@ -187,17 +186,8 @@ class Store:
 
     def check(self) -> str:
         """The database's hash; LedgerError if it is not the one listed, or either is missing."""
-        for _ in range(TRIES):
-            seen = self._seen()
-            listed, found = self._listed(), self._hash()
-            if found in listed:
-                return found
-            if seen == self._seen():  # and no other process has written meanwhile
-                break
-        raise LedgerError(
-            f"{self.database}: damaged: its hash is {found[:12]}, {self.listing.name} lists "
-            f"{' and '.join(digest[:12] for digest in listed)}; put back a copy of both files"
-        )
+        with self._listed_database() as (_, digest):
+            return digest
 
     def load(self) -> History:
         """Read everything; LedgerError where something is missing or has another hash."""
@@ -210,7 +200,8 @@ class Store:
         """Everything but the tensors, from a database whose hash is the one listed."""
         self._check_there()
         try:
-            history = self._reading(self._history)
+            with self._reading() as db:
+                history = self._history(db)
         except UNREADABLE as error:
             if isinstance(error, LedgerError):
                 raise
@@ -222,7 +213,7 @@ class Store:
 
     def events(self) -> int:
         """Number of events committed."""
-        with closing(_readable(self.database)) as db:
+        with self._reading() as db:
             return _count_events(db)
 
     def tensor_file(self, digest: str) -> Path:
@@ -260,31 +251,41 @@ class Store:
             [_event(r) for r in db.execute("SELECT * FROM events ORDER BY id")],
         )
 
-    def _reading(self, read: Callable[[sqlite3.Connection], T]) -> T:
-        """What `read` finds in a database that was the listed one from before to after."""
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """The database as it was at one moment, in memory: what was hashed is what is read."""
+        with self._listed_database() as (file, _), closing(sqlite3.connect(":memory:")) as db:
+            file.seek(0)
+            db.deserialize(file.read())
+            db.execute("PRAGMA trusted_schema = OFF")
+            yield db
+
+    @contextmanager
+    def _listed_database(self) -> Iterator[tuple[BufferedReader, str]]:
+        """The opened database and its hash, which is listed.
+
+        Commits rename files over both names, so an opened database never changes: the listing
+        need only be read while no commit falls between it and the opening, and hashing may take
+        as long as it takes, however often others write.
+        """
         for _ in range(TRIES):
-            seen = self._seen()
-            self.check()
-            with closing(_readable(self.database)) as db:
-                result = read(db)
-            if seen == self._seen():
-                return result
-        raise LedgerError(f"{self.folder}: written to again and again while it was read; try again")
+            with self.database.open("rb") as file:
+                listed, digest = self._listed(), self._hash_of(file)
+                if digest in listed:
+                    yield file, digest
+                    return
+                if os.path.samestat(os.fstat(file.fileno()), self.database.stat()):
+                    break  # no other process has written meanwhile
+        raise LedgerError(
+            f"{self.database}: damaged: its hash is {digest[:12]}, {self.listing.name} lists "
+            f"{' and '.join(digest[:12] for digest in listed)}; put back a copy of both files"
+        )
 
-    def _seen(self) -> tuple[object, ...]:
-        """Changes whenever a commit renames a file over the database or its listing."""
-        marks: list[object] = []
-        for file in (self.database, self.listing):
-            with suppress(FileNotFoundError):
-                found = file.stat()
-                marks += [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns]
-        return tuple(marks)
-
-    def _hash(self) -> str:
-        size = self.database.stat().st_size
+    def _hash_of(self, file: BufferedReader) -> str:
+        size = os.fstat(file.fileno()).st_size
         if size > LARGEST_DATABASE:
             raise LedgerError(f"{self.database}: {size} bytes; more than {LARGEST_DATABASE}")
-        return sha256_of(self.database)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
     def _listed(self) -> list[str]:
         try:
@@ -385,14 +386,6 @@ def _writable(file: Path) -> sqlite3.Connection:
     db.execute("PRAGMA synchronous = OFF")
     db.execute("PRAGMA temp_store = MEMORY")
     db.execute("PRAGMA foreign_keys = ON")
-    db.execute("PRAGMA trusted_schema = OFF")
-    return db
-
-
-def _readable(file: Path) -> sqlite3.Connection:
-    """Neither locks nor journals: the file is renamed over, never written in place."""
-    name = quote(str(file.resolve()))
-    db = sqlite3.connect(f"file:{name}?mode=ro&immutable=1", uri=True, isolation_level=None)
     db.execute("PRAGMA trusted_schema = OFF")
     return db
 
