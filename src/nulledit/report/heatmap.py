@@ -19,18 +19,21 @@ COLOURS = "PuOr"  # told apart with any of the common colour deficiencies; white
 def heat_map(found: Location) -> Figure:
     """Two panels, restored states and restored MLP windows, each on a scale of its own.
 
-    Zero is white. The suggested layers are framed in the row that they are read from. Windows with
-    the first block stand left of a line; where they are far above the others, the scale is the
-    others' and its arrow says so.
+    Zero is white. The peak that a suggestion ends at is framed. Windows with the first block stand
+    left of a dotted line; where they are above the others, the scale is the others' and its arrow
+    says so.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     effects = found.effects()
     places = [p for p in PLACES if any(e.place == p for e in effects)]
+    lowest = {"state": 0, "mlp": found.suggestion.lowest}
+    first = max(e.rate.mean for e in effects if e.kind == "mlp" and e.layer < lowest["mlp"])
+    written = "MLP output" if found.window == 1 else f"outputs of {found.window} MLPs"
     titles = {
         "state": "one hidden state put back",
-        "mlp": f"outputs of {found.window} MLPs put back",
+        "mlp": f"{written} put back; left of the dots with layer 0 (up to {first:.2g})",
     }
     labels = {"state": "layer of the state", "mlp": "middle of the window of layers"}
     with rc_context(LOOK):
@@ -38,12 +41,11 @@ def heat_map(found: Location) -> Figure:
         panels = figure.subplots(2, 1, squeeze=False)[:, 0]
         for axes, kind in zip(panels, KINDS, strict=True):
             mine = [e for e in effects if e.kind == kind]
-            lowest = found.suggestion.lowest if kind == "mlp" else 0
-            _panel(axes, mine, places, found.depth, lowest)
+            _panel(axes, mine, places, found.depth, lowest[kind])
             axes.set_title(titles[kind])
             axes.set_xlabel(labels[kind])
         if found.suggestion.layers:
-            _frame(panels[1], found.suggestion.layers, places.index(PLACES[2]))
+            _frame(panels[1], found.suggestion.peak, places.index(PLACES[2]))
     return figure
 
 
@@ -62,8 +64,6 @@ def _panel(axes: Axes, effects: list[Effect], places: list[str], depth: int, low
     axes.tick_params(length=2)
     if lowest:
         axes.axvline(lowest - 0.5, color=INK, linewidth=1, linestyle=":")
-        text = f"with layer 0 (up to {max(everything):.2g})" if beyond else "with layer 0"
-        axes.text(0, -0.55, text, fontsize=8, va="bottom", ha="left")
     assert axes.figure is not None
     extend = "max" if beyond else "neither"
     bar = axes.figure.colorbar(image, ax=axes, pad=0.01, aspect=12, extend=extend)
@@ -71,10 +71,10 @@ def _panel(axes: Axes, effects: list[Effect], places: list[str], depth: int, low
     bar.ax.set_ylim(max(-most, min(0.0, *everything)), most)
 
 
-def _frame(axes: Axes, layers: tuple[int, ...], row: int) -> None:
+def _frame(axes: Axes, layer: int, row: int) -> None:
     from matplotlib.patches import Rectangle
 
-    place = (layers[0] - 0.5, row - 0.5)
-    frame = Rectangle(place, len(layers), 1, fill=False, edgecolor=INK, linewidth=1.8)
+    place = (layer - 0.5, row - 0.5)
+    frame = Rectangle(place, 1, 1, fill=False, edgecolor=INK, linewidth=1.8)
     frame.set_clip_on(False)
     axes.add_patch(frame)

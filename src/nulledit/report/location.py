@@ -77,28 +77,29 @@ def said(found: Location) -> list[str]:
         f"p(answer): {_rate(found.clean)} as the prompts are, {_rate(found.corrupted)} with noise "
         f"on the subjects ({n})."
     )
+    first = max(
+        e.rate.mean
+        for e in found.effects()
+        if (e.kind, e.place) == ("mlp", PLACES[2]) and e.layer < suggestion.lowest
+    )
+    lines.append(
+        f"MLP outputs with layer 0 among them, put back at the subject's last token, change it by "
+        f"up to {first:.3f}. They don't count below: that MLP sees little but the token that the "
+        "noise was put on."
+    )
     near = f"{suggestion.effect:.3f} ± {suggestion.standard_error:.3f}"
     where = f"the {found.window} layers around {suggestion.peak}"
     if found.window == 1:
         where = f"layer {suggestion.peak}"
     if not suggestion.layers:
         lines.append(
-            f"No layers are suggested: the largest effect of MLP outputs at the subject's last "
-            f"token, {near} for {where}, does not stand out from zero."
+            f"No layers are suggested: the largest effect of other MLP outputs there, {near} for "
+            f"{where}, does not stand out from zero."
         )
         return lines
     lines.append(
-        f"MLP outputs at the subject's last token do most in {where}: {near}. With the facts drawn "
-        f"anew, that peak lies between {suggestion.low} and {suggestion.high} (95 %)."
-    )
-    whole = max(
-        e.rate.mean
-        for e in found.effects()
-        if (e.kind, e.place) == ("mlp", PLACES[2]) and e.layer < suggestion.lowest
-    )
-    lines.append(
-        f"Windows that hold layer 0 don't count (up to {whole:.3f}): its MLP sees little but the "
-        "token that the noise was put on."
+        f"Other MLP outputs there do most in {where}: {near}. With the facts drawn anew, that peak "
+        f"lies between {suggestion.low} and {suggestion.high} (95 %)."
     )
     return lines
 
@@ -109,8 +110,7 @@ def page(found: Location, model: str) -> str:
     parts = [f"# Causal trace of {markdown(model)}", *map(markdown, said(found))]
     if suggestion.layers:
         parts += [
-            "A line for a recipe, from MEMIT's way of reading a trace (a range that ends at the "
-            "peak):",
+            "A line for a recipe, a range that ends at the peak (after MEMIT, arXiv:2210.07229):",
             f"```yaml\n{suggestion.recipe_line}\n```",
             markdown(NOT_SAID),
         ]
@@ -185,5 +185,6 @@ def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    # One fact has no standard error: nothing is written, rather than nan.
+    writer.writerows({k: "" if v != v else v for k, v in row.items()} for row in rows)
     return text.getvalue()
