@@ -24,6 +24,7 @@ ORDER = [
     "replay",
     "editor",
     "evaluation",
+    "locating",
     "gates",
     "baselines",
     "report",

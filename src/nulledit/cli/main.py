@@ -26,6 +26,7 @@ from nulledit.cli.facts import facts
 from nulledit.cli.forget import forget
 from nulledit.cli.history import log, show
 from nulledit.cli.info import info
+from nulledit.cli.locate import locate
 from nulledit.cli.merge import merge
 from nulledit.cli.methods import methods
 from nulledit.cli.preview import preview
@@ -86,6 +87,11 @@ SECTIONS: dict[str, list[tuple[click.Command, str, str]]] = {
             stats,
             "Statistics of a model's preserved keys.",
             "nulledit stats make gpt2 --text corpus.txt --layers 2-6",
+        ),
+        (
+            locate,
+            "Which layers? Causal tracing of facts that a model knows.",
+            "nulledit locate gpt2 facts.yaml --out trace",
         ),
         (methods, "Methods, their settings and sources.", "nulledit methods memit"),
         (info, "Versions, devices, caches, recipes, models.", "nulledit info"),

@@ -1,0 +1,140 @@
+"""`nulledit locate`: causal tracing, and the layers that it suggests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nulledit.cli.common import (
+    Bars,
+    conflict_option,
+    device_option,
+    dtype_option,
+    echo,
+    emit,
+    model_source,
+    output_options,
+    prepare,
+    say,
+    trust_option,
+)
+from nulledit.errors import ConfigError
+
+
+@click.command(short_help="Which layers? Causal tracing of facts that a model knows.")
+@click.argument("model", metavar="MODEL")
+@click.argument("facts", metavar="FACTS")
+@click.option("--out", metavar="FOLDER", required=True, help="Folder to make for the trace.")
+@click.option(
+    "--limit", metavar="N", type=click.IntRange(1), help="Take so many records.  [default: all]"
+)
+@click.option(
+    "--skip", metavar="N", type=click.IntRange(0), default=0, help="Leave out the first records."
+)
+@conflict_option
+@click.option(
+    "--at-least",
+    metavar="N",
+    type=click.IntRange(2),
+    default=20,
+    show_default=True,
+    help="Refuse to read anything from fewer known facts.",
+)
+@click.option(
+    "--draws",
+    metavar="N",
+    type=click.IntRange(1),
+    default=3,
+    show_default=True,
+    help="Of noise, for each fact.",
+)
+@click.option(
+    "--noise",
+    metavar="X",
+    type=float,
+    default=3.0,
+    show_default=True,
+    help="In standard deviations of the subjects' embeddings.",
+)
+@click.option(
+    "--window",
+    metavar="N",
+    type=click.IntRange(1),
+    help="Layers whose MLP outputs are put back together.  [default: a fifth]",
+)
+@click.option("--seed", metavar="N", type=int, default=0, show_default=True, help="Of the noise.")
+@device_option
+@dtype_option
+@trust_option
+@output_options
+def locate(model: str, facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
+    """Trace facts that MODEL knows through its layers, and suggest layers to edit.
+
+    Noise on the subject makes the model lose the answer; then one hidden state, or the MLP outputs
+    of a few layers, is put back at one token, and the answer's probability tells what it carried
+    (ROME, arXiv:2202.05262). FACTS are files as for `nulledit edit`; what is traced is the old
+    answer, or what the model says where a fact names none. Facts that the model does not answer so
+    are left out.
+
+    FOLDER gets a heat map, the effects, and a report with a line for a recipe. The line is a place
+    to begin: where facts are found is not where editing works best (Hase et al., arXiv:2301.04213).
+    See docs/locate.md.
+
+    \b
+    $ nulledit locate smollm2-135m facts.yaml --out trace
+    $ nulledit locate gpt2-xl counterfact.json --limit 200 --window 10 --draws 10 --out trace
+    """
+    from nulledit.data.readers import read_facts
+
+    folder = Path(given["out"])
+    _check_out(folder)
+    options = {"skip": given["skip"], "limit": given["limit"], "on_conflict": given["on_conflict"]}
+    read = read_facts(facts, **options)
+    for notice in read.notices:
+        say(f"Note: {notice}", quiet=quiet)
+    prepare(quiet=quiet)
+    from nulledit.locating import TraceSettings
+    from nulledit.locating import locate as trace_all
+    from nulledit.models.load import load_model
+    from nulledit.report.location import NOT_SAID, said, summary_of, write_location
+
+    settings = TraceSettings(
+        draws=given["draws"],
+        noise=given["noise"],
+        window=given["window"] or 0,
+        seed=given["seed"],
+    )
+    say(f"Loading {model}", quiet=quiet)
+    loaded, tokenizer = load_model(
+        model_source(model),
+        device=given["device"],
+        dtype=given["dtype"],
+        trust_remote_code=given["trust_remote_code"],
+    )
+    with Bars(quiet=quiet) as bars:
+        found = trace_all(
+            loaded,
+            tokenizer,
+            read.facts,
+            settings,
+            least=given["at_least"],
+            progress=lambda done, total: bars("facts", done, total),
+        )
+    write_location(folder, found, model)
+    if as_json:
+        return emit(summary_of(found, model))
+    parts = ["\n".join(said(found))]
+    if line := found.suggestion.recipe_line:
+        parts += [f"    {line}", NOT_SAID]
+    seconds = f"{found.cpu_seconds:.1f} CPU-seconds, {found.wall_seconds:.1f} of wall time."
+    parts.append(f"{seconds}\nReport: {folder / 'report.md'}")
+    return echo("\n\n".join(parts))
+
+
+def _check_out(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out {folder}: is a file; give a folder")
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"--out {folder}: is not empty; choose another folder")
