@@ -235,6 +235,7 @@ class BatchWriter:
                     layer=layer,
                     contexts=self.contexts,
                     settings=self.recipe.values,
+                    chat=self.recipe.chat,
                 )
                 values.update(zip(mine, self.cache.get(names[group]) or (), strict=False))
         missing = [i for i in range(len(wordings)) if i not in values]
