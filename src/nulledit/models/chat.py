@@ -52,8 +52,8 @@ class ChatForm:
         found = hashlib.sha256(template.encode()).hexdigest()
         if settings.template not in ("", found):
             raise ModelError(
-                f"the tokenizer's chat template has hash {found[:12]}, but {settings.template[:12]} "
-                "was used before: put the tokenizer's own template back"
+                f"the tokenizer's chat template has hash {found[:12]}, the recipe's "
+                f"{settings.template[:12]}: put the tokenizer's own template back"
             )
         self.settings = replace(settings, template=found)
         """With the template's hash."""
@@ -71,6 +71,12 @@ class ChatForm:
         if not (plain.startswith(before) and plain.endswith(after)):
             return None  # no system turn without a system message
         return plain[len(before) : len(plain) - len(after)].strip() or None
+
+    @property
+    def can_be_bare(self) -> bool:
+        """Whether the template writes no system prompt of its own if it is given an empty one."""
+        default = self.default_system
+        return default is None or default not in self._rendered([_system(""), _user(_PROBE)])
 
     @cached_property
     def gap(self) -> str:
@@ -117,7 +123,9 @@ class ChatForm:
                 return 0
             if middle == content.strip():
                 return len(content) - len(content.lstrip())
-        raise ModelError(f"the chat template changes a message, so no subject is found: {content!r}")
+        raise ModelError(
+            f"the chat template changes a message, so no subject is found: {content!r}"
+        )
 
     def _system_turn(self) -> tuple[list[dict[str, str]], str]:
         """Messages before the user's, and what stands before the user's text instead of them."""
@@ -135,13 +143,12 @@ class ChatForm:
         default = self.default_system
         if default is None:
             return [], ""
-        empty = [_system("")]
-        if default in self._rendered([*empty, _user(_PROBE)]):
+        if not self.can_be_bare:
             raise ModelError(
                 "the chat template writes its own system prompt also where an empty one is given: "
                 "give --system default or a text"
             )
-        return empty, ""
+        return [_system("")], ""
 
     def _frame(self, messages: list[dict[str, str]]) -> tuple[str, str]:
         """What stands before and behind the probe in `messages`."""
