@@ -50,10 +50,12 @@ def evaluate(run: str, as_json: bool, quiet: bool, **given: Any) -> None:
 
     Efficacy asks the fact's prompt, generalization its paraphrases, specificity its neighbours:
     each by preference (the answer is likelier than the other one) and strictly (every token of the
-    answer is the likeliest). Facts are asked as they were edited, plain or in the chat template; a
-    run in chat also without its system prompt (or with one), and as plain text. --chat asks any run
-    in the template, too, and --system with another system prompt. What the facts lack is absent. docs/protocols.md and
+    answer is the likeliest). What the facts lack is absent. docs/protocols.md and
     docs/capability.md say what each measure means.
+
+    Facts are asked as they were edited. Where that is in the chat template, they are asked again
+    without a system prompt (or with one), and as plain text. --chat asks the facts of any run in
+    the template, too.
 
     \b
     $ nulledit evaluate run

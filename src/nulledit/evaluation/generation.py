@@ -44,7 +44,8 @@ def generate_answers(
 
     Prompts run in batches of like length, padded on the left under a mask; the tokenizer's settings
     are not touched. Sampling settings and penalties that the checkpoint carries are left out.
-    `encoder` puts prompts in another form than plain text. Raises FactError for a prompt that is empty or leaves no room in the model's context.
+    `encoder` puts prompts in another form than plain text. Raises FactError for a prompt that is
+    empty or leaves no room in the model's context.
     """
     whole = encoder or RowEncoder(tokenizer, max_length=context_length(model.config))
     shorter = whole.leaving(max_new_tokens)

@@ -171,9 +171,13 @@ class ChatForm:
             add_generation_prompt=answering,
             enable_thinking=False,  # templates that don't know it pass it over
             date_string=TODAY.strftime("%d %b %Y"),
-            strftime_now=TODAY.strftime,
+            strftime_now=_today,
         )
         return str(text)
+
+
+def _today(form: str) -> str:
+    return TODAY.strftime(form)
 
 
 def _user(content: str) -> dict[str, str]:
