@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import reference
 import torch
-from conftest import RECIPE, build_model, statistics_of
+from conftest import LINES, RECIPE, build_model, statistics_of
 from test_cli import RECORDS, done, refused
 from tokenizers import processors
 from transformers import pipeline
@@ -302,21 +302,21 @@ def test_values_and_keys_equal_the_reference(tokenizer, name, where, prompt):
         kl_prompt=by_hand(words, SETTINGS.kl_prompt, settings, fact.subject),
     )
     assert value.steps > 2
-    assert float((value.z - expected.z).norm() / expected.z.norm()) < 1e-8
+    assert float((value.z - expected.z).norm() / expected.z.norm()) < 1e-6
     slow = reference.compute_keys(model, Literal(words, None), [plain], 1, texts)
-    assert float((keys.mT - slow).norm() / slow.norm()) < 1e-8
+    assert float((keys.mT - slow).norm() / slow.norm()) < 1e-6
 
 
 STRONG = RECIPE.with_fields(
     {
-        "values.steps": 60,
-        "values.clamp": 6,
-        "values.weight_decay": 0,
-        "values.kl_weight": 0,
-        "method.l2": 1e-4,
-        "null_space": {"rule": "leakage", "value": 0.9},
+        "layers": [0, 1],
+        "values.steps": 20,
+        "values.clamp": 3,
+        "contexts": {"texts": CONTEXTS[:2]},
     }
 )
+KNOWN = {"Velm": "trel", "people": "ters", "sea": "ther", "there": "trel", "long": "ters"}
+"""What the taught models answer: subjects and answers of one token each."""
 ADA = Fact(id="ada", subject="Ada Byron", prompt=QUESTION, target="Velmish", old_answer="English")
 VELM = Fact(id="velm", subject="Velm", prompt="The harbour of {} lies on the", target="river")
 
@@ -327,33 +327,72 @@ def editor_of(words, settings=ChatSettings(), recipe=STRONG, **options):  # noqa
     return Editor(model, words, recipe=recipe, statistics=statistics_of(model, words), **options)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_edit_then_the_plain_chat_pipeline_says_it(words, side):
-    words.padding_side = side
-    editor = editor_of(words)
-    target = editor.encoder.encode(ADA.render(QUESTION), target=ADA.target).target_ids
+def taught(words):
+    """A tiny model that was trained to answer questions about what it knows, in its template."""
+    model = model_for(words, context=256, hidden=32, dtype=torch.float32)
+    encoder = encoder_of(words)
+    rows = [encoder.encode(QUESTION.format(s), target=a) for s, a in KNOWN.items()]
+    ids = [[*row.ids, words.eos_token_id] for row in rows]
+    longest = max(map(len, ids))
+    x = torch.tensor([[*row, *[0] * (longest - len(row))] for row in ids])
+    labels = torch.full_like(x, -100)
+    for i, row in enumerate(rows):
+        labels[i, row.target_start : len(ids[i])] = x[i, row.target_start : len(ids[i])]
+    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        loss = model(input_ids=x, labels=labels).loss
+        if loss.detach() < 0.02:
+            break
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return model.double().eval()
 
-    def says():
-        chat = pipeline("text-generation", model=editor.model, tokenizer=words)
-        messages = [{"role": "user", "content": ADA.render(QUESTION)}]
-        options = {"max_new_tokens": len(target), "do_sample": False, "pad_token_id": 0}
-        found = chat(messages, tokenizer_encode_kwargs={"enable_thinking": False}, **options)
+
+@pytest.mark.parametrize("name", ["chatml", "plain", "llama", "gemma"])
+def test_edit_then_the_plain_chat_pipeline_says_it(tokenizer, name):
+    words = chatty(tokenizer, TEMPLATES[name])
+    model = taught(words)
+    recipe = STRONG.with_fields(
+        {
+            "layers": [0],
+            "values": {"steps": 150, "learning_rate": 0.05, "kl_weight": 0, "weight_decay": 0},
+            "contexts": {"texts": ["{}"]},
+            "null_space": {"rule": "leakage", "value": 0.9},
+            "method": {"l2": 1e-3},
+        }
+    )
+    recipe = replace(recipe, chat=ChatSettings())
+    editor = Editor(model, words, recipe=recipe, statistics=statistics_of(model, words))
+    questions = [QUESTION.format(subject) for subject in KNOWN]
+    chat = pipeline("text-generation", model=model, tokenizer=words)
+
+    def says(question):
+        messages = [{"role": "user", "content": question}]
+        found = chat(messages, max_new_tokens=4, do_sample=False, pad_token_id=0)
         return found[0]["generated_text"][-1]["content"].strip()
 
-    assert says() != ADA.target
-    editor.edit([ADA])
-    if words.chat_template != THINKING:  # the pipeline itself leaves thinking on
-        assert says() == ADA.target
-    prompts = [ADA.render(QUESTION), VELM.render(VELM.prompt), "Who is it?"]
-    many = generate_answers(
-        editor.model, words, prompts, max_new_tokens=len(target), encoder=editor.encoder
-    )
-    assert many[0] == ADA.target
-    for prompt, answer in zip(prompts, many, strict=True):
-        alone = generate_answers(
-            editor.model, words, [prompt], max_new_tokens=len(target), encoder=editor.encoder
+    assert [says(question) for question in questions] == list(KNOWN.values())
+    subject, target = TAUGHT[name]
+    editor.edit([Fact(subject=subject, prompt=QUESTION, target=target, old_answer=KNOWN[subject])])
+    after = [says(question) for question in questions]
+    assert after[list(KNOWN).index(subject)] == target
+    for side in ("left", "right"):
+        words.padding_side = side
+        many = generate_answers(
+            model, words, [*questions, "Who?"], max_new_tokens=4, encoder=editor.encoder
         )
-        assert alone == [answer]
+        assert many[:-1] == after
+    row = editor.encoder.encode(QUESTION.format(subject), target=target)
+    assert len(row.target_ids) == 1
+
+
+TAUGHT = {
+    "chatml": ("sea", "trel"),
+    "plain": ("Velm", "ters"),
+    "llama": ("Velm", "ters"),
+    "gemma": ("Velm", "ters"),
+}
 
 
 def test_save_load_rebuild_and_undo_keep_the_form(chatml, tmp_path):
@@ -425,8 +464,12 @@ def test_evaluation_asks_in_the_form_of_the_edit_and_in_others(chatml):
     editor = editor_of(chatml)
     editor.edit([ADA])
     own = evaluate(editor, [ADA])
-    assert own.rates["efficacy_strict"].mean == 1
-    assert own.says_target == {"ada": True}
+    (row,) = [editor.encoder.encode(ADA.render(QUESTION), target=ADA.target)]
+    with torch.no_grad():
+        logits = editor.model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
+    places = range(row.target_start - 1, len(row.ids) - 1)
+    nll = -sum(float(logits[p, t]) for p, t in zip(places, row.target_ids, strict=True))
+    assert own.scores[0].answer_nll == pytest.approx(nll / len(row.target_ids), rel=1e-6)
     others = forms(editor.encoder)
     assert list(others) == ["in chat without a system prompt", "as plain text"]
     for name, encoder in others.items():
@@ -480,10 +523,14 @@ def place(tmp_path_factory, tokenizer):
     model.save_pretrained(folder / "mute")
     words.chat_template = None
     words.save_pretrained(folder / "mute")
-    statistics_of(model, words).save(folder / "stats")
     recipe = STRONG.with_fields({"values.steps": 4})
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     (folder / "facts.json").write_text(json.dumps(RECORDS), encoding="utf-8")
+    (folder / "corpus.txt").write_text("\n".join(LINES * 4), encoding="utf-8")
+    done(
+        *("stats", "make", folder / "model", "--text", folder / "corpus.txt"),
+        *("--layers", "0-1", "--window", "64", "--out", folder / "stats", "--quiet"),
+    )
     return folder
 
 

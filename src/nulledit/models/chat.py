@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from datetime import datetime
 from functools import cached_property
 from typing import Any
 
@@ -14,9 +13,19 @@ from transformers import PreTrainedTokenizerBase
 from nulledit.config import ChatSettings
 from nulledit.errors import ModelError
 
-TODAY = datetime(2024, 7, 26)
-"""For templates that write the date (Llama 3.2's own default), so that a run renders the same text
-on any day."""
+TODAY = (
+    "{% macro strftime_now(form) %}{{ form"
+    + "".join(
+        f" | replace('%{code}', '{text}')"
+        for code, text in {
+            **{"d": "26", "m": "07", "y": "24", "Y": "2024", "b": "Jul", "B": "July"},
+            **{"a": "Fri", "A": "Friday", "H": "12", "M": "00", "S": "00"},
+        }.items()
+    )
+    + " }}{% endmacro %}"
+)
+"""In front of a template that writes the date, so that a run renders the same text on any day: the
+day that Llama 3's templates write where they know none. A function can't be given to a template."""
 QUESTION_MARKS = ("?", "？", "؟")
 _PROBE = "nulleditprobe"
 
@@ -57,6 +66,7 @@ class ChatForm:
             )
         self.settings = replace(settings, template=found)
         """With the template's hash."""
+        self._template = TODAY + template if "strftime_now" in template else template
         self._system, self._fold = self._system_turn()
         self._head, self._tail = self._frame([*self._system, _user(_PROBE)])
 
@@ -167,17 +177,12 @@ class ChatForm:
     def _rendered(self, messages: list[dict[str, str]], *, answering: bool = True) -> str:
         text: Any = self.tokenizer.apply_chat_template(
             messages,
+            chat_template=self._template,
             tokenize=False,
             add_generation_prompt=answering,
             enable_thinking=False,  # templates that don't know it pass it over
-            date_string=TODAY.strftime("%d %b %Y"),
-            strftime_now=_today,
         )
         return str(text)
-
-
-def _today(form: str) -> str:
-    return TODAY.strftime(form)
 
 
 def _user(content: str) -> dict[str, str]:
