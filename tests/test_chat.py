@@ -375,11 +375,10 @@ def test_edit_then_the_plain_chat_pipeline_says_it(tokenizer, name):
     assert [says(question) for question in questions] == list(KNOWN.values())
     for subject, target in TURNS:  # not every answer can be turned by one value at this size
         question = QUESTION.format(subject)
-        editor.edit([Fact(id="turned", subject=subject, prompt=QUESTION, target=target)])
+        editor.edit([Fact(id=subject, subject=subject, prompt=QUESTION, target=target)])
         if says(question) == target:
             break
-        editor.undo("turned")
-        editor = Editor(model, words, recipe=recipe, statistics=statistics_of(model, words))
+        editor.undo(subject)
     else:
         pytest.fail("no edit was said")
     after = [says(question) for question in questions]
