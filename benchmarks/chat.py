@@ -30,9 +30,6 @@ EDITED = {
     "plain": None,
     "chat, subject in the user's turn": replace(DEFAULT, subject="user"),
     "chat, subject in the assistant's turn": replace(DEFAULT, subject="assistant"),
-    "chat, no system prompt, assistant's turn": replace(
-        DEFAULT, system="none", subject="assistant"
-    ),
     "chat, answer at once": replace(DEFAULT, assistant="", subject="user"),
 }
 ASKED = {
