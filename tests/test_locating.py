@@ -52,8 +52,8 @@ def check(model, q, settings):
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 10])
-def test_effects_equal_one_whole_run_a_restoration(family, window):
-    check(build_model(family), question(), TraceSettings(draws=2, window=window))
+def test_effects_equal_one_whole_run_a_restoration(architecture, window):
+    check(build_model(architecture), question(), TraceSettings(draws=2, window=window))
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (0, 2), (5, 5)])

@@ -208,7 +208,7 @@ class _Runs:
             inside = [i for i, item in enumerate(asked[:joined]) if block in item.blocks]
             rows = torch.tensor([i * draws + d for i in inside for d in range(draws)])
             prefix, batch = self._front(block, token, joined)
-            with self._putting_back(block, token, rows.long()):
+            with self._putting_back(block, token, rows.long(), batch.ids.shape):
                 if block < depth - 1:
                     states = self.model.run(
                         batch, states=states, first=block, last=block, prefix=prefix
@@ -271,7 +271,8 @@ class _Runs:
             self.states.append(output[0] if isinstance(output, tuple) else output)
 
         def written(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            self.mlp.append(output[0])
+            rows = output.view(*self.batch.ids.shape, -1)  # some families join rows before W
+            self.mlp.append(rows[0].clone())  # and some add to its output in place
 
         with ExitStack() as stack:
             for i, block in enumerate(self.model.blocks):
@@ -280,12 +281,17 @@ class _Runs:
             yield
 
     @contextmanager
-    def _putting_back(self, block: int, token: int, rows: Tensor) -> Iterator[None]:
-        """The clean output of W in `block` at `token`, the first position, in `rows`."""
+    def _putting_back(
+        self, block: int, token: int, rows: Tensor, shape: torch.Size
+    ) -> Iterator[None]:
+        """The clean output of W in `block` at `token`, the first position, in `rows`.
+
+        `shape` [rows, length] of what is run: some families join rows before they come to W.
+        """
 
         def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
             output = output.clone()
-            output[rows.to(output.device), 0] = self.mlp[block][token].to(output)
+            output.view(*shape, -1)[rows.to(output.device), 0] = self.mlp[block][token].to(output)
             return output
 
         if not len(rows):
