@@ -82,10 +82,10 @@ def said(found: Location) -> list[str]:
         for e in found.effects()
         if (e.kind, e.place) == ("mlp", LAST) and e.layer < suggestion.lowest
     )
+    written = "Layer 0's MLP output alone" if found.window == 1 else "MLP outputs from layer 0 on"
     lines.append(
-        f"MLP outputs with layer 0 among them, put back at the subject's last token, change it by "
-        f"up to {first:.3f}. They don't count below: that MLP sees little but the token that the "
-        "noise was put on."
+        f"{written}, put back at the subject's last token: up to {first:+.3f}. Not counted below: "
+        "layer 0's MLP sees little but the token that the noise was put on."
     )
     near = f"{suggestion.effect:.3f} ± {suggestion.standard_error:.3f}"
     where = f"the {found.window} layers around {suggestion.peak}"
