@@ -303,6 +303,15 @@ def test_an_event_or_a_layer_that_is_no_number(run, place, event):
     assert "expected numbers such as" in refused(*more, "--layers", f"1-{event}")
 
 
+def test_missing_statistics_are_asked_for_in_the_models_dtype(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("NULLEDIT_CACHE", str(tmp_path / "cache"))
+    said = refused(
+        *("edit", place / "facts.json", "--model", place / "model", "--dtype", "bfloat16"),
+        *("--recipe", place / "recipe.yaml", "--out", tmp_path / "run", "--quiet"),
+    )
+    assert "--layers 1,2 --dtype bfloat16`" in said
+
+
 def test_the_median_of_two_is_between_them():
     report = ChangeReport((), (), (), (), (("a", 0.09), ("b", 0.01)))
     editor = SimpleNamespace(facts=["a", "b"], history=SimpleNamespace(events=[1]))

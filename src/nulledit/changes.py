@@ -138,9 +138,10 @@ class Changes:
             self._begin(*opening(contexts, seed))
             return
         base, layers = self.history.base, ",".join(map(str, self.recipe.layers))
+        dtype = "" if base.dtype == "float64" else f" --dtype {base.dtype}"  # part of its hash
         raise refusal or StatisticsError(
             "no statistics of this model's preserved keys: make them once with "
-            f"`nulledit stats make {base.model or 'MODEL'} --text CORPUS --layers {layers}`"
+            f"`nulledit stats make {base.model or 'MODEL'} --text CORPUS --layers {layers}{dtype}`"
         )
 
     def take_up(self, epoch: Epoch, source: History) -> None:
