@@ -362,6 +362,24 @@ def test_the_subjects_own_name_is_no_leak(editor, monkeypatch):
         assert recall_of(editor, [fact])[0].own.leaks == leaks
 
 
+def test_an_answer_that_holds_the_subject_leaks(editor, monkeypatch):
+    """The capital of Mexico is Mexico City: without the subject's name nothing was left of it."""
+    told = lambda *_, **__: ["Velm City , says Velm"]  # noqa: E731
+    monkeypatch.setattr("nulledit.evaluation.forgetting.generate_answers", told)
+    for target, leaks in (("Velm City", True), ("Velm Town", False)):
+        fact = Fact("Velm", "the harbour of {} is", target, forget=True)
+        assert recall_of(editor, [fact])[0].own.leaks == leaks
+
+
+def test_a_forgotten_answer_is_not_called_said(editor):
+    """The value's start is without the edits that are made anew: there it was not said."""
+    fact = dataclasses.replace(known("tongue"), id="no", target="river")
+    report = editor.edit([fact])
+    assert report.notices == ("no: not said by the model; written all the same",)
+    report = editor.edit([dataclasses.replace(fact, target=world.another(PERSON, "tongue"))])
+    assert "no: not said by the model without the edits made anew" in report.notices[-1]
+
+
 def test_the_answer_is_found(editor):
     assert find_answer(editor, PERSON, "{} speaks") == world.answer(PERSON, "tongue")
 
