@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from nulledit import Editor, Fact, NullEditError
 from nulledit.cli.apply import apply
-from nulledit.cli.export import cost_lines, export
+from nulledit.cli.export import cost_lines, exactly, export
 from nulledit.errors import ConfigError, LedgerError, ModelError
 from nulledit.export import apply_delta, remove_delta, write_checkpoint, write_delta, write_lora
 from nulledit.export.card import SHOWN, _cost, hub_id
@@ -697,6 +697,16 @@ def test_the_commands(places, tmp_path):
         result = CliRunner().invoke(command, [str(w) for w in refused])
         assert isinstance(result.exception, NullEditError)
         assert said in str(result.exception)
+
+
+def test_bits_are_not_promised_of_full_rank(places, tmp_path, recipe):
+    changed = recipe.with_fields({"method": {"name": "ft", "steps": 3}})
+    place = places("llama", torch.float32, recipe=changed, key="ft")
+    done = write_delta(place.editor, tmp_path / "delta")
+    assert all(layer.of == min(layer.shape) for layer in done.layers)
+    assert exactly(done) == ""
+    thin = write_delta(places("llama", torch.float32).editor, tmp_path / "thin")
+    assert "gives it to the bit" in exactly(thin)
 
 
 def test_the_card_names_the_run_it_lies_in(places, tmp_path, monkeypatch):

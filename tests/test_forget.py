@@ -212,6 +212,41 @@ def test_the_telling_token_is_the_one_that_knowledge_brings(tiny_model, tokenize
     assert ignorance.telling(PartialModel(model), row, hidden) == gains.index(max(gains))
 
 
+def test_chances_of_nothing_are_no_nan(tiny_model, tokenizer, facts, monkeypatch):
+    """Softmax in float32 gives 0 some 100 nats down."""
+    model, fact = PartialModel(tiny_model("llama")), facts[3].forgotten()
+    row, hidden = ignorance.blinded(RowEncoder(tokenizer, max_length=128), fact, fact.prompt)
+    size = len(row.target_ids)
+
+    def chances(_, row, where):
+        told = torch.full((len(row.target_ids), 500), 1e-3)
+        told[0, row.target_ids[0]] = 0.0  # impossible with and without the subject
+        told[2, row.target_ids[2]] *= 2 if where.stop == 0 else 1  # by knowing it
+        return told
+
+    monkeypatch.setattr(ignorance, "uninformed", chances)
+    assert size > 3
+    assert ignorance.telling(model, row, hidden) == 2
+
+    def certain(_, row, __):
+        return torch.eye(500)[list(row.target_ids)]
+
+    monkeypatch.setattr(ignorance, "uninformed", certain)
+    told = ignorance.Lesson(row, hidden).teacher(model)
+    assert told.isfinite().all()
+    assert told[:-1].sum(1).tolist() == [1.0] * (size - 1)
+    assert told[-1].sum() == 0
+
+
+def test_a_broken_model_has_forgotten_nothing(tiny_model, tokenizer, facts):
+    model = tiny_model("llama")
+    model.model.norm.weight.data.fill_(math.nan)
+    queries = queries_of(facts[0].forgotten())[:1]
+    encoder = RowEncoder(tokenizer, max_length=128)
+    (found,) = score(PartialModel(model), encoder, queries, pad_id=0)
+    assert (found.strict, found.tokens) == (False, 0.0)
+
+
 def test_a_teacher_that_is_certain_is_a_target(tiny_model, tokenizer, facts, monkeypatch):
     """Hard targets are a special case of soft ones: one loss, one descent."""
 
@@ -422,6 +457,8 @@ def test_one_fact_by_its_words(run):
     (line,) = [x for x in done.stdout.splitlines() if x.startswith(f"{PERSON} speaks")]
     assert answer in line
     assert line.split()[-2:] == ["no", "absent"]
+    assert "p(first token)" in done.stdout
+    assert "nan" not in done.stdout
     editor = Editor.load(run)
     assert (answer, True) in [fact.demand for fact in editor.facts]
     (told,) = recall_of(editor, [f for f in editor.facts if f.forget], tokens=3)

@@ -147,7 +147,8 @@ def lines_of(done: Export) -> list[str]:
 
 def exactly(done: Export) -> str:
     """How to have the run's model to the bit, where that can be."""
-    cut = any(layer.rank < layer.of for layer in done.layers)
+    # An update of full rank may lie halfway between two weights: the last bit of float64 decides.
+    cut = any(layer.rank < layer.of or layer.of >= min(layer.shape) for layer in done.layers)
     return "" if cut or done.dtype == "float64" else " --dtype float64 gives it to the bit."
 
 
