@@ -15,8 +15,8 @@ from nulledit.errors import LedgerError
 from nulledit.ledger.entries import Column, History
 from nulledit.ledger.fold import LayerFold, LayerState, recorded
 from nulledit.linalg.angles import unit_columns
+from nulledit.linalg.blocks import AnyMetric
 from nulledit.linalg.solve import room_left
-from nulledit.linalg.spectrum import Metric
 from nulledit.models.layouts import as_out_in, write_weight
 from nulledit.models.partial import PartialModel
 
@@ -74,7 +74,7 @@ class EditedWeights:
         """W₀ [d_out, d_in] of `layer`, float64, on the CPU."""
         return self._fold(layer).base.cpu()
 
-    def projector(self, layer: int) -> Metric:
+    def projector(self, layer: int) -> AnyMetric:
         """P of `layer`, on the null space of its preserved keys."""
         return self._fold(layer).stage.metrics.projector
 
@@ -226,7 +226,7 @@ class EditedWeights:
         metric = stage.metrics.projector if projected else stage.metrics.metric
         columns, exact = self.history.at_layer(layer, self.history.active), self.exact(layer).cpu()
         stored = as_out_in(self.model.mlp_out(layer)).double().cpu()
-        keys = self.recorded(columns, layer)[0].to(metric.vectors.device)
+        keys = self.recorded(columns, layer)[0].to(metric.device)
         shares = metric.free_share(keys)
         n = len({c.fact for c in columns})
         norm = float((exact - base).norm())

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from nulledit.linalg.spectrum import Metric
+from nulledit.linalg.blocks import AnyMetric
 
 
-def solve_update(keys: Tensor, residual: Tensor, metric: Metric) -> Tensor:
+def solve_update(keys: Tensor, residual: Tensor, metric: AnyMetric) -> Tensor:
     """Update Δ [d_out, d_in] that writes `residual` R [d_out, n] at `keys` K [d_in, n], in float64.
 
         Δ = argmin ‖ΔK − R‖²_F + tr(Δ G⁺ Δᵀ), rows of Δ in range(G)   =   R (I + Kᵀ G K)⁻¹ Kᵀ G
@@ -24,13 +24,13 @@ def solve_update(keys: Tensor, residual: Tensor, metric: Metric) -> Tensor:
 
 
 def solve_with(keys: Tensor, residual: Tensor, weighted: Tensor) -> Tensor:
-    """The same from GK = `weighted` [d_in, n], for a G that is no Metric; all float64."""
+    """The same from GK = `weighted` [d_in, n], for a G that is no AnyMetric; all float64."""
     system = keys.mT @ weighted
     system.diagonal().add_(1.0)  # symmetric, eigenvalues >= 1
     return torch.cholesky_solve(residual.mT, torch.linalg.cholesky(system)).mT @ weighted.mT
 
 
-def room_left(metric: Metric, keys: Tensor) -> float:
+def room_left(metric: AnyMetric, keys: Tensor) -> float:
     """Share of the rank of G that edits at `keys` K [d_in, n] have not taken.
 
         1 − tr(KᵀGK (I + KᵀGK)⁻¹) / rank G
