@@ -271,7 +271,7 @@ class _Runs:
             self.states.append(output[0] if isinstance(output, tuple) else output)
 
         def written(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            self.mlp.append(output[0])
+            self.mlp.append(output.view(*self.batch.ids.shape, -1)[0])
 
         with ExitStack() as stack:
             for i, block in enumerate(self.model.blocks):
@@ -284,13 +284,14 @@ class _Runs:
         """The clean output of W in `block` at `token`, the first position, in `rows`."""
 
         def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-            output = output.clone()
-            output[rows.to(output.device), 0] = self.mlp[block][token].to(output)
-            return output
+            moved = output.clone().view(-1, length, output.shape[-1])  # some join rows
+            moved[rows.to(output.device), 0] = self.mlp[block][token].to(output)
+            return moved.view_as(output)
 
         if not len(rows):
             yield
             return
+        length = len(self.question.ids) - token
         handle = self.model.mlp_out(block).register_forward_hook(hook)
         try:
             yield
