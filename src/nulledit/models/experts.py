@@ -59,7 +59,7 @@ def keys_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         if found is None:
             tokens = _given(args, kwargs)[0].shape[0]
             found = weighted.new_zeros(tokens, count, width)
-        found[token, expert] += weighted
+        found[:, expert].index_add_(0, token, weighted)
     if found is None:
         raise ValueError("no token is routed to any expert")
     return found.flatten(1)
