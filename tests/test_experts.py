@@ -16,6 +16,7 @@ from nulledit.config import StatisticsSettings
 from nulledit.data.corpus import open_corpus
 from nulledit.editing import statistics as statistics_module
 from nulledit.editing.statistics import Statistics, collect, key_moments
+from nulledit.editing.target_loss import WeightLoss
 from nulledit.errors import ConfigError, ModelError, StatisticsError
 from nulledit.export import apply_delta, remove_delta, write_checkpoint, write_delta, write_lora
 from nulledit.ledger.verifying import MATRICES, verify
@@ -24,10 +25,10 @@ from nulledit.linalg.solve import room_left, solve_update
 from nulledit.linalg.spectrum import RULES, Spectrum
 from nulledit.methods import METHODS
 from nulledit.models.experts import gives_w_times_key, is_experts, keys_of
-from nulledit.models.layouts import as_out_in, as_stored, mlp_out, turned, write_weight
+from nulledit.models.layouts import as_out_in, as_stored, frozen, mlp_out, turned, write_weight
 from nulledit.models.load import model_hash
 from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import collate
+from nulledit.models.tokens import RowEncoder, collate
 
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 TEXT = (
@@ -316,6 +317,20 @@ def test_blocks_are_the_dense_matrix():
             torch.testing.assert_close(kept.metric(gains).apply(K), metric.apply(K))
 
 
+def test_a_residual_is_spread_by_what_each_expert_can_take():
+    spectrum, _ = blocks_and_dense(few=99)
+    metric = spectrum.metric((spectrum.eigenvalues < spectrum.eigenvalues.median()).double())
+    key = torch.randn(24, 1, dtype=torch.float64)
+    key[8:16] = 0  # not routed to the second
+    residual = torch.randn(4, 1, dtype=torch.float64)
+    update = solve_update(key, residual, metric)
+    weighted = metric.apply(key)
+    for rows in torch.arange(24).split(8):
+        share = float(key[rows].mT @ weighted[rows]) / (1 + float(key.mT @ weighted))
+        torch.testing.assert_close(update[:, rows] @ key[rows], share * residual)
+    assert not update[:, 8:16].any()
+
+
 def test_what_is_left_out_is_bounded():
     """‖Σ_e Δ_e k_e‖² <= m Σ_e ‖Δ_e k_e‖² for m experts a token."""
     torch.manual_seed(0)
@@ -354,6 +369,32 @@ def test_every_method_works_or_says_why_not(method, tokenizer, facts):
     assert all(layer.update_share > 0 for layer in report.layers)
     editor.undo(*[f.id for f in facts])
     assert model_hash(model) == before
+
+
+def test_only_experts_that_the_subject_is_routed_to_change(mixture, tokenizer, facts):
+    model = build_model(mixture)
+    recipe = dataclasses.replace(RECIPE, layers=(1,)).with_fields({"contexts.texts": ["{}"]})
+    before = mlp_out(model, 1).down_proj.detach().clone()
+    row = tokenizer("The mother tongue of Ada Byron")["input_ids"]
+    routed = keys_from(model, [row])[0][-1].unflatten(0, (len(before), -1)).any(1)
+    assert int(routed.sum()) == model.config.num_experts_per_tok
+    editor = Editor(model, tokenizer, recipe=recipe, statistics=statistics_of(model, tokenizer))
+    editor.edit(facts[:1])
+    for expert, weight in enumerate(mlp_out(model, 1).down_proj):
+        assert torch.equal(weight, before[expert]) == (not routed[expert])
+
+
+def test_the_gradient_of_targets_is_that_of_the_whole_matrix(tokenizer, facts):
+    model = build_model("qwen3_moe")
+    with frozen(model):
+        encoder = RowEncoder(tokenizer, max_length=128)
+        loss = WeightLoss(PartialModel(model), encoder, facts, layer=1, pad_id=0, positions=10_000)
+        weight = loss.current()
+        _, gradient = loss(weight)
+        step = 1e-4 * torch.randn_like(weight)  # norms and routers run in float32
+        higher, lower = loss(weight + step)[0], loss(weight - step)[0]
+    assert (higher - lower) / 2 == pytest.approx(float((gradient * step).sum()), rel=1e-2)
+    assert torch.equal(loss.current(), weight)
 
 
 @pytest.fixture(params=["mixtral", "qwen2_moe"])

@@ -74,11 +74,14 @@ def gives_w_times_key(
     It is not where experts have biases, or norms of their own, or are given routed states.
     """
     try:
-        expected = torch.zeros_like(output, dtype=torch.float64)
+        wide = torch.promote_types(output.dtype, torch.float32)
+        expected = torch.zeros_like(output, dtype=wide)
         for expert, token, weighted in _routed(module, args, kwargs):
-            weight = module.down_proj[expert].double()  # type: ignore[index]
-            product = weighted.double() @ (weight if module.is_transposed else weight.mT)
+            weight = module.down_proj[expert].to(wide)  # type: ignore[index]
+            product = weighted.to(wide) @ (weight if module.is_transposed else weight.mT)
             expected.index_add_(0, token, product)
+    except torch.OutOfMemoryError:
+        raise
     except (KeyError, TypeError, RuntimeError, AttributeError):
         return False  # experts that work in another way
     allowed = MISSED + 8 * torch.finfo(output.dtype).eps
