@@ -313,6 +313,8 @@ def test_blocks_are_the_dense_matrix():
             torch.testing.assert_close(update[:, :16], solve_update(K[:16], R, expected))
             assert not update[:, 16:].any()
             assert room_left(metric, K) == pytest.approx(room_left(expected, inside[:16]))
+            Z, short = metric.apply(K), expected.apply(K[:16])
+            assert metric.inverse_trace(Z) == pytest.approx(expected.inverse_trace(short))
             kept = spectrum.reduced(gains)
             torch.testing.assert_close(kept.metric(gains).apply(K), metric.apply(K))
 

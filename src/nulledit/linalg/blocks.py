@@ -115,6 +115,10 @@ class BlockMetric:
         """‖P k‖²/‖k‖² [n]: the share of each key that lies where the gain is not 0."""
         return self.free_energy(keys) / keys.double().square().sum(0)
 
+    def inverse_trace(self, columns: Tensor) -> float:
+        """tr(Zᵀ G⁺ Z) for `columns` Z [E·d, n] in the range of G."""
+        return sum(block.inverse_trace(columns[rows]) for rows, block in self._rows())
+
     @property
     def rank(self) -> int:
         """Number of directions with a gain."""
