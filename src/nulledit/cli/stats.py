@@ -198,6 +198,7 @@ def rows_of(statistics: Statistics, rule: NullSpaceSettings) -> list[dict[str, A
             {
                 "layer": layer,
                 "tokens": statistics.manifest.tokens,
+                "experts": list(getattr(spectrum, "tokens", ())),
                 "d_in": spectrum.d_in,
                 "threshold": threshold,
                 "protected": spectrum.protected(threshold),
@@ -237,3 +238,18 @@ def _show(statistics: Statistics, rule: NullSpaceSettings, as_json: bool) -> Non
     ]
     head = ["layer", "tokens", "protected", "leakage", "threshold", "median", "largest eigenvalues"]
     echo(as_text((head, cells)))
+    if any(r["experts"] for r in rows):
+        echo("\n" + "\n".join(_of_experts(r["layer"], r["experts"], r["d_in"]) for r in rows))
+
+
+def _of_experts(layer: int, tokens: Sequence[int], d_in: int) -> str:
+    """How the tokens of a layer were spread over its experts, and which are too few."""
+    if not tokens:
+        return f"Layer {layer} has no experts."
+    width, ordered = d_in // len(tokens), sorted(tokens)
+    few = sum(number < width for number in tokens)
+    left = f"; {few} with fewer than their keys are wide are left alone by edits" if few else ""
+    return (
+        f"Layer {layer}: {len(tokens)} experts, keys {width} wide; tokens routed to one: "
+        f"{ordered[0]} to {ordered[-1]}, median {ordered[len(ordered) // 2]}{left}."
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
@@ -24,9 +24,18 @@ from nulledit.config import StatisticsSettings, read_settings
 from nulledit.data.corpus import Corpus, windows
 from nulledit.errors import ConfigError, StatisticsError
 from nulledit.files import replacing, write_text
+from nulledit.linalg.blocks import (
+    AnyMoment,
+    AnySpectrum,
+    BlockMoment,
+    BlockSpectrum,
+    part_names,
+    parts_of,
+)
 from nulledit.linalg.moments import SecondMoment
 from nulledit.linalg.spectrum import Spectrum
-from nulledit.models.layouts import as_out_in, named_by_recipe
+from nulledit.models.experts import count_and_width, is_experts
+from nulledit.models.layouts import as_out_in, named_by_recipe, stored_weight
 from nulledit.models.load import cache_folder
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import beginning, chunks_by_length, collate, pad_id
@@ -119,7 +128,7 @@ class Statistics:
 
     manifest: Manifest
     """Provenance."""
-    spectra: dict[int, Spectrum]
+    spectra: dict[int, AnySpectrum]
     """By layer."""
 
     def check(self, model_hash: str, layers: Sequence[int], mlp_out: str = "") -> None:
@@ -144,12 +153,12 @@ class Statistics:
 
     def save_compact(self, file: Path, thresholds: dict[int, float]) -> None:
         """One small file: all eigenvalues, and the thinner side at `thresholds` in float16."""
-        tensors, starts = {}, {}
+        tensors: dict[str, torch.Tensor] = {}
+        starts: dict[str, int] = {}
         for layer, spectrum in self.spectra.items():
             thin = spectrum.compact(thresholds[layer])
-            tensors[f"eigenvalues.{layer}"] = thin.eigenvalues
-            tensors[f"eigenvectors.{layer}"] = thin.eigenvectors.contiguous()
-            starts[str(layer)] = thin.start
+            tensors |= _tensors_of(thin, layer)
+            starts |= {name: part.start for name, part in parts_of(thin, str(layer)).items()}
         metadata = {"manifest": self.manifest.to_json(), "starts": json.dumps(starts)}
         with replacing(file) as partial:
             save_file(tensors, partial, metadata)
@@ -160,7 +169,8 @@ class Statistics:
         if path.is_dir():
             manifest = Manifest.from_json(_text(path / "manifest.json"), str(path))
             with _opened(path / "spectra.safetensors") as (tensors, _):
-                return cls(manifest, {i: tensors.spectrum(i, 0) for i in manifest.layers})
+                found = {i: tensors.layer(i, tensors.spectrum) for i in manifest.layers}
+                return cls(manifest, found)
         with _opened(path) as (tensors, metadata):
             manifest = Manifest.from_json(metadata.get("manifest", ""), str(path))
             starts = parse_json(
@@ -168,7 +178,11 @@ class Statistics:
             )
             if not isinstance(starts, dict):
                 raise StatisticsError(f"{path}: starts are no object")
-            return cls(manifest, {i: _thin(tensors, i, starts) for i in manifest.layers})
+            found = {
+                i: tensors.layer(i, lambda name: _thin(tensors, name, starts))
+                for i in manifest.layers
+            }
+            return cls(manifest, found)
 
 
 def collect(
@@ -232,14 +246,15 @@ def collect(
             if time.monotonic() - saved > SAVE_EVERY:
                 _save_partial(folder, manifest, moments, done)
                 saved = time.monotonic()
-    width = next(iter(moments.values())).sum.shape[0]
-    if count < width:
+    least = min(moments.values(), key=lambda moment: moment.sampled - moment.width)
+    if least.sampled < least.width:
+        whom = " to the expert with most of them" if isinstance(least, BlockMoment) else ""
         raise StatisticsError(
-            f"{corpus.name} gives {count} tokens; the keys are {width} wide, and fewer tokens than "
-            "that leave directions unsampled: use a larger corpus"
+            f"{corpus.name} gives {least.sampled} tokens{whom}; the keys are {least.width} wide, "
+            "and fewer tokens than that leave directions unsampled: use a larger corpus"
         )
     manifest = replace(manifest, tokens=count, windows=done)
-    spectra = {layer: Spectrum.of(moment.value.cpu()) for layer, moment in moments.items()}
+    spectra = {layer: moment.spectrum() for layer, moment in moments.items()}
     _save(folder, manifest, moments, spectra)
     return Statistics(manifest, spectra)
 
@@ -280,7 +295,7 @@ def key_moments(
     tokenizer: PreTrainedTokenizerBase,
     token_windows: Sequence[list[int]],
     layers: Sequence[int],
-) -> dict[int, SecondMoment]:
+) -> dict[int, AnyMoment]:
     """Second moments of the keys of `layers` on a few windows, all positions, in memory."""
     moments = _empty(model, layers)
     settings = StatisticsSettings()
@@ -292,7 +307,7 @@ def key_moments(
 @torch.no_grad()
 def _add(
     model: PartialModel,
-    moments: dict[int, SecondMoment],
+    moments: dict[int, AnyMoment],
     group: Sequence[list[int]],
     settings: StatisticsSettings,
     padding: int,
@@ -338,18 +353,22 @@ def _within_budget(
             return
 
 
-def _empty(model: PartialModel, layers: Sequence[int]) -> dict[int, SecondMoment]:
-    moments = {}
+def _empty(model: PartialModel, layers: Sequence[int]) -> dict[int, AnyMoment]:
+    moments: dict[int, AnyMoment] = {}
     for layer in layers:
-        weight = as_out_in(model.mlp_out(layer))
+        module = model.mlp_out(layer)
+        weight = stored_weight(module)
         no_float64 = weight.device.type == "mps"
         device = torch.device("cpu") if no_float64 else weight.device
-        moments[layer] = SecondMoment(weight.shape[1], device=device)
+        if is_experts(module):
+            moments[layer] = BlockMoment(*count_and_width(module), device=device)
+        else:
+            moments[layer] = SecondMoment(as_out_in(module).shape[1], device=device)
     return moments
 
 
 def _save_partial(
-    folder: Path, manifest: Manifest, moments: dict[int, SecondMoment], done: int
+    folder: Path, manifest: Manifest, moments: dict[int, AnyMoment], done: int
 ) -> None:
     metadata = {
         "manifest": manifest.to_json(),
@@ -357,12 +376,12 @@ def _save_partial(
         "count": str(next(iter(moments.values())).count),
     }
     with replacing(folder / "partial.safetensors") as partial:
-        save_file({f"sum.{i}": m.sum.cpu() for i, m in moments.items()}, partial, metadata)
+        save_file(_sums(moments), partial, metadata)
 
 
 def _resume(
     folder: Path, manifest: Manifest, model: PartialModel
-) -> tuple[dict[int, SecondMoment], int]:
+) -> tuple[dict[int, AnyMoment], int]:
     moments = _empty(model, manifest.layers)
     file = folder / "partial.safetensors"
     if not file.is_file():
@@ -377,27 +396,48 @@ def _resume(
         if not all(text.isascii() and text.isdigit() and len(text) < 20 for text in counts):
             raise StatisticsError(f"{file}: says of no number of tokens and windows; delete it")
         for layer, moment in moments.items():
-            moment.sum.copy_(tensors.tensor(f"sum.{layer}", tuple(moment.sum.shape)))
-            moment.count = int(counts[0])
+            total = tensors.tensor(f"sum.{layer}", tuple(moment.sum.shape))
+            if isinstance(moment, BlockMoment):
+                tokens = tensors.tensor(f"tokens.{layer}", (len(total),))
+                moment.restore(total, int(counts[0]), tokens)
+            else:
+                moment.restore(total, int(counts[0]))
         return moments, int(counts[1])
 
 
 def _save(
     folder: Path,
     manifest: Manifest,
-    moments: dict[int, SecondMoment],
-    spectra: dict[int, Spectrum],
+    moments: dict[int, AnyMoment],
+    spectra: dict[int, AnySpectrum],
 ) -> None:
-    sums = {f"sum.{i}": m.sum.cpu() for i, m in moments.items()}
-    parts = {}
+    parts: dict[str, torch.Tensor] = {}
     for layer, spectrum in spectra.items():
-        parts[f"eigenvalues.{layer}"] = spectrum.eigenvalues
-        parts[f"eigenvectors.{layer}"] = spectrum.eigenvectors.float().contiguous()
-    for tensors, name in ((sums, "moments"), (parts, "spectra")):
+        parts |= _tensors_of(spectrum, layer, torch.float32)
+    for tensors, name in ((_sums(moments), "moments"), (parts, "spectra")):
         with replacing(folder / f"{name}.safetensors") as partial:
             save_file(tensors, partial)
     write_text(folder / "manifest.json", manifest.to_json())  # last: it says "complete"
     (folder / "partial.safetensors").unlink(missing_ok=True)
+
+
+def _sums(moments: Mapping[int, AnyMoment]) -> dict[str, torch.Tensor]:
+    tensors = {f"sum.{i}": m.sum.cpu() for i, m in moments.items()}
+    blocks = {i: m for i, m in moments.items() if isinstance(m, BlockMoment)}
+    return tensors | {f"tokens.{i}": m.tokens for i, m in blocks.items()}
+
+
+def _tensors_of(
+    spectrum: AnySpectrum, layer: int, dtype: torch.dtype | None = None
+) -> dict[str, torch.Tensor]:
+    """What `_Tensors.layer` reads, with the eigenvectors in `dtype` or as they are."""
+    tensors = {}
+    if isinstance(spectrum, BlockSpectrum):
+        tensors[f"tokens.{layer}"] = torch.tensor(spectrum.tokens, dtype=torch.float64)
+    for name, part in parts_of(spectrum, str(layer)).items():
+        tensors[f"eigenvalues.{name}"] = part.eigenvalues
+        tensors[f"eigenvectors.{name}"] = part.eigenvectors.to(dtype).contiguous()
+    return tensors
 
 
 @dataclass(frozen=True)
@@ -429,15 +469,29 @@ class _Tensors:
             raise StatisticsError(f"{self.file}: {name} has entries that are not finite")
         return tensor
 
-    def spectrum(self, layer: int, start: int) -> Spectrum:
-        """The spectrum of a layer: a possible one, with eigenvectors of length 1."""
-        names = f"eigenvalues.{layer}", f"eigenvectors.{layer}"
+    def layer(self, layer: int, read: Callable[[str], Spectrum]) -> AnySpectrum:
+        """The spectrum of a layer, each part as `read` finds it by its name."""
+        held = set(self.opened.keys())
+        if f"tokens.{layer}" not in held:
+            return read(str(layer))
+        (count,) = self.shape(f"tokens.{layer}") or (0,)
+        tokens = self.tensor(f"tokens.{layer}", (count,)).clamp(0, 2**53).tolist()
+        blocks = {i: read(name) for i, name in part_names(str(layer), count, held).items()}
+        width = next(iter(blocks.values())).d_in if blocks else 0
+        try:
+            return BlockSpectrum(blocks, tuple(map(int, tokens)), width)
+        except StatisticsError as error:
+            raise StatisticsError(f"{self.file}: layer {layer}: {error}") from error
+
+    def spectrum(self, name: str, start: int = 0) -> Spectrum:
+        """A layer's spectrum, or an expert's: a possible one, with eigenvectors of length 1."""
+        names = f"eigenvalues.{name}", f"eigenvectors.{name}"
         first, second = map(self.shape, names)
         d, m = first[0] if first else 0, second[-1] if second else 0
         matching = (first, second) == ((d,), (d, m)) and 0 < d <= MAX_WIDTH
         if not matching or not 0 <= start <= start + m <= d:
             raise StatisticsError(
-                f"{self.file}: layer {layer} has eigenvalues {list(first)} and eigenvectors "
+                f"{self.file}: layer {name} has eigenvalues {list(first)} and eigenvectors "
                 f"{list(second)} from {start}; expected [d] and [d, m] of at most {MAX_WIDTH}"
             )
         values, vectors = self.tensor(names[0], (d,)), self.tensor(names[1], (d, m))
@@ -451,16 +505,16 @@ class _Tensors:
         return Spectrum(values, vectors, start)
 
 
-def _thin(tensors: _Tensors, layer: int, starts: Mapping[str, Any]) -> Spectrum:
-    """The spectrum of a layer of a compact file, whose rounding is taken back."""
-    start = starts.get(str(layer))
+def _thin(tensors: _Tensors, name: str, starts: Mapping[str, Any]) -> Spectrum:
+    """A spectrum of a compact file, whose rounding is taken back."""
+    start = starts.get(name)
     if type(start) is not int:
-        raise StatisticsError(f"{tensors.file}: says of no first eigenvector of layer {layer}")
-    rounded = tensors.spectrum(layer, start)
+        raise StatisticsError(f"{tensors.file}: says of no first eigenvector of layer {name}")
+    rounded = tensors.spectrum(name, start)
     found = rounded.orthonormal()
     moved = (found.eigenvectors - rounded.eigenvectors).norm(dim=0)
     if not (moved <= MAX_ROUNDING).all():  # also where it is nan
-        raise StatisticsError(f"{tensors.file}: eigenvectors.{layer} are not orthogonal")
+        raise StatisticsError(f"{tensors.file}: eigenvectors.{name} are not orthogonal")
     return found
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nulledit.linalg.spectrum import Spectrum
+
 
 class SecondMoment:
     """Uncentred second moment C = E[k kᵀ] of a stream of keys.
@@ -18,13 +20,13 @@ class SecondMoment:
     def __init__(self, d: int, *, device: torch.device | str | None = None, chunk: int = 256):
         """Sum over keys of width `d`; `chunk` keys at most enter one float32 product."""
         self.sum = torch.zeros(d, d, dtype=torch.float64, device=device)  # Σ k kᵀ  [d, d]
-        self.count = 0
+        self.width, self.count = d, 0
         self.chunk = chunk
 
     @torch.no_grad()
     def update(self, keys: Tensor) -> SecondMoment:
         """Add `keys` [..., d]; leave padding out before the call."""
-        d = self.sum.shape[0]
+        d = self.width
         if keys.shape[-1] != d:
             raise ValueError(f"expected keys of width {d}, found shape {tuple(keys.shape)}")
         rows = keys.reshape(-1, d).to(self.sum.device)
@@ -41,3 +43,17 @@ class SecondMoment:
         if self.count == 0:
             raise ValueError("no keys were added")
         return self.sum / self.count
+
+    @property
+    def sampled(self) -> int:
+        """Keys that were added."""
+        return self.count
+
+    def restore(self, total: Tensor, count: int) -> None:
+        """Go on from a `sum` and its count."""
+        self.sum.copy_(total)
+        self.count = count
+
+    def spectrum(self) -> Spectrum:
+        """C decomposed, on the CPU."""
+        return Spectrum.of(self.value.cpu())
