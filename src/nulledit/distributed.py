@@ -68,6 +68,7 @@ class Pulse(threading.Thread):
         self.heard = dict.fromkeys(self.others, now)  # when the last beat came
         self.beats = dict.fromkeys(self.others, 0)  # how many different ones came
         self.words: dict[int, Word] = {}
+        self.hearers: set[int] = set()  # of rank 0's last word, where this is rank 0
         self.unreachable: float | None = None  # since when the store is
         self._last = dict.fromkeys(self.others, b"")
         self._end = threading.Event()
@@ -80,9 +81,9 @@ class Pulse(threading.Thread):
             try:
                 self.store.set(f"beat/{self.rank}", str(number))
                 self._listen()
-                self.unreachable = None
-            except RuntimeError:  # of torch.distributed, which has many
-                self.unreachable = self.unreachable or time.monotonic()
+            except RuntimeError:  # of torch.distributed, which has many; it doesn't connect again
+                self.unreachable = time.monotonic()
+                return
             self._end.wait(BEAT)
 
     def say(self, word: Word) -> None:
@@ -104,6 +105,10 @@ class Pulse(threading.Thread):
             if r not in self.words and self.store.check([f"word/{r}"]):
                 code, line = json.loads(self.store.get(f"word/{r}"))
                 self.words[r] = Word(code, line)
+                if r == 0:
+                    self.store.set(f"heard/{self.rank}", "")
+            if self.rank == 0 and self.store.check([f"heard/{r}"]):
+                self.hearers.add(r)
             if self.store.check([f"beat/{r}"]):
                 beat = self.store.get(f"beat/{r}")
                 if beat != self._last[r]:
@@ -268,29 +273,25 @@ class Ranks:
         if pulse is None:
             return Word(code, line)
         pulse.say(Word(code, line))
-        if isinstance(error, RankError):
-            self._until(lambda: len(pulse.words) == self.size - 1, FAREWELL / 5)
+        if self.first:  # the store may live here, and the others are to know why it goes
+            missing = set(error.missing if isinstance(error, RankError) else ())
+            self._until(lambda: {*pulse.others} <= pulse.hearers | missing, FAREWELL)
+        elif isinstance(error, RankError):
             speaker = min((r for r in range(self.size) if r not in error.missing), default=0)
-            return Word(code, line if self.rank == speaker else "")
-        if self.first:
-            done = self._until(
-                lambda: len(pulse.words) + len(pulse.silent(QUIET)) >= self.size - 1, FAREWELL
-            )
-            if code == 0 and done:
-                dist.destroy_process_group()
-                pulse.stop()
-            return Word(code, line)
-        if code:
+            line = line if self.rank == speaker else ""
+        elif code:
             heard = self._until(lambda: 0 in pulse.words, FAREWELL)
-            return Word(code, "" if heard else f"rank {self.rank}: {line}")
-        try:
-            self._until(lambda: 0 in pulse.words, None)
-        except RankError as gone:
-            return self.end(gone.exit_code, str(gone), error=gone)
-        if pulse.words[0].code == 0:
+            line = "" if heard else f"rank {self.rank}: {line}"
+        else:
+            try:
+                self._until(lambda: 0 in pulse.words, None)
+            except RankError as gone:
+                return self.end(gone.exit_code, str(gone), error=gone)
+            code = pulse.words[0].code
+        if code == 0:
             dist.destroy_process_group()
         pulse.stop()
-        return Word(pulse.words[0].code, "")
+        return Word(code, line)
 
     def _wait(self, work: Any) -> None:
         """Until `work` is done; RankError as soon as that can't be."""
@@ -313,7 +314,7 @@ class Ranks:
         while not condition():
             if end is None:
                 self._look()
-            elif time.monotonic() > end:
+            elif time.monotonic() > end or not (self._pulse and self._pulse.is_alive()):
                 return False
             time.sleep(0.05)
         return True

@@ -36,9 +36,10 @@ class Launch:
         given = os.environ if environment is None else environment
         if "WORLD_SIZE" not in given:
             return cls()
-        size, rank = _number(given, "WORLD_SIZE"), _number(given, "RANK")
+        size = _number(given, "WORLD_SIZE")
         if size < 2:
             return cls()
+        rank = _number(given, "RANK")
         if rank >= size:
             raise ConfigError(f"RANK is {rank}, WORLD_SIZE {size}: expected ranks from 0")
         if not given.get("MASTER_ADDR"):

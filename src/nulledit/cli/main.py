@@ -253,6 +253,8 @@ def main() -> None:
     # Threads that spin while they wait for a busy core: with another process beside, optimising
     # values took 18.8 s of wall time by default and 9.4 s so. Read when torch is first loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "WORLD_SIZE" in os.environ:  # torch's own warnings of a rank that is gone; we say it once
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

@@ -383,7 +383,8 @@ def ready(folder: Path, manifest: Manifest) -> Statistics | None:
     if not (folder / "manifest.json").is_file():
         return None
     found = Statistics.load(folder)
-    if replace(found.manifest, tokens=0, windows=0, version="") != replace(manifest, version=""):
+    counted = {"tokens": 0, "windows": 0, "version": ""}
+    if replace(found.manifest, **counted) != replace(manifest, **counted):
         raise StatisticsError(f"{folder}: holds other statistics; choose another folder")
     return found
 
