@@ -154,6 +154,22 @@ def test_values_of_two_ranks_are_those_of_one(place, alone, edit, tmp_path):
     same_run(tmp_path / "run", alone)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [("--method", "ft"), ("--set", "values.at=each", "--gate", "GATE")],
+    ids=["by gradient", "values per layer, with a gate"],
+)
+def test_other_ways_to_write_are_the_same_too(place, edit, tmp_path, more):
+    (tmp_path / "gate.yaml").write_text("efficacy_strict: {at_least: 0}\n")
+    more = [str(tmp_path / "gate.yaml") if word == "GATE" else word for word in more]
+    done(*edit("--out", tmp_path / "one", *more))
+    ranks = launch(place, *[edit("--out", tmp_path / "two", *more)] * 2)
+    assert [rank.code for rank in ranks] == [0, 0], ranks
+    a, b = (load_file(tmp_path / f / "model/model.safetensors") for f in ("one", "two"))
+    for name in a:
+        assert (a[name] - b[name]).norm() <= 1e-10 * b[name].norm(), name
+
+
 @pytest.mark.parametrize("again", ["same command", "continue"])
 def test_an_edit_goes_on_after_a_rank_was_killed(place, alone, edit, tmp_path, again):
     """Stopped by the launcher, as torchrun does; started anew by it, or by hand."""

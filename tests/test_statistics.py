@@ -1,14 +1,17 @@
 """Statistics: the right numbers, resumable, refused where they don't belong."""
 
 import dataclasses
+import json
 import sys
 import tracemalloc
 from types import SimpleNamespace
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from nulledit.cli.main import cli
 from nulledit.config import StatisticsSettings
 from nulledit.data.corpus import open_corpus, windows
 from nulledit.editing import statistics as module
@@ -378,3 +381,18 @@ def test_statistics_that_do_not_add_up_are_refused(run, two_texts, tmp_path):
     (tmp_path / "taken/file").write_text("")
     with pytest.raises(StatisticsError, match="is there already"):
         merge_statistics([tmp_path / "a", tmp_path / "b"], tmp_path / "taken")
+
+
+def test_the_command_merges(run, two_texts, tmp_path):
+    lines = StatisticsSettings(window=16, packing="lines")
+    made = [run(lines, folder=n, corpus=two_texts[n])[1].manifest.tokens for n in ("a", "b")]
+    words = ["stats", "merge", *(str(tmp_path / n) for n in ("a", "b"))]
+    more = ["--out", str(tmp_path / "ab"), "--compact", str(tmp_path / "ab.safetensors"), "--json"]
+    result = CliRunner().invoke(cli, [*words, *more])
+    assert result.exit_code == 0, result.stderr
+    manifest = json.loads(result.stdout)["manifest"]
+    assert [s["tokens"] for s in manifest["sources"]] == made
+    assert Statistics.load(tmp_path / "ab.safetensors").manifest.tokens == sum(made)
+    result = CliRunner().invoke(cli, [*words, str(tmp_path / "a"), *more])
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1

@@ -99,6 +99,10 @@ class Manifest:
                 del content[name]  # as in manifests from before there was one
         return json.dumps(content, indent=2)
 
+    def uncounted(self) -> Manifest:
+        """What was asked for: without what was found, and by which version."""
+        return replace(self, tokens=0, windows=0, version="")
+
     @classmethod
     def from_json(cls, text: str, where: str) -> Manifest:
         """Read what `to_json` wrote; StatisticsError otherwise."""
@@ -383,16 +387,14 @@ def ready(folder: Path, manifest: Manifest) -> Statistics | None:
     if not (folder / "manifest.json").is_file():
         return None
     found = Statistics.load(folder)
-    counted = {"tokens": 0, "windows": 0, "version": ""}
-    if replace(found.manifest, **counted) != replace(manifest, **counted):
+    if found.manifest.uncounted() != manifest.uncounted():
         raise StatisticsError(f"{folder}: holds other statistics; choose another folder")
     return found
 
 
 def default_folder(manifest: Manifest) -> Path:
     """The place in the cache that this manifest's content has."""
-    fixed = replace(manifest, tokens=0, windows=0, version="")
-    key = hashlib.sha256(fixed.to_json().encode()).hexdigest()[:16]
+    key = hashlib.sha256(manifest.uncounted().to_json().encode()).hexdigest()[:16]
     return cache_folder() / "statistics" / manifest.model_hash[:16] / key
 
 
