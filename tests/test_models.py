@@ -10,7 +10,7 @@ from nulledit.errors import ModelError
 from nulledit.models.layouts import as_out_in, find_layout, frozen, mlp_out, parameter_name
 from nulledit.models.load import load_model, model_hash
 from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import Batch, collate
+from nulledit.models.tokens import Batch, collate, share_beginnings
 
 ROWS = [[5, 9, 13, 20, 7], [8, 3], [30, 31, 32]]
 CPU = torch.device("cpu")
@@ -29,6 +29,39 @@ def whole_states(model, row):
     for handle in handles:
         handle.remove()
     return [f[0] for f in found], logits
+
+
+SHARING = [(7, 8, 9, 3), (7, 8, 9, 4, 5), (7, 8), (2, 2, 2), (2, 2, 2, 6), (5, 1)]
+LABELS = ["a", "a", "b", "c", "c", "d"]
+LIMITS = [3, 4, 1, 1, 3, 0]
+
+
+def test_rows_are_cut_behind_what_their_label_has_in_common():
+    shared = share_beginnings(SHARING, LABELS, LIMITS, pad_id=0, device=CPU)
+    assert shared.cuts == [3, 3, 1, 1, 1, 0]
+    for i, row in enumerate(SHARING):
+        stem = shared.stems.ids[shared.stem[i]][shared.stems.mask[shared.stem[i]].bool()]
+        rest = shared.rests.ids[i][shared.rests.mask[i].bool()]
+        assert (*stem.tolist(), *rest.tolist()) == row
+        places = shared.rests.positions[i][: len(rest)]
+        assert places.tolist() == list(range(shared.cuts[i], len(row)))
+
+
+@torch.no_grad()
+def test_rows_behind_shared_stems_are_the_whole_rows(architecture, tiny_model):
+    """Also those with a stem of no token; and what is recorded behind a prefix joins it."""
+    partial = PartialModel(tiny_model(architecture))
+    whole = partial.run(collate(SHARING, pad_id=0, device=CPU))
+    shared = share_beginnings(SHARING, LABELS, LIMITS, pad_id=0, device=CPU)
+    stems = partial.record_prefix(shared.stems).select(shared.stem)
+    behind = partial.run(stems.before(shared.rests), prefix=stems)
+    heads = Batch(*(t[:, :1] for t in vars(shared.rests).values()))
+    longer = stems.then(partial.record_prefix(heads, prefix=stems))
+    tails = Batch(*(t[:, 1:] for t in vars(shared.rests).values()))
+    further = partial.run(longer.before(tails), prefix=longer)
+    for i, (row, cut) in enumerate(zip(SHARING, shared.cuts, strict=True)):
+        torch.testing.assert_close(behind[i, : len(row) - cut], whole[i, cut : len(row)])
+        torch.testing.assert_close(further[i, : len(row) - cut - 1], whole[i, cut + 1 : len(row)])
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from nulledit.config import Recipe
 from nulledit.editing.problem import LayerProblem, TargetLoss
 from nulledit.errors import LedgerError
 from nulledit.ledger.entries import Column, Epoch, History
+from nulledit.linalg.solve import Remaining
 from nulledit.linalg.spectrum import Metric, Spectrum
 from nulledit.methods import find_method
 
@@ -26,6 +27,8 @@ class LayerState:
     """ΣΔ [d_out, d_in] of the epoch's batches, float64."""
     weight: Tensor
     """The start + the total, or what the method's `finish` makes of it, float64."""
+    remaining: Remaining | None = None
+    """What the epoch's columns leave of the metric, where the method goes on from it."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,10 @@ class Stage:
 
     With history, a run of batches is one joint solve over all columns: it equals the official
     sequential rule, and without a column it equals that rule without the fact. Columns of epochs
-    before join it with what the layer gives at their keys as the epoch begins. Without history,
-    each batch is solved in its turn on the weight that the batches before left.
+    before join it with what the layer gives at their keys as the epoch begins. For the filter
+    family that solve is done batch by batch (`Remaining`), in a fold as in a run: the same columns
+    give the same bits, and a new batch does nothing again. Without history, each batch is solved in
+    its turn on the weight that the batches before left.
     """
 
     def __init__(self, history: History, epoch: Epoch, layer: int, device: torch.device):
@@ -128,13 +133,36 @@ class Stage:
         spectrum, threshold = read_spectrum(history.tensors[epoch.tensors], layer, device)
         self.metrics = LayerMetrics.of(self.recipe, spectrum, threshold)
 
+        self._shares: dict[tuple[str, int], float] = {}  # by tensors and row, as keys don't change
+
+    @property
+    def confining(self) -> Metric:
+        """What says where edits may move: P where there is one, else G."""
+        projected = self.method.projection(self.recipe.method) != "none"
+        return self.metrics.projector if projected else self.metrics.metric
+
+    def free_shares(self, columns: Sequence[Column]) -> Tensor:
+        """‖Pk‖²/‖k‖² [n] of the keys of `columns`, each computed once."""
+        names = [(self.history.batches[c.batch - 1].tensors, c.row) for c in columns]
+        new = [i for i, name in enumerate(names) if name not in self._shares]
+        if new:
+            keys = recorded(self.history, [columns[i] for i in new], self.layer)[0]
+            shares = self.confining.free_share(keys.to(self.device)).tolist()
+            self._shares.update(zip((names[i] for i in new), shares, strict=True))
+        return torch.tensor([self._shares[name] for name in names], dtype=torch.float64)
+
+    @property
+    def recursive(self) -> bool:
+        """Whether the joint solve can go on from batch to batch."""
+        return self.method.joint and self.method.projection(self.recipe.method) != "after"
+
     def fold(
         self, state: LayerState, before: Sequence[Column], columns: Sequence[Column]
     ) -> LayerState:
         """`columns` of this epoch on a `state` at its beginning, which holds `before`."""
         if not columns:
             return state
-        if self.method.history:
+        if self.method.history and not self.recursive:
             return self.add(state, before, (), *recorded(self.history, columns, self.layer))
         batches: dict[int, list[Column]] = {}
         for column in columns:
@@ -162,6 +190,8 @@ class Stage:
         """Go on from `state`, which holds the columns `before` this epoch and its `own`."""
         # One memory layout, whatever the caller's: the same columns must give the same bits.
         K, V = self._exact(keys), self._exact(targets)
+        if self.recursive:
+            return self._continued(state, before, K, V)
         past = self._past(K, before)
         own_keys, own_targets = self._past(K, own), self._targets(V, own)
         if self.method.history:
@@ -187,6 +217,19 @@ class Stage:
             target_loss=target_loss,
         )
         return self._state(state.start, start + self.method.update(problem))
+
+    def _continued(
+        self, state: LayerState, before: Sequence[Column], K: Tensor, V: Tensor
+    ) -> LayerState:
+        remaining = state.remaining
+        if remaining is None:
+            remaining = Remaining(self.metrics.metric)
+            if before:
+                past = self._past(K, before)
+                _, remaining = remaining.write(past, V[:, :0].new_zeros(len(V), past.shape[1]))
+        update, remaining = remaining.write(K, V - state.weight @ K)
+        total = state.total + update
+        return LayerState(state.start, total, state.start + total, remaining)
 
     def moved(self, state: LayerState, update: Tensor) -> LayerState:
         """`state` with `update` [d_out, d_in], as stored, added."""

@@ -42,6 +42,15 @@ class Metric:
             free = free + (total - inside.sum(0)).clamp_min(0)
         return free / total
 
+    def inverse_trace(self, columns: Tensor) -> float:
+        """tr(Zᵀ G⁺ Z) for `columns` Z [d_in, n] in the range of G."""
+        inside = (self.vectors.double().mT @ columns).square().sum(1)  # [m]
+        free = self.gains > 0
+        total = (inside[free] / self.gains[free].double()).sum()
+        if self.rest > 0:
+            total = total + (columns.square().sum() - inside.sum()) / self.rest
+        return float(total)
+
     @property
     def rank(self) -> int:
         """Number of directions with a gain: how many independent keys can still be written."""
