@@ -39,6 +39,7 @@ QUIET = 5 * BEAT  # silence after which a rank is gone, once something has broke
 LOOK = 4 * QUIET  # how long is looked for who is gone
 SILENCE = 60.0  # seconds of silence after which a rank is gone, whatever else is seen
 JOIN = 300.0  # seconds within which all ranks must have started
+INTERRUPTED = 130  # exit code
 FAREWELL = 5.0  # seconds that ranks wait for each other's last words
 FOREVER = timedelta(days=30)
 """For torch's own timeouts: a rank may well wait an hour for another one's values."""
@@ -259,8 +260,8 @@ class Ranks:
             yield
         except KeyboardInterrupt as error:
             found = self._search()
-            if found is None:
-                raise
+            if found is None or found.exit_code == INTERRUPTED:
+                raise  # all were
             raise found from error
 
     def end(self, code: int, line: str = "", *, error: BaseException | None = None) -> Word:
@@ -330,7 +331,8 @@ class Ranks:
         assert pulse is not None
         for rank, word in sorted(pulse.words.items()):
             if word.code:
-                return RankError(f"rank {rank}: {word.line}", code=word.code)
+                interrupted = word.code == INTERRUPTED
+                return RankError(f"rank {rank}: {word.line}", lost=interrupted, code=word.code)
         down, store = pulse.unreachable, self.launch
         if down is not None and time.monotonic() - down > min(silence, 2 * QUIET):
             if store.store_by_launcher:
