@@ -73,6 +73,18 @@ class Changes:
         cosine = self.recipe.same_key
         return [c for c, _ in self.weights.near(columns, others, cosine=cosine)]
 
+    @contextmanager
+    def current_epoch(self) -> Iterator[None]:
+        """The recipe of the epoch there is inside, though `next_epoch` asked for another one."""
+        due = (self.recipe, self._opens) if self._opens and self.history.epochs else None
+        if due:
+            self.recipe, self._opens = Recipe.from_dict(self.history.epoch.recipe), False
+        try:
+            yield
+        finally:
+            if due:
+                self.recipe, self._opens = due
+
     # -- whole or not at all -----------------------------------------------------------------
 
     @contextmanager
@@ -126,9 +138,10 @@ class Changes:
             self._begin(*opening(contexts, seed))
             return
         base, layers = self.history.base, ",".join(map(str, self.recipe.layers))
+        dtype = "" if base.dtype == "float64" else f" --dtype {base.dtype}"  # part of its hash
         raise refusal or StatisticsError(
             "no statistics of this model's preserved keys: make them once with "
-            f"`nulledit stats make {base.model or 'MODEL'} --text CORPUS --layers {layers}`"
+            f"`nulledit stats make {base.model or 'MODEL'} --text CORPUS --layers {layers}{dtype}`"
         )
 
     def take_up(self, epoch: Epoch, source: History) -> None:
@@ -175,8 +188,18 @@ class Changes:
                 behind={c.fact.key: c for c in plan.remade},
             )
             return
-        self.journal.commit(kind, [], activated=plan.restored, deactivated=plan.dropped)
-        self.weights.refresh()
+        self.activate(kind, on=plan.restored, off=plan.dropped)
+
+    def activate(self, kind: str, *, on: Sequence[Column], off: Sequence[Column]) -> None:
+        """Bring recorded columns back, take others out, as one event.
+
+        The weights come first: what can't be solved must not reach the ledger.
+        """
+        back, gone = {c.id for c in on}, {c.id for c in off}
+        self.weights.refresh(
+            [c for c in self.history.columns if c.id in back or (c.active and c.id not in gone)]
+        )
+        self.journal.commit(kind, [], activated=on, deactivated=off)
 
     def batch(
         self,
@@ -215,6 +238,13 @@ class Changes:
             names = some(fact.id for fact in joined)
             run.notices.append(f"{names}: optimised again with a new fact on the same key")
             writer = self.writer([*joined, *facts], run)
+        forgotten = [fact.id for fact in writer.facts if fact.forget]
+        if self.method.by_gradient and forgotten:
+            raise FactError(
+                f"{some(forgotten)}: to be forgotten, and of one value with a fact that leaves; "
+                f"{self.method.name} only writes answers and can't find another: take it out as "
+                "well, or change to a method that optimises values first"
+            )
         leaving = [*dropped, *touched]
         gone = {c.id for c in leaving}
         staying = [c for c in present if c.id not in gone]

@@ -20,7 +20,7 @@ from nulledit.editing.statistics import Statistics
 from nulledit.editing.value_cache import ValueCache
 from nulledit.errors import ConfigError, FactError, LedgerError, ModelError
 from nulledit.files import recover_folder
-from nulledit.ledger.checkpoint import write_model
+from nulledit.ledger.checkpoint import as_listed, write_model
 from nulledit.ledger.entries import Base, Column, History
 from nulledit.ledger.journal import Journal, Trial
 from nulledit.ledger.merging import Decide, conflicts, decided, with_own_ids
@@ -185,13 +185,21 @@ class Editor:
         source = str(saved) if (saved / "config.json").is_file() else history.base.model
         if not source:
             raise LedgerError(f"{folder}: has no model, and its base was an object in memory")
-        model, tokenizer = load_model(
-            source,
-            device=device,
-            dtype=history.base.dtype,
-            trust_remote_code=trust_remote_code,
-        )
-        return cls._resumed(store, history, model, tokenizer, source, value_cache)
+        try:
+            model, tokenizer = load_model(
+                source,
+                device=device,
+                dtype=history.base.dtype,
+                trust_remote_code=trust_remote_code,
+            )
+            return cls._resumed(store, history, model, tokenizer, source, value_cache)
+        except (ModelError, LedgerError) as error:
+            if source != str(saved) or not history.base.model or as_listed(saved):
+                raise
+            raise type(error)(
+                f"{error}; move {saved} away to have it written anew from the base "
+                f"({history.base.model}) and the ledger"
+            ) from error
 
     @classmethod
     def resume(
@@ -273,10 +281,9 @@ class Editor:
         """Keep the ledger in `folder`/ledger from now on: every batch is committed as it ends."""
         self._journal.keep_in(Path(folder) / "ledger")
 
-    def fork(self, folder: str | Path) -> None:
-        """Copy the ledger to `folder`/ledger, and keep it there from now on."""
+    def detach(self) -> None:
+        """Keep the ledger in memory alone from now on; what is on disk stays as it is."""
         self._journal.store = None
-        self.attach(folder)
 
     def save(self, folder: str | Path) -> None:
         """Write the ledger (first) and the edited model, an ordinary Hugging Face folder."""
@@ -400,6 +407,12 @@ class Editor:
             if plan.remade and whole:
                 names = some(f"batch {number}" for number in sorted(whole))
                 run.notices.append(f"{names}: one update by gradient, undone as a whole")
+            left = [f.id for f in self.facts if f.id in ids]
+            if left:
+                run.notices.append(
+                    f"{some(left)}: an earlier answer or wording of this id is back in the model; "
+                    "undo again to take it out as well"
+                )
         return report()
 
     def redo(self, *ids: str) -> ChangeReport:
@@ -414,13 +427,11 @@ class Editor:
             if not ids:
                 event = last_undone(history)
                 by_id = {c.id: c for c in history.columns}
-                self._journal.commit(
+                changes.activate(
                     "redo",
-                    [],
-                    activated=[by_id[i] for i in event.deactivated],
-                    deactivated=[by_id[i] for i in event.activated],
+                    on=[by_id[i] for i in event.deactivated],
+                    off=[by_id[i] for i in event.activated],
                 )
-                self.weights.refresh()
                 return report()
             wanted = [column for id_ in dict.fromkeys(ids) for column in newest(history, id_)]
             with changes.together("redo") as trial:
@@ -434,8 +445,7 @@ class Editor:
         if not self.history.active:
             raise LedgerError("no fact is in the model: it is the base already")
         with self._changed(self.history.active) as (report, _), self._changes.guarded():
-            self._journal.commit("restore", [], deactivated=self.history.active)
-            self.weights.refresh()
+            self._changes.activate("restore", on=(), off=self.history.active)
         return report()
 
     def rebuild(self, *, values: bool = False, progress: Progress | None = None) -> ChangeReport:
@@ -533,7 +543,7 @@ class Editor:
                 notices=tuple(run.notices),
             )
 
-        with frozen(self.model):
+        with frozen(self.model), self._changes.current_epoch():
             yield report, run
 
     def _by_gradient(self, column: Column) -> bool:

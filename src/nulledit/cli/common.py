@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nulledit.config import NullSpaceSettings
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+MOST_DIGITS = 4  # of a layer's number
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -178,7 +179,8 @@ def parse_layers(text: str) -> list[int]:
     layers: list[int] = []
     for part in text.replace(" ", "").split(","):
         low, dash, high = part.partition("-")
-        if not low.isdigit() or (dash and not high.isdigit()):
+        numbers = (low, high) if dash else (low,)
+        if not all(text.isdecimal() and len(text) <= MOST_DIGITS for text in numbers):
             raise ConfigError(f"--layers {text!r}: expected numbers such as 4,5,6 or 4-8")
         layers += range(int(low), int(high or low) + 1)
     if not layers:

@@ -85,6 +85,8 @@ def run(
         )
     seconds = {"load": time.perf_counter() - started}
     facts = _new(editor, facts, quiet=quiet)
+    if given["new_epoch"] and not facts:
+        say("Note: no fact is new, so no epoch is begun", quiet=quiet)
     text = None
     if not given["no_evaluate"]:
         text = read_text(editor, given["text"])
@@ -129,7 +131,25 @@ def run(
 
 
 def keep(editor: Editor, folder: Path) -> None:
-    """Bring the model and the pages of a run to its ledger, after a change that edits nothing."""
+    """Bring the model and the pages of a run to its ledger, after a change that edits nothing.
+
+    The ledger has the change already: an error says so, lest the command be given again.
+    """
+    last = editor.history.events[-1]
+    there = (
+        f"the {last.kind} is in the ledger, as event {last.id}; the model and the report of "
+        f"{folder} follow with the next change, the model also by `nulledit verify`"
+    )
+    try:
+        _write_derived(editor, folder)
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"interrupted: {there}") from error
+    except (NullEditError, OSError):
+        say(f"Note: {there}", quiet=False)
+        raise
+
+
+def _write_derived(editor: Editor, folder: Path) -> None:
     editor.save_model(folder / "model")
     summary = folder_of.read_json(folder, "summary.json", None)
     if summary is None:
@@ -138,11 +158,17 @@ def keep(editor: Editor, folder: Path) -> None:
     lines = folder_of.read_lines(folder)
     folder_of.write_run(
         folder,
-        recipe=editor.recipe.to_yaml(),
+        recipe=_recipe(editor).to_yaml(),
         environments=folder_of.read_json(folder, "environment.json", []),
         lines=[line | {"active": line["column"] in present} for line in lines],
         summary=summary | _state(editor),
     )
+
+
+def _recipe(editor: Editor) -> Recipe:
+    """Of the current epoch, whatever is to come next; before the first, of the one to open."""
+    epochs = editor.history.epochs
+    return Recipe.from_dict(epochs[-1].recipe) if epochs else editor.recipe
 
 
 def epoch_recipe(editor: Editor, given: dict[str, Any]) -> Recipe:
@@ -195,9 +221,12 @@ def check_fresh(folder: Path) -> None:
     if not folder.exists() or not any(folder.iterdir()):
         return
     store = Store(folder / "ledger")
+    alone = {p.name for p in folder.iterdir()} == {"ledger"}
+    if alone and store.unfinished:
+        return  # killed while it was made
     if not store.exists:
         raise LedgerError(f"{folder}: is not empty; choose another --out")
-    if {p.name for p in folder.iterdir()} == {"ledger"} and not store.load().events:
+    if alone and not store.load().events:
         return  # killed before its first batch was finished
     raise LedgerError(
         f"{folder}: holds a run already; go on by --continue {folder}, or choose another --out"
@@ -299,7 +328,7 @@ def _finish(
     environments = folder_of.read_json(folder, "environment.json", [])
     folder_of.write_run(
         folder,
-        recipe=editor.recipe.to_yaml(),
+        recipe=_recipe(editor).to_yaml(),
         environments=[*environments, {"run": number, **folder_of.environment(editor)}],
         lines=[*earlier, *lines],
         summary=summary,
@@ -353,8 +382,15 @@ def _lines(
 
 def _new(editor: Editor, facts: Sequence[Fact], *, quiet: bool) -> list[Fact]:
     """Those of `facts` that are not in the model yet."""
-    held = {(f.key, f.prompt, f.target) for f in editor.facts}
-    new = [f for f in facts if (f.key, f.prompt, f.target) not in held]
+    held = {f.key: f for f in editor.facts}
+
+    def there(fact: Fact) -> bool:
+        known = held.get(fact.key)
+        if known is None or known.demand != fact.demand:
+            return False
+        return set(fact.prompts) <= set(known.prompts)
+
+    new = [f for f in facts if not there(f)]
     if len(new) < len(facts):
         say(
             f"Note: {len(facts) - len(new)} of {len(facts)} facts are in the model already",

@@ -98,6 +98,17 @@ def read_state(folder: Path) -> FolderState | None:
         ) from error
 
 
+def as_listed(folder: Path) -> bool:
+    """Whether every file that `nulledit.json` lists has its hash; reads all of them."""
+    try:
+        found = read_state(folder)
+        return found is not None and all(
+            sha256_of(folder / name) in hashes for name, hashes in found.files.items()
+        )
+    except (LedgerError, OSError):
+        return False
+
+
 def write_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -201,7 +201,10 @@ def _check_folder(run: Path, folder: Path, found: Verification) -> FolderState |
         found.checks.append(Check(FILES, name, str(error)))
         return None
     if state is None:
-        problem = f"{folder / STATE_FILE}: missing: the folder holds another model, or is damaged"
+        problem = (
+            f"{folder / STATE_FILE}: missing: the folder holds another model, or is damaged; move "
+            "it away and have it written anew"
+        )
         found.checks.append(Check(FILES, name, problem))
         return None
     found.checks.append(Check(FILES, name))
@@ -221,7 +224,10 @@ def _damage(folder: Path, name: str, hashes: tuple[str, ...]) -> str:
     try:
         digest = sha256_of(folder / name)
     except OSError:
-        return f"{folder / name}: missing, but {STATE_FILE} lists it"
+        return (
+            f"{folder / name}: missing, but {STATE_FILE} lists it; put back a copy, or move the "
+            "folder away and have it written anew"
+        )
     if digest in hashes:
         return ""
     expected = " or ".join(one[:12] for one in hashes)
