@@ -268,6 +268,25 @@ def test_a_gate_that_fails_leaves_everything_as_it_was(run, place, options, tmp_
     assert len(log_of(run)) == 3
 
 
+def test_a_gate_on_tasks_needs_their_files_before_anything_is_edited(run, tmp_path):
+    limits, more, tasks = tmp_path / "tasks.yaml", tmp_path / "more.json", tmp_path / "tasks"
+    limits.write_text("capability_drop: {at_most: 100, tasks: [sst2]}\n", encoding="utf-8")
+    record = {"id": "new", "subject": "Velm", "prompt": "The people of {} speak", "target": "Greek"}
+    more.write_text(json.dumps([record]), encoding="utf-8")
+    files, words = content(run), ("edit", more, "--continue", run, "--gate", limits)
+    said = refused(*words)
+    assert "give --capability DIR" in said
+    assert "Loading" not in said
+    assert "no such file" in refused(*words, "--capability", tasks)
+    assert "belongs to --gate" in refused(*words[:4], "--capability", tasks)
+    assert content(run) == files
+    tasks.mkdir()
+    lines = [json.dumps({"sentence": f"Velm {i}", "label": i % 2}) for i in range(4)]
+    (tasks / "sst2.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    done(*words, "--capability", tasks, "--quiet", "--no-evaluate")
+    assert len(log_of(run)) == 3
+
+
 # -- what is refused -------------------------------------------------------------------------
 
 

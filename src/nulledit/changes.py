@@ -255,9 +255,14 @@ class Changes:
         made = self._columns(writer, written, stand_in)
         unknown = {c.fact.id for c in made if not c.outcome["known"]}
         known = facts_of(c for c in made if c.fact.id not in unknown)
-        if known and not given:
-            names = some(fact.id for fact in known)
-            run.notices.append(f"{names}: said by the model already; written all the same")
+        told = (
+            (False, "said by the model already"),
+            (True, f"not said by the model{' without the edits made anew' * bool(leaving)}"),
+        )
+        for forget, state in told:
+            such = [fact.id for fact in known if fact.forget == forget]
+            if such and not given:
+                run.notices.append(f"{some(such)}: {state}; written all the same")
         back = [c for c in restored if c.id not in gone]
         self.journal.commit(
             kind, made, deactivated=leaving, activated=back, tensors=written.tensors

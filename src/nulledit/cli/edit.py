@@ -72,7 +72,7 @@ class _Edit(Sectioned):
         ),
         "Facts": ("limit", "skip", "on_conflict", "no_shuffle", "seed"),
         "Recipe": ("recipe", "stats", *FIELDS, "layers", "null_space", "changes"),
-        "Evaluation": ("text", "no_evaluate", "gate"),
+        "Evaluation": ("text", "no_evaluate", "gate", "capability"),
     }
 
 
@@ -132,6 +132,9 @@ class _Edit(Sectioned):
 @click.option("--no-evaluate", is_flag=True, help="Edit only.")
 @click.option(
     "--gate", metavar="FILE", help="Limits (see nulledit check); a model that fails is not written."
+)
+@click.option(
+    "--capability", metavar="DIR", help="With --gate: the six tasks, sst2.jsonl and so on."
 )
 @click.option("--dry-run", is_flag=True, help="Estimate time and memory; edit nothing.")
 @output_options
@@ -209,6 +212,8 @@ def changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
 
 def _check(given: dict[str, Any]) -> None:
     """Options that belong together, before anything is read."""
+    if given["capability"] and not given["gate"]:
+        raise ConfigError("--capability belongs to --gate FILE")
     if given["run"]:
         refused = named(given, FIXED)
         if refused:

@@ -18,11 +18,12 @@ from nulledit.cli.measure import Text, check_lengths, evaluate_both, load_run, r
 from nulledit.config import Recipe, load_recipe
 from nulledit.data.facts import Fact
 from nulledit.editor import Editor, EditReport
-from nulledit.errors import CheckFailed, LedgerError, NullEditError
+from nulledit.errors import CheckFailed, ConfigError, LedgerError, NullEditError
 from nulledit.evaluation.generation import contains
 from nulledit.evaluation.preservation import Preservation, preservation_report
 from nulledit.evaluation.runner import Evaluation
-from nulledit.gates.limits import Limits, load_limits
+from nulledit.evaluation.tasks import read_tasks
+from nulledit.gates.limits import Limits, Tasks, load_limits
 from nulledit.gates.measure import GateReport, check
 from nulledit.gates.warn import warnings_of
 from nulledit.ledger.entries import Column
@@ -61,6 +62,8 @@ def run(
     started = time.perf_counter()
     folder = Path(given["run"] or given["out"])
     limits = load_limits(given["gate"]) if given["gate"] else None
+    if limits:
+        _check_tasks(limits, given)
     if given["run"]:
         editor = load_run(
             folder, given["device"], quiet=quiet, trust_remote_code=given["trust_remote_code"]
@@ -207,11 +210,25 @@ def _gated(
         report = _edit(editor, facts, given, seconds, quiet=quiet)
         say(f"Checking the edited model against {given['gate']}", quiet=quiet)
         with _timed(seconds, "gate"), Bars(quiet=quiet, prefix="gate: ") as bars:
-            found = check(editor, limits, windows=windows, progress=bars)
+            tasks = given["capability"]
+            found = check(editor, limits, windows=windows, tasks=tasks, progress=bars)
         if not found.passed:
             raise Refused(found, given["run"] or given["out"])
         trial.keep()
     return report
+
+
+def _check_tasks(limits: Limits, given: dict[str, Any]) -> None:
+    """Refuse limits on tasks that could only fail, before hours are spent on edits."""
+    for name, bound in limits.bounds.items():
+        if not isinstance(bound, Tasks) or bound.optional:
+            continue
+        if not given["capability"]:
+            raise ConfigError(
+                f"{given['gate']}: {name} needs the tasks' files: give --capability DIR, or call "
+                "it optional"
+            )
+        read_tasks(given["capability"], names=bound.tasks, limit=bound.items)
 
 
 def check_fresh(folder: Path) -> None:
@@ -419,7 +436,7 @@ def _kept(batches: int, folder: Path) -> str:
 
 def _command(source: str, given: dict[str, Any], folder: Path) -> str:
     words = ["nulledit", "edit", source, "--continue", str(folder)]
-    for name in ("skip", "limit", "text", "gate"):
+    for name in ("skip", "limit", "text", "gate", "capability"):
         if given[name]:
             words += [f"--{name}", str(given[name])]
     for name in ("no_shuffle", "no_evaluate", "trust_remote_code"):
