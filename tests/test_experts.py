@@ -15,6 +15,7 @@ from nulledit import Editor
 from nulledit.config import StatisticsSettings
 from nulledit.data.corpus import open_corpus
 from nulledit.editing import statistics as statistics_module
+from nulledit.editing.adding import merge_statistics
 from nulledit.editing.statistics import Statistics, collect, key_moments
 from nulledit.editing.target_loss import WeightLoss
 from nulledit.errors import ConfigError, ModelError, StatisticsError
@@ -230,6 +231,21 @@ def test_statistics_read_back_and_go_on(tokenizer, corpus, tmp_path, monkeypatch
     for i, spectrum in found.spectra.items():
         assert resumed.spectra[i].tokens == spectrum.tokens
         torch.testing.assert_close(resumed.spectra[i].eigenvalues, spectrum.eigenvalues)
+
+
+def test_merged_statistics_count_each_experts_tokens(tokenizer, corpus, tmp_path):
+    lines = list(corpus.texts())
+    model, parts = build_model("mixtral"), []
+    for name, part in (("a", lines[::2]), ("b", lines[1::2])):
+        (tmp_path / f"{name}.txt").write_text("".join(part))
+        parts.append(made(model, tokenizer, open_corpus(tmp_path / f"{name}.txt"), tmp_path / name))
+    merged = merge_statistics([tmp_path / "a", tmp_path / "b"], tmp_path / "merged")
+    files = (load_file(tmp_path / name / "moments.safetensors") for name in ("a", "b", "merged"))
+    sums = [tensors["sum.2"] for tensors in files]
+    torch.testing.assert_close(sums[0] + sums[1], sums[2])
+    for i, spectrum in merged.spectra.items():
+        counted = zip(*(part.spectra[i].tokens for part in parts), strict=True)
+        assert spectrum.tokens == tuple(map(sum, counted))
 
 
 def test_a_spectrum_that_a_file_lacks_is_missed(tokenizer, corpus, tmp_path):

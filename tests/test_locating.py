@@ -57,10 +57,6 @@ def test_effects_equal_one_whole_run_a_restoration(architecture, window):
     check(build_model(architecture), question(), TraceSettings(draws=2, window=window))
 
 
-def test_of_experts_the_sum_of_the_routed_ones_is_put_back():
-    check(build_model("qwen2_moe"), question(), TraceSettings(draws=2, window=2))
-
-
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (0, 2), (5, 5)])
 def test_wherever_the_subject_stands(architecture, first, last):
     check(build_model(architecture), question(first, last), TraceSettings(draws=1, window=2))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
+from hashlib import sha256
 from pathlib import Path
 
 from torch import Tensor
@@ -13,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from nulledit.batch import BatchWriter, Given, Run, Written
 from nulledit.config import ChatSettings, Recipe
 from nulledit.data.facts import Fact, refuse_forgetting
+from nulledit.distributed import Ranks
 from nulledit.editing.contexts import make_contexts
 from nulledit.editing.statistics import Statistics, find_statistics
 from nulledit.editing.value_cache import ValueCache
@@ -44,6 +47,7 @@ class Changes:
         recipe: Recipe,
         statistics: Statistics | str | Path | None,
         cache: ValueCache | None,
+        ranks: Ranks | None = None,
     ):
         """`recipe` and `statistics` are those of the current epoch, or of the next one to open.
 
@@ -52,7 +56,7 @@ class Changes:
         self.model, self.tokenizer, self._plain = model, tokenizer, encoder
         self._in_chat: dict[ChatSettings, RowEncoder] = {}
         self.journal, self.recipe, self.cache = journal, recipe, cache
-        self.statistics = statistics
+        self.statistics, self.ranks = statistics, ranks or Ranks()
         self.weights = EditedWeights(model, journal.history)
         self._opens = not journal.history.epochs  # whether the next batch begins an epoch
 
@@ -152,6 +156,9 @@ class Changes:
                 contexts = make_contexts(
                     self.model.model, self.tokenizer, self.recipe.contexts, seed=seed
                 )
+            manifest = json.dumps(asdict(statistics.manifest), sort_keys=True)
+            self.ranks.agree({"set of statistics": sha256(manifest.encode()).hexdigest()})
+            contexts = tuple(self.ranks.from_first(contexts)[0])
             self._begin(*opening(contexts, seed))
             return
         base, layers = self.history.base, ",".join(map(str, self.recipe.layers))
@@ -281,6 +288,8 @@ class Changes:
             if such and not given:
                 run.notices.append(f"{some(such)}: {state}; written all the same")
         back = [c for c in restored if c.id not in gone]
+        hashes = [b.tensors for b in self.history.batches] + [c.fact.id for c in made]
+        self.ranks.agree({"state": sha256(json.dumps(hashes).encode()).hexdigest()})
         self.journal.commit(
             kind, made, deactivated=leaving, activated=back, tensors=written.tensors
         )
@@ -305,6 +314,7 @@ class Changes:
             run,
             base_hash=self.history.base.hash,
             cache=self.cache,
+            ranks=self.ranks,
         )
 
     def check_rows(self, facts: Sequence[Fact], run: Run) -> None:

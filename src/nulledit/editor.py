@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Self
 
@@ -15,6 +17,7 @@ from nulledit.batch import Progress, Run
 from nulledit.changes import Changes, some
 from nulledit.config import Recipe, layers_by_depth, load_recipe, shipped_recipes
 from nulledit.data.facts import Fact
+from nulledit.distributed import Ranks
 from nulledit.editing.queue import batches, merged
 from nulledit.editing.statistics import Statistics
 from nulledit.editing.value_cache import ValueCache
@@ -93,6 +96,7 @@ class Editor:
         name: str = "",
         seed: int = 0,
         value_cache: str | Path | None = None,
+        ranks: Ranks | None = None,
     ):
         """Take a `model` as the base of edits; its weights are changed in place.
 
@@ -100,7 +104,10 @@ class Editor:
         `name`, else the published settings on five layers chosen by depth. `statistics`: of this
         model's keys; left out, shipped or cached ones are looked for at the first edit.
         `value_cache`: a folder that keeps optimised values for any editor that asks for the same.
+        `ranks`: processes that edit together, each with an editor of its own; all must make the
+        same calls, only rank 0's may attach or save.
         """
+        self.ranks = ranks or Ranks()
         self.model, self.tokenizer = model, tokenizer
         recipe = _read_recipe(recipe, name)
         use_layout(model, recipe.layout)
@@ -133,6 +140,7 @@ class Editor:
             recipe=recipe,
             statistics=statistics,
             cache=cache,
+            ranks=self.ranks,
         )
 
     @classmethod
@@ -147,6 +155,7 @@ class Editor:
         seed: int = 0,
         value_cache: str | Path | None = None,
         trust_remote_code: bool = False,
+        ranks: Ranks | None = None,
     ) -> Self:
         """Load a model by name (`smollm2-135m`), folder or Hub id and make an editor of it."""
         model, tokenizer = load_model(
@@ -160,6 +169,7 @@ class Editor:
             name=name,
             seed=seed,
             value_cache=value_cache,
+            ranks=ranks,
         )
 
     @classmethod
@@ -170,6 +180,7 @@ class Editor:
         device: str | None = None,
         value_cache: str | Path | None = None,
         trust_remote_code: bool = False,
+        ranks: Ranks | None = None,
     ) -> Self:
         """Take up what `save` (or `nulledit edit`) left in `folder`; later edits are written there.
 
@@ -192,7 +203,7 @@ class Editor:
                 dtype=history.base.dtype,
                 trust_remote_code=trust_remote_code,
             )
-            return cls._resumed(store, history, model, tokenizer, source, value_cache)
+            return cls._resumed(store, history, model, tokenizer, source, value_cache, ranks)
         except (ModelError, LedgerError) as error:
             if source != str(saved) or not history.base.model or as_listed(saved):
                 raise
@@ -229,6 +240,7 @@ class Editor:
         tokenizer: PreTrainedTokenizerBase,
         source: str,
         value_cache: str | Path | None,
+        ranks: Ranks | None = None,
     ) -> Self:
         use_layout(model, Recipe.from_dict(history.base.recipe).layout)
         for layer in history.layers:
@@ -240,6 +252,7 @@ class Editor:
             name=history.base.model,
             seed=history.base.seed,
             value_cache=value_cache,
+            ranks=ranks,
         )
         found = editor.history.base.hash
         if found != history.base.hash:
@@ -250,7 +263,8 @@ class Editor:
         latest = history.epochs[-1].recipe if history.epochs else history.base.recipe
         cache = editor._changes.cache
         recipe = editor._with_template(Recipe.from_dict(latest))
-        editor._work(Journal(history, store), recipe, None, cache)
+        kept = store if editor.ranks.first else None
+        editor._work(Journal(history, kept), recipe, None, cache)
         return editor
 
     def _with_template(self, recipe: Recipe) -> Recipe:
@@ -358,6 +372,7 @@ class Editor:
             raise ConfigError(f"batch_size is {size}; expected 1 or more")
         run = Run(progress)
         queue = self._admit(facts, run)
+        self._agree(queue)
         if queue:
             changes = self._changes
             with frozen(self.model), changes.guarded():
@@ -566,6 +581,21 @@ class Editor:
 
         with frozen(self.model), self._changes.current_epoch():
             yield report, run
+
+    def _agree(self, queue: Sequence[Fact]) -> None:
+        """RankError unless all ranks are to do the same to the same."""
+        if self.ranks.alone:
+            return
+        recipe = json.dumps(self.recipe.to_dict(), sort_keys=True)
+        self.ranks.agree(
+            {
+                "model": self.history.base.hash,
+                "recipe": sha256(recipe.encode()).hexdigest(),
+                "seed": str(self.seed),
+                "ledger": self.history.state_id,
+                "list of facts": sha256(repr(queue).encode()).hexdigest(),
+            }
+        )
 
     def _by_gradient(self, column: Column) -> bool:
         epoch = self.history.epochs[self.history.epoch_of(column) - 1]

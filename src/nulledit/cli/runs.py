@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nulledit import __version__
-from nulledit.cli.common import Bars, Interrupted, model_source, say
+from nulledit.cli.common import Bars, Interrupted, convert_once, model_source, say
 from nulledit.cli.edit import changed
 from nulledit.cli.measure import (
     Text,
@@ -24,13 +24,15 @@ from nulledit.cli.measure import (
 )
 from nulledit.config import Recipe, load_recipe
 from nulledit.data.facts import Fact
+from nulledit.distributed import Ranks
 from nulledit.editor import Editor, EditReport
-from nulledit.errors import CheckFailed, ConfigError, LedgerError, NullEditError
+from nulledit.errors import CheckFailed, ConfigError, LedgerError, NullEditError, RankError
 from nulledit.evaluation.forms import form_name, other_system
 from nulledit.evaluation.generation import contains
 from nulledit.evaluation.preservation import Preservation, preservation_report
 from nulledit.evaluation.runner import Evaluation
 from nulledit.evaluation.tasks import read_tasks
+from nulledit.files import recover_folder
 from nulledit.gates.limits import Limits, Tasks, load_limits
 from nulledit.gates.measure import GateReport, check
 from nulledit.gates.warn import warnings_of
@@ -63,18 +65,32 @@ def run(
     facts: Sequence[Fact],
     recipe: Recipe | None,
     given: dict[str, Any],
+    ranks: Ranks,
     *,
     quiet: bool,
-) -> Result:
-    """Begin a run (`recipe`) or go on with one (None). The ledger commits first, batch by batch."""
+) -> Result | None:
+    """Begin a run (`recipe`) or go on with one (None). The ledger commits first, batch by batch.
+
+    Of several ranks, rank 0 keeps the run; the others take part in its edits, and get None.
+    """
     started = time.perf_counter()
     folder = Path(given["run"] or given["out"])
     limits = load_limits(given["gate"]) if given["gate"] else None
     if limits:
         _check_tasks(limits, given)
+    if not given["run"] and ranks.from_first(ranks.first and _begun(folder, ranks))[0]:
+        given = {**given, "run": given["out"]}  # by this very command, before a restart
+    device = ranks.device(given["device"])
     if given["run"]:
+        if ranks.first:
+            recover_folder(folder / "model")
+        ranks.barrier()
         editor = load_run(
-            folder, given["device"], quiet=quiet, trust_remote_code=given["trust_remote_code"]
+            folder,
+            device,
+            quiet=quiet,
+            trust_remote_code=given["trust_remote_code"],
+            ranks=ranks,
         )
         if not editor.history.events:
             raise LedgerError(
@@ -83,22 +99,28 @@ def run(
         if given["new_epoch"]:
             editor.next_epoch(epoch_recipe(editor, given), statistics=given["stats"])
     else:
-        check_fresh(folder)
+        if ranks.first:
+            check_fresh(folder)
         say(f"Loading {given['model']}", quiet=quiet)
+        convert_once(given["model"], ranks)
         editor = Editor.from_pretrained(
             model_source(given["model"]),
             recipe=recipe,
             statistics=given["stats"],
-            device=given["device"],
+            device=device,
             dtype=given["dtype"],
             seed=given["seed"] or 0,
             trust_remote_code=given["trust_remote_code"],
+            ranks=ranks,
         )
     seconds = {"load": time.perf_counter() - started}
     facts = _new(editor, facts, quiet=quiet)
     if given["new_epoch"] and not facts:
         say("Note: no fact is new, so no epoch is begun", quiet=quiet)
     text = None
+    if not ranks.first:
+        _take_part(editor, facts, given, folder, ranks, source)
+        return None
     if not given["no_evaluate"]:
         text = read_text(editor, given["text"])
         check_lengths(editor, facts)
@@ -113,6 +135,7 @@ def run(
                 attached = True
                 editor.attach(folder)
             stack.enter_context(editor.writing())
+            stack.enter_context(ranks.watched())
             if limits is None:
                 report = _edit(editor, facts, given, seconds, quiet=quiet)
             else:
@@ -132,6 +155,11 @@ def run(
                 "interrupted before the first batch was finished: nothing was kept"
             ) from error
         raise Interrupted(f"interrupted: {_kept(kept, folder)}; go on with: {again}") from error
+    except RankError as error:
+        kept = _kept_batches(editor, folder, held)
+        if attached and not kept:
+            _take_back(folder, created)
+        raise error.advised(_advice(given, kept, folder, again)) from error
     except (NullEditError, OSError, sqlite3.Error):
         kept = _kept_batches(editor, folder, held)
         if attached and not kept:
@@ -139,6 +167,37 @@ def run(
         elif kept:
             say(f"Note: {_kept(kept, folder)}; go on with: {again}", quiet=False)
         raise
+
+
+def _take_part(
+    editor: Editor,
+    facts: Sequence[Fact],
+    given: dict[str, Any],
+    folder: Path,
+    ranks: Ranks,
+    source: str,
+) -> None:
+    """What a rank other than 0 does: the same edits, of which it keeps nothing."""
+    held = len(editor.history.events)
+    try:
+        with ranks.watched():
+            editor.edit(facts, shuffle=not given["no_shuffle"])
+    except RankError as error:
+        kept = _kept_batches(editor, folder, held)
+        again = _command(source, given, folder)
+        raise error.advised(_advice(given, kept, folder, again)) from error
+
+
+def _begun(folder: Path, ranks: Ranks) -> bool:
+    """Whether the launcher starts this command anew, and it has finished batches already."""
+    store = Store(folder / "ledger")
+    return ranks.launch.attempt > 0 and store.exists and store.events() > 0
+
+
+def _advice(given: dict[str, Any], kept: int, folder: Path, again: str) -> str:
+    if kept or given["run"]:
+        return f"{_kept(kept, folder)}; go on, started as before, with: {again}"
+    return "no batch was finished: start the same command again"
 
 
 def keep(editor: Editor, folder: Path) -> None:

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 import nulledit
 from nulledit.config import StatisticsSettings, read_settings
 from nulledit.data.corpus import Corpus, windows
+from nulledit.distributed import Ranks
 from nulledit.errors import ConfigError, StatisticsError
 from nulledit.files import replacing, write_text
 from nulledit.linalg.blocks import (
@@ -48,7 +49,24 @@ would not fit into memory."""
 MAX_ROUNDING = 0.01
 """How far rounding may move an eigenvector; float16 moves one by less than 0.001."""
 SORTED_TOKENS = 32768  # windows are sorted by length within so many tokens
-SAVE_EVERY = 60.0  # seconds between savings of unfinished sums
+SAVE_EVERY = 60.0  # seconds between savings of unfinished sums, or more where these take long
+ROUND = 8  # batches that each of several ranks runs before they ask whether to save
+
+
+@dataclass(frozen=True)
+class Source:
+    """One of the corpora whose sums were added."""
+
+    corpus: str
+    """Its name."""
+    corpus_hash: str
+    """Hash of its content."""
+    tokens: int
+    """Keys summed per layer."""
+    windows: int
+    """Windows read."""
+    budget: int = 0
+    """Token budget that it was read with; 0: the whole corpus."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +93,8 @@ class Manifest:
     """Windows read."""
     mlp_out: str = ""
     """Path of W in a block, where a recipe's layout named it; keys of another W are others."""
+    sources: tuple[Source, ...] = ()
+    """What was added up, where statistics of several corpora were; `corpus` names them all."""
     version: str = nulledit.__version__
     """Version of this library."""
     format: int = FORMAT
@@ -83,9 +103,14 @@ class Manifest:
     def to_json(self) -> str:
         """As JSON text."""
         content = asdict(self)
-        if not self.mlp_out:
-            del content["mlp_out"]  # as in manifests from before there was one
+        for name in ("mlp_out", "sources"):
+            if not content[name]:
+                del content[name]  # as in manifests from before there was one
         return json.dumps(content, indent=2)
+
+    def uncounted(self) -> Manifest:
+        """What was asked for: without what was found, and by which version."""
+        return replace(self, tokens=0, windows=0, version="")
 
     @classmethod
     def from_json(cls, text: str, where: str) -> Manifest:
@@ -110,6 +135,7 @@ class Manifest:
             found.dtype,
             found.version,
             found.mlp_out,
+            *(source.corpus_hash for source in found.sources),
         ):
             if not (text.isascii() and text.isprintable()):
                 raise StatisticsError(
@@ -204,6 +230,43 @@ def collect(
     sums were last saved. `positions` bounds the tokens that run together. Refuses fewer tokens
     than the keys are wide: what was not sampled would pass for null space.
     """
+    found = collect_together(
+        Ranks(),
+        model,
+        tokenizer,
+        corpus,
+        settings,
+        layers=layers,
+        name=name,
+        model_hash=model_hash,
+        folder=folder,
+        positions=positions,
+        progress=progress,
+    )
+    assert found is not None
+    return found
+
+
+def collect_together(
+    ranks: Ranks,
+    model: PartialModel,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: Corpus,
+    settings: StatisticsSettings,
+    *,
+    layers: Sequence[int],
+    name: str,
+    model_hash: str,
+    folder: Path | None = None,
+    positions: int = 2048,
+    progress: bool = True,
+) -> Statistics | None:
+    """As `collect`, by several ranks: statistics on rank 0, which keeps them, else None.
+
+    Each rank reads the whole corpus and runs every `size`-th batch of windows, the same ones that
+    one process would run; so only the order of the float64 sums differs. RankError where ranks have
+    other models, corpora or settings.
+    """
     manifest = Manifest(
         model=name,
         model_hash=model_hash,
@@ -214,15 +277,20 @@ def collect(
         dtype=str(model.model.dtype).removeprefix("torch."),
         mlp_out=named_by_recipe(model.model),
     )
+    ranks.agree(
+        {
+            "model": model_hash,
+            "corpus": corpus.sha256,
+            "setting": hashlib.sha256(f"{manifest.to_json()} {positions}".encode()).hexdigest(),
+        }
+    )
     folder = folder or default_folder(manifest)
-    if (folder / "manifest.json").is_file():
-        found = Statistics.load(folder)
-        if replace(found.manifest, tokens=0, windows=0, version="") == replace(
-            manifest, version=""
-        ):
-            return found
-        raise StatisticsError(f"{folder}: holds other statistics; choose another folder")
-    moments, done = _resume(folder, manifest, model)
+    found = ready(folder, manifest) if ranks.first else None
+    if ranks.from_first(found is not None)[0]:
+        return found
+    moments, done = _resume(folder, manifest, model) if ranks.first else (_empty(model, layers), 0)
+    counted = next(iter(moments.values())).count
+    done, counted = ranks.from_first([done, counted])[0]
     stream = windows(
         corpus.texts(),
         lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
@@ -230,22 +298,33 @@ def collect(
         packed=settings.packing == "packed",
         first=beginning(tokenizer),
     )
-    total = settings.tokens or None
-    count = next(iter(moments.values())).count
     bar = tqdm(
-        total=total, initial=count, unit=" tokens", disable=None if progress else True, leave=False
+        total=settings.tokens or None,
+        initial=counted,
+        unit=" tokens",
+        disable=None if progress else True,
+        leave=False,
     )
-    saved = time.monotonic()
+    pace = _Pace()
+    read = hashlib.sha256()
+    rounds = 1 if ranks.alone else ROUND * ranks.size
     with bar:
-        for group in _groups(_within_budget(stream, settings), done, positions):
-            before = next(iter(moments.values())).count
-            _add(model, moments, group, settings, pad_id(tokenizer))
+        for number, group in enumerate(_groups(_within_budget(stream, settings), done, positions)):
+            if number % ranks.size == ranks.rank:
+                _add(model, moments, group, settings, pad_id(tokenizer))
             done += len(group)
-            count = next(iter(moments.values())).count
-            bar.update(count - before)
-            if time.monotonic() - saved > SAVE_EVERY:
-                _save_partial(folder, manifest, moments, done)
-                saved = time.monotonic()
+            bar.update(sum(len(window) - (not settings.count_first) for window in group))
+            if not ranks.alone:
+                read.update(json.dumps(group).encode())
+            if (number + 1) % rounds == 0 and ranks.from_first(pace.due())[0]:
+                with pace.saving():
+                    _bring_together(ranks, moments, read)
+                    if ranks.first:
+                        _save_partial(folder, manifest, moments, done)
+    _bring_together(ranks, moments, read)
+    if not ranks.first:
+        return None
+    count = next(iter(moments.values())).count
     least = min(moments.values(), key=lambda moment: moment.sampled - moment.width)
     if least.sampled < least.width:
         whom = " to the expert with most of them" if isinstance(least, BlockMoment) else ""
@@ -253,16 +332,86 @@ def collect(
             f"{corpus.name} gives {least.sampled} tokens{whom}; the keys are {least.width} wide, "
             "and fewer tokens than that leave directions unsampled: use a larger corpus"
         )
+    if not ranks.alone:
+        _save_partial(folder, manifest, moments, done)  # a rank that dies now costs nothing
     manifest = replace(manifest, tokens=count, windows=done)
+    return finished(folder, manifest, moments)
+
+
+def finished(folder: Path, manifest: Manifest, moments: dict[int, AnyMoment]) -> Statistics:
+    """Statistics of complete sums, kept in `folder`."""
     spectra = {layer: moment.spectrum() for layer, moment in moments.items()}
     _save(folder, manifest, moments, spectra)
     return Statistics(manifest, spectra)
 
 
+def read_moments(folder: Path) -> tuple[Manifest, dict[int, AnyMoment]]:
+    """The sums in a folder that `collect` or `merge_statistics` made; StatisticsError otherwise."""
+    if not folder.is_dir():
+        kind = "is a compact file, which holds no sums" if folder.is_file() else "no such folder"
+        raise StatisticsError(f"{folder}: {kind}; expected a folder made by `nulledit stats make`")
+    manifest = Manifest.from_json(_text(folder / "manifest.json"), str(folder))
+    if manifest.tokens < 1:
+        raise StatisticsError(f"{folder}: manifest counts {manifest.tokens} tokens")
+    moments: dict[int, AnyMoment] = {}
+    with _opened(folder / "moments.safetensors") as (tensors, _):
+        for layer in manifest.layers:
+            shape = tensors.shape(f"sum.{layer}")
+            width = shape[-1] if shape else 0
+            blocks = shape[:-2]
+            if (*blocks, width, width) != shape or len(blocks) > 1 or not 0 < width <= MAX_WIDTH:
+                raise StatisticsError(
+                    f"{folder}: sum.{layer} has the shape {list(shape)}; expected [d, d] or "
+                    f"[experts, d, d], d at most {MAX_WIDTH}"
+                )
+            total = tensors.tensor(f"sum.{layer}", shape)
+            moments[layer] = BlockMoment(blocks[0], width) if blocks else SecondMoment(width)
+            moments[layer].restore(total, [manifest.tokens, *tensors.tokens(layer, total)])
+    return manifest, moments
+
+
+class _Pace:
+    """When to save: not so often that saving takes more than a tenth of the time."""
+
+    def __init__(self) -> None:
+        self.next = time.monotonic() + SAVE_EVERY
+
+    def due(self) -> bool:
+        return time.monotonic() > self.next
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        end = time.monotonic()
+        self.next = end + max(SAVE_EVERY, 10 * (end - start))
+
+
+def _bring_together(ranks: Ranks, moments: dict[int, AnyMoment], read: hashlib._Hash) -> None:
+    """All sums and counts into rank 0's; RankError unless all ranks saw the same windows."""
+    if ranks.alone:
+        return
+    ranks.agree({"tokenised text": read.hexdigest()})
+    counts = [note for note, _ in ranks.gather([moment.counts for moment in moments.values()])]
+    for moment, of_layer in zip(moments.values(), zip(*counts, strict=True), strict=True):
+        ranks.sum_at_first(moment.sum)
+        whole = [sum(of_ranks) for of_ranks in zip(*of_layer, strict=True)]
+        moment.restore(moment.sum, whole if ranks.first else [0] * len(whole))
+
+
+def ready(folder: Path, manifest: Manifest) -> Statistics | None:
+    """Statistics that are there already; StatisticsError if they are others."""
+    if not (folder / "manifest.json").is_file():
+        return None
+    found = Statistics.load(folder)
+    if found.manifest.uncounted() != manifest.uncounted():
+        raise StatisticsError(f"{folder}: holds other statistics; choose another folder")
+    return found
+
+
 def default_folder(manifest: Manifest) -> Path:
     """The place in the cache that this manifest's content has."""
-    fixed = replace(manifest, tokens=0, windows=0, version="")
-    key = hashlib.sha256(fixed.to_json().encode()).hexdigest()[:16]
+    key = hashlib.sha256(manifest.uncounted().to_json().encode()).hexdigest()[:16]
     return cache_folder() / "statistics" / manifest.model_hash[:16] / key
 
 
@@ -397,11 +546,7 @@ def _resume(
             raise StatisticsError(f"{file}: says of no number of tokens and windows; delete it")
         for layer, moment in moments.items():
             total = tensors.tensor(f"sum.{layer}", tuple(moment.sum.shape))
-            if isinstance(moment, BlockMoment):
-                tokens = tensors.tensor(f"tokens.{layer}", (len(total),))
-                moment.restore(total, int(counts[0]), tokens)
-            else:
-                moment.restore(total, int(counts[0]))
+            moment.restore(total, [int(counts[0]), *tensors.tokens(layer, total)])
         return moments, int(counts[1])
 
 
@@ -468,6 +613,13 @@ class _Tensors:
         if not tensor.isfinite().all():
             raise StatisticsError(f"{self.file}: {name} has entries that are not finite")
         return tensor
+
+    def tokens(self, layer: int, total: torch.Tensor) -> list[int]:
+        """Of each expert, where the layer's sum `total` has a block for each; else none."""
+        if total.ndim < 3:
+            return []
+        found = self.tensor(f"tokens.{layer}", (len(total),)).clamp(0, 2**53)
+        return [int(number) for number in found.tolist()]
 
     def layer(self, layer: int, read: Callable[[str], Spectrum]) -> AnySpectrum:
         """The spectrum of a layer, each part as `read` finds it by its name."""

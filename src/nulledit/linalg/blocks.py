@@ -13,7 +13,7 @@ experts too, those take its share.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -63,12 +63,17 @@ class BlockMoment:
         """Tokens that the block with most of them was given."""
         return int(self.tokens.max())
 
-    def restore(self, total: Tensor, count: int, tokens: Tensor) -> None:
-        """Go on from a `sum` and its counts."""
+    @property
+    def counts(self) -> list[int]:
+        """Keys in all, then those routed to each block; see `SecondMoment.counts`."""
+        return [self.count, *(block.count for block in self._blocks)]
+
+    def restore(self, total: Tensor, counts: Sequence[int]) -> None:
+        """Go on from a `sum` and its `counts`."""
         self.sum.copy_(total)
-        self.count = count
-        for block, number in zip(self._blocks, tokens.tolist(), strict=True):
-            block.count = int(number)
+        self.count, *tokens = counts
+        for block, number in zip(self._blocks, tokens, strict=True):
+            block.count = number
 
     def spectrum(self) -> BlockSpectrum:
         """Of the open blocks, on the CPU; StatisticsError if there is none."""

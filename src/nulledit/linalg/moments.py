@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -49,10 +51,15 @@ class SecondMoment:
         """Keys that were added."""
         return self.count
 
-    def restore(self, total: Tensor, count: int) -> None:
-        """Go on from a `sum` and its count."""
+    @property
+    def counts(self) -> list[int]:
+        """All that is counted, as `restore` takes it; like sums, counts of parts add up."""
+        return [self.count]
+
+    def restore(self, total: Tensor, counts: Sequence[int]) -> None:
+        """Go on from a `sum` and its `counts`."""
         self.sum.copy_(total)
-        self.count = count
+        (self.count,) = counts
 
     def spectrum(self) -> Spectrum:
         """C decomposed, on the CPU."""
