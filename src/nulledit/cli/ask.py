@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from nulledit.cli.common import device_option, emit, output_options, prepare, trust_option
@@ -24,7 +26,7 @@ def ask(
     run: str,
     prompt: str,
     max_tokens: int,
-    device: str | None,
+    device: Any,
     trust_remote_code: bool,
     as_json: bool,
     quiet: bool,

@@ -34,7 +34,7 @@ SHOWN = 50  # facts in the table
 def diff(
     first: str,
     second: str,
-    device: str | None,
+    device: Any,
     trust_remote_code: bool,
     as_json: bool,
     quiet: bool,

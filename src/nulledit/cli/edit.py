@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import click
 
 from nulledit.cli.common import (
+    PLACING,
     Sectioned,
     conflict_option,
     device_option,
@@ -22,6 +23,7 @@ from nulledit.cli.common import (
     parse_layers,
     parse_null_space,
     prepare,
+    quantize_option,
     say,
     trust_option,
 )
@@ -36,6 +38,7 @@ FIXED = {
     "out": "--out",
     "seed": "--seed",
     "dtype": "--dtype",
+    "quantize": "--quantize",
     "dry_run": "--dry-run",
 }
 # What an epoch fixes.
@@ -67,8 +70,8 @@ FIELDS = {
 class _Edit(Sectioned):
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
         "Model and run": (
-            *("model", "out", "run", "new_epoch", "device", "dtype", "trust_remote_code"),
-            "dry_run",
+            *("model", "out", "run", "new_epoch", "device", *PLACING, "dtype", "quantize"),
+            *("trust_remote_code", "dry_run"),
         ),
         "Facts": ("limit", "skip", "on_conflict", "no_shuffle", "seed"),
         "Recipe": ("recipe", "stats", *FIELDS, "layers", "null_space", "changes"),
@@ -123,6 +126,7 @@ class _Edit(Sectioned):
 )
 @device_option
 @dtype_option
+@quantize_option
 @trust_option
 @click.option(
     "--text",

@@ -17,6 +17,7 @@ from nulledit.cli.common import (
     model_source,
     output_options,
     prepare,
+    quantize_option,
     say,
     trust_option,
 )
@@ -67,6 +68,7 @@ from nulledit.errors import ConfigError
 @click.option("--seed", metavar="N", type=int, default=0, show_default=True, help="Of the noise.")
 @device_option
 @dtype_option
+@quantize_option
 @trust_option
 @output_options
 def locate(model: str, facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
@@ -111,6 +113,7 @@ def locate(model: str, facts: str, as_json: bool, quiet: bool, **given: Any) -> 
         model_source(model),
         device=given["device"],
         dtype=given["dtype"],
+        quantize=given["quantize"] or "",
         trust_remote_code=given["trust_remote_code"],
     )
     with Bars(quiet=quiet) as bars:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nulledit.cli.common import Bars, say
+from nulledit.config import Placement
 from nulledit.data.corpus import Corpus
 from nulledit.data.facts import Fact
 from nulledit.editor import Editor
@@ -33,7 +34,11 @@ class Text:
 
 
 def load_run(
-    folder: str | Path, device: str | None, *, quiet: bool, trust_remote_code: bool = False
+    folder: str | Path,
+    device: str | Placement | None,
+    *,
+    quiet: bool,
+    trust_remote_code: bool = False,
 ) -> Editor:
     """The editor of a run folder; LedgerError if there is no run."""
     folder = Path(folder)

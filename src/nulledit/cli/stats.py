@@ -19,6 +19,7 @@ from nulledit.cli.common import (
     output_options,
     parse_layers,
     prepare,
+    quantize_option,
     say,
     trust_option,
 )
@@ -75,6 +76,7 @@ def stats() -> None:
 @null_space_option
 @device_option
 @dtype_option
+@quantize_option
 @trust_option
 @output_options
 def make(model: str, as_json: bool, quiet: bool, **given: Any) -> None:
@@ -101,6 +103,7 @@ def make(model: str, as_json: bool, quiet: bool, **given: Any) -> None:
     from nulledit.data.corpus import open_corpus
     from nulledit.editing.statistics import collect
     from nulledit.linalg.spectrum import RULES
+    from nulledit.models.editable import make_editable
     from nulledit.models.layouts import as_out_in, use_layout
     from nulledit.models.load import load_model, model_hash
     from nulledit.models.partial import PartialModel
@@ -112,15 +115,20 @@ def make(model: str, as_json: bool, quiet: bool, **given: Any) -> None:
         name,
         device=given["device"],
         dtype=given["dtype"],
+        quantize=given["quantize"] or "",
         trust_remote_code=given["trust_remote_code"],
     )
     use_layout(loaded, recipe.layout)
+    digest = model_hash(loaded)  # before anything runs, as an editor takes it
     partial = PartialModel(loaded)
     for layer in layers:
         if layer >= partial.depth:
             raise ConfigError(
                 f"layer {layer} is out of range: the model has layers 0 to {partial.depth - 1}"
             )
+        partial.mlp_out(layer)
+    make_editable(loaded, layers, digest)
+    for layer in layers:
         as_out_in(partial.mlp_out(layer))
     found = collect(
         partial,
@@ -129,7 +137,7 @@ def make(model: str, as_json: bool, quiet: bool, **given: Any) -> None:
         settings,
         layers=layers,
         name=name,
-        model_hash=model_hash(loaded),
+        model_hash=digest,
         folder=Path(given["out"]) if given["out"] else None,
         progress=not quiet,
     )

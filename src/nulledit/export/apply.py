@@ -17,6 +17,7 @@ from nulledit.export.updates import check_shard_size, refuse_existing, write_jso
 from nulledit.files import replacing_folder
 from nulledit.models.layouts import as_out_in, mlp_out, parameter_name, write_weight
 from nulledit.models.load import load_model, model_hash
+from nulledit.models.placement import save_weights
 
 MARK_FILE = "nulledit-delta.json"
 
@@ -180,7 +181,7 @@ def _write(
     max_shard_size: str | int,
 ) -> None:
     with replacing_folder(out) as partial:
-        model.save_pretrained(partial, max_shard_size=max_shard_size)
+        save_weights(model, partial, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(partial)
         if mark:
             write_json(partial / MARK_FILE, mark)

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as BodyOutput
 
 from nulledit.errors import ModelError
 from nulledit.models.layouts import blocks_of, find_layout, mlp_out
+from nulledit.models.placement import input_device, is_moved_to, is_offloaded
 from nulledit.models.probe import entries
 from nulledit.models.tokens import Batch
 
@@ -89,9 +91,7 @@ class PartialModel:
     @property
     def device(self) -> torch.device:
         """Where input ids go."""
-        weight = self.model.get_input_embeddings().weight
-        assert isinstance(weight, Tensor)
-        return weight.device
+        return input_device(self.model)
 
     def mlp_out(self, layer: int) -> nn.Module:
         """The module W of block `layer`; ModelError if it does not enter the stream as declared."""
@@ -222,7 +222,11 @@ class PartialModel:
         found: list[Tensor] = []
         with self._span(first, last, states, found):
             cache = prefix.cache() if prefix is not None else cache
-            source = {"input_ids": batch.ids} if states is None else {"inputs_embeds": states}
+            source = (
+                {"input_ids": batch.ids}
+                if states is None
+                else {"inputs_embeds": states.to(self.device)}  # where the mask is made
+            )
             output = self._body(
                 **source,
                 attention_mask=batch.mask,
@@ -242,6 +246,8 @@ class PartialModel:
                 if not first <= i <= last:
                     passing = _passing(self._entries[i].as_tuple)
                     stack.enter_context(_replaced_forward(block, passing))
+                elif torch.is_grad_enabled() and is_offloaded(block):
+                    stack.enter_context(_replaced_forward(block, _again(block.forward)))
             if states is not None:
                 stack.enter_context(_hooked(self.blocks[first], _inject(states), before=True))
             if last < 0:  # nothing but the embedding
@@ -286,11 +292,22 @@ def _passing(as_tuple: bool) -> Any:
     return forward
 
 
+def _again(forward: Any) -> Any:
+    """`forward`, run once more for the gradient: its graph would keep all weights brought in."""
+
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return checkpointed
+
+
 def _inject(states: Tensor) -> Any:
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = args[0] if args else kwargs["hidden_states"]
+        own = states if is_moved_to(module) else states.to(given.device)
         if args:
-            return (states.to(args[0].device), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": states.to(kwargs["hidden_states"].device)}
+            return (own, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": own}
 
     return hook
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from nulledit.config import Layout
 from nulledit.errors import ModelError
+from nulledit.models.placement import input_device
 
 SIZES = (1024.0, -512.0)
 """Of what is added to W's output: far above its own, so that a two-byte dtype's rounding of the
@@ -113,7 +114,9 @@ def _receiving(seen: _Seen) -> Any:
         given = args[0]
         if isinstance(given, Tensor) and given.shape[-1] == seen.written.shape[-1]:
             rows = given.reshape(-1, given.shape[-1])
-            if len(rows) > seen.rows[-1] and torch.equal(rows[seen.rows], seen.written):
+            if len(rows) > seen.rows[-1] and torch.equal(
+                rows[seen.rows], seen.written.to(rows.device)
+            ):
                 seen.norm = module
 
     return hook
@@ -175,7 +178,7 @@ def probe(model: PreTrainedModel) -> Layout:
     kind = f"model type {model.config.model_type!r} is not known"
     if model.config.is_encoder_decoder:
         raise ModelError(f"{kind} and has an encoder; expected a decoder-only language model")
-    if model.device.type == "meta":
+    if input_device(model).type == "meta":
         raise ModelError(f"{kind}, and can't be traced without its weights; {HOW_TO}")
     calls: list[_Call] = []
     last = min(2, model.config.get_text_config().vocab_size - 1)
@@ -322,9 +325,7 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 
 def _ids(model: PreTrainedModel, rows: list[list[int]]) -> Tensor:
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return torch.tensor(rows, device=weight.device)
+    return torch.tensor(rows, device=input_device(model))
 
 
 @contextmanager
