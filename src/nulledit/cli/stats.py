@@ -103,8 +103,7 @@ def make(model: str, as_json: bool, quiet: bool, **given: Any) -> None:
     from nulledit.data.corpus import open_corpus
     from nulledit.editing.statistics import collect
     from nulledit.linalg.spectrum import RULES
-    from nulledit.models.editable import make_editable
-    from nulledit.models.layouts import as_out_in, use_layout
+    from nulledit.models.layouts import use_layout
     from nulledit.models.load import load_model, model_hash
     from nulledit.models.partial import PartialModel
 
@@ -127,9 +126,6 @@ def make(model: str, as_json: bool, quiet: bool, **given: Any) -> None:
                 f"layer {layer} is out of range: the model has layers 0 to {partial.depth - 1}"
             )
         partial.mlp_out(layer)
-    make_editable(loaded, layers, digest)
-    for layer in layers:
-        as_out_in(partial.mlp_out(layer))
     found = collect(
         partial,
         tokenizer,

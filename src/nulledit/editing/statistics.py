@@ -26,6 +26,7 @@ from nulledit.errors import ConfigError, StatisticsError
 from nulledit.files import replacing, write_text
 from nulledit.linalg.moments import SecondMoment
 from nulledit.linalg.spectrum import Spectrum
+from nulledit.models.editable import make_editable
 from nulledit.models.layouts import as_out_in, named_by_recipe
 from nulledit.models.load import cache_folder
 from nulledit.models.partial import PartialModel
@@ -189,7 +190,11 @@ def collect(
     Kept in `folder` (made for you in the cache if left out); an interrupted run goes on where its
     sums were last saved. `positions` bounds the tokens that run together. Refuses fewer tokens
     than the keys are wide: what was not sampled would pass for null space.
+
+    The matrices of `layers` are made ready to be edited, as an editor does: keys of one layer come
+    through those below.
     """
+    make_editable(model.model, layers, model_hash)
     manifest = Manifest(
         model=name,
         model_hash=model_hash,
@@ -342,8 +347,8 @@ def _empty(model: PartialModel, layers: Sequence[int]) -> dict[int, SecondMoment
     moments = {}
     for layer in layers:
         weight = as_out_in(model.mlp_out(layer))
-        no_float64 = weight.device.type == "mps"
-        device = torch.device("cpu") if no_float64 else weight.device
+        elsewhere = weight.device.type in ("mps", "meta")  # without float64; offloaded
+        device = torch.device("cpu") if elsewhere else weight.device
         moments[layer] = SecondMoment(weight.shape[1], device=device)
     return moments
 

@@ -78,6 +78,12 @@ def dense_of(module: nn.Module, example: Tensor, base_hash: str, name: str) -> t
             raise ModelError(f"{name}: {type(module).__name__} does not act as a matrix")
         return found
 
+    with torch.enable_grad():
+        if not given(example.clone().requires_grad_()).requires_grad:
+            raise ModelError(
+                f"{name}: {type(module).__name__} passes no gradient on, which values need; load "
+                "the model anew by nulledit, or on another device"
+            )
     zero = given(example.new_zeros(1, d_in))[0]
     bias = zero if bool(zero.any()) else None
     parts = []

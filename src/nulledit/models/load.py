@@ -64,6 +64,8 @@ ADAPTER_FILE = "adapter_config.json"
 MAX_JSON = 256 * 2**20
 """Bytes of a JSON file of a model; the largest, tokenizers of 256,000 pieces, have 35 million."""
 QUANTIZE = ("4bit", "8bit")
+INFERENCE_ONLY = frozenset({"support_avx512bf16_for_cpu"})
+"""Flags of quantised modules that allow a faster form which passes no gradient on."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -122,6 +124,9 @@ def load_model(
         raise
     except Exception as error:  # transformers raises many kinds for a folder that is no model
         raise _not_loaded(name, error) from error
+    for module in model.modules() if quantised else ():
+        for flag in INFERENCE_ONLY & vars(module).keys():
+            setattr(module, flag, False)
     if device is not None:
         try:
             model.to(torch.device(device))  # type: ignore[arg-type]
