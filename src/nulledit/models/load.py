@@ -103,6 +103,7 @@ def load_model(
         device = Placement("auto")
     if isinstance(device, Placement):
         placing, device = loading_options(device), None
+    config = None
     try:
         if Path(source).is_dir():
             _check_folder(Path(source), name)
@@ -123,7 +124,7 @@ def load_model(
     except (NullEditError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # transformers raises many kinds for a folder that is no model
-        raise _not_loaded(name, error) from error
+        raise _not_loaded(name, error, getattr(config, "model_type", ""), placing) from error
     for module in model.modules() if quantised else ():
         for flag in INFERENCE_ONLY & vars(module).keys():
             setattr(module, flag, False)
@@ -146,7 +147,7 @@ def _quantization(quantize: str, dtype: torch.dtype | str) -> BitsAndBytesConfig
     )
 
 
-def _not_loaded(name: str, error: Exception) -> ModelError:
+def _not_loaded(name: str, error: Exception, family: str, placing: dict[str, Any]) -> ModelError:
     """What transformers said, as a line for users of nulledit."""
     said = " ".join(str(error).split())
     if "use_safetensors" in said:
@@ -156,6 +157,11 @@ def _not_loaded(name: str, error: Exception) -> ModelError:
             f"{name}: comes with code of its own, which is not run unless you ask for it: read the "
             "code, then give --trust-remote-code"
         )
+    if "Unrecognized configuration class" in said:
+        return ModelError(
+            f"{name}: {family} is no decoder-only language model that transformers knows: expected "
+            "one that AutoModelForCausalLM loads"
+        )
     if "accelerate" in said and "install" in said:
         return ModelError(f"{name}: a device map needs accelerate: pip install accelerate")
     if "offload_folder" in said or "offload_dir" in said:
@@ -163,6 +169,8 @@ def _not_loaded(name: str, error: Exception) -> ModelError:
             f"{name}: some parts are to be on disk in another form than the checkpoint's: give a "
             "folder for them (--offload-folder)"
         )
+    if isinstance(error, AssertionError | RuntimeError) and "device_map" in placing:
+        return ModelError(f"{name}: can't be placed on {placing['device_map']}: {said[:200]}")
     if "device_map" in said or "bitsandbytes" in said or "quantiz" in said:
         return ModelError(f"{name}: {said[:300]}")
     hint = f"; install it with: {EMBEDDED[name].install}" if name in EMBEDDED else ""

@@ -76,7 +76,14 @@ def entries(
                 )
             except AttributeError:
                 continue  # a block of another kind
-        body(input_ids=_ids(model, [[0]] * rows), use_cache=False)
+        try:
+            body(input_ids=_ids(model, [[0]] * rows), use_cache=False)
+        except TypeError as error:
+            raise ModelError(
+                f"model type {model.config.model_type!r}: {type(body).__name__}, which runs the "
+                "blocks, takes no input ids; expected a decoder-only language model, whose blocks "
+                "lie beside its embedding"
+            ) from error
     return [_entry(s) for s in seen]
 
 
@@ -225,7 +232,8 @@ def probe(model: PreTrainedModel) -> Layout:
 
 def _check_causal(kind: str, ends: Tensor) -> None:
     """ModelError if states [2, d] of one token with different tokens behind it differ."""
-    if float((ends[0] - ends[1]).norm()) > 0.01 * float(ends[0].norm()):
+    rounding = min(0.01, 16 * torch.finfo(ends.dtype).eps)
+    if float((ends[0] - ends[1]).norm()) > rounding * float(ends[0].norm()):
         raise ModelError(
             f"{kind} and is no decoder: what it makes of a token depends on the token behind it "
             "(encoder-only); expected a decoder-only language model"
