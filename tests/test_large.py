@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import json
 from dataclasses import replace
 
 import pytest
@@ -13,23 +14,28 @@ from accelerate.hooks import (
     attach_align_device_hook,
 )
 from accelerate.utils import PrefixedDataset
-from conftest import RECIPE, build_model, statistics_of
+from conftest import LINES, RECIPE, build_model, statistics_of
+from test_cli import RECORDS, done, refused
 from test_locating import question
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForMaskedLM
 
 from nulledit import Editor
-from nulledit.config import ValueSettings
+from nulledit.config import Placement, ValueSettings
 from nulledit.editing.contexts import make_contexts
 from nulledit.editing.keys import Walk
 from nulledit.editing.statistics import key_moments
 from nulledit.editing.values import _Chunk, _Job, _Reads, plan_rows
+from nulledit.errors import ConfigError, ModelError
 from nulledit.evaluation.generation import generate_answers
+from nulledit.linalg.moments import SecondMoment
 from nulledit.locating import TraceSettings, trace
+from nulledit.methods.registry import Method
 from nulledit.models.layouts import as_out_in, mlp_out, parameter_name
-from nulledit.models.load import model_hash
+from nulledit.models.load import load_model, model_hash
 from nulledit.models.partial import PartialModel
-from nulledit.models.placement import is_offloaded, make_resident
+from nulledit.models.placement import devices_of, is_offloaded, make_resident
 from nulledit.models.tokens import RowEncoder, collate
 
 ROWS = [[5, 9, 13, 20, 7], [8, 3], [30, 31, 32]]
@@ -387,3 +393,202 @@ def test_no_tensor_meets_one_of_another_device(family, tokenizer, facts):
         used = [deltas[0], deltas[2]]
         gradients = torch.autograd.grad((nll + drift).sum(), used)
         assert {str(g.device) for g in gradients} == {str(chunk.start.device)}
+
+
+# -- two-byte weights ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_solves_are_exact_and_round_once(dtype, tokenizer, facts, tmp_path, monkeypatch):
+    """Keys come in two bytes; sums and solves are float64; W = round(W₀ + Δ)."""
+    model = build_model("llama", dtype=dtype)
+    partial = PartialModel(model)
+    read = []
+    real = SecondMoment.update
+    monkeypatch.setattr(
+        SecondMoment, "update", lambda self, keys: (read.append(keys.clone()), real(self, keys))
+    )
+    moment = key_moments(partial, tokenizer, ROWS, [1])[1]
+    keys = torch.cat([k.reshape(-1, k.shape[-1]) for k in read])
+    assert keys.dtype == dtype
+    assert moment.value.dtype == torch.float64
+    expected = keys.double().mT @ keys.double() / len(keys)
+    assert float((moment.value - expected).norm()) < 1e-5 * float(expected.norm())
+    monkeypatch.undo()
+    statistics = statistics_of(model, tokenizer)
+    problems = []
+    solve = Method.update
+    monkeypatch.setattr(Method, "update", lambda self, p: (problems.append(p), solve(self, p))[1])
+    editor = Editor(model, tokenizer, recipe=RECIPE, statistics=statistics)
+    report = editor.edit(facts, batch_size=2)
+    assert len(problems) >= 4
+    for problem in problems:
+        tensors = (problem.weight, problem.keys, problem.residual, problem.metric.vectors)
+        assert {t.dtype for t in tensors} == {torch.float64}
+    for layer, told in zip(RECIPE.layers, report.layers, strict=True):
+        exact, base = editor.weights.exact(layer), editor.weights.base(layer)
+        stored = as_out_in(mlp_out(model, layer))
+        assert stored.dtype == dtype
+        assert torch.equal(stored, exact.to(dtype))
+        assert not torch.equal(stored.double(), exact)
+        share = (exact.to(dtype).double() - exact).norm() / (exact - base).norm()
+        assert told.rounding_share == pytest.approx(float(share))
+    editor.save(tmp_path / "run")
+    again = Editor.load(tmp_path / "run")
+    for layer in RECIPE.layers:  # nothing of the first batch's rounding is in the second's solve
+        assert torch.equal(again.weights.exact(layer), editor.weights.exact(layer))
+
+
+# -- loading, and the command line -----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("large") / "model"
+    build_model("llama", dtype=torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def split_map(disk=(1, 2)):
+    blocks = {f"model.layers.{i}": "disk" if i in disk else "cpu" for i in range(4)}
+    names = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+    return {**dict.fromkeys(names, "cpu"), **blocks}
+
+
+@pytest.mark.parametrize(
+    "placement",
+    [
+        Placement(split_map()),
+        Placement("auto", {"cpu": 40_000}),
+        Placement("sequential", {"cpu": 40_000}),
+        Placement("cpu"),
+    ],
+    ids=lambda p: str(p.device_map)[:10],
+)
+def test_a_placed_model_is_the_plain_one(saved, placement):
+    plain, _ = load_model(str(saved))
+    model, _ = load_model(str(saved), device=placement)
+    assert is_offloaded(model) == (placement.device_map != "cpu")
+    assert devices_of(model) == (("cpu", "offloaded") if is_offloaded(model) else ("cpu",))
+    assert model_hash(model) == model_hash(plain)
+    ids = torch.tensor([ROWS[0]])
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, plain(ids).logits)
+
+
+def test_runs_of_split_models_are_kept_and_taken_up(saved, tokenizer, facts, tmp_path):
+    """Also where weights on disk are read from the very files that a save rewrites."""
+    plain, _ = load_model(str(saved))
+    statistics = statistics_of(plain, tokenizer)
+    placement, found = Placement(split_map()), []
+    for device in (None, placement):
+        run = tmp_path / f"run-{device is None}"
+        editor = Editor.from_pretrained(
+            str(saved), recipe=RECIPE, statistics=statistics, device=device
+        )
+        editor.edit(facts[:2])
+        editor.save(run)
+        other = Editor.load(run, device=device)
+        other.undo(facts[0].id)
+        other.save(run)
+        assert is_offloaded(other.model) == (device is not None)
+        last = Editor.load(run)
+        found.append(model_hash(last.model))
+        assert model_hash(other.model) == found[-1]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("placement", "told"),
+    [
+        (Placement("moon"), "no device"),
+        (Placement({"model": "cpu", "lm_head": "moon"}), "lm_head"),
+        (Placement({"model": True}), "no device"),
+        (Placement({}), "empty"),
+        (Placement("cpu", {"cpu": "1GB"}), "max_memory"),
+        (Placement("meta"), "no device"),
+    ],
+)
+def test_a_place_that_is_none_is_refused(saved, placement, told):
+    with pytest.raises(ConfigError, match=told):
+        load_model(str(saved), device=placement)
+
+
+def test_a_model_without_data_is_refused(tiny_model):
+    model = tiny_model("llama").to("meta")
+    with pytest.raises(ModelError, match="no data"):
+        make_resident(model, "model.layers.1.mlp.down_proj")
+
+
+def test_the_command_line_spreads_a_model(saved, tmp_path):
+    (tmp_path / "corpus.txt").write_text("\n".join(LINES * 4), encoding="utf-8")
+    (tmp_path / "map.json").write_text(json.dumps(split_map()))
+    (tmp_path / "facts.json").write_text(json.dumps(RECORDS), encoding="utf-8")
+    recipe = RECIPE.with_fields({"values.steps": 2, "batch_size": 2})
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    spread, found = ("--device-map", tmp_path / "map.json"), []
+    for name, placing in (("plain", ()), ("split", spread)):
+        stats, run = tmp_path / f"stats-{name}", tmp_path / name
+        done(
+            *("stats", "make", saved, "--text", tmp_path / "corpus.txt", "--layers", "1-2"),
+            *("--window", "64", "--out", stats, "--quiet", *placing),
+        )
+        done(
+            *("edit", tmp_path / "facts.json", "--model", saved, "--stats", stats, "--out", run),
+            *("--recipe", tmp_path / "recipe.yaml", "--quiet", *placing),
+        )
+        done("evaluate", run, "--quiet", *placing)
+        done("undo", run, "ada", "--quiet", *placing)
+        found.append(json.loads((run / "model" / "nulledit.json").read_text()))
+        environment = json.loads((run / "environment.json").read_text())
+        assert environment[0]["device"] == ("cpu, offloaded" if placing else "cpu")
+    weights = [
+        {n: h for n, h in state["files"].items() if n.endswith(".safetensors")} for state in found
+    ]
+    assert weights[0] == weights[1]
+    assert found[0]["state"] == found[1]["state"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--device-map", "nowhere"), "no device"),
+        (("--device-map", "none.json"), "no such file"),
+        (("--device-map", "cpu", "--device", "cpu"), "not both"),
+        (("--device-map", "auto", "--max-memory", "much"), "--max-memory"),
+        (("--max-memory", "cpu=1GiB"), "go with --device-map"),
+    ],
+)
+def test_bad_placing_is_one_line(saved, tmp_path, words, told):
+    (tmp_path / "facts.json").write_text(json.dumps(RECORDS), encoding="utf-8")
+    run = ("--out", tmp_path / "run", "--layers", "1", "--quiet")
+    line = refused("edit", tmp_path / "facts.json", "--model", saved, *run, *words)
+    assert told in line
+
+
+ENCODERS = {
+    "bert": {},
+    "electra": {"embedding_size": 16},
+    "xlm-roberta": {},
+    "modernbert": dict.fromkeys(("cls_token_id", "sep_token_id", "pad_token_id"), 0),
+}
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_encoders_are_refused_in_one_line(kind, tokenizer, tmp_path):
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=400,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=48,
+        **{**ENCODERS[kind], "bos_token_id": 0, "eos_token_id": 0},
+    )
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "facts.json").write_text(json.dumps(RECORDS), encoding="utf-8")
+    run = ("--out", tmp_path / "run", "--layers", "1", "--quiet")
+    line = refused("edit", tmp_path / "facts.json", "--model", tmp_path / "model", *run)
+    assert "decoder-only language model" in line
