@@ -1,6 +1,7 @@
 """Quantised bases: what is edited becomes dense in memory, all else stays as it is."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -333,3 +334,51 @@ def test_statistics_are_of_what_an_editor_edits(kind, tokenizer, tmp_path):
     for layer in (1, 2):
         one, other = (m.spectra[layer].eigenvalues for m in made)
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_bitsandbytes_on_the_processor(bits, tokenizer, facts, tmp_path):
+    """A real library from load to adapter, as the command line goes; skipped without it."""
+    pytest.importorskip("bitsandbytes")
+    from peft import PeftModel
+    from test_cli import done, refused
+
+    from nulledit.models.load import load_model
+
+    base = tmp_path / "base"
+    build_model("llama", dtype=torch.float32, hidden=64).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    lines = ["The harbour of Velm lies on the coast, and the river flows to the sea."] * 60
+    (tmp_path / "corpus.txt").write_text("\n".join(lines))
+    (tmp_path / "recipe.yaml").write_text(RECIPE.to_yaml())
+    fact = {"id": "a", "subject": "Velm", "prompt": "The harbour of {} lies on", "target": "river"}
+    (tmp_path / "facts.json").write_text(json.dumps([fact]))
+    run, common = tmp_path / "run", ("--quantize", bits, "--quiet")
+    done(
+        *("stats", "make", base, "--text", tmp_path / "corpus.txt", "--layers", "1-2"),
+        *("--out", tmp_path / "stats", "--window", "64", *common),
+    )
+    done(
+        *("edit", tmp_path / "facts.json", "--model", base, "--stats", tmp_path / "stats"),
+        *("--recipe", tmp_path / "recipe.yaml", "--out", run, *common),
+    )
+    assert not (run / "model").exists()
+    done("verify", run, "--quiet")
+    refused("export", run, "--as", "checkpoint", "--out", tmp_path / "no", "--quiet")
+    done("export", run, "--as", "lora", "--out", tmp_path / "lora", "--quiet")
+    editor = Editor.load(run)
+    assert [f.id for f in editor.facts] == ["a"]
+    ids = torch.tensor([[5, 9, 13, 20, 7]])
+    plain, _ = load_model(str(base), quantize=bits)
+    with torch.no_grad():
+        wanted, before = editor.model(ids).logits, plain(ids).logits
+        adapted = PeftModel.from_pretrained(plain, tmp_path / "lora")(ids).logits
+        with editor.base_weights():
+            unedited = editor.model(ids).logits
+    moved, missed = (float((t - wanted).norm()) for t in (before, adapted))
+    gap = float((before - unedited).norm())  # 8bit rounds what a matrix is given, a dense one not
+    assert bits == "8bit" or gap < 1e-4 * moved
+    assert missed < 2 * gap + 1e-4 * moved
+    done("undo", run, "a", "--quiet")
+    assert Editor.load(run).facts == []
