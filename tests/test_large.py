@@ -19,7 +19,7 @@ from test_cli import RECORDS, done, refused
 from test_locating import question
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from nulledit import Editor
 from nulledit.config import Placement, ValueSettings
@@ -112,6 +112,28 @@ def test_a_split_model_has_the_plain_one_s_hash(architecture, tiny_model, tmp_pa
     assert model_hash(model) == model_hash(plain)
     PartialModel(model)  # a pass takes tied placeholders apart
     assert model_hash(model) == model_hash(plain)
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "llama"])
+def test_tied_weights_count_once_wherever_they_are(family, place, tmp_path):
+    """Together in memory or each offloaded by itself, beside blocks on disk."""
+    plain = build_model(family, dtype=torch.float32)
+    plain.config.tie_word_embeddings = True
+    plain.tie_weights()
+    plain.save_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    head = plain.get_output_embeddings().weight
+    assert head.data_ptr() == plain.get_input_embeddings().weight.data_ptr()
+    parts = {
+        part: device if ".1" in part or ".2" in part else place
+        for part, device in parts_of(plain, disk=(1, 2)).items()
+    }
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", device_map=parts)
+    assert is_offloaded(model)
+    for _ in range(2):
+        assert model_hash(model) == model_hash(plain)
+        PartialModel(model)
 
 
 @pytest.fixture(params=["llama", "gpt2", "gemma2"])

@@ -92,8 +92,8 @@ def tied_names(model: PreTrainedModel) -> dict[str, str]:
     """
     tied = {str(a): str(b) for a, b in getattr(model, "all_tied_weights_keys", {}).items()}
     for names in find_tied_parameters(model):
-        for name in names[1:]:
-            tied.setdefault(name, names[0])
+        first = tied.get(names[0], names[0])
+        tied |= {name: first for name in names if name != first and name not in tied}
     return tied
 
 
