@@ -29,9 +29,9 @@ from nulledit.editing.statistics import key_moments
 from nulledit.editing.values import _Chunk, _Job, _Reads, plan_rows
 from nulledit.errors import ConfigError, ModelError
 from nulledit.evaluation.generation import generate_answers
+from nulledit.ledger.fold import Stage
 from nulledit.linalg.moments import SecondMoment
 from nulledit.locating import TraceSettings, trace
-from nulledit.methods.registry import Method
 from nulledit.models.layouts import as_out_in, mlp_out, parameter_name
 from nulledit.models.load import load_model, model_hash
 from nulledit.models.partial import PartialModel
@@ -405,7 +405,7 @@ def test_no_tensor_meets_one_of_another_device(family, tokenizer, facts):
             assert str(walk.keys().device) == "cpu"
             walk.advance()
         jobs = [
-            _Job(fact.id, plan_rows(fact, encoder, ("{}", "Then. {}")), (), None, i)
+            _Job(fact.id, plan_rows(fact, encoder, ("{}", "Then. {}")), (), (0, 1), None, i)
             for i, fact in enumerate(facts)
         ]
         chunk = _Chunk(partial, jobs, 1, ValueSettings(), 0)
@@ -438,15 +438,20 @@ def test_solves_are_exact_and_round_once(dtype, tokenizer, facts, tmp_path, monk
     assert float((moment.value - expected).norm()) < 1e-5 * float(expected.norm())
     monkeypatch.undo()
     statistics = statistics_of(model, tokenizer)
-    problems = []
-    solve = Method.update
-    monkeypatch.setattr(Method, "update", lambda self, p: (problems.append(p), solve(self, p))[1])
+    solved = []
+    add = Stage.add
+
+    def adding(self, *args, **kwargs):
+        solved.append(add(self, *args, **kwargs))
+        return solved[-1]
+
+    monkeypatch.setattr(Stage, "add", adding)
     editor = Editor(model, tokenizer, recipe=RECIPE, statistics=statistics)
     report = editor.edit(facts, batch_size=2)
-    assert len(problems) >= 4
-    for problem in problems:
-        tensors = (problem.weight, problem.keys, problem.residual, problem.metric.vectors)
-        assert {t.dtype for t in tensors} == {torch.float64}
+    assert len(solved) >= 4
+    for state in solved:
+        assert {t.dtype for t in (state.start, state.total, state.weight)} == {torch.float64}
+        assert not torch.equal(state.total.float().double(), state.total)
     for layer, told in zip(RECIPE.layers, report.layers, strict=True):
         exact, base = editor.weights.exact(layer), editor.weights.base(layer)
         stored = as_out_in(mlp_out(model, layer))

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nulledit.linalg import solve as solve_module
 from nulledit.linalg.moments import SecondMoment
-from nulledit.linalg.solve import room_left, solve_update
+from nulledit.linalg.solve import Remaining, room_left, solve_update
 from nulledit.linalg.spectrum import (
     Metric,
     Spectrum,
@@ -208,6 +209,36 @@ def test_room_left_is_the_dense_trace_and_runs_from_one_to_none():
     assert 1 > room_left(metric, K) > room_left(metric, 10 * draw(12, 9)) > 0
     assert room_left(metric, 1e2 * draw(12, 40)) == pytest.approx(0, abs=1e-3)
     assert math.isnan(room_left(null_space_metric(spectrum_of(), 0.0, l2=0.1), K))
+
+
+@pytest.mark.parametrize("kind", ["cut", "cut, other side", "slope", "wide"])
+@pytest.mark.parametrize("sizes", [[5], [1] * 6, [3, 1, 4], [7, 5, 9, 2], [30, 1]])
+def test_batches_behind_one_another_equal_the_joint_solve(kind, sizes, monkeypatch):
+    """Also past as many columns as the keys are wide, and in blocks of every kind."""
+    d, out, spectrum = 12, 6, spectrum_of()
+    s = spectrum.eigenvalues
+    metric = {
+        "cut": lambda: null_space_metric(spectrum, 0.5, l2=0.1),
+        "cut, other side": lambda: null_space_metric(spectrum, float(s[2]), l2=0.1),
+        "slope": lambda: spectrum.metric(1 / (1 + s)),
+        "wide": lambda: spectrum.metric(1 / s.clamp_min(1e-4 * float(s[-1]))),
+    }[kind]()
+    monkeypatch.setattr(solve_module, "BLOCK", 4)
+    W, remaining = draw(out, d, seed=5), Remaining(metric)
+    K, V = draw(d, sum(sizes)), draw(out, sum(sizes), seed=3)
+    total, done = torch.zeros_like(W), 0
+    for n in sizes:
+        new = slice(done, done + n)
+        update, remaining = remaining.write(K[:, new], V[:, new] - (W + total) @ K[:, new])
+        total, done = total + update, done + n
+        joint = solve_update(K[:, :done], V[:, :done] - W @ K[:, :done], metric)
+        assert (total - joint).norm() < 1e-10 * joint.norm()
+        assert remaining.taken == pytest.approx((1 - room_left(metric, K[:, :done])) * metric.rank)
+    assert (remaining.dense is not None) == (done > d)
+    other = draw(d, 3, seed=8)
+    weighted = metric.apply(other)
+    held = solve_update(K, weighted.mT @ K, metric) @ other  # oᵀGK (I + KᵀGK)⁻¹ KᵀGo
+    torch.testing.assert_close(other.mT @ remaining.apply(other), other.mT @ weighted - held)
 
 
 def test_spectrum_refuses_what_is_not_finite():

@@ -7,10 +7,18 @@ import torch
 from conftest import NORMED
 
 from nulledit.errors import ModelError
-from nulledit.models.layouts import as_out_in, find_layout, frozen, mlp_out, parameter_name
+from nulledit.models.layouts import (
+    as_out_in,
+    find_layout,
+    frozen,
+    mlp_out,
+    parameter_name,
+    stored_weight,
+    write_weight,
+)
 from nulledit.models.load import load_model, model_hash
 from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import Batch, collate
+from nulledit.models.tokens import Batch, collate, share_beginnings
 
 ROWS = [[5, 9, 13, 20, 7], [8, 3], [30, 31, 32]]
 CPU = torch.device("cpu")
@@ -29,6 +37,39 @@ def whole_states(model, row):
     for handle in handles:
         handle.remove()
     return [f[0] for f in found], logits
+
+
+SHARING = [(7, 8, 9, 3), (7, 8, 9, 4, 5), (7, 8), (2, 2, 2), (2, 2, 2, 6), (5, 1)]
+LABELS = ["a", "a", "b", "c", "c", "d"]
+LIMITS = [3, 4, 1, 1, 3, 0]
+
+
+def test_rows_are_cut_behind_what_their_label_has_in_common():
+    shared = share_beginnings(SHARING, LABELS, LIMITS, pad_id=0, device=CPU)
+    assert shared.cuts == [3, 3, 1, 1, 1, 0]
+    for i, row in enumerate(SHARING):
+        stem = shared.stems.ids[shared.stem[i]][shared.stems.mask[shared.stem[i]].bool()]
+        rest = shared.rests.ids[i][shared.rests.mask[i].bool()]
+        assert (*stem.tolist(), *rest.tolist()) == row
+        places = shared.rests.positions[i][: len(rest)]
+        assert places.tolist() == list(range(shared.cuts[i], len(row)))
+
+
+@torch.no_grad()
+def test_rows_behind_shared_stems_are_the_whole_rows(architecture, tiny_model):
+    """Also those with a stem of no token; and what is recorded behind a prefix joins it."""
+    partial = PartialModel(tiny_model(architecture))
+    whole = partial.run(collate(SHARING, pad_id=0, device=CPU))
+    shared = share_beginnings(SHARING, LABELS, LIMITS, pad_id=0, device=CPU)
+    stems = partial.record_prefix(shared.stems).select(shared.stem)
+    behind = partial.run(stems.before(shared.rests), prefix=stems)
+    heads = Batch(*(t[:, :1] for t in vars(shared.rests).values()))
+    longer = stems.then(partial.record_prefix(heads, prefix=stems))
+    tails = Batch(*(t[:, 1:] for t in vars(shared.rests).values()))
+    further = partial.run(longer.before(tails), prefix=longer)
+    for i, (row, cut) in enumerate(zip(SHARING, shared.cuts, strict=True)):
+        torch.testing.assert_close(behind[i, : len(row) - cut], whole[i, cut : len(row)])
+        torch.testing.assert_close(further[i, : len(row) - cut - 1], whole[i, cut + 1 : len(row)])
 
 
 @torch.no_grad()
@@ -102,7 +143,8 @@ def test_writing_a_value_moves_the_layer_by_exactly_the_residual(architecture, d
     key = keys[1][0, 3].double()
     residual = torch.linspace(-4, 4, len(before), dtype=torch.float64)
     step = torch.outer(residual / partial.scale(1), key) / key.square().sum()
-    as_out_in(partial.mlp_out(1)).add_(step)
+    module = partial.mlp_out(1)
+    write_weight(module, as_out_in(module) + step.to(partial.model.dtype))
     hidden_now, after = (t[0, 3] for t in partial.run_to_values(batch, layer=1))
     close = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float64 else {"rtol": 0.02, "atol": 0.1}
     torch.testing.assert_close((after - before).double(), residual, **close)
@@ -129,7 +171,7 @@ def test_names_and_layers(architecture, tiny_model):
     model = tiny_model(architecture)
     assert find_layout(model)
     names = dict(model.named_parameters())
-    assert names[parameter_name(model, 1)] is mlp_out(model, 1).weight
+    assert names[parameter_name(model, 1)] is stored_weight(mlp_out(model, 1))
     with pytest.raises(ModelError, match="layers 0 to 3"):
         mlp_out(model, 4)
 

@@ -10,6 +10,7 @@ from nulledit.cli.common import Bars, say
 from nulledit.config import Placement
 from nulledit.data.corpus import Corpus
 from nulledit.data.facts import Fact
+from nulledit.distributed import Ranks
 from nulledit.editor import Editor
 from nulledit.errors import FactError, LedgerError
 from nulledit.evaluation.perplexity import read_windows
@@ -39,13 +40,14 @@ def load_run(
     *,
     quiet: bool,
     trust_remote_code: bool = False,
+    ranks: Ranks | None = None,
 ) -> Editor:
     """The editor of a run folder; LedgerError if there is no run."""
     folder = Path(folder)
     if not (folder / "ledger" / "ledger.db").is_file():
         raise LedgerError(f"{folder}: no run here (expected {folder / 'ledger' / 'ledger.db'})")
     say(f"Loading the model of {folder}", quiet=quiet)
-    return Editor.load(folder, device=device, trust_remote_code=trust_remote_code)
+    return Editor.load(folder, device=device, trust_remote_code=trust_remote_code, ranks=ranks)
 
 
 def read_text(editor: Editor, file: str | None) -> Text:

@@ -2,7 +2,8 @@
 
 The published code runs the whole model twice per layer, once for keys and once for residuals. Here
 the states at the first edited block's input are kept, up to each subject's last token; each block
-is then run as its turn comes.
+is then run as its turn comes. What the prompts of a prefix context have in common, the context as
+a rule, is run once for all of them.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ import torch
 from torch import Tensor
 
 from nulledit.data.facts import Fact
-from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import Batch, RowEncoder, chunks_by_length, collate
+from nulledit.models.partial import PartialModel, Prefix
+from nulledit.models.tokens import Batch, RowEncoder, Shared, chunks_by_length, share_beginnings
 
 
 @dataclass
 class _Chunk:
-    batch: Batch
+    batch: Batch  # behind their stems; the mask is its own
     states: Tensor  # at the input of the block whose turn it is [rows, length, d]
     last: Tensor  # index of the subject's last token [rows]
     rows: Tensor  # place of each row in the whole walk [rows]
+    stem: Tensor  # index of each row's stem [rows]
 
 
 class Walk:
@@ -50,6 +52,7 @@ class Walk:
         self._keys: Tensor | None = None  # of the block whose turn it is
         rows: list[tuple[int, ...]] = []
         owner: list[int] = []
+        labels: list[int] = []
         weight: list[float] = []
         self.bare: list[int] = []  # fact -> row of its first prompt, bare
         others = len(contexts) - 1
@@ -60,6 +63,7 @@ class Walk:
                     row = encoder.encode_template(prompt, fact.subject, context=context)
                     rows.append(row.upto_subject().ids)
                     owner.append(i)
+                    labels.append(c)
                     share = (
                         1.0 if not others else bare_weight if c == 0 else (1 - bare_weight) / others
                     )
@@ -67,18 +71,38 @@ class Walk:
         self.n = len(facts)
         self.owner = torch.tensor(owner)
         self.weight = torch.tensor(weight, dtype=torch.float64)
-        self.chunks = [
-            self._start([rows[i] for i in chunk], chunk, pad_id)
-            for chunk in chunks_by_length([len(r) for r in rows], positions)
-        ]
+        upto = [len(row) - 1 for row in rows]
+        shared = share_beginnings(rows, labels, upto, pad_id=pad_id, device=model.device)
+        with torch.no_grad():
+            self.stems, self.stem_states = shared.stems, self._begun(shared.stems)
+            front = model.record_prefix(shared.stems, last=first - 1)
+            lengths = [len(row) - cut for row, cut in zip(rows, shared.cuts, strict=True)]
+            self.chunks = [
+                self._start(shared, lengths, chunk, front)
+                for chunk in chunks_by_length(lengths, positions)
+            ]
 
-    @torch.no_grad()
-    def _start(self, rows: Sequence[Sequence[int]], places: Sequence[int], pad_id: int) -> _Chunk:
-        device = self.model.device
-        batch = collate(rows, pad_id=pad_id, device=device)
-        states = self.model.run(batch, last=self.layer - 1)
-        last = torch.tensor([len(r) - 1 for r in rows], device=device)
-        return _Chunk(batch, states, last, torch.tensor(places))
+    def _begun(self, batch: Batch, prefix: Prefix | None = None) -> Tensor:
+        """States at the first block's input; nothing where there is no token."""
+        if batch.ids.shape[1] == 0:
+            return torch.empty(0)
+        return self.model.run(batch, last=self.layer - 1, prefix=prefix)
+
+    def _start(
+        self, shared: Shared, lengths: Sequence[int], places: Sequence[int], front: Prefix
+    ) -> _Chunk:
+        index = torch.tensor(places, device=self.model.device)
+        longest = max(lengths[i] for i in places)
+        batch = Batch(*(t[index, :longest] for t in vars(shared.rests).values()))
+        stem = shared.stem[index]
+        prefix = front.select(stem)
+        states = self._begun(prefix.before(batch), prefix)
+        last = torch.tensor([lengths[i] - 1 for i in places], device=self.model.device)
+        return _Chunk(batch, states, last, torch.tensor(places), stem)
+
+    def _front(self, last: int) -> Prefix:
+        """The stems' keys and values from the block whose turn it is to block `last`."""
+        return self.model.record_prefix(self.stems, self.stem_states, first=self.layer, last=last)
 
     @torch.no_grad()
     def keys(self) -> Tensor:
@@ -86,9 +110,10 @@ class Walk:
         if self._keys is not None:
             return self._keys
         found: Tensor | None = None
+        front = self._front(self.layer)
         for chunk in self.chunks:
             with self.model.reading_keys([self.layer]) as read:
-                self.model.run(chunk.batch, states=chunk.states, first=self.layer, last=self.layer)
+                self._step(chunk, front)
             keys = read[self.layer]
             at_last = keys[torch.arange(len(keys)), chunk.last.to(keys.device)].cpu().double()
             if found is None:
@@ -106,6 +131,7 @@ class Walk:
         """
         place = {row: i for i, row in enumerate(self.bare)}
         found: dict[int, Tensor] = {}
+        front = self._front(layer)
         for chunk in self.chunks:
             mine = [i for i, row in enumerate(chunk.rows.tolist()) if row in place]
             if not mine:
@@ -114,7 +140,10 @@ class Walk:
             length = int(chunk.last[index].max()) + 1
             batch = Batch(*(t[index, :length] for t in vars(chunk.batch).values()))
             states = chunk.states[index.to(chunk.states.device), :length]
-            _, out = self.model.run_to_values(batch, states=states, first=self.layer, layer=layer)
+            prefix = front.select(chunk.stem[index])
+            _, out = self.model.run_to_values(
+                prefix.before(batch), states=states, first=self.layer, layer=layer, prefix=prefix
+            )
             at_last = out[torch.arange(len(mine)), chunk.last[index].to(out.device)].cpu().double()
             for i, row in enumerate(mine):
                 found[place[int(chunk.rows[row])]] = at_last[i]
@@ -123,9 +152,24 @@ class Walk:
     @torch.no_grad()
     def advance(self) -> None:
         """Run the block whose turn it is, with its weights as they are now; the next one's turn."""
+        front = self._front(self.layer)
         for chunk in self.chunks:
-            chunk.states = self.model.run(
-                chunk.batch, states=chunk.states, first=self.layer, last=self.layer
+            chunk.states = self._step(chunk, front)
+        if self.stems.ids.shape[1]:
+            here = self.layer
+            self.stem_states = self.model.run(
+                self.stems, states=self.stem_states, first=here, last=here
             )
         self.layer += 1
         self._keys = None
+
+    def _step(self, chunk: _Chunk, front: Prefix) -> Tensor:
+        """The chunk's states behind the block whose turn it is."""
+        prefix = front.select(chunk.stem)
+        return self.model.run(
+            prefix.before(chunk.batch),
+            states=chunk.states,
+            first=self.layer,
+            last=self.layer,
+            prefix=prefix,
+        )

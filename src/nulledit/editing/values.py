@@ -4,7 +4,8 @@ z = h + δ at the subject's last token behind the last edited block, δ by gradi
 arXiv:2202.05262, Eq. 4; MEMIT, arXiv:2210.07229, Section 4.3). The published code runs the whole
 model, one fact at a time, and computes logits everywhere. Here, with the same result:
 
-- states up to the block are constant, so they are computed once and kept;
+- states up to the block are constant, so they are computed once and kept; what the rows of a prefix
+  context have in common, the context as a rule, is run once for all of them;
 - positions before the subject's last token never see δ, so of the blocks above only their
   attention keys and values are kept;
 - logits are computed only where the loss reads them; no weight has a gradient;
@@ -30,7 +31,7 @@ from nulledit.data.facts import Fact
 from nulledit.editing.ignorance import Lesson, lessons_of, unlearned
 from nulledit.errors import ModelError
 from nulledit.models.partial import PartialModel, Prefix
-from nulledit.models.tokens import Batch, Row, RowEncoder, collate
+from nulledit.models.tokens import Batch, Row, RowEncoder, collate, share_beginnings
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class _Job:
     fact_id: str
     rows: tuple[Row, ...]  # rewriting rows; the first is the bare prompt
     lessons: tuple[Lesson, ...]  # of the rows, where a fact is to be forgotten; else none
+    labels: tuple[int, ...]  # the rows' contexts, by number
     drift_row: Row | None  # None: read at the bare row, whose tokens up to the subject are the same
     group: int
 
@@ -102,7 +104,8 @@ def optimise_values(
         rows = tuple(x.row for x in lessons) or plan_rows(fact, encoder, contexts)
         drift = encoder.encode_template(settings.kl_prompt, fact.subject).upto_subject()
         shared = rows[0].upto_subject().ids == drift.ids
-        jobs.append(_Job(fact.id, rows, lessons, None if shared else drift, group))
+        labels = tuple(i % len(contexts) for i in range(len(rows)))
+        jobs.append(_Job(fact.id, rows, lessons, labels, None if shared else drift, group))
     values: dict[int, Value] = {}
     waiting = list(range(len(jobs)))
     while waiting:
@@ -164,14 +167,17 @@ class _Chunk:
         names = list(dict.fromkeys(job.group for job in jobs))
         self.group_of = [names.index(job.group) for job in jobs]  # fact -> group
         rows: list[Row] = []
+        self.labels: list[int] = []  # row -> its context
         owner: list[int] = []  # row -> fact
         bare: list[int] = []  # fact -> row
         drift: list[int] = []  # fact -> row
         for i, job in enumerate(jobs):
             bare.append(len(rows))
             rows += job.rows
+            self.labels += job.labels
             if job.drift_row is not None:
                 rows.append(job.drift_row)
+                self.labels.append(-1)
             drift.append(bare[i] if job.drift_row is None else len(rows) - 1)
             owner += [i] * (len(rows) - len(owner))
         self.rows, self.owner, self.bare, self.drift = rows, owner, bare, drift
@@ -192,23 +198,38 @@ class _Chunk:
     def _keep_states(self, pad_id: int) -> None:
         """Run the blocks up to `layer` once; split each row at its subject's last token."""
         inputs = [row.ids[: len(row.ids) - (len(row.target_ids) > 0)] for row in self.rows]
-        batch = collate(inputs, pad_id=pad_id, device=self.device)
-        states, standing = self.model.run_to_values(batch, layer=self.layer)  # [rows, length, d]
-        cuts = [row.subject_last for row in self.rows]
-        heads = [ids[:cut] for ids, cut in zip(inputs, cuts, strict=True)]
-        tails = [ids[cut:] for ids, cut in zip(inputs, cuts, strict=True)]
-        head = collate(heads, pad_id=pad_id, device=self.device)
-        tail = collate(tails, pad_id=pad_id, device=self.device)
+        ends = [row.subject_last for row in self.rows]
+        shared = share_beginnings(inputs, self.labels, ends, pad_id=pad_id, device=self.device)
+        stems = self.model.record_prefix(shared.stems).select(shared.stem)
+        states, standing = self.model.run_to_values(
+            stems.before(shared.rests), layer=self.layer, prefix=stems
+        )  # [rows, length, d]
+        cuts = [end - cut for end, cut in zip(ends, shared.cuts, strict=True)]
+        rests = [ids[cut:] for ids, cut in zip(inputs, shared.cuts, strict=True)]
+        head = collate(
+            [ids[:cut] for ids, cut in zip(rests, cuts, strict=True)],
+            pad_id=pad_id,
+            device=self.device,
+        )
+        tail = collate(
+            [ids[cut:] for ids, cut in zip(rests, cuts, strict=True)],
+            pad_id=pad_id,
+            device=self.device,
+        )
+        width = head.ids.shape[1]
+        head = replace(head, positions=shared.rests.positions[:, :width])
         start = torch.tensor(cuts, device=self.device)[:, None]
-        self.tail = Batch(tail.ids, tail.mask, tail.positions + start)
+        first = torch.tensor(ends, device=self.device)[:, None]
+        self.tail = Batch(tail.ids, tail.mask, tail.positions + first)
         where = (start + torch.arange(tail.ids.shape[1], device=self.device)).clamp_max(
             states.shape[1] - 1
         )
-        width = states.shape[-1]
-        self.states = states.gather(1, where.to(states.device)[..., None].expand(-1, -1, width))
-        self.prefix = self.model.record_prefix(
-            head, states[:, : head.ids.shape[1]], first=self.layer + 1
+        d = states.shape[-1]
+        self.states = states.gather(1, where.to(states.device)[..., None].expand(-1, -1, d))
+        heads = self.model.record_prefix(
+            head, states[:, :width], first=self.layer + 1, prefix=stems
         )
+        self.prefix = stems.then(heads)
         start = standing[torch.arange(len(cuts)), start[:, 0].to(standing.device)]
         self.start = start.float() if start.dtype.itemsize < 4 else start
 

@@ -12,7 +12,15 @@ from nulledit.config import Recipe
 from nulledit.editing.problem import LayerProblem, TargetLoss
 from nulledit.errors import LedgerError
 from nulledit.ledger.entries import Column, Epoch, History
-from nulledit.linalg.spectrum import Metric, Spectrum
+from nulledit.linalg.blocks import (
+    AnyMetric,
+    AnySpectrum,
+    BlockSpectrum,
+    part_names,
+    parts_of,
+)
+from nulledit.linalg.solve import Remaining
+from nulledit.linalg.spectrum import Spectrum
 from nulledit.methods import find_method
 
 
@@ -26,24 +34,26 @@ class LayerState:
     """ΣΔ [d_out, d_in] of the epoch's batches, float64."""
     weight: Tensor
     """The start + the total, or what the method's `finish` makes of it, float64."""
+    remaining: Remaining | None = None
+    """What the epoch's columns leave of the metric, where the method goes on from it."""
 
 
 @dataclass(frozen=True)
 class LayerMetrics:
     """The metrics of one layer under one recipe."""
 
-    spectrum: Spectrum
+    spectrum: AnySpectrum
     """Of the preserved keys, with the eigenvectors that the metrics need."""
-    metric: Metric
+    metric: AnyMetric
     """G of the method's gains, zero outside the null space if projected inside."""
-    projector: Metric
+    projector: AnyMetric
     """P on the null space."""
     leakage: float
     """tr(GC) / (‖G‖ tr C), of what is written: the share of the preserved keys' energy that edits
     may disturb, weighed by how freely. tr(PC)/tr(C) for a projection."""
 
     @classmethod
-    def of(cls, recipe: Recipe, spectrum: Spectrum, threshold: float) -> LayerMetrics:
+    def of(cls, recipe: Recipe, spectrum: AnySpectrum, threshold: float) -> LayerMetrics:
         """LookupError where a compact spectrum lacks eigenvectors that G or P needs."""
         method = find_method(recipe.method.name)
         free = (spectrum.eigenvalues < threshold).to(spectrum.eigenvalues)
@@ -115,8 +125,10 @@ class Stage:
 
     With history, a run of batches is one joint solve over all columns: it equals the official
     sequential rule, and without a column it equals that rule without the fact. Columns of epochs
-    before join it with what the layer gives at their keys as the epoch begins. Without history,
-    each batch is solved in its turn on the weight that the batches before left.
+    before join it with what the layer gives at their keys as the epoch begins. For the filter
+    family that solve is done batch by batch (`Remaining`), in a fold as in a run: the same columns
+    give the same bits, and a new batch does nothing again. Without history, each batch is solved in
+    its turn on the weight that the batches before left.
     """
 
     def __init__(self, history: History, epoch: Epoch, layer: int, device: torch.device):
@@ -128,13 +140,36 @@ class Stage:
         spectrum, threshold = read_spectrum(history.tensors[epoch.tensors], layer, device)
         self.metrics = LayerMetrics.of(self.recipe, spectrum, threshold)
 
+        self._shares: dict[tuple[str, int], float] = {}  # by tensors and row, as keys don't change
+
+    @property
+    def confining(self) -> AnyMetric:
+        """What says where edits may move: P where there is one, else G."""
+        projected = self.method.projection(self.recipe.method) != "none"
+        return self.metrics.projector if projected else self.metrics.metric
+
+    def free_shares(self, columns: Sequence[Column]) -> Tensor:
+        """‖Pk‖²/‖k‖² [n] of the keys of `columns`, each computed once."""
+        names = [(self.history.batches[c.batch - 1].tensors, c.row) for c in columns]
+        new = [i for i, name in enumerate(names) if name not in self._shares]
+        if new:
+            keys = recorded(self.history, [columns[i] for i in new], self.layer)[0]
+            shares = self.confining.free_share(keys.to(self.device)).tolist()
+            self._shares.update(zip((names[i] for i in new), shares, strict=True))
+        return torch.tensor([self._shares[name] for name in names], dtype=torch.float64)
+
+    @property
+    def recursive(self) -> bool:
+        """Whether the joint solve can go on from batch to batch."""
+        return self.method.joint and self.method.projection(self.recipe.method) != "after"
+
     def fold(
         self, state: LayerState, before: Sequence[Column], columns: Sequence[Column]
     ) -> LayerState:
         """`columns` of this epoch on a `state` at its beginning, which holds `before`."""
         if not columns:
             return state
-        if self.method.history:
+        if self.method.history and not self.recursive:
             return self.add(state, before, (), *recorded(self.history, columns, self.layer))
         batches: dict[int, list[Column]] = {}
         for column in columns:
@@ -162,6 +197,8 @@ class Stage:
         """Go on from `state`, which holds the columns `before` this epoch and its `own`."""
         # One memory layout, whatever the caller's: the same columns must give the same bits.
         K, V = self._exact(keys), self._exact(targets)
+        if self.recursive:
+            return self._continued(state, before, K, V)
         past = self._past(K, before)
         own_keys, own_targets = self._past(K, own), self._targets(V, own)
         if self.method.history:
@@ -187,6 +224,19 @@ class Stage:
             target_loss=target_loss,
         )
         return self._state(state.start, start + self.method.update(problem))
+
+    def _continued(
+        self, state: LayerState, before: Sequence[Column], K: Tensor, V: Tensor
+    ) -> LayerState:
+        remaining = state.remaining
+        if remaining is None:
+            remaining = Remaining(self.metrics.metric)
+            if before:
+                past = self._past(K, before)
+                _, remaining = remaining.write(past, V[:, :0].new_zeros(len(V), past.shape[1]))
+        update, remaining = remaining.write(K, V - state.weight @ K)
+        total = state.total + update
+        return LayerState(state.start, total, state.start + total, remaining)
 
     def moved(self, state: LayerState, update: Tensor) -> LayerState:
         """`state` with `update` [d_out, d_in], as stored, added."""
@@ -231,24 +281,37 @@ def recorded(history: History, columns: Sequence[Column], layer: int) -> tuple[T
 
 
 def spectrum_tensors(
-    spectrum: Spectrum, threshold: float, layer: int, dtype: torch.dtype
+    spectrum: AnySpectrum, threshold: float, layer: int, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """What `read_spectrum` reads, with the eigenvectors in `dtype`."""
-    return {
-        f"eigenvalues.{layer}": spectrum.eigenvalues.double().contiguous(),
-        f"eigenvectors.{layer}": spectrum.eigenvectors.to(dtype).contiguous(),
-        f"first_eigenvector.{layer}": torch.tensor(spectrum.start),
-        f"threshold.{layer}": torch.tensor(threshold, dtype=torch.float64),
-    }
+    found = {f"threshold.{layer}": torch.tensor(threshold, dtype=torch.float64)}
+    if isinstance(spectrum, BlockSpectrum):
+        found[f"tokens.{layer}"] = torch.tensor(spectrum.tokens)
+    for name, part in parts_of(spectrum, f"{layer}").items():
+        found |= {
+            f"eigenvalues.{name}": part.eigenvalues.double().contiguous(),
+            f"eigenvectors.{name}": part.eigenvectors.to(dtype).contiguous(),
+            f"first_eigenvector.{name}": torch.tensor(part.start),
+        }
+    return found
 
 
 def read_spectrum(
     tensors: dict[str, Tensor], layer: int, device: torch.device | None = None
-) -> tuple[Spectrum, float]:
+) -> tuple[AnySpectrum, float]:
     """The spectrum of `layer` in an epoch's tensors, float64, and its τ."""
-    spectrum = Spectrum(
-        tensors[f"eigenvalues.{layer}"].to(device),
-        tensors[f"eigenvectors.{layer}"].to(device).double(),
-        int(tensors[f"first_eigenvector.{layer}"]),
-    )
-    return spectrum, float(tensors[f"threshold.{layer}"])
+
+    def part(name: str) -> Spectrum:
+        return Spectrum(
+            tensors[f"eigenvalues.{name}"].to(device),
+            tensors[f"eigenvectors.{name}"].to(device).double(),
+            int(tensors[f"first_eigenvector.{name}"]),
+        )
+
+    threshold, tokens = float(tensors[f"threshold.{layer}"]), tensors.get(f"tokens.{layer}")
+    if tokens is None:
+        return part(f"{layer}"), threshold
+    parts = part_names(f"{layer}", len(tokens), tensors)
+    blocks = {i: part(name) for i, name in parts.items()}
+    width = next(iter(blocks.values())).d_in if blocks else 0
+    return BlockSpectrum(blocks, tuple(tokens.int().tolist()), width), threshold

@@ -15,8 +15,8 @@ from nulledit.errors import LedgerError
 from nulledit.ledger.entries import Column, History
 from nulledit.ledger.fold import LayerFold, LayerState, recorded
 from nulledit.linalg.angles import unit_columns
+from nulledit.linalg.blocks import AnyMetric
 from nulledit.linalg.solve import room_left
-from nulledit.linalg.spectrum import Metric
 from nulledit.models.layouts import as_out_in, write_weight
 from nulledit.models.partial import PartialModel
 
@@ -74,7 +74,7 @@ class EditedWeights:
         """W₀ [d_out, d_in] of `layer`, float64, on the CPU."""
         return self._fold(layer).base.cpu()
 
-    def projector(self, layer: int) -> Metric:
+    def projector(self, layer: int) -> AnyMetric:
         """P of `layer`, on the null space of its preserved keys."""
         return self._fold(layer).stage.metrics.projector
 
@@ -222,22 +222,27 @@ class EditedWeights:
 
     def _report(self, layer: int) -> LayerReport:
         stage, base = self._fold(layer).stage, self.base(layer)
-        projected = stage.method.projection(stage.recipe.method) != "none"
-        metric = stage.metrics.projector if projected else stage.metrics.metric
         columns, exact = self.history.at_layer(layer, self.history.active), self.exact(layer).cpu()
         stored = as_out_in(self.model.mlp_out(layer)).double().cpu()
-        keys = self.recorded(columns, layer)[0].to(metric.vectors.device)
-        shares = metric.free_share(keys)
+        shares = stage.free_shares(columns)
         n = len({c.fact for c in columns})
         norm = float((exact - base).norm())
         return LayerReport(
             layer=layer,
-            protected=base.shape[1] - metric.rank,
+            protected=base.shape[1] - stage.confining.rank,
             d_in=base.shape[1],
             free_share=float(shares.mean()) if n else math.nan,
             free_share_error=float(shares.std()) / n**0.5 if n > 1 else math.nan,
             n=n,
             update_share=norm / float(base.norm()),
             rounding_share=float((stored - exact).norm()) / norm if norm else 0.0,
-            room=room_left(stage.metrics.metric, keys) if n else 1.0,
+            room=self._room(layer, columns),
         )
+
+    def _room(self, layer: int, columns: Sequence[Column]) -> float:
+        if not columns:
+            return 1.0
+        metric, remaining = self._fold(layer).stage.metrics.metric, self._states[layer].remaining
+        if remaining is not None:
+            return 1 - remaining.taken / metric.rank if metric.rank else math.nan
+        return room_left(metric, self.recorded(columns, layer)[0].to(metric.device))

@@ -1,16 +1,19 @@
-"""The one n × n system that most of the family comes down to."""
+"""The one n × n system that most of the family comes down to, for all keys or batch by batch."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nulledit.linalg.spectrum import Metric
+from nulledit.linalg.blocks import AnyMetric
+
+BLOCK = 256  # columns of Z that are joined in one block
 
 
-def solve_update(keys: Tensor, residual: Tensor, metric: Metric) -> Tensor:
+def solve_update(keys: Tensor, residual: Tensor, metric: AnyMetric) -> Tensor:
     """Update Δ [d_out, d_in] that writes `residual` R [d_out, n] at `keys` K [d_in, n], in float64.
 
         Δ = argmin ‖ΔK − R‖²_F + tr(Δ G⁺ Δᵀ), rows of Δ in range(G)   =   R (I + Kᵀ G K)⁻¹ Kᵀ G
@@ -30,7 +33,67 @@ def solve_with(keys: Tensor, residual: Tensor, weighted: Tensor) -> Tensor:
     return torch.cholesky_solve(residual.mT, torch.linalg.cholesky(system)).mT @ weighted.mT
 
 
-def room_left(metric: Metric, keys: Tensor) -> float:
+@dataclass(frozen=True)
+class Remaining:
+    """What keys held fast leave of a metric: G' = G − GK (I + KᵀGK)⁻¹ KᵀG = G − ZZᵀ.
+
+    The joint solve over all keys so far is a sum over batches, each with the G' that the batches
+    before left, and with the residual that the present weight leaves (recursive least squares):
+
+        Δ = Σ_b R_b (I + K_bᵀ G' K_b)⁻¹ K_bᵀ G',      R_b = V_b − W K_b
+
+    So a batch of n columns behind N others costs O(d_in N n), not a solve of N + n columns: nothing
+    that the columns before went through is done again.
+    """
+
+    metric: AnyMetric
+    """G."""
+    blocks: tuple[Tensor, ...] = ()
+    """Z [d_in, columns] in blocks, float64; none in the dense form."""
+    dense: Tensor | None = None
+    """G' [d_in, d_in] itself, once Z would be wider than that."""
+    columns: int = 0
+    """Keys held so far."""
+    taken: float = 0.0
+    """tr(KᵀGK (I + KᵀGK)⁻¹): how many directions they hold fast, see `room_left`."""
+
+    def apply(self, keys: Tensor) -> Tensor:
+        """G' K [d_in, n] for `keys` K, float64."""
+        if self.dense is not None:
+            return self.dense @ keys
+        weighted = self.metric.apply(keys)
+        for Z in self.blocks:
+            weighted -= Z @ (Z.mT @ keys)
+        return weighted
+
+    def write(self, keys: Tensor, residual: Tensor) -> tuple[Tensor, Remaining]:
+        """Δ [d_out, d_in] that writes `residual` R_b at `keys` K_b, and what is left behind it."""
+        weighted = self.apply(keys)
+        system = keys.mT @ weighted
+        system.diagonal().add_(1.0)
+        L = torch.linalg.cholesky(system)
+        Z = torch.linalg.solve_triangular(L, weighted.mT, upper=False).mT
+        Y = torch.linalg.solve_triangular(L, residual.mT, upper=False)
+        return Y.mT @ Z.mT, self._without(Z)
+
+    def _without(self, block: Tensor) -> Remaining:
+        """G' less ZZᵀ of a further `block` of Z [d_in, n]."""
+        columns = self.columns + block.shape[1]
+        taken = self.taken + self.metric.inverse_trace(block)
+        dense = self.dense
+        if dense is None and columns > len(block):
+            dense = self.apply(torch.eye(len(block), dtype=block.dtype, device=block.device))
+        if dense is not None:
+            return Remaining(self.metric, (), dense - block @ block.mT, columns, taken)
+        *before, last = self.blocks or (block[:, :0],)
+        if last.shape[1] + block.shape[1] > BLOCK:
+            blocks = (*self.blocks, block)
+        else:  # many batches of few facts would else be as many small products
+            blocks = (*before, torch.cat([last, block], dim=1))
+        return Remaining(self.metric, blocks, None, columns, taken)
+
+
+def room_left(metric: AnyMetric, keys: Tensor) -> float:
     """Share of the rank of G that edits at `keys` K [d_in, n] have not taken.
 
         1 − tr(KᵀGK (I + KᵀGK)⁻¹) / rank G

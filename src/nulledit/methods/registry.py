@@ -60,6 +60,11 @@ class Method:
     page: str = ""
     """Its page in docs/methods/, if it is not the name's own."""
 
+    @property
+    def joint(self) -> bool:
+        """Whether batches are one joint solve of the family's closed form and nothing else."""
+        return self.history and self.solve is solve_filter and self.finish is None
+
     def read(self, settings: MethodSettings) -> Any:
         """The constants of a recipe as this method's settings; ConfigError for unknown ones."""
         return read_settings(self.settings, settings.constants, "method.")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nulledit.errors import ModelError
+from nulledit.models.experts import is_experts
 
 ROWS = 512  # unit vectors that a module is given together
 ALIKE = 0.01  # share of a matrix by which it may be read otherwise elsewhere
@@ -55,7 +56,7 @@ class Dense(nn.Linear):
 
 def is_quantised(module: nn.Module) -> bool:
     """Whether `module` keeps its matrix in another way than as plain floating-point numbers."""
-    weight = getattr(module, "weight", None)
+    weight = module.down_proj if is_experts(module) else getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return True
     plain = type(weight) in (Tensor, nn.Parameter) and type(weight.data) is Tensor

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from nulledit.errors import ModelError
 from nulledit.models.dense import Dense, dense_of, is_quantised
+from nulledit.models.experts import is_experts
 from nulledit.models.layouts import frozen, mlp_out, parameter_name
 from nulledit.models.placement import follow, input_device, make_resident
 
@@ -29,7 +30,9 @@ def make_editable(model: PreTrainedModel, layers: Sequence[int], base_hash: str)
     one does not act as a matrix.
     """
     modules = {layer: mlp_out(model, layer) for layer in layers}
-    packed = [i for i, m in modules.items() if is_quantised(m) and _is_leaf(m)]
+    packed = [
+        i for i, m in modules.items() if is_quantised(m) and _is_leaf(m) and not is_experts(m)
+    ]
     for layer in modules.keys() - set(packed):
         make_resident(model, _path(model, layer))
     if not packed:
@@ -76,7 +79,7 @@ def _is_leaf(module: nn.Module) -> bool:
 
 
 def _path(model: PreTrainedModel, layer: int) -> str:
-    return parameter_name(model, layer).removesuffix(".weight")
+    return parameter_name(model, layer).rpartition(".")[0]
 
 
 @torch.no_grad()

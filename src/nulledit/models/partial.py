@@ -9,34 +9,50 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as BodyOutput
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from nulledit.errors import ModelError
+from nulledit.models.experts import is_experts, keys_of
 from nulledit.models.layouts import blocks_of, find_layout, mlp_out
-from nulledit.models.placement import input_device, is_moved_to, is_offloaded
+from nulledit.models.placement import brought_in, input_device, is_moved_to, is_offloaded
 from nulledit.models.probe import entries
 from nulledit.models.tokens import Batch
 
 
-class _PrefixLayer(DynamicLayer):
-    """Keys and values of a prefix; `update` shows them in front of the new ones, stores nothing."""
+@dataclass
+class _BodyOutput(BaseModelOutputWithPastAndCrossAttentions):
+    """What a body of blocks gives, with all that any family's head looks for."""
 
-    def __init__(self, keys: Tensor | None, values: Tensor | None, length: int):
+    router_logits: tuple[Tensor, ...] | None = None
+    """Of a mixture of experts; None: not asked for."""
+
+
+class _PrefixLayer(DynamicLayer):
+    """Keys and values of a prefix; `update` shows them in front of the new ones.
+
+    It stores nothing, but `recording`, where it keeps the new ones apart.
+    """
+
+    def __init__(self, keys: Tensor | None, values: Tensor | None, length: int, *, recording: bool):
         super().__init__()
         self.keys, self.values, self.length = keys, values, length
+        self.recording = recording
+        self.new: tuple[Tensor, Tensor] | None = None
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        if self.recording:
+            self.new = key_states, value_states
         if self.keys is None or self.values is None or self.length == 0:
             return key_states, value_states
         return (
@@ -54,7 +70,7 @@ class _PrefixLayer(DynamicLayer):
 class Prefix:
     """Attention keys and values of a batch of prefixes in the blocks of a span."""
 
-    def __init__(self, entries: list[tuple[Tensor, Tensor] | None], mask: Tensor):
+    def __init__(self, entries: Sequence[tuple[Tensor, Tensor] | None], mask: Tensor):
         """`entries`: per block, or None where not recorded; `mask` [rows, length]."""
         self.entries = entries
         self.mask = mask
@@ -66,11 +82,25 @@ class Prefix:
         ]
         return Prefix(kept, self.mask[rows])
 
-    def cache(self) -> Cache:
+    def then(self, other: Prefix) -> Prefix:
+        """The prefixes with `other` behind them, in the blocks that `other` was recorded in."""
+        if other.mask.shape[1] == 0:
+            return self
+        joined = [
+            (torch.cat([a[0], b[0]], dim=-2), torch.cat([a[1], b[1]], dim=-2)) if a and b else b
+            for a, b in zip(self.entries, other.entries, strict=True)
+        ]
+        return Prefix(joined, torch.cat([self.mask, other.mask], dim=1))
+
+    def before(self, batch: Batch) -> Batch:
+        """`batch` with the prefixes in its mask, for a run behind them."""
+        return replace(batch, mask=torch.cat([self.mask, batch.mask], dim=1))
+
+    def cache(self, *, recording: bool = False) -> Cache:
         """A cache that shows the prefix to attention and never grows."""
         length = self.mask.shape[1]
         held = [e or (None, None) for e in self.entries]
-        return Cache(layers=[_PrefixLayer(keys, values, length) for keys, values in held])
+        return Cache(layers=[_PrefixLayer(k, v, length, recording=recording) for k, v in held])
 
 
 class PartialModel:
@@ -97,6 +127,12 @@ class PartialModel:
         """The module W of block `layer`; ModelError if it does not enter the stream as declared."""
         module = mlp_out(self.model, layer)
         found, declared = self._entries[layer].output, self.layout.output
+        if not self._entries[layer].linear:
+            raise ModelError(
+                f"what {self.layout.mlp_out} of block {layer} writes is not its experts' output "
+                "matrices times their keys (biases, or routing in another place?), so a value "
+                "written there would not come out; can't edit it"
+            )
         if found != declared:
             raise ModelError(
                 f"what {self.layout.mlp_out} of block {layer} writes enters the residual stream "
@@ -121,7 +157,7 @@ class PartialModel:
         keys and values stand in front and `batch.mask` covers prefix and rows. `last=-1` gives the
         embeddings, the input of block 0.
         """
-        return self._forward(batch, states, first, self._top(last), prefix)[0]
+        return self._forward(batch, states, first, self._top(last), _shown(prefix))[0]
 
     def run_normed(
         self,
@@ -132,7 +168,7 @@ class PartialModel:
         prefix: Prefix | None = None,
     ) -> Tensor:
         """As `run` up to the last block, behind the model's final norm: ready for `logits`."""
-        return self._forward(batch, states, first, self.depth - 1, prefix)[1]
+        return self._forward(batch, states, first, self.depth - 1, _shown(prefix))[1]
 
     @property
     def values_at_output(self) -> bool:
@@ -148,18 +184,24 @@ class PartialModel:
         return self._entries[layer].scale
 
     def run_to_values(
-        self, batch: Batch, *, layer: int, states: Tensor | None = None, first: int = 0
+        self,
+        batch: Batch,
+        *,
+        layer: int,
+        states: Tensor | None = None,
+        first: int = 0,
+        prefix: Prefix | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Hidden states behind block `layer`, and where its values stand [rows, length, d] each.
 
         Values stand in the hidden states themselves, or, where a norm follows W, in W's output.
         """
         if not self.values_at_output:
-            hidden = self.run(batch, states=states, first=first, last=layer)
+            hidden = self.run(batch, states=states, first=first, last=layer, prefix=prefix)
             return hidden, hidden
         written: list[Tensor] = []
         with _hooked(self.mlp_out(layer), _collect_copy(written)):
-            hidden = self.run(batch, states=states, first=first, last=layer)
+            hidden = self.run(batch, states=states, first=first, last=layer, prefix=prefix)
         return hidden, written[0].view(hidden.shape)
 
     def with_value(self, layer: int, hidden: Tensor, standing: Tensor, delta: Tensor) -> Tensor:
@@ -173,31 +215,43 @@ class PartialModel:
     def logits(self, normed: Tensor) -> Tensor:
         """Logits [..., vocabulary] of normed states [..., d]."""
         rows = normed.reshape(1, -1, normed.shape[-1])
-        output = BodyOutput(last_hidden_state=rows)
+        output = _BodyOutput(last_hidden_state=rows)
         one = torch.zeros(rows.shape[:2], dtype=torch.long, device=self.device)
         with _replaced_forward(self._body, lambda *_args, **_kwargs: output):
             logits: Tensor = self.model(input_ids=one, use_cache=False).logits
         return logits.reshape(*normed.shape[:-1], -1)
 
     @torch.no_grad()
-    def record_prefix(self, batch: Batch, states: Tensor, *, first: int) -> Prefix:
-        """Keys and values of `batch` in the blocks from `first` on, from `states` at its input."""
-        if batch.ids.shape[1] == 0:
-            return Prefix([None] * self.depth, batch.mask)
-        cache = DynamicCache()
-        empty = (batch.mask.sum(1, keepdim=True) == 0).to(batch.mask)
-        seeing = replace(batch, mask=batch.mask | empty)  # who sees nothing is nan in some families
-        self._forward(seeing, states, first, self.depth - 1, None, cache=cache)
-        entries: list[tuple[Tensor, Tensor] | None] = [None] * self.depth
-        for i, layer in enumerate(cache.layers):
-            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-            if i >= first and keys is not None and values is not None:
-                entries[i] = (keys, values)
-        return Prefix(entries, batch.mask)
+    def record_prefix(
+        self,
+        batch: Batch,
+        states: Tensor | None = None,
+        *,
+        first: int = 0,
+        last: int | None = None,
+        prefix: Prefix | None = None,
+    ) -> Prefix:
+        """Keys and values of `batch` in the blocks `first` to `last`, run as by `run`.
+
+        Those of `prefix` are not among them: see `Prefix.then`. `batch.mask` is the batch's own.
+        """
+        nothing: list[tuple[Tensor, Tensor] | None] = [None] * self.depth
+        front = prefix or Prefix(nothing, batch.mask[:, :0])
+        if batch.ids.shape[1] == 0 or self._top(last) < first:
+            return Prefix(nothing, batch.mask)
+        cache = front.cache(recording=True)
+        self._forward(front.before(batch), states, first, self._top(last), cache)
+        recorded = [
+            layer.new if isinstance(layer, _PrefixLayer) else None for layer in cache.layers
+        ]
+        return Prefix(recorded, batch.mask)
 
     @contextmanager
     def reading_keys(self, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-        """Collect the input [rows, length, d_in] of W in `layers` of the last run inside."""
+        """Collect the input [rows, length, d_in] of W in `layers` of the last run inside.
+
+        Of experts, the virtual key of them all, zero where a token is not routed.
+        """
         found: dict[int, Tensor] = {}
         with ExitStack() as stack:
             for layer in layers:
@@ -216,12 +270,12 @@ class PartialModel:
         states: Tensor | None,
         first: int,
         last: int,
-        prefix: Prefix | None,
-        cache: Cache | None = None,
+        cache: Cache | None,
     ) -> tuple[Tensor, Tensor]:
         found: list[Tensor] = []
+        empty = (batch.mask.sum(1, keepdim=True) == 0).to(batch.mask)
+        mask = batch.mask | empty  # a row that sees nothing is nan in some models
         with self._span(first, last, states, found):
-            cache = prefix.cache() if prefix is not None else cache
             source = (
                 {"input_ids": batch.ids}
                 if states is None
@@ -229,7 +283,7 @@ class PartialModel:
             )
             output = self._body(
                 **source,
-                attention_mask=batch.mask,
+                attention_mask=mask,
                 position_ids=batch.positions,
                 past_key_values=cache,
                 use_cache=cache is not None,
@@ -255,6 +309,10 @@ class PartialModel:
             else:
                 stack.enter_context(_hooked(self.blocks[last], _collect(found)))
             yield
+
+
+def _shown(prefix: Prefix | None) -> Cache | None:
+    return prefix.cache() if prefix is not None and prefix.mask.shape[1] else None
 
 
 @contextmanager
@@ -315,8 +373,13 @@ def _inject(states: Tensor) -> Any:
 def _read_key(found: dict[int, Tensor], layer: int, states: list[Tensor]) -> Any:
     """`states`: what the block was given last; some join its rows before they come to W."""
 
-    def hook(_module: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
-        found[layer] = args[0].detach().view(*states[-1].shape[:2], -1)
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if is_experts(module):
+            with brought_in(module):
+                keys = keys_of(module, args, kwargs)
+        else:
+            keys = args[0].detach()
+        found[layer] = keys.view(*states[-1].shape[:2], -1)
         states.clear()
 
     return hook

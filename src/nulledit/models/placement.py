@@ -8,6 +8,7 @@ here is found by its hooks, which `transformers` sets for a device map as well.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,19 @@ def follow(new: nn.Module, old: nn.Module) -> None:
 def is_moved_to(module: nn.Module) -> bool:
     """Whether what `module` is given is brought to its device by a hook."""
     return any(hook.execution_device is not None for hook in _hooks(module))
+
+
+@contextmanager
+def brought_in(module: nn.Module) -> Iterator[None]:
+    """The module's own offloaded weights there inside, as while it works."""
+    hooks = [hook for hook in _hooks(module) if hook.offload] if is_offloaded(module) else []
+    for hook in hooks:
+        hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.post_forward(module, None)
 
 
 def save_weights(model: PreTrainedModel, folder: Path, **options: Any) -> None:

@@ -161,6 +161,54 @@ def collate(
     return Batch(ids.to(device), mask.to(device), positions.to(device))
 
 
+@dataclass(frozen=True)
+class Shared:
+    """Rows cut in two: beginnings that several have in common, and the rests."""
+
+    stems: Batch
+    """The beginnings, one per label."""
+    stem: Tensor
+    """Index of each row's stem [rows]."""
+    cuts: list[int]
+    """Length of each row's stem."""
+    rests: Batch
+    """What comes behind; its mask is the rests' own, its positions count the stem."""
+
+
+def share_beginnings(
+    rows: Sequence[Sequence[int]],
+    labels: Sequence[int],
+    limits: Sequence[int],
+    *,
+    pad_id: int,
+    device: torch.device,
+) -> Shared:
+    """Cut `rows` of ids behind the longest beginning that all rows of a label have in common.
+
+    `limits`: what a row's stem may hold at most; fewer tokens than the row has.
+    """
+    names = list(dict.fromkeys(labels))
+    stems: list[Sequence[int]] = []
+    for name in names:
+        mine = [i for i, label in enumerate(labels) if label == name]
+        common = min(limits[i] for i in mine)
+        first = rows[mine[0]]
+        for i in mine[1:]:
+            same = (a == b for a, b in zip(first[:common], rows[i], strict=False))
+            common = next((k for k, equal in enumerate(same) if not equal), common)
+        stems.append(first[:common])
+    stem = [names.index(label) for label in labels]
+    cuts = [len(stems[s]) for s in stem]
+    rests = [row[cut:] for row, cut in zip(rows, cuts, strict=True)]
+    behind = collate(rests, pad_id=pad_id, device=device)
+    return Shared(
+        collate(stems, pad_id=pad_id, device=device),
+        torch.tensor(stem, device=device),
+        cuts,
+        replace(behind, positions=behind.positions + torch.tensor(cuts, device=device)[:, None]),
+    )
+
+
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """An id to fill padding with; masked everywhere, so any valid one serves."""
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
