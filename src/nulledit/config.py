@@ -19,6 +19,22 @@ import yaml
 from nulledit.errors import ConfigError
 from nulledit.reading import MAX_SETTINGS, one_line, parse_yaml, read_text
 
+SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Device maps that accelerate makes itself."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the parts of a model are to be loaded."""
+
+    device_map: str | Mapping[str, str | int]
+    """One of `SPREADS`; or one device; or a device for each part by its path, where what is on
+    "cpu" is offloaded if others compute, and what is on "disk" always."""
+    max_memory: Mapping[str | int, str | int] | None = None
+    """Most that a device may hold, such as {0: "20GiB", "cpu": "60GiB"}; for maps that are made."""
+    offload_folder: str | None = None
+    """Where parts on "disk" are kept that can't be read from the checkpoint as they are."""
+
 
 @dataclass(frozen=True)
 class ValueSettings:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nulledit.batch import Progress, Run
 from nulledit.changes import Changes, some
-from nulledit.config import Recipe, layers_by_depth, load_recipe, shipped_recipes
+from nulledit.config import Placement, Recipe, layers_by_depth, load_recipe, shipped_recipes
 from nulledit.data.facts import Fact
 from nulledit.distributed import Ranks
 from nulledit.editing.queue import batches, merged
@@ -31,6 +31,8 @@ from nulledit.ledger.plans import by_group, facts_of, last_undone, newest, plan_
 from nulledit.ledger.store import Store
 from nulledit.ledger.weights import EditedWeights, LayerReport
 from nulledit.methods import find_method
+from nulledit.models.dense import Dense
+from nulledit.models.editable import has_dense, make_editable
 from nulledit.models.layouts import (
     as_out_in,
     frozen,
@@ -39,7 +41,7 @@ from nulledit.models.layouts import (
     use_layout,
     write_weight,
 )
-from nulledit.models.load import load_model, model_hash
+from nulledit.models.load import QUANTIZE, load_model, model_hash
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import RowEncoder, context_length
 from nulledit.replay import replay
@@ -96,6 +98,7 @@ class Editor:
         name: str = "",
         seed: int = 0,
         value_cache: str | Path | None = None,
+        quantize: str = "",
         ranks: Ranks | None = None,
     ):
         """Take a `model` as the base of edits; its weights are changed in place.
@@ -104,22 +107,28 @@ class Editor:
         `name`, else the published settings on five layers chosen by depth. `statistics`: of this
         model's keys; left out, shipped or cached ones are looked for at the first edit.
         `value_cache`: a folder that keeps optimised values for any editor that asks for the same.
+        `quantize`: 4bit or 8bit if `load_model` quantised it, so that it can be loaded so again.
         `ranks`: processes that edit together, each with an editor of its own; all must make the
         same calls, only rank 0's may attach or save.
+
+        Of a quantised model the edited matrices are made dense in memory; the others stay as they
+        are. Offloaded ones are brought to where they work.
         """
         self.ranks = ranks or Ranks()
         self.model, self.tokenizer = model, tokenizer
         recipe = _read_recipe(recipe, name)
         use_layout(model, recipe.layout)
+        digest = model_hash(model)  # first: some quantised matrices are packed anew when they work
         self.partial = PartialModel(model)
         self._plain = RowEncoder(tokenizer, max_length=context_length(model.config))
-        resolved = self._with_template(resolve_recipe(recipe, name, self.partial))
+        resolved = self._with_template(resolve_recipe(recipe, name, self.partial, digest))
         base = Base(
             model=name,
-            hash=model_hash(model),
+            hash=digest,
             dtype=str(model.dtype).removeprefix("torch."),
             recipe=resolved.to_dict(),
             seed=seed,
+            quantized=(quantize or "own") if has_dense(model) else "",
         )
         cache = None if value_cache is None else ValueCache(Path(value_cache))
         self._work(Journal(History(base)), resolved, statistics, cache)
@@ -150,16 +159,24 @@ class Editor:
         *,
         recipe: Recipe | str | Path | None = None,
         statistics: Statistics | str | Path | None = None,
-        device: str | None = None,
+        device: str | Placement | None = None,
         dtype: str | None = None,
+        quantize: str = "",
         seed: int = 0,
         value_cache: str | Path | None = None,
         trust_remote_code: bool = False,
         ranks: Ranks | None = None,
     ) -> Self:
-        """Load a model by name (`smollm2-135m`), folder or Hub id and make an editor of it."""
+        """Load a model by name (`smollm2-135m`), folder or Hub id and make an editor of it.
+
+        `device`, `dtype` and `quantize` are as for `load_model`.
+        """
         model, tokenizer = load_model(
-            name, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+            name,
+            device=device,
+            dtype=dtype,
+            quantize=quantize,
+            trust_remote_code=trust_remote_code,
         )
         return cls(
             model,
@@ -169,6 +186,7 @@ class Editor:
             name=name,
             seed=seed,
             value_cache=value_cache,
+            quantize=quantize,
             ranks=ranks,
         )
 
@@ -177,7 +195,7 @@ class Editor:
         cls,
         folder: str | Path,
         *,
-        device: str | None = None,
+        device: str | Placement | None = None,
         value_cache: str | Path | None = None,
         trust_remote_code: bool = False,
         ranks: Ranks | None = None,
@@ -185,14 +203,15 @@ class Editor:
         """Take up what `save` (or `nulledit edit`) left in `folder`; later edits are written there.
 
         The base comes from the folder's own model with W₀ from the ledger put back; if there is no
-        model in it (an interrupted first run), from where it was first loaded. Either must have the
-        recorded hash.
+        model in it (an interrupted first run, or a quantised base), from where it was first loaded.
+        Either must have the recorded hash.
         """
         folder = Path(folder)
         store = Store(folder / "ledger")
         history = store.load()
         saved = folder / "model"
         recover_folder(saved)
+        quantized = history.base.quantized
         source = str(saved) if (saved / "config.json").is_file() else history.base.model
         if not source:
             raise LedgerError(f"{folder}: has no model, and its base was an object in memory")
@@ -201,6 +220,7 @@ class Editor:
                 source,
                 device=device,
                 dtype=history.base.dtype,
+                quantize=quantized if quantized in QUANTIZE else "",
                 trust_remote_code=trust_remote_code,
             )
             return cls._resumed(store, history, model, tokenizer, source, value_cache, ranks)
@@ -243,8 +263,16 @@ class Editor:
         ranks: Ranks | None = None,
     ) -> Self:
         use_layout(model, Recipe.from_dict(history.base.recipe).layout)
+        make_editable(model, history.layers, model_hash(model) if history.base.quantized else "")
         for layer in history.layers:
-            write_weight(mlp_out(model, layer), history.original(layer))
+            module = mlp_out(model, layer)
+            if not isinstance(module, Dense):
+                write_weight(module, history.original(layer))
+            elif not module.begin_from(history.original(layer)):
+                raise LedgerError(
+                    f"{source}: its matrix of layer {layer} is not the ledger's W₀: this is "
+                    "another model, or one changed by hand"
+                )
         editor = cls(
             model,
             tokenizer,
@@ -252,6 +280,7 @@ class Editor:
             name=history.base.model,
             seed=history.base.seed,
             value_cache=value_cache,
+            quantize=history.base.quantized.replace("own", ""),
             ranks=ranks,
         )
         found = editor.history.base.hash
@@ -319,17 +348,28 @@ class Editor:
         self._journal.store = None
 
     def save(self, folder: str | Path) -> None:
-        """Write the ledger (first) and the edited model, an ordinary Hugging Face folder."""
+        """Write the ledger (first) and the edited model, an ordinary Hugging Face folder.
+
+        Of a quantised base only the ledger: it is loaded again from where it was.
+        """
         target = Store(Path(folder) / "ledger")
         store = self._journal.store
         if store is None:
             self.attach(folder)
         elif store.folder.resolve() != target.folder.resolve():
             self._journal.copy_to(target)
-        self.save_model(Path(folder) / "model")
+        self.keep_model(folder)
+
+    def keep_model(self, folder: str | Path) -> None:
+        """Bring `folder`/model to the ledger's state; a quantised base has none."""
+        if not self.history.base.quantized:
+            self.save_model(Path(folder) / "model")
 
     def save_model(self, folder: Path) -> None:
-        """Bring the model in `folder` to the ledger's state; nothing is done if it is there."""
+        """Bring the model in `folder` to the ledger's state; nothing is done if it is there.
+
+        ModelError where the base is quantised: edits can't be written into it.
+        """
         with self._journal.writing():
             write_model(
                 self.model,
@@ -418,7 +458,7 @@ class Editor:
         found = _read_recipe(recipe, "")
         layout = found.layout or Recipe.from_dict(self.history.base.recipe).layout
         recipe = self._with_template(
-            resolve_recipe(replace(found, layout=layout), "", self.partial)
+            resolve_recipe(replace(found, layout=layout), "", self.partial, self.history.base.hash)
         )
         self._changes.next_epoch(recipe, statistics)
 
@@ -652,8 +692,13 @@ def _read_recipe(recipe: Recipe | str | Path | None, name: str) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
 
 
-def resolve_recipe(recipe: Recipe | str | Path | None, name: str, model: PartialModel) -> Recipe:
-    """The recipe to use on `model`, with layers; ModelError where they don't fit it."""
+def resolve_recipe(
+    recipe: Recipe | str | Path | None, name: str, model: PartialModel, base_hash: str
+) -> Recipe:
+    """The recipe to use on `model`, with layers, whose matrices are made ready to be written.
+
+    `base_hash`: of the model without edits. ModelError where the layers don't fit the model.
+    """
     recipe = _read_recipe(recipe, name)
     if recipe.layout not in (None, model.layout):
         raise ConfigError("layout is another than the model's first recipe gave; start a new run")
@@ -671,6 +716,9 @@ def resolve_recipe(recipe: Recipe | str | Path | None, name: str, model: Partial
             f"choose layers up to {top - 1}"
         )
     find_method(recipe.method.name).check(recipe)
+    for layer in recipe.layers:
+        model.mlp_out(layer)
+    make_editable(model.model, recipe.layers, base_hash)
     for layer in recipe.layers:
         as_out_in(model.mlp_out(layer))
     return recipe

@@ -37,7 +37,7 @@ def ask(
     run: str,
     prompt: str,
     max_tokens: int,
-    device: str | None,
+    device: Any,
     trust_remote_code: bool,
     plain: bool,
     as_json: bool,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -37,7 +37,7 @@ def check(
     limits: str,
     text: str | None,
     capability: str | None,
-    device: str | None,
+    device: Any,
     trust_remote_code: bool,
     as_json: bool,
     quiet: bool,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
 import click
 
@@ -19,7 +21,7 @@ from nulledit.report.text import plain
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from nulledit.config import ChatSettings, NullSpaceSettings
+    from nulledit.config import ChatSettings, NullSpaceSettings, Placement
     from nulledit.distributed import Ranks
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -65,9 +67,90 @@ def trust_option(command: F) -> F:
 
 
 def device_option(command: F) -> F:
-    """--device."""
+    """--device, --device-map, --max-memory and --offload-folder, as the one argument `device`."""
+
+    @wraps(command)
+    def with_device(**given: Any) -> Any:
+        spread = {name: given.pop(name) for name in PLACING}
+        given["device"] = placed(given["device"], **spread)
+        return command(**given)
+
+    found: Any = with_device
+    for option in (
+        click.option("--offload-folder", metavar="DIR", help="For parts on disk, where needed."),
+        click.option("--max-memory", metavar="LIST", help="Of each device, as 0=20GiB,cpu=60GiB."),
+        click.option(
+            "--device-map",
+            metavar="MAP",
+            help="auto, balanced or sequential; a device; or a JSON file, part to device.",
+        ),
+        click.option("--device", help="cpu, cuda, cuda:1, mps.  [default: cpu]"),
+    ):
+        found = option(found)
+    return cast(F, found)
+
+
+PLACING = ("device_map", "max_memory", "offload_folder")
+
+
+def placed(
+    device: str | None, device_map: str | None, max_memory: str | None, offload_folder: str | None
+) -> str | Placement | None:
+    """The device, or what the options beside it say about several."""
+    from nulledit.config import Placement
+
+    if device_map is None and device == "auto":
+        device_map, device = "auto", None
+    if device_map is None:
+        if max_memory or offload_folder:
+            raise ConfigError("--max-memory and --offload-folder go with --device-map")
+        return device
+    if device is not None:
+        raise ConfigError("give --device or --device-map, not both")
+    return Placement(_parse_map(device_map), _parse_memory(max_memory), offload_folder)
+
+
+def device_words() -> list[str]:
+    """The options of `device_option` as the user gave them, for a command that goes on."""
+    context = click.get_current_context(silent=True)
+    given = context.params if context else {}
+    words = []
+    for name in ("device", *PLACING):
+        if given.get(name):
+            words += ["--" + name.replace("_", "-"), str(given[name])]
+    return words
+
+
+def _parse_map(text: str) -> str | dict[str, str | int]:
+    if not (text.endswith(".json") or Path(text).is_file()):
+        return text
+    from nulledit.reading import MAX_SETTINGS, parse_json, read_text
+
+    content = read_text(Path(text), most=MAX_SETTINGS, error=ConfigError, what="device map")
+    found = parse_json(content, source=text, error=ConfigError)
+    if not isinstance(found, dict):
+        raise ConfigError(f"{text}: expected an object, part to device")
+    return found
+
+
+def _parse_memory(text: str | None) -> dict[str | int, str | int] | None:
+    if text is None:
+        return None
+    found: dict[str | int, str | int] = {}
+    for entry in text.split(","):
+        device, equals, size = (part.strip() for part in entry.partition("="))
+        if not equals or not device or not re.fullmatch(r"\d+([KMGT]i?B)?", size):
+            raise ConfigError(f"--max-memory {text!r}: expected a list such as 0=20GiB,cpu=60GiB")
+        found[int(device) if device.isdigit() else device] = int(size) if size.isdigit() else size
+    return found
+
+
+def quantize_option(command: F) -> F:
+    """--quantize."""
     return click.option(
-        "--device", help="cpu, cuda, cuda:1, mps, or auto to spread the parts.  [default: cpu]"
+        "--quantize",
+        type=click.Choice(["4bit", "8bit"]),
+        help="As it is loaded, by bitsandbytes; the edits stay beside it.",
     )(command)
 
 
@@ -124,15 +207,29 @@ def emit(data: Any) -> None:
     click.echo(as_json(data), nl=False)
 
 
-def meet(device: str | None) -> Ranks:
+def meet(device: str | Placement | None) -> Ranks:
     """The ranks that this process was started with; how they end is seen to in `main`."""
     from nulledit.distributed import Ranks
 
     holder = click.get_current_context().ensure_object(dict)
     if "ranks" not in holder:
-        holder["ranks"] = Ranks.join(Launch.of(), device=device)
+        named = device if device is None or isinstance(device, str) else None
+        holder["ranks"] = Ranks.join(Launch.of(), device=named)
     ranks: Ranks = holder["ranks"]
+    own_device(ranks, device)
     return ranks
+
+
+def own_device(ranks: Ranks, device: str | Placement | None) -> str | Placement | None:
+    """The device of this rank, or the devices of a process that is alone."""
+    if device is None or isinstance(device, str):
+        return ranks.device(device)
+    if not ranks.alone:
+        raise ConfigError(
+            "a model can't be spread by several ranks (--device-map, --device auto): each takes "
+            "the accelerator of its number"
+        )
+    return device
 
 
 def convert_once(name: str, ranks: Ranks) -> None:
@@ -145,7 +242,7 @@ def convert_once(name: str, ranks: Ranks) -> None:
         ranks.barrier()
 
 
-def meet_early(device: str | None) -> None:
+def meet_early(device: str | Placement | None) -> None:
     """Meet before anything can fail on one rank alone; a single process has no time to lose."""
     if Launch.of().size > 1:
         meet(device)

@@ -35,7 +35,7 @@ MOST_DIGITS = 18  # of an event's number
 def diff(
     first: str,
     second: str,
-    device: str | None,
+    device: Any,
     trust_remote_code: bool,
     as_json: bool,
     quiet: bool,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import click
 
 from nulledit.cli.common import (
+    PLACING,
     Sectioned,
     chat_options,
     chat_settings,
@@ -27,6 +28,7 @@ from nulledit.cli.common import (
     parse_layers,
     parse_null_space,
     prepare,
+    quantize_option,
     say,
     trust_option,
 )
@@ -42,6 +44,7 @@ FIXED = {
     "out": "--out",
     "seed": "--seed",
     "dtype": "--dtype",
+    "quantize": "--quantize",
     "dry_run": "--dry-run",
 }
 # What an epoch fixes.
@@ -75,8 +78,8 @@ FIELDS = {
 class _Edit(Sectioned):
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
         "Model and run": (
-            *("model", "out", "run", "new_epoch", "device", "dtype", "trust_remote_code"),
-            "dry_run",
+            *("model", "out", "run", "new_epoch", "device", *PLACING, "dtype", "quantize"),
+            *("trust_remote_code", "dry_run"),
         ),
         "Facts": ("limit", "skip", "on_conflict", "no_shuffle", "seed"),
         "Recipe": ("recipe", "stats", *FIELDS, "layers", "null_space", "chat", "system", "changes"),
@@ -132,6 +135,7 @@ class _Edit(Sectioned):
 )
 @device_option
 @dtype_option
+@quantize_option
 @trust_option
 @click.option(
     "--text",

@@ -74,7 +74,7 @@ def estimate(
 ) -> dict[str, Any]:
     """Seconds per stage and peak bytes of `nulledit edit` on these facts; loads no weights."""
     recipe = recipe or Recipe()
-    device = given["device"] if given["device"] not in (None, "auto") else "cpu"
+    device = given["device"] if isinstance(given["device"], str) else "cpu"
     shape, encoder, depth = _shape(name, dtype, given["trust_remote_code"], recipe.layout)
     encoder = encoder.in_chat(recipe.chat)
     layers = recipe.layers or layers_by_depth(depth)

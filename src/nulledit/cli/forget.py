@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import click
 
 from nulledit.cli.common import (
+    PLACING,
     Bars,
     Sectioned,
     conflict_option,
@@ -32,7 +33,7 @@ class _Forget(Sectioned):
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
         "One fact": ("subject", "prompt", "target"),
         "Facts of a file": ("old_answers", "skip", "limit", "on_conflict"),
-        "Model": ("device", "trust_remote_code"),
+        "Model": ("device", *PLACING, "trust_remote_code"),
     }
 
 

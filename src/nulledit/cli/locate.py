@@ -20,6 +20,7 @@ from nulledit.cli.common import (
     model_source,
     output_options,
     prepare,
+    quantize_option,
     say,
     trust_option,
 )
@@ -79,6 +80,7 @@ class _Locate(Sectioned):
 @click.option("--recipe", metavar="FILE|NAME", help="Whose layout, for a family that is not known.")
 @device_option
 @dtype_option
+@quantize_option
 @trust_option
 @output_options
 def locate(model: str, facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
@@ -133,6 +135,7 @@ def locate(model: str, facts: str, as_json: bool, quiet: bool, **given: Any) -> 
         model_source(model),
         device=given["device"],
         dtype=given["dtype"],
+        quantize=given["quantize"] or "",
         trust_remote_code=given["trust_remote_code"],
     )
     use_layout(loaded, layout)

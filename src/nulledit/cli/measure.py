@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nulledit.cli.common import Bars, say
+from nulledit.config import Placement
 from nulledit.data.corpus import Corpus
 from nulledit.data.facts import Fact
 from nulledit.distributed import Ranks
@@ -36,7 +37,7 @@ class Text:
 
 def load_run(
     folder: str | Path,
-    device: str | None,
+    device: str | Placement | None,
     *,
     quiet: bool,
     trust_remote_code: bool = False,

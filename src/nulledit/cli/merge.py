@@ -48,7 +48,7 @@ def merge(
     out: str,
     prefer: str | None,
     decide: str | None,
-    device: str | None,
+    device: Any,
     trust_remote_code: bool,
     as_json: bool,
     quiet: bool,

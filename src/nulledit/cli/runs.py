@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from nulledit import __version__
-from nulledit.cli.common import Bars, Interrupted, convert_once, model_source, say
+from nulledit.cli.common import (
+    Bars,
+    Interrupted,
+    convert_once,
+    device_words,
+    model_source,
+    own_device,
+    say,
+)
 from nulledit.cli.edit import changed
 from nulledit.cli.measure import (
     Text,
@@ -80,7 +88,7 @@ def run(
         _check_tasks(limits, given)
     if not given["run"] and ranks.from_first(ranks.first and _begun(folder, ranks))[0]:
         given = {**given, "run": given["out"]}  # by this very command, before a restart
-    device = ranks.device(given["device"])
+    device = own_device(ranks, given["device"])
     if given["run"]:
         if ranks.first:
             recover_folder(folder / "model")
@@ -109,6 +117,7 @@ def run(
             statistics=given["stats"],
             device=device,
             dtype=given["dtype"],
+            quantize=given["quantize"] or "",
             seed=given["seed"] or 0,
             trust_remote_code=given["trust_remote_code"],
             ranks=ranks,
@@ -144,7 +153,7 @@ def run(
                     attached = True
                     editor.attach(folder)
             with _timed(seconds, "save"):
-                editor.save_model(folder / "model")
+                editor.keep_model(folder)
             return _finish(editor, folder, report, text, seconds, quiet=quiet)
     except KeyboardInterrupt as error:
         kept = _kept_batches(editor, folder, held)
@@ -220,7 +229,7 @@ def keep(editor: Editor, folder: Path) -> None:
 
 
 def _write_derived(editor: Editor, folder: Path) -> None:
-    editor.save_model(folder / "model")
+    editor.keep_model(folder)
     summary = folder_of.read_json(folder, "summary.json", None)
     if summary is None:
         return
@@ -340,11 +349,18 @@ def as_page(result: Result) -> str:
     parts.append(
         f"{count(last['facts'], 'fact')} in this run. Seconds: {spent}.\n"
         f"Report: {result.folder / 'report.md'}\n"
-        f"Model:  {result.folder / 'model'}\n"
+        f"Model:  {_place_of_model(result)}\n"
         f'Next:   nulledit ask {place} "..."\n'
         f"        nulledit edit MORE --continue {place}"
     )
     return "\n\n".join(parts)
+
+
+def _place_of_model(result: Result) -> str:
+    base = result.summary["base"]
+    if base["quantized"]:
+        return f"{base['model'] or 'the base'} with the ledger; nulledit export writes the edits"
+    return str(result.folder / "model")
 
 
 def _edit(
@@ -517,8 +533,7 @@ def _command(source: str, given: dict[str, Any], folder: Path) -> str:
     for name in ("no_shuffle", "no_evaluate", "trust_remote_code"):
         if given[name]:
             words.append("--" + name.replace("_", "-"))
-    if given["device"]:
-        words += ["--device", given["device"]]
+    words += device_words()
     if given["on_conflict"] != "error":
         words += ["--on-conflict", given["on_conflict"]]
     return shlex.join(words)

@@ -20,8 +20,10 @@ from nulledit.cli.common import (
     model_source,
     null_space,
     output_options,
+    own_device,
     parse_layers,
     prepare,
+    quantize_option,
     refuse_ranks,
     say,
     trust_option,
@@ -84,6 +86,7 @@ def stats(ctx: click.Context) -> None:
 @null_space_option
 @device_option
 @dtype_option
+@quantize_option
 @trust_option
 @output_options
 def make(model: str, as_json: bool, quiet: bool, **given: Any) -> None:
@@ -137,7 +140,7 @@ def _made(
     """The statistics, on rank 0."""
     from nulledit.data.corpus import open_corpus
     from nulledit.editing.statistics import collect_together
-    from nulledit.models.layouts import as_out_in, use_layout
+    from nulledit.models.layouts import use_layout
     from nulledit.models.load import load_model, model_hash
     from nulledit.models.partial import PartialModel
 
@@ -148,18 +151,20 @@ def _made(
     convert_once(name, ranks)
     loaded, tokenizer = load_model(
         name,
-        device=ranks.device(given["device"]),
+        device=own_device(ranks, given["device"]),
         dtype=given["dtype"],
+        quantize=given["quantize"] or "",
         trust_remote_code=given["trust_remote_code"],
     )
     use_layout(loaded, recipe.layout)
+    digest = model_hash(loaded)  # before anything runs, as an editor takes it
     partial = PartialModel(loaded)
     for layer in layers:
         if layer >= partial.depth:
             raise ConfigError(
                 f"layer {layer} is out of range: the model has layers 0 to {partial.depth - 1}"
             )
-        as_out_in(partial.mlp_out(layer))
+        partial.mlp_out(layer)
     return collect_together(
         ranks,
         partial,
@@ -168,7 +173,7 @@ def _made(
         settings,
         layers=layers,
         name=name,
-        model_hash=model_hash(loaded),
+        model_hash=digest,
         folder=Path(given["out"]) if given["out"] else None,
         progress=not quiet,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -22,9 +23,7 @@ from nulledit.cli.common import (
 @device_option
 @trust_option
 @output_options
-def verify(
-    run: str, device: str | None, trust_remote_code: bool, as_json: bool, quiet: bool
-) -> None:
+def verify(run: str, device: Any, trust_remote_code: bool, as_json: bool, quiet: bool) -> None:
     """Check that the model of RUN is its base with the edits in its ledger, and nothing else.
 
     The hash of the database, of every tensor and of every file of the model; then the edited

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nulledit.config import ContextSettings
+from nulledit.models.placement import input_device
 from nulledit.models.tokens import beginning, pad_id
 
 TOP_K = 5  # as published
@@ -28,9 +29,7 @@ def make_contexts(
     if settings.texts:
         return settings.texts
     contexts = ["{}"]
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    device = weight.device
+    device = input_device(model)
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)

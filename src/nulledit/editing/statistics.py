@@ -35,6 +35,7 @@ from nulledit.linalg.blocks import (
 )
 from nulledit.linalg.moments import SecondMoment
 from nulledit.linalg.spectrum import Spectrum
+from nulledit.models.editable import make_editable
 from nulledit.models.experts import count_and_width, is_experts
 from nulledit.models.layouts import as_out_in, named_by_recipe, stored_weight
 from nulledit.models.load import cache_folder
@@ -229,6 +230,9 @@ def collect(
     Kept in `folder` (made for you in the cache if left out); an interrupted run goes on where its
     sums were last saved. `positions` bounds the tokens that run together. Refuses fewer tokens
     than the keys are wide: what was not sampled would pass for null space.
+
+    The matrices of `layers` are made ready to be edited, as an editor does: keys of one layer come
+    through those below.
     """
     found = collect_together(
         Ranks(),
@@ -267,6 +271,7 @@ def collect_together(
     one process would run; so only the order of the float64 sums differs. RankError where ranks have
     other models, corpora or settings.
     """
+    make_editable(model.model, layers, model_hash)
     manifest = Manifest(
         model=name,
         model_hash=model_hash,
@@ -507,8 +512,8 @@ def _empty(model: PartialModel, layers: Sequence[int]) -> dict[int, AnyMoment]:
     for layer in layers:
         module = model.mlp_out(layer)
         weight = stored_weight(module)
-        no_float64 = weight.device.type == "mps"
-        device = torch.device("cpu") if no_float64 else weight.device
+        elsewhere = weight.device.type in ("mps", "meta")  # without float64; offloaded
+        device = torch.device("cpu") if elsewhere else weight.device
         if is_experts(module):
             moments[layer] = BlockMoment(*count_and_width(module), device=device)
         else:

@@ -21,6 +21,7 @@ from transformers import (
 from nulledit.data.facts import quote
 from nulledit.errors import FactError
 from nulledit.models.layouts import frozen
+from nulledit.models.placement import input_device
 from nulledit.models.tokens import UNSPACED, RowEncoder, collate, context_length, pad_id
 
 # Korean has spaces, but its particles are written onto the word.
@@ -161,8 +162,7 @@ def _continue(
 
     At most `new_tokens` a row; all of them without `stops`.
     """
-    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
-    batch = collate(rows, pad_id=pad_id(tokenizer), device=weight.device, left=True)
+    batch = collate(rows, pad_id=pad_id(tokenizer), device=input_device(model), left=True)
     with frozen(model), torch.no_grad(), _plain_generation(model):
         ids = model.generate(  # type: ignore[operator]
             input_ids=batch.ids,

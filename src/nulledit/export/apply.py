@@ -15,8 +15,11 @@ from nulledit.export.delta import Manifest, read_delta, read_manifest
 from nulledit.export.factors import ordered_sum
 from nulledit.export.updates import check_shard_size, refuse_existing, write_json
 from nulledit.files import replacing_folder
+from nulledit.models.dense import is_quantised
+from nulledit.models.editable import make_editable
 from nulledit.models.layouts import as_out_in, mlp_out, parameter_name, write_weight
 from nulledit.models.load import load_model, model_hash
+from nulledit.models.placement import save_weights
 
 MARK_FILE = "nulledit-delta.json"
 
@@ -133,6 +136,11 @@ def _load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     options = {"dtype": manifest.base_dtype, "trust_remote_code": trust_remote_code}
     model, tokenizer = load_model(str(name), **options)  # type: ignore[arg-type]
+    if any(is_quantised(mlp_out(model, entry.layer)) for entry in manifest.layers):
+        raise ModelError(
+            f"{name}: is quantised, so no model folder can be written with the delta; put it on in "
+            "memory (nulledit.export.put_delta), or load an adapter made by export --as lora"
+        )
     check_fits(model, manifest, name)
     return model, tokenizer
 
@@ -186,7 +194,28 @@ def _write(
     max_shard_size: str | int,
 ) -> None:
     with replacing_folder(out) as partial:
-        model.save_pretrained(partial, max_shard_size=max_shard_size)
+        save_weights(model, partial, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(partial)
         if mark:
             write_json(partial / MARK_FILE, mark)
+
+
+def put_delta(model: PreTrainedModel, delta: str | Path) -> None:
+    """Put a delta on its base in memory; `model` is changed. For quantised bases, too.
+
+    Of those the matrices in question become dense first, as when they were edited. LedgerError and
+    ModelError say what does not fit; the model is as before then.
+    """
+    found = read_delta(delta)
+    manifest = found.manifest
+    digest = model_hash(model)
+    if digest != manifest.base_hash:
+        raise ModelError(
+            f"the model is not the base of {delta}: its weights have hash {digest[:12]}, expected "
+            f"{manifest.base_hash[:12]}"
+        )
+    make_editable(model, [entry.layer for entry in manifest.layers], digest)
+    check_fits(model, manifest, "the model")
+    for layer, (left, right) in found.factors.items():
+        module = mlp_out(model, layer)
+        write_weight(module, ordered_sum(as_out_in(module), left, right))

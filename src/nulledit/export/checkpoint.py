@@ -15,6 +15,8 @@ from nulledit.export.updates import (
     write_origin,
 )
 from nulledit.files import replacing_folder
+from nulledit.models.editable import refuse_dense
+from nulledit.models.placement import save_weights
 
 
 def write_checkpoint(
@@ -33,9 +35,10 @@ def write_checkpoint(
     folder = Path(folder)
     check_shard_size(max_shard_size)
     refuse_existing(folder)
+    refuse_dense(editor.model, "exported as a checkpoint")
     layers = tuple(layer_report(editor, layer) for layer in editor.weights.layers)
     with replacing_folder(folder) as partial:
-        editor.model.save_pretrained(partial, max_shard_size=max_shard_size)
+        save_weights(editor.model, partial, max_shard_size=max_shard_size)
         editor.tokenizer.save_pretrained(partial)
         write_origin(editor, partial, "checkpoint")
         card = model_card(editor, layers, run=run, summary=summary)

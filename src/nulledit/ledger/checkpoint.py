@@ -23,6 +23,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from nulledit.errors import LedgerError
 from nulledit.files import recover_folder, replacing, replacing_folder, sha256_of, sweep, write_text
+from nulledit.models.editable import refuse_dense
+from nulledit.models.placement import save_weights
 
 STATE_FILE = "nulledit.json"
 LARGEST_STATE = 16 << 20  # bytes
@@ -123,6 +125,7 @@ def write_model(
     LedgerError if something else lies there, or if something else changed a file that is to be
     rewritten: it is not overwritten.
     """
+    refuse_dense(model, "written as a model folder")
     recover_folder(folder)
     found = read_state(folder)
     if found and (found.state, found.base) == (state_id, base_hash):
@@ -134,7 +137,7 @@ def write_model(
     files = files_with(folder, list(parameters)) if found and _all_there(folder, found) else None
     if found is None or files is None:
         with replacing_folder(folder) as partial:
-            model.save_pretrained(partial)
+            save_weights(model, partial)
             tokenizer.save_pretrained(partial)
             written: dict[str, tuple[str, ...]] = {}
             written |= {name: (sha256_of(partial / name),) for name in files_in(partial)}

@@ -32,6 +32,10 @@ class Base:
     """The recipe that its first epoch is to have."""
     seed: int
     """The seed that its first epoch is to have."""
+    quantized: str = ""
+    """How its edited matrices were quantised: "4bit" or "8bit" as it was loaded, "own" in the
+    checkpoint itself; empty where they are plain. A quantised base is kept by reference: the run
+    holds the ledger and no model."""
 
 
 @dataclass(frozen=True)

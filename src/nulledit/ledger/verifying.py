@@ -128,6 +128,11 @@ def verify(run: str | Path, load: Callable[[Path], Loaded]) -> Verification:
         if may_write and recover_folder(folder):
             found.finished.append(f"{folder}: put in its place; a write of it was interrupted")
         history = _check_ledger(run, store, found, may_write=may_write)
+        if history is not None and history.base.quantized:  # there is no model folder
+            found.skipped = (FILES, MATRICES)
+            if found.passed:
+                _check_base(run, history, load, found)
+            return found
         state = _check_folder(run, folder, found)
         if history is None or state is None or not found.passed:
             found.skipped = (BASE, MATRICES)
@@ -137,18 +142,28 @@ def verify(run: str | Path, load: Callable[[Path], Loaded]) -> Verification:
             found.checks.append(Check(BASE, "model", problem))
             found.skipped = (MATRICES,)
             return found
-        try:
-            editor = load(run)
-        except NullEditError as error:
-            found.checks.append(Check(BASE, "model", str(error)))
+        editor = _check_base(run, history, load, found)
+        if editor is None:
             found.skipped = (MATRICES,)
             return found
-        found.checks.append(Check(BASE, history.base.hash[:12]))
         if state.state != history.state_id:
             _finish(run, folder, editor, found, may_write=may_write)
         if found.passed:
             found.checks += _compare(folder, editor)
     return found
+
+
+def _check_base(
+    run: Path, history: History, load: Callable[[Path], Loaded], found: Verification
+) -> Loaded | None:
+    """The loaded run, if its base is the ledger's."""
+    try:
+        editor = load(run)
+    except NullEditError as error:
+        found.checks.append(Check(BASE, "model", str(error)))
+        return None
+    found.checks.append(Check(BASE, history.base.hash[:12]))
+    return editor
 
 
 def _check_ledger(

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nulledit.config import Layout
 from nulledit.errors import ModelError
+from nulledit.models.dense import is_quantised
 from nulledit.models.experts import is_experts, side_by_side, stacked
 from nulledit.models.probe import probe
 
@@ -146,10 +147,13 @@ def stored_weight(module: nn.Module) -> Tensor:
     weight = module.down_proj if experts else getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != (3 if experts else 2):
         raise ModelError(f"{type(module).__name__} has no weight matrix that can be edited")
-    if not weight.is_floating_point():
+    if is_quantised(module):
+        plain = type(weight) in (Tensor, nn.Parameter)
         raise ModelError(
-            f"the weight is stored as {weight.dtype}: a quantised matrix can't be edited in place; "
-            "load the model in float32, bfloat16 or float16"
+            f"the weight is stored as {weight.dtype if plain else type(weight).__name__}: a "
+            "quantised matrix can't be edited in place; load the model in float32, bfloat16 or "
+            "float16, or have the edits beside it (nulledit edit, then nulledit export --as lora "
+            "or delta)"
         )
     return weight
 

@@ -7,21 +7,27 @@ import importlib.util
 import json
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import cached_file
 
-from nulledit.errors import ModelError
+from nulledit.config import Placement
+from nulledit.errors import ModelError, NullEditError
 from nulledit.files import replacing_folder, sha256_of, write_text
+from nulledit.models.dense import Dense, digest_of, update_digest
+from nulledit.models.placement import loading_options, tensor_of, tied_names
 from nulledit.reading import MAX_DOCUMENT, one_line, parse_json, read_text
 
 logger = logging.getLogger(__name__)
@@ -57,6 +63,9 @@ INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_config.json"
 MAX_JSON = 256 * 2**20
 """Bytes of a JSON file of a model; the largest, tokenizers of 256,000 pieces, have 35 million."""
+QUANTIZE = ("4bit", "8bit")
+INFERENCE_ONLY = frozenset({"support_avx512bf16_for_cpu"})
+"""Flags of quantised modules that allow a faster form which passes no gradient on."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -69,23 +78,32 @@ def cache_folder() -> Path:
 def load_model(
     name: str,
     *,
-    device: str | torch.device | None = None,
+    device: str | torch.device | Placement | None = None,
     dtype: str | torch.dtype | None = None,
+    quantize: str = "",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer.
 
     `name`: the embedded model's name, a local folder or a Hub id. `dtype`: "float32", "bfloat16",
-    "float16" or a torch dtype; left out, the checkpoint's own. `device`: a torch device, or "auto"
-    to let accelerate place the parts. Weights are read from safetensors only: a pickle can run any
-    code. Raises ModelError if there is no such model.
+    "float16" or a torch dtype; left out, the checkpoint's own. `device`: a torch device, "auto" to
+    let accelerate place the parts, or a `Placement` that says more. `quantize`: "4bit" or "8bit",
+    by bitsandbytes; a checkpoint that is quantised needs nothing. Weights are read from safetensors
+    only: a pickle can run any code. Raises ModelError if there is no such model.
     """
+    if quantize not in ("", *QUANTIZE):
+        raise ModelError(f"can't quantise by {quantize!r}; expected {' or '.join(QUANTIZE)}")
     source = str(embedded_folder(name)) if name in EMBEDDED and _gguf_of(name) else name
     if name in EMBEDDED and source == name:
         source = EMBEDDED[name].hub
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    placing = {"device_map": "auto"} if device == "auto" else {}
+    placing: dict[str, Any] = {}
+    if device == "auto":
+        device = Placement("auto")
+    if isinstance(device, Placement):
+        placing, device = loading_options(device), None
+    config = None
     try:
         if Path(source).is_dir():
             _check_folder(Path(source), name)
@@ -93,15 +111,24 @@ def load_model(
         if config.is_encoder_decoder or config.model_type in ("bert", "roberta", "distilbert"):
             raise ModelError(f"{name}: {config.model_type} is no decoder-only language model")
         _check_weights(source, name, revision, getattr(config, "transformers_weights", None))
+        quantised = quantize or getattr(config, "quantization_config", None) is not None
+        if quantised and device is not None:
+            placing = {"device_map": {"": torch.device(device)}}  # its parts can't be moved later
+            device = None
+        if quantize:
+            placing["quantization_config"] = _quantization(quantize, _dtype(dtype))
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=_dtype(dtype), use_safetensors=True, **options, **placing
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (ModelError, torch.OutOfMemoryError, MemoryError):
+    except (NullEditError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # transformers raises many kinds for a folder that is no model
-        raise _not_loaded(name, error) from error
-    if device is not None and device != "auto":
+        raise _not_loaded(name, error, getattr(config, "model_type", ""), placing) from error
+    for module in model.modules() if quantised else ():
+        for flag in INFERENCE_ONLY & vars(module).keys():
+            setattr(module, flag, False)
+    if device is not None:
         try:
             model.to(torch.device(device))  # type: ignore[arg-type]
         except (RuntimeError, AssertionError) as error:
@@ -111,7 +138,16 @@ def load_model(
     return model.eval(), tokenizer
 
 
-def _not_loaded(name: str, error: Exception) -> ModelError:
+def _quantization(quantize: str, dtype: torch.dtype | str) -> BitsAndBytesConfig:
+    if quantize == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = dtype if isinstance(dtype, torch.dtype) else torch.float32
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
+    )
+
+
+def _not_loaded(name: str, error: Exception, family: str, placing: dict[str, Any]) -> ModelError:
     """What transformers said, as a line for users of nulledit."""
     said = " ".join(str(error).split())
     if "use_safetensors" in said:
@@ -121,6 +157,22 @@ def _not_loaded(name: str, error: Exception) -> ModelError:
             f"{name}: comes with code of its own, which is not run unless you ask for it: read the "
             "code, then give --trust-remote-code"
         )
+    if "Unrecognized configuration class" in said:
+        return ModelError(
+            f"{name}: {family} is no decoder-only language model that transformers knows: expected "
+            "one that AutoModelForCausalLM loads"
+        )
+    if "accelerate" in said and "install" in said:
+        return ModelError(f"{name}: a device map needs accelerate: pip install accelerate")
+    if "offload_folder" in said or "offload_dir" in said:
+        return ModelError(
+            f"{name}: some parts are to be on disk in another form than the checkpoint's: give a "
+            "folder for them (--offload-folder)"
+        )
+    if isinstance(error, AssertionError | RuntimeError) and "device_map" in placing:
+        return ModelError(f"{name}: can't be placed on {placing['device_map']}: {said[:200]}")
+    if "device_map" in said or "bitsandbytes" in said or "quantiz" in said:
+        return ModelError(f"{name}: {said[:300]}")
     hint = f"; install it with: {EMBEDDED[name].install}" if name in EMBEDDED else ""
     return ModelError(
         f"can't load a causal language model from {name!r}: expected one of "
@@ -263,20 +315,53 @@ def model_hash(model: PreTrainedModel, replaced: dict[str, torch.Tensor] | None 
     """Hash of every weight: names, shapes, dtypes and bytes, in hex.
 
     `replaced`: tensors by parameter name to hash in place of the model's own (the base weights of
-    an edited model).
+    an edited model). Offloaded weights are read from where they wait. A quantised base is known by
+    the hash that it had before some of its matrices were made dense; with those that are edited.
     """
+    given = replaced or {}
+    dense = {n: m for n, m in model.named_modules() if isinstance(m, Dense)}
+    if dense:
+        return _hash_beside(dense, given)
     digest = hashlib.sha256()
-    seen: set[int] = set()
+    seen: set[int | str] = set()
     state = model.state_dict()
+    apart = any(isinstance(t, torch.Tensor) and t.device.type == "meta" for t in state.values())
+    tied = tied_names(model) if apart else {}
     for name in sorted(state):
-        tensor = (replaced or {}).get(name, state[name])
-        if state[name].data_ptr() in seen and name not in (replaced or {}):
+        if not isinstance(state[name], torch.Tensor):
+            raise ModelError(f"{name}: is no tensor ({type(state[name]).__name__}): can't hash it")
+        same: int | str = tied.get(name, name) if apart else state[name].data_ptr()
+        if same in seen and name not in given:
             continue  # tied weights count once
-        seen.add(state[name].data_ptr())
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        raw = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-        digest.update(raw.numpy())
+        seen.add(same)
+        tensor = given[name] if name in given else tensor_of(model, name, state[name])
+        for inner, plain in _plain_parts(name, tensor):
+            digest.update(f"{inner} {tuple(plain.shape)} {plain.dtype}\n".encode())
+            update_digest(digest, plain)
     return digest.hexdigest()
+
+
+def _hash_beside(dense: dict[str, Dense], given: dict[str, torch.Tensor]) -> str:
+    """The base's hash, and what differs from it in matrices that were made dense."""
+    base = next(iter(dense.values())).base_hash
+    digest, edited = hashlib.sha256(base.encode()), False
+    for name, module in sorted(dense.items()):
+        weight = given.get(f"{name}.weight", module.weight)
+        found = digest_of(weight)
+        if found != module.original:
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {found}\n".encode())
+            edited = True
+    return digest.hexdigest() if edited else base
+
+
+def _plain_parts(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensor itself; of one that is made of others, as some quantised ones are, those."""
+    flatten = getattr(type(tensor), "__tensor_flatten__", None)
+    if flatten is None or type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        yield name, tensor
+        return
+    for inner in flatten(tensor)[0]:
+        yield from _plain_parts(f"{name}.{inner}", getattr(tensor, inner))
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
@@ -21,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from nulledit.errors import ModelError
 from nulledit.models.experts import is_experts, keys_of
 from nulledit.models.layouts import blocks_of, find_layout, mlp_out
+from nulledit.models.placement import brought_in, input_device, is_moved_to, is_offloaded
 from nulledit.models.probe import entries
 from nulledit.models.tokens import Batch
 
@@ -119,9 +121,7 @@ class PartialModel:
     @property
     def device(self) -> torch.device:
         """Where input ids go."""
-        weight = self.model.get_input_embeddings().weight
-        assert isinstance(weight, Tensor)
-        return weight.device
+        return input_device(self.model)
 
     def mlp_out(self, layer: int) -> nn.Module:
         """The module W of block `layer`; ModelError if it does not enter the stream as declared."""
@@ -276,7 +276,11 @@ class PartialModel:
         empty = (batch.mask.sum(1, keepdim=True) == 0).to(batch.mask)
         mask = batch.mask | empty  # a row that sees nothing is nan in some models
         with self._span(first, last, states, found):
-            source = {"input_ids": batch.ids} if states is None else {"inputs_embeds": states}
+            source = (
+                {"input_ids": batch.ids}
+                if states is None
+                else {"inputs_embeds": states.to(self.device)}  # where the mask is made
+            )
             output = self._body(
                 **source,
                 attention_mask=mask,
@@ -296,6 +300,8 @@ class PartialModel:
                 if not first <= i <= last:
                     passing = _passing(self._entries[i].as_tuple)
                     stack.enter_context(_replaced_forward(block, passing))
+                elif torch.is_grad_enabled() and is_offloaded(block):
+                    stack.enter_context(_replaced_forward(block, _again(block.forward)))
             if states is not None:
                 stack.enter_context(_hooked(self.blocks[first], _inject(states), before=True))
             if last < 0:  # nothing but the embedding
@@ -344,11 +350,22 @@ def _passing(as_tuple: bool) -> Any:
     return forward
 
 
+def _again(forward: Any) -> Any:
+    """`forward`, run once more for the gradient: its graph would keep all weights brought in."""
+
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return checkpointed
+
+
 def _inject(states: Tensor) -> Any:
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = args[0] if args else kwargs["hidden_states"]
+        own = states if is_moved_to(module) else states.to(given.device)
         if args:
-            return (states.to(args[0].device), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": states.to(kwargs["hidden_states"].device)}
+            return (own, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": own}
 
     return hook
 
@@ -357,7 +374,11 @@ def _read_key(found: dict[int, Tensor], layer: int, states: list[Tensor]) -> Any
     """`states`: what the block was given last; some join its rows before they come to W."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        keys = keys_of(module, args, kwargs) if is_experts(module) else args[0].detach()
+        if is_experts(module):
+            with brought_in(module):
+                keys = keys_of(module, args, kwargs)
+        else:
+            keys = args[0].detach()
         found[layer] = keys.view(*states[-1].shape[:2], -1)
         states.clear()
 

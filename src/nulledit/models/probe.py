@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from nulledit.config import Layout
 from nulledit.errors import ModelError
 from nulledit.models.experts import count_and_width, gives_w_times_key, is_experts
+from nulledit.models.placement import brought_in, input_device
 
 SIZES = (1024.0, -512.0)
 """Of what is added to W's output: far above its own, so that a two-byte dtype's rounding of the
@@ -79,7 +80,14 @@ def entries(
                 handles.append(module.register_forward_hook(hook, with_kwargs=True))
             except AttributeError:
                 continue  # a block of another kind
-        body(input_ids=_ids(model, [[0]] * rows), use_cache=False)
+        try:
+            body(input_ids=_ids(model, [[0]] * rows), use_cache=False)
+        except TypeError as error:
+            raise ModelError(
+                f"model type {model.config.model_type!r}: {type(body).__name__}, which runs the "
+                "blocks, takes no input ids; expected a decoder-only language model, whose blocks "
+                "lie beside its embedding"
+            ) from error
     return [_entry(s) for s in seen]
 
 
@@ -98,7 +106,8 @@ def _pushing(seen: _Seen) -> Any:
         if not isinstance(output, Tensor):
             return output
         if is_experts(module):
-            seen.linear = gives_w_times_key(module, args, kwargs, output)
+            with brought_in(module):
+                seen.linear = gives_w_times_key(module, args, kwargs, output)
         flat = output.reshape(-1, output.shape[-1]).clone()
         if len(flat) <= seen.rows[-1]:
             return output  # an expert, which sees some tokens only
@@ -119,7 +128,9 @@ def _receiving(seen: _Seen) -> Any:
         given = args[0]
         if isinstance(given, Tensor) and given.shape[-1] == seen.written.shape[-1]:
             rows = given.reshape(-1, given.shape[-1])
-            if len(rows) > seen.rows[-1] and torch.equal(rows[seen.rows], seen.written):
+            if len(rows) > seen.rows[-1] and torch.equal(
+                rows[seen.rows], seen.written.to(rows.device)
+            ):
                 seen.norm = module
 
     return hook
@@ -181,7 +192,7 @@ def probe(model: PreTrainedModel) -> Layout:
     kind = f"model type {model.config.model_type!r} is not known"
     if model.config.is_encoder_decoder:
         raise ModelError(f"{kind} and has an encoder; expected a decoder-only language model")
-    if model.device.type == "meta":
+    if input_device(model).type == "meta":
         raise ModelError(f"{kind}, and can't be traced without its weights; {HOW_TO}")
     calls: list[_Call] = []
     last = min(2, model.config.get_text_config().vocab_size - 1)
@@ -228,7 +239,8 @@ def probe(model: PreTrainedModel) -> Layout:
 
 def _check_causal(kind: str, ends: Tensor) -> None:
     """ModelError if states [2, d] of one token with different tokens behind it differ."""
-    if float((ends[0] - ends[1]).norm()) > 0.01 * float(ends[0].norm()):
+    rounding = min(0.01, 16 * torch.finfo(ends.dtype).eps)
+    if float((ends[0] - ends[1]).norm()) > rounding * float(ends[0].norm()):
         raise ModelError(
             f"{kind} and is no decoder: what it makes of a token depends on the token behind it "
             "(encoder-only); expected a decoder-only language model"
@@ -333,9 +345,7 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 
 def _ids(model: PreTrainedModel, rows: list[list[int]]) -> Tensor:
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return torch.tensor(rows, device=weight.device)
+    return torch.tensor(rows, device=input_device(model))
 
 
 @contextmanager

@@ -34,6 +34,8 @@ def environment(editor: Editor) -> dict[str, Any]:
     import torch
     import transformers
 
+    from nulledit.models.placement import devices_of
+
     return {
         "nulledit": nulledit.__version__,
         "python": platform.python_version(),
@@ -41,7 +43,7 @@ def environment(editor: Editor) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "safetensors": safetensors.__version__,
         "system": platform.platform(),
-        "device": str(editor.partial.device),
+        "device": ", ".join(devices_of(editor.model)),
         "threads": torch.get_num_threads(),
         "dtype": editor.history.base.dtype,
         "seed": editor.seed,
