@@ -25,6 +25,7 @@ ORDER = [
     "editor",
     "evaluation",
     "locating",
+    "tuning",
     "gates",
     "baselines",
     "report",

@@ -1,0 +1,61 @@
+"""What a candidate will take, from those that were measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nulledit.config import Recipe
+from nulledit.data.facts import Fact
+from nulledit.tuning.measure import Measured
+
+SLACK = 1.2  # on what was measured once: the machine may have other work
+
+
+class Costs:
+    """Seconds of wall time, from above: values take all the steps that a recipe allows.
+
+    A step of a value is counted in blocks above the last edited one, which is what it runs. The
+    rest, which is keys, solve, questions and text, counts as the dearest so far.
+    """
+
+    def __init__(self, depth: int):
+        """`depth`: the model's number of blocks."""
+        self.depth = depth
+        self._rate = 0.0  # seconds of a pass of a fact through a block
+        self._rest = 0.0  # seconds a fact of the batch
+        self._values: dict[object, float] = {}  # seconds of values that were optimised, a fact
+
+    def add(self, recipe: Recipe, facts: Sequence[Fact], measured: Measured) -> None:
+        """Learn from a recipe that was measured."""
+        rest = (measured.seconds - measured.value_seconds) / len(facts)
+        self._rest = max(self._rest, rest)
+        if measured.passes:
+            work = measured.passes * self._above(recipe)
+            self._rate = max(self._rate, measured.value_seconds / work)
+            self._values[self._kept_as(recipe)] = measured.value_seconds / len(facts)
+
+    def of_candidate(self, recipe: Recipe, facts: Sequence[Fact]) -> float:
+        """Seconds on facts on which others were measured, so that values may be kept ones."""
+        kept = self._kept_as(recipe) in self._values
+        return SLACK * (0.0 if kept else self._values_of(recipe, facts)) + self.of_asking(facts)
+
+    def of_judging(self, recipe: Recipe, facts: Sequence[Fact]) -> float:
+        """Seconds on facts that were not edited yet; what was measured serves, where it was."""
+        known = self._values.get(self._kept_as(recipe))
+        values = self._values_of(recipe, facts) if known is None else known * len(facts)
+        return SLACK * values + self.of_asking(facts)
+
+    def of_asking(self, facts: Sequence[Fact]) -> float:
+        """Seconds of all but values."""
+        return SLACK * self._rest * len(facts)
+
+    def _values_of(self, recipe: Recipe, facts: Sequence[Fact]) -> float:
+        return self._rate * (recipe.values.steps + 1) * self._above(recipe) * len(facts)
+
+    def _above(self, recipe: Recipe) -> int:
+        return self.depth - recipe.layers[-1]
+
+    def _kept_as(self, recipe: Recipe) -> object:
+        """The same for recipes whose values are the same (`ValueCache`)."""
+        layers = recipe.layers if recipe.values.at == "each" else recipe.layers[-1:]
+        return recipe.values, recipe.contexts, layers
