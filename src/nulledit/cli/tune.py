@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -123,6 +125,7 @@ def tune(model: str, facts: str, as_json: bool, quiet: bool, **given: Any) -> No
     """
     from nulledit.data.readers import read_facts
 
+    begun = time.perf_counter()
     out = Path(given["out"])
     _check(out, given)
     windows = [tuple(parse_layers(text)) for text in given["layers"]]
@@ -134,8 +137,6 @@ def tune(model: str, facts: str, as_json: bool, quiet: bool, **given: Any) -> No
         say(f"Note: {notice}", quiet=quiet)
     start = _start(model, given["start"])
     prepare(quiet=quiet)
-    import tempfile
-
     from nulledit.cli.measure import check_lengths
     from nulledit.editing.statistics import Statistics
     from nulledit.editor import Editor
@@ -173,7 +174,7 @@ def tune(model: str, facts: str, as_json: bool, quiet: bool, **given: Any) -> No
         )
         with Bars(quiet=quiet) as bars:
             bench = Bench(editor, text, statistics=statistics, progress=bars)
-            search = Search(bench, split, settings)
+            search = Search(bench, split, settings, begun=begun)
             search.tell = lambda done, leads: say(_told(search, done, leads), quiet=quiet)
             found = search.run(editor.recipe)
     about = {

@@ -12,10 +12,12 @@ SLACK = 1.2  # on what was measured once: the machine may have other work
 
 
 class Costs:
-    """Seconds of wall time, from above: values take all the steps that a recipe allows.
+    """Seconds of wall time, from above.
 
-    A step of a value is counted in blocks above the last edited one, which is what it runs. The
-    rest, which is keys, solve, questions and text, counts as the dearest so far.
+    Values take the largest share of the allowed passes that any recipe took, or all of them where
+    the step size is smaller than all so far. A pass is counted in blocks above the last edited one,
+    which is what it runs, at the dearest price so far; so is the rest, which is keys, solve,
+    questions and text.
     """
 
     def __init__(self, depth: int):
@@ -23,6 +25,8 @@ class Costs:
         self.depth = depth
         self._rate = 0.0  # seconds of a pass of a fact through a block
         self._rest = 0.0  # seconds a fact of the batch
+        self._share = 0.0  # of the allowed passes
+        self._slowest = float("inf")  # learning rate
         self._values: dict[object, float] = {}  # seconds of values that were optimised, a fact
 
     def add(self, recipe: Recipe, facts: Sequence[Fact], measured: Measured) -> None:
@@ -32,6 +36,10 @@ class Costs:
         if measured.passes:
             work = measured.passes * self._above(recipe)
             self._rate = max(self._rate, measured.value_seconds / work)
+            values = recipe.values
+            allowed = (values.steps + 1) * measured.optimised
+            self._share = max(self._share, min(1.0, measured.passes / allowed))
+            self._slowest = min(self._slowest, values.learning_rate)
             self._values[self._kept_as(recipe)] = measured.value_seconds / len(facts)
 
     def of_candidate(self, recipe: Recipe, facts: Sequence[Fact]) -> float:
@@ -50,7 +58,10 @@ class Costs:
         return SLACK * self._rest * len(facts)
 
     def _values_of(self, recipe: Recipe, facts: Sequence[Fact]) -> float:
-        return self._rate * (recipe.values.steps + 1) * self._above(recipe) * len(facts)
+        values = recipe.values
+        share = self._share if values.learning_rate >= self._slowest else 1.0
+        passes = share * (values.steps + 1) * len(facts)
+        return self._rate * passes * self._above(recipe)
 
     def _above(self, recipe: Recipe) -> int:
         return self.depth - recipe.layers[-1]

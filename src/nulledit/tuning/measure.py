@@ -66,6 +66,7 @@ class Bench:
         self.editor, self.statistics, self.progress = editor, statistics, progress
         self.text = Text(editor.partial, windows, pad_id(editor.tokenizer))
         self._contexts: dict[ContextSettings, tuple[str, ...]] = {}
+        self._with_contexts(editor.recipe)
 
     @property
     def depth(self) -> int:

@@ -139,6 +139,8 @@ class Search:
     """Bounds and weight."""
     clock: Callable[[], float] = time.perf_counter
     """Seconds of wall time."""
+    begun: float | None = None
+    """What the clock said when the budget began; None: when the search is made."""
     tell: Callable[[Candidate | Untried, int], None] | None = None
     """Called with each candidate as it is done, and the number of the one that leads."""
     candidates: list[Candidate] = field(default_factory=list, init=False)
@@ -146,13 +148,18 @@ class Search:
     untried: dict[str, Untried] = field(default_factory=dict, init=False)
     """By the recipe's name."""
 
+    def __post_init__(self) -> None:
+        self._begun = self.clock() if self.begun is None else self.begun
+
     def run(self, start: Recipe) -> Tuning:
         """Search from `start`, which names its layers, and judge what is found.
 
         StatisticsError where `start` itself lacks statistics. The starting recipe and the judging
         are done whatever the budget.
         """
-        self._begun, cpu = self.clock(), time.process_time()
+        cpu = time.process_time()
+        report = self.split.report
+        unedited = self.bench.unedited(report)
         self._costs = Costs(self.bench.depth)
         self._seen: set[str] = set()
         self._measure("", START, 0, start)
@@ -166,8 +173,6 @@ class Search:
             if self._chosen() == before:
                 break
         chosen = self._chosen()
-        report = self.split.report
-        unedited = self.bench.unedited(report)
         started = self.bench.measure(start, report)
         winner = self.candidates[chosen].recipe
         judged = started if chosen == 0 else self.bench.measure(winner, report)
@@ -209,8 +214,8 @@ class Search:
         judging = costs.of_judging(self.candidates[0].recipe, report) + max(
             costs.of_judging(leads, report), costs.of_judging(recipe, report)
         )
-        ahead = costs.of_candidate(recipe, self.split.tuning) + costs.of_asking(report) + judging
-        return NO_TIME if self.clock() - self._begun + ahead > self.settings.seconds else ""
+        end = self.clock() - self._begun + costs.of_candidate(recipe, self.split.tuning) + judging
+        return NO_TIME if end > self.settings.seconds else ""
 
     def _measure(self, stage: str, label: str, base: int, recipe: Recipe) -> str:
         """Measure a candidate; why it can't be, or nothing."""
