@@ -356,8 +356,12 @@ def test_nothing_is_chosen_by_the_report_facts_and_the_winner_is_judged_once():
     bench = Made()
     found = searched(bench, seconds=1e6)
     sides = [facts for _, facts in bench.asked]
-    assert sides[:-2] == [SPLIT.tuning] * len(found.candidates)
-    assert bench.asked[-2:] == [(FROM, SPLIT.report), (found.winner.recipe, SPLIT.report)]
+    assert bench.asked[1] == (FROM, SPLIT.report)
+    assert bench.asked[-1] == (found.winner.recipe, SPLIT.report)
+    assert sides[:1] + sides[2:-1] == [SPLIT.tuning] * len(found.candidates)
+    # Whatever the report facts say, the same is chosen.
+    other = Search(Made(), Split(SPLIT.tuning, tuple(FACTS[:2])), TuneSettings(seconds=1e6))
+    assert other.run(FROM).winner.recipe == found.winner.recipe
 
 
 @pytest.mark.parametrize("seconds", [60, 90, 120, 150, 200])

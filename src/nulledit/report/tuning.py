@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from nulledit.report.writing import write
 from nulledit.tuning.measure import Measured
 from nulledit.tuning.moves import said
 from nulledit.tuning.objective import KINDS, Outcome, difference, score, score_error
-from nulledit.tuning.search import Candidate, Tuning
+from nulledit.tuning.search import BOUND, NO_TIME, Candidate, Tuning
 
 FORMULA = "H(efficacy, paraphrases, neighbours) - {weight:g} KL"
 RULE = (
@@ -67,14 +68,14 @@ def outline(found: Tuning) -> list[str]:
     lines = [
         f"Score: {FORMULA.format(weight=weight)}, means over facts; ± is a standard error.",
         f"{count(len(found.candidates), 'candidate')} on {len(split.tuning)} tuning facts, judged "
-        f"on {len(split.report)} report facts of other subjects; {len(found.untried)} not tried; "
+        f"on {len(split.report)} report facts of other subjects; {untried_in_words(found)}; "
         f"{found.seconds:.0f} s of wall time, {found.cpu_seconds:.0f} CPU-seconds.",
         f"Chosen: {_number(found.chosen)} ({path_of(found)}).",
         f"On the tuning facts, which flatter what they chose: {_line(winner.measured, weight)}.",
         f"On the report facts: {_line(found.judged, weight)}.",
     ]
     if found.chosen == 0:
-        lines.append("No other candidate was taken: it is the starting recipe.")
+        lines.append("It is the starting recipe: no other that was tried was taken.")
         return lines
     lines.append(f"Starting recipe on the report facts: {_line(found.started, weight)}.")
     gain, error = found.gain
@@ -83,6 +84,15 @@ def outline(found: Tuning) -> list[str]:
         verdict = "better" if gain > 0 else "worse: think twice before you use it"
     lines.append(f"Chosen above start on the report facts: {gain:+.3f} ± {error:.3f}, {verdict}.")
     return lines
+
+
+def untried_in_words(found: Tuning) -> str:
+    """How many candidates were not measured, and why."""
+    total = len(found.untried)
+    reasons = {NO_TIME: "for lack of time", BOUND: "for the bound on candidates"}
+    counts = Counter(reasons.get(u.reason, "for lack of what they need") for u in found.untried)
+    why = ", ".join(f"{n} {reason}" for reason, n in counts.items())
+    return f"{total} not tried ({why})" if total else "nothing left to try"
 
 
 def path_of(found: Tuning) -> str:
@@ -153,7 +163,9 @@ def judged_table(found: Tuning) -> Table:
     weight = found.settings.weight
     unedited = [*(_rate(found.unedited.rate(kind)) for kind in KINDS), "", "", "", ""]
     rows: list[Sequence[str]] = [["unedited model", *unedited]]
-    sides = {"starting recipe": found.started, "chosen": found.judged}
+    sides = {"starting recipe": found.started}
+    if found.chosen:
+        sides["chosen"] = found.judged
     for name, m in sides.items():
         rows.append([name, *_measures(m, weight), f"{m.update_share:.3f}"])
     return ["", *KINDS, "KL (nats)", "perplexity", "score", "‖Δ‖/‖W₀‖"], rows

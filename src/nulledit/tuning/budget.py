@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from nulledit.config import Recipe
 from nulledit.data.facts import Fact
@@ -12,30 +13,29 @@ SLACK = 1.2  # on what was measured once: the machine may have other work
 
 
 class Costs:
-    """Seconds of wall time, from above.
+    """Seconds of wall time.
 
     Values take the largest share of the allowed passes that any recipe took, or all of them where
     the step size is smaller than all so far. A pass is counted in blocks above the last edited one,
-    which is what it runs, at the dearest price so far; so is the rest, which is keys, solve,
-    questions and text.
+    which is what it runs, at the mean price so far; so is the rest, which is keys, solve, questions
+    and text.
     """
 
     def __init__(self, depth: int):
         """`depth`: the model's number of blocks."""
         self.depth = depth
-        self._rate = 0.0  # seconds of a pass of a fact through a block
-        self._rest = 0.0  # seconds a fact of the batch
+        self._rates: list[float] = []  # seconds of a pass of a fact through a block
+        self._rests: list[float] = []  # seconds a fact of the batch
         self._share = 0.0  # of the allowed passes
         self._slowest = float("inf")  # learning rate
         self._values: dict[object, float] = {}  # seconds of values that were optimised, a fact
 
     def add(self, recipe: Recipe, facts: Sequence[Fact], measured: Measured) -> None:
         """Learn from a recipe that was measured."""
-        rest = (measured.seconds - measured.value_seconds) / len(facts)
-        self._rest = max(self._rest, rest)
+        self._rests.append((measured.seconds - measured.value_seconds) / len(facts))
         if measured.passes:
             work = measured.passes * self._above(recipe)
-            self._rate = max(self._rate, measured.value_seconds / work)
+            self._rates.append(measured.value_seconds / work)
             values = recipe.values
             allowed = (values.steps + 1) * measured.optimised
             self._share = max(self._share, min(1.0, measured.passes / allowed))
@@ -55,13 +55,16 @@ class Costs:
 
     def of_asking(self, facts: Sequence[Fact]) -> float:
         """Seconds of all but values."""
-        return SLACK * self._rest * len(facts)
+        return SLACK * fmean(self._rests) * len(facts)
 
     def _values_of(self, recipe: Recipe, facts: Sequence[Fact]) -> float:
         values = recipe.values
         share = self._share if values.learning_rate >= self._slowest else 1.0
         passes = share * (values.steps + 1) * len(facts)
-        return self._rate * passes * self._above(recipe)
+        return self._mean_rate() * passes * self._above(recipe)
+
+    def _mean_rate(self) -> float:
+        return fmean(self._rates) if self._rates else 0.0  # methods by gradient have no values
 
     def _above(self, recipe: Recipe) -> int:
         return self.depth - recipe.layers[-1]

@@ -163,6 +163,8 @@ class Search:
         self._costs = Costs(self.bench.depth)
         self._seen: set[str] = set()
         self._measure("", START, 0, start)
+        started = self.bench.measure(start, report)
+        self._costs.add(start, report, started)
         while True:
             before = self._chosen()
             for stage in stages_of(start):
@@ -173,7 +175,6 @@ class Search:
             if self._chosen() == before:
                 break
         chosen = self._chosen()
-        started = self.bench.measure(start, report)
         winner = self.candidates[chosen].recipe
         judged = started if chosen == 0 else self.bench.measure(winner, report)
         return Tuning(
@@ -209,11 +210,10 @@ class Search:
         if most is not None and len(self.candidates) > most:
             return BOUND
         costs, report = self._costs, self.split.report
-        # What is chosen is judged beside the start, be it the one that leads now or this one.
-        leads = self.candidates[self._chosen()].recipe
-        judging = costs.of_judging(self.candidates[0].recipe, report) + max(
-            costs.of_judging(leads, report), costs.of_judging(recipe, report)
-        )
+        # What is chosen is judged, be it the one that leads now or this one; the start is already.
+        judging, leads = costs.of_judging(recipe, report), self._chosen()
+        if leads:
+            judging = max(judging, costs.of_judging(self.candidates[leads].recipe, report))
         end = self.clock() - self._begun + costs.of_candidate(recipe, self.split.tuning) + judging
         return NO_TIME if end > self.settings.seconds else ""
 
