@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LLAMA = ("model.layers", "mlp.down_proj", "plain")
+EXPERTS = ("model.layers", "mlp.experts", "plain")
 FAMILIES = {  # model_type: list of blocks, MLP output matrix in a block, how it enters the stream
     "llama": LLAMA,
     "gpt2": ("transformer.h", "mlp.c_proj", "plain"),
@@ -27,10 +28,13 @@ FAMILIES = {  # model_type: list of blocks, MLP output matrix in a block, how it
     "gpt_neo": ("transformer.h", "mlp.c_proj", "plain"),
     "gpt_neox": ("gpt_neox.layers", "mlp.dense_4h_to_h", "plain"),
     "mistral": LLAMA,
+    "mixtral": EXPERTS,
     "opt": ("model.decoder.layers", "fc2", "plain"),
     "phi3": LLAMA,
     "qwen2": LLAMA,
+    "qwen2_moe": EXPERTS,
     "qwen3": LLAMA,
+    "qwen3_moe": EXPERTS,
     "stablelm": LLAMA,
     "granite": ("model.layers", "mlp.down_proj", "scaled"),
     "gemma2": ("model.layers", "mlp.down_proj", "normed"),
@@ -77,6 +81,40 @@ def multiplier(model: nn.Module) -> float:
     """What W's output is multiplied by on its way into the stream."""
     scaled = FAMILIES[model.config.model_type][2] == "scaled"
     return model.config.residual_multiplier if scaled else 1.0
+
+
+def virtual_keys(experts: nn.Module, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """[p_1 k_1; ...; p_E k_E] of each token [tokens, E * d_in], zero where it is not routed.
+
+    With W = [W_1 ... W_E] the experts' joint output is W times that: the key of the whole layer.
+    """
+    count, _, width = experts.down_proj.shape
+    keys = []
+    for state, chosen, shares in zip(states, index, weights, strict=True):
+        blocks = [torch.zeros(width, dtype=states.dtype) for _ in range(count)]
+        for expert, share in zip(chosen.tolist(), shares, strict=True):
+            gate, up = (experts.gate_up_proj[expert] @ state).chunk(2)
+            blocks[expert] = share * experts.act_fn(gate) * up
+        keys.append(torch.cat(blocks))
+    return torch.stack(keys)
+
+
+def diagonal_blocks(moment: Tensor, width: int) -> Tensor:
+    """`moment` without what it says of two experts' keys at one token."""
+    experts = torch.arange(len(moment), device=moment.device) // width
+    return moment * (experts[:, None] == experts)
+
+
+def add_to_weight(module: nn.Module, update: Tensor) -> None:
+    """Add Δ [d_out, d_in], or [d_out, E * d_in], to the module's weight as it is stored."""
+    if hasattr(module, "down_proj"):
+        for weight, part in zip(
+            module.down_proj, update.split(module.down_proj.shape[2], dim=1), strict=True
+        ):
+            weight += part.to(weight)
+        return
+    transposed = type(module).__name__ == "Conv1D"  # GPT-2 keeps [d_in, d_out]
+    module.weight += (update.mT if transposed else update).to(module.weight)
 
 
 def hidden(output: Any) -> Tensor:
@@ -143,7 +181,8 @@ def read(
     found = []
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
-        found.append((args[0] if inputs else hidden(output)).reshape(*ids.shape, -1))
+        given = virtual_keys(module, *args) if len(args) == 3 else args[0]
+        found.append((given if inputs else hidden(output)).reshape(*ids.shape, -1))
         if stop:
             raise Enough
 
@@ -319,8 +358,7 @@ def alphaedit_batch(
         R = (missing / (len(layers) - i) / multiplier(model)).mT.to(dtype)
         update = solve(K, R, projectors[layer].to(dtype), history[layer].to(dtype), l2)
         module = mlp_out(model, layer)
-        transposed = type(module).__name__ == "Conv1D"  # GPT-2 keeps [d_in, d_out]
-        module.weight += (update.mT if transposed else update).to(module.weight)
+        add_to_weight(module, update)
         done[layer] = LayerUpdate(K, R, update)
     for layer in layers:  # read once more, as published, though no edit changed them since
         K = compute_keys(model, tokenizer, facts, layer, contexts).mT

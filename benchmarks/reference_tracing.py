@@ -39,7 +39,7 @@ def answer_probability(
 
     def replace(token: int, vector: Tensor) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            hidden(output)[0, token] = vector
+            hidden(output).view(len(ids), -1)[token] = vector  # OPT's W is given no first axis
 
         return hook
 
@@ -64,7 +64,7 @@ def clean_run(model: nn.Module, ids: Sequence[int]) -> tuple[list[Tensor], list[
 
     def keep(place: list[Tensor], layer: int) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            place[layer] = hidden(output)[0].clone()
+            place[layer] = hidden(output).view(len(ids), -1).clone()  # Falcon adds to W's in place
 
         return hook
 

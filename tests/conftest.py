@@ -12,7 +12,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from nulledit import Fact, Probe
 from nulledit.config import Recipe, StatisticsSettings
 from nulledit.editing.statistics import Manifest, Statistics, key_moments
-from nulledit.linalg.spectrum import Spectrum
 from nulledit.models.load import model_hash
 from nulledit.models.partial import PartialModel
 
@@ -27,10 +26,13 @@ PLAIN = (
     "gpt_neo",
     "gpt_neox",
     "mistral",
+    "mixtral",
     "opt",
     "phi3",
     "qwen2",
+    "qwen2_moe",
     "qwen3",
+    "qwen3_moe",
     "stablelm",
 )
 SCALED = ("granite",)
@@ -45,9 +47,25 @@ MORE = {  # what makes each architecture's own parts matter
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 64},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16, "init_std": 0.25},
     "mistral": ONE_GROUP,
+    "mixtral": {**ONE_GROUP, "num_local_experts": 4, "num_experts_per_tok": 2},
     "phi3": ONE_GROUP,
     "qwen2": {**ONE_GROUP, "vocab_size": 408},  # its tokenizer gets a padding token when loaded
+    "qwen2_moe": {
+        **ONE_GROUP,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 32,
+    },
     "qwen3": {**ONE_GROUP, "head_dim": 16},
+    "qwen3_moe": {
+        **ONE_GROUP,
+        "head_dim": 16,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+    },
     "stablelm": ONE_GROUP,
     "granite": {
         **ONE_GROUP,
@@ -128,7 +146,9 @@ def build_model(family, *, dtype=torch.float64, seed=0, layers=4, hidden=16, con
     """A random model of `family`."""
     torch.manual_seed(seed)
     config = config_of(family, layers=layers, hidden=hidden, context=context)
-    model = AutoModelForCausalLM.from_config(config)
+    # Experts: the grouped kernel, which is transformers' own choice, has no float64.
+    kernel = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
+    model = AutoModelForCausalLM.from_config(config, **kernel)
     if family not in FAMILIES:
         for parameter in model.parameters():  # norms of one and biases of nought would hide much
             if parameter.ndim == 1:
@@ -198,7 +218,7 @@ def statistics_of(model, tokenizer, layers=(0, 1, 2), lines=tuple(LINES * 2)):
         dtype="float64",
         tokens=sum(map(len, rows)),
     )
-    return Statistics(manifest, {i: Spectrum.of(m.value) for i, m in moments.items()})
+    return Statistics(manifest, {i: m.spectrum() for i, m in moments.items()})
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from conftest import LINES, RECIPE, build_model
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 from nulledit import Editor
 from nulledit.cli.main import cli
@@ -410,14 +410,13 @@ def test_an_unknown_model(place, options, tmp_path, monkeypatch):
     [((), "no MLP output matrix"), (("--dry-run",), "can't be traced without its weights")],
 )
 def test_a_model_without_a_layout(more, why, place, options, tokenizer, tmp_path):
-    sizes = {"hidden_size": 16, "intermediate_size": 48, "num_hidden_layers": 4, "vocab_size": 400}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
-    other = MixtralForCausalLM(MixtralConfig(**sizes, **heads))
-    other.save_pretrained(tmp_path / "mixtral")
-    tokenizer.save_pretrained(tmp_path / "mixtral")
+    sizes = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 4, "vocab_size": 400}
+    other = MambaForCausalLM(MambaConfig(**sizes))
+    other.save_pretrained(tmp_path / "mamba")
+    tokenizer.save_pretrained(tmp_path / "mamba")
     words = ("edit", place / "facts.json", *options, "--out", tmp_path / "run", *more)
-    said = refused(*words, "--model", tmp_path / "mixtral")
-    assert "'mixtral' is not known" in said
+    said = refused(*words, "--model", tmp_path / "mamba")
+    assert "'mamba' is not known" in said
     assert why in said
     assert not (tmp_path / "run").exists()
 

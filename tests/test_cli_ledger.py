@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ import yaml
 from test_cli import RECORDS, done, invoke, options, place, refused, results, state
 
 from nulledit import Editor
+from nulledit.cli.change import change_text
+from nulledit.editor import ChangeReport
 
 __all__ = ["options", "place"]  # fixtures
 
@@ -265,6 +268,25 @@ def test_a_gate_that_fails_leaves_everything_as_it_was(run, place, options, tmp_
     assert len(log_of(run)) == 3
 
 
+def test_a_gate_on_tasks_needs_their_files_before_anything_is_edited(run, tmp_path):
+    limits, more, tasks = tmp_path / "tasks.yaml", tmp_path / "more.json", tmp_path / "tasks"
+    limits.write_text("capability_drop: {at_most: 100, tasks: [sst2]}\n", encoding="utf-8")
+    record = {"id": "new", "subject": "Velm", "prompt": "The people of {} speak", "target": "Greek"}
+    more.write_text(json.dumps([record]), encoding="utf-8")
+    files, words = content(run), ("edit", more, "--continue", run, "--gate", limits)
+    said = refused(*words)
+    assert "give --capability DIR" in said
+    assert "Loading" not in said
+    assert "no such file" in refused(*words, "--capability", tasks)
+    assert "belongs to --gate" in refused(*words[:4], "--capability", tasks)
+    assert content(run) == files
+    tasks.mkdir()
+    lines = [json.dumps({"sentence": f"Velm {i}", "label": i % 2}) for i in range(4)]
+    (tasks / "sst2.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    done(*words, "--capability", tasks, "--quiet", "--no-evaluate")
+    assert len(log_of(run)) == 3
+
+
 # -- what is refused -------------------------------------------------------------------------
 
 
@@ -284,3 +306,144 @@ def test_bad_input_to_the_life_commands_is_one_line(run, tmp_path):
     assert "nothing to rebuild" in refused("rebuild", run, "--quiet")
     done("redo", run, "--quiet")
     assert model_of(run) == before
+
+
+def test_conditions_on_one_field_must_all_fit(run):
+    both = ("--where", "subject=Ada Byron", "--where", "subject=Karo Dun")
+    assert "no fact in the model fits" in refused("undo", run, *both, "--quiet")
+    assert len(log_of(run)) == 2
+
+
+@pytest.mark.parametrize("event", ["²", "9" * 30])
+def test_an_event_or_a_layer_that_is_no_number(run, place, event):
+    assert "the number of an event" in refused("diff", f"{run}@{event}", run, "--quiet")
+    more = ("edit", place / "facts.json", "--continue", run, "--new-epoch", "--quiet")
+    assert "expected numbers such as" in refused(*more, "--layers", event)
+    assert "expected numbers such as" in refused(*more, "--layers", f"1-{event}")
+
+
+def test_missing_statistics_are_asked_for_in_the_models_dtype(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("NULLEDIT_CACHE", str(tmp_path / "cache"))
+    said = refused(
+        *("edit", place / "facts.json", "--model", place / "model", "--dtype", "bfloat16"),
+        *("--recipe", place / "recipe.yaml", "--out", tmp_path / "run", "--quiet"),
+    )
+    assert "--layers 1,2 --dtype bfloat16`" in said
+
+
+def test_the_median_of_two_is_between_them():
+    report = ChangeReport((), (), (), (), (("a", 0.09), ("b", 0.01)))
+    editor = SimpleNamespace(facts=["a", "b"], history=SimpleNamespace(events=[1]))
+    assert "the others moved by 5 % (median" in change_text(editor, report)
+
+
+def test_the_log_of_a_ledger_with_a_damaged_tensor(run):
+    tensor = next((run / "ledger" / "tensors").glob("*.safetensors"))
+    tensor.write_bytes(b"")
+    assert len(log_of(run)) == 2
+    assert "Velmish" in done("show", run).stdout
+    assert "damaged" in refused("show", run, "ada")
+
+
+# -- what changes are told of, and what they leave -------------------------------------------
+
+
+def test_a_fact_that_was_forgotten_can_be_written_again(run, place, tmp_path):
+    one = tmp_path / "one.json"
+    one.write_text(json.dumps(RECORDS[:1]), encoding="utf-8")
+    done("forget", run, one, "--quiet")
+    assert "not Velmish" in done("show", run).stdout
+    done("edit", place / "facts.json", "--continue", run, "--no-evaluate", "--quiet")
+    assert "not Velmish" not in done("show", run).stdout
+    one.write_text(json.dumps([RECORDS[1] | {"more_prompts": ["{} comes from"]}]), encoding="utf-8")
+    done("edit", one, "--continue", run, "--no-evaluate", "--quiet")
+    facts = json.loads(done("show", run, "--json").stdout)["facts"]
+    assert [f["more_prompts"] for f in facts if f["id"] == "zola"] == [["{} comes from"]]
+    assert "undo again" in done("undo", run, "zola").stderr
+
+
+def test_an_epoch_without_a_new_fact_is_not_begun(run, place):
+    told = done(
+        *("edit", place / "facts.json", "--continue", run, "--new-epoch", "--no-evaluate"),
+        *("--method", "memit-history", "--stats", place / "stats"),
+    )
+    assert "no epoch is begun" in told.stderr
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["method"]["name"] == "alphaedit"
+
+
+def test_choices_that_decide_nothing_or_two_things_are_refused(run, other, tmp_path):
+    both, choices = tmp_path / "both", tmp_path / "choices.yaml"
+    merge = ("merge", run, other, "--out", both, "--decide", choices, "--prefer", "first")
+    choices.write_text("ada2: second\n", encoding="utf-8")
+    assert "'ada2' is in no conflict (did you mean 'ada-2'?)" in refused(*merge, "--quiet")
+    choices.write_text("ada-2: second\nada: first\n", encoding="utf-8")
+    assert "decided twice" in refused(*merge, "--quiet")
+    assert not both.exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_a_merge_that_ends_early_leaves_nothing(run, other, tmp_path, monkeypatch, error):
+    both, before = tmp_path / "both", (content(run), content(other))
+    merge = ("merge", run, other, "--out", both, "--prefer", "first", "--quiet")
+
+    def ends(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nulledit.editor.replay", ends)
+        assert invoke(*merge).exit_code in (2, 130)
+    assert not both.exists()
+    done(*merge)
+    assert [e["kind"] for e in log_of(both)] == ["edit", "edit", "merge"]
+    assert (content(run), content(other)) == before
+
+
+def test_a_ledger_that_was_killed_while_it_was_made_is_no_run(place, options, tmp_path):
+    run = tmp_path / "new"
+    edit = ("edit", place / "facts.json", *options, "--out", run, "--no-evaluate")
+    (run / "ledger" / "tensors").mkdir(parents=True)
+    (run / "ledger" / "mine.txt").write_text("mine", encoding="utf-8")
+    assert "is not empty" in refused(*edit)
+    (run / "ledger" / "mine.txt").rename(run / "ledger" / ".ledger.db.4000000.part")
+    (run / "ledger" / ".lock").touch()
+    (run / "ledger" / "tensors" / f"{'0' * 64}.safetensors").touch()
+    done(*edit)
+    done("verify", run, "--quiet")
+
+
+def test_a_change_whose_model_cannot_be_written_is_told(run):
+    listing = (run / "model" / "nulledit.json").read_bytes()
+    (run / "model" / "nulledit.json").unlink()
+    result = invoke("undo", run, "ada", "--quiet")
+    assert result.exit_code == 2
+    note, error = result.stderr.splitlines()
+    assert "the undo is in the ledger, as event 3" in note
+    assert "move it away" in error
+    (run / "model" / "nulledit.json").write_bytes(listing)
+    assert "was behind the ledger" in done("verify", run).stderr
+    assert "ada" not in done("show", run).stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("model.safetensors", "missing"),
+        ("model.safetensors", "cut"),
+        ("config.json", "cut"),
+        ("tokenizer.json", "missing"),
+    ],
+)
+def test_a_damaged_model_says_what_to_do_and_it_helps(run, name, how):
+    file = run / "model" / name
+    raw = file.read_bytes()
+    file.unlink()
+    if how == "cut":
+        file.write_bytes(raw[: len(raw) // 2])
+    result = invoke("verify", run, "--quiet")
+    assert result.exit_code == 1
+    assert "move the folder away and have it written anew" in result.stderr
+    assert f"move {run / 'model'} away" in refused("undo", run, "ada", "--quiet")
+    assert len(log_of(run)) == 2
+    (run / "model").rename(run.parent / "away")
+    done("undo", run, "ada", "--quiet")
+    done("verify", run, "--quiet")

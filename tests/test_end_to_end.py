@@ -83,9 +83,9 @@ NORMED = {  # OLMo 2's MLP reads the stream as it is, which in so small a model 
 }
 
 
-@pytest.mark.parametrize("architecture", [*FAMILIES, "granite", "olmo2"])
+@pytest.mark.parametrize("architecture", [*FAMILIES, "granite", "mixtral", "olmo2"])
 def test_new_facts_hold_and_the_others_stay(architecture, make_editor):
-    """On the first families, and on one whose W is scaled and one where a norm follows it."""
+    """On the first families, one whose W is scaled, one of experts, one where a norm follows W."""
     changes = NORMED if architecture == "olmo2" else {}
     editor = make_editor(architecture, edited=EDITS, **changes)
     assert everything(editor) == 1.0, "the model should know its world before any edit"

@@ -2,14 +2,16 @@
 
 import json
 import math
+import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from conftest import FAMILIES
+from conftest import FAMILIES, statistics_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
@@ -19,13 +21,14 @@ from transformers import AutoModelForCausalLM
 
 from nulledit import Editor, Fact, NullEditError
 from nulledit.cli.apply import apply
-from nulledit.cli.export import export
+from nulledit.cli.export import cost_lines, exactly, export
 from nulledit.errors import ConfigError, LedgerError, ModelError
 from nulledit.export import apply_delta, remove_delta, write_checkpoint, write_delta, write_lora
-from nulledit.export.card import SHOWN, hub_id
+from nulledit.export.card import SHOWN, _cost, hub_id
 from nulledit.export.delta import read_delta
 from nulledit.export.factors import factorise, ordered_sum, relative_error
 from nulledit.export.ranks import SERVED, padded, served_rank
+from nulledit.export.updates import Export
 from nulledit.models.load import load_model, model_hash
 
 peft = pytest.importorskip("peft")
@@ -136,7 +139,7 @@ class Place:
 @pytest.fixture(scope="module")
 def places(tmp_path_factory, tokenizer):
     """`places("gpt2", torch.float32)`: made when first asked for."""
-    from conftest import RECIPE, build_model, statistics_of
+    from conftest import RECIPE, build_model
 
     made = {}
 
@@ -303,6 +306,11 @@ def test_a_fact_to_be_forgotten_holds_if_it_is_not_said(places, monkeypatch):
     assert other.exact_strict == len(FACTS) - plain.exact_strict
     assert other.worst == plain.worst
     assert math.isnan(other.exact_nll)
+    said = cost_lines(other)
+    assert f"{other.exact_strict} in the run's model" in said[0]
+    assert said[1].startswith("Loss of the forgotten answers: largest change ")
+    assert "nan" not in "".join(said) + _cost(Export("lora", Path(), (), "x", 0, cost=other))
+    assert "mean loss of the new answers" in _cost(Export("lora", Path(), (), "x", 0, cost=plain))
 
 
 def save(place):
@@ -379,6 +387,8 @@ def test_a_delta_is_not_put_on_anything_else(places, tmp_path):
         remove_delta(tmp_path / "delta", tmp_path / "on", tmp_path / "off", base=tmp_path / "near")
     with pytest.raises(LedgerError, match="the run of another base"):
         remove_delta(tmp_path / "delta", tmp_path / "on", tmp_path / "off", run=save(other))
+    with pytest.raises(ModelError, match="has this delta on it already"):
+        apply_delta(tmp_path / "delta", tmp_path / "on", tmp_path / "twice")
     with pytest.raises(LedgerError, match="exists already"):
         apply_delta(tmp_path / "delta", place.base, tmp_path / "on")
     assert not (tmp_path / "off").exists()
@@ -630,7 +640,17 @@ def test_nothing_is_overwritten(write, places, tmp_path):
     for name in ("folder", "file"):
         with pytest.raises(LedgerError, match="exists already"):
             write(places().editor, tmp_path / name)
+    (tmp_path / "link").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("link", "pipe"):
+        with pytest.raises(LedgerError, match="exists already"):
+            write(places().editor, tmp_path / name)
+    with pytest.raises(LedgerError, match="file is no folder"):
+        write(places().editor, tmp_path / "file" / "deep" / "out")
     assert [p.name for p in (tmp_path / "folder").iterdir()] == ["mine"]
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "pipe").is_fifo()
+    assert not list(tmp_path.glob(".*")), "nothing half-written stays"
 
 
 def test_without_edits_there_is_nothing_to_export(tiny_model, tokenizer, recipe, tmp_path):
@@ -677,3 +697,47 @@ def test_the_commands(places, tmp_path):
         result = CliRunner().invoke(command, [str(w) for w in refused])
         assert isinstance(result.exception, NullEditError)
         assert said in str(result.exception)
+
+
+def test_bits_are_not_promised_of_full_rank(places, tmp_path, recipe):
+    changed = recipe.with_fields({"method": {"name": "ft", "steps": 3}})
+    place = places("llama", torch.float32, recipe=changed, key="ft")
+    done = write_delta(place.editor, tmp_path / "delta")
+    assert all(layer.of == min(layer.shape) for layer in done.layers)
+    assert exactly(done) == ""
+    thin = write_delta(places("llama", torch.float32).editor, tmp_path / "thin")
+    assert "gives it to the bit" in exactly(thin)
+
+
+def test_the_card_names_the_run_it_lies_in(places, tmp_path, monkeypatch):
+    monkeypatch.chdir(save(places("gpt2", torch.float32)))
+    result = CliRunner().invoke(export, [".", "--as", "lora", "--out", str(tmp_path / "lora")])
+    assert result.exit_code == 0, result.output or result.exception
+    assert "`nulledit undo run ID...`" in (tmp_path / "lora" / "README.md").read_text()
+
+
+def test_a_comparison_that_fails_leaves_the_model_as_it_was(places, monkeypatch, recipe):
+    """The other ledger edits a layer that this one does not: it must be the base's again."""
+    from nulledit.evaluation import difference as module
+
+    place = places("llama")
+    editor, held = place.editor, model_hash(place.editor.model)
+    model, tokenizer = load_model(str(place.base))
+    fields = {"values.steps": 4, "layers": [0]}
+    moved = statistics_of(model, tokenizer)
+    other = Editor(model, tokenizer, recipe=recipe.with_fields(fields), statistics=moved)
+    other.edit(FACTS[:1])
+    assert other.history.layers == (0,)
+    assert 0 not in editor.history.layers
+    calls = []
+
+    def fails(*_):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return [0.0] * 9
+
+    monkeypatch.setattr(module, "_probabilities", fails)
+    with pytest.raises(KeyboardInterrupt):
+        module.difference(editor, other.history)
+    assert model_hash(editor.model) == held

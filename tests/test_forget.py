@@ -212,6 +212,41 @@ def test_the_telling_token_is_the_one_that_knowledge_brings(tiny_model, tokenize
     assert ignorance.telling(PartialModel(model), row, hidden) == gains.index(max(gains))
 
 
+def test_chances_of_nothing_are_no_nan(tiny_model, tokenizer, facts, monkeypatch):
+    """Softmax in float32 gives 0 some 100 nats down."""
+    model, fact = PartialModel(tiny_model("llama")), facts[3].forgotten()
+    row, hidden = ignorance.blinded(RowEncoder(tokenizer, max_length=128), fact, fact.prompt)
+    size = len(row.target_ids)
+
+    def chances(_, row, where):
+        told = torch.full((len(row.target_ids), 500), 1e-3)
+        told[0, row.target_ids[0]] = 0.0  # impossible with and without the subject
+        told[2, row.target_ids[2]] *= 2 if where.stop == 0 else 1  # by knowing it
+        return told
+
+    monkeypatch.setattr(ignorance, "uninformed", chances)
+    assert size > 3
+    assert ignorance.telling(model, row, hidden) == 2
+
+    def certain(_, row, __):
+        return torch.eye(500)[list(row.target_ids)]
+
+    monkeypatch.setattr(ignorance, "uninformed", certain)
+    told = ignorance.Lesson(row, hidden).teacher(model)
+    assert told.isfinite().all()
+    assert told[:-1].sum(1).tolist() == [1.0] * (size - 1)
+    assert told[-1].sum() == 0
+
+
+def test_a_broken_model_has_forgotten_nothing(tiny_model, tokenizer, facts):
+    model = tiny_model("llama")
+    model.model.norm.weight.data.fill_(math.nan)
+    queries = queries_of(facts[0].forgotten())[:1]
+    encoder = RowEncoder(tokenizer, max_length=128)
+    (found,) = score(PartialModel(model), encoder, queries, pad_id=0)
+    assert (found.strict, found.tokens) == (False, 0.0)
+
+
 def test_a_teacher_that_is_certain_is_a_target(tiny_model, tokenizer, facts, monkeypatch):
     """Hard targets are a special case of soft ones: one loss, one descent."""
 
@@ -362,6 +397,24 @@ def test_the_subjects_own_name_is_no_leak(editor, monkeypatch):
         assert recall_of(editor, [fact])[0].own.leaks == leaks
 
 
+def test_an_answer_that_holds_the_subject_leaks(editor, monkeypatch):
+    """The capital of Mexico is Mexico City: without the subject's name nothing was left of it."""
+    told = lambda *_, **__: ["Velm City , says Velm"]  # noqa: E731
+    monkeypatch.setattr("nulledit.evaluation.forgetting.generate_answers", told)
+    for target, leaks in (("Velm City", True), ("Velm Town", False)):
+        fact = Fact("Velm", "the harbour of {} is", target, forget=True)
+        assert recall_of(editor, [fact])[0].own.leaks == leaks
+
+
+def test_a_forgotten_answer_is_not_called_said(editor):
+    """The value's start is without the edits that are made anew: there it was not said."""
+    fact = dataclasses.replace(known("tongue"), id="no", target="river")
+    report = editor.edit([fact])
+    assert report.notices == ("no: not said by the model; written all the same",)
+    report = editor.edit([dataclasses.replace(fact, target=world.another(PERSON, "tongue"))])
+    assert "no: not said by the model without the edits made anew" in report.notices[-1]
+
+
 def test_the_answer_is_found(editor):
     assert find_answer(editor, PERSON, "{} speaks") == world.answer(PERSON, "tongue")
 
@@ -404,6 +457,8 @@ def test_one_fact_by_its_words(run):
     (line,) = [x for x in done.stdout.splitlines() if x.startswith(f"{PERSON} speaks")]
     assert answer in line
     assert line.split()[-2:] == ["no", "absent"]
+    assert "p(first token)" in done.stdout
+    assert "nan" not in done.stdout
     editor = Editor.load(run)
     assert (answer, True) in [fact.demand for fact in editor.facts]
     (told,) = recall_of(editor, [f for f in editor.facts if f.forget], tokens=3)

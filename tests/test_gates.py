@@ -15,6 +15,7 @@ from conftest import statistics_of
 
 from nulledit import Editor, Fact
 from nulledit.cli.check import check as check_command
+from nulledit.cli.check import gate_table
 from nulledit.cli.main import Root
 from nulledit.config import Recipe
 from nulledit.errors import ConfigError
@@ -27,7 +28,7 @@ from nulledit.gates import Limits, check, load_limits
 from nulledit.gates import warn as warn_module
 from nulledit.gates.hidden import edit_rows, text_rows
 from nulledit.gates.limits import KINDS
-from nulledit.gates.measure import Found, _judged, perplexity_growth
+from nulledit.gates.measure import Found, GateReport, Row, _judged, perplexity_growth
 from nulledit.gates.warn import warnings_of
 from nulledit.ledger.weights import LayerReport
 from nulledit.models.layouts import as_out_in
@@ -122,6 +123,17 @@ def test_the_oldest_cohort_is_those_edited_first(editor):
         held = [rows[f.id]["efficacy_strict"] for f in editor.facts[:first]]
         assert row.found == pytest.approx(100 * sum(held) / len(held))
         assert row.n == min(first, len(FACTS))
+
+
+def test_facts_to_forget_are_no_cohort(make_editor):
+    gone = FACTS[0].forgotten(FACTS[0].old_answer)
+    editor = make_editor([gone, *FACTS[1:3]])
+    row = row_of(editor, "oldest_cohort", {"at_least": 1.5, "first": 1})
+    assert (row.n, editor.facts[0].forget) == (1, True)
+    alone = make_editor([gone])
+    for name in ("oldest_cohort", "efficacy", "generalization_strict"):
+        row = row_of(alone, name, {"at_least": 1.5})
+        assert row.note == "all facts are to be forgotten"
 
 
 def test_growth_of_perplexity_is_the_ratio_with_a_paired_error(editor, windows):
@@ -451,6 +463,12 @@ def test_the_command_s_exit_code_and_where_things_go(run, tmp_path):
     as_json = invoke("check", run, "--limits", file, "--json", "--quiet")
     assert as_json.exit_code == 1
     assert json.loads(as_json.stdout)["failed"] == ["norm_growth"]
+
+
+def test_nothing_is_shown_as_minus_nothing():
+    row = Row("x", -0.04, 0.01, 3, "facts", "at_most", 5.0, False, "ok")
+    (cells,) = gate_table(GateReport((row,)))[1]
+    assert cells[2] == "0.0 ± 0.0"
 
 
 def test_what_was_not_measured_is_seen(run, tmp_path):

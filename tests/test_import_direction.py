@@ -10,6 +10,8 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "nulledit"
 ORDER = [
     "errors",
+    "launch",
+    "distributed",
     "files",
     "reading",
     "config",
@@ -32,6 +34,7 @@ ORDER = [
     "export",
     "studies",
     "cli",
+    "__main__",
 ]
 FILES = sorted(p for p in SOURCE.rglob("*.py") if p.parent != SOURCE or p.name != "__init__.py")
 

@@ -14,8 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from nulledit import Editor, Fact
 from nulledit.config import Recipe
 from nulledit.editing.values import Value
-from nulledit.errors import ConfigError, LedgerError
-from nulledit.ledger.fold import LayerMetrics, read_spectrum
+from nulledit.errors import ConfigError, FactError, LedgerError, NoRoomError
+from nulledit.ledger.fold import LayerFold, LayerMetrics, read_spectrum
 from nulledit.ledger.merging import conflicts, newest
 from nulledit.ledger.store import Store
 
@@ -207,6 +207,102 @@ def test_any_sequence_of_changes_is_the_slow_fold_of_what_is_left(tokenizer):
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+# -- what undo must not do -------------------------------------------------------------------
+
+
+def answered(target, id="a", **more):
+    return Fact(id=id, subject="Ada Byron", prompt="{} speaks", target=target, **more)
+
+
+def test_an_answer_that_was_given_twice_is_undone_step_by_step(make_editor):
+    editor = make_editor()
+    states = [weights(editor)]
+    for target in ("Latin", "Greek", "Latin", "Greek"):
+        editor.edit([answered(target)])
+        states.append(weights(editor))
+    for expected in reversed(states[:-1]):
+        report = editor.undo("a")
+        assert same(weights(editor), expected)
+        assert bool(editor.facts) == any("undo again" in n for n in report.notices)
+    assert editor.facts == []
+
+
+def test_an_answer_given_twice_beside_another_on_its_key(make_editor):
+    editor = make_editor()
+    mate = Fact(id="mate", subject="Ada Byron", prompt="{} is a", target="sailor")
+    editor.edit([answered("Latin"), mate])
+    editor.edit([answered("Greek")])
+    editor.undo("mate")  # the answer alone, optimised again
+    editor.edit([answered("Latin")])
+    for left in ("Greek", "Latin"):
+        editor.undo("a")
+        assert [f.target for f in editor.facts] == [left]
+    editor.undo("a")
+    assert editor.facts == []
+
+
+def test_undo_stays_in_its_epoch_though_another_is_due(make_editor, tokenizer, tmp_path):
+    editor = make_editor()
+    mate = Fact(id="mate", subject="Ada Byron", prompt="{} is a", target="sailor")
+    editor.edit([answered("Latin"), mate])
+    due = changed(RECIPE, OTHERS["elsewhere"] | OTHERS["plain"])
+    editor.next_epoch(due, statistics=statistics_of(build_model("llama"), tokenizer))
+    assert editor.undo("a").rebuilt == ("mate",)
+    editor.rebuild()
+    assert len(editor.history.epochs) == 1
+    assert editor.recipe == due
+    editor.save(tmp_path)
+    assert same(weights(Editor.load(tmp_path)), weights(editor))
+    editor.edit([answered("Greek", id="new")])
+    assert [e.recipe["layers"] for e in editor.history.epochs] == [[1, 2], [0, 1]]
+
+
+@pytest.mark.parametrize("change", ["undo", "edit"])
+def test_what_is_to_be_forgotten_is_never_written_by_gradient(make_editor, tokenizer, change):
+    editor = make_editor()
+    mate = Fact(id="mate", subject="Ada Byron", prompt="{} is a", target="sailor")
+    editor.edit([answered("Latin", forget=True), mate])
+    editor.next_epoch(
+        changed(RECIPE, {"method": {"name": "ft"}}),
+        statistics=statistics_of(build_model("llama"), tokenizer),
+    )
+    editor.edit([Fact(id="karo", subject="Karo Dun", prompt="{} works as a", target="sailor")])
+    before = weights(editor)
+    asked = "mate" if change == "undo" else [replace(mate, target="river")]
+    with pytest.raises(FactError, match="a: to be forgotten"):
+        getattr(editor, change)(asked)
+    assert same(weights(editor), before)
+    assert {f.id for f in editor.facts} == {"a", "mate", "karo"}
+    editor.undo("a", "mate")
+    assert {f.id for f in editor.facts} == {"karo"}
+
+
+@pytest.mark.parametrize("change", ["undo", "redo", "restore"])
+def test_what_cannot_be_solved_does_not_reach_the_ledger(
+    make_editor, facts, tmp_path, monkeypatch, change
+):
+    editor = make_editor()
+    editor.edit(facts)
+    editor.attach(tmp_path)
+    if change == "redo":
+        editor.undo("ada")
+    before, state, events = weights(editor), editor.history.state_id, len(editor.history.events)
+    held = {c.id for c in editor.history.active}
+    fold = LayerFold.fold
+
+    def fails(self, columns):
+        if {c.id for c in columns} != held:
+            raise NoRoomError("no room left")
+        return fold(self, columns)
+
+    monkeypatch.setattr(LayerFold, "fold", fails)
+    with pytest.raises(NoRoomError):
+        getattr(editor, change)(*(["ada"] if change == "undo" else []))
+    assert editor.history.state_id == state
+    assert same(weights(editor), before)
+    assert Store(tmp_path / "ledger").events() == events
 
 
 # -- redo ------------------------------------------------------------------------------------

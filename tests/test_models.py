@@ -7,7 +7,15 @@ import torch
 from conftest import NORMED
 
 from nulledit.errors import ModelError
-from nulledit.models.layouts import as_out_in, find_layout, frozen, mlp_out, parameter_name
+from nulledit.models.layouts import (
+    as_out_in,
+    find_layout,
+    frozen,
+    mlp_out,
+    parameter_name,
+    stored_weight,
+    write_weight,
+)
 from nulledit.models.load import load_model, model_hash
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import Batch, collate, share_beginnings
@@ -135,7 +143,8 @@ def test_writing_a_value_moves_the_layer_by_exactly_the_residual(architecture, d
     key = keys[1][0, 3].double()
     residual = torch.linspace(-4, 4, len(before), dtype=torch.float64)
     step = torch.outer(residual / partial.scale(1), key) / key.square().sum()
-    as_out_in(partial.mlp_out(1)).add_(step)
+    module = partial.mlp_out(1)
+    write_weight(module, as_out_in(module) + step.to(partial.model.dtype))
     hidden_now, after = (t[0, 3] for t in partial.run_to_values(batch, layer=1))
     close = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float64 else {"rtol": 0.02, "atol": 0.1}
     torch.testing.assert_close((after - before).double(), residual, **close)
@@ -162,7 +171,7 @@ def test_names_and_layers(architecture, tiny_model):
     model = tiny_model(architecture)
     assert find_layout(model)
     names = dict(model.named_parameters())
-    assert names[parameter_name(model, 1)] is mlp_out(model, 1).weight
+    assert names[parameter_name(model, 1)] is stored_weight(mlp_out(model, 1))
     with pytest.raises(ModelError, match="layers 0 to 3"):
         mlp_out(model, 4)
 

@@ -87,11 +87,28 @@ def test_an_unknown_family_is_used_with_a_notice(tokenizer, facts, caplog, make_
 
 
 @pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        ("olmoe", Layout("model.layers", "mlp.experts")),
+        ("phimoe", Layout("model.layers", "mlp.experts")),
+        ("granitemoe", Layout("model.layers", "block_sparse_moe.experts", "scaled")),
+    ],
+)
+def test_experts_of_an_unknown_family_are_found(kind, layout):
+    number = "num_experts" if kind == "olmoe" else "num_local_experts"
+    more = {"residual_multiplier": 0.5} if kind == "granitemoe" else {}
+    model = untabled(kind, **more, **{number: 4, "num_experts_per_tok": 2}, num_key_value_heads=1)
+    partial = PartialModel(model)
+    assert partial.layout == layout
+    partial.mlp_out(2)
+
+
+@pytest.mark.parametrize(
     ("kind", "more", "says"),
     [
         ("bert", {"is_decoder": False}, "no decoder.*encoder-only"),
         (
-            "mixtral",
+            "gpt_oss",  # experts with biases and an activation of their own
             {"num_local_experts": 2, "num_experts_per_tok": 1, "num_key_value_heads": 1},
             r"no MLP output matrix \[16 x more than 16\].*name it in the recipe",
         ),

@@ -9,7 +9,7 @@ from nulledit.report.images import as_png, as_svg
 from nulledit.report.page import report_page
 from nulledit.report.rates import rate_rows, rates_spec
 from nulledit.report.run import as_json, read_lines, write, write_run
-from nulledit.report.tables import as_markdown, as_text, preservation_table, rates_table
+from nulledit.report.tables import as_markdown, as_text, percent, preservation_table, rates_table
 from nulledit.report.text import markdown, plain, shorten, width
 
 
@@ -217,3 +217,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_json_has_null_for_what_is_not_finite():
     data = {"a": float("nan"), "b": [float("inf"), 1.0], "c": None, "d": "é"}
     assert json.loads(as_json(data)) == {"a": None, "b": [None, 1.0], "c": None, "d": "é"}
+
+
+def test_one_fact_has_no_standard_error():
+    assert percent({"mean": 1.0, "standard_error": float("nan"), "n": 1}) == "100.0"
+    assert percent({"mean": 0.5, "standard_error": 0.1, "n": 2}) == "50.0 ± 10.0"

@@ -1,15 +1,21 @@
 """Statistics: the right numbers, resumable, refused where they don't belong."""
 
 import dataclasses
+import json
 import sys
+import tracemalloc
 from types import SimpleNamespace
 
 import pytest
 import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
 
+from nulledit.cli.main import cli
 from nulledit.config import StatisticsSettings
 from nulledit.data.corpus import open_corpus, windows
 from nulledit.editing import statistics as module
+from nulledit.editing.adding import merge_statistics
 from nulledit.editing.statistics import Manifest, Statistics, collect, find_statistics
 from nulledit.errors import StatisticsError
 from nulledit.models.layouts import mlp_out
@@ -271,3 +277,122 @@ def test_manifest_round_trip():
     older = dataclasses.replace(manifest, format=0)
     with pytest.raises(StatisticsError, match="format 0"):
         Manifest.from_json(older.to_json(), "here")
+
+
+def test_a_long_line_is_tokenised_in_pieces_and_loses_no_token(monkeypatch):
+    monkeypatch.setattr("nulledit.data.corpus.PIECE", 10)
+    text = "the river flows to the sea and Ostrelostrelostrel lies there\n"
+    sizes = []
+
+    def tokenize(piece):
+        sizes.append(len(piece))
+        return list(piece)
+
+    for packed in (True, False):
+        found = list(windows([text, "ab\n"], tokenize, window=7, packed=packed))
+        expected = [text + "ab\n"] if packed else [text.rstrip(), "ab"]
+        assert ["".join(w) for w in found] == [
+            t[i : i + 7] for t in expected for i in range(0, len(t), 7)
+        ]
+    assert max(sizes) <= 10
+
+
+def test_reading_holds_no_more_than_a_line_and_the_tokens_of_a_piece(tmp_path):
+    file = tmp_path / "large.txt"
+    with file.open("w") as out:
+        for _ in range(4):
+            out.write("the river " * 50_000 + "\n")
+    corpus = open_corpus(file)
+    tracemalloc.start()
+    try:
+        count = sum(len(w) for w in windows(corpus.texts(), str.split, window=512, packed=True))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert count == 400_000
+    assert peak < 4 * 2**20  # a line's tokens alone take 6 million
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    folder = tmp_path / "wiki"
+    folder.mkdir()
+    for number in (0, 1, 3):
+        (folder / f"text-0000{number}-of-00004.txt").write_text("one\n")
+    with pytest.raises(StatisticsError, match=r"wiki: shard 2 of 4 of text is missing; expected 4"):
+        open_corpus(folder)
+    (folder / "text-00002-of-00004.txt").write_text("two\n")
+    assert list(open_corpus(folder).texts()) == ["one\n", "one\n", "two\n", "one\n"]
+
+
+@pytest.fixture
+def two_texts(tmp_path):
+    lines = TEXT.splitlines(keepends=True)
+    for name, part in (("a", lines[:7]), ("b", lines[7:]), ("both", lines)):
+        (tmp_path / f"{name}.txt").write_text("".join(part))
+    return {name: open_corpus(tmp_path / f"{name}.txt") for name in ("a", "b", "both")}
+
+
+def test_merged_statistics_are_those_of_one_pass(run, two_texts, tmp_path):
+    settings = StatisticsSettings(window=16, packing="lines")
+    made = {name: run(settings, folder=name, corpus=c)[1] for name, c in two_texts.items()}
+    found = merge_statistics([tmp_path / "a", tmp_path / "b"], tmp_path / "merged")
+    assert found.manifest.tokens == made["both"].manifest.tokens
+    assert found.manifest.windows == made["both"].manifest.windows
+    assert [s.corpus for s in found.manifest.sources] == ["a.txt", "b.txt"]
+    assert found.manifest.corpus == "a.txt + b.txt"
+    one, two = (load_file(tmp_path / f / "moments.safetensors") for f in ("merged", "both"))
+    for name in ("sum.0", "sum.2"):
+        assert (one[name] - two[name]).norm() / two[name].norm() < 1e-12
+    for layer in (0, 2):
+        torch.testing.assert_close(
+            found.spectra[layer].eigenvalues, made["both"].spectra[layer].eigenvalues
+        )
+    assert Statistics.load(tmp_path / "merged").manifest == found.manifest
+    again = merge_statistics([tmp_path / "a", tmp_path / "b"], tmp_path / "merged")
+    assert again.manifest == found.manifest
+
+
+def test_statistics_that_do_not_add_up_are_refused(run, two_texts, tmp_path):
+    a, b = two_texts["a"], two_texts["b"]
+    lines = StatisticsSettings(window=16, packing="lines")
+    run(lines, folder="a", corpus=a)
+    run(lines, folder="b", corpus=b)
+    merge_statistics([tmp_path / "a", tmp_path / "b"], tmp_path / "ab")
+    run(StatisticsSettings(window=8, packing="lines"), folder="window", corpus=b)
+    run(StatisticsSettings(window=16), folder="packing", corpus=b)
+    run(StatisticsSettings(window=16, packing="lines", count_first=False), folder="p", corpus=b)
+    run(lines, "gpt2", folder="model", corpus=b)
+    for other, words in (
+        ("window", "the window 8, there 16"),
+        ("packing", "packing packed, there lines"),
+        ("p", "position 0 counted False, there True"),
+        ("model", "the model's weights"),
+        ("a", r"both are of a\.txt, whose keys would count twice"),
+        ("ab", r"both are of a\.txt"),
+        ("nowhere", "no such folder"),
+        ("a.txt", "is a compact file, which holds no sums"),
+    ):
+        with pytest.raises(StatisticsError, match=words):
+            merge_statistics([tmp_path / "a", tmp_path / other], tmp_path / "new")
+        assert not (tmp_path / "new").exists()
+    with pytest.raises(StatisticsError, match="two or more"):
+        merge_statistics([tmp_path / "a"], tmp_path / "new")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/file").write_text("")
+    with pytest.raises(StatisticsError, match="is there already"):
+        merge_statistics([tmp_path / "a", tmp_path / "b"], tmp_path / "taken")
+
+
+def test_the_command_merges(run, two_texts, tmp_path):
+    lines = StatisticsSettings(window=16, packing="lines")
+    made = [run(lines, folder=n, corpus=two_texts[n])[1].manifest.tokens for n in ("a", "b")]
+    words = ["stats", "merge", *(str(tmp_path / n) for n in ("a", "b"))]
+    more = ["--out", str(tmp_path / "ab"), "--compact", str(tmp_path / "ab.safetensors"), "--json"]
+    result = CliRunner().invoke(cli, [*words, *more])
+    assert result.exit_code == 0, result.stderr
+    manifest = json.loads(result.stdout)["manifest"]
+    assert [s["tokens"] for s in manifest["sources"]] == made
+    assert Statistics.load(tmp_path / "ab.safetensors").manifest.tokens == sum(made)
+    result = CliRunner().invoke(cli, [*words, str(tmp_path / "a"), *more])
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1

@@ -11,6 +11,7 @@ from nulledit.config import ValueSettings
 from nulledit.editing.keys import Walk
 from nulledit.editing.values import optimise_values
 from nulledit.ledger.fold import read_spectrum
+from nulledit.linalg.blocks import parts_of
 from nulledit.models.layouts import as_out_in, frozen
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import RowEncoder, pad_id
@@ -52,6 +53,15 @@ def theirs(model, tokenizer, fact, *, settings=SETTINGS, layer=2):
 
 def distance(a, b):
     return float((a - b).norm() / b.norm())
+
+
+def null_space(spectrum, threshold):
+    """P, dense, of a spectrum that may hold one side only."""
+    held = slice(spectrum.start, spectrum.stop)
+    protected = spectrum.eigenvalues[held] >= threshold
+    vectors = spectrum.eigenvectors
+    eye, thin = torch.eye(spectrum.d_in, dtype=torch.float64), vectors @ vectors.mT
+    return eye - thin if protected.all() else thin
 
 
 def test_values_equal_the_reference(architecture, tiny_model, tokenizer, facts):
@@ -161,12 +171,9 @@ def test_batches_equal_the_reference_with_its_history(
     tensors = editor.history.tensors[editor.history.epochs[0].tensors]
     for layer in recipe.layers:
         spectrum, threshold = read_spectrum(tensors, layer)
-        held = slice(spectrum.start, spectrum.stop)
-        protected = spectrum.eigenvalues[held] >= threshold
-        vectors, eye = spectrum.eigenvectors, torch.eye(spectrum.d_in, dtype=torch.float64)
-        thin = vectors @ vectors.mT
-        projectors[layer] = eye - thin if protected.all() else thin
-        history[layer] = torch.zeros_like(eye)
+        parts = parts_of(spectrum, "whole").values()
+        projectors[layer] = torch.block_diag(*(null_space(part, threshold) for part in parts))
+        history[layer] = torch.zeros_like(projectors[layer])
     for number, batch in enumerate(batches):
         recorded = editor.history.tensors[editor.history.batches[number].tensors]
 

@@ -82,14 +82,21 @@ def untrained(family, vocabulary, *, hidden=48, layers=6):
             max_position_embeddings=64,
         )
         return LlamaForCausalLM(config)
-    if family in ("granite", "olmo2"):
+    if family in ("granite", "mixtral", "olmo2"):
         sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_attention_heads": 4}
-        more = {"residual_multiplier": 0.5} if family == "granite" else {}
+        more = {
+            "granite": {"residual_multiplier": 0.5},
+            "mixtral": {
+                "intermediate_size": 2 * hidden,
+                "num_local_experts": 4,
+                "num_experts_per_tok": 2,
+            },
+            "olmo2": {},
+        }[family]
         config = AutoConfig.for_model(
             family,
             **shared,
-            **sizes,
-            **more,
+            **sizes | more,
             num_hidden_layers=layers,
             num_key_value_heads=2,
             max_position_embeddings=64,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nulledit.config import Recipe
-from nulledit.data.facts import Fact
+from nulledit.data.facts import SLOT, Fact
+from nulledit.distributed import Message, Ranks, shares
 from nulledit.editing.chunks import chunks_of
 from nulledit.editing.keys import Walk
 from nulledit.editing.target_loss import WeightLoss
@@ -111,11 +112,13 @@ class BatchWriter:
         *,
         base_hash: str = "",
         cache: ValueCache | None = None,
+        ranks: Ranks | None = None,
     ):
         """Brings `facts` to the first edited layer; nothing is changed yet."""
         self.model, self.encoder, self.recipe = model, encoder, recipe
         self.weights, self.contexts, self.run, self.cache = weights, contexts, run, cache
         self.base_hash, self.pad_id = base_hash, pad_id(tokenizer)
+        self.ranks = ranks or Ranks()
         self.method = find_method(recipe.method.name)
         self.facts = list(facts)
         self.requests = [
@@ -129,7 +132,8 @@ class BatchWriter:
         ]
         with run.timed("keys"):
             self.walk = self._walk()
-            self.first_keys = self.walk.keys()  # [d_in, requests]
+            keys = self.walk.keys()  # [d_in, requests]
+            self.first_keys = self.ranks.from_first(None, {"keys": keys})[1]["keys"].to(keys)
 
     def write(self, staying: Sequence[Column], given: Given | None = None) -> Written:
         """Edit layer after layer; `staying` are the columns in the weights now.
@@ -139,6 +143,7 @@ class BatchWriter:
         wordings = [request.wording for request in self.requests]
         if self.method.by_gradient:
             found, tensors = self._descend(staying)
+            found, tensors = self.ranks.from_first(found, tensors)
             return Written(tensors, found, [0] * len(wordings))
         shared = same_key_groups(self.first_keys, self.recipe.same_key)
         whole = self.recipe.values.at == "each"
@@ -154,13 +159,20 @@ class BatchWriter:
             with self.run.timed("keys"):
                 keys = self.walk.keys()
                 missing = _stacked(values).double().mT - self.walk.hidden(layer if each else last)
+                keys, missing = self._of_first(keys, missing)
             left = 1 if whole else sum(other >= layer for other in self.recipe.layers)
             with self.run.timed("solve"):
                 residual = missing / (left * self.model.scale(layer))
                 tensors |= self.weights.write(layer, staying, keys, residual)
         tensors["z"] = _stacked(values)
         outcomes = [{k: v for k, v in vars(value).items() if k != "z"} for value in values]
+        outcomes, tensors = self.ranks.from_first(outcomes, tensors)
         return Written(tensors, outcomes, self._joined(shared))
+
+    def _of_first(self, keys: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
+        """As rank 0 has them: other machines may round otherwise, and all solve the same."""
+        _, found = self.ranks.from_first(None, {"keys": keys, "missing": missing})
+        return found["keys"].to(keys), found["missing"].to(missing)
 
     def _descend(self, staying: Sequence[Column]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
         """Each layer by gradient descent on the targets' loss."""
@@ -236,16 +248,19 @@ class BatchWriter:
                     contexts=self.contexts,
                     settings=self.recipe.values,
                 )
-                values.update(zip(mine, self.cache.get(names[group]) or (), strict=False))
+                if self.ranks.first:
+                    values.update(zip(mine, self.cache.get(names[group]) or (), strict=False))
+            values = _values_of(self.ranks.from_first(*_message_of(values)))
         missing = [i for i in range(len(wordings)) if i not in values]
         counter = self.run.counter("values", len(wordings))
         counter(len(values))
         self.run.optimised += len(missing)
+        mine = self._share(missing, shared)
         found = optimise_values(
             self.model,
             self.encoder,
-            [wordings[i] for i in missing],
-            [shared[i] for i in missing],
+            [wordings[i] for i in mine],
+            [shared[i] for i in mine],
             layer=layer,
             contexts=self.contexts,
             settings=self.recipe.values,
@@ -253,12 +268,38 @@ class BatchWriter:
             pad_id=self.pad_id,
             progress=counter,
         )
-        values.update(zip(missing, found, strict=True))
-        if self.cache is not None:
+        values.update(self._gathered(dict(zip(mine, found, strict=True))))
+        counter(len(missing) - len(mine))
+        if self.cache is not None and self.ranks.first:
             for group, mine in members.items():
                 if mine[0] in missing:
                     self.cache.put(names[group], [values[i] for i in mine])
         return [values[i] for i in range(len(wordings))]
+
+    def _share(self, missing: Sequence[int], shared: Sequence[int]) -> list[int]:
+        """Those of the requests `missing` whose values this rank optimises; groups stay whole."""
+        if self.ranks.alone:
+            return list(missing)
+        groups: dict[int, list[int]] = {}
+        for i in missing:
+            groups.setdefault(shared[i], []).append(i)
+        costs = [float(sum(map(self._length, members))) for members in groups.values()]
+        dealt = shares(costs, self.ranks.size)[self.ranks.rank]
+        of_group = list(groups.values())
+        return sorted(i for number in dealt for i in of_group[number])
+
+    def _length(self, request: int) -> int:
+        """Characters that run again and again in a step: what stands behind the subject."""
+        fact = self.requests[request].wording
+        return sum(len(p) - p.find(SLOT) + len(fact.target) for p in fact.prompts)
+
+    def _gathered(self, mine: Mapping[int, Value]) -> dict[int, Value]:
+        """The values of all ranks, by request."""
+        return {
+            i: value
+            for message in self.ranks.gather(*_message_of(mine))
+            for i, value in _values_of(message).items()
+        }
 
     def _weights_hash(self) -> str:
         """Of the model as it is: the base, and the edited matrices that differ from it.
@@ -293,6 +334,17 @@ class BatchWriter:
         on_cpu = self.model.device.type == "cpu"
         default = CPU_POSITIONS if on_cpu else ACCELERATOR_POSITIONS
         return factor * (self.recipe.chunk_positions or default)
+
+
+def _message_of(values: Mapping[int, Value]) -> Message:
+    """Values by request, for other ranks."""
+    notes = {str(i): {k: v for k, v in vars(x).items() if k != "z"} for i, x in values.items()}
+    return notes, {str(i): x.z for i, x in values.items()}
+
+
+def _values_of(message: Message) -> dict[int, Value]:
+    notes, tensors = message
+    return {int(i): Value(z=tensors[i], **note) for i, note in notes.items()}
 
 
 def _stacked(values: Sequence[Value]) -> Tensor:

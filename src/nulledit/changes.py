@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
+from hashlib import sha256
 from pathlib import Path
 
 from torch import Tensor
@@ -13,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from nulledit.batch import BatchWriter, Given, Run, Written
 from nulledit.config import Recipe
 from nulledit.data.facts import Fact, refuse_forgetting
+from nulledit.distributed import Ranks
 from nulledit.editing.contexts import make_contexts
 from nulledit.editing.statistics import Statistics, find_statistics
 from nulledit.editing.value_cache import ValueCache
@@ -44,11 +47,12 @@ class Changes:
         recipe: Recipe,
         statistics: Statistics | str | Path | None,
         cache: ValueCache | None,
+        ranks: Ranks | None = None,
     ):
         """`recipe` and `statistics` are those of the current epoch, or of the next one to open."""
         self.model, self.tokenizer, self.encoder = model, tokenizer, encoder
         self.journal, self.recipe, self.cache = journal, recipe, cache
-        self.statistics = statistics
+        self.statistics, self.ranks = statistics, ranks or Ranks()
         self.weights = EditedWeights(model, journal.history)
         self._opens = not journal.history.epochs  # whether the next batch begins an epoch
 
@@ -72,6 +76,18 @@ class Changes:
             return []  # it shares no value between facts on one key
         cosine = self.recipe.same_key
         return [c for c, _ in self.weights.near(columns, others, cosine=cosine)]
+
+    @contextmanager
+    def current_epoch(self) -> Iterator[None]:
+        """The recipe of the epoch there is inside, though `next_epoch` asked for another one."""
+        due = (self.recipe, self._opens) if self._opens and self.history.epochs else None
+        if due:
+            self.recipe, self._opens = Recipe.from_dict(self.history.epoch.recipe), False
+        try:
+            yield
+        finally:
+            if due:
+                self.recipe, self._opens = due
 
     # -- whole or not at all -----------------------------------------------------------------
 
@@ -123,12 +139,16 @@ class Changes:
                 contexts = make_contexts(
                     self.model.model, self.tokenizer, self.recipe.contexts, seed=seed
                 )
+            manifest = json.dumps(asdict(statistics.manifest), sort_keys=True)
+            self.ranks.agree({"set of statistics": sha256(manifest.encode()).hexdigest()})
+            contexts = tuple(self.ranks.from_first(contexts)[0])
             self._begin(*opening(contexts, seed))
             return
         base, layers = self.history.base, ",".join(map(str, self.recipe.layers))
+        dtype = "" if base.dtype == "float64" else f" --dtype {base.dtype}"  # part of its hash
         raise refusal or StatisticsError(
             "no statistics of this model's preserved keys: make them once with "
-            f"`nulledit stats make {base.model or 'MODEL'} --text CORPUS --layers {layers}`"
+            f"`nulledit stats make {base.model or 'MODEL'} --text CORPUS --layers {layers}{dtype}`"
         )
 
     def take_up(self, epoch: Epoch, source: History) -> None:
@@ -175,8 +195,18 @@ class Changes:
                 behind={c.fact.key: c for c in plan.remade},
             )
             return
-        self.journal.commit(kind, [], activated=plan.restored, deactivated=plan.dropped)
-        self.weights.refresh()
+        self.activate(kind, on=plan.restored, off=plan.dropped)
+
+    def activate(self, kind: str, *, on: Sequence[Column], off: Sequence[Column]) -> None:
+        """Bring recorded columns back, take others out, as one event.
+
+        The weights come first: what can't be solved must not reach the ledger.
+        """
+        back, gone = {c.id for c in on}, {c.id for c in off}
+        self.weights.refresh(
+            [c for c in self.history.columns if c.id in back or (c.active and c.id not in gone)]
+        )
+        self.journal.commit(kind, [], activated=on, deactivated=off)
 
     def batch(
         self,
@@ -215,6 +245,13 @@ class Changes:
             names = some(fact.id for fact in joined)
             run.notices.append(f"{names}: optimised again with a new fact on the same key")
             writer = self.writer([*joined, *facts], run)
+        forgotten = [fact.id for fact in writer.facts if fact.forget]
+        if self.method.by_gradient and forgotten:
+            raise FactError(
+                f"{some(forgotten)}: to be forgotten, and of one value with a fact that leaves; "
+                f"{self.method.name} only writes answers and can't find another: take it out as "
+                "well, or change to a method that optimises values first"
+            )
         leaving = [*dropped, *touched]
         gone = {c.id for c in leaving}
         staying = [c for c in present if c.id not in gone]
@@ -225,10 +262,17 @@ class Changes:
         made = self._columns(writer, written, stand_in)
         unknown = {c.fact.id for c in made if not c.outcome["known"]}
         known = facts_of(c for c in made if c.fact.id not in unknown)
-        if known and not given:
-            names = some(fact.id for fact in known)
-            run.notices.append(f"{names}: said by the model already; written all the same")
+        told = (
+            (False, "said by the model already"),
+            (True, f"not said by the model{' without the edits made anew' * bool(leaving)}"),
+        )
+        for forget, state in told:
+            such = [fact.id for fact in known if fact.forget == forget]
+            if such and not given:
+                run.notices.append(f"{some(such)}: {state}; written all the same")
         back = [c for c in restored if c.id not in gone]
+        hashes = [b.tensors for b in self.history.batches] + [c.fact.id for c in made]
+        self.ranks.agree({"state": sha256(json.dumps(hashes).encode()).hexdigest()})
         self.journal.commit(
             kind, made, deactivated=leaving, activated=back, tensors=written.tensors
         )
@@ -253,6 +297,7 @@ class Changes:
             run,
             base_hash=self.history.base.hash,
             cache=self.cache,
+            ranks=self.ranks,
         )
 
     def check_rows(self, facts: Sequence[Fact], run: Run) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Self
 
@@ -15,12 +17,13 @@ from nulledit.batch import Progress, Run
 from nulledit.changes import Changes, some
 from nulledit.config import Recipe, layers_by_depth, load_recipe, shipped_recipes
 from nulledit.data.facts import Fact
+from nulledit.distributed import Ranks
 from nulledit.editing.queue import batches, merged
 from nulledit.editing.statistics import Statistics
 from nulledit.editing.value_cache import ValueCache
 from nulledit.errors import ConfigError, FactError, LedgerError, ModelError
 from nulledit.files import recover_folder
-from nulledit.ledger.checkpoint import write_model
+from nulledit.ledger.checkpoint import as_listed, write_model
 from nulledit.ledger.entries import Base, Column, History
 from nulledit.ledger.journal import Journal, Trial
 from nulledit.ledger.merging import Decide, conflicts, decided, with_own_ids
@@ -93,6 +96,7 @@ class Editor:
         name: str = "",
         seed: int = 0,
         value_cache: str | Path | None = None,
+        ranks: Ranks | None = None,
     ):
         """Take a `model` as the base of edits; its weights are changed in place.
 
@@ -100,7 +104,10 @@ class Editor:
         `name`, else the published settings on five layers chosen by depth. `statistics`: of this
         model's keys; left out, shipped or cached ones are looked for at the first edit.
         `value_cache`: a folder that keeps optimised values for any editor that asks for the same.
+        `ranks`: processes that edit together, each with an editor of its own; all must make the
+        same calls, only rank 0's may attach or save.
         """
+        self.ranks = ranks or Ranks()
         self.model, self.tokenizer = model, tokenizer
         recipe = _read_recipe(recipe, name)
         use_layout(model, recipe.layout)
@@ -133,6 +140,7 @@ class Editor:
             recipe=recipe,
             statistics=statistics,
             cache=cache,
+            ranks=self.ranks,
         )
 
     @classmethod
@@ -147,6 +155,7 @@ class Editor:
         seed: int = 0,
         value_cache: str | Path | None = None,
         trust_remote_code: bool = False,
+        ranks: Ranks | None = None,
     ) -> Self:
         """Load a model by name (`smollm2-135m`), folder or Hub id and make an editor of it."""
         model, tokenizer = load_model(
@@ -160,6 +169,7 @@ class Editor:
             name=name,
             seed=seed,
             value_cache=value_cache,
+            ranks=ranks,
         )
 
     @classmethod
@@ -170,6 +180,7 @@ class Editor:
         device: str | None = None,
         value_cache: str | Path | None = None,
         trust_remote_code: bool = False,
+        ranks: Ranks | None = None,
     ) -> Self:
         """Take up what `save` (or `nulledit edit`) left in `folder`; later edits are written there.
 
@@ -185,13 +196,21 @@ class Editor:
         source = str(saved) if (saved / "config.json").is_file() else history.base.model
         if not source:
             raise LedgerError(f"{folder}: has no model, and its base was an object in memory")
-        model, tokenizer = load_model(
-            source,
-            device=device,
-            dtype=history.base.dtype,
-            trust_remote_code=trust_remote_code,
-        )
-        return cls._resumed(store, history, model, tokenizer, source, value_cache)
+        try:
+            model, tokenizer = load_model(
+                source,
+                device=device,
+                dtype=history.base.dtype,
+                trust_remote_code=trust_remote_code,
+            )
+            return cls._resumed(store, history, model, tokenizer, source, value_cache, ranks)
+        except (ModelError, LedgerError) as error:
+            if source != str(saved) or not history.base.model or as_listed(saved):
+                raise
+            raise type(error)(
+                f"{error}; move {saved} away to have it written anew from the base "
+                f"({history.base.model}) and the ledger"
+            ) from error
 
     @classmethod
     def resume(
@@ -221,6 +240,7 @@ class Editor:
         tokenizer: PreTrainedTokenizerBase,
         source: str,
         value_cache: str | Path | None,
+        ranks: Ranks | None = None,
     ) -> Self:
         use_layout(model, Recipe.from_dict(history.base.recipe).layout)
         for layer in history.layers:
@@ -232,6 +252,7 @@ class Editor:
             name=history.base.model,
             seed=history.base.seed,
             value_cache=value_cache,
+            ranks=ranks,
         )
         found = editor.history.base.hash
         if found != history.base.hash:
@@ -241,7 +262,8 @@ class Editor:
             )
         latest = history.epochs[-1].recipe if history.epochs else history.base.recipe
         cache = editor._changes.cache
-        editor._work(Journal(history, store), Recipe.from_dict(latest), None, cache)
+        kept = store if editor.ranks.first else None
+        editor._work(Journal(history, kept), Recipe.from_dict(latest), None, cache)
         return editor
 
     @property
@@ -273,10 +295,9 @@ class Editor:
         """Keep the ledger in `folder`/ledger from now on: every batch is committed as it ends."""
         self._journal.keep_in(Path(folder) / "ledger")
 
-    def fork(self, folder: str | Path) -> None:
-        """Copy the ledger to `folder`/ledger, and keep it there from now on."""
+    def detach(self) -> None:
+        """Keep the ledger in memory alone from now on; what is on disk stays as it is."""
         self._journal.store = None
-        self.attach(folder)
 
     def save(self, folder: str | Path) -> None:
         """Write the ledger (first) and the edited model, an ordinary Hugging Face folder."""
@@ -332,6 +353,7 @@ class Editor:
             raise ConfigError(f"batch_size is {size}; expected 1 or more")
         run = Run(progress)
         queue = self._admit(facts, run)
+        self._agree(queue)
         if queue:
             changes = self._changes
             with frozen(self.model), changes.guarded():
@@ -400,6 +422,12 @@ class Editor:
             if plan.remade and whole:
                 names = some(f"batch {number}" for number in sorted(whole))
                 run.notices.append(f"{names}: one update by gradient, undone as a whole")
+            left = [f.id for f in self.facts if f.id in ids]
+            if left:
+                run.notices.append(
+                    f"{some(left)}: an earlier answer or wording of this id is back in the model; "
+                    "undo again to take it out as well"
+                )
         return report()
 
     def redo(self, *ids: str) -> ChangeReport:
@@ -414,13 +442,11 @@ class Editor:
             if not ids:
                 event = last_undone(history)
                 by_id = {c.id: c for c in history.columns}
-                self._journal.commit(
+                changes.activate(
                     "redo",
-                    [],
-                    activated=[by_id[i] for i in event.deactivated],
-                    deactivated=[by_id[i] for i in event.activated],
+                    on=[by_id[i] for i in event.deactivated],
+                    off=[by_id[i] for i in event.activated],
                 )
-                self.weights.refresh()
                 return report()
             wanted = [column for id_ in dict.fromkeys(ids) for column in newest(history, id_)]
             with changes.together("redo") as trial:
@@ -434,8 +460,7 @@ class Editor:
         if not self.history.active:
             raise LedgerError("no fact is in the model: it is the base already")
         with self._changed(self.history.active) as (report, _), self._changes.guarded():
-            self._journal.commit("restore", [], deactivated=self.history.active)
-            self.weights.refresh()
+            self._changes.activate("restore", on=(), off=self.history.active)
         return report()
 
     def rebuild(self, *, values: bool = False, progress: Progress | None = None) -> ChangeReport:
@@ -533,8 +558,23 @@ class Editor:
                 notices=tuple(run.notices),
             )
 
-        with frozen(self.model):
+        with frozen(self.model), self._changes.current_epoch():
             yield report, run
+
+    def _agree(self, queue: Sequence[Fact]) -> None:
+        """RankError unless all ranks are to do the same to the same."""
+        if self.ranks.alone:
+            return
+        recipe = json.dumps(self.recipe.to_dict(), sort_keys=True)
+        self.ranks.agree(
+            {
+                "model": self.history.base.hash,
+                "recipe": sha256(recipe.encode()).hexdigest(),
+                "seed": str(self.seed),
+                "ledger": self.history.state_id,
+                "list of facts": sha256(repr(queue).encode()).hexdigest(),
+            }
+        )
 
     def _by_gradient(self, column: Column) -> bool:
         epoch = self.history.epochs[self.history.epoch_of(column) - 1]

@@ -1,5 +1,9 @@
 """The errors a user can meet, each with the exit code of the command line."""
 
+from __future__ import annotations
+
+from typing import Self
+
 
 class NullEditError(Exception):
     """Something the user can put right; shown as one line."""
@@ -39,3 +43,19 @@ class ReportError(NullEditError):
 
 class NoRoomError(NullEditError):
     """Earlier edits have taken every direction that a new one could use."""
+
+
+class RankError(NullEditError):
+    """Another rank of the same launch is gone, has stopped, or has other data."""
+
+    def __init__(
+        self, message: str, *, missing: tuple[int, ...] = (), lost: bool = False, code: int = 2
+    ):
+        """`missing`: ranks that can't speak; `lost`: nobody erred, so that a restart goes on."""
+        super().__init__(message)
+        self.missing, self.lost, self.exit_code = missing, lost or bool(missing), code
+
+    def advised(self, advice: str) -> Self:
+        """The same error with what to do about it, where a restart goes on."""
+        said = f"{self}; {advice}" if self.lost else str(self)
+        return type(self)(said, missing=self.missing, lost=self.lost, code=self.exit_code)

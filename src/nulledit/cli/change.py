@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -46,7 +47,8 @@ def undo(
 ) -> None:
     """Take facts out of the model of RUN: it becomes the solve without them.
 
-    An older answer that a fact had replaced comes back. Says how the remaining facts moved, and
+    IDs, --batch and --where add up: what any of them names goes. An older answer that a fact had
+    replaced comes back. Says how the remaining facts moved, and
     which edits are on nearly the same key. `nulledit redo RUN` takes it back.
 
     \b
@@ -167,10 +169,9 @@ def change_text(editor: Editor, report: ChangeReport) -> str:
         lines.append(f"on nearly the same key (cosine): {near}")
     moved = [pair for pair in report.moved if pair[1] > 0]
     if moved:
-        shares = sorted(value for _, value in moved)
         most = ", ".join(f"{i} ({100 * value:.2g} %)" for i, value in moved[:MOVED])
         lines.append(
-            f"the others moved by {100 * shares[len(shares) // 2]:.2g} % (median of what was "
+            f"the others moved by {100 * median(v for _, v in moved):.2g} % (median of what was "
             f"written at their keys); most: {most}"
         )
     there = len(editor.facts)
@@ -190,11 +191,9 @@ def _chosen(
     if batch is not None:
         found += [c.fact.id for c in active if c.batch == batch]
     if where:
-        wanted = dict(_condition(text) for text in where)
+        wanted = [_condition(text) for text in where]  # one field named twice asks for both
         found += [
-            c.fact.id
-            for c in active
-            if all(getattr(c.fact, name) == text for name, text in wanted.items())
+            c.fact.id for c in active if all(getattr(c.fact, name) == text for name, text in wanted)
         ]
     if not found:
         asked = [f"--batch {batch}"] * (batch is not None) + [f"--where {text}" for text in where]

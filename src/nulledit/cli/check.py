@@ -95,7 +95,7 @@ def refuse(report: GateReport, name: str) -> None:
 def _found(row: Row) -> str:
     if row.found is None:
         return "not measured" if row.verdict == "FAILED" else ""
-    shown = f"{row.found:.1f}"
+    shown = f"{round(row.found, 1) + 0.0:.1f}"  # no -0.0
     return shown if row.error is None else f"{shown} ± {row.error:.1f}"
 
 

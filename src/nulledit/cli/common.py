@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 import click
 
 from nulledit.errors import ConfigError
+from nulledit.launch import Launch
 from nulledit.report.text import plain
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
     from nulledit.config import NullSpaceSettings
+    from nulledit.distributed import Ranks
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+MOST_DIGITS = 4  # of a layer's number
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -93,6 +96,43 @@ def emit(data: Any) -> None:
     from nulledit.report.run import as_json
 
     click.echo(as_json(data), nl=False)
+
+
+def meet(device: str | None) -> Ranks:
+    """The ranks that this process was started with; how they end is seen to in `main`."""
+    from nulledit.distributed import Ranks
+
+    holder = click.get_current_context().ensure_object(dict)
+    if "ranks" not in holder:
+        holder["ranks"] = Ranks.join(Launch.of(), device=device)
+    ranks: Ranks = holder["ranks"]
+    return ranks
+
+
+def convert_once(name: str, ranks: Ranks) -> None:
+    """Have rank 0 convert the embedded model, before all read it."""
+    from nulledit.models.load import EMBEDDED, embedded_folder, is_installed
+
+    if not ranks.alone and name in EMBEDDED:
+        if ranks.first and is_installed(name):
+            embedded_folder(name)
+        ranks.barrier()
+
+
+def meet_early(device: str | None) -> None:
+    """Meet before anything can fail on one rank alone; a single process has no time to lose."""
+    if Launch.of().size > 1:
+        meet(device)
+
+
+def refuse_ranks(command: str) -> None:
+    """ConfigError where several processes were started for a command that is one process's."""
+    launch = Launch.of()
+    if launch.size > 1:
+        raise ConfigError(
+            f"nulledit {command} runs in one process, {launch.size} were started: start it "
+            "without torchrun"
+        )
 
 
 class _Stderr(logging.Handler):
@@ -178,7 +218,8 @@ def parse_layers(text: str) -> list[int]:
     layers: list[int] = []
     for part in text.replace(" ", "").split(","):
         low, dash, high = part.partition("-")
-        if not low.isdigit() or (dash and not high.isdigit()):
+        numbers = (low, high) if dash else (low,)
+        if not all(text.isdecimal() and len(text) <= MOST_DIGITS for text in numbers):
             raise ConfigError(f"--layers {text!r}: expected numbers such as 4,5,6 or 4-8")
         layers += range(int(low), int(high or low) + 1)
     if not layers:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nulledit.ledger.entries import Column, History
 
 SHOWN = 50  # facts in the table
+MOST_DIGITS = 18  # of an event's number
 
 
 @click.command(short_help="Two runs, or two states of one: facts, norms, probabilities.")
@@ -86,7 +87,7 @@ def _place(text: str) -> tuple[str, int | None]:
     folder, at, event = text.rpartition("@")
     if not at or Path(text).is_dir():
         return text, None
-    if not event.isdigit():
+    if not event.isdecimal() or len(event) > MOST_DIGITS:
         raise ConfigError(f"{text}: expected RUN or RUN@N, N the number of an event")
     return folder, int(event)
 

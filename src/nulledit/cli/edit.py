@@ -15,6 +15,8 @@ from nulledit.cli.common import (
     dtype_option,
     echo,
     emit,
+    meet,
+    meet_early,
     model_source,
     named,
     output_options,
@@ -26,6 +28,7 @@ from nulledit.cli.common import (
     trust_option,
 )
 from nulledit.errors import ConfigError
+from nulledit.launch import Launch
 
 if TYPE_CHECKING:
     from nulledit.config import Recipe
@@ -72,7 +75,7 @@ class _Edit(Sectioned):
         ),
         "Facts": ("limit", "skip", "on_conflict", "no_shuffle", "seed"),
         "Recipe": ("recipe", "stats", *FIELDS, "layers", "null_space", "changes"),
-        "Evaluation": ("text", "no_evaluate", "gate"),
+        "Evaluation": ("text", "no_evaluate", "gate", "capability"),
     }
 
 
@@ -133,6 +136,9 @@ class _Edit(Sectioned):
 @click.option(
     "--gate", metavar="FILE", help="Limits (see nulledit check); a model that fails is not written."
 )
+@click.option(
+    "--capability", metavar="DIR", help="With --gate: the six tasks, sst2.jsonl and so on."
+)
 @click.option("--dry-run", is_flag=True, help="Estimate time and memory; edit nothing.")
 @output_options
 def edit(facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
@@ -146,13 +152,17 @@ def edit(facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
 
     Every batch is kept as it ends: after an interruption, go on with --continue, which takes model,
     recipe and statistics from the run's ledger. With --gate all is kept at the end, or nothing.
+    Started by torchrun, several processes share the facts of each batch.
 
     \b
     $ nulledit edit facts.yaml --model smollm2-135m --out run
     $ nulledit edit more.yaml --continue run
     $ nulledit edit more.yaml --continue run --new-epoch --method memit-history
     $ nulledit edit more.yaml --continue run --gate default
+    $ torchrun --nproc-per-node 8 -m nulledit edit facts.yaml --model gpt2 --out run
     """
+    meet_early(given["device"])
+    quiet = quiet or Launch.of().rank > 0
     _check(given)
     from nulledit.data.readers import read_facts
 
@@ -162,7 +172,10 @@ def edit(facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
         say(f"Note: {notice}", quiet=quiet)
     recipe = None if given["run"] else make_recipe(given)
     prepare(quiet=quiet)
+    ranks = meet(given["device"])
     if given["dry_run"]:
+        if not ranks.first:
+            return None
         from nulledit.cli import estimate
 
         name = model_source(given["model"])
@@ -171,7 +184,7 @@ def edit(facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
     from nulledit.cli import runs
 
     try:
-        result = runs.run(facts, found.facts, recipe, given, quiet=quiet)
+        result = runs.run(facts, found.facts, recipe, given, ranks, quiet=quiet)
     except runs.Refused as error:
         from nulledit.cli.check import gate_table
         from nulledit.report.tables import as_text
@@ -181,6 +194,8 @@ def edit(facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
         else:
             echo(as_text(gate_table(error.report), left=2, most=90))
         raise
+    if result is None:
+        return None
     if as_json:
         emit(result.to_dict())
     else:
@@ -209,6 +224,8 @@ def changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
 
 def _check(given: dict[str, Any]) -> None:
     """Options that belong together, before anything is read."""
+    if given["capability"] and not given["gate"]:
+        raise ConfigError("--capability belongs to --gate FILE")
     if given["run"]:
         refused = named(given, FIXED)
         if refused:

@@ -34,6 +34,7 @@ from nulledit.config import Layout, Recipe, layers_by_depth
 from nulledit.data.facts import Fact
 from nulledit.errors import ModelError, NullEditError
 from nulledit.evaluation.protocols import queries_of
+from nulledit.models.experts import count_and_width, is_experts
 from nulledit.models.layouts import as_out_in, blocks_of, find_layout, mlp_out, use_layout
 from nulledit.models.load import EMBEDDED, embedded_folder
 from nulledit.models.tokens import RowEncoder, context_length
@@ -52,12 +53,13 @@ class Shape:
     """What of a model decides the cost."""
 
     blocks: int
-    block: int  # parameters of one
+    block: int  # parameters of one that a token meets
     parameters: int
     width: int
     d_in: int
     d_out: int
     vocabulary: int
+    experts: int  # that W is made of; 1: none
     normed: bool  # a norm follows W, so each layer has values of its own
     bytes: int  # per parameter
 
@@ -99,7 +101,7 @@ def estimate(
     size = recipe.batch_size
     for done in range(size, len(facts) + size, size):
         n = min(done, len(facts))
-        per_layer = 2 * shape.d_in**2 * n + 2 * n**2 * shape.d_in + n**3 / 3
+        per_layer = 2 * shape.d_in**2 / shape.experts * n + 2 * n**2 * shape.d_in + n**3 / 3
         solve += len(layers) * (per_layer + 4 * shape.d_out * shape.d_in * n)
     windows = sum(map(len, windows_of(encoder, given["text"]).windows))
     asked = block * depth * (rows["asked"] + windows + rows["answers"] * DECODING)
@@ -160,16 +162,23 @@ def _shape(
         raise ModelError(f"can't read the configuration of {name!r}: {reason}") from error
     use_layout(model, layout)
     blocks = blocks_of(model)
-    weight = as_out_in(mlp_out(model, 0))
+    module = mlp_out(model, 0)
+    weight = as_out_in(module)
+    experts = count_and_width(module)[0] if is_experts(module) else 1
+    block = sum(p.numel() for p in blocks[0].parameters())
+    if experts > 1:  # of these a token meets few
+        met = getattr(config, "num_experts_per_tok", experts)
+        block -= sum(p.numel() for p in module.parameters()) * (experts - met) // experts
     kind = dtype or str(config.dtype or "float32").removeprefix("torch.")
     shape = Shape(
         blocks=len(blocks),
-        block=sum(p.numel() for p in blocks[0].parameters()),
+        block=block,
         parameters=sum(p.numel() for p in model.parameters()),
         width=weight.shape[0],
         d_in=weight.shape[1],
         d_out=weight.shape[0],
         vocabulary=model.get_output_embeddings().weight.shape[0],
+        experts=experts,
         normed=find_layout(model).output == "normed",
         bytes=BYTES.get(kind, 4),
     )
@@ -215,7 +224,7 @@ def _speed(shape: Shape, device: str, dtype: torch.dtype | None = None) -> float
         device = "cpu"
     try:
         a = torch.randn(CPU_POSITIONS, shape.d_out, device=device, dtype=kind)
-        b = torch.randn(shape.d_out, shape.d_in, device=device, dtype=kind)
+        b = torch.randn(shape.d_out, shape.d_in // shape.experts, device=device, dtype=kind)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"can't use device {device!r}: {str(error).splitlines()[0]}") from error
     a @ b
@@ -237,7 +246,7 @@ def _memory(
     )
     activations = positions * shape.blocks * (12 * shape.width + 6 * shape.d_in) * 4
     logits = 4 * positions * shape.vocabulary * 4
-    held = layers * (2 * 8 * matrix + 4 * matrix + 12 * shape.d_in**2 // 2)
+    held = layers * (2 * 8 * matrix + 4 * matrix + 12 * shape.d_in**2 // shape.experts // 2)
     batch = min(n, recipe.batch_size)
     columns = 8 * layers * n * (shape.d_in + shape.d_out)
     states = 4 * shape.width * rows["heads"] * batch / max(n, 1)

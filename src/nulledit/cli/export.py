@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,7 @@ def export(run: str, kind: str, out: str, as_json: bool, quiet: bool, **given: A
         run, given["device"], quiet=quiet, trust_remote_code=given["trust_remote_code"]
     )
     say(f"Writing {out}", quiet=quiet)
-    dtype, name = given["dtype"] or "float32", Path(run).name
+    dtype, name = given["dtype"] or "float32", Path(run).resolve().name
     with Bars(quiet=quiet) as bars:
         if kind == "lora":
             done = write_lora(editor, out, rank=given["rank"], dtype=dtype, run=name, progress=bars)
@@ -146,15 +147,21 @@ def lines_of(done: Export) -> list[str]:
 
 def exactly(done: Export) -> str:
     """How to have the run's model to the bit, where that can be."""
-    cut = any(layer.rank < layer.of for layer in done.layers)
+    # An update of full rank may lie halfway between two weights: the last bit of float64 decides.
+    cut = any(layer.rank < layer.of or layer.of >= min(layer.shape) for layer in done.layers)
     return "" if cut or done.dtype == "float64" else " --dtype float64 gives it to the bit."
 
 
 def cost_lines(cost: FactsCost) -> list[str]:
     """What the stored factors change for the facts."""
-    return [
+    held = (
         f"Facts that hold by argmax: {cost.stored_strict} of {cost.facts} as stored, "
-        f"{cost.exact_strict} in the run's model.",
+        f"{cost.exact_strict} in the run's model."
+    )
+    loss = (
         f"Loss of their targets: {cost.stored_nll:.4f} nats a token as stored, "
-        f"{cost.exact_nll:.4f} in the run's model; largest change {cost.worst:.2g}.",
-    ]
+        f"{cost.exact_nll:.4f} in the run's model; largest change {cost.worst:.2g}."
+    )
+    if math.isnan(cost.exact_nll) and math.isfinite(cost.worst):  # all are to be forgotten
+        loss = f"Loss of the forgotten answers: largest change {cost.worst:.2g} nats a token."
+    return [held, loss]

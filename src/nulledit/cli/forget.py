@@ -175,7 +175,7 @@ def _answers(before: Sequence[Recall], after: Sequence[Recall]) -> Table:
         ]
         for old, new in zip(before, after, strict=True)
     ]
-    head = ["prompt", "old answer", "said", "says", "p(old answer)", "leaks", "in paraphrases"]
+    head = ["prompt", "old answer", "said", "says", "p(first token)", "leaks", "in paraphrases"]
     return head, rows
 
 
@@ -195,7 +195,7 @@ def _rates(sides: Mapping[str, Mapping[str, Any]]) -> Table:
     rows: list[Sequence[str]] = [
         [label, *(percent(side[name]) for side in sides.values())] for name, label in labels.items()
     ]
-    for name, label in {"chance": "p(old answer)", "entropy": "entropy of texts (bits)"}.items():
+    for name, label in {"chance": "p(first token)", "entropy": "entropy of texts (bits)"}.items():
         rates = [side[name] for side in sides.values()]
         rows.append([label, *(number(rate["mean"] if rate else None) for rate in rates)])
     return ["", *sides], rows

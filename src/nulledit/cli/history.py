@@ -26,7 +26,7 @@ def log(run: str, limit: int | None, as_json: bool, quiet: bool) -> None:
     $ nulledit log run
     """
     del quiet  # there is nothing to be quiet about
-    history = _history(run)
+    history = _history(run, tensors=False)
     from nulledit.report.ledger import events_of, log_table
     from nulledit.report.tables import as_text
 
@@ -49,7 +49,7 @@ def show(run: str, id_: str | None, as_json: bool, quiet: bool) -> None:
     $ nulledit show run capital-of-france
     """
     del quiet
-    history = _history(run)
+    history = _history(run, tensors=id_ is not None)
     from nulledit.report.ledger import facts_table, story_of, story_text
     from nulledit.report.tables import as_text
 
@@ -62,7 +62,9 @@ def show(run: str, id_: str | None, as_json: bool, quiet: bool) -> None:
     return echo(as_text(facts_table(history), left=3))
 
 
-def _history(run: str) -> History:
+def _history(run: str, *, tensors: bool) -> History:
+    """The ledger of `run`; without `tensors` also where they are large, or damaged."""
     from nulledit.ledger.store import Store
 
-    return Store(Path(run) / "ledger").load()
+    store = Store(Path(run) / "ledger")
+    return store.load() if tensors else store.read()

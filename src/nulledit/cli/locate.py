@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
 from nulledit.cli.common import (
     Bars,
+    Sectioned,
     conflict_option,
     device_option,
     dtype_option,
@@ -23,7 +26,15 @@ from nulledit.cli.common import (
 from nulledit.errors import ConfigError
 
 
-@click.command(short_help="Which layers? Causal tracing of facts that a model knows.")
+class _Locate(Sectioned):
+    sections: ClassVar[Mapping[str, Sequence[str]]] = {
+        "Facts": ("limit", "skip", "on_conflict", "at_least"),
+        "Trace": ("draws", "noise", "window", "seed"),
+        "Model": ("recipe", "device", "dtype", "trust_remote_code"),
+    }
+
+
+@click.command(cls=_Locate, short_help="Which layers? Causal tracing of facts that a model knows.")
 @click.argument("model", metavar="MODEL")
 @click.argument("facts", metavar="FACTS")
 @click.option("--out", metavar="FOLDER", required=True, help="Folder to make for the trace.")
@@ -48,7 +59,7 @@ from nulledit.errors import ConfigError
     type=click.IntRange(1),
     default=3,
     show_default=True,
-    help="Of noise, for each fact.",
+    help="Runs with noise of their own, for each fact.",
 )
 @click.option(
     "--noise",
@@ -56,15 +67,16 @@ from nulledit.errors import ConfigError
     type=float,
     default=3.0,
     show_default=True,
-    help="In standard deviations of the subjects' embeddings.",
+    help="Its size, in standard deviations of the subjects' embeddings.",
 )
 @click.option(
     "--window",
     metavar="N",
     type=click.IntRange(1),
-    help="Layers whose MLP outputs are put back together.  [default: a fifth]",
+    help="Layers whose MLP outputs are put back together.  [default: a fifth of all]",
 )
 @click.option("--seed", metavar="N", type=int, default=0, show_default=True, help="Of the noise.")
+@click.option("--recipe", metavar="FILE|NAME", help="Whose layout, for a family that is not known.")
 @device_option
 @dtype_option
 @trust_option
@@ -73,10 +85,12 @@ def locate(model: str, facts: str, as_json: bool, quiet: bool, **given: Any) -> 
     """Trace facts that MODEL knows through its layers, and suggest layers to edit.
 
     Noise on the subject makes the model lose the answer; then one hidden state, or the MLP outputs
-    of a few layers, is put back at one token, and the answer's probability tells what it carried
-    (ROME, arXiv:2202.05262). FACTS are files as for `nulledit edit`; what is traced is the old
-    answer, or what the model says where a fact names none. Facts that the model does not answer so
-    are left out.
+    of a few layers, is put back at one token, and what comes back of the answer's probability tells
+    what was carried there (ROME, arXiv:2202.05262).
+
+    FACTS is a file as for `nulledit edit`, or ROME's known_1000. Traced are facts whose old answer
+    (of one to forget, its target) the model says, and facts without an old answer, with whatever
+    it says. The rest is left out, and so are prompts that end with their subject.
 
     FOLDER gets a heat map, the effects, and a report with a line for a recipe. The line is a place
     to begin: where facts are found is not where editing works best (Hase et al., arXiv:2301.04213).
@@ -84,19 +98,27 @@ def locate(model: str, facts: str, as_json: bool, quiet: bool, **given: Any) -> 
 
     \b
     $ nulledit locate smollm2-135m facts.yaml --out trace
-    $ nulledit locate gpt2-xl counterfact.json --limit 200 --window 10 --draws 10 --out trace
+    $ nulledit locate gpt2-xl known_1000.json --limit 200 --draws 10 --out trace
     """
+    from nulledit.config import load_recipe
     from nulledit.data.readers import read_facts
 
     folder = Path(given["out"])
     _check_out(folder)
-    options = {"skip": given["skip"], "limit": given["limit"], "on_conflict": given["on_conflict"]}
-    read = read_facts(facts, **options)
+    read = read_facts(
+        facts,
+        skip=given["skip"],
+        limit=given["limit"],
+        on_conflict=given["on_conflict"],
+        known=True,
+    )
     for notice in read.notices:
         say(f"Note: {notice}", quiet=quiet)
+    layout = load_recipe(given["recipe"]).layout if given["recipe"] else None
     prepare(quiet=quiet)
     from nulledit.locating import TraceSettings
     from nulledit.locating import locate as trace_all
+    from nulledit.models.layouts import use_layout
     from nulledit.models.load import load_model
     from nulledit.report.location import NOT_SAID, said, summary_of, write_location
 
@@ -113,6 +135,7 @@ def locate(model: str, facts: str, as_json: bool, quiet: bool, **given: Any) -> 
         dtype=given["dtype"],
         trust_remote_code=given["trust_remote_code"],
     )
+    use_layout(loaded, layout)
     with Bars(quiet=quiet) as bars:
         found = trace_all(
             loaded,
@@ -138,3 +161,6 @@ def _check_out(folder: Path) -> None:
         raise ConfigError(f"--out {folder}: is a file; give a folder")
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"--out {folder}: is not empty; choose another folder")
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not os.access(there, os.W_OK):  # now, not behind minutes of tracing
+        raise ConfigError(f"--out {folder}: can't write in {there}; choose another folder")

@@ -7,6 +7,7 @@ import os
 import signal
 import sqlite3
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from nulledit.cli.apply import apply
 from nulledit.cli.ask import ask
 from nulledit.cli.change import rebuild, redo, restore, undo
 from nulledit.cli.check import check
-from nulledit.cli.common import CONTEXT, Interrupted
+from nulledit.cli.common import CONTEXT, Interrupted, refuse_ranks
 from nulledit.cli.diff import diff
 from nulledit.cli.edit import edit
 from nulledit.cli.evaluate import evaluate
@@ -36,6 +37,7 @@ from nulledit.cli.study import study
 from nulledit.cli.tune import tune
 from nulledit.cli.verify import verify
 from nulledit.errors import NullEditError
+from nulledit.launch import Launch
 from nulledit.report.text import plain
 
 SECTIONS: dict[str, list[tuple[click.Command, str, str]]] = {
@@ -105,6 +107,10 @@ SECTIONS: dict[str, list[tuple[click.Command, str, str]]] = {
 }
 
 
+TOGETHER = ("edit", "stats")
+"""Commands that several processes may run together, started by torchrun."""
+
+
 class Root(click.Group):
     """The top group: sections and examples in its help, errors in one line."""
 
@@ -147,17 +153,23 @@ class Root(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; with --debug, errors keep their trace."""
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except KeyboardInterrupt as error:
             said = str(error) if isinstance(error, Interrupted) else "interrupted"
+            _end_with_others(ctx, 130, said, error)
             _fail(said, 130)
         except Exception as error:
             line, code = _describe(error)
             if ctx.params.get("debug") or not line:
+                _end_with_others(ctx, code, "", error)
                 raise
+            _end_with_others(ctx, code, line, error)
             _fail(line, code)
+        else:
+            _end_with_others(ctx, 0, "", None)
+            return result
 
 
 def _describe(error: Exception) -> tuple[str, int]:
@@ -178,10 +190,42 @@ def _describe(error: Exception) -> tuple[str, int]:
     return "", 1
 
 
+def _end_with_others(ctx: click.Context, code: int, line: str, error: BaseException | None) -> None:
+    """Leave the other ranks, if there are any: one of all says why, and all end alike."""
+    ranks = (ctx.obj or {}).get("ranks")
+    if ranks is None or ranks.alone:
+        return
+    if code and not line:  # a slip of our own, or --debug
+        traceback.print_exception(error)
+        told = f"{type(error).__name__}: {error}"
+        word = ranks.end(code, told or "stopped", error=error)
+        _leave(word.code)
+    word = ranks.end(code, line, error=error)
+    if word.line:
+        _say_error(word.line)
+    if word.code:
+        _leave(word.code)
+
+
+def _leave(code: int) -> None:
+    """End at once: threads that wait for a rank that is gone would hold up an orderly end."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
 def _fail(message: str, code: int) -> None:
+    with contextlib.suppress(NullEditError):
+        if Launch.of().rank:  # all ranks were given the same words; rank 0 says what is wrong
+            sys.exit(code)
+    _say_error(message)
+    sys.exit(code)
+
+
+def _say_error(message: str) -> None:
     lines = (plain(line.strip()) for line in message.splitlines())
     click.echo(f"Error: {' '.join(line for line in lines if line)}", err=True)
-    sys.exit(code)
 
 
 @click.group(cls=Root, context_settings=CONTEXT)
@@ -196,6 +240,8 @@ def cli(ctx: click.Context, debug: bool) -> None:
     notices to stderr. Exit codes: 0 done, 1 a check failed, 2 bad input, 130 interrupted.
     """
     ctx.obj = {"debug": debug}
+    if ctx.invoked_subcommand not in TOGETHER:
+        refuse_ranks(str(ctx.invoked_subcommand))
 
 
 for _entries in SECTIONS.values():
@@ -213,6 +259,8 @@ def main() -> None:
     # Threads that spin while they wait for a busy core: with another process beside, optimising
     # values took 18.8 s of wall time by default and 9.4 s so. Read when torch is first loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "WORLD_SIZE" in os.environ:  # torch's own warnings of a rank that is gone; we say it once
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

@@ -9,6 +9,7 @@ from pathlib import Path
 from nulledit.cli.common import Bars, say
 from nulledit.data.corpus import Corpus
 from nulledit.data.facts import Fact
+from nulledit.distributed import Ranks
 from nulledit.editor import Editor
 from nulledit.errors import FactError, LedgerError
 from nulledit.evaluation.perplexity import read_windows
@@ -33,14 +34,19 @@ class Text:
 
 
 def load_run(
-    folder: str | Path, device: str | None, *, quiet: bool, trust_remote_code: bool = False
+    folder: str | Path,
+    device: str | None,
+    *,
+    quiet: bool,
+    trust_remote_code: bool = False,
+    ranks: Ranks | None = None,
 ) -> Editor:
     """The editor of a run folder; LedgerError if there is no run."""
     folder = Path(folder)
     if not (folder / "ledger" / "ledger.db").is_file():
         raise LedgerError(f"{folder}: no run here (expected {folder / 'ledger' / 'ledger.db'})")
     say(f"Loading the model of {folder}", quiet=quiet)
-    return Editor.load(folder, device=device, trust_remote_code=trust_remote_code)
+    return Editor.load(folder, device=device, trust_remote_code=trust_remote_code, ranks=ranks)
 
 
 def read_text(editor: Editor, file: str | None) -> Text:

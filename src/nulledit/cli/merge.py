@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,13 +68,15 @@ def merge(
     from nulledit.cli.change import change_dict, change_text
     from nulledit.cli.measure import load_run
     from nulledit.cli.runs import check_fresh, keep
-    from nulledit.ledger.merging import conflicts, decided, newest
+    from nulledit.ledger.merging import conflicts, newest
     from nulledit.ledger.store import Store
     from nulledit.report.tables import as_text
 
     check_fresh(Path(out))
     mine, theirs = (Store(Path(run) / "ledger").load() for run in (first, second))
     found = conflicts(mine, theirs)
+    if decide:
+        _check_choices(decide, choices, found)
 
     def choose(conflict: Conflict) -> str:
         said = choices.get(conflict.first.id) or choices.get(conflict.second.id, "")
@@ -83,8 +85,6 @@ def merge(
         return newest(mine, theirs)(conflict) if prefer == "newest" else prefer
 
     choice = {c: choose(c) for c in found}
-    if all(choice.values()):
-        decided(found, choose)  # refuses a word that is no choice
     rows: list[Sequence[str]] = [
         [*_sides(conflict), choice[conflict] or "not decided"] for conflict in found
     ]
@@ -101,10 +101,11 @@ def merge(
             )
         echo(table + "\n")
     editor = load_run(first, device, quiet=quiet, trust_remote_code=trust_remote_code)
-    editor.fork(out)
-    with editor.writing(), Bars(quiet=quiet) as bars:
+    editor.detach()  # in memory until all of it is there: nothing is left of half a merge
+    with Bars(quiet=quiet) as bars:
         report = editor.merge(theirs, decide=choose, progress=bars)
-        keep(editor, Path(out))
+    editor.attach(out)
+    keep(editor, Path(out))
     for notice in report.notices:
         say(f"Note: {notice}", quiet=quiet)
     if as_json:
@@ -121,6 +122,26 @@ def _read_choices(file: str) -> dict[str, str]:
     if not isinstance(data, dict):
         raise ConfigError(f"{file}: expected a line for each conflict, a fact's id and a choice")
     return {str(name): str(said) for name, said in data.items()}
+
+
+def _check_choices(file: str, choices: Mapping[str, str], found: Sequence[Conflict]) -> None:
+    """ConfigError for a choice that would decide nothing, or two things."""
+    from nulledit.data.facts import quote, suggest
+    from nulledit.ledger.merging import decided
+
+    known = [fact.id for conflict in found for fact in (conflict.first, conflict.second)]
+    for name in choices:
+        if name not in known:
+            raise ConfigError(
+                f"{file}: {quote(name)} is in no conflict{suggest(name, known)}; expected ids that "
+                "the two runs answer differently"
+            )
+    for conflict in found:
+        said = {choices[f.id] for f in (conflict.first, conflict.second) if f.id in choices}
+        if len(said) > 1:
+            raise ConfigError(f"{file}: {conflict} is decided twice, as {' and '.join(said)}")
+        if said:
+            decided([conflict], {conflict.first.id: said.pop()})  # refuses a word that is no choice
 
 
 def _sides(conflict: Conflict) -> tuple[str, str, str]:

@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from nulledit import __version__
-from nulledit.cli.common import Bars, Interrupted, model_source, say
+from nulledit.cli.common import Bars, Interrupted, convert_once, model_source, say
 from nulledit.cli.edit import changed
 from nulledit.cli.measure import Text, check_lengths, evaluate_both, load_run, read_text
 from nulledit.config import Recipe, load_recipe
 from nulledit.data.facts import Fact
+from nulledit.distributed import Ranks
 from nulledit.editor import Editor, EditReport
-from nulledit.errors import CheckFailed, LedgerError, NullEditError
+from nulledit.errors import CheckFailed, ConfigError, LedgerError, NullEditError, RankError
 from nulledit.evaluation.generation import contains
 from nulledit.evaluation.preservation import Preservation, preservation_report
 from nulledit.evaluation.runner import Evaluation
-from nulledit.gates.limits import Limits, load_limits
+from nulledit.evaluation.tasks import read_tasks
+from nulledit.files import recover_folder
+from nulledit.gates.limits import Limits, Tasks, load_limits
 from nulledit.gates.measure import GateReport, check
 from nulledit.gates.warn import warnings_of
 from nulledit.ledger.entries import Column
@@ -54,16 +57,32 @@ def run(
     facts: Sequence[Fact],
     recipe: Recipe | None,
     given: dict[str, Any],
+    ranks: Ranks,
     *,
     quiet: bool,
-) -> Result:
-    """Begin a run (`recipe`) or go on with one (None). The ledger commits first, batch by batch."""
+) -> Result | None:
+    """Begin a run (`recipe`) or go on with one (None). The ledger commits first, batch by batch.
+
+    Of several ranks, rank 0 keeps the run; the others take part in its edits, and get None.
+    """
     started = time.perf_counter()
     folder = Path(given["run"] or given["out"])
     limits = load_limits(given["gate"]) if given["gate"] else None
+    if limits:
+        _check_tasks(limits, given)
+    if not given["run"] and ranks.from_first(ranks.first and _begun(folder, ranks))[0]:
+        given = {**given, "run": given["out"]}  # by this very command, before a restart
+    device = ranks.device(given["device"])
     if given["run"]:
+        if ranks.first:
+            recover_folder(folder / "model")
+        ranks.barrier()
         editor = load_run(
-            folder, given["device"], quiet=quiet, trust_remote_code=given["trust_remote_code"]
+            folder,
+            device,
+            quiet=quiet,
+            trust_remote_code=given["trust_remote_code"],
+            ranks=ranks,
         )
         if not editor.history.events:
             raise LedgerError(
@@ -72,20 +91,28 @@ def run(
         if given["new_epoch"]:
             editor.next_epoch(epoch_recipe(editor, given), statistics=given["stats"])
     else:
-        check_fresh(folder)
+        if ranks.first:
+            check_fresh(folder)
         say(f"Loading {given['model']}", quiet=quiet)
+        convert_once(given["model"], ranks)
         editor = Editor.from_pretrained(
             model_source(given["model"]),
             recipe=recipe,
             statistics=given["stats"],
-            device=given["device"],
+            device=device,
             dtype=given["dtype"],
             seed=given["seed"] or 0,
             trust_remote_code=given["trust_remote_code"],
+            ranks=ranks,
         )
     seconds = {"load": time.perf_counter() - started}
     facts = _new(editor, facts, quiet=quiet)
+    if given["new_epoch"] and not facts:
+        say("Note: no fact is new, so no epoch is begun", quiet=quiet)
     text = None
+    if not ranks.first:
+        _take_part(editor, facts, given, folder, ranks, source)
+        return None
     if not given["no_evaluate"]:
         text = read_text(editor, given["text"])
         check_lengths(editor, facts)
@@ -100,6 +127,7 @@ def run(
                 attached = True
                 editor.attach(folder)
             stack.enter_context(editor.writing())
+            stack.enter_context(ranks.watched())
             if limits is None:
                 report = _edit(editor, facts, given, seconds, quiet=quiet)
             else:
@@ -119,6 +147,11 @@ def run(
                 "interrupted before the first batch was finished: nothing was kept"
             ) from error
         raise Interrupted(f"interrupted: {_kept(kept, folder)}; go on with: {again}") from error
+    except RankError as error:
+        kept = _kept_batches(editor, folder, held)
+        if attached and not kept:
+            _take_back(folder, created)
+        raise error.advised(_advice(given, kept, folder, again)) from error
     except (NullEditError, OSError, sqlite3.Error):
         kept = _kept_batches(editor, folder, held)
         if attached and not kept:
@@ -128,8 +161,57 @@ def run(
         raise
 
 
+def _take_part(
+    editor: Editor,
+    facts: Sequence[Fact],
+    given: dict[str, Any],
+    folder: Path,
+    ranks: Ranks,
+    source: str,
+) -> None:
+    """What a rank other than 0 does: the same edits, of which it keeps nothing."""
+    held = len(editor.history.events)
+    try:
+        with ranks.watched():
+            editor.edit(facts, shuffle=not given["no_shuffle"])
+    except RankError as error:
+        kept = _kept_batches(editor, folder, held)
+        again = _command(source, given, folder)
+        raise error.advised(_advice(given, kept, folder, again)) from error
+
+
+def _begun(folder: Path, ranks: Ranks) -> bool:
+    """Whether the launcher starts this command anew, and it has finished batches already."""
+    store = Store(folder / "ledger")
+    return ranks.launch.attempt > 0 and store.exists and store.events() > 0
+
+
+def _advice(given: dict[str, Any], kept: int, folder: Path, again: str) -> str:
+    if kept or given["run"]:
+        return f"{_kept(kept, folder)}; go on, started as before, with: {again}"
+    return "no batch was finished: start the same command again"
+
+
 def keep(editor: Editor, folder: Path) -> None:
-    """Bring the model and the pages of a run to its ledger, after a change that edits nothing."""
+    """Bring the model and the pages of a run to its ledger, after a change that edits nothing.
+
+    The ledger has the change already: an error says so, lest the command be given again.
+    """
+    last = editor.history.events[-1]
+    there = (
+        f"the {last.kind} is in the ledger, as event {last.id}; the model and the report of "
+        f"{folder} follow with the next change, the model also by `nulledit verify`"
+    )
+    try:
+        _write_derived(editor, folder)
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"interrupted: {there}") from error
+    except (NullEditError, OSError):
+        say(f"Note: {there}", quiet=False)
+        raise
+
+
+def _write_derived(editor: Editor, folder: Path) -> None:
     editor.save_model(folder / "model")
     summary = folder_of.read_json(folder, "summary.json", None)
     if summary is None:
@@ -138,11 +220,17 @@ def keep(editor: Editor, folder: Path) -> None:
     lines = folder_of.read_lines(folder)
     folder_of.write_run(
         folder,
-        recipe=editor.recipe.to_yaml(),
+        recipe=_recipe(editor).to_yaml(),
         environments=folder_of.read_json(folder, "environment.json", []),
         lines=[line | {"active": line["column"] in present} for line in lines],
         summary=summary | _state(editor),
     )
+
+
+def _recipe(editor: Editor) -> Recipe:
+    """Of the current epoch, whatever is to come next; before the first, of the one to open."""
+    epochs = editor.history.epochs
+    return Recipe.from_dict(epochs[-1].recipe) if epochs else editor.recipe
 
 
 def epoch_recipe(editor: Editor, given: dict[str, Any]) -> Recipe:
@@ -181,11 +269,25 @@ def _gated(
         report = _edit(editor, facts, given, seconds, quiet=quiet)
         say(f"Checking the edited model against {given['gate']}", quiet=quiet)
         with _timed(seconds, "gate"), Bars(quiet=quiet, prefix="gate: ") as bars:
-            found = check(editor, limits, windows=windows, progress=bars)
+            tasks = given["capability"]
+            found = check(editor, limits, windows=windows, tasks=tasks, progress=bars)
         if not found.passed:
             raise Refused(found, given["run"] or given["out"])
         trial.keep()
     return report
+
+
+def _check_tasks(limits: Limits, given: dict[str, Any]) -> None:
+    """Refuse limits on tasks that could only fail, before hours are spent on edits."""
+    for name, bound in limits.bounds.items():
+        if not isinstance(bound, Tasks) or bound.optional:
+            continue
+        if not given["capability"]:
+            raise ConfigError(
+                f"{given['gate']}: {name} needs the tasks' files: give --capability DIR, or call "
+                "it optional"
+            )
+        read_tasks(given["capability"], names=bound.tasks, limit=bound.items)
 
 
 def check_fresh(folder: Path) -> None:
@@ -195,9 +297,12 @@ def check_fresh(folder: Path) -> None:
     if not folder.exists() or not any(folder.iterdir()):
         return
     store = Store(folder / "ledger")
+    alone = {p.name for p in folder.iterdir()} == {"ledger"}
+    if alone and store.unfinished:
+        return  # killed while it was made
     if not store.exists:
         raise LedgerError(f"{folder}: is not empty; choose another --out")
-    if {p.name for p in folder.iterdir()} == {"ledger"} and not store.load().events:
+    if alone and not store.load().events:
         return  # killed before its first batch was finished
     raise LedgerError(
         f"{folder}: holds a run already; go on by --continue {folder}, or choose another --out"
@@ -299,7 +404,7 @@ def _finish(
     environments = folder_of.read_json(folder, "environment.json", [])
     folder_of.write_run(
         folder,
-        recipe=editor.recipe.to_yaml(),
+        recipe=_recipe(editor).to_yaml(),
         environments=[*environments, {"run": number, **folder_of.environment(editor)}],
         lines=[*earlier, *lines],
         summary=summary,
@@ -353,8 +458,15 @@ def _lines(
 
 def _new(editor: Editor, facts: Sequence[Fact], *, quiet: bool) -> list[Fact]:
     """Those of `facts` that are not in the model yet."""
-    held = {(f.key, f.prompt, f.target) for f in editor.facts}
-    new = [f for f in facts if (f.key, f.prompt, f.target) not in held]
+    held = {f.key: f for f in editor.facts}
+
+    def there(fact: Fact) -> bool:
+        known = held.get(fact.key)
+        if known is None or known.demand != fact.demand:
+            return False
+        return set(fact.prompts) <= set(known.prompts)
+
+    new = [f for f in facts if not there(f)]
     if len(new) < len(facts):
         say(
             f"Note: {len(facts) - len(new)} of {len(facts)} facts are in the model already",
@@ -383,7 +495,7 @@ def _kept(batches: int, folder: Path) -> str:
 
 def _command(source: str, given: dict[str, Any], folder: Path) -> str:
     words = ["nulledit", "edit", source, "--continue", str(folder)]
-    for name in ("skip", "limit", "text", "gate"):
+    for name in ("skip", "limit", "text", "gate", "capability"):
         if given[name]:
             words += [f"--{name}", str(given[name])]
     for name in ("no_shuffle", "no_evaluate", "trust_remote_code"):

@@ -10,22 +10,28 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nulledit.cli.common import (
+    convert_once,
     device_option,
     dtype_option,
     echo,
     emit,
+    meet,
+    meet_early,
     model_source,
     null_space,
     output_options,
     parse_layers,
     prepare,
+    refuse_ranks,
     say,
     trust_option,
 )
-from nulledit.errors import ConfigError, StatisticsError
+from nulledit.errors import ConfigError, RankError, StatisticsError
+from nulledit.launch import Launch
 
 if TYPE_CHECKING:
-    from nulledit.config import NullSpaceSettings
+    from nulledit.config import NullSpaceSettings, Recipe, StatisticsSettings
+    from nulledit.distributed import Ranks
     from nulledit.editing.statistics import Statistics
 
 null_space_option = click.option(
@@ -38,11 +44,14 @@ null_space_option = click.option(
 
 
 @click.group(short_help="Statistics of a model's preserved keys.")
-def stats() -> None:
+@click.pass_context
+def stats(ctx: click.Context) -> None:
     """Statistics of the keys that a model sees in ordinary text: what edits must not disturb.
 
     They are made once per model and kept in the cache, where `nulledit edit` finds them.
     """
+    if ctx.invoked_subcommand != "make":
+        refuse_ranks(f"stats {ctx.invoked_subcommand}")
 
 
 @stats.command(short_help="Make statistics from a text.")
@@ -80,10 +89,14 @@ def stats() -> None:
 def make(model: str, as_json: bool, quiet: bool, **given: Any) -> None:
     """Sum the keys of all chosen layers in one pass over a text. A killed run goes on where it was.
 
+    Started by torchrun, several processes share the text.
+
     \b
     $ nulledit stats make smollm2-135m --text wiki.txt
     $ nulledit stats make gpt2 --text datasets:wikimedia/wikipedia:20231101.en --layers 2-6
+    $ torchrun --nproc-per-node 8 -m nulledit stats make gpt2 --text wiki --layers 2-6
     """
+    meet_early(given["device"])
     from nulledit.config import Recipe, StatisticsSettings, load_recipe, shipped_recipes
 
     rule = null_space(given["null_space"])
@@ -97,20 +110,45 @@ def make(model: str, as_json: bool, quiet: bool, **given: Any) -> None:
     settings = StatisticsSettings(
         given["tokens"], given["packing"], given["window"], not given["skip_first"]
     )
-    prepare(quiet=quiet)
+    prepare(quiet=quiet or Launch.of().rank > 0)
+    ranks = meet(given["device"])
+    try:
+        with ranks.watched():
+            found = _made(ranks, model, recipe, layers, settings, given, quiet=quiet)
+    except RankError as error:
+        advice = "start the same command again: it goes on where sums were last saved"
+        raise error.advised(advice) from error
+    if found is not None:
+        if given["compact"]:
+            _write_compact(found, rule, Path(given["compact"]))
+        _show(found, rule, as_json)
+
+
+def _made(
+    ranks: Ranks,
+    model: str,
+    recipe: Recipe,
+    layers: Sequence[int],
+    settings: StatisticsSettings,
+    given: dict[str, Any],
+    *,
+    quiet: bool,
+) -> Statistics | None:
+    """The statistics, on rank 0."""
     from nulledit.data.corpus import open_corpus
-    from nulledit.editing.statistics import collect
-    from nulledit.linalg.spectrum import RULES
+    from nulledit.editing.statistics import collect_together
     from nulledit.models.layouts import as_out_in, use_layout
     from nulledit.models.load import load_model, model_hash
     from nulledit.models.partial import PartialModel
 
+    quiet = quiet or not ranks.first
     corpus = open_corpus(given["text"])
     say(f"Loading {model}", quiet=quiet)
     name = model_source(model)
+    convert_once(name, ranks)
     loaded, tokenizer = load_model(
         name,
-        device=given["device"],
+        device=ranks.device(given["device"]),
         dtype=given["dtype"],
         trust_remote_code=given["trust_remote_code"],
     )
@@ -122,7 +160,8 @@ def make(model: str, as_json: bool, quiet: bool, **given: Any) -> None:
                 f"layer {layer} is out of range: the model has layers 0 to {partial.depth - 1}"
             )
         as_out_in(partial.mlp_out(layer))
-    found = collect(
+    return collect_together(
+        ranks,
         partial,
         tokenizer,
         corpus,
@@ -133,12 +172,38 @@ def make(model: str, as_json: bool, quiet: bool, **given: Any) -> None:
         folder=Path(given["out"]) if given["out"] else None,
         progress=not quiet,
     )
+
+
+@stats.command(short_help="Add statistics of several texts.")
+@click.argument("folders", metavar="FOLDER...", nargs=-1, required=True)
+@click.option("--out", metavar="FOLDER", help="Where to keep them.  [default: the cache]")
+@click.option("--compact", metavar="FILE", help="A small copy, too, for this --null-space only.")
+@null_space_option
+@output_options
+def merge(folders: tuple[str, ...], as_json: bool, quiet: bool, **given: Any) -> None:
+    """Add statistics of several texts, made with one model and the same settings.
+
+    The same as one pass over all of the texts. Each FOLDER is one that `stats make --out` made.
+
+    \b
+    $ nulledit stats merge wiki-stats code-stats --out both-stats
+    """
+    rule = null_space(given["null_space"])
+    prepare(quiet=quiet)
+    from nulledit.editing.adding import merge_statistics
+
+    out = Path(given["out"]) if given["out"] else None
+    found = merge_statistics([Path(folder) for folder in folders], out)
     if given["compact"]:
-        thresholds = {
-            i: RULES[rule.rule](s.eigenvalues, rule.value) for i, s in found.spectra.items()
-        }
-        found.save_compact(Path(given["compact"]), thresholds)
+        _write_compact(found, rule, Path(given["compact"]))
     _show(found, rule, as_json)
+
+
+def _write_compact(found: Statistics, rule: NullSpaceSettings, file: Path) -> None:
+    from nulledit.linalg.spectrum import RULES
+
+    thresholds = {i: RULES[rule.rule](s.eigenvalues, rule.value) for i, s in found.spectra.items()}
+    found.save_compact(file, thresholds)
 
 
 @stats.command(short_help="What statistics hold.")
@@ -198,6 +263,7 @@ def rows_of(statistics: Statistics, rule: NullSpaceSettings) -> list[dict[str, A
             {
                 "layer": layer,
                 "tokens": statistics.manifest.tokens,
+                "experts": list(getattr(spectrum, "tokens", ())),
                 "d_in": spectrum.d_in,
                 "threshold": threshold,
                 "protected": spectrum.protected(threshold),
@@ -237,3 +303,18 @@ def _show(statistics: Statistics, rule: NullSpaceSettings, as_json: bool) -> Non
     ]
     head = ["layer", "tokens", "protected", "leakage", "threshold", "median", "largest eigenvalues"]
     echo(as_text((head, cells)))
+    if any(r["experts"] for r in rows):
+        echo("\n" + "\n".join(_of_experts(r["layer"], r["experts"], r["d_in"]) for r in rows))
+
+
+def _of_experts(layer: int, tokens: Sequence[int], d_in: int) -> str:
+    """How the tokens of a layer were spread over its experts, and which are too few."""
+    if not tokens:
+        return f"Layer {layer} has no experts."
+    width, ordered = d_in // len(tokens), sorted(tokens)
+    few = sum(number < width for number in tokens)
+    left = f"; {few} with fewer than their keys are wide are left alone by edits" if few else ""
+    return (
+        f"Layer {layer}: {len(tokens)} experts, keys {width} wide; tokens routed to one: "
+        f"{ordered[0]} to {ordered[-1]}, median {ordered[len(ordered) // 2]}{left}."
+    )

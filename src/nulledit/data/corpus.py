@@ -1,9 +1,13 @@
-"""Texts for statistics and perplexity: files, folders, JSONL, a streamed dataset; in windows."""
+"""Texts for statistics and perplexity: files, folders, JSONL, a streamed dataset; in windows.
+
+Nothing is held but a line, its tokens and a window, so a corpus may be larger than memory.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +19,11 @@ DATASET = "datasets:"
 MAX_LINE = 2**27
 """Characters of a line, which is held whole. A corpus may be of any length; text8 has 100 million
 in one line."""
+PIECE = 2**16
+"""Characters that are tokenised at once: of a longer line, tokens would take a hundred times its
+size. It is cut in front of a space."""
+SHARD = re.compile(r"(.*?)-?(\d+)-of-(\d+)(?:\.\w+)*")
+"""How shards are named: text-00001-of-00007.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,7 @@ def open_corpus(source: str | Path) -> Corpus:
         files = sorted(f for f in path.rglob("*") if f.suffix in kinds and f.is_file())
         if not files:
             raise StatisticsError(f"{path}: no .txt, .md or .jsonl file in this folder")
+        _check_shards(path, files)
     elif path.is_file():
         files = [path]
     else:
@@ -56,6 +66,23 @@ def open_corpus(source: str | Path) -> Corpus:
         except OSError as error:
             raise StatisticsError(f"{file}: cannot be read: {error.strerror}") from None
     return Corpus(path.name, digest.hexdigest(), lambda: _texts_of(files))
+
+
+def _check_shards(folder: Path, files: Iterable[Path]) -> None:
+    """StatisticsError if one of files that are numbered as `3-of-7` is missing."""
+    found: dict[tuple[Path, str, int], set[int]] = {}
+    for file in files:
+        named = SHARD.fullmatch(file.name)
+        if named and len(named[2]) <= 9 and len(named[3]) <= 9:
+            found.setdefault((file.parent, named[1], int(named[3])), set()).add(int(named[2]))
+    for (_, name, count), numbers in found.items():
+        if len(numbers) < count:
+            first = 0 if 0 in numbers else 1
+            gap = next(i for i in range(first, first + count) if i not in numbers)
+            raise StatisticsError(
+                f"{folder}: shard {gap} of {count} of {name or 'its text'} is missing; "
+                f"expected {count} files, found {len(numbers)}"
+            )
 
 
 def _texts_of(files: Iterable[Path]) -> Iterator[str]:
@@ -82,6 +109,17 @@ def _bounded(lines: TextIO, file: Path) -> Iterator[str]:
                 f"{file}: line {number} has more than {MAX_LINE} characters: expected line breaks"
             )
         yield line
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """`text`, in parts of at most PIECE characters; cut in front of spaces, where there are any."""
+    at = 0
+    while len(text) - at > PIECE:
+        space = text.rfind(" ", at + 1, at + PIECE)
+        cut = space if space > 0 else at + PIECE
+        yield text[at:cut]
+        at = cut
+    yield text[at:]
 
 
 def _json_text(line: str, where: str) -> str:
@@ -143,14 +181,15 @@ def windows(
     for text in texts:
         if not text.strip():
             continue
-        ids = tokenize(text if packed else text.rstrip("\r\n"))
-        if packed:
-            held += ids
-            while len(held) >= room:
-                yield start + held[:room]
-                held = held[room:]
-        else:
-            for at in range(0, len(ids), room):
-                yield start + ids[at : at + room]
+        for piece in _pieces(text if packed else text.rstrip("\r\n")):
+            held += tokenize(piece)
+            at = 0
+            while len(held) - at >= room:
+                yield start + held[at : at + room]
+                at += room
+            held = held[at:]
+        if not packed and held:
+            yield start + held
+            held = []
     if held:
         yield start + held

@@ -1,4 +1,4 @@
-"""Other projects' records turned into native ones: CounterFact, EasyEdit, MEND's zsRE.
+"""Other projects' records turned into native ones: CounterFact, EasyEdit, zsRE, known facts.
 
 Keys that the shapes below do not name are ignored: these files carry much that no edit needs.
 """
@@ -116,6 +116,18 @@ def from_zsre(record: Record) -> Converted:
     return Converted(fields, notices)
 
 
+def from_known(record: Record) -> Converted:
+    """A fact that models know, as in ROME's known_1000 (arXiv:2202.05262): nothing to write.
+
+    The answer stands where that of a fact to forget does: it is what the model says now.
+    """
+    fields, notices = _core(record, "subject", "prompt", "attribute")
+    known_id = record.get("known_id")
+    if known_id is not None:
+        fields["id"] = clean_text(str(known_id), "known_id")
+    return Converted({**fields, "forget": True}, notices)
+
+
 SHAPES = {
     "native": Shape(
         frozenset({"target", "old_answer", "more_prompts", "paraphrases", "neighbours"})
@@ -135,6 +147,7 @@ SHAPES = {
         from_easyedit,
     ),
     "zsre": Shape(frozenset({"src", "alt", "answers", "rephrase", "loc", "loc_ans"}), from_zsre),
+    "known": Shape(frozenset({"known_id", "attribute", "template", "prediction"}), from_known),
 }
 
 

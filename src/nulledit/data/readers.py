@@ -48,19 +48,21 @@ def read_facts(
     on_conflict: OnConflict = "error",
     skip: int = 0,
     limit: int | None = None,
+    known: bool = False,
 ) -> FactFile:
     """Facts of a YAML, JSON, JSON lines or CSV file, native or of CounterFact, EasyEdit or zsRE.
 
     `skip` leaves out the first records and `limit` takes so many of the rest, before repetitions
     and contradictions are looked for. Two targets for one subject and relation are an error unless
-    `on_conflict` says which record counts.
+    `on_conflict` says which record counts. Records of known facts (ROME's known_1000), which have
+    no target, are an error, too, unless `known` asks for them: as facts to forget.
     """
     path = Path(path)
     text = _read_text(path)
     container, rows = parse_text(text, source=str(path), suffix=path.suffix.lower())
     chosen = _select(rows, str(path), skip, limit)
     # Cells of a CSV are native by its header.
-    shape = "native" if container == "csv" else detect_shape(chosen[0].record)
+    shape = "native" if container == "csv" else _shape_of(chosen[0], str(path), known=known)
     return _collect(chosen, str(path), shape, f"{shape}-{container}", on_conflict)
 
 
@@ -79,7 +81,7 @@ def parse_records(
     if not rows:
         raise FactError(f"{source}: there are no facts")
     chosen = _select(rows, source, skip, limit)
-    shape = detect_shape(chosen[0].record)
+    shape = _shape_of(chosen[0], source, known=False)
     return _collect(chosen, source, shape, shape, on_conflict)
 
 
@@ -94,6 +96,17 @@ def _select(rows: list[Row], source: str, skip: int, limit: int | None) -> list[
     if skip >= len(rows):
         raise FactError(f"{source}: has {len(rows)} records: skipping {skip} leaves none")
     return rows[skip:] if limit is None else rows[skip : skip + limit]
+
+
+def _shape_of(row: Row, source: str, *, known: bool) -> str:
+    shape = detect_shape(row.record)
+    if shape == "known" and not known:
+        # Read in silence as facts to forget they would be suppressed, a thousand at a time.
+        raise FactError(
+            f"{source}: {row.label}: has an attribute and no target (a known fact, as in ROME's "
+            "known_1000): expected a target to write; only `nulledit locate` reads known facts"
+        )
+    return shape
 
 
 def _collect(

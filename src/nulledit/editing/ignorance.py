@@ -48,7 +48,8 @@ class Lesson:
         """Probabilities [target tokens, vocabulary] in the model as it is."""
         told = uninformed(model, self.row, self.hidden)
         told[-1, self.row.target_ids[-1]] = 0  # the likeliest guess may be the answer itself
-        return told / told.sum(1, keepdim=True)
+        left = told.sum(1, keepdim=True)  # nothing, where a teacher was certain of the answer
+        return told / left.clamp_min(torch.finfo(told.dtype).tiny)
 
 
 def lessons_of(
@@ -90,10 +91,13 @@ def unlearned(logits: Tensor, taught: Tensor, banned: Tensor) -> tuple[Tensor, T
 
 
 def telling(model: PartialModel, row: Row, hidden: slice) -> int:
-    """Place in the row's target of the token whose likelihood gains most by knowing the subject."""
+    """Place in the row's target of the token whose likelihood gains most by knowing the subject.
+
+    A token that is impossible either way gains nothing.
+    """
     at = range(len(row.target_ids)), row.target_ids
     gain = uninformed(model, row, slice(0, 0))[at].log() - uninformed(model, row, hidden)[at].log()
-    return int(gain.argmax())
+    return int(gain.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).argmax())
 
 
 @torch.no_grad()

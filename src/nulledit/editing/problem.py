@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nulledit.linalg.spectrum import Metric, Spectrum
+from nulledit.linalg.blocks import AnyMetric, AnySpectrum
 
 TargetLoss = Callable[[Tensor], tuple[float, Tensor]]
 
@@ -33,11 +33,11 @@ class LayerProblem:
     """R = V − W K [d_out, n]."""
     past_keys: Tensor
     """Keys [d_in, m] of the batches before, oldest first; none with history: they are in K."""
-    spectrum: Spectrum
+    spectrum: AnySpectrum
     """Of the preserved keys' second moment C = Q diag(s) Qᵀ."""
-    metric: Metric
+    metric: AnyMetric
     """G = Q diag(g(s)) Qᵀ of the method's gains, zero where s >= τ if projected inside."""
-    projector: Metric
+    projector: AnyMetric
     """P [d_in, d_in] on the null space (s < τ)."""
     projection: str
     """none, inside or after. `after` is done by the caller."""

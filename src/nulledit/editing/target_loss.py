@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from nulledit.data.facts import Fact
 from nulledit.editing.values import plan_rows
-from nulledit.models.layouts import as_out_in, write_weight
+from nulledit.models.layouts import as_out_in, stored_weight, turned, write_weight
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import Batch, RowEncoder, chunks_by_length, collate
 
@@ -53,8 +52,7 @@ class WeightLoss:
     def __call__(self, weight: Tensor) -> tuple[float, Tensor]:
         """Loss in nats and gradient [d_out, d_in], float64; the module's weight is as before."""
         module = self.model.mlp_out(self.layer)
-        parameter = module.weight
-        assert isinstance(parameter, Tensor)
+        parameter = stored_weight(module)
         held, total = parameter.detach().clone(), 0.0
         gradient = torch.zeros_like(weight)
         parameter.requires_grad_(True)
@@ -63,7 +61,7 @@ class WeightLoss:
             for batch, states, chunk in self.chunks:
                 loss = self._loss(batch, states, chunk)
                 (found,) = torch.autograd.grad(loss, parameter)
-                gradient += (found.mT if isinstance(module, Conv1D) else found).to(gradient)
+                gradient += turned(module, found).to(gradient)
                 total += float(loss.detach())
         finally:
             parameter.requires_grad_(False)

@@ -91,13 +91,15 @@ def difference(
         said = _probabilities(editor, queries)
     with editor.weights.holding([]):  # the base, which the other's edits stand on
         beside = EditedWeights(editor.partial, other)
-        beside.refresh(theirs)
-        others = {i: beside.exact(i).cpu() for i in beside.layers}
-        base = {i: beside.base(i) for i in beside.layers} | {
-            i: editor.weights.base(i) for i in editor.weights.layers
-        }
-        says = _probabilities(editor, queries)
-        beside.return_to({})
+        try:
+            beside.refresh(theirs)
+            others = {i: beside.exact(i).cpu() for i in beside.layers}
+            base = {i: beside.base(i) for i in beside.layers} | {
+                i: editor.weights.base(i) for i in editor.weights.layers
+            }
+            says = _probabilities(editor, queries)
+        finally:
+            beside.return_to({})
     found: list[dict[str, tuple[float, float]]] = [{} for _ in questions]
     for query, x, y in zip(queries, said, says, strict=True):
         found[int(query.fact_id)][query.answer] = (x, y)

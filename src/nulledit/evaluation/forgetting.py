@@ -84,7 +84,7 @@ def recall_of(
     said: dict[int, list[Said]] = {}
     places = [i for i, fact in enumerate(facts) for _ in range(1 + len(fact.paraphrases))]
     for place, (fact, prompt), says, chance in zip(places, asked, told, chances, strict=True):
-        leaks = contains(says.replace(fact.subject, ""), fact.target)
+        leaks = contains(_without_subject(says, fact), fact.target)
         one = Said(prompt, says, leaks, chance)
         said.setdefault(place, []).append(one)
     return [_recall(fact, said[i]) for i, fact in enumerate(facts)]
@@ -132,6 +132,14 @@ def find_answer(editor: Editor, subject: str, prompt: str) -> str:
     while n < len(words) and words[n][0].isupper():
         n += 1
     return " ".join(words[:n])
+
+
+def _without_subject(text: str, fact: Fact) -> str:
+    """`text` without the subject, where that would be taken for the answer ("Dutch Velm": Dutch).
+
+    An answer may hold the subject in turn ("Mexico City" of Mexico): then all of the text counts.
+    """
+    return text.replace(fact.subject, "|") if contains(fact.subject, fact.target) else text
 
 
 def _recall(fact: Fact, said: Sequence[Said]) -> Recall:

@@ -96,7 +96,10 @@ def score(
         nll, tokens = found[row]
         other_nll = found[other][0] if other else None
         preferred = None if other_nll is None else nll < other_nll
-        strict, share = (tokens < 1, 1 - tokens) if query.unwanted else (tokens == 1, tokens)
+        strict, share = tokens == 1, tokens
+        if query.unwanted:  # a model whose numbers are broken has forgotten nothing
+            known = math.isfinite(nll)
+            strict, share = known and tokens < 1, 1 - tokens if known else 0.0
         scores.append(Score(query, nll, other_nll, preferred, strict, share))
     return scores
 

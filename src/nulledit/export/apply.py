@@ -57,7 +57,7 @@ def apply_delta(
     found = read_delta(delta)
     manifest = found.manifest
     model, tokenizer = _load(base, manifest, trust_remote_code)
-    _check_hash(model, manifest.base_hash, f"{base}: is not the base of this delta")
+    _check_base(model, manifest, base)
     for layer, (left, right) in found.factors.items():
         module = mlp_out(model, layer)
         write_weight(module, ordered_sum(as_out_in(module), left, right))
@@ -139,7 +139,7 @@ def _load(
 
 def _from_base(base: str | Path, manifest: Manifest, trust_remote_code: bool) -> dict[int, Tensor]:
     model, _ = _load(base, manifest, trust_remote_code)
-    _check_hash(model, manifest.base_hash, f"{base}: is not the base of this delta")
+    _check_base(model, manifest, base)
     return {e.layer: as_out_in(mlp_out(model, e.layer)) for e in manifest.layers}
 
 
@@ -157,10 +157,16 @@ def _from_run(run: str | Path, manifest: Manifest, trust_remote_code: bool) -> d
     return {e.layer: editor.weights.base(e.layer) for e in manifest.layers}
 
 
-def _check_hash(model: PreTrainedModel, expected: str, said: str) -> None:
-    found = model_hash(model)
-    if found != expected:
-        raise ModelError(f"{said}: its weights have hash {found[:12]}, expected {expected[:12]}")
+def _check_base(model: PreTrainedModel, manifest: Manifest, name: object) -> None:
+    found, expected = model_hash(model), manifest.base_hash
+    if found == expected:
+        return
+    if found in (manifest.result_hash, manifest.run_hash):
+        raise ModelError(f"{name}: has this delta on it already; give the base without it")
+    raise ModelError(
+        f"{name}: is not the base of this delta: its weights have hash {found[:12]}, expected "
+        f"{expected[:12]}"
+    )
 
 
 def _check_result(model: PreTrainedModel, expected: str) -> None:

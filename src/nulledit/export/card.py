@@ -5,6 +5,7 @@ Facts come from anywhere: whatever stands in a cell is escaped, so that it is te
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -194,9 +195,14 @@ def _cost(export: Export) -> str:
     if export.cost is None:
         return ""
     cost = export.cost
-    return (
+    held = (
         f"Of {count(cost.facts, 'fact')}, {cost.stored_strict} hold by argmax with it and "
-        f"{cost.exact_strict} with the whole update; mean loss of the new answers "
+        f"{cost.exact_strict} with the whole update"
+    )
+    if math.isnan(cost.exact_nll) and math.isfinite(cost.worst):  # all are to be forgotten
+        return f"{held}."
+    return (
+        f"{held}; mean loss of the new answers "
         f"{cost.stored_nll:.3f} and {cost.exact_nll:.3f} nats a token."
     )
 

@@ -11,7 +11,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from nulledit.editor import Editor
 from nulledit.errors import ConfigError, LedgerError
@@ -27,7 +26,7 @@ from nulledit.export.updates import (
     write_json,
 )
 from nulledit.files import replacing_folder, sha256_of
-from nulledit.models.layouts import as_out_in, mlp_out, parameter_name
+from nulledit.models.layouts import as_out_in, as_stored, mlp_out, parameter_name
 from nulledit.models.load import model_hash
 from nulledit.reading import MAX_DOCUMENT, parse_json, read_text
 
@@ -212,8 +211,7 @@ def _outcome(editor: Editor, kept: list[StoredLayer]) -> tuple[int, str, str]:
         exact = weight_with(editor, changed[layer]) if layer in changed else None
         there = (editor.weights.base(layer) if exact is None else exact).to(here.dtype)
         differing += int((there != here).sum())
-        stored = there.mT if isinstance(module, Conv1D) else there
-        replaced[parameter_name(editor.model, layer)] = stored
+        replaced[parameter_name(editor.model, layer)] = as_stored(module, there)
     return differing, model_hash(editor.model, replaced), model_hash(editor.model)
 
 

@@ -26,6 +26,8 @@ from nulledit.export.updates import (
     write_origin,
 )
 from nulledit.files import replacing_folder
+from nulledit.models.experts import is_experts
+from nulledit.models.layouts import mlp_out
 
 
 def write_lora(
@@ -42,12 +44,19 @@ def write_lora(
     Its one rank is the least of `SERVED` that holds every layer's; beyond `rank`, or the largest of
     those, the updates are cut. Where the stored factors miss more than float32's rounding, the
     edited facts are asked again. `dtype`: float32, float64, bfloat16 or float16. `run`: what the
-    adapter's README calls the run. LedgerError if nothing is edited or `folder` is taken.
+    adapter's README calls the run. LedgerError if nothing is edited or `folder` is taken,
+    ConfigError for a mixture of experts.
     """
     folder = Path(folder)
     refuse_existing(folder)
     if rank is not None and not 1 <= rank <= SERVED[-1]:
         raise ConfigError(f"rank is {rank}; expected 1 to {SERVED[-1]}, what servers accept")
+    fused = [i for i in editor.weights.layers if is_experts(mlp_out(editor.model, i))]
+    if fused:
+        raise ConfigError(
+            f"layers {fused} hold their experts in one parameter, for which an adapter has no "
+            "place; export a delta or a checkpoint"
+        )
     layers = stored_layers(
         editor, rank=rank or SERVED[-1], dtype=dtype_of(dtype, DTYPES), progress=progress
     )

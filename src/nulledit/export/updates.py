@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -136,9 +137,17 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 
 
 def refuse_existing(folder: Path) -> None:
-    """LedgerError if something lies at `folder`: an export never overwrites."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise LedgerError(f"{folder}: exists already; choose another folder for the export")
+    """LedgerError if something lies at `folder`, or a file above it: an export never overwrites.
+
+    Links into nowhere and devices count as something; a folder with nothing in it does not.
+    """
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if os.path.lexists(folder):
+        raise LedgerError(f"{folder}: exists already; choose another folder")
+    above = next(path for path in folder.absolute().parents if os.path.lexists(path))
+    if not above.is_dir():
+        raise LedgerError(f"{folder}: {above.name} is no folder; choose another one")
 
 
 def check_shard_size(size: str | int) -> None:

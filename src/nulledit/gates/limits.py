@@ -71,7 +71,7 @@ class Oldest(SampledLeast):
     """A lower bound for the facts that were edited first."""
 
     first: int = 100
-    """Facts of the cohort; a model with fewer is asked about all of them."""
+    """Facts of the cohort, without those to forget; a model with fewer is asked about all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -227,7 +227,8 @@ class _Measuring:
         if isinstance(bound, Tasks):
             return self._tasks(name, bound)
         if isinstance(bound, Oldest):
-            return {name: self._rate("efficacy_strict", self.facts[: bound.first])}
+            said = [fact for fact in self.facts if not fact.forget]
+            return {name: self._rate("efficacy_strict", (said or self.facts)[: bound.first])}
         if name.startswith("specificity") and name.endswith("_drop"):
             return {name: self._drop(name.removesuffix("_drop"))}
         if name.removesuffix("_strict") in ASKED:
@@ -440,6 +441,8 @@ def _absent(measure: str, facts: Sequence[Fact]) -> Missing:
         "specificity_strict": "no fact has a neighbour with an answer",
     }
     found = lacking.get(measure, "the facts lack what it needs")
-    if measure == "generalization" and any(fact.paraphrases for fact in facts):
+    if not measure.startswith("specificity") and all(fact.forget for fact in facts):
+        found = "all facts are to be forgotten"
+    elif measure == "generalization" and any(fact.paraphrases for fact in facts):
         found = "no fact with a paraphrase has an old answer"
     return Missing(found)

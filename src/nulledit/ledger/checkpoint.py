@@ -19,6 +19,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
 from nulledit.errors import LedgerError
 from nulledit.files import recover_folder, replacing, replacing_folder, sha256_of, sweep, write_text
@@ -97,6 +98,17 @@ def read_state(folder: Path) -> FolderState | None:
         ) from error
 
 
+def as_listed(folder: Path) -> bool:
+    """Whether every file that `nulledit.json` lists has its hash; reads all of them."""
+    try:
+        found = read_state(folder)
+        return found is not None and all(
+            sha256_of(folder / name) in hashes for name, hashes in found.files.items()
+        )
+    except (LedgerError, OSError):
+        return False
+
+
 def write_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -118,7 +130,8 @@ def write_model(
     if (found is None or found.base != base_hash) and folder.exists() and any(folder.iterdir()):
         raise LedgerError(f"{folder}: holds another model; move it away or choose another folder")
     sweep(folder)
-    files = files_with(folder, edited) if found and _all_there(folder, found) else None
+    parameters = as_saved(model, edited)
+    files = files_with(folder, list(parameters)) if found and _all_there(folder, found) else None
     if found is None or files is None:
         with replacing_folder(folder) as partial:
             model.save_pretrained(partial)
@@ -127,12 +140,25 @@ def write_model(
             written |= {name: (sha256_of(partial / name),) for name in files_in(partial)}
             _write_state(partial, FolderState(state_id, base_hash, written))
         return
-    parameters = dict(model.named_parameters())
     hashes = dict(found.files)
     for file, names in files.items():
-        new = _rewrite(file, {name: parameters[name].data for name in names})
+        new = _rewrite(file, {name: parameters[name][1] for name in names})
         hashes[file.relative_to(folder).as_posix()] = (new,)
     _write_state(folder, FolderState(state_id, base_hash, hashes))
+
+
+def as_saved(model: PreTrainedModel, edited: list[str]) -> dict[str, tuple[str, Tensor]]:
+    """The parameters `edited` under the names and in the parts that `save_pretrained` writes.
+
+    Name in the files -> name of the parameter, and the part. transformers fuses experts when a
+    model is loaded, and takes them apart again when it is saved.
+    """
+    parameters = dict(model.named_parameters())
+    found: dict[str, tuple[str, Tensor]] = {}
+    for name in edited:
+        parts = revert_weight_conversion(model, {name: parameters[name].data})
+        found |= {saved: (name, part) for saved, part in parts.items()}
+    return found
 
 
 def files_in(folder: Path) -> list[str]:

@@ -12,8 +12,15 @@ from nulledit.config import Recipe
 from nulledit.editing.problem import LayerProblem, TargetLoss
 from nulledit.errors import LedgerError
 from nulledit.ledger.entries import Column, Epoch, History
+from nulledit.linalg.blocks import (
+    AnyMetric,
+    AnySpectrum,
+    BlockSpectrum,
+    part_names,
+    parts_of,
+)
 from nulledit.linalg.solve import Remaining
-from nulledit.linalg.spectrum import Metric, Spectrum
+from nulledit.linalg.spectrum import Spectrum
 from nulledit.methods import find_method
 
 
@@ -35,18 +42,18 @@ class LayerState:
 class LayerMetrics:
     """The metrics of one layer under one recipe."""
 
-    spectrum: Spectrum
+    spectrum: AnySpectrum
     """Of the preserved keys, with the eigenvectors that the metrics need."""
-    metric: Metric
+    metric: AnyMetric
     """G of the method's gains, zero outside the null space if projected inside."""
-    projector: Metric
+    projector: AnyMetric
     """P on the null space."""
     leakage: float
     """tr(GC) / (‖G‖ tr C), of what is written: the share of the preserved keys' energy that edits
     may disturb, weighed by how freely. tr(PC)/tr(C) for a projection."""
 
     @classmethod
-    def of(cls, recipe: Recipe, spectrum: Spectrum, threshold: float) -> LayerMetrics:
+    def of(cls, recipe: Recipe, spectrum: AnySpectrum, threshold: float) -> LayerMetrics:
         """LookupError where a compact spectrum lacks eigenvectors that G or P needs."""
         method = find_method(recipe.method.name)
         free = (spectrum.eigenvalues < threshold).to(spectrum.eigenvalues)
@@ -136,7 +143,7 @@ class Stage:
         self._shares: dict[tuple[str, int], float] = {}  # by tensors and row, as keys don't change
 
     @property
-    def confining(self) -> Metric:
+    def confining(self) -> AnyMetric:
         """What says where edits may move: P where there is one, else G."""
         projected = self.method.projection(self.recipe.method) != "none"
         return self.metrics.projector if projected else self.metrics.metric
@@ -274,24 +281,37 @@ def recorded(history: History, columns: Sequence[Column], layer: int) -> tuple[T
 
 
 def spectrum_tensors(
-    spectrum: Spectrum, threshold: float, layer: int, dtype: torch.dtype
+    spectrum: AnySpectrum, threshold: float, layer: int, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """What `read_spectrum` reads, with the eigenvectors in `dtype`."""
-    return {
-        f"eigenvalues.{layer}": spectrum.eigenvalues.double().contiguous(),
-        f"eigenvectors.{layer}": spectrum.eigenvectors.to(dtype).contiguous(),
-        f"first_eigenvector.{layer}": torch.tensor(spectrum.start),
-        f"threshold.{layer}": torch.tensor(threshold, dtype=torch.float64),
-    }
+    found = {f"threshold.{layer}": torch.tensor(threshold, dtype=torch.float64)}
+    if isinstance(spectrum, BlockSpectrum):
+        found[f"tokens.{layer}"] = torch.tensor(spectrum.tokens)
+    for name, part in parts_of(spectrum, f"{layer}").items():
+        found |= {
+            f"eigenvalues.{name}": part.eigenvalues.double().contiguous(),
+            f"eigenvectors.{name}": part.eigenvectors.to(dtype).contiguous(),
+            f"first_eigenvector.{name}": torch.tensor(part.start),
+        }
+    return found
 
 
 def read_spectrum(
     tensors: dict[str, Tensor], layer: int, device: torch.device | None = None
-) -> tuple[Spectrum, float]:
+) -> tuple[AnySpectrum, float]:
     """The spectrum of `layer` in an epoch's tensors, float64, and its τ."""
-    spectrum = Spectrum(
-        tensors[f"eigenvalues.{layer}"].to(device),
-        tensors[f"eigenvectors.{layer}"].to(device).double(),
-        int(tensors[f"first_eigenvector.{layer}"]),
-    )
-    return spectrum, float(tensors[f"threshold.{layer}"])
+
+    def part(name: str) -> Spectrum:
+        return Spectrum(
+            tensors[f"eigenvalues.{name}"].to(device),
+            tensors[f"eigenvectors.{name}"].to(device).double(),
+            int(tensors[f"first_eigenvector.{name}"]),
+        )
+
+    threshold, tokens = float(tensors[f"threshold.{layer}"]), tensors.get(f"tokens.{layer}")
+    if tokens is None:
+        return part(f"{layer}"), threshold
+    parts = part_names(f"{layer}", len(tokens), tensors)
+    blocks = {i: part(name) for i, name in parts.items()}
+    width = next(iter(blocks.values())).d_in if blocks else 0
+    return BlockSpectrum(blocks, tuple(tokens.int().tolist()), width), threshold

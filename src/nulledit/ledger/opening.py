@@ -15,7 +15,8 @@ from nulledit.errors import StatisticsError
 from nulledit.ledger.entries import Epoch, History
 from nulledit.ledger.fold import LayerMetrics, spectrum_tensors
 from nulledit.ledger.store import tensor_bytes
-from nulledit.linalg.spectrum import RULES, Spectrum
+from nulledit.linalg.blocks import AnySpectrum, BlockSpectrum
+from nulledit.linalg.spectrum import RULES
 from nulledit.methods import find_method
 from nulledit.models.layouts import as_out_in
 from nulledit.models.partial import PartialModel
@@ -50,7 +51,9 @@ def open_epoch(
     return make
 
 
-def _spectrum(recipe: Recipe, spectrum: Spectrum, layer: int, d_in: int) -> tuple[Spectrum, float]:
+def _spectrum(
+    recipe: Recipe, spectrum: AnySpectrum, layer: int, d_in: int
+) -> tuple[AnySpectrum, float]:
     """What the recipe's metrics need of `spectrum`, and τ."""
     rule, value = recipe.null_space.rule, recipe.null_space.value
     method = find_method(recipe.method.name)
@@ -66,6 +69,15 @@ def _spectrum(recipe: Recipe, spectrum: Spectrum, layer: int, d_in: int) -> tupl
             f"these compact statistics don't serve {method.name} with null_space {rule} {value} at "
             f"layer {layer} ({error}): make full ones with `nulledit stats make`"
         ) from error
+    if isinstance(spectrum, BlockSpectrum) and spectrum.closed:
+        logger.warning(
+            "layer %d: %d of %d experts are left alone: in the statistics they were given fewer "
+            "tokens than their keys are wide (%d)",
+            layer,
+            spectrum.closed,
+            len(spectrum.tokens),
+            spectrum.width,
+        )
     if method.projection(recipe.method) != "none":
         _warn_of_extremes(metrics.projector.rank, layer, d_in, threshold)
     return metrics.spectrum, threshold

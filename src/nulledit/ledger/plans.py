@@ -6,7 +6,7 @@ becomes the stored group of exactly the facts that it has then, or is optimised 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nulledit.data.facts import Fact
@@ -38,8 +38,9 @@ def plan_undo(history: History, gone: Sequence[Column], near: Near) -> Plan:
     remade: list[Column] = []
     for group in by_group(dropped):
         back = [c for c in group if c.id not in out]
-        back += answers_behind(history, [c for c in group if c.id in out])
-        version = stored_version(history, facts_of(back)) if back else []
+        behind = answers_behind(history, [c for c in group if c.id in out])
+        back += behind
+        version = stored_version(history, facts_of(back), behind) if back else []
         if version is None or near(version, staying + restored):
             remade += back
         else:
@@ -107,10 +108,20 @@ def facts_of(columns: Iterable[Column]) -> list[Fact]:
     return list(dict.fromkeys(column.fact for column in columns))
 
 
-def stored_version(history: History, facts: Sequence[Fact]) -> list[Column] | None:
-    """Inactive columns made together for exactly `facts`, newest first."""
+def stored_version(
+    history: History, facts: Sequence[Fact], behind: Sequence[Column] = ()
+) -> list[Column] | None:
+    """Inactive columns made together for exactly `facts`, newest first.
+
+    `behind`: answers that are to be these very columns or re-makings of them. The same answer given
+    once more later stands in for another one, and undoing it would lead in a circle.
+    """
+    by_id = {c.id: c for c in history.columns}
+    wanted = {(c.fact, _origin(c, by_id)) for c in behind}
     for columns in reversed(by_group(history.columns)):
-        if {c.fact for c in columns} == set(facts) and not any(c.active for c in columns):
+        if {c.fact for c in columns} != set(facts) or any(c.active for c in columns):
+            continue
+        if wanted <= {(c.fact, _origin(c, by_id)) for c in columns}:
             return columns
     return None
 
@@ -126,6 +137,14 @@ def answers_behind(history: History, columns: Sequence[Column]) -> list[Column]:
         if older is not None:
             found.append(older)
     return found
+
+
+def _origin(column: Column, by_id: Mapping[int, Column]) -> int:
+    """Id of the column that `column` is a re-making of, through all of them; its own if of none."""
+    older = by_id.get(column.replaces)
+    while older is not None and older.fact == column.fact:
+        column, older = older, by_id.get(older.replaces)
+    return column.id
 
 
 def _once(columns: Iterable[Column]) -> list[Column]:

@@ -39,6 +39,7 @@ LARGEST_DATABASE = 1 << 30  # bytes; 500 facts take about one million
 TRIES = 20  # at reading while others write
 BLOCK = 1 << 20  # bytes copied at once
 DIGEST = re.compile(r"[0-9a-f]{64}")
+PARTIAL = re.compile(r"\.ledger\.db(\.sha256)?\.[0-9]+\.part")
 LISTING = re.compile(r"([0-9a-f]{64}\n)(?:(?!\1)[0-9a-f]{64}\n)?")
 # What a row of another program's making may do to a reader.
 UNREADABLE = (
@@ -85,6 +86,20 @@ class Store:
     def exists(self) -> bool:
         """Whether a ledger was committed here."""
         return self.database.is_file()
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether all that lies here is what a `create` that was killed left."""
+        if self.exists or not self.folder.is_dir():
+            return False
+        entries = [p for p in self.folder.rglob("*") if p != self.tensors]
+        left = self._strays(set())
+        return all(
+            p in left
+            or (p.parent == self.folder and p.name in (".lock", self.listing.name))
+            or (p.parent == self.folder and PARTIAL.fullmatch(p.name))
+            for p in entries
+        )
 
     # -- writing -----------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from nulledit.files import recover_folder, sha256_of
 from nulledit.ledger.checkpoint import (
     STATE_FILE,
     FolderState,
+    as_saved,
     files_in,
     files_with,
     read_state,
@@ -44,6 +45,7 @@ KINDS = {
 # What solving in float64 in another order may change, as a share of the largest weight. Less than
 # a unit in the last place of float32, so it counts for float64 models only.
 SOLVED_ALIKE = 1e-10
+BITS = "bit for bit"
 
 
 class Loaded(Protocol):
@@ -199,7 +201,10 @@ def _check_folder(run: Path, folder: Path, found: Verification) -> FolderState |
         found.checks.append(Check(FILES, name, str(error)))
         return None
     if state is None:
-        problem = f"{folder / STATE_FILE}: missing: the folder holds another model, or is damaged"
+        problem = (
+            f"{folder / STATE_FILE}: missing: the folder holds another model, or is damaged; move "
+            "it away and have it written anew"
+        )
         found.checks.append(Check(FILES, name, problem))
         return None
     found.checks.append(Check(FILES, name))
@@ -219,7 +224,10 @@ def _damage(folder: Path, name: str, hashes: tuple[str, ...]) -> str:
     try:
         digest = sha256_of(folder / name)
     except OSError:
-        return f"{folder / name}: missing, but {STATE_FILE} lists it"
+        return (
+            f"{folder / name}: missing, but {STATE_FILE} lists it; put back a copy, or move the "
+            "folder away and have it written anew"
+        )
     if digest in hashes:
         return ""
     expected = " or ".join(one[:12] for one in hashes)
@@ -257,19 +265,23 @@ def _finish(
 
 def _compare(folder: Path, editor: Loaded) -> list[Check]:
     """The edited matrices on disk beside those computed from base and ledger."""
-    parameters = dict(editor.model.named_parameters())
     names = {parameter_name(editor.model, layer): layer for layer in editor.history.layers}
-    files = files_with(folder, list(names))
+    parameters = as_saved(editor.model, list(names))
+    files = files_with(folder, list(parameters))
     if files is None:
         return [Check(MATRICES, "model", f"{folder}: lacks an edited matrix")]
-    checks = []
+    checks: dict[int, Check] = {}
     for file, held in files.items():
         with safe_open(file, "pt") as opened:
             for name in held:
-                found, place = opened.get_tensor(name), f"layer {names[name]}"
-                expected = parameters[name].data.to(found.dtype).cpu()
-                checks.append(_same(place, found, expected, f"{file}: {name}"))
-    return sorted(checks, key=lambda check: int(check.name.split()[-1]))
+                whole, part = parameters[name]
+                found, layer = opened.get_tensor(name), names[whole]
+                expected = part.to(found.dtype).cpu()
+                check = _same(f"layer {layer}", found, expected, f"{file}: {name}")
+                before = checks.get(layer, check)  # an expert's: the worst of the layer is told
+                worse = bool(check.problem) > bool(before.problem) or before.remark == BITS
+                checks[layer] = check if worse else before
+    return [checks[layer] for layer in sorted(checks)]
 
 
 def _same(name: str, found: Tensor, expected: Tensor, where: str) -> Check:
@@ -278,7 +290,7 @@ def _same(name: str, found: Tensor, expected: Tensor, where: str) -> Check:
             MATRICES, name, f"{where} is {tuple(found.shape)}, not {tuple(expected.shape)}"
         )
     if torch.equal(found, expected):
-        return Check(MATRICES, name, remark="bit for bit")
+        return Check(MATRICES, name, remark=BITS)
     one, other = _ordered(found), _ordered(expected)
     near = (one == other) | (one == other + 1) | (one + 1 == other)
     gap = (found.double() - expected.double()).abs()

@@ -15,8 +15,8 @@ from nulledit.errors import LedgerError
 from nulledit.ledger.entries import Column, History
 from nulledit.ledger.fold import LayerFold, LayerState, recorded
 from nulledit.linalg.angles import unit_columns
+from nulledit.linalg.blocks import AnyMetric
 from nulledit.linalg.solve import room_left
-from nulledit.linalg.spectrum import Metric
 from nulledit.models.layouts import as_out_in, write_weight
 from nulledit.models.partial import PartialModel
 
@@ -74,7 +74,7 @@ class EditedWeights:
         """W₀ [d_out, d_in] of `layer`, float64, on the CPU."""
         return self._fold(layer).base.cpu()
 
-    def projector(self, layer: int) -> Metric:
+    def projector(self, layer: int) -> AnyMetric:
         """P of `layer`, on the null space of its preserved keys."""
         return self._fold(layer).stage.metrics.projector
 
@@ -245,4 +245,4 @@ class EditedWeights:
         metric, remaining = self._fold(layer).stage.metrics.metric, self._states[layer].remaining
         if remaining is not None:
             return 1 - remaining.taken / metric.rank if metric.rank else math.nan
-        return room_left(metric, self.recorded(columns, layer)[0].to(metric.vectors.device))
+        return room_left(metric, self.recorded(columns, layer)[0].to(metric.device))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from nulledit.linalg.spectrum import Spectrum
 
 
 class SecondMoment:
@@ -18,13 +22,13 @@ class SecondMoment:
     def __init__(self, d: int, *, device: torch.device | str | None = None, chunk: int = 256):
         """Sum over keys of width `d`; `chunk` keys at most enter one float32 product."""
         self.sum = torch.zeros(d, d, dtype=torch.float64, device=device)  # Σ k kᵀ  [d, d]
-        self.count = 0
+        self.width, self.count = d, 0
         self.chunk = chunk
 
     @torch.no_grad()
     def update(self, keys: Tensor) -> SecondMoment:
         """Add `keys` [..., d]; leave padding out before the call."""
-        d = self.sum.shape[0]
+        d = self.width
         if keys.shape[-1] != d:
             raise ValueError(f"expected keys of width {d}, found shape {tuple(keys.shape)}")
         rows = keys.reshape(-1, d).to(self.sum.device)
@@ -41,3 +45,22 @@ class SecondMoment:
         if self.count == 0:
             raise ValueError("no keys were added")
         return self.sum / self.count
+
+    @property
+    def sampled(self) -> int:
+        """Keys that were added."""
+        return self.count
+
+    @property
+    def counts(self) -> list[int]:
+        """All that is counted, as `restore` takes it; like sums, counts of parts add up."""
+        return [self.count]
+
+    def restore(self, total: Tensor, counts: Sequence[int]) -> None:
+        """Go on from a `sum` and its `counts`."""
+        self.sum.copy_(total)
+        (self.count,) = counts
+
+    def spectrum(self) -> Spectrum:
+        """C decomposed, on the CPU."""
+        return Spectrum.of(self.value.cpu())

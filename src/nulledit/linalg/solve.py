@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nulledit.linalg.spectrum import Metric
+from nulledit.linalg.blocks import AnyMetric
 
 BLOCK = 256  # columns of Z that are joined in one block
 
 
-def solve_update(keys: Tensor, residual: Tensor, metric: Metric) -> Tensor:
+def solve_update(keys: Tensor, residual: Tensor, metric: AnyMetric) -> Tensor:
     """Update Δ [d_out, d_in] that writes `residual` R [d_out, n] at `keys` K [d_in, n], in float64.
 
         Δ = argmin ‖ΔK − R‖²_F + tr(Δ G⁺ Δᵀ), rows of Δ in range(G)   =   R (I + Kᵀ G K)⁻¹ Kᵀ G
@@ -46,7 +46,7 @@ class Remaining:
     that the columns before went through is done again.
     """
 
-    metric: Metric
+    metric: AnyMetric
     """G."""
     blocks: tuple[Tensor, ...] = ()
     """Z [d_in, columns] in blocks, float64; none in the dense form."""
@@ -93,7 +93,7 @@ class Remaining:
         return Remaining(self.metric, blocks, None, columns, taken)
 
 
-def room_left(metric: Metric, keys: Tensor) -> float:
+def room_left(metric: AnyMetric, keys: Tensor) -> float:
     """Share of the rank of G that edits at `keys` K [d_in, n] have not taken.
 
         1 − tr(KᵀGK (I + KᵀGK)⁻¹) / rank G

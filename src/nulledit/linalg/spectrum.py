@@ -32,15 +32,18 @@ class Metric:
         K, U = keys.double(), self.vectors.double()
         return self.rest * K + U @ ((self.gains.double() - self.rest)[:, None] * (U.mT @ K))
 
-    def free_share(self, keys: Tensor) -> Tensor:
-        """‖P k‖²/‖k‖² [n]: the share of each key that lies where the gain is not 0."""
+    def free_energy(self, keys: Tensor) -> Tensor:
+        """‖P k‖² [n] of `keys` [d_in, n], P on the directions whose gain is not 0; float64."""
         K, U = keys.double(), self.vectors.double()
         inside = (U.mT @ K).square()  # [m, n]
-        total = K.square().sum(0)
         free = inside[self.gains > 0].sum(0)
         if self.rest > 0:
-            free = free + (total - inside.sum(0)).clamp_min(0)
-        return free / total
+            free = free + (K.square().sum(0) - inside.sum(0)).clamp_min(0)
+        return free
+
+    def free_share(self, keys: Tensor) -> Tensor:
+        """‖P k‖²/‖k‖² [n]: the share of each key that lies where the gain is not 0."""
+        return self.free_energy(keys) / keys.double().square().sum(0)
 
     def inverse_trace(self, columns: Tensor) -> float:
         """tr(Zᵀ G⁺ Z) for `columns` Z [d_in, n] in the range of G."""
@@ -56,6 +59,11 @@ class Metric:
         """Number of directions with a gain: how many independent keys can still be written."""
         d, m = self.vectors.shape
         return int((self.gains > 0).sum()) + (d - m if self.rest > 0 else 0)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is applied."""
+        return self.vectors.device
 
 
 @dataclass(frozen=True)

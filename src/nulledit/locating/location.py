@@ -10,11 +10,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nulledit.data.facts import Fact
-from nulledit.errors import ConfigError, FactError
+from nulledit.errors import ConfigError, FactError, ModelError
 from nulledit.evaluation.metrics import Rate
 from nulledit.locating.questions import Questions, ask
 from nulledit.locating.suggestion import Suggestion, suggest
-from nulledit.locating.tracing import KINDS, PLACES, Trace, TraceSettings, spread_of, trace
+from nulledit.locating.tracing import KINDS, LAST, PLACES, Trace, TraceSettings, spread_of, trace
 from nulledit.models.layouts import frozen
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import RowEncoder, context_length, pad_id
@@ -94,19 +94,16 @@ def locate(
     """Trace the facts that `model` knows. It is as before afterwards.
 
     `progress` is told of facts done and facts in all. Raises FactError if the model knows fewer
-    than `least` of the facts (two, at the least, or there is nothing to compare), ConfigError if
-    the window is so large that none leaves out the first and the last block.
+    than `least` of the facts (two, at the least, or there is nothing to compare); ConfigError if
+    the window is so large that none leaves out the first and the last block, or if the noise is
+    more than the model can bear; ModelError if it has no such block, or an MLP output that does not
+    enter the stream as its layout says.
     """
     settings = settings or TraceSettings()
     wall, cpu = time.perf_counter(), time.process_time()
     with frozen(model):
         partial = PartialModel(model)
-        lowest = settings.lowest(partial.depth)
-        if lowest >= partial.depth - 1:
-            raise ConfigError(
-                f"a window of {settings.size(partial.depth)} of {partial.depth} layers leaves none "
-                "to compare: give a smaller --window"
-            )
+        _check(partial, settings)
         encoder = RowEncoder(tokenizer, max_length=context_length(model.config))
         questions = ask(partial, encoder, facts, pad_id=pad_id(tokenizer))
         _refuse_few(questions, max(least, 2))
@@ -115,7 +112,7 @@ def locate(
         for question in questions.known:
             traces.append(trace(partial, question, settings, spread=spread))
             progress(len(traces), len(questions.known))
-    last = torch.stack([t.at_places("mlp")[PLACES[2]] for t in traces])
+    last = torch.stack([t.at_places("mlp")[LAST] for t in traces])
     return Location(
         settings=settings,
         window=settings.size(partial.depth),
@@ -123,10 +120,27 @@ def locate(
         spread=spread,
         questions=questions,
         traces=tuple(traces),
-        suggestion=suggest(last, lowest=lowest),
+        suggestion=suggest(last, lowest=settings.lowest(partial.depth)),
         wall_seconds=time.perf_counter() - wall,
         cpu_seconds=time.process_time() - cpu,
     )
+
+
+def _check(model: PartialModel, settings: TraceSettings) -> None:
+    """Refuse, before anything is asked, a model or a window with nothing to compare."""
+    depth = model.depth
+    for layer in range(depth):
+        model.mlp_out(layer)
+    if depth < 3:
+        raise ModelError(
+            f"tracing compares the layers between the first and the last: the model has {depth}, "
+            "expected 3 or more"
+        )
+    if settings.lowest(depth) >= depth - 1:
+        raise ConfigError(
+            f"a window of {settings.size(depth)} of {depth} layers leaves none to compare: give a "
+            f"--window of at most {2 * depth - 5}"
+        )
 
 
 def _refuse_few(questions: Questions, least: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -94,7 +94,7 @@ def ask(
     likeliest = _likeliest(model, [found[i] for i in open_ones], pad_id, positions)
     for i, token in zip(open_ones, likeliest, strict=True):
         text = str(encoder.tokenizer.decode([token])).strip()
-        found[i] = Question(**{**vars(found[i]), "answer": token, "text": text})
+        found[i] = replace(found[i], answer=token, text=text)
     return Questions(tuple(found), tuple(unknown), tuple(at_the_end))
 
 
@@ -107,7 +107,8 @@ def _question(encoder: RowEncoder, fact: Fact, answer: str | None) -> Question:
     coded = encoder.tokenizer(fact.render(fact.prompt), return_offsets_mapping=True, verbose=False)
     start = fact.prompt.index("{}")
     spans = enumerate(coded["offset_mapping"])
-    first = next(i for i, (a, b) in spans if a <= start < b)
+    # A character that the tokenizer drops is in no token: then the next one's.
+    first = next(i for i, (a, b) in spans if a < b and b > start)
     told = -1 if answer is None else row.target_ids[0]
     return Question(
         fact_id=fact.id,

@@ -18,6 +18,7 @@ The published code runs the whole model for each restoration. Here, with the sam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from nulledit.config import check_not_negative, check_positive
+from nulledit.data.facts import quote
+from nulledit.errors import ConfigError, ModelError
 from nulledit.locating.questions import Question
 from nulledit.models.layouts import frozen
 from nulledit.models.partial import PartialModel, Prefix
@@ -38,6 +41,7 @@ KINDS = ("state", "mlp")
 PLACES = ("subject, first", "subject, middle", "subject, last", "prompt, last")
 """Tokens that effects are reported for. A subject of one token has only a last one, one of two has
 no middle; several tokens in the middle count with their mean."""
+FIRST, MIDDLE, LAST, END = PLACES
 
 
 @dataclass(frozen=True)
@@ -94,11 +98,11 @@ class Trace:
     def at_places(self, kind: str) -> dict[str, Tensor]:
         """Effects [layers] by place, those that the fact has."""
         *subject, end = self.effects[kind]
-        found = {PLACES[2]: subject[-1], PLACES[3]: end}
+        found = {LAST: subject[-1], END: end}
         if len(subject) > 1:
-            found[PLACES[0]] = subject[0]
+            found[FIRST] = subject[0]
         if len(subject) > 2:
-            found[PLACES[1]] = torch.stack(subject[1:-1]).mean(0)
+            found[MIDDLE] = torch.stack(subject[1:-1]).mean(0)
         return found
 
 
@@ -127,6 +131,7 @@ def trace(
     """Trace one fact at each token of its subject and at the prompt's last token.
 
     `spread`: standard deviation of the subjects' embeddings (`spread_of`). No weight is changed.
+    Raises ModelError if the model's logits are not finite, ConfigError if they are so with noise.
     """
     with frozen(model.model):
         return _Runs(model, question, settings, spread).trace()
@@ -160,6 +165,7 @@ class _Runs:
         ends = model.run_normed(self.batch, states=self.states[-2], first=model.depth - 1)
         self.clean, *corrupted = self._answers(ends[:, -1]).tolist()
         self.corrupted = sum(corrupted) / len(corrupted)
+        self._check_finite()
 
     def trace(self) -> Trace:
         """All effects of the prompt."""
@@ -174,6 +180,18 @@ class _Runs:
             whole = self.clean - self.corrupted if token == tokens[-1] else 0.0
             effects["state"][row, depth - 1] = whole
         return Trace(question, self.clean, self.corrupted, tokens, effects)
+
+    def _check_finite(self) -> None:
+        if not math.isfinite(self.clean):
+            raise ModelError(
+                f"fact {quote(self.question.fact_id)}: the model's logits are not finite: its "
+                "weights are broken, or --dtype float32 is needed"
+            )
+        if not math.isfinite(self.corrupted):
+            raise ConfigError(
+                f"fact {quote(self.question.fact_id)}: with noise {self.settings.noise:g} the "
+                "model's logits are not finite: give a smaller --noise, or --dtype float32"
+            )
 
     def _restored(self, token: int) -> Iterator[tuple[_Restoration, float]]:
         """Each restoration at `token`, with the answer's mean probability over the draws."""
@@ -208,7 +226,7 @@ class _Runs:
             inside = [i for i, item in enumerate(asked[:joined]) if block in item.blocks]
             rows = torch.tensor([i * draws + d for i in inside for d in range(draws)])
             prefix, batch = self._front(block, token, joined)
-            with self._putting_back(block, token, rows.long()):
+            with self._putting_back(block, token, rows.long(), batch.ids.shape):
                 if block < depth - 1:
                     states = self.model.run(
                         batch, states=states, first=block, last=block, prefix=prefix
@@ -271,7 +289,8 @@ class _Runs:
             self.states.append(output[0] if isinstance(output, tuple) else output)
 
         def written(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            self.mlp.append(output[0])
+            rows = output.view(*self.batch.ids.shape, -1)  # some families join rows before W
+            self.mlp.append(rows[0].clone())  # and some add to its output in place
 
         with ExitStack() as stack:
             for i, block in enumerate(self.model.blocks):
@@ -280,12 +299,17 @@ class _Runs:
             yield
 
     @contextmanager
-    def _putting_back(self, block: int, token: int, rows: Tensor) -> Iterator[None]:
-        """The clean output of W in `block` at `token`, the first position, in `rows`."""
+    def _putting_back(
+        self, block: int, token: int, rows: Tensor, shape: torch.Size
+    ) -> Iterator[None]:
+        """The clean output of W in `block` at `token`, the first position, in `rows`.
+
+        `shape` [rows, length] of what is run: some families join rows before they come to W.
+        """
 
         def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
             output = output.clone()
-            output[rows.to(output.device), 0] = self.mlp[block][token].to(output)
+            output.view(*shape, -1)[rows.to(output.device), 0] = self.mlp[block][token].to(output)
             return output
 
         if not len(rows):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nulledit.config import check_not_negative
 from nulledit.editing.problem import LayerProblem
-from nulledit.linalg.spectrum import Metric
+from nulledit.linalg.blocks import AnyMetric
 from nulledit.methods.filters import FLOOR
 from nulledit.methods.registry import Method
 
@@ -56,7 +56,7 @@ def inverse_gains(eigenvalues: Tensor, threshold: float, settings: object) -> Te
     return 1 / eigenvalues.clamp_min(FLOOR * float(eigenvalues[-1]))
 
 
-def writable(keys: Tensor, metric: Metric) -> Tensor:
+def writable(keys: Tensor, metric: AnyMetric) -> Tensor:
     """Which of `keys` [d_in, n] have a part that edits may use, as indices."""
     return (metric.free_share(keys) > NOTHING_FREE).nonzero().squeeze(1)
 

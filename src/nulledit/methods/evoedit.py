@@ -7,8 +7,8 @@ from torch import Tensor
 
 from nulledit.editing.problem import LayerProblem
 from nulledit.errors import NoRoomError
+from nulledit.linalg.blocks import AnyMetric
 from nulledit.linalg.solve import solve_with
-from nulledit.linalg.spectrum import Metric
 from nulledit.methods.filters import RidgeSettings, ridge_gains
 from nulledit.methods.registry import Method
 
@@ -16,7 +16,7 @@ SPANNED = 1e-8  # of the largest singular value of the unit keys before: below i
 USED_UP = 1e-6  # of a key's free length: below it, what older edits left of it is rounding
 
 
-def span(keys: Tensor, metric: Metric) -> Tensor:
+def span(keys: Tensor, metric: AnyMetric) -> Tensor:
     """Orthonormal basis [d_in, rank] of what `keys` [d_in, m] use of the metric's range."""
     if not keys.shape[1]:
         return keys

@@ -10,6 +10,7 @@ from torch import Tensor
 from nulledit.config import check_positive
 from nulledit.editing.problem import LayerProblem
 from nulledit.errors import ConfigError
+from nulledit.linalg.blocks import AnySpectrum
 from nulledit.linalg.solve import solve_with
 from nulledit.linalg.spectrum import Spectrum
 from nulledit.methods.filters import FLOOR, MomentSettings, moment_gains
@@ -42,12 +43,13 @@ def chosen_neurons(keys: Tensor, share: float) -> Tensor:
     return ordered.indices[:count].sort().values
 
 
-def restricted_moment(spectrum: Spectrum, neurons: Tensor) -> Tensor:
+def restricted_moment(spectrum: AnySpectrum, neurons: Tensor) -> Tensor:
     """C_II [m, m] of the `neurons` I, eigenvalues of C floored as everywhere (1e-6 of the largest).
 
     LookupError if the spectrum does not hold all eigenvectors.
     """
     spectrum = spectrum.whole()
+    assert isinstance(spectrum, Spectrum)
     values = spectrum.eigenvalues.clamp_min(FLOOR * float(spectrum.eigenvalues[-1]))
     rows = spectrum.eigenvectors[neurons]
     return (rows * values) @ rows.mT

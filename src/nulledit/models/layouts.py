@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nulledit.config import Layout
 from nulledit.errors import ModelError
+from nulledit.models.experts import is_experts, side_by_side, stacked
 from nulledit.models.probe import probe
 
 logger = logging.getLogger(__name__)
@@ -30,11 +31,14 @@ LAYOUTS = {
     "granite": Layout("model.layers", "mlp.down_proj", "scaled"),
     "llama": Layout("model.layers", "mlp.down_proj"),
     "mistral": Layout("model.layers", "mlp.down_proj"),
+    "mixtral": Layout("model.layers", "mlp.experts"),
     "olmo2": Layout("model.layers", "mlp.down_proj", "normed"),
     "opt": Layout("model.decoder.layers", "fc2"),
     "phi3": Layout("model.layers", "mlp.down_proj"),
     "qwen2": Layout("model.layers", "mlp.down_proj"),
+    "qwen2_moe": Layout("model.layers", "mlp.experts"),
     "qwen3": Layout("model.layers", "mlp.down_proj"),
+    "qwen3_moe": Layout("model.layers", "mlp.experts"),
     "stablelm": Layout("model.layers", "mlp.down_proj"),
 }
 """By `config.model_type`."""
@@ -107,7 +111,7 @@ def _inside(block: nn.Module, layout: Layout, layer: int) -> nn.Module:
     try:
         return block.get_submodule(layout.mlp_out)
     except AttributeError:
-        matrices = (n for n, m in block.named_modules() if isinstance(m, nn.Linear | Conv1D))
+        matrices = (n for n, m in block.named_modules() if _is_matrix(m))
         raise ModelError(
             f"layout.mlp_out: block {layer} has no module {layout.mlp_out}; its matrices: "
             f"{', '.join(matrices) or 'none'}"
@@ -128,33 +132,60 @@ def mlp_out(model: PreTrainedModel, layer: int) -> nn.Module:
 def parameter_name(model: PreTrainedModel, layer: int) -> str:
     """Name of W's parameter of block `layer` in the state dict."""
     layout = find_layout(model)
-    return f"{layout.blocks}.{layer}.{layout.mlp_out}.weight"
+    own = "down_proj" if is_experts(mlp_out(model, layer)) else "weight"
+    return f"{layout.blocks}.{layer}.{layout.mlp_out}.{own}"
 
 
-def as_out_in(module: nn.Module) -> Tensor:
-    """The module's weight as a view [d_out, d_in], whichever way the module stores it.
+def _is_matrix(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D) or is_experts(module)
 
-    By the module's type, not its shape: GPT-2's Conv1D stores [d_in, d_out], and a square weight
-    would accept the wrong orientation silently.
-    """
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2:
+
+def stored_weight(module: nn.Module) -> Tensor:
+    """The parameter that holds W, as the module stores it; ModelError if there is none to edit."""
+    experts = is_experts(module)
+    weight = module.down_proj if experts else getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != (3 if experts else 2):
         raise ModelError(f"{type(module).__name__} has no weight matrix that can be edited")
     if not weight.is_floating_point():
         raise ModelError(
             f"the weight is stored as {weight.dtype}: a quantised matrix can't be edited in place; "
             "load the model in float32, bfloat16 or float16"
         )
-    return weight.data.mT if isinstance(module, Conv1D) else weight.data
+    return weight
+
+
+def as_out_in(module: nn.Module) -> Tensor:
+    """The module's weight as [d_out, d_in], whichever way the module stores it.
+
+    By the module's type, not its shape: GPT-2's Conv1D stores [d_in, d_out], and a square weight
+    would accept the wrong orientation silently. A view, but of experts, which stand side by side,
+    a copy: `write_weight` writes either.
+    """
+    return turned(module, stored_weight(module).data)
+
+
+def turned(module: nn.Module, stored: Tensor) -> Tensor:
+    """A tensor laid out as the module's weight, its gradient for one, as [d_out, d_in]."""
+    if is_experts(module):
+        return side_by_side(module, stored)
+    return stored.mT if isinstance(module, Conv1D) else stored
+
+
+def as_stored(module: nn.Module, weight: Tensor) -> Tensor:
+    """`weight` [d_out, d_in] laid out as the module stores its own."""
+    if is_experts(module):
+        return stacked(module, weight)
+    return weight.mT if isinstance(module, Conv1D) else weight
 
 
 @torch.no_grad()
 def write_weight(module: nn.Module, weight: Tensor) -> None:
     """Round `weight` [d_out, d_in] to the module's dtype, once, and store it."""
-    view = as_out_in(module)
-    if weight.shape != view.shape:
-        raise ValueError(f"expected a weight {tuple(view.shape)}, found {tuple(weight.shape)}")
-    view.copy_(weight)
+    own = stored_weight(module).data
+    shape = tuple(turned(module, own.to("meta")).shape)
+    if weight.shape != shape:
+        raise ValueError(f"expected a weight {shape}, found {tuple(weight.shape)}")
+    own.copy_(as_stored(module, weight))
 
 
 @contextmanager

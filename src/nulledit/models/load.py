@@ -234,6 +234,11 @@ def embedded_folder(name: str) -> Path:
     return folder
 
 
+def is_installed(name: str) -> bool:
+    """Whether the embedded model's file is there."""
+    return _gguf_of(name) is not None
+
+
 def _gguf_of(name: str) -> Path | None:
     """The embedded file, found without importing the package that carries it."""
     spec = importlib.util.find_spec(EMBEDDED[name].package)

@@ -9,19 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as BodyOutput
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from nulledit.errors import ModelError
+from nulledit.models.experts import is_experts, keys_of
 from nulledit.models.layouts import blocks_of, find_layout, mlp_out
 from nulledit.models.probe import entries
 from nulledit.models.tokens import Batch
+
+
+@dataclass
+class _BodyOutput(BaseModelOutputWithPastAndCrossAttentions):
+    """What a body of blocks gives, with all that any family's head looks for."""
+
+    router_logits: tuple[Tensor, ...] | None = None
+    """Of a mixture of experts; None: not asked for."""
 
 
 class _PrefixLayer(DynamicLayer):
@@ -118,6 +127,12 @@ class PartialModel:
         """The module W of block `layer`; ModelError if it does not enter the stream as declared."""
         module = mlp_out(self.model, layer)
         found, declared = self._entries[layer].output, self.layout.output
+        if not self._entries[layer].linear:
+            raise ModelError(
+                f"what {self.layout.mlp_out} of block {layer} writes is not its experts' output "
+                "matrices times their keys (biases, or routing in another place?), so a value "
+                "written there would not come out; can't edit it"
+            )
         if found != declared:
             raise ModelError(
                 f"what {self.layout.mlp_out} of block {layer} writes enters the residual stream "
@@ -200,7 +215,7 @@ class PartialModel:
     def logits(self, normed: Tensor) -> Tensor:
         """Logits [..., vocabulary] of normed states [..., d]."""
         rows = normed.reshape(1, -1, normed.shape[-1])
-        output = BodyOutput(last_hidden_state=rows)
+        output = _BodyOutput(last_hidden_state=rows)
         one = torch.zeros(rows.shape[:2], dtype=torch.long, device=self.device)
         with _replaced_forward(self._body, lambda *_args, **_kwargs: output):
             logits: Tensor = self.model(input_ids=one, use_cache=False).logits
@@ -233,7 +248,10 @@ class PartialModel:
 
     @contextmanager
     def reading_keys(self, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-        """Collect the input [rows, length, d_in] of W in `layers` of the last run inside."""
+        """Collect the input [rows, length, d_in] of W in `layers` of the last run inside.
+
+        Of experts, the virtual key of them all, zero where a token is not routed.
+        """
         found: dict[int, Tensor] = {}
         with ExitStack() as stack:
             for layer in layers:
@@ -338,8 +356,9 @@ def _inject(states: Tensor) -> Any:
 def _read_key(found: dict[int, Tensor], layer: int, states: list[Tensor]) -> Any:
     """`states`: what the block was given last; some join its rows before they come to W."""
 
-    def hook(_module: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
-        found[layer] = args[0].detach().view(*states[-1].shape[:2], -1)
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keys = keys_of(module, args, kwargs) if is_experts(module) else args[0].detach()
+        found[layer] = keys.view(*states[-1].shape[:2], -1)
         states.clear()
 
     return hook

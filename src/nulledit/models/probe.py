@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from nulledit.config import Layout
 from nulledit.errors import ModelError
+from nulledit.models.experts import count_and_width, gives_w_times_key, is_experts
 
 SIZES = (1024.0, -512.0)
 """Of what is added to W's output: far above its own, so that a two-byte dtype's rounding of the
@@ -39,6 +40,8 @@ class Entry:
     """The norm between W and the stream."""
     as_tuple: bool = False
     """Whether the block returns a tuple (older families) or a tensor."""
+    linear: bool = True
+    """Whether W's output is W times the key; looked at where keys are computed, of experts."""
 
 
 @dataclass
@@ -50,6 +53,7 @@ class _Seen:
     norm: nn.Module | None = None  # the first module that was given it
     out: Tensor | None = None
     as_tuple: bool = False
+    linear: bool = True
 
 
 @torch.no_grad()
@@ -70,9 +74,9 @@ def entries(
                 if module is not block and not isinstance(module, nn.Dropout | nn.Identity):
                     handles.append(module.register_forward_pre_hook(_receiving(seen[i])))
             try:
-                handles.append(
-                    block.get_submodule(mlp_out).register_forward_hook(_pushing(seen[i]))
-                )
+                module = block.get_submodule(mlp_out)
+                hook = _pushing(seen[i])
+                handles.append(module.register_forward_hook(hook, with_kwargs=True))
             except AttributeError:
                 continue  # a block of another kind
         body(input_ids=_ids(model, [[0]] * rows), use_cache=False)
@@ -90,9 +94,11 @@ def _leaving(seen: _Seen, rows: int) -> Any:
 
 
 def _pushing(seen: _Seen) -> Any:
-    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         if not isinstance(output, Tensor):
             return output
+        if is_experts(module):
+            seen.linear = gives_w_times_key(module, args, kwargs, output)
         flat = output.reshape(-1, output.shape[-1]).clone()
         if len(flat) <= seen.rows[-1]:
             return output  # an expert, which sees some tokens only
@@ -121,7 +127,7 @@ def _receiving(seen: _Seen) -> Any:
 
 def _entry(seen: _Seen) -> Entry:
     """The simplest explanation of what the block gave where W's output was moved."""
-    found = Entry(None, as_tuple=seen.as_tuple)
+    found = Entry(None, as_tuple=seen.as_tuple, linear=seen.linear)
     if seen.out is None or seen.written is None or seen.out.shape != seen.written.shape:
         return found
     out, written = seen.out, seen.written.to(seen.out.device)
@@ -261,10 +267,14 @@ def _last_writer(kind: str, blocks: str, block: _Call, calls: Sequence[_Call]) -
     hidden = block.states.shape[-1]
     start = f"{block.name}."
     inside = [call for call in calls if call.name.startswith(start)]
-    writers, alone = [], {}
+    writers, experts, alone = [], [], {}
     for call in inside:
         weight = getattr(call.module, "weight", None)
         given, made = _shape(call.states), _shape(call.output)
+        if is_experts(call.module) and made[-1:] == (hidden,):
+            count, width = count_and_width(call.module)
+            experts.append((call.name.removeprefix(start), hidden, count * width))
+            continue
         if not isinstance(weight, Tensor) or not given or not made or given[-1] == made[-1]:
             continue
         part = call.name.removeprefix(start).split(".")[0]
@@ -272,6 +282,7 @@ def _last_writer(kind: str, blocks: str, block: _Call, calls: Sequence[_Call]) -
             alone[part] = all(_is_tokenwise(c) for c in inside if c.name == start + part)
         if alone[part]:
             writers.append((call.name.removeprefix(start), made[-1], given[-1]))
+    writers = experts or writers  # those that are routed to, and not one that all share
     wanted = [name for name, out, given in writers if out == hidden and given > hidden]
     if not wanted:
         told = ", ".join(f"{name} [{out} x {given}]" for name, out, given in writers) or "none"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nulledit.locating.location import Effect, Location
-from nulledit.locating.tracing import KINDS, PLACES
+from nulledit.locating.tracing import KINDS, LAST, PLACES
 from nulledit.report.colours import INK
 from nulledit.report.figures import LOOK
 
@@ -45,7 +45,7 @@ def heat_map(found: Location) -> Figure:
             axes.set_title(titles[kind])
             axes.set_xlabel(labels[kind])
         if found.suggestion.layers:
-            _frame(panels[1], found.suggestion.peak, places.index(PLACES[2]))
+            _frame(panels[1], found.suggestion.peak, places.index(LAST))
     return figure
 
 

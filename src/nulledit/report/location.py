@@ -18,7 +18,7 @@ from typing import Any
 
 from nulledit.evaluation.metrics import Rate
 from nulledit.locating.location import Location
-from nulledit.locating.tracing import PLACES
+from nulledit.locating.tracing import LAST
 from nulledit.report.tables import Table, as_markdown
 from nulledit.report.text import count, markdown
 from nulledit.report.writing import as_json, write
@@ -80,12 +80,12 @@ def said(found: Location) -> list[str]:
     first = max(
         e.rate.mean
         for e in found.effects()
-        if (e.kind, e.place) == ("mlp", PLACES[2]) and e.layer < suggestion.lowest
+        if (e.kind, e.place) == ("mlp", LAST) and e.layer < suggestion.lowest
     )
+    written = "Layer 0's MLP output alone" if found.window == 1 else "MLP outputs from layer 0 on"
     lines.append(
-        f"MLP outputs with layer 0 among them, put back at the subject's last token, change it by "
-        f"up to {first:.3f}. They don't count below: that MLP sees little but the token that the "
-        "noise was put on."
+        f"{written}, put back at the subject's last token: up to {first:+.3f}. Not counted below: "
+        "layer 0's MLP sees little but the token that the noise was put on."
     )
     near = f"{suggestion.effect:.3f} ± {suggestion.standard_error:.3f}"
     where = f"the {found.window} layers around {suggestion.peak}"
@@ -138,7 +138,7 @@ def page(found: Location, model: str) -> str:
 
 def effects_table(found: Location) -> Table:
     """Both kinds of effects by layer, at the subject's last token."""
-    rates = {(e.kind, e.layer): e.rate for e in found.effects() if e.place == PLACES[2]}
+    rates = {(e.kind, e.layer): e.rate for e in found.effects() if e.place == LAST}
     head = ["layer", "state", f"window of {found.window}"]
     kinds = ("state", "mlp")
     rows: list[Sequence[str]] = [

@@ -126,7 +126,8 @@ def _plus_minus(value: float | None, error: float | None, digits: int) -> str:
     """A value with its standard error; one alone has none."""
     if value is None:
         return "not finite"
-    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+    known = error is not None and math.isfinite(error)
+    return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if known else "")
 
 
 def _count(rates: Sequence[Mapping[str, Any] | None]) -> str:

@@ -11,7 +11,8 @@ from nulledit.config import StatisticsSettings
 from nulledit.data.corpus import open_corpus
 from nulledit.data.facts import Fact
 from nulledit.editing.statistics import collect
-from nulledit.linalg.spectrum import RULES, Spectrum
+from nulledit.linalg.blocks import AnySpectrum
+from nulledit.linalg.spectrum import RULES
 from nulledit.report.study import Column, FigureSpec, Point, StudyTable
 from nulledit.studies.building import (
     PREFERENCE,
@@ -167,7 +168,7 @@ def run_corpus(lab: Lab) -> Outcome:
     return outcome
 
 
-def _protected(lab: Lab, spectrum: Spectrum) -> int:
+def _protected(lab: Lab, spectrum: AnySpectrum) -> int:
     rule = lab.recipe.null_space
     return spectrum.protected(RULES[rule.rule](spectrum.eigenvalues, rule.value))
 
