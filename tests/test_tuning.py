@@ -279,6 +279,12 @@ def test_values_are_kept_where_they_are_the_same(bench):
     assert bench.measure(START, FACTS[:4]).outcome == first.outcome
 
 
+def test_a_method_by_gradient_is_measured_without_values(bench):
+    found = bench.measure(START.with_fields({"method.name": "ft", "method.steps": 2}), FACTS[:2])
+    assert (found.optimised, found.passes, found.value_seconds) == (0, 0, 0.0)
+    assert found.update_share > 0
+
+
 def test_missing_statistics_leave_the_model_as_it_was(bench, editor, tokenizer):
     weight = as_out_in(editor.partial.mlp_out(1)).clone()
     bench.statistics = statistics_of(editor.model, tokenizer, layers=(1, 2))
@@ -444,9 +450,11 @@ def options(place):
 
 def test_the_recipe_reads_back_and_gives_what_the_report_says(place, tmp_path):
     out = tmp_path / "tuned.yaml"
+    (tmp_path / "summary.json").write_text('{"suggestion": {"layers": [0, 1, 2]}}')
     result = invoke(
         *("tune", place / "model", place / "facts.json", "--out", out, *options(place)),
         *("--candidates", "3", "--minutes", "60", "--seed", "1", "--layers", "1", "--json"),
+        *("--trace", tmp_path),
     )
     assert result.exit_code == 0, result.stderr or result.exception
     told = json.loads(result.stdout)
@@ -463,7 +471,7 @@ def test_the_recipe_reads_back_and_gives_what_the_report_says(place, tmp_path):
         assert f"| {candidate['changed']} |" in page
     for untried in told["not_tried"]:
         assert untried["label"] in page
-    assert told["not_tried"]
+    assert {"layers 1", "layers 0-2"} <= {untried["label"] for untried in told["not_tried"]}
 
     edited = Editor.from_pretrained(
         str(place / "model"), recipe=out, statistics=place / "stats", seed=1
