@@ -1,9 +1,11 @@
 """Tuning: facts that don't mix, an honest choice, a budget that holds, a recipe that reads back."""
 
+import copy
 import csv
 import dataclasses
 import json
 import math
+import shutil
 import statistics
 from itertools import pairwise
 
@@ -484,6 +486,22 @@ def test_the_recipe_reads_back_and_gives_what_the_report_says(place, tmp_path):
     assert told["report"]["chosen"]["neighbours"] == pytest.approx(mean)
     shares = [(rows[f.id]["efficacy"] + rows[f.id]["efficacy_tokens"]) / 2 for f in asked]
     assert told["report"]["chosen"]["efficacy"] == pytest.approx(statistics.fmean(shares))
+
+
+def test_a_chat_model_is_tuned_in_its_template(place, tmp_path, tokenizer):
+    shutil.copytree(place / "model", tmp_path / "model")
+    words = copy.deepcopy(tokenizer)
+    words.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    words.save_pretrained(tmp_path / "model")
+    result = invoke(
+        *("tune", tmp_path / "model", place / "facts.json", "--out", tmp_path / "tuned.yaml"),
+        *(*options(place), "--chat", "--candidates", "1"),
+    )
+    assert result.exit_code == 0, result.stderr or result.exception
+    assert load_recipe(tmp_path / "tuned.yaml").chat is not None
 
 
 def test_the_same_seed_tunes_the_same(place, tmp_path):

@@ -13,6 +13,8 @@ import click
 from nulledit.cli.common import (
     Bars,
     Sectioned,
+    chat_options,
+    chat_settings,
     conflict_option,
     device_option,
     dtype_option,
@@ -41,6 +43,7 @@ class _Tune(Sectioned):
         "Bounds": ("minutes", "candidates"),
         "Facts": ("count", "skip", "limit", "on_conflict", "seed"),
         "Search": ("start", "layers", "trace", "weight", "stats", "text"),
+        "Form": ("chat", "system"),
         "Model": ("device", "dtype", "trust_remote_code"),
     }
 
@@ -107,6 +110,7 @@ class _Tune(Sectioned):
 @click.option(
     "--text", metavar="FILE", help="Text for KL and perplexity.  [default: one that comes along]"
 )
+@chat_options
 @device_option
 @dtype_option
 @trust_option
@@ -135,7 +139,7 @@ def tune(model: str, facts: str, as_json: bool, quiet: bool, **given: Any) -> No
     read = read_facts(facts, **options)
     for notice in read.notices:
         say(f"Note: {notice}", quiet=quiet)
-    start = _start(model, given["start"])
+    start = _start(model, given)
     prepare(quiet=quiet)
     from nulledit.cli.measure import check_lengths
     from nulledit.editing.statistics import Statistics
@@ -192,11 +196,15 @@ def tune(model: str, facts: str, as_json: bool, quiet: bool, **given: Any) -> No
     return echo("\n".join([*outline(found), "", f"Recipe: {out}", f"Report: {page}, {table}"]))
 
 
-def _start(model: str, name: str | None) -> Recipe:
+def _start(model: str, given: Mapping[str, Any]) -> Recipe:
+    """The recipe to begin with, as `nulledit edit` finds it."""
+    from dataclasses import replace
+
     from nulledit.config import Recipe, load_recipe, shipped_recipes
 
-    name = name or (model if model in shipped_recipes() else None)
-    return load_recipe(name) if name else Recipe()
+    name = given["start"] or (model if model in shipped_recipes() else None)
+    recipe = load_recipe(name) if name else Recipe()
+    return replace(recipe, chat=chat_settings(given, recipe.chat))
 
 
 def _settings(
