@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import click
 
 from nulledit.cli.common import (
+    PLACING,
     Bars,
     Sectioned,
     chat_options,
@@ -24,6 +25,7 @@ from nulledit.cli.common import (
     output_options,
     parse_layers,
     prepare,
+    quantize_option,
     say,
     trust_option,
 )
@@ -44,7 +46,7 @@ class _Tune(Sectioned):
         "Facts": ("count", "skip", "limit", "on_conflict", "seed"),
         "Search": ("start", "layers", "trace", "weight", "stats", "text"),
         "Form": ("chat", "system"),
-        "Model": ("device", "dtype", "trust_remote_code"),
+        "Model": ("device", *PLACING, "dtype", "quantize", "trust_remote_code"),
     }
 
 
@@ -113,6 +115,7 @@ class _Tune(Sectioned):
 @chat_options
 @device_option
 @dtype_option
+@quantize_option
 @trust_option
 @output_options
 def tune(model: str, facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
@@ -159,6 +162,7 @@ def tune(model: str, facts: str, as_json: bool, quiet: bool, **given: Any) -> No
             recipe=start,
             statistics=statistics,
             device=given["device"],
+            quantize=given["quantize"] or "",
             dtype=given["dtype"],
             seed=given["seed"],
             value_cache=values,
@@ -217,7 +221,9 @@ def _settings(
     from nulledit.tuning import TuneSettings
 
     for layers in windows:
-        resolve_recipe(replace(editor.recipe, layers=layers), "", editor.partial)
+        resolve_recipe(
+            replace(editor.recipe, layers=layers), "", editor.partial, editor.history.base.hash
+        )
     more = {} if given["weight"] is None else {"weight": given["weight"]}
     return TuneSettings(60 * given["minutes"], given["candidates"], windows=tuple(windows), **more)
 
