@@ -9,8 +9,9 @@ demo: .venv/embedded
 	@$(BIN)/nulledit edit src/nulledit/assets/facts/examples.yaml --model smollm2-135m \
 		--out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
+# Two processes: a test file runs in one of them, since what it builds is shared by its tests.
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Needs the embedded model; some of it also ../shared/data.
 test-slow: .venv/dev .venv/embedded

@@ -221,7 +221,7 @@ def test_chances_of_nothing_are_no_nan(tiny_model, tokenizer, facts, monkeypatch
     def chances(_, row, where):
         told = torch.full((len(row.target_ids), 500), 1e-3)
         told[0, row.target_ids[0]] = 0.0  # impossible with and without the subject
-        told[2, row.target_ids[2]] *= 2 if where.stop == 0 else 1  # by knowing it
+        told[2, row.target_ids[2]] *= 1 if where else 2  # by knowing it
         return told
 
     monkeypatch.setattr(ignorance, "uninformed", chances)

@@ -27,6 +27,7 @@ ORDER = [
     "editor",
     "evaluation",
     "locating",
+    "tuning",
     "gates",
     "baselines",
     "report",

@@ -247,6 +247,7 @@ class BatchWriter:
                     layer=layer,
                     contexts=self.contexts,
                     settings=self.recipe.values,
+                    chat=self.recipe.chat,
                 )
                 if self.ranks.first:
                     values.update(zip(mine, self.cache.get(names[group]) or (), strict=False))

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nulledit.batch import BatchWriter, Given, Run, Written
-from nulledit.config import Recipe
+from nulledit.config import ChatSettings, Recipe
 from nulledit.data.facts import Fact, refuse_forgetting
 from nulledit.distributed import Ranks
 from nulledit.editing.contexts import make_contexts
@@ -49,8 +49,12 @@ class Changes:
         cache: ValueCache | None,
         ranks: Ranks | None = None,
     ):
-        """`recipe` and `statistics` are those of the current epoch, or of the next one to open."""
-        self.model, self.tokenizer, self.encoder = model, tokenizer, encoder
+        """`recipe` and `statistics` are those of the current epoch, or of the next one to open.
+
+        `encoder`: of plain text.
+        """
+        self.model, self.tokenizer, self._plain = model, tokenizer, encoder
+        self._in_chat: dict[ChatSettings, RowEncoder] = {}
         self.journal, self.recipe, self.cache = journal, recipe, cache
         self.statistics, self.ranks = statistics, ranks or Ranks()
         self.weights = EditedWeights(model, journal.history)
@@ -65,6 +69,19 @@ class Changes:
     def method(self) -> Method:
         """Of the recipe."""
         return find_method(self.recipe.method.name)
+
+    @property
+    def encoder(self) -> RowEncoder:
+        """Of texts in the form that the recipe asks: plain, or in the chat template.
+
+        ModelError where the tokenizer's template is not the recipe's.
+        """
+        settings = self.recipe.chat
+        if settings is None:
+            return self._plain
+        if settings not in self._in_chat:
+            self._in_chat[settings] = self._plain.in_chat(settings)
+        return self._in_chat[settings]
 
     def next_epoch(self, recipe: Recipe, statistics: Statistics | str | Path | None) -> None:
         """Have the next batch begin an epoch with these."""

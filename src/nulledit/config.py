@@ -175,6 +175,32 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class ChatSettings:
+    """How a prompt becomes a question in the model's chat template (docs/chat.md)."""
+
+    system: str = "default"
+    """The system prompt. default: no system message, so what the template writes by itself. none:
+    as default, but an empty message where the template would write one of its own."""
+    user: str = "Fill in the blank: {} ____"
+    """The user's turn around a prompt; a prompt that ends with a question mark stands alone."""
+    assistant: str = "{}"
+    """How the assistant's turn begins: with the prompt, or empty. Empty behind a question."""
+    subject: Literal["user", "assistant"] = "user"
+    """In which turn the subject's last token is edited, where it stands in both."""
+    template: str = ""
+    """SHA-256 of the template; filled in when the recipe is first used."""
+
+    def __post_init__(self) -> None:
+        _one_slot(self.user, "chat.user")
+        if self.assistant:
+            _one_slot(self.assistant, "chat.assistant")
+        if not self.system.strip():
+            raise ConfigError("chat.system is empty; expected a text, none or default")
+        if self.subject == "assistant" and not self.assistant:
+            raise ConfigError("chat.subject is assistant, but chat.assistant is empty")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that decides what an edit computes, beside the model, the facts and the seed."""
 
@@ -197,6 +223,8 @@ class Recipe:
     layout: Layout | None = None
     """Where the model keeps its blocks and W; left out, the known family's or what tracing finds.
     It stays the same for all epochs of a run."""
+    chat: ChatSettings | None = None
+    """Facts stand in the model's chat template; left out, they are plain text."""
 
     def __post_init__(self) -> None:
         if list(self.layers) != sorted(set(self.layers)) or any(i < 0 for i in self.layers):
@@ -205,6 +233,11 @@ class Recipe:
         check_not_negative(self, "chunk_positions")
         if not 0 < self.same_key <= 1:
             raise ConfigError(f"same_key is {self.same_key}; expected a cosine above 0, at most 1")
+        if self.chat and self.values.chunk_tokens:
+            raise ConfigError(
+                "values.chunk_tokens can't be used with chat: a chunk stands in the assistant's "
+                "turn, where no prompt can; set it to 0"
+            )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
@@ -217,6 +250,8 @@ class Recipe:
         data["method"] |= data["method"].pop("constants")
         if self.layout is None:
             del data["layout"]  # as in recipes that were recorded before there was one
+        if self.chat is None:
+            del data["chat"]
         return data
 
     def to_yaml(self) -> str:

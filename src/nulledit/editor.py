@@ -120,8 +120,8 @@ class Editor:
         use_layout(model, recipe.layout)
         digest = model_hash(model)  # first: some quantised matrices are packed anew when they work
         self.partial = PartialModel(model)
-        self.encoder = RowEncoder(tokenizer, max_length=context_length(model.config))
-        resolved = resolve_recipe(recipe, name, self.partial, digest)
+        self._plain = RowEncoder(tokenizer, max_length=context_length(model.config))
+        resolved = self._with_template(resolve_recipe(recipe, name, self.partial, digest))
         base = Base(
             model=name,
             hash=digest,
@@ -144,7 +144,7 @@ class Editor:
         self._changes = Changes(
             self.partial,
             self.tokenizer,
-            self.encoder,
+            self._plain,
             journal,
             recipe=recipe,
             statistics=statistics,
@@ -291,9 +291,28 @@ class Editor:
             )
         latest = history.epochs[-1].recipe if history.epochs else history.base.recipe
         cache = editor._changes.cache
+        recipe = editor._with_template(Recipe.from_dict(latest))
         kept = store if editor.ranks.first else None
-        editor._work(Journal(history, kept), Recipe.from_dict(latest), None, cache)
+        editor._work(Journal(history, kept), recipe, None, cache)
         return editor
+
+    def _with_template(self, recipe: Recipe) -> Recipe:
+        """The recipe with the hash of the tokenizer's chat template, if it asks for one.
+
+        ModelError if there is none, or if the recipe was used with another one.
+        """
+        form = self._plain.in_chat(recipe.chat).chat
+        return replace(recipe, chat=form.settings if form else None)
+
+    @property
+    def encoder(self) -> RowEncoder:
+        """Of texts as facts are asked: plain or in the chat template, by the current recipe."""
+        return self._changes.encoder
+
+    @property
+    def plain_encoder(self) -> RowEncoder:
+        """Of plain text, whatever the recipe says."""
+        return self._plain
 
     @property
     def recipe(self) -> Recipe:
@@ -438,8 +457,8 @@ class Editor:
         """
         found = _read_recipe(recipe, "")
         layout = found.layout or Recipe.from_dict(self.history.base.recipe).layout
-        recipe = resolve_recipe(
-            replace(found, layout=layout), "", self.partial, self.history.base.hash
+        recipe = self._with_template(
+            resolve_recipe(replace(found, layout=layout), "", self.partial, self.history.base.hash)
         )
         self._changes.next_epoch(recipe, statistics)
 

@@ -6,7 +6,16 @@ from typing import Any
 
 import click
 
-from nulledit.cli.common import device_option, emit, output_options, prepare, trust_option
+from nulledit.cli.common import (
+    chat_options,
+    chat_settings,
+    device_option,
+    emit,
+    output_options,
+    prepare,
+    trust_option,
+)
+from nulledit.errors import ConfigError
 
 
 @click.command(short_help="One prompt, base and edited model side by side.")
@@ -19,6 +28,8 @@ from nulledit.cli.common import device_option, emit, output_options, prepare, tr
     show_default=True,
     help="Longest answer, in tokens.",
 )
+@chat_options
+@click.option("--plain", is_flag=True, help="As plain text, also where facts were edited in chat.")
 @device_option
 @trust_option
 @output_options
@@ -28,24 +39,38 @@ def ask(
     max_tokens: int,
     device: Any,
     trust_remote_code: bool,
+    plain: bool,
     as_json: bool,
     quiet: bool,
+    **given: Any,
 ) -> None:
     """What the base and the edited model of a run say after PROMPT, greedily, up to a newline.
 
+    A run that was edited in the chat template is asked in it; --chat asks any run so. A PROMPT that
+    ends with a question mark is asked as it is, another one as a blank to fill in (docs/chat.md).
+
     \b
     $ nulledit ask run "The capital of France is"
+    $ nulledit ask run "What is the capital of France?" --chat --system none
     """
+    if plain and (given["chat"] or given["system"] is not None):
+        raise ConfigError("--plain can't be given with --chat or --system")
     prepare(quiet=quiet)
     from nulledit.cli.measure import load_run
     from nulledit.evaluation.generation import generate_answers
-    from nulledit.report.text import plain
+    from nulledit.report.text import plain as shown
 
     editor = load_run(run, device, quiet=quiet, trust_remote_code=trust_remote_code)
 
+    settings = None if plain else chat_settings(given, editor.recipe.chat)
+    encoder = editor.plain_encoder.in_chat(settings)
+
     def answer() -> str:
         model, tokenizer = editor.model, editor.tokenizer
-        return generate_answers(model, tokenizer, [prompt], max_new_tokens=max_tokens)[0]
+        found = generate_answers(
+            model, tokenizer, [prompt], max_new_tokens=max_tokens, encoder=encoder
+        )
+        return found[0]
 
     edited = answer()
     with editor.base_weights():
@@ -53,4 +78,4 @@ def ask(
     if as_json:
         emit({"prompt": prompt, "base": base, "edited": edited})
     else:
-        click.echo(f"base    {plain(base)}\nedited  {plain(edited)}")
+        click.echo(f"base    {shown(base)}\nedited  {shown(edited)}")

@@ -21,7 +21,7 @@ from nulledit.report.text import plain
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from nulledit.config import NullSpaceSettings, Placement
+    from nulledit.config import ChatSettings, NullSpaceSettings, Placement
     from nulledit.distributed import Ranks
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -172,6 +172,32 @@ def conflict_option(command: F) -> F:
         show_default=True,
         help="Which record counts where two contradict each other.",
     )(command)
+
+
+def chat_options(command: F) -> F:
+    """--chat and --system."""
+    command = click.option(
+        "--system",
+        metavar="TEXT|none|default",
+        help="With --chat: the system prompt.  [default: what the template writes by itself]",
+    )(command)
+    return click.option("--chat", is_flag=True, help="Prompts in the model's chat template.")(
+        command
+    )
+
+
+def chat_settings(given: Mapping[str, Any], held: ChatSettings | None) -> ChatSettings | None:
+    """`held`, a recipe's chat form, changed by --chat and --system; None for plain text."""
+    from dataclasses import replace
+
+    from nulledit.config import ChatSettings
+
+    if held is None and not given["chat"]:
+        if given["system"] is not None:
+            raise ConfigError("--system belongs to --chat")
+        return None
+    settings = held or ChatSettings()
+    return settings if given["system"] is None else replace(settings, system=given["system"])
 
 
 def emit(data: Any) -> None:

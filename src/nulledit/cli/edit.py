@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,6 +12,8 @@ import click
 from nulledit.cli.common import (
     PLACING,
     Sectioned,
+    chat_options,
+    chat_settings,
     conflict_option,
     device_option,
     dtype_option,
@@ -57,6 +60,8 @@ OF_EPOCH = {
     "clamp": "--clamp",
     "l2": "--l2",
     "null_space": "--null-space",
+    "chat": "--chat",
+    "system": "--system",
     "changes": "--set",
 }
 FIELDS = {
@@ -77,7 +82,7 @@ class _Edit(Sectioned):
             *("trust_remote_code", "dry_run"),
         ),
         "Facts": ("limit", "skip", "on_conflict", "no_shuffle", "seed"),
-        "Recipe": ("recipe", "stats", *FIELDS, "layers", "null_space", "changes"),
+        "Recipe": ("recipe", "stats", *FIELDS, "layers", "null_space", "chat", "system", "changes"),
         "Evaluation": ("text", "no_evaluate", "gate", "capability"),
     }
 
@@ -120,6 +125,7 @@ class _Edit(Sectioned):
 @click.option("--clamp", metavar="X", type=float, help="Largest ‖δ‖/‖h‖.")
 @click.option("--l2", metavar="X", type=float, help="Ridge on the update.")
 @click.option("--null-space", metavar="RULE=VALUE", help="absolute=0.02, leakage=0.1, median=1.")
+@chat_options
 @click.option(
     "--set",
     "changes",
@@ -223,7 +229,8 @@ def changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
         changes["layers"] = parse_layers(given["layers"])
     if given["null_space"]:
         changes["null_space"] = parse_null_space(given["null_space"])
-    return recipe.with_fields(changes)
+    recipe = recipe.with_fields(changes)
+    return replace(recipe, chat=chat_settings(given, recipe.chat))
 
 
 def _check(given: dict[str, Any]) -> None:

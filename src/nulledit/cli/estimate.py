@@ -76,6 +76,7 @@ def estimate(
     recipe = recipe or Recipe()
     device = given["device"] if isinstance(given["device"], str) else "cpu"
     shape, encoder, depth = _shape(name, dtype, given["trust_remote_code"], recipe.layout)
+    encoder = encoder.in_chat(recipe.chat)
     layers = recipe.layers or layers_by_depth(depth)
     if layers[-1] >= depth - 1:
         raise ModelError(

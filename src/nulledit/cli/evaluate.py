@@ -9,6 +9,8 @@ import click
 
 from nulledit.cli.common import (
     Bars,
+    chat_options,
+    chat_settings,
     conflict_option,
     device_option,
     echo,
@@ -34,6 +36,7 @@ from nulledit.cli.common import (
 @click.option("--distract", is_flag=True, help="Ask again behind distracting text.")
 @click.option("--fluency", is_flag=True, help="Let it write longer texts; n-gram entropy.")
 @click.option("--references", metavar="FILE", help="Texts by fact, for consistency (JSON).")
+@chat_options
 @click.option("--by-relation", is_flag=True, help="Rates by relation, groups of ten or more.")
 @click.option("--capability", metavar="DIR", help="Six tasks: sst2.jsonl and so on.")
 @click.option("--items", metavar="N", type=click.IntRange(1), default=50, help="Of each task.")
@@ -50,6 +53,10 @@ def evaluate(run: str, as_json: bool, quiet: bool, **given: Any) -> None:
     answer is the likeliest). What the facts lack is absent. docs/protocols.md and
     docs/capability.md say what each measure means.
 
+    Facts are asked as they were edited. Where that is in the chat template, they are asked again
+    without a system prompt (or with one), and as plain text. --chat asks the facts of any run in
+    the template, too.
+
     \b
     $ nulledit evaluate run
     $ nulledit evaluate run --facts others.yaml --text wiki.txt --json
@@ -63,7 +70,8 @@ def evaluate(run: str, as_json: bool, quiet: bool, **given: Any) -> None:
         chosen = list(read_facts(given["facts"], **read).facts)
     prepare(quiet=quiet)
     from nulledit.cli import rest
-    from nulledit.cli.measure import check_lengths, load_run, read_text
+    from nulledit.cli.measure import check_lengths, in_other_forms, load_run, read_text
+    from nulledit.evaluation.forms import form_name, forms
     from nulledit.evaluation.preservation import preservation_report
     from nulledit.evaluation.runner import evaluate as ask_all
     from nulledit.evaluation.tasks import read_tasks
@@ -99,10 +107,12 @@ def evaluate(run: str, as_json: bool, quiet: bool, **given: Any) -> None:
         if given["harness"]:
             harness[side] = rest.harness_of(editor, given["harness"])
 
+    asked = forms(editor.encoder, also=chat_settings(given, editor.recipe.chat))
     if given["base"]:
         with editor.base_weights():
             ask("base")
     ask("edited")
+    others = in_other_forms(editor, facts, asked, base=given["base"], quiet=quiet)
     kept = preservation_report(editor, text.windows) if editor.history.epochs else []
     drift = rest.drift_of(editor, given["prompts"], facts) if given["prompts"] else None
     if as_json:
@@ -111,6 +121,8 @@ def evaluate(run: str, as_json: bool, quiet: bool, **given: Any) -> None:
                 "run_folder": run,
                 "facts": len(facts),
                 "text": text.name,
+                "asked": form_name(editor.encoder),
+                "others": others,
                 **{side: evaluation.summary() for side, evaluation in sides.items()},
                 "preservation": [asdict(p) for p in kept],
                 "capability": {s: {k: t.summary() for k, t in r.items()} for s, r in tasks.items()},
@@ -129,7 +141,7 @@ def evaluate(run: str, as_json: bool, quiet: bool, **given: Any) -> None:
             f"{p.error:.3g} ± {p.standard_error:.1g} (layer {p.layer})" for p in kept
         )
         echo(f"\n‖ΔK₀‖/‖W₀K₀‖: {errors}\nPerplexity and ‖ΔK₀‖ are on {text.name}.")
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {f"Asked {name}": rates_table(s) for name, s in others.items()}
     if given["by_relation"]:
         more["By relation, edited"] = rest.relations_table(facts, sides["edited"])
     if tasks:

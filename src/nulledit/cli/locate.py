@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import click
 
 from nulledit.cli.common import (
+    PLACING,
     Bars,
     Sectioned,
     conflict_option,
@@ -31,7 +32,7 @@ class _Locate(Sectioned):
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
         "Facts": ("limit", "skip", "on_conflict", "at_least"),
         "Trace": ("draws", "noise", "window", "seed"),
-        "Model": ("recipe", "device", "dtype", "trust_remote_code"),
+        "Model": ("recipe", "device", *PLACING, "dtype", "quantize", "trust_remote_code"),
     }
 
 

@@ -34,6 +34,7 @@ from nulledit.cli.preview import preview
 from nulledit.cli.report import report
 from nulledit.cli.stats import stats
 from nulledit.cli.study import study
+from nulledit.cli.tune import tune
 from nulledit.cli.verify import verify
 from nulledit.errors import NullEditError
 from nulledit.launch import Launch
@@ -94,6 +95,11 @@ SECTIONS: dict[str, list[tuple[click.Command, str, str]]] = {
             locate,
             "Which layers? Causal tracing of facts that a model knows.",
             "nulledit locate gpt2 facts.yaml --out trace",
+        ),
+        (
+            tune,
+            "A recipe for a model on given facts, with its evidence.",
+            "nulledit tune gpt2 facts.yaml --out tuned.yaml --minutes 20",
         ),
         (methods, "Methods, their settings and sources.", "nulledit methods memit"),
         (info, "Versions, devices, caches, recipes, models.", "nulledit info"),

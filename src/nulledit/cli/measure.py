@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nulledit.cli.common import Bars, say
 from nulledit.config import Placement
@@ -65,11 +66,11 @@ def windows_of(encoder: RowEncoder, file: str | None) -> Text:
 
 def check_lengths(editor: Editor, facts: Sequence[Fact]) -> None:
     """Refuse a prompt that leaves no room for an answer before anything is edited."""
-    room = RowEncoder(editor.tokenizer, max_length=editor.encoder.max_length - ANSWER_TOKENS)
+    room = editor.encoder.leaving(ANSWER_TOKENS)
     for fact in facts:
         for query in queries_of(fact):
             answer = max(query.answer, query.other or "", key=len)
-            if len(f"{query.prompt} {answer}".encode()) < room.max_length:
+            if not room.chat and len(f"{query.prompt} {answer}".encode()) < room.max_length:
                 continue  # tokens are at least a byte long
             try:
                 room.encode(query.prompt, target=answer)
@@ -87,3 +88,28 @@ def evaluate_both(
     with Bars(quiet=quiet, prefix="after: ") as bars:
         after = evaluate(editor, facts, windows=windows, progress=bars)
     return before, after
+
+
+def in_other_forms(
+    editor: Editor,
+    facts: Sequence[Fact],
+    asked: Mapping[str, RowEncoder],
+    *,
+    base: bool = True,
+    quiet: bool,
+) -> dict[str, dict[str, Any]]:
+    """Name of a form -> "before" and "after": summaries of the same facts asked in it.
+
+    `base=False`: only "after".
+    """
+    found: dict[str, dict[str, Any]] = {name: {} for name in asked}
+    for name, encoder in asked.items():
+        say(f"Asking {name}", quiet=quiet)
+        if base:
+            with Bars(quiet=quiet, prefix="before: ") as bars, editor.base_weights():
+                before = evaluate(editor, facts, encoder=encoder, progress=bars)
+            found[name]["before"] = before.summary()
+        with Bars(quiet=quiet, prefix="after: ") as bars:
+            after = evaluate(editor, facts, encoder=encoder, progress=bars)
+        found[name]["after"] = after.summary()
+    return found

@@ -37,12 +37,12 @@ def read_references(file: str | None) -> dict[str, list[str]] | None:
 
 def tasks_of(editor: Editor, items: Sequence[Item]) -> dict[str, TaskResult]:
     """The six tasks, asked of the model as it is."""
-    return capability(editor.partial, editor.encoder, items, pad_id=pad_id(editor.tokenizer))
+    return capability(editor.partial, editor.plain_encoder, items, pad_id=pad_id(editor.tokenizer))
 
 
 def drift_of(editor: Editor, file: str, facts: Sequence[Fact]) -> Drift:
     """How far states of the prompts moved; those that mention an edited subject are left out."""
-    rows = read_texts(file, editor.encoder, without={fact.subject for fact in facts})
+    rows = read_texts(file, editor.plain_encoder, without={fact.subject for fact in facts})
     return drift_report(editor, rows)
 
 

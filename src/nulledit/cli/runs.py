@@ -22,12 +22,20 @@ from nulledit.cli.common import (
     say,
 )
 from nulledit.cli.edit import changed
-from nulledit.cli.measure import Text, check_lengths, evaluate_both, load_run, read_text
+from nulledit.cli.measure import (
+    Text,
+    check_lengths,
+    evaluate_both,
+    in_other_forms,
+    load_run,
+    read_text,
+)
 from nulledit.config import Recipe, load_recipe
 from nulledit.data.facts import Fact
 from nulledit.distributed import Ranks
 from nulledit.editor import Editor, EditReport
 from nulledit.errors import CheckFailed, ConfigError, LedgerError, NullEditError, RankError
+from nulledit.evaluation.forms import form_name, other_system
 from nulledit.evaluation.generation import contains
 from nulledit.evaluation.preservation import Preservation, preservation_report
 from nulledit.evaluation.runner import Evaluation
@@ -329,6 +337,9 @@ def as_page(result: Result) -> str:
             parts.append(f"and {more} more in {result.folder / 'results.jsonl'}")
     if last["after"]:
         parts.append(as_text(rates_table({"before": last["before"], "after": last["after"]})))
+    for name, sides in last.get("others", {}).items():
+        parts.append(f"Above: asked {last['asked']}, as edited. Asked {name}:")
+        parts.append(as_text(rates_table(sides)))
     if last["layers"]:
         parts.append(as_text(preservation_table(last["layers"])))
     if last["text"]:
@@ -389,12 +400,16 @@ def _finish(
     number = len(runs) + 1
     before = after = None
     kept: dict[int, Preservation] = {}
+    others: dict[str, dict[str, Any]] = {}
     if text and columns:
         facts = count(len(columns), "fact")
         say(f"Evaluating {facts} on the base and the edited model", quiet=quiet)
         with _timed(seconds, "evaluation"):
             before, after = evaluate_both(editor, [c.fact for c in columns], text, quiet=quiet)
             kept = {p.layer: p for p in preservation_report(editor, text.windows)}
+            other = other_system(editor.encoder)
+            asked = {form_name(other): other} if other else {}
+            others = in_other_forms(editor, [c.fact for c in columns], asked, quiet=quiet)
     warnings = warnings_of(report.layers)
     for warning in warnings:
         say(f"Warning: {warning}", quiet=quiet)
@@ -411,6 +426,7 @@ def _finish(
             "before": before.summary() if before else None,
             "after": after.summary() if after else None,
             "text": text.name if text and after else None,
+            **({"asked": form_name(editor.encoder), "others": others} if others else {}),
             "layers": layers,
             "seconds": {k: round(v, 3) for k, v in seconds.items()},
             "notices": [*report.notices, *warnings],

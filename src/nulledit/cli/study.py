@@ -157,6 +157,8 @@ def _lab(name: str, given: dict[str, Any], spec: Any, *, quiet: bool) -> Any:
     )
     bench = Workbench(model, tokenizer, Path(given["work"]), name=source)
     for each in recipes:
+        if each.chat:
+            raise ConfigError("studies ask plain text: give a recipe without chat")
         resolve_recipe(each, source, bench.partial, bench.base.history.base.hash)
     tell = None if quiet else _Teller()
     return Lab(bench, recipe, scale, settings, sources, seed=given["seed"], progress=tell)

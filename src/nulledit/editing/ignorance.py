@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nulledit.data.facts import Fact
 from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import Row, RowEncoder, collate, fill
+from nulledit.models.tokens import Row, RowEncoder, collate
 
 NOISE = 3.0  # standard deviations of the text's embeddings; at 1 some subjects still show through
 DRAWS = 4  # one alone has likings of its own: for the country of the Seine, 24 % of Somalia
@@ -35,7 +35,7 @@ class Lesson:
 
     row: Row
     """Prompt and the answer to forget, as far as it is read."""
-    hidden: slice
+    hidden: tuple[int, ...]
     """Where the subject's tokens are."""
 
     @property
@@ -67,14 +67,13 @@ def lessons_of(
     return tuple(Lesson(_cut(row, most), hidden) for row, hidden in asked)
 
 
-def blinded(encoder: RowEncoder, fact: Fact, prompt: str, context: str = "{}") -> tuple[Row, slice]:
+def blinded(
+    encoder: RowEncoder, fact: Fact, prompt: str, context: str = "{}"
+) -> tuple[Row, tuple[int, ...]]:
     """`prompt` with the fact's target behind it, and where in it the subject's tokens are."""
-    row = encoder.encode_template(prompt, fact.subject, context=context, target=fact.target)
-    before, after = context.split("{}", 1)
-    text, _ = fill(prompt, fact.subject)
-    start = len(before) + prompt.index("{}")
-    first = encoder.encode(before + text + after, subject_end=start + 1).subject_last
-    return row, slice(first, row.subject_last + 1)
+    asked = {"context": context, "target": fact.target}
+    row = encoder.encode_template(prompt, fact.subject, **asked)
+    return row, encoder.subject_tokens(prompt, fact.subject, **asked)
 
 
 def unlearned(logits: Tensor, taught: Tensor, banned: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,29 +89,30 @@ def unlearned(logits: Tensor, taught: Tensor, banned: Tensor) -> tuple[Tensor, T
     return kl + torch.where(banned >= 0, excess, 0.0), logits.argmax(1) == banned
 
 
-def telling(model: PartialModel, row: Row, hidden: slice) -> int:
+def telling(model: PartialModel, row: Row, hidden: tuple[int, ...]) -> int:
     """Place in the row's target of the token whose likelihood gains most by knowing the subject.
 
     A token that is impossible either way gains nothing.
     """
     at = range(len(row.target_ids)), row.target_ids
-    gain = uninformed(model, row, slice(0, 0))[at].log() - uninformed(model, row, hidden)[at].log()
+    gain = uninformed(model, row, ())[at].log() - uninformed(model, row, hidden)[at].log()
     return int(gain.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).argmax())
 
 
 @torch.no_grad()
-def uninformed(model: PartialModel, row: Row, hidden: slice) -> Tensor:
+def uninformed(model: PartialModel, row: Row, hidden: tuple[int, ...]) -> Tensor:
     """Probabilities [target tokens, vocabulary] of what stands in the target's places of `row`.
 
-    The embeddings at `hidden` drown in noise; an empty slice hides nothing. The draws are the same
+    The embeddings at `hidden` drown in noise. The draws are the same
     for every row, so a result does not depend on what else is asked.
     """
-    draws = DRAWS if hidden.stop > hidden.start else 1
+    draws = DRAWS if hidden else 1
     batch = collate([row.ids[:-1]] * draws, pad_id=0, device=model.device)
     states = model.run(batch, last=-1).clone()  # embeddings
-    shape = states[:, hidden].shape
+    places = list(hidden)
+    shape = states[:, places].shape
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(states)
-    states[:, hidden] += NOISE * states[0].float().std().to(states) * noise
+    states[:, places] += NOISE * states[0].float().std().to(states) * noise
     normed = model.run_normed(batch, states=states, first=0)
     logits = model.logits(normed[:, row.target_start - 1 :])
     logits = logits.float() if logits.dtype.itemsize < 4 else logits

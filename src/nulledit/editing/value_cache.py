@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from nulledit.config import ValueSettings
+from nulledit.config import ChatSettings, ValueSettings
 from nulledit.data.facts import Fact
 from nulledit.editing.values import Value
 from nulledit.files import replacing
@@ -36,6 +36,7 @@ class ValueCache:
         layer: int,
         contexts: Sequence[str],
         settings: ValueSettings,
+        chat: ChatSettings | None = None,
     ) -> str:
         """The hash of one group's request on a model whose weights have the hash `weights`."""
         used: dict[str, Any] = asdict(settings)
@@ -46,6 +47,8 @@ class ValueCache:
             for fact in facts
         ]
         content = [FORMAT, weights, layer, list(contexts), used, asked]
+        if chat:  # left out otherwise, so that values of plain text are found where they were
+            content.append(asdict(chat))
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def get(self, name: str) -> list[Value] | None:

@@ -78,6 +78,7 @@ def recall_of(
         prompts,
         max_new_tokens=tokens,
         first_line=False,
+        encoder=editor.encoder,
         progress=progress,
     )
     chances = _chances(editor, asked)
@@ -115,7 +116,13 @@ def find_answer(editor: Editor, subject: str, prompt: str) -> str:
     """
     question = Fact(subject=subject, prompt=prompt, target="?")
     text = question.render(question.prompt)
-    (told,) = generate_answers(editor.model, editor.tokenizer, [text], max_new_tokens=ANSWER_TOKENS)
+    (told,) = generate_answers(
+        editor.model,
+        editor.tokenizer,
+        [text],
+        max_new_tokens=ANSWER_TOKENS,
+        encoder=editor.encoder,
+    )
     words = _END.split(told, maxsplit=1)[0].split()
     if not words:
         raise FactError(

@@ -36,6 +36,7 @@ def generate_answers(
     max_new_tokens: int = 12,
     first_line: bool = True,
     batch_size: int = 16,
+    encoder: RowEncoder | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """The greedy continuation of each prompt, without the prompt, up to its first newline.
@@ -44,10 +45,12 @@ def generate_answers(
 
     Prompts run in batches of like length, padded on the left under a mask; the tokenizer's settings
     are not touched. Sampling settings and penalties that the checkpoint carries are left out.
-    Raises FactError for a prompt that is empty or leaves no room in the model's context.
+    `encoder` puts prompts in another form than plain text. Raises FactError for a prompt that is
+    empty or leaves no room in the model's context.
     """
-    room = context_length(model.config) - max_new_tokens
-    rows = [RowEncoder(tokenizer, max_length=room).encode(prompt).ids for prompt in prompts]
+    whole = encoder or RowEncoder(tokenizer, max_length=context_length(model.config))
+    shorter = whole.leaving(max_new_tokens)
+    rows = [shorter.encode(prompt).ids for prompt in prompts]
     stops = _stops(model, tokenizer)
     answers = [""] * len(rows)
     for part in _batches(rows, batch_size, progress):

@@ -18,7 +18,7 @@ from nulledit.evaluation.generation import contains, generate_answers
 from nulledit.evaluation.metrics import Rate, Score, per_fact, rates, score
 from nulledit.evaluation.perplexity import Perplexity, perplexity
 from nulledit.evaluation.protocols import queries_of, shipped_sentences
-from nulledit.models.tokens import pad_id
+from nulledit.models.tokens import RowEncoder, pad_id
 
 CPU_POSITIONS = 512  # small chunks stay in a processor's cache
 ACCELERATOR_POSITIONS = 8192
@@ -114,10 +114,13 @@ def evaluate(
     fluency: bool = False,
     references: Mapping[str, Sequence[str]] | None = None,
     seed: int = 0,
+    encoder: RowEncoder | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Evaluate the editor's model, as it is now, on `facts`.
 
+    Facts are asked in the form that they are edited in, plain or in the chat template; `encoder`:
+    in another one. Longer texts and `windows` are plain text in any case.
     `windows` of token ids are for perplexity. `judge` says whether an answer says the target; by
     default whether it contains it. `distract` asks again behind other texts (`queries_of`). With
     `fluency`, or `references` for consistency, the model writes longer texts, drawn by `seed`
@@ -126,19 +129,20 @@ def evaluate(
     "perplexity"), what is done and what there is in all. Raises FactError for an id used twice.
     """
     _refuse_twins(facts)
+    form = encoder or editor.encoder
     padding = pad_id(editor.tokenizer)
     if distract and distractors is None:
         distractors = shipped_sentences()
     queries = [q for fact in facts for q in queries_of(fact, distract=distract, texts=distractors)]
     scores = score(
         editor.partial,
-        editor.encoder,
+        form,
         queries,
         pad_id=padding,
         positions=CPU_POSITIONS if editor.partial.device.type == "cpu" else ACCELERATOR_POSITIONS,
         progress=_stage(progress, "scores"),
     )
-    answers = _answers(editor, facts, _stage(progress, "answers")) if generate else {}
+    answers = _answers(editor, form, facts, _stage(progress, "answers")) if generate else {}
     says = _judged(facts, answers, judge or _contained)
     writing = None
     if fluency or references is not None:
@@ -193,10 +197,15 @@ def _refuse_twins(facts: Sequence[Fact]) -> None:
 
 
 def _answers(
-    editor: Editor, facts: Sequence[Fact], progress: Callable[[int, int], None] | None
+    editor: Editor,
+    encoder: RowEncoder,
+    facts: Sequence[Fact],
+    progress: Callable[[int, int], None] | None,
 ) -> dict[str, str]:
     prompts = [fact.render(fact.prompt) for fact in facts]
-    said = generate_answers(editor.model, editor.tokenizer, prompts, progress=progress)
+    said = generate_answers(
+        editor.model, editor.tokenizer, prompts, encoder=encoder, progress=progress
+    )
     return {fact.id: answer for fact, answer in zip(facts, said, strict=True)}
 
 

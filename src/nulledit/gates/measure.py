@@ -365,7 +365,7 @@ class _Measuring:
             editor = self.editor
             return capability(
                 editor.partial,
-                editor.encoder,
+                editor.plain_encoder,
                 items,
                 pad_id=pad_id(editor.tokenizer),
                 progress=self._stage(f"{side}: tasks"),

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from nulledit.config import ChatSettings
 from nulledit.errors import FactError, ModelError
+from nulledit.models.chat import ChatForm, Framed
 
 # Scripts written without spaces between words: a target in them joins its prompt directly.
 UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
@@ -56,9 +58,19 @@ def fill(template: str, subject: str) -> tuple[str, int]:
 
 
 class RowEncoder:
-    """Tokenises texts for one model; positions come from the offsets of the full text."""
+    """Tokenises texts for one model; positions come from the offsets of the full text.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int):
+    With a chat form, every text is a prompt and stands in the model's chat template, whose special
+    tokens are all there are: none are added.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int,
+        chat: ChatForm | None = None,
+    ):
         """`max_length`: tokens that fit the model's context."""
         if not tokenizer.is_fast:
             raise ModelError(
@@ -66,6 +78,19 @@ class RowEncoder:
             )
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.chat = chat
+
+    def in_chat(self, settings: ChatSettings | None) -> RowEncoder:
+        """The same with prompts in the chat template, or as plain text.
+
+        ModelError if the tokenizer has no template, or another one than the settings name.
+        """
+        form = None if settings is None else ChatForm(self.tokenizer, settings)
+        return RowEncoder(self.tokenizer, max_length=self.max_length, chat=form)
+
+    def leaving(self, tokens: int) -> RowEncoder:
+        """The same for texts that leave room for so many tokens behind them."""
+        return RowEncoder(self.tokenizer, max_length=self.max_length - tokens, chat=self.chat)
 
     def encode(
         self, text: str, *, subject_end: int | None = None, target: str | None = None
@@ -78,13 +103,39 @@ class RowEncoder:
 
         Raises FactError if the text is longer than the model's context.
         """
-        ids, offsets = self._tokens(text if target is None else join_target(text, target))
-        if target is not None and any(a < len(text) < b for a, b in offsets):
-            # A token across the border would ask the model for half of what it has already read.
-            ids, offsets = self._tokens(text)
-            tail = self.tokenizer(target, add_special_tokens=False, verbose=False)["input_ids"]
-            offsets += [(len(text), len(text) + len(target))] * len(tail)
-            ids += tail
+        return self._row(self._framed(text), subject_end, target)
+
+    def encode_template(
+        self, template: str, subject: str, *, context: str = "{}", target: str | None = None
+    ) -> Row:
+        """Tokenise `template` with `subject` in its slot, inside a prefix `context`."""
+        text, end = fill(template, subject)
+        return self._row(self._framed(text, context), end, target)
+
+    def subject_tokens(
+        self, template: str, subject: str, *, context: str = "{}", target: str | None = None
+    ) -> tuple[int, ...]:
+        """Indices of the subject's tokens in the row of `encode_template`, wherever it stands."""
+        text, end = fill(template, subject)
+        framed = self._framed(text, context)
+        spans = [(start + end - len(subject), start + end) for start in framed.starts]
+        _, offsets = self._joined(framed, target)
+        return tuple(
+            i
+            for i, (a, b) in enumerate(offsets)
+            if any(a < last and first < b for first, last in spans)
+        )
+
+    def _framed(self, text: str, context: str = "{}") -> Framed:
+        if self.chat:
+            return self.chat.frame(text, context=context)
+        before, after = context.split("{}", 1)
+        return Framed(before + text + after, (len(before),), None)
+
+    def _row(self, framed: Framed, subject_end: int | None, target: str | None) -> Row:
+        """`subject_end`: index in the prompt behind the subject's last character."""
+        text = framed.text
+        ids, offsets = self._joined(framed, target)
         if not ids:
             raise FactError(f"text {text!r} has no tokens")
         if len(ids) > self.max_length:
@@ -94,7 +145,8 @@ class RowEncoder:
             )
         subject_last = target_start = -1
         if subject_end is not None:
-            character = subject_end - 1
+            answered = self.chat is not None and self.chat.settings.subject == "assistant"
+            character = framed.starts[-1 if answered else 0] + subject_end - 1
             covering = [i for i, (a, b) in enumerate(offsets) if a <= character < b]
             if not covering:
                 raise FactError(f"the subject's last character is in no token of {text!r}")
@@ -107,22 +159,36 @@ class RowEncoder:
                 )
         return Row(tuple(ids), subject_last, target_start)
 
+    def _joined(
+        self, framed: Framed, target: str | None
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and character spans of the framed prompt and the target."""
+        text = framed.text
+        if target is None:
+            return self._tokens(text)
+        full = join_target(text, target) if framed.gap is None else text + framed.gap + target
+        ids, offsets = self._tokens(full)
+        if any(a < len(text) < b for a, b in offsets):
+            # A token across the border would ask the model for half of what it has already read.
+            ids, offsets = self._tokens(text)
+            tail = self.tokenizer(full[len(text) :], add_special_tokens=False, verbose=False)
+            offsets += [(len(text), len(full))] * len(tail["input_ids"])
+            ids += tail["input_ids"]
+        return ids, offsets
+
     def _tokens(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and character spans of `text`, without an end-of-text token behind it."""
-        coded = self.tokenizer(text, return_offsets_mapping=True, verbose=False)
+        coded = self.tokenizer(
+            text,
+            return_offsets_mapping=True,
+            add_special_tokens=self.chat is None,  # the template has written them
+            verbose=False,
+        )
         ids, offsets = list(coded["input_ids"]), [tuple(o) for o in coded["offset_mapping"]]
         while ids and offsets[-1][0] == offsets[-1][1]:
             ids.pop()
             offsets.pop()
         return ids, offsets
-
-    def encode_template(
-        self, template: str, subject: str, *, context: str = "{}", target: str | None = None
-    ) -> Row:
-        """Tokenise `template` with `subject` in its slot, inside a prefix `context`."""
-        before, after = context.split("{}", 1)
-        text, end = fill(template, subject)
-        return self.encode(before + text + after, subject_end=len(before) + end, target=target)
 
 
 def context_length(model_config: object) -> int:

@@ -84,9 +84,17 @@ def _is_run(value: Any) -> bool:
             seconds=_named(is_number),
             notices=_list_of(_is_text),
         )(value)
+        and _are_others(value)
         and len(value["batches"]) in (0, 2)
         and (value["before"] is None) == (value["after"] is None)
     )
+
+
+def _are_others(run: Mapping[str, Any]) -> bool:
+    """What a run of chat prompts says of the same facts asked otherwise; nothing of plain text."""
+    others = run.get("others", {})
+    sides = _with(before=_is_side, after=_is_side)
+    return _named(sides)(others) and (not others or _is_text(run.get("asked")))
 
 
 def _is_side(value: Any) -> bool:

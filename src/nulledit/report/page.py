@@ -142,6 +142,9 @@ def _run(run: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], *, last: bo
             "the other one. Strict: every token of it is the likeliest. Perplexity on "
             f"{markdown(run['text'] or ABSENT)}."
         )
+        for name, sides in run.get("others", {}).items():
+            asked = f"Above: asked {run['asked']}, as edited. Asked {name}:"
+            parts += [markdown(asked), as_markdown(rates_table(sides))]
         if last:
             parts.append(
                 "![Efficacy, generalization and specificity before and after](figure.png)\n\n"
