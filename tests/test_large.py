@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from nulledit import Editor
+from nulledit.cli.common import own_device
 from nulledit.config import Placement, ValueSettings
+from nulledit.distributed import Ranks
 from nulledit.editing.contexts import make_contexts
 from nulledit.editing.keys import Walk
 from nulledit.editing.statistics import key_moments
@@ -619,3 +622,10 @@ def test_encoders_are_refused_in_one_line(kind, tokenizer, tmp_path):
     run = ("--out", tmp_path / "run", "--layers", "1", "--quiet")
     line = refused("edit", tmp_path / "facts.json", "--model", tmp_path / "model", *run)
     assert "decoder-only language model" in line
+
+
+def test_several_ranks_spread_no_model():
+    assert own_device(Ranks(), Placement("auto")) == Placement("auto")
+    alone = SimpleNamespace(alone=False)
+    with pytest.raises(ConfigError, match="several ranks"):
+        own_device(alone, Placement("auto"))

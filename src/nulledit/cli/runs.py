@@ -357,7 +357,7 @@ def as_page(result: Result) -> str:
 
 
 def _place_of_model(result: Result) -> str:
-    base = result.summary["base"]
+    base = result.summary.get("base", {})
     if base.get("quantized"):
         return f"{base['model'] or 'the base'} with the ledger; nulledit export writes the edits"
     return str(result.folder / "model")
