@@ -11,7 +11,8 @@ sides get the same facts and settings and take turns. CPU seconds are of this pr
 `--repeats`; ratios are of CPU seconds, on an accelerator of wall seconds. Stages:
 
     values      a step of a fact
-    ends        values to an equal loss: published settings against --fast-rate and --fast-steps
+    ends        values to an equal loss: published settings against --fast-rate,
+                --fast-steps and --fast-clamp
     update      keys, residuals and solves of a batch
     statistics  second moments of the recipe's layers; also against a bare forward pass and the
                 products alone
@@ -62,8 +63,9 @@ def options_of():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--facts", type=int, default=20)
     parser.add_argument("--steps", type=int, default=15, help="forward passes a fact")
-    parser.add_argument("--fast-rate", type=float, default=1.5, help="step size of stage `ends`")
-    parser.add_argument("--fast-steps", type=int, default=8)
+    parser.add_argument("--fast-rate", type=float, default=1.0, help="step size of stage `ends`")
+    parser.add_argument("--fast-steps", type=int, default=10)
+    parser.add_argument("--fast-clamp", type=float, default=0.7)
     parser.add_argument("--tokens", type=int, default=8000, help="of stage `statistics`")
     parser.add_argument("--positions", type=int, help="tokens that run together; default: own")
     parser.add_argument("--width", type=int, default=14336, help="d_in; d_out is 4096/14336 of it")

@@ -133,7 +133,12 @@ def ends(clock, setup, options):
     published = ValueSettings(
         steps=setup.recipe.values.steps, learning_rate=setup.recipe.values.learning_rate, patience=0
     )
-    fast = ValueSettings(steps=options.fast_steps, learning_rate=options.fast_rate)
+    fast = ValueSettings(
+        steps=options.fast_steps,
+        learning_rate=options.fast_rate,
+        clamp=options.fast_clamp,
+        patience=0,
+    )
     positions = setup.positions(options)
     for _ in range(options.repeats):
         mine = clock.time("ends", OURS, lambda: setup.ours(fast, setup.facts, positions))
