@@ -101,6 +101,7 @@ def checkpoint(edits, *, room=1.0, norm=0.1, grown=0.1, text=0.0, oldest=1.0, pe
         rate(1.0),
         rate(oldest),
         perplexity,
+        10.0,
     )
 
 

@@ -152,7 +152,9 @@ def test_the_error_of_a_growth_is_that_of_its_mean_difference():
     draw = torch.Generator().manual_seed(0)
     before = torch.rand(12, generator=draw).double() + 3
     moved = 0.05 * torch.rand(12, generator=draw).double()
-    found = perplexity_growth(before.tolist(), (before + moved).tolist(), [9] * 12)
+    found = perplexity_growth(
+        [[x] * 8 for x in before.numpy()], [[x] * 8 for x in (before + moved).numpy()]
+    )
     assert found.value == pytest.approx(100 * (math.exp(moved.mean()) - 1))
     alone = float(moved.std() / 12**0.5)
     assert found.error == pytest.approx(100 * math.exp(moved.mean()) * alone)

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 @click.command(short_help="Compare a run with limits; exit 1 if one is broken.")
 @click.argument("run", metavar="RUN")
 @click.option("--limits", metavar="FILE", default="default", help="YAML.  [default: shipped ones]")
-@click.option("--text", metavar="FILE", help="For perplexity and KL.  [default: one that comes along]")
+@click.option(
+    "--text", metavar="FILE", help="For perplexity and KL.  [default: one that comes along]"
+)
 @click.option("--capability", metavar="DIR", help="Six tasks: sst2.jsonl and so on.")
 @device_option
 @trust_option

@@ -52,7 +52,7 @@ class Divergence:
     standard_error: float
     """Of `value`, over windows (delta method); nan for one window."""
     worst_share: float
-    """Share of the sum that the worst 1 % of tokens hold (rounded up), 0 to 1; nan if all is 0."""
+    """Share of the sum that the worst 1 % of tokens hold (rounded up), 0 to 1; 0 if all is 0."""
     tokens: int
     """Tokens compared."""
 
@@ -178,8 +178,8 @@ def divergence(apart: Sequence[np.ndarray]) -> Divergence:
     """From each token's KL in nats, by window."""
     mean, error, tokens = mean_of(apart)
     found = np.sort(np.concatenate(apart))
-    total, worst = found.sum(), found[-math.ceil(WORST * tokens) :].sum()
-    share = float(worst / total) if total > 0 else math.nan
+    total, worst = float(found.sum()), float(found[-math.ceil(WORST * tokens) :].sum())
+    share = worst / total if total else 0.0
     return Divergence(1000 * mean, 1000 * error, share, tokens)
 
 

@@ -128,10 +128,10 @@ def evaluate(
     Facts are asked in the form that they are edited in, plain or in the chat template; `encoder`:
     in another one. Longer texts and `windows` are plain text in any case.
     `windows` of token ids are for perplexity, and for KL per token where `base` is given: the
-    `reading` of an evaluation of the model before its edits, on the same windows. `judge` says whether an answer says the target; by
-    default whether it contains it. `distract` asks again behind other texts (`queries_of`). With
-    `fluency`, or `references` for consistency, the model writes longer texts, drawn by `seed`
-    (`write_texts`). For the model before its edits, call this inside
+    `reading` of an evaluation of the model before its edits, on the same windows. `judge` says
+    whether an answer says the target; by default whether it contains it. `distract` asks again
+    behind other texts (`queries_of`). With `fluency`, or `references` for consistency, the model
+    writes longer texts, drawn by `seed` (`write_texts`). For the model before its edits, call this inside
     `with editor.base_weights():`. `progress` is told the stage ("scores", "answers", "texts",
     "perplexity"), what is done and what there is in all. Raises FactError for an id used twice.
     """

@@ -337,8 +337,8 @@ class _Measuring:
         found = texts[1].kl if (texts := self._read()) else None
         if found is None:
             return Missing(NO_TEXT)
-        n, worst = len(texts[1].windows), f"{100 * found.worst_share:.0f} % in the worst 1 %"
-        return Found(found.value, found.standard_error, n, "windows", note=worst * (found.value > 0))
+        note = f"{100 * found.worst_share:.0f} % of it in the worst 1 %"
+        return Found(found.value, found.standard_error, len(texts[1].windows), "windows", note=note)
 
     def _read(self) -> tuple[Reading, ...]:
         """Base and edited model on the windows, the latter compared if that is asked for."""

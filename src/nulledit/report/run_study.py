@@ -183,10 +183,10 @@ def _sides(
     if any(side.get("perplexity") for side in sides):
         before, after = (perplexity(side) for side in sides)
         text.append({"measure": "perplexity", "before": before, "after": after})
-    if found := kl(sides[1]):
-        zero = Value(0.0, None, found[0].n)
-        text.append({"measure": "KL per token (mnat)", "before": zero, "after": found[0]})
-        text.append({"measure": "KL, share of the worst 1 % (%)", "after": found[1]})
+    if moved := kl(sides[1]):
+        zero = Value(0.0, None, moved[0].n)
+        text.append({"measure": "KL per token (mnat)", "before": zero, "after": moved[0]})
+        text.append({"measure": "KL, share of the worst 1 % (%)", "after": moved[1]})
     caption = (
         "Means over facts. Preference: the answer is likelier than the other one; strict: every "
         "token of it is the likeliest"
