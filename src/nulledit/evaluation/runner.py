@@ -131,9 +131,10 @@ def evaluate(
     `reading` of an evaluation of the model before its edits, on the same windows. `judge` says
     whether an answer says the target; by default whether it contains it. `distract` asks again
     behind other texts (`queries_of`). With `fluency`, or `references` for consistency, the model
-    writes longer texts, drawn by `seed` (`write_texts`). For the model before its edits, call this inside
-    `with editor.base_weights():`. `progress` is told the stage ("scores", "answers", "texts",
-    "perplexity"), what is done and what there is in all. Raises FactError for an id used twice.
+    writes longer texts, drawn by `seed` (`write_texts`). For the model before its edits, call this
+    inside `with editor.base_weights():`. `progress` is told the stage ("scores", "answers",
+    "texts", "perplexity"), what is done and what there is in all. Raises FactError for an id used
+    twice.
     """
     _refuse_twins(facts)
     form = encoder or editor.encoder

@@ -225,7 +225,7 @@ def _bound(name: object, given: Any) -> Bound:
 
 def _finite(value: float, name: str) -> None:
     if not math.isfinite(value):
-        raise ConfigError(f"{name} is {value}; expected a finite number")
+        raise ConfigError(f"{name} is {value}; expected a number")
 
 
 def _share(value: float) -> None:
