@@ -121,6 +121,9 @@ def test_a_run_folder_has_all_that_was_promised(edited, place):
     assert run["after"]["rates"]["efficacy"]["n"] == 1  # only one fact has an old answer
     assert run["after"]["rates"]["efficacy_strict"]["n"] == 4
     assert run["before"]["perplexity"]["value"] > 1
+    assert run["before"]["kl"] is None
+    assert run["after"]["kl"]["value"] > 0
+    assert "KL per token (mnat)" in (edited / "report.md").read_text(encoding="utf-8")
     assert [row["layer"] for row in run["layers"]] == [1, 2]
     assert all(row["error"] > 0 for row in run["layers"])
     assert yaml.safe_load((edited / "recipe.yaml").read_text())["values"]["steps"] == 3
@@ -204,6 +207,7 @@ def test_evaluate_and_ask_show_both_models(edited, tmp_path):
     assert data["edited"]["rates"] == run["after"]["rates"]
     assert data["base"]["rates"] == run["before"]["rates"]
     assert data["edited"]["perplexity"] == run["after"]["perplexity"]
+    assert data["edited"]["kl"] == pytest.approx(run["after"]["kl"])
     table = done("evaluate", edited, "--no-base", "--quiet").stdout
     assert "edited" in table
     assert "base" not in table

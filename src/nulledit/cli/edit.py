@@ -140,7 +140,7 @@ class _Edit(Sectioned):
 @click.option(
     "--text",
     metavar="FILE",
-    help="Text for perplexity and preservation.  [default: one that comes with nulledit]",
+    help="Text for perplexity, KL and preservation.  [default: one that comes with nulledit]",
 )
 @click.option(
     "--retry",

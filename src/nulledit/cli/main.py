@@ -64,7 +64,7 @@ SECTIONS: dict[str, list[tuple[click.Command, str, str]]] = {
     ],
     "Look at a run": [
         (ask, "One prompt, base and edited model.", 'nulledit ask run "The capital of France is"'),
-        (evaluate, "Rates and perplexity, base and edited.", "nulledit evaluate run"),
+        (evaluate, "Rates, perplexity and KL, base and edited.", "nulledit evaluate run"),
         (report, "One HTML page of runs and studies.", "nulledit report run"),
     ],
     "Gates": [
