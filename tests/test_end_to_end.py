@@ -91,7 +91,7 @@ def test_new_facts_hold_and_the_others_stay(architecture, make_editor):
         assert ask(editor, fact.render(fact.prompt)) == fact.target
     heard = [ask(editor, f.paraphrases[0]) == f.target for f in facts]
     assert sum(heard) >= 3, "the other wording follows"
-    assert everything(editor, but=EDITS) >= 0.95
+    assert everything(editor, but=EDITS) >= 0.9
     editor.undo(facts[0].id)
     assert ask(editor, facts[0].render(facts[0].prompt)) == facts[0].old_answer
     for fact in facts[1:]:
