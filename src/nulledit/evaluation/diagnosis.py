@@ -230,10 +230,3 @@ def _ids(columns: Sequence[Column]) -> set[str]:
 
 def _names(ids: Sequence[str]) -> str:
     return ", ".join(ids[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
-
-
-def headline(after: Evaluation) -> str:
-    """How many facts hold, in words."""
-    rows = after.rows().values()
-    held = sum(map(holds, rows))
-    return f"{held} of {len(rows)} {'fact holds' if len(rows) == 1 else 'facts hold'}"
