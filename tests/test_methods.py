@@ -618,6 +618,12 @@ def test_every_method_has_a_page_with_its_settings_and_source(name):
             assert float(shown) == default
 
 
+def test_defaults_are_those_of_the_published_settings_files():
+    published = {"betaedit": {"moment_weight": 3000, "l2": 10}}
+    for name, constants in published.items():
+        assert find_method(name).constants() == constants
+
+
 def invoke(*words):
     return CliRunner().invoke(cli, ["methods", *words])
 

@@ -47,7 +47,8 @@ class ValueSettings:
     clamp: float = 0.75
     """Largest ‖δ‖/‖h‖."""
     kl_weight: float = 0.0625
-    """Weight of the drift KL(new ‖ old) of the next token behind the subject in `kl_prompt`."""
+    """Weight of the drift KL(new ‖ old) of what is predicted at the subject's last token in
+    `kl_prompt`."""
     weight_decay: float = 0.5
     """Weight of ‖δ‖/‖h‖²."""
     stop_loss: float = 0.05
@@ -55,7 +56,8 @@ class ValueSettings:
     patience: int = 0
     """A fact leaves when this many steps took less than 1 % off its loss; 0: never (published)."""
     kl_prompt: str = "{} is a"
-    """Where the subject's own meaning is held: the state at `{}` must predict as before."""
+    """Where the subject's own meaning is held: its last token must predict as before. What stands
+    after `{}` is not read, as published."""
     stop_when_likeliest: bool = False
     """A fact leaves when every token of its target is the likeliest one in all its contexts
     (ENCORE's early stop, arXiv:2502.01636)."""
