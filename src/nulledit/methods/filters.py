@@ -134,10 +134,11 @@ FILTERS = (
     ),
     Method(
         name="encore",
-        about="MEMIT with a Frobenius term; its early stop is values.stop_when_likeliest",
+        about="MEMIT with history and a Frobenius term; its early stop is a setting of values",
         paper="arXiv:2502.01636",
         settings=MomentRidgeSettings,
         gains=moment_ridge_gains,
+        history=True,
     ),
     Method(
         name="betaedit",
