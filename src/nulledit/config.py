@@ -62,8 +62,8 @@ class ValueSettings:
     """A fact leaves when every token of its target is the likeliest one in all its contexts
     (ENCORE's early stop, arXiv:2502.01636)."""
     norm_anchor: bool = False
-    """Scale z to the mean norm that the batch's subjects have in the unedited model (NAS,
-    arXiv:2602.02543)."""
+    """Scale what W is to give, v* = v₀ + δ, to its mean norm over a fixed sample of facts in the
+    unedited model; where it is over twice that, leave δ out (NAS, arXiv:2602.02543)."""
     at: Literal["last", "each"] = "last"
     """last: one value behind the last edited layer; the others take a share of what is missing.
     each: a value at every edited layer, each written whole (BLUE, which edits two layers)."""

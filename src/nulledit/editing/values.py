@@ -53,10 +53,6 @@ class Value:
     known: bool
     """Whether the model already said the target by strict argmax before any step."""
 
-    def scaled_to(self, norm: float) -> Value:
-        """The value with z scaled to length `norm` (NAS, arXiv:2602.02543)."""
-        return replace(self, z=self.z * (norm / float(self.z.norm())))
-
 
 @dataclass(frozen=True)
 class _Job:
@@ -68,6 +64,10 @@ class _Job:
     labels: tuple[int, ...]  # the rows' contexts, by number
     drift_row: Row | None  # None: read at the bare row, whose tokens up to the subject are the same
     group: int
+
+
+Work = Callable[["_Chunk", Sequence[int]], list[Value]]
+"""The values of a chunk's facts, whose places in the whole are given."""
 
 
 def plan_rows(fact: Fact, encoder: RowEncoder, contexts: Sequence[str]) -> tuple[Row, ...]:
@@ -98,6 +98,53 @@ def optimise_values(
     are templates with one slot, the bare "{}" first. `positions` bounds how many token positions
     run through the upper blocks together; on an accelerator it halves itself when memory runs out.
     """
+    return _by_chunks(
+        model,
+        _jobs(model, encoder, facts, groups, contexts, settings),
+        lambda chunk, _members: chunk.optimise(),
+        layer=layer,
+        settings=settings,
+        positions=positions,
+        pad_id=pad_id,
+        progress=progress,
+    )
+
+
+def measure_values(
+    model: PartialModel,
+    encoder: RowEncoder,
+    facts: Sequence[Fact],
+    values: Sequence[Value],
+    *,
+    layer: int,
+    contexts: Sequence[str],
+    settings: ValueSettings,
+    positions: int,
+    pad_id: int,
+) -> list[Value]:
+    """`values` of `facts` whose z was changed, with the outcomes that describe it as it is now.
+
+    The other arguments are as for `optimise_values`.
+    """
+    return _by_chunks(
+        model,
+        _jobs(model, encoder, facts, range(len(facts)), contexts, settings),
+        lambda chunk, members: chunk.measure([values[i] for i in members]),
+        layer=layer,
+        settings=settings,
+        positions=positions,
+        pad_id=pad_id,
+    )
+
+
+def _jobs(
+    model: PartialModel,
+    encoder: RowEncoder,
+    facts: Sequence[Fact],
+    groups: Sequence[int],
+    contexts: Sequence[str],
+    settings: ValueSettings,
+) -> list[_Job]:
     jobs = []
     for fact, group in zip(facts, groups, strict=True):
         lessons = lessons_of(model, encoder, fact, contexts) if fact.forget else ()
@@ -106,11 +153,26 @@ def optimise_values(
         shared = rows[0].upto_subject().ids == drift.ids
         labels = tuple(i % len(contexts) for i in range(len(rows)))
         jobs.append(_Job(fact.id, rows, lessons, labels, None if shared else drift, group))
+    return jobs
+
+
+def _by_chunks(
+    model: PartialModel,
+    jobs: Sequence[_Job],
+    work: Work,
+    *,
+    layer: int,
+    settings: ValueSettings,
+    positions: int,
+    pad_id: int,
+    progress: Callable[[int], None] = lambda n: None,
+) -> list[Value]:
+    """What `work` gives for each chunk of `jobs` and their places, in the order of `jobs`."""
     values: dict[int, Value] = {}
     waiting = list(range(len(jobs)))
     while waiting:
         members = _next_chunk(jobs, waiting, positions)
-        found = _run_chunk(model, [jobs[i] for i in members], layer, settings, pad_id)
+        found = _run_chunk(model, jobs, members, work, layer, settings, pad_id)
         if found is None:
             if len({jobs[i].group for i in members}) == 1:
                 raise ModelError(f"fact {jobs[members[0]].fact_id}: not enough memory for its rows")
@@ -123,11 +185,17 @@ def optimise_values(
 
 
 def _run_chunk(
-    model: PartialModel, jobs: Sequence[_Job], layer: int, settings: ValueSettings, pad_id: int
+    model: PartialModel,
+    jobs: Sequence[_Job],
+    members: Sequence[int],
+    work: Work,
+    layer: int,
+    settings: ValueSettings,
+    pad_id: int,
 ) -> list[Value] | None:
-    """The values of `jobs`; None if memory ran out, with all that the chunk held let go."""
+    """What `work` gives; None if memory ran out, with all that the chunk held let go."""
     try:
-        return _Chunk(model, jobs, layer, settings, pad_id).optimise()
+        return work(_Chunk(model, [jobs[i] for i in members], layer, settings, pad_id), members)
     except torch.OutOfMemoryError:
         return None
 
@@ -307,6 +375,25 @@ class _Chunk:
                 known=outcome[f][2],
             )
             for f, g in enumerate(self.group_of)
+        ]
+
+    @torch.no_grad()
+    def measure(self, values: Sequence[Value]) -> list[Value]:
+        """The chunk's `values`, each with a δ of its own, with the outcomes of their z."""
+        s = self.settings
+        h = self.start[self.bare]  # [facts, d]
+        moved = torch.stack([value.z for value in values]).to(h) - h
+        deltas = list(moved / self.units[:, None])
+        reads = _Reads(self, range(len(values)))
+        drift_start: dict[int, Tensor] = {}
+        reads.losses([torch.zeros_like(delta) for delta in deltas], drift_start)
+        nll, drift, *_ = reads.losses(deltas, drift_start)
+        decay = s.weight_decay * torch.stack(deltas).norm(dim=1) / self.norms.square()
+        loss = nll + s.kl_weight * drift + decay.to(nll)
+        shares = moved.norm(dim=1) / h.norm(dim=1)
+        return [
+            replace(value, loss=float(loss[f]), nll=float(nll[f]), delta_share=float(shares[f]))
+            for f, value in enumerate(values)
         ]
 
     def _done(self, losses: list[float], said: dict[int, bool]) -> bool:
