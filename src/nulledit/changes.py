@@ -99,7 +99,7 @@ class Changes:
         """The recipe of the epoch there is inside, though `next_epoch` asked for another one."""
         due = (self.recipe, self._opens) if self._opens and self.history.epochs else None
         if due:
-            self.recipe, self._opens = Recipe.from_dict(self.history.epoch.recipe), False
+            self.recipe, self._opens = Recipe.recorded(self.history.epoch.recipe), False
         try:
             yield
         finally:
@@ -177,7 +177,7 @@ class Changes:
             if layer not in self.history.layers:
                 tensors[f"base.{layer}"] = source.original(layer)
         copy = replace(epoch, id=len(self.history.epochs) + 1, tensors=tensor_bytes(tensors)[0])
-        self.recipe = Recipe.from_dict(epoch.recipe)
+        self.recipe = Recipe.recorded(epoch.recipe)
         self._begin(copy, tensors)
 
     def _begin(self, epoch: Epoch, tensors: dict[str, Tensor]) -> None:

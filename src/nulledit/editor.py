@@ -262,7 +262,7 @@ class Editor:
         value_cache: str | Path | None,
         ranks: Ranks | None = None,
     ) -> Self:
-        use_layout(model, Recipe.from_dict(history.base.recipe).layout)
+        use_layout(model, Recipe.recorded(history.base.recipe).layout)
         make_editable(model, history.layers, model_hash(model) if history.base.quantized else "")
         for layer in history.layers:
             module = mlp_out(model, layer)
@@ -276,7 +276,7 @@ class Editor:
         editor = cls(
             model,
             tokenizer,
-            recipe=Recipe.from_dict(history.base.recipe),
+            recipe=Recipe.recorded(history.base.recipe),
             name=history.base.model,
             seed=history.base.seed,
             value_cache=value_cache,
@@ -291,7 +291,7 @@ class Editor:
             )
         latest = history.epochs[-1].recipe if history.epochs else history.base.recipe
         cache = editor._changes.cache
-        recipe = editor._with_template(Recipe.from_dict(latest))
+        recipe = editor._with_template(Recipe.recorded(latest))
         kept = store if editor.ranks.first else None
         editor._work(Journal(history, kept), recipe, None, cache)
         return editor
@@ -456,7 +456,7 @@ class Editor:
         enter with what their layers give at their keys now. Undo works across epochs.
         """
         found = _read_recipe(recipe, "")
-        layout = found.layout or Recipe.from_dict(self.history.base.recipe).layout
+        layout = found.layout or Recipe.recorded(self.history.base.recipe).layout
         recipe = self._with_template(
             resolve_recipe(replace(found, layout=layout), "", self.partial, self.history.base.hash)
         )

@@ -247,7 +247,7 @@ def _write_derived(editor: Editor, folder: Path) -> None:
 def _recipe(editor: Editor) -> Recipe:
     """Of the current epoch, whatever is to come next; before the first, of the one to open."""
     epochs = editor.history.epochs
-    return Recipe.from_dict(epochs[-1].recipe) if epochs else editor.recipe
+    return Recipe.recorded(epochs[-1].recipe) if epochs else editor.recipe
 
 
 def epoch_recipe(editor: Editor, given: dict[str, Any]) -> Recipe:
