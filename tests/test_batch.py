@@ -342,7 +342,7 @@ def test_early_stop_ends_as_soon_as_every_row_says_the_target(known):
     edits = [world.fact(p, "home", world.another(p, "home")) for p in world.PEOPLE[:3]]
     changes = {"values__stop_loss": 0.0}
     late = in_the_world(known, **changes).edit(edits)
-    early = in_the_world(known, values__stop_when_likeliest=True, **changes)
+    early = in_the_world(known, values__stop_when_likeliest=1, **changes)
     report = early.edit(edits)
     for stopped, went_on in zip(report.columns, late.columns, strict=True):
         steps = stopped.outcome["steps"]

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -328,12 +329,15 @@ class _Chunk:
         known: dict[int, bool] = {}
         updates = [0] * n_groups
         ended = ["steps"] * n_groups
+        likeliest = [0] * n_groups  # steps at which the target was so in every context
         clamped = [False] * n_groups
         for step in range(s.steps):
-            nll, drift, bare_lead, lead = reads.losses(deltas, drift_start)
+            nll, drift, *found = reads.losses(deltas, drift_start)
+            leads, bare, in_context = (
+                dict(zip(reads.facts, lead.tolist(), strict=True)) for lead in found
+            )
             if step == 0:
-                known = {f: ok > 0 for f, ok in zip(reads.facts, bare_lead.tolist(), strict=True)}
-            leads = dict(zip(reads.facts, lead.tolist(), strict=True))
+                known = {f: lead > 0 for f, lead in bare.items()}
             decay = {g: s.weight_decay * deltas[g].norm() / norms[g].square() for g in active}
             per_fact = nll + s.kl_weight * drift
             groups_of_facts = [self.group_of[f] for f in reads.facts]
@@ -352,8 +356,10 @@ class _Chunk:
             for g in active:
                 history[g].append(worst[g])
             for g in active:
-                members = {f: leads[f] for f in reads.facts if self.group_of[f] == g}
-                ended[g] = self._end(history[g], members) or "steps"
+                members = [f for f in reads.facts if self.group_of[f] == g]
+                likeliest[g] += all(in_context[f] > 0 for f in members)
+                said = {f: leads[f] for f in members}
+                ended[g] = self._end(history[g], said, likeliest[g]) or "steps"
             staying = [g for g in active if ended[g] == "steps"]
             if not staying or step == s.steps - 1:
                 break
@@ -399,24 +405,31 @@ class _Chunk:
         reads = _Reads(self, range(len(values)))
         drift_start: dict[int, Tensor] = {}
         reads.losses([torch.zeros_like(delta) for delta in deltas], drift_start)
-        nll, drift, *_ = reads.losses(deltas, drift_start)
+        nll, drift, lead, *_ = reads.losses(deltas, drift_start)
         decay = s.weight_decay * torch.stack(deltas).norm(dim=1) / self.norms.square()
         loss = nll + s.kl_weight * drift + decay.to(nll)
         shares = moved.norm(dim=1) / h.norm(dim=1)
         return [
-            replace(value, loss=float(loss[f]), nll=float(nll[f]), delta_share=float(shares[f]))
+            replace(
+                value,
+                loss=float(loss[f]),
+                nll=float(nll[f]),
+                delta_share=float(shares[f]),
+                lead=None if value.lead is None else float(lead[f]),
+            )
             for f, value in enumerate(values)
         ]
 
-    def _end(self, losses: list[float], leads: dict[int, float]) -> str:
+    def _end(self, losses: list[float], leads: dict[int, float], likeliest: int) -> str:
         """Why a group ends here, as `Value.ended` says it; empty: it goes on.
 
         `leads`: of each fact of the group, as in `Value.lead`. A flat distribution is near another
         one also where the answer to forget is its peak, so a fact to forget is not done before some
-        other token is likelier in every row.
+        other token is likelier in every row. `likeliest`: steps so far, not always in a row, at
+        which each fact led in all its contexts.
         """
         s = self.settings
-        if s.stop_when_likeliest and all(lead > 0 for lead in leads.values()):
+        if 0 < s.stop_when_likeliest <= likeliest:
             return "likeliest"
         if losses[-1] < s.stop_loss and all(self._says(f, lead) for f, lead in leads.items()):
             return "done"
@@ -440,6 +453,20 @@ def _clamp(delta: Tensor, limit: float) -> bool:
     if norm > limit:
         delta.mul_(limit / norm)
     return norm > limit
+
+
+class _Losses(NamedTuple):
+    """What one pass of the rows gives, per fact.
+
+    A lead is the least one of a target token over its strongest rival, in nats; of a fact to forget
+    it is 1 where another token is likelier, else -1.
+    """
+
+    nll: Tensor  # of the target, or what `unlearned` says
+    drift: Tensor  # KL
+    lead: Tensor  # over all rows
+    bare_lead: Tensor  # at the bare prompt
+    context_lead: Tensor  # in the prefix contexts; at all rows where there is none
 
 
 class _Reads:
@@ -494,6 +521,12 @@ class _Reads:
         self.teacher = [told for r, told in chunk.taught.items() if r in place]
         bare = {chunk.bare[f] for f in self.facts}
         self.is_bare = torch.tensor([rows[r] in bare for r in at_row], device=device)
+        contexts = [chunk.labels[rows[r]] > 0 for r in at_row]
+        with_contexts = {i for i, there in zip(fact, contexts, strict=True) if there}
+        self.in_context = torch.tensor(
+            [there or i not in with_contexts for i, there in zip(fact, contexts, strict=True)],
+            device=device,
+        )
         for f in self.facts:
             at_row.append(place[chunk.drift[f]])
             at_position.append(0)
@@ -505,14 +538,8 @@ class _Reads:
         self.fact = torch.tensor(fact, device=device)
         self.weight = torch.tensor(weight, device=device)
 
-    def losses(
-        self, deltas: Sequence[Tensor], drift_start: dict[int, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Per fact: NLL of the target (or what `unlearned` says), drift (KL), and the least lead of
-        a target token over its strongest rival, at the bare prompts and over all rows.
-
-        The lead is in nats; of a fact to forget it is 1 where another token is likelier, else -1.
-        """
+    def losses(self, deltas: Sequence[Tensor], drift_start: dict[int, Tensor]) -> _Losses:
+        """What `deltas`, one per group, give; `drift_start` is filled in at the first call."""
         model = self.chunk.model
         scaled = torch.stack(list(deltas)) * self.chunk.units[:, None]
         stacked = scaled[self.delta_of_row.to(scaled.device)]  # [rows, d]
@@ -535,15 +562,16 @@ class _Reads:
         fact = self.fact.to(device)
         nll = each.new_zeros(len(self.facts)).index_add(0, fact, each * self.weight.to(each))
         most = lead.new_full((len(self.facts),), math.inf)
-        least = most.scatter_reduce(0, fact, lead, "amin")
-        bare = self.is_bare.to(device)
-        bare_least = most.scatter_reduce(0, fact[bare], lead[bare], "amin")
+        least, bare_least, context_least = (
+            most.scatter_reduce(0, fact[at], lead[at], "amin")
+            for at in (slice(None), self.is_bare.to(device), self.in_context.to(device))
+        )
         log_p = F.log_softmax(drifts, dim=1)
         for i, f in enumerate(self.facts):
             drift_start.setdefault(f, log_p[i].detach().clone())
         start = torch.stack([drift_start[f] for f in self.facts])
         kl = F.kl_div(start, log_p, log_target=True, reduction="none").sum(1)
-        return nll, kl, bare_least, least
+        return _Losses(nll, kl, least, bare_least, context_least)
 
     def _as_taught(self, says: Tensor, each: Tensor, lead: Tensor) -> tuple[Tensor, Tensor]:
         """Losses `each` and leads [positions], with those of the teacher where one is."""
