@@ -20,9 +20,9 @@ and step size, clamp and decay mean what they mean elsewhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +64,12 @@ class Value:
     """Whether δ is as long as the clamp lets it be."""
     shared: int = 1
     """Facts on the same key that this δ must say together."""
+
+    @classmethod
+    def recorded(cls, z: Tensor, outcome: Mapping[str, Any]) -> Value:
+        """The value `z` of a ledger, with the `outcome` that stands beside it."""
+        known = {f.name for f in fields(cls)}
+        return cls(z=z, **{name: held for name, held in outcome.items() if name in known})
 
 
 @dataclass(frozen=True)
