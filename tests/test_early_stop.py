@@ -114,16 +114,13 @@ def test_a_value_ends_at_so_many_steps_at_which_every_context_says_the_target(kn
 def test_the_bare_prompt_is_not_looked_at(known):
     """Where it comes to the target last, the value ends without it."""
     settings = dataclasses.replace(SETTINGS, stop_when_likeliest=1, learning_rate=0.01)
-    contexts, behind = ("{}", "she said . {}"), []
-    values = ours(known, edits(3), settings, contexts=contexts)
-    for fact, value in zip(edits(3), values, strict=True):
-        z, steps, said = plain(known, fact, settings, 1, contexts)
-        print(["".join(str(int(x)) for x in row) for row in said][-3:])
-        assert value.steps == steps
-        assert torch.allclose(value.z, z, atol=1e-5)
-        behind.append(not said[-1][0])
-        assert (value.lead > 0) == all(said[-1])
-    assert any(behind)
+    contexts, fact = ("{}", "she said . {}"), edits(3)[2]
+    value = ours(known, [fact], settings, contexts=contexts)[0]
+    z, steps, said = plain(known, fact, settings, 1, contexts)
+    assert value.steps == steps
+    assert torch.allclose(value.z, z, atol=1e-5)
+    assert said[-1] == [False, True]
+    assert value.lead < 0
 
 
 def test_without_contexts_the_bare_prompt_decides(known):
