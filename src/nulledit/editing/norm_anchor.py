@@ -5,7 +5,7 @@ writes z = (h − v₀) + v*: v₀ is what W gives now, v* = v₀ + δ, and v* i
 that v* has for a fixed sample of facts in the unedited model. Where it is over twice that mean
 before, δ is dropped.
 
-The published sample is 1,000 facts of CounterFact; ours are the facts that the package ships.
+The published sample is 1,000 facts of CounterFact; ours are 25 that the package ships.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ BARE = ("{}",)
 @cache
 def sample() -> tuple[Fact, ...]:
     """The facts whose values say how long values are."""
-    shipped = resources.files("nulledit") / "assets" / "facts" / "examples.yaml"
+    shipped = resources.files("nulledit") / "assets" / "facts" / "norm_sample.yaml"
     with resources.as_file(shipped) as file:
         return read_facts(file).facts
 
