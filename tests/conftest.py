@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -16,6 +17,8 @@ from nulledit.models.load import model_hash
 from nulledit.models.partial import PartialModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+settings.register_profile("untimed", deadline=None)  # a busy machine is no fault
+settings.load_profile("untimed")
 
 FAMILIES = ("llama", "gpt2", "gptj")
 """Those that every test with a family runs on."""
