@@ -231,8 +231,7 @@ def show(source: str, as_json: bool, quiet: bool, **given: Any) -> None:
 
 def find(source: str) -> Statistics:
     """Statistics at a path, or a model's by the name they were made under: the largest."""
-    from importlib import resources
-
+    from nulledit.editing.manifest import read_manifest
     from nulledit.editing.statistics import Statistics
     from nulledit.models.load import cache_folder
 
@@ -240,15 +239,12 @@ def find(source: str) -> Statistics:
     if path.is_file() or (path / "manifest.json").is_file():
         return Statistics.load(path)
     name = model_source(source)
-    shipped = resources.files("nulledit") / "assets" / "statistics" / f"{name}.safetensors"
-    if shipped.is_file():
-        with resources.as_file(shipped) as file:
-            return Statistics.load(file)
+    for shipped in Statistics.shipped(lambda manifest: manifest.model == name):
+        return shipped
     found = []
     for manifest in (cache_folder() / "statistics").glob("*/*/manifest.json"):
-        statistics = Statistics.load(manifest.parent)
-        if statistics.manifest.model == name:
-            found.append(statistics)
+        if read_manifest(manifest.parent)[0].model == name:
+            found.append(Statistics.load(manifest.parent))
     if not found:
         raise StatisticsError(
             f"no statistics at or of {source!r}: "
@@ -286,13 +282,15 @@ def _show(statistics: Statistics, rule: NullSpaceSettings, as_json: bool) -> Non
 
     manifest, rows = statistics.manifest, rows_of(statistics, rule)
     if as_json:
-        emit({"manifest": asdict(manifest), "null_space": asdict(rule), "layers": rows})
+        told = {"manifest": asdict(manifest), "checked": statistics.checked}
+        emit({**told, "null_space": asdict(rule), "layers": rows})
         return
     first = "counted" if manifest.settings.count_first else "left out"
     echo(
         f"{plain(manifest.model)} (weights {manifest.model_hash[:12]}, {manifest.dtype}) on "
         f"{plain(manifest.corpus)}, {manifest.settings.packing}, windows of "
-        f"{manifest.settings.window}, position 0 {first}\n"
+        f"{manifest.settings.window}, position 0 {first}; "
+        f"{'hashes checked' if statistics.checked else 'no hashes to check them by'}\n"
     )
     cells: list[Sequence[str]] = [
         [
