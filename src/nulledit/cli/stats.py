@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +71,11 @@ def stats(ctx: click.Context) -> None:
 )
 @click.option("--tokens", type=click.IntRange(0), default=0, help="Token budget.  [default: all]")
 @click.option(
-    "--window", type=click.IntRange(1), default=512, show_default=True, help="Window in tokens."
+    "--window",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    help="Window in tokens, at most the model's context.",
 )
 @click.option(
     "--packing",
@@ -143,6 +147,7 @@ def _made(
     from nulledit.models.layouts import use_layout
     from nulledit.models.load import load_model, model_hash
     from nulledit.models.partial import PartialModel
+    from nulledit.models.tokens import context_length
 
     quiet = quiet or not ranks.first
     corpus = open_corpus(given["text"])
@@ -165,6 +170,10 @@ def _made(
                 f"layer {layer} is out of range: the model has layers 0 to {partial.depth - 1}"
             )
         partial.mlp_out(layer)
+    context = context_length(loaded.config)
+    if settings.window > context:
+        say(f"Note: windows of {context} tokens, the model's context", quiet=quiet)
+        settings = replace(settings, window=context)
     return collect_together(
         ranks,
         partial,

@@ -47,7 +47,7 @@ from nulledit.models.experts import count_and_width, is_experts
 from nulledit.models.layouts import as_out_in, named_by_recipe, stored_weight
 from nulledit.models.load import cache_folder
 from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import beginning, chunks_by_length, collate, pad_id
+from nulledit.models.tokens import beginning, chunks_by_length, collate, context_length, pad_id
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +115,11 @@ def collect_together(
     one process would run; so only the order of the float64 sums differs. RankError where ranks have
     other models, corpora or settings.
     """
+    context = context_length(model.model.config)
+    if settings.window > context:
+        raise StatisticsError(
+            f"windows of {settings.window} tokens are longer than the model's context of {context}"
+        )
     make_editable(model.model, layers, model_hash)
     manifest = Manifest(
         model=name,
