@@ -68,10 +68,18 @@ class _PrefixLayer(DynamicLayer):
 
 
 class Prefix:
-    """Attention keys and values of a batch of prefixes in the blocks of a span."""
+    """Attention keys and values of a batch of prefixes in the blocks of a span.
+
+    Each row's tokens stand at its end and its padding in front, so that nothing stands between them
+    and what is run behind them: windows and biases of many families count columns.
+    """
 
     def __init__(self, entries: Sequence[tuple[Tensor, Tensor] | None], mask: Tensor):
         """`entries`: per block, or None where not recorded; `mask` [rows, length]."""
+        if bool((mask.diff(dim=1) < 0).any()):  # padding behind a token
+            order = mask.argsort(dim=1, stable=True)
+            entries = [e and (_in_order(e[0], order), _in_order(e[1], order)) for e in entries]
+            mask = mask.gather(1, order)
         self.entries = entries
         self.mask = mask
 
@@ -309,6 +317,13 @@ class PartialModel:
             else:
                 stack.enter_context(_hooked(self.blocks[last], _collect(found)))
             yield
+
+
+def _in_order(held: Tensor, order: Tensor) -> Tensor:
+    """Keys or values [rows, ..., length, d], each row's columns in `order` [rows, length]."""
+    order = order.to(held.device)
+    rows = torch.arange(len(held), device=held.device)[:, None]
+    return held.movedim(-2, 1)[rows, order].movedim(1, -2)
 
 
 def _shown(prefix: Prefix | None) -> Cache | None:
