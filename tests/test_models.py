@@ -45,7 +45,7 @@ LIMITS = [3, 4, 1, 1, 3, 0]
 
 
 def test_rows_are_cut_behind_what_their_label_has_in_common():
-    shared = share_beginnings(SHARING, LABELS, LIMITS, pad_id=0, device=CPU)
+    shared = share_beginnings(SHARING, LABELS, LIMITS, columns=9, pad_id=0, device=CPU)
     assert shared.cuts == [3, 3, 1, 1, 1, 0]
     for i, row in enumerate(SHARING):
         stem = shared.stems.ids[shared.stem[i]][shared.stems.mask[shared.stem[i]].bool()]
@@ -60,7 +60,7 @@ def test_rows_behind_shared_stems_are_the_whole_rows(architecture, tiny_model):
     """Also those with a stem of no token; and what is recorded behind a prefix joins it."""
     partial = PartialModel(tiny_model(architecture))
     whole = partial.run(collate(SHARING, pad_id=0, device=CPU))
-    shared = share_beginnings(SHARING, LABELS, LIMITS, pad_id=0, device=CPU)
+    shared = share_beginnings(SHARING, LABELS, LIMITS, columns=9, pad_id=0, device=CPU)
     stems = partial.record_prefix(shared.stems).select(shared.stem)
     behind = partial.run(stems.before(shared.rests), prefix=stems)
     heads = Batch(*(t[:, :1] for t in vars(shared.rests).values()))

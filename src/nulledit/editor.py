@@ -705,6 +705,7 @@ def resolve_recipe(
     top = model.depth - 1
     if not recipe.layers:
         chosen = layers_by_depth(model.depth)
+        chosen = tuple(layer for layer in chosen if model.fits(layer)) or chosen
         logger.warning("the recipe names no layers; chosen by depth: %s", list(chosen))
         recipe = replace(recipe, layers=chosen)
     last = recipe.layers[-1]

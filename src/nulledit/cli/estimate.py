@@ -35,7 +35,14 @@ from nulledit.data.facts import Fact
 from nulledit.errors import ModelError, NullEditError
 from nulledit.evaluation.protocols import queries_of
 from nulledit.models.experts import count_and_width, is_experts
-from nulledit.models.layouts import as_out_in, blocks_of, find_layout, mlp_out, use_layout
+from nulledit.models.layouts import (
+    as_out_in,
+    blocks_of,
+    find_layout,
+    holding,
+    mlp_out,
+    use_layout,
+)
 from nulledit.models.load import EMBEDDED, embedded_folder
 from nulledit.models.tokens import RowEncoder, context_length
 from nulledit.report.tables import as_text
@@ -163,10 +170,11 @@ def _shape(
         raise ModelError(f"can't read the configuration of {name!r}: {reason}") from error
     use_layout(model, layout)
     blocks = blocks_of(model)
-    module = mlp_out(model, 0)
+    layer = holding(model)[0]
+    module = mlp_out(model, layer)
     weight = as_out_in(module)
     experts = count_and_width(module)[0] if is_experts(module) else 1
-    block = sum(p.numel() for p in blocks[0].parameters())
+    block = sum(p.numel() for p in blocks[layer].parameters())
     if experts > 1:  # of these a token meets few
         met = getattr(config, "num_experts_per_tok", experts)
         block -= sum(p.numel() for p in module.parameters()) * (experts - met) // experts

@@ -21,10 +21,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from nulledit.errors import ModelError
 from nulledit.models.experts import is_experts, keys_of
-from nulledit.models.layouts import blocks_of, find_layout, mlp_out
+from nulledit.models.layouts import blocks_of, find_layout, listed, mlp_out
 from nulledit.models.placement import brought_in, input_device, is_moved_to, is_offloaded
 from nulledit.models.probe import entries
-from nulledit.models.tokens import Batch
+from nulledit.models.tokens import Batch, context_length
+from nulledit.models.trial import keeps_prefixes
 
 
 @dataclass
@@ -115,11 +116,15 @@ class PartialModel:
     """A causal language model whose blocks can be run a span at a time. No weight is changed."""
 
     def __init__(self, model: PreTrainedModel):
-        """Wraps `model`; a ModelError if there is no layout for it."""
+        """Wraps `model`; a ModelError if there is no layout for it, or it can't be run in spans."""
         self.model, self.layout = model, find_layout(model)
         self.blocks = blocks_of(model)
         self._body = model.get_submodule(self.layout.blocks.rpartition(".")[0])  # runs the blocks
         self._entries = entries(model, self._body, list(self.blocks), self.layout.mlp_out)
+        self.context = context_length(model.config)
+        self.columns = self.context if keeps_prefixes(self) else 0
+        """Most that a kept prefix and the rows behind it may have together. 0: none can be kept,
+        since recurrent blocks look at more than attention keys and values."""
 
     @property
     def depth(self) -> int:
@@ -141,14 +146,34 @@ class PartialModel:
                 "matrices times their keys (biases, or routing in another place?), so a value "
                 "written there would not come out; can't edit it"
             )
-        if found != declared:
+        if not _agrees(found, declared):
             raise ModelError(
                 f"what {self.layout.mlp_out} of block {layer} writes enters the residual stream "
                 f"{found or 'neither plain, nor scaled, nor normed'}, not {declared} as its layout "
-                "says, so a value written there would not come out; "
-                + (f"give the recipe a layout with output: {found}" if found else "can't edit it")
+                f"says, so a value written there would not come out; {self._advice(layer)}"
             )
         return module
+
+    def _advice(self, layer: int) -> str:
+        """What to do where W of `layer` enters the stream otherwise than its layout says."""
+        own = self._entries[layer].output
+        like = [i for i, e in enumerate(self._entries) if _agrees(e.output, self.layout.output)]
+        alike = [i for i, e in enumerate(self._entries) if own and _agrees(e.output, own)]
+        told = []
+        if like:
+            told.append(f"edit some of {listed(like)}")
+        if own:
+            among = f" for some of {listed(alike)}" if like else ""
+            told.append(f"give the recipe a layout with output: {own}{among}")
+        return ", or ".join(told) or "can't edit it"
+
+    def fits(self, layer: int) -> bool:
+        """Whether block `layer` can be edited as its layout says."""
+        try:
+            self.mlp_out(layer)
+        except ModelError:
+            return False
+        return True
 
     def run(
         self,
@@ -317,6 +342,11 @@ class PartialModel:
             else:
                 stack.enter_context(_hooked(self.blocks[last], _collect(found)))
             yield
+
+
+def _agrees(found: str | None, declared: str) -> bool:
+    """Whether an output that enters so may be read as declared; plain is scaled by 1."""
+    return found == declared or (found == "plain" and declared == "scaled")
 
 
 def _in_order(held: Tensor, order: Tensor) -> Tensor:

@@ -192,9 +192,13 @@ class RowEncoder:
 
 
 def context_length(model_config: object) -> int:
-    """Longest input in tokens that the model's positions allow."""
-    for name in ("max_position_embeddings", "n_positions"):
-        length = getattr(model_config, name, None)
+    """Longest input in tokens that the model's positions allow; 2,048 where nothing says.
+
+    Of a model of several kinds of input, those of its text.
+    """
+    own = getattr(model_config, "get_text_config", lambda: model_config)()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        length = getattr(own, name, None)
         if isinstance(length, int) and length > 0:
             return length
     return 2048
@@ -246,12 +250,15 @@ def share_beginnings(
     labels: Sequence[int],
     limits: Sequence[int],
     *,
+    columns: int,
     pad_id: int,
     device: torch.device,
 ) -> Shared:
     """Cut `rows` of ids behind the longest beginning that all rows of a label have in common.
 
-    `limits`: what a row's stem may hold at most; fewer tokens than the row has.
+    `limits`: what a row's stem may hold at most; fewer tokens than the row has. `columns`: what the
+    longest stem and the longest rest may have together (`PartialModel.columns`); nothing is cut off
+    where they would have more.
     """
     names = list(dict.fromkeys(labels))
     stems: list[Sequence[int]] = []
@@ -266,6 +273,8 @@ def share_beginnings(
     stem = [names.index(label) for label in labels]
     cuts = [len(stems[s]) for s in stem]
     rests = [row[cut:] for row, cut in zip(rows, cuts, strict=True)]
+    if max(cuts) + max(map(len, rests)) > columns:
+        stems, cuts, rests = [() for _ in stems], [0] * len(rows), list(rows)
     behind = collate(rests, pad_id=pad_id, device=device)
     return Shared(
         collate(stems, pad_id=pad_id, device=device),
