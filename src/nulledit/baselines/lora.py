@@ -38,7 +38,6 @@ from nulledit.models.tokens import (
     RowEncoder,
     chunks_by_length,
     collate,
-    context_length,
     pad_id,
 )
 
@@ -125,7 +124,7 @@ class LoraBaseline:
         self.settings = s = settings or LoraSettings()
         self.model = model
         self.reports: list[LoraReport] = []
-        self.encoder = RowEncoder(tokenizer, max_length=context_length(model.config))
+        self.encoder = RowEncoder.of(model, tokenizer)
         self._pad = pad_id(tokenizer)
         names = linear_modules(model, s.targets, s.layers)
         with frozen(model):

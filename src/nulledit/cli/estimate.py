@@ -44,7 +44,7 @@ from nulledit.models.layouts import (
     use_layout,
 )
 from nulledit.models.load import EMBEDDED, embedded_folder
-from nulledit.models.tokens import RowEncoder, context_length
+from nulledit.models.tokens import RowEncoder
 from nulledit.report.tables import as_text
 from nulledit.report.text import count
 
@@ -191,7 +191,7 @@ def _shape(
         normed=find_layout(model).output == "normed",
         bytes=BYTES.get(kind, 4),
     )
-    return shape, RowEncoder(tokenizer, max_length=context_length(config)), len(blocks)
+    return shape, RowEncoder.of(model, tokenizer), len(blocks)
 
 
 def _count_rows(facts: Sequence[Fact], encoder: RowEncoder, recipe: Recipe) -> dict[str, int]:

@@ -138,14 +138,14 @@ def _made(
     quiet: bool,
 ) -> Statistics | None:
     """The statistics, on rank 0."""
-    from nulledit.data.corpus import open_corpus
+    from nulledit.data.corpus import find_files, open_corpus
     from nulledit.editing.statistics import collect_together
     from nulledit.models.layouts import use_layout
     from nulledit.models.load import load_model, model_hash
     from nulledit.models.partial import PartialModel
 
     quiet = quiet or not ranks.first
-    corpus = open_corpus(given["text"])
+    find_files(given["text"])  # a wrong path needs no model
     say(f"Loading {model}", quiet=quiet)
     name = model_source(model)
     convert_once(name, ranks)
@@ -169,7 +169,7 @@ def _made(
         ranks,
         partial,
         tokenizer,
-        corpus,
+        open_corpus(given["text"]),  # read once the model is known to do
         settings,
         layers=layers,
         name=name,

@@ -17,7 +17,7 @@ from nulledit.locating.suggestion import Suggestion, suggest
 from nulledit.locating.tracing import KINDS, LAST, PLACES, Trace, TraceSettings, spread_of, trace
 from nulledit.models.layouts import frozen, listed
 from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import RowEncoder, context_length, pad_id
+from nulledit.models.tokens import RowEncoder, pad_id
 
 LEAST = 20  # facts; below, single ones decide where the peak is
 
@@ -104,7 +104,7 @@ def locate(
     with frozen(model):
         partial = PartialModel(model)
         _check(partial, settings)
-        encoder = RowEncoder(tokenizer, max_length=context_length(model.config))
+        encoder = RowEncoder.of(model, tokenizer)
         questions = ask(partial, encoder, facts, pad_id=pad_id(tokenizer))
         _refuse_few(questions, max(least, 2))
         spread = spread_of(partial, questions.known)

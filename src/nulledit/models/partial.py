@@ -24,7 +24,7 @@ from nulledit.models.experts import is_experts, keys_of
 from nulledit.models.layouts import blocks_of, find_layout, listed, mlp_out
 from nulledit.models.placement import brought_in, input_device, is_moved_to, is_offloaded
 from nulledit.models.probe import entries
-from nulledit.models.tokens import Batch, context_length
+from nulledit.models.tokens import Batch, context_length, vocabulary_of
 from nulledit.models.trial import keeps_prefixes
 
 
@@ -121,7 +121,7 @@ class PartialModel:
         self.blocks = blocks_of(model)
         self._body = model.get_submodule(self.layout.blocks.rpartition(".")[0])  # runs the blocks
         self._entries = entries(model, self._body, list(self.blocks), self.layout.mlp_out)
-        self.context = context_length(model.config)
+        self.context, self.vocabulary = context_length(model.config), vocabulary_of(model)
         self.columns = self.context if keeps_prefixes(self) else 0
         """Most that a kept prefix and the rows behind it may have together. 0: none can be kept,
         since recurrent blocks look at more than attention keys and values."""
@@ -306,13 +306,22 @@ class PartialModel:
         cache: Cache | None,
     ) -> tuple[Tensor, Tensor]:
         found: list[Tensor] = []
+        if states is None and self.vocabulary is not None and batch.ids.numel():
+            highest = int(batch.ids.max())
+            if highest >= self.vocabulary:
+                raise ModelError(
+                    f"a text has a piece of number {highest}, but the model embeds "
+                    f"{self.vocabulary} pieces only: give the model's own tokenizer"
+                )
         empty = (batch.mask.sum(1, keepdim=True) == 0).to(batch.mask)
         mask = batch.mask | empty  # a row that sees nothing is nan in some models
         with self._span(first, last, states, found):
             source = (
                 {"input_ids": batch.ids}
                 if states is None
-                else {"inputs_embeds": states.to(self.device)}  # where the mask is made
+                else {
+                    "inputs_embeds": torch.zeros_like(states, device=self.device)
+                }  # for its shape
             )
             output = self._body(
                 **source,

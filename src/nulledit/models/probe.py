@@ -323,9 +323,7 @@ def _last_writer(kind: str, block: _Call, calls: Sequence[_Call]) -> str:
 
 def _advice(block: nn.Module) -> str:
     """What to do about a block without a W that tracing can find."""
-    if any(
-        parameter.ndim > 2 for name, parameter in block.named_parameters() if "conv" not in name
-    ):
+    if any(p.ndim == 3 and min(p.shape) > 1 for p in block.parameters()):
         return "its experts are of a kind that can't be edited"
     return HOW_TO
 

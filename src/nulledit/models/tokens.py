@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nulledit.config import ChatSettings
 from nulledit.errors import FactError, ModelError
@@ -70,8 +70,9 @@ class RowEncoder:
         *,
         max_length: int,
         chat: ChatForm | None = None,
+        vocabulary: int | None = None,
     ):
-        """`max_length`: tokens that fit the model's context."""
+        """`max_length`: tokens that fit the model's context; `vocabulary`: ids that it embeds."""
         if not tokenizer.is_fast:
             raise ModelError(
                 f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed"
@@ -79,6 +80,16 @@ class RowEncoder:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.chat = chat
+        self.vocabulary = vocabulary
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> RowEncoder:
+        """Of plain text, for `model`."""
+        return cls(
+            tokenizer,
+            max_length=context_length(model.config),
+            vocabulary=vocabulary_of(model),
+        )
 
     def in_chat(self, settings: ChatSettings | None) -> RowEncoder:
         """The same with prompts in the chat template, or as plain text.
@@ -86,11 +97,16 @@ class RowEncoder:
         ModelError if the tokenizer has no template, or another one than the settings name.
         """
         form = None if settings is None else ChatForm(self.tokenizer, settings)
-        return RowEncoder(self.tokenizer, max_length=self.max_length, chat=form)
+        return self._with(self.max_length, form)
 
     def leaving(self, tokens: int) -> RowEncoder:
         """The same for texts that leave room for so many tokens behind them."""
-        return RowEncoder(self.tokenizer, max_length=self.max_length - tokens, chat=self.chat)
+        return self._with(self.max_length - tokens, self.chat)
+
+    def _with(self, max_length: int, chat: ChatForm | None) -> RowEncoder:
+        return RowEncoder(
+            self.tokenizer, max_length=max_length, chat=chat, vocabulary=self.vocabulary
+        )
 
     def encode(
         self, text: str, *, subject_end: int | None = None, target: str | None = None
@@ -143,6 +159,7 @@ class RowEncoder:
                 f"prompt of {len(ids)} tokens is longer than the model's context of "
                 f"{self.max_length}, shorten it: {text[:60]!r}..."
             )
+        check_embedded(ids, self.vocabulary, self.tokenizer)
         subject_last = target_start = -1
         if subject_end is not None:
             answered = self.chat is not None and self.chat.settings.subject == "assistant"
@@ -189,6 +206,26 @@ class RowEncoder:
             ids.pop()
             offsets.pop()
         return ids, offsets
+
+
+def vocabulary_of(model: PreTrainedModel) -> int | None:
+    """Number of ids that the model embeds; None where nothing says."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    return weight.shape[0] if isinstance(weight, Tensor) and weight.ndim == 2 else None
+
+
+def check_embedded(
+    ids: Sequence[int], vocabulary: int | None, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """ModelError if a model with `vocabulary` embedded ids can't read the text of `ids`."""
+    highest = max(ids, default=-1)
+    if vocabulary is not None and highest >= vocabulary:
+        raise ModelError(
+            f"the tokenizer's piece {tokenizer.convert_ids_to_tokens(highest)!r} in "
+            f"{tokenizer.decode(ids)[:60]!r} has number {highest}, but the model embeds "
+            f"{vocabulary} pieces only, of the tokenizer's {len(tokenizer)}: give the model's own "
+            "tokenizer, or enlarge its embedding (resize_token_embeddings) and train it"
+        )
 
 
 def context_length(model_config: object) -> int:

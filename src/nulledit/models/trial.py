@@ -63,6 +63,11 @@ class _Trial:
 
     def passed(self) -> bool:
         """Whether prefixes can be kept; ModelError where the model can't be run in spans."""
+        if any(parameter.is_inference() for parameter in self.model.model.parameters()):
+            raise ModelError(
+                "the model was made under torch.inference_mode, so no gradient can be taken "
+                "through it, which values need; load it outside"
+            )
         try:
             rows = [_alone(self.model, ids) for ids in _rows(self.model)]
             batch = collate([row.ids for row in rows], pad_id=0, device=self.model.device)
