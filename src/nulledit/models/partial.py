@@ -313,8 +313,8 @@ class PartialModel:
                     f"a text has a piece of number {highest}, but the model embeds "
                     f"{self.vocabulary} pieces only: give the model's own tokenizer"
                 )
-        empty = (batch.mask.sum(1, keepdim=True) == 0).to(batch.mask)
-        mask = batch.mask | empty  # a row that sees nothing is nan in some models
+        behind = (batch.mask.flip(1).cumsum(1).flip(1) == 0).to(batch.mask)
+        mask = batch.mask | behind  # no token sees these; where they see nothing, some models' nan
         with self._span(first, last, states, found):
             source = (
                 {"input_ids": batch.ids}
