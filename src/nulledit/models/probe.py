@@ -277,9 +277,9 @@ def _usual_writer(kind: str, runs: Sequence[_Call], calls: Sequence[_Call]) -> s
         if isinstance(path, str):
             paths.append(path)
     if not paths:
-        error = next(iter(found.values()))
-        assert isinstance(error, ModelError)
-        raise error
+        refused = next(iter(found.values()))
+        assert isinstance(refused, ModelError)
+        raise refused
     return max(dict.fromkeys(reversed(paths)), key=paths.count)  # of as many, the upper blocks'
 
 

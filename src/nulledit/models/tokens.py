@@ -222,7 +222,7 @@ def check_embedded(
     if vocabulary is not None and highest >= vocabulary:
         raise ModelError(
             f"the tokenizer's piece {tokenizer.convert_ids_to_tokens(highest)!r} in "
-            f"{tokenizer.decode(ids)[:60]!r} has number {highest}, but the model embeds "
+            f"{tokenizer.decode(list(ids))[:60]!r} has number {highest}, but the model embeds "
             f"{vocabulary} pieces only, of the tokenizer's {len(tokenizer)}: give the model's own "
             "tokenizer, or enlarge its embedding (resize_token_embeddings) and train it"
         )
