@@ -110,7 +110,11 @@ class Changes:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """One writer; whatever ends the inside early, model and history are as before the batch."""
+        """One writer; whatever ends the inside early, model and history are as before the batch.
+
+        LedgerError, before anything is done, if something else wrote to the model.
+        """
+        self.weights.check_unchanged()
         opens, epochs = self._opens, len(self.history.epochs)
         with self.journal.writing():
             try:
@@ -128,6 +132,7 @@ class Changes:
 
         `writing`: no other process may write in the meantime.
         """
+        self.weights.check_unchanged()
         states, before = self.weights.states(), (self.recipe, self.statistics, self._opens)
         trial = None
         with self.journal.writing() if writing else nullcontext():

@@ -365,16 +365,18 @@ class Editor:
         if not self.history.base.quantized:
             self.save_model(Path(folder) / "model")
 
-    def save_model(self, folder: Path) -> None:
+    def save_model(self, folder: str | Path) -> None:
         """Bring the model in `folder` to the ledger's state; nothing is done if it is there.
 
-        ModelError where the base is quantised: edits can't be written into it.
+        ModelError where the base is quantised: edits can't be written into it. LedgerError where
+        something else changed the model in memory: it is not what the ledger says.
         """
+        self.weights.check_unchanged()
         with self._journal.writing():
             write_model(
                 self.model,
                 self.tokenizer,
-                folder,
+                Path(folder),
                 state_id=self.history.state_id,
                 base_hash=self.history.base.hash,
                 edited=[parameter_name(self.model, layer) for layer in self.weights.layers],

@@ -36,6 +36,7 @@ def write_checkpoint(
     check_shard_size(max_shard_size)
     refuse_existing(folder)
     refuse_dense(editor.model, "exported as a checkpoint")
+    editor.weights.check_unchanged()
     layers = tuple(layer_report(editor, layer) for layer in editor.weights.layers)
     with replacing_folder(folder) as partial:
         save_weights(editor.model, partial, max_shard_size=max_shard_size)
