@@ -17,6 +17,7 @@ from nulledit.batch import Progress, Run
 from nulledit.changes import Changes, some
 from nulledit.config import Placement, Recipe, layers_by_depth, load_recipe, shipped_recipes
 from nulledit.data.facts import Fact
+from nulledit.data.readers import Facts, as_facts
 from nulledit.distributed import Ranks
 from nulledit.editing.queue import batches, merged
 from nulledit.editing.statistics import Statistics
@@ -31,6 +32,7 @@ from nulledit.ledger.plans import by_group, facts_of, last_undone, newest, plan_
 from nulledit.ledger.store import Store
 from nulledit.ledger.weights import EditedWeights, LayerReport
 from nulledit.methods import find_method
+from nulledit.models.accepted import check_model, check_tokenizer
 from nulledit.models.dense import Dense
 from nulledit.models.editable import has_dense, make_editable
 from nulledit.models.layouts import (
@@ -114,6 +116,8 @@ class Editor:
         Of a quantised model the edited matrices are made dense in memory; the others stay as they
         are. Offloaded ones are brought to where they work.
         """
+        check_model(model)
+        check_tokenizer(tokenizer)
         self.ranks = ranks or Ranks()
         self.model, self.tokenizer = model, tokenizer
         recipe = _read_recipe(recipe, name)
@@ -246,6 +250,7 @@ class Editor:
 
         `statistics` are for a ledger that has no batch yet.
         """
+        check_model(model)
         store = Store(Path(folder) / "ledger")
         editor = cls._resumed(store, store.load(), model, tokenizer, "the given model", value_cache)
         editor._changes.statistics = statistics
@@ -350,8 +355,10 @@ class Editor:
     def save(self, folder: str | Path) -> None:
         """Write the ledger (first) and the edited model, an ordinary Hugging Face folder.
 
-        Of a quantised base only the ledger: it is loaded again from where it was.
+        Of a quantised base only the ledger: it is loaded again from where it was. LedgerError where
+        something else changed the model in memory: it is not what the ledger says.
         """
+        self.weights.check_unchanged()
         target = Store(Path(folder) / "ledger")
         store = self._journal.store
         if store is None:
@@ -396,7 +403,7 @@ class Editor:
 
     def edit(
         self,
-        facts: Iterable[Fact],
+        facts: Facts,
         *,
         batch_size: int | None = None,
         shuffle: bool = True,
@@ -404,6 +411,7 @@ class Editor:
     ) -> EditReport:
         """Write `facts` into the model, in batches of `batch_size` (the recipe's by default).
 
+        One or several, as `Fact`s, as mappings of the same fields, or as `read_facts` returns them.
         A queue is put in an order of its own, fixed by the seed, since order decides what survives
         (`shuffle=False`: the given one). Every fact is checked before the first batch. After an
         error or an interruption the model and the ledger are as after the last finished batch, and
@@ -412,8 +420,9 @@ class Editor:
         size = self.recipe.batch_size if batch_size is None else batch_size
         if size < 1:
             raise ConfigError(f"batch_size is {size}; expected 1 or more")
-        run = Run(progress)
-        queue = self._admit(facts, run)
+        run, given = Run(progress), as_facts(facts)
+        run.notices += given.notices
+        queue = self._admit(given.facts, run)
         self._agree(queue)
         if queue:
             changes = self._changes
@@ -434,7 +443,7 @@ class Editor:
 
     def forget(
         self,
-        facts: Iterable[Fact],
+        facts: Facts,
         *,
         batch_size: int | None = None,
         progress: Progress | None = None,
@@ -443,8 +452,9 @@ class Editor:
 
         An edit like any other: an earlier answer to the same question leaves, undo takes it back.
         """
-        asked = [fact if fact.forget else fact.forgotten() for fact in facts]
-        return self.edit(asked, batch_size=batch_size, progress=progress)
+        given = as_facts(facts)
+        asked = tuple(fact if fact.forget else fact.forgotten() for fact in given.facts)
+        return self.edit(replace(given, facts=asked), batch_size=batch_size, progress=progress)
 
     def next_epoch(
         self,
@@ -691,6 +701,11 @@ def _read_recipe(recipe: Recipe | str | Path | None, name: str) -> Recipe:
     """The recipe itself, from its file, or the one to use on the model `name`."""
     if recipe is None:
         recipe = name if name in shipped_recipes() else Recipe()
+    if not isinstance(recipe, Recipe | str | Path):
+        raise ConfigError(
+            f"recipe is a {type(recipe).__name__}; expected a Recipe (of a mapping: "
+            "Recipe.from_dict), a file or a shipped recipe's name"
+        )
     return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
 
 

@@ -178,7 +178,7 @@ class Statistics:
                 f"run `nulledit stats make` with --layers {','.join(map(str, layers))}"
             )
 
-    def save_compact(self, file: Path, thresholds: dict[int, float]) -> None:
+    def save_compact(self, file: str | Path, thresholds: dict[int, float]) -> None:
         """One small file: all eigenvalues, and the thinner side at `thresholds` in float16."""
         tensors: dict[str, torch.Tensor] = {}
         starts: dict[str, int] = {}
@@ -187,12 +187,13 @@ class Statistics:
             tensors |= _tensors_of(thin, layer)
             starts |= {name: part.start for name, part in parts_of(thin, str(layer)).items()}
         metadata = {"manifest": self.manifest.to_json(), "starts": json.dumps(starts)}
-        with replacing(file) as partial:
+        with replacing(Path(file)) as partial:
             save_file(tensors, partial, metadata)
 
     @classmethod
-    def load(cls, path: Path) -> Statistics:
+    def load(cls, path: str | Path) -> Statistics:
         """Read a folder made by `collect` or a compact file; StatisticsError otherwise."""
+        path = Path(path)
         if path.is_dir():
             manifest = Manifest.from_json(_text(path / "manifest.json"), str(path))
             with _opened(path / "spectra.safetensors") as (tensors, _):
@@ -221,7 +222,7 @@ def collect(
     layers: Sequence[int],
     name: str,
     model_hash: str,
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     positions: int = 2048,
     progress: bool = True,
 ) -> Statistics:
@@ -261,7 +262,7 @@ def collect_together(
     layers: Sequence[int],
     name: str,
     model_hash: str,
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     positions: int = 2048,
     progress: bool = True,
 ) -> Statistics | None:
@@ -289,7 +290,7 @@ def collect_together(
             "setting": hashlib.sha256(f"{manifest.to_json()} {positions}".encode()).hexdigest(),
         }
     )
-    folder = folder or default_folder(manifest)
+    folder = Path(folder or default_folder(manifest))
     found = ready(folder, manifest) if ranks.first else None
     if ranks.from_first(found is not None)[0]:
         return found

@@ -16,7 +16,7 @@ from nulledit.export.updates import (
 )
 from nulledit.files import replacing_folder
 from nulledit.models.editable import refuse_dense
-from nulledit.models.placement import save_weights
+from nulledit.models.saving import save_weights
 
 
 def write_checkpoint(

@@ -17,6 +17,7 @@ from nulledit.ledger.fold import LayerFold, LayerState, recorded
 from nulledit.linalg.angles import unit_columns
 from nulledit.linalg.blocks import AnyMetric
 from nulledit.linalg.solve import room_left
+from nulledit.models.accepted import refuse_adapters
 from nulledit.models.layouts import as_out_in, holds_weight, parameter_name, write_weight
 from nulledit.models.partial import PartialModel
 from nulledit.models.unchanged import bit_sums
@@ -100,14 +101,16 @@ class EditedWeights:
     def check_unchanged(self) -> None:
         """LedgerError if something else wrote to the model: an edit would undo or misjudge that."""
         model, edited = self.model.model, set()
+        refuse_adapters(model)
         for layer, state in self._states.items():
             name = parameter_name(model, layer)
             edited.add(name)
             if not holds_weight(self.model.mlp_out(layer), state.weight):
                 raise LedgerError(
-                    f"{name}: was changed by something else since it was last written, and would be "
-                    "overwritten; to keep the change, make a new Editor of the model as it is (what "
-                    "was edited becomes part of its base); to drop it, call editor.weights.refresh()"
+                    f"{name}: was changed by something else since it was last written, and would "
+                    "be overwritten; to keep the change, make a new Editor of the model as it is "
+                    "(what was edited becomes part of its base); to drop it, call "
+                    "editor.weights.refresh()"
                 )
         sums = bit_sums(model)
         others = (self._sums.keys() | sums.keys()) - edited
