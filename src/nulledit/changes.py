@@ -253,10 +253,7 @@ class Changes:
         present = [c for c in self.history.active if c.id not in out] + list(restored)
         present.sort(key=lambda c: c.id)
         older = [c for c in present if c.fact.key in asked]
-        run.notices += [
-            f"{asked[fact.key].id}: the older answer {fact.target!r} of {fact.id} is replaced"
-            for fact in facts_of(older)
-        ]
+        run.notices += [_instead(asked[fact.key], fact) for fact in facts_of(older)]
         writer = self.writer(facts, run)
         near = self.on_key(writer.first_keys, present)
         touched = with_groups([*older, *near], present)
@@ -284,14 +281,19 @@ class Changes:
         made = self._columns(writer, written, stand_in)
         unknown = {c.fact.id for c in made if not c.outcome["known"]}
         known = facts_of(c for c in made if c.fact.id not in unknown)
+        without = " once the edits that are made anew were taken out" * bool(leaving)
         told = (
-            (False, "said by the model already"),
-            (True, f"not said by the model{' without the edits made anew' * bool(leaving)}"),
+            (False, "said by the model already; written all the same"),
+            (
+                True,
+                f"the model did not say the answer that is to be forgotten{without}; it is "
+                "suppressed all the same",
+            ),
         )
         for forget, state in told:
             such = [fact.id for fact in known if fact.forget == forget]
             if such and not given:
-                run.notices.append(f"{some(such)}: {state}; written all the same")
+                run.notices.append(f"{some(such)}: {state}")
         back = [c for c in restored if c.id not in gone]
         hashes = [b.tensors for b in self.history.batches] + [c.fact.id for c in made]
         self.ranks.agree({"state": sha256(json.dumps(hashes).encode()).hexdigest()})
@@ -359,6 +361,15 @@ class Changes:
                 )
             )
         return columns
+
+
+def _instead(new: Fact, old: Fact) -> str:
+    """What becomes of an earlier answer to the question of `new`."""
+    if old.forget:
+        return f"{new.id}: {old.target!r} was suppressed by {old.id}, which is taken out"
+    if new.forget:
+        return f"{new.id}: the edit {old.id}, which wrote {old.target!r}, is taken out"
+    return f"{new.id}: the older answer {old.target!r} of {old.id} is replaced"
 
 
 def _same(a: Epoch, b: Epoch) -> bool:
