@@ -194,7 +194,7 @@ def edit(facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
     from nulledit.cli import runs
 
     try:
-        result = runs.run(facts, found.facts, recipe, given, ranks, quiet=quiet)
+        result = runs.run(found.facts, recipe, given, ranks, quiet=quiet)
     except runs.Refused as error:
         from nulledit.cli.check import gate_table
         from nulledit.report.tables import as_text
