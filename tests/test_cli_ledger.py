@@ -290,10 +290,13 @@ def test_a_gate_on_tasks_needs_their_files_before_anything_is_edited(run, tmp_pa
 # -- what is refused -------------------------------------------------------------------------
 
 
-def test_bad_input_to_the_life_commands_is_one_line(run, tmp_path):
+def test_bad_input_to_the_life_commands_is_one_line(run, tmp_path, monkeypatch):
     before = model_of(run)
     assert "say which" in refused("undo", run)
     assert "no fact 'nobody' in the model" in refused("undo", run, "nobody", "--quiet")
+    with monkeypatch.context() as patch:
+        patch.setattr(Editor, "load", None)  # it is refused before the model is loaded
+        assert "(did you mean 'ada'?)" in refused("undo", run, "adda", "--quiet")
     assert "no fact in the model fits --batch 9" in refused("undo", run, "--batch", "9", "--quiet")
     assert "expected FIELD=TEXT" in refused("undo", run, "--where", "colour=red", "--quiet")
     assert "nothing to redo" in refused("redo", run, "--quiet")

@@ -391,7 +391,7 @@ def _same(a: Epoch, b: Epoch) -> bool:
 
 
 def check_in_model(ids: Iterable[str], history: History) -> None:
-    """LedgerError if one of `ids` is of no fact in the model, with a near one where there is one."""
+    """LedgerError if one of `ids` is of no fact in the model; names a near one."""
     active = dict.fromkeys(c.fact.id for c in history.active)
     for id_ in ids:
         if id_ not in active:

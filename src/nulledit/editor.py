@@ -461,10 +461,9 @@ class Editor:
         epoch's. `column.outcome["settings"]` says what was changed; undo takes a retried fact out
         as a whole. LedgerError if an id is not in the model, FactError for one to forget.
         """
+        check_in_model(ids, self.history)
         facts = {fact.id: fact for fact in self.facts}
         for id_ in ids:
-            if id_ not in facts:
-                raise LedgerError(f"no fact {id_!r} in the model; in it are: {some(facts)}")
             if facts[id_].forget:
                 raise FactError(f"fact {id_!r} is to be forgotten: there is no answer to write")
         if not ids:
