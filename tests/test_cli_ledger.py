@@ -1,6 +1,7 @@
 """The commands to live with edits, as a user types them."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -285,6 +286,20 @@ def test_a_gate_on_tasks_needs_their_files_before_anything_is_edited(run, tmp_pa
     (tasks / "sst2.jsonl").write_text("\n".join(lines), encoding="utf-8")
     done(*words, "--capability", tasks, "--quiet", "--no-evaluate")
     assert len(log_of(run)) == 3
+
+
+def test_a_new_answer_says_which_one_it_replaces(run, tmp_path):
+    """On the terminal while it is written, and in the story of the older one."""
+    old = next(fact for fact in Editor.load(run).facts if fact.id == "karo")
+    record = {"id": "karo2", "subject": old.subject, "prompt": old.prompt, "target": "miller"}
+    (tmp_path / "new.json").write_text(json.dumps([record]), encoding="utf-8")
+    result = done("edit", tmp_path / "new.json", "--continue", run, "--no-evaluate")
+    said = f"1 earlier answer replaced (karo2: {old.target!r} -> 'miller')"
+    assert result.stderr.count(said) == 1
+    story = done("show", run, "karo").stdout
+    assert re.search(r"replaced by karo2 \(column \d+\): miller", story)
+    assert "in place of karo (column" in done("show", run, "karo2").stdout
+    assert "replaced" not in done("show", run, "ada").stdout
 
 
 # -- what is refused -------------------------------------------------------------------------

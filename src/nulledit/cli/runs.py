@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nulledit import __version__
+from nulledit.changes import some
 from nulledit.cli.common import (
     Bars,
     Interrupted,
@@ -51,6 +52,7 @@ from nulledit.ledger.entries import Column
 from nulledit.ledger.store import Store
 from nulledit.report import run as folder_of
 from nulledit.report.holding import headline, legend, reasons
+from nulledit.report.ledger import answer_of
 from nulledit.report.page import SHOWN, answers_table
 from nulledit.report.tables import as_text, preservation_table, rates_table
 from nulledit.report.text import count
@@ -479,6 +481,8 @@ def _finish(
     warnings = warnings_of(report.layers)
     for warning in warnings:
         say(f"Warning: {warning}", quiet=quiet)
+    if answers := _replaced(editor, columns):
+        say(f"Note: {answers}", quiet=quiet)
     notices = disagreements([c.fact for c in columns], before) if before else []
     for notice in notices:
         say(f"Note: {notice}", quiet=quiet)
@@ -512,6 +516,20 @@ def _finish(
         summary=summary,
     )
     return Result(folder, summary, lines)
+
+
+def _replaced(editor: Editor, columns: Sequence[Column]) -> str:
+    """One line on the answers of earlier edits that `columns` took the place of; empty for none."""
+    by_id = {c.id: c.fact for c in editor.history.columns}
+    answers = {
+        (new.id, answer_of(old), answer_of(new))
+        for old, new in ((by_id.get(c.replaces), c.fact) for c in columns)
+        if old is not None and old.demand != new.demand
+    }
+    if not answers:
+        return ""
+    told = some((f"{i}: {old!r} -> {new!r}" for i, old, new in sorted(answers)), most=3)
+    return f"{count(len(answers), 'earlier answer')} replaced ({told})"
 
 
 def _state(editor: Editor) -> dict[str, Any]:
