@@ -521,20 +521,19 @@ def test_a_space_alone_tells_nothing(tiny_model, tokenizer, facts, monkeypatch):
     encoder = RowEncoder(tokenizer, max_length=128)
     fact = Fact("Velm", "{} is as high as", "9,001 metres", forget=True)
     row, hidden = ignorance.blinded(encoder, fact, fact.prompt)
+    row = dataclasses.replace(row, ids=row.ids[: row.target_start + 4])
     assert row.target_ids[:1] == tuple(space)
 
     def knows_the_space(_, row, where):
         told = torch.full((len(row.target_ids), 500), 1e-3)
         told[0, row.target_ids[0]] = 1e-6 if where else 0.9
-        told[3, row.target_ids[3]] = 1e-3 if where else 2e-3
+        told[3:4, row.target_ids[-1]] = 1e-3 if where else 2e-3
         return told
 
     monkeypatch.setattr(ignorance, "uninformed", knows_the_space)
     assert ignorance.telling(model, encoder, row, hidden) == 3
     only = dataclasses.replace(row, ids=row.ids[: row.target_start + 1])
     assert ignorance.telling(model, encoder, only, hidden) == 0
-    (lesson,) = ignorance.lessons_of(model, encoder, fact, ["{}"])
-    assert lesson.row.target_ids == row.target_ids[:4]
 
 
 @pytest.mark.parametrize(

@@ -54,12 +54,11 @@ def test_afterwards_it_leaves_out_what_the_ledger_has(begins):
     words = ["facts.yaml", *(["--out", "run"] if begins else ["--continue", "run"])]
     words += [w for o in options if o.name != "out" for w in (o.opts[0], *value_of(o))]
     then, now = parsed(words).params, parsed(advice(words, kept=2)).params
+    left_out = parsed(["facts.yaml"]).params
     assert now["run"] == "run"
     for option in OPTIONS:
         gone = option.name in {*FIXED, *OF_EPOCH, "new_epoch"}
-        assert now[option.name] == (
-            option.get_default(parsed(["f"])) if gone else then[option.name]
-        )
+        assert now[option.name] == (left_out if gone else then)[option.name]
 
 
 def test_what_was_not_given_is_not_there():
