@@ -106,7 +106,8 @@ def as_facts(given: Facts) -> FactFile:
         raise FactError(f"{expected} (found {type(given).__name__} {quote(given)})")
     facts: list[Fact] = []
     notices: list[str] = []
-    for i, item in enumerate([given] if alone else given):
+    items: Iterable[Any] = [given] if isinstance(given, Fact | Mapping) else given
+    for i, item in enumerate(items):
         if isinstance(item, Fact):
             facts.append(item)
         elif isinstance(item, Mapping):
