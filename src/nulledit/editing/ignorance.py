@@ -99,7 +99,7 @@ def telling(model: PartialModel, encoder: RowEncoder, row: Row, hidden: tuple[in
     gain = uninformed(model, row, ())[at].log() - uninformed(model, row, hidden)[at].log()
     gain = gain.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     places = range(len(row.target_ids))
-    words = [i for i in places if encoder.tokenizer.decode([row.target_ids[i]]).strip()]
+    words = [i for i in places if str(encoder.tokenizer.decode([row.target_ids[i]])).strip()]
     return max(words or places, key=gain.tolist().__getitem__)
 
 
