@@ -55,7 +55,8 @@ class ValueSettings:
     stop_margin: float | None = 0.0
     """Nats by which every token of the target must lead its strongest rival in every row, contexts
     included, before a fact is done. A mean alone may be small while the one token that decides is
-    still wrong. null: the mean loss alone decides (published)."""
+    still wrong. Where the steps run out first, the best step counts rather than the last. null: the
+    mean loss alone decides, and the last step counts (published)."""
     patience: int = 0
     """A fact leaves when this many steps took less than 1 % off its loss; 0: never (published)."""
     kl_prompt: str = "{} is a"

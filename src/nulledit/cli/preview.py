@@ -38,7 +38,9 @@ HELD = 20  # facts in the model that are asked again
     "--undo", "undone", multiple=True, metavar="ID", help="Take this fact out; repeatable."
 )
 @click.option("--limit", metavar="N", type=click.IntRange(1), help="Take so many records.")
-@click.option("--text", metavar="FILE", help="For perplexity.  [default: one that comes along]")
+@click.option(
+    "--text", metavar="FILE", help="For perplexity and KL.  [default: one that comes along]"
+)
 @conflict_option
 @device_option
 @trust_option
@@ -53,7 +55,7 @@ def preview(
     **given: Any,
 ) -> None:
     """Edit RUN in memory and show what would change: the facts, their neighbours, facts that are in
-    the model already, perplexity and norms. Nothing is written.
+    the model already, perplexity, KL from the base and norms. Nothing is written.
 
     A model's name in the place of RUN previews the first edit of a run, with the model's recipe.
 
@@ -69,7 +71,9 @@ def preview(
     found = read_facts(facts, **options) if facts else None
     prepare(quiet=given["quiet"])
     from nulledit.cli.measure import check_lengths, read_text
+    from nulledit.evaluation.perplexity import read
     from nulledit.evaluation.runner import evaluate
+    from nulledit.models.tokens import pad_id
     from nulledit.report.tables import as_text, rates_table
 
     quiet = given["quiet"]
@@ -82,9 +86,12 @@ def preview(
     keys = {f.key for f in asked}
     held = [f for f in editor.facts if f.key not in keys][-HELD:]
 
+    with editor.base_weights():
+        base = read(editor.partial, windows.windows, pad_id(editor.tokenizer), keep=True)
+
     def measure(name: str) -> tuple[Evaluation, Evaluation | None]:
         with Bars(quiet=quiet, prefix=f"{name}: ") as bars:
-            mine = evaluate(editor, asked, windows=windows.windows, progress=bars)
+            mine = evaluate(editor, asked, windows=windows.windows, base=base, progress=bars)
             others = evaluate(editor, held, generate=False, progress=bars) if held else None
         return mine, others
 
@@ -133,7 +140,7 @@ def preview(
         parts.append(f"The last {len(held)} facts in the model:")
         parts.append(as_text(_held_table(others)))
     parts.append(as_text(_norms(layers, would_be)))
-    parts.append(f"Perplexity is on {windows.name}. Nothing was written.")
+    parts.append(f"Perplexity and KL are on {windows.name}. Nothing was written.")
     return echo("\n\n".join(parts))
 
 

@@ -268,6 +268,7 @@ class _Chunk:
         updates = [0] * n_groups
         ended = ["steps"] * n_groups
         clamped = [False] * n_groups
+        best: dict[int, _Best] = {}
         for step in range(s.steps):
             nll, drift, bare_lead, lead = reads.losses(deltas, drift_start)
             if step == 0:
@@ -293,6 +294,11 @@ class _Chunk:
             for g in active:
                 members = {f: leads[f] for f in reads.facts if self.group_of[f] == g}
                 ended[g] = self._end(history[g], members) or "steps"
+                says = all(self._says(f, lead) for f, lead in members.items())
+                if g not in best or (says, -worst[g]) > best[g].score:
+                    so_far = {f: outcome[f] for f in members}
+                    delta = deltas[g].detach().clone()
+                    best[g] = _Best((says, -worst[g]), delta, so_far, clamped[g])
             staying = [g for g in active if ended[g] == "steps"]
             if not staying or step == s.steps - 1:
                 break
@@ -312,6 +318,11 @@ class _Chunk:
             if staying != active:
                 active = staying
                 reads = _Reads(self, active)
+        if s.stop_margin is not None:
+            for g, found in best.items():
+                if ended[g] in ("steps", "patience"):
+                    deltas[g], clamped[g] = found.delta, found.clamped
+                    outcome |= found.outcome
         return [
             Value(
                 z=h[f] + self.units[g] * deltas[g].detach(),
@@ -351,6 +362,18 @@ class _Chunk:
         if self.jobs[fact].lessons:
             return lead > 0
         return self.settings.stop_margin is None or lead > self.settings.stop_margin
+
+
+@dataclass(frozen=True)
+class _Best:
+    """The best that a group has come to: Adam swings, and its last step may be a bad one."""
+
+    score: tuple[bool, float]
+    """Whether every row says what it should, then minus the loss."""
+    delta: Tensor
+    outcome: dict[int, tuple[float, float, float]]
+    """By fact: loss, nll, lead."""
+    clamped: bool
 
 
 @torch.no_grad()
