@@ -1,6 +1,7 @@
 """The commands to live with edits, as a user types them."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -287,13 +288,30 @@ def test_a_gate_on_tasks_needs_their_files_before_anything_is_edited(run, tmp_pa
     assert len(log_of(run)) == 3
 
 
+def test_a_new_answer_says_which_one_it_replaces(run, tmp_path):
+    """On the terminal while it is written, and in the story of the older one."""
+    old = next(fact for fact in Editor.load(run).facts if fact.id == "karo")
+    record = {"id": "karo2", "subject": old.subject, "prompt": old.prompt, "target": "miller"}
+    (tmp_path / "new.json").write_text(json.dumps([record]), encoding="utf-8")
+    result = done("edit", tmp_path / "new.json", "--continue", run, "--no-evaluate")
+    said = f"1 earlier answer replaced (karo2: {old.target!r} -> 'miller')"
+    assert result.stderr.count(said) == 1
+    story = done("show", run, "karo").stdout
+    assert re.search(r"replaced by karo2 \(column \d+\): miller", story)
+    assert "in place of karo (column" in done("show", run, "karo2").stdout
+    assert "replaced" not in done("show", run, "ada").stdout
+
+
 # -- what is refused -------------------------------------------------------------------------
 
 
-def test_bad_input_to_the_life_commands_is_one_line(run, tmp_path):
+def test_bad_input_to_the_life_commands_is_one_line(run, tmp_path, monkeypatch):
     before = model_of(run)
     assert "say which" in refused("undo", run)
     assert "no fact 'nobody' in the model" in refused("undo", run, "nobody", "--quiet")
+    with monkeypatch.context() as patch:
+        patch.setattr(Editor, "load", None)  # it is refused before the model is loaded
+        assert "(did you mean 'ada'?)" in refused("undo", run, "adda", "--quiet")
     assert "no fact in the model fits --batch 9" in refused("undo", run, "--batch", "9", "--quiet")
     assert "expected FIELD=TEXT" in refused("undo", run, "--where", "colour=red", "--quiet")
     assert "nothing to redo" in refused("redo", run, "--quiet")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 import reference
@@ -19,7 +20,7 @@ from nulledit.editing.chunks import chunks_of
 from nulledit.editing.value_cache import ValueCache
 from nulledit.editing.values import optimise_values
 from nulledit.errors import ConfigError, FactError
-from nulledit.evaluation.forgetting import find_answer, recall_of, summary
+from nulledit.evaluation.forgetting import Recall, Said, doubts, find_answer, recall_of, summary
 from nulledit.evaluation.metrics import rates, score
 from nulledit.evaluation.protocols import queries_of
 from nulledit.models.layouts import frozen
@@ -189,7 +190,8 @@ def test_the_value_equals_a_slow_one(family, tiny_model, tokenizer, facts):
     encoder = RowEncoder(tokenizer, max_length=128)
     for fact in (facts[0].forgotten(), facts[3].forgotten()):
         partial = PartialModel(model)
-        place = ignorance.telling(partial, *ignorance.blinded(encoder, fact, fact.prompt))
+        asked = ignorance.blinded(encoder, fact, fact.prompt)
+        place = ignorance.telling(partial, encoder, *asked)
         (value,) = ours(model, tokenizer, [fact])
         z, loss = slow_value(model, tokenizer, fact, place)
         assert distance(value.z, z) < 1e-5
@@ -211,13 +213,14 @@ def test_the_telling_token_is_the_one_that_knowledge_brings(tiny_model, tokenize
         cut = dataclasses.replace(row, ids=row.ids[: row.target_start + place + 1])
         blind = ignorance.uninformed(PartialModel(model), cut, hidden)[-1]
         gains.append(float(knows[place, token] / blind[token]))
-    assert ignorance.telling(PartialModel(model), row, hidden) == gains.index(max(gains))
+    assert ignorance.telling(PartialModel(model), encoder, row, hidden) == gains.index(max(gains))
 
 
 def test_chances_of_nothing_are_no_nan(tiny_model, tokenizer, facts, monkeypatch):
     """Softmax in float32 gives 0 some 100 nats down."""
     model, fact = PartialModel(tiny_model("llama")), facts[3].forgotten()
-    row, hidden = ignorance.blinded(RowEncoder(tokenizer, max_length=128), fact, fact.prompt)
+    encoder = RowEncoder(tokenizer, max_length=128)
+    row, hidden = ignorance.blinded(encoder, fact, fact.prompt)
     size = len(row.target_ids)
 
     def chances(_, row, where):
@@ -228,7 +231,7 @@ def test_chances_of_nothing_are_no_nan(tiny_model, tokenizer, facts, monkeypatch
 
     monkeypatch.setattr(ignorance, "uninformed", chances)
     assert size > 3
-    assert ignorance.telling(model, row, hidden) == 2
+    assert ignorance.telling(model, encoder, row, hidden) == 2
 
     def certain(_, row, __):
         return torch.eye(500)[list(row.target_ids)]
@@ -412,9 +415,12 @@ def test_a_forgotten_answer_is_not_called_said(editor):
     """The value's start is without the edits that are made anew: there it was not said."""
     fact = dataclasses.replace(known("tongue"), id="no", target="river")
     report = editor.edit([fact])
-    assert report.notices == ("no: not said by the model; written all the same",)
+    assert report.notices == (
+        "no: the model did not say the answer that is to be forgotten; it is suppressed all the "
+        "same",
+    )
     report = editor.edit([dataclasses.replace(fact, target=world.another(PERSON, "tongue"))])
-    assert "no: not said by the model without the edits made anew" in report.notices[-1]
+    assert "forgotten once the edits that are made anew were taken out" in report.notices[-1]
 
 
 def test_the_answer_is_found(editor):
@@ -459,7 +465,7 @@ def test_one_fact_by_its_words(run):
     (line,) = [x for x in done.stdout.splitlines() if x.startswith(f"{PERSON} speaks")]
     assert answer in line
     assert line.split()[-2:] == ["no", "absent"]
-    assert "p(first token)" in done.stdout
+    assert "p(telling token)" in done.stdout
     assert "nan" not in done.stdout
     editor = Editor.load(run)
     assert (answer, True) in [fact.demand for fact in editor.facts]
@@ -506,3 +512,121 @@ def test_a_file_without_old_answers_is_refused(tmp_path):
     (tmp_path / "facts.json").write_text(json.dumps([fact.to_dict()]))
     error = command("run", tmp_path / "facts.json", "--old-answers").exception
     assert "fact 'capital' has no old_answer to forget" in str(error)
+
+
+# -- which answer, and which of its tokens -------------------------------------------------------
+
+
+def test_a_space_alone_tells_nothing(tiny_model, tokenizer, facts, monkeypatch):
+    """Some tokenizers put one before every number: pressing it down leaves the number."""
+    model, space = PartialModel(tiny_model("llama")), tokenizer(" ")["input_ids"]
+    encoder = RowEncoder(tokenizer, max_length=128)
+    fact = Fact("Velm", "{} is as high as", "9,001 metres", forget=True)
+    row, hidden = ignorance.blinded(encoder, fact, fact.prompt)
+    row = dataclasses.replace(row, ids=row.ids[: row.target_start + 4])
+    assert row.target_ids[:1] == tuple(space)
+
+    def knows_the_space(_, row, where):
+        told = torch.full((len(row.target_ids), 500), 1e-3)
+        told[0, row.target_ids[0]] = 1e-6 if where else 0.9
+        told[3:4, row.target_ids[-1]] = 1e-3 if where else 2e-3
+        return told
+
+    monkeypatch.setattr(ignorance, "uninformed", knows_the_space)
+    assert ignorance.telling(model, encoder, row, hidden) == 3
+    only = dataclasses.replace(row, ids=row.ids[: row.target_start + 1])
+    assert ignorance.telling(model, encoder, only, hidden) == 0
+
+
+@pytest.mark.parametrize(
+    ("says", "told", "answer"),
+    [
+        (" 9,001 metres above the sea.", "9", "9,001"),
+        (" July 20, 1969, and came back", "July", "July 20, 1969"),
+        (" 3.5 kilometres, or more", "3", "3.5"),
+        (" 10:30 in the morning", "10", "10:30"),
+        (" the Atlantic Ocean which lies", "Atlantic", "the Atlantic Ocean"),
+        (" Paris, the capital of France", "Paris", "Paris"),
+        (" Au. The symbol", "Au", "Au"),
+        ("東京、日本", "東", "東京"),
+    ],
+)
+def test_the_whole_answer_is_found(says, told, answer, tiny_model, tokenizer, monkeypatch):
+    """Not its first token: a number has commas and points, a date has both."""
+    place = "nulledit.evaluation.forgetting"
+    monkeypatch.setattr(f"{place}.generate_answers", lambda *_, **__: [says])
+
+    def telling(_, encoder, row, __):
+        """The token that ends the given beginning."""
+        for i in range(1, len(row.target_ids) + 1):
+            if told in encoder.tokenizer.decode(row.target_ids[:i]):
+                return i - 1
+        return 0
+
+    monkeypatch.setattr(f"{place}.telling", telling)
+    editor = Editor(tiny_model("llama"), tokenizer)
+    assert find_answer(editor, "Velm", "{} is") == answer
+
+
+def test_the_chance_is_of_the_telling_token(editor):
+    """Behind the prompt and what of the answer comes before it; the same token before and after."""
+    fact = dataclasses.replace(known("tongue"), target=f"river {known('tongue').target}")
+    (told,) = recall_of(editor, [fact], tokens=2)
+    ids = editor.tokenizer(f"{told.own.prompt} {fact.target}", return_tensors="pt")["input_ids"]
+    row = editor.encoder.encode(told.own.prompt, target=fact.target)
+    with torch.no_grad():
+        chances = editor.model(ids).logits[0].softmax(-1)
+    at = row.target_start + told.place
+    assert told.own.chance == pytest.approx(float(chances[at - 1, ids[0, at]]), rel=1e-5)
+    assert told.token == fact.target.split()[told.place]
+    other = dataclasses.replace(told, place=1 - told.place)
+    (again,) = recall_of(editor, [fact], tokens=2, before=[other])
+    assert (again.place, again.token) == (other.place, fact.target.split()[other.place])
+
+
+@pytest.mark.parametrize(
+    ("leaks", "chance", "said"),
+    [
+        (False, 0.808, "no longer holds 'Dutch', but 'Du', .* chance of 0.81: it is hardly"),
+        (True, 0.003, "'Du' has a chance of only 0.003 .* comes to 'Dutch' all the same"),
+        (False, 0.003, None),
+        (True, 0.8, None),
+    ],
+)
+def test_where_text_and_chance_disagree_it_is_said(leaks, chance, said):
+    own = Said("Velm speaks", "Dutch", leaks, chance)
+    lines = doubts([Recall("velm", "Dutch", 0, "Du", own, (), None)])
+    assert len(lines) == bool(said)
+    assert not said or re.search(said, lines[0])
+
+
+def test_what_is_to_be_forgotten_is_shown_first(run, monkeypatch):
+    """The edit's answer where there is one, else the base's, whatever the edits made of it."""
+    job, tongue = world.another("Karo Dun", "job"), world.answer(PERSON, "tongue")
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_, **__):
+        raise Stop
+
+    monkeypatch.setattr(Editor, "forget", stop)
+    monkeypatch.setattr("nulledit.cli.forget.say", lambda text, **_: shown.append(text))
+    for subject, prompt, expected in (
+        ("Karo Dun", "{} works as a", f'"{job}", which the edit '),
+        (PERSON, "{} speaks", f"\"{tongue}\", which the base says to '{PERSON} speaks'"),
+    ):
+        shown: list[str] = []
+        done = command(run, "--subject", subject, "--prompt", prompt, "--tokens", "2")
+        assert isinstance(done.exception, Stop)
+        assert f"To be forgotten: {expected}" in shown[-1]
+
+
+def test_notices_of_forgetting_are_plain(editor):
+    gone = known("home")
+    edited = world.fact(PERSON, "home", world.another(PERSON, "home"))
+    editor.edit([edited])
+    (out, *_) = editor.edit([gone]).notices
+    assert out == f"{gone.id}: the edit {edited.id}, which wrote {edited.target!r}, is taken out"
+    (back, *_) = editor.edit([edited]).notices
+    assert back == f"{edited.id}: {gone.target!r} was suppressed by {gone.id}, which is taken out"

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nulledit.batch import BatchWriter, Given, Run, Written
 from nulledit.config import ChatSettings, Recipe, ValueSettings
-from nulledit.data.facts import Fact, refuse_forgetting
+from nulledit.data.facts import Fact, refuse_forgetting, suggest
 from nulledit.distributed import Ranks
 from nulledit.editing.contexts import make_contexts
 from nulledit.editing.statistics import Statistics, find_statistics
@@ -111,7 +111,11 @@ class Changes:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """One writer; whatever ends the inside early, model and history are as before the batch."""
+        """One writer; whatever ends the inside early, model and history are as before the batch.
+
+        LedgerError, before anything is done, if something else wrote to the model.
+        """
+        self.weights.check_unchanged()
         opens, epochs = self._opens, len(self.history.epochs)
         with self.journal.writing():
             try:
@@ -129,6 +133,7 @@ class Changes:
 
         `writing`: no other process may write in the meantime.
         """
+        self.weights.check_unchanged()
         states, before = self.weights.states(), (self.recipe, self.statistics, self._opens)
         trial = None
         with self.journal.writing() if writing else nullcontext():
@@ -252,7 +257,7 @@ class Changes:
         present.sort(key=lambda c: c.id)
         older = [c for c in present if c.fact.key in asked]
         run.notices += [
-            f"{asked[fact.key].id}: the older answer {fact.target!r} of {fact.id} is replaced"
+            _instead(asked[fact.key], fact)
             for fact in facts_of(older)
             if fact.demand != asked[fact.key].demand
         ]
@@ -287,14 +292,19 @@ class Changes:
         made = self._columns(writer, written, stand_in)
         unknown = {c.fact.id for c in made if not c.outcome["known"]}
         known = facts_of(c for c in made if c.fact.id not in unknown)
+        without = " once the edits that are made anew were taken out" * bool(leaving)
         told = (
-            (False, "said by the model already"),
-            (True, f"not said by the model{' without the edits made anew' * bool(leaving)}"),
+            (False, "said by the model already; written all the same"),
+            (
+                True,
+                f"the model did not say the answer that is to be forgotten{without}; it is "
+                "suppressed all the same",
+            ),
         )
         for forget, state in told:
             such = [fact.id for fact in known if fact.forget == forget]
             if such and not given:
-                run.notices.append(f"{some(such)}: {state}; written all the same")
+                run.notices.append(f"{some(such)}: {state}")
         back = [c for c in restored if c.id not in gone]
         hashes = [b.tensors for b in self.history.batches] + [c.fact.id for c in made]
         self.ranks.agree({"state": sha256(json.dumps(hashes).encode()).hexdigest()})
@@ -366,9 +376,27 @@ class Changes:
         return columns
 
 
+def _instead(new: Fact, old: Fact) -> str:
+    """What becomes of an earlier answer to the question of `new`."""
+    if old.forget:
+        return f"{new.id}: {old.target!r} was suppressed by {old.id}, which is taken out"
+    if new.forget:
+        return f"{new.id}: the edit {old.id}, which wrote {old.target!r}, is taken out"
+    return f"{new.id}: the older answer {old.target!r} of {old.id} is replaced"
+
+
 def _same(a: Epoch, b: Epoch) -> bool:
     """Whether both solve alike; one may hold a W₀ that an earlier epoch holds for the other."""
     return replace(a, id=0, tensors="") == replace(b, id=0, tensors="")
+
+
+def check_in_model(ids: Iterable[str], history: History) -> None:
+    """LedgerError if one of `ids` is of no fact in the model; names a near one."""
+    active = dict.fromkeys(c.fact.id for c in history.active)
+    for id_ in ids:
+        if id_ not in active:
+            near = suggest(id_, active)
+            raise LedgerError(f"no fact {id_!r} in the model{near}; in it are: {some(active)}")
 
 
 def some(names: Iterable[object], most: int = 5) -> str:

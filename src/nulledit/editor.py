@@ -14,7 +14,7 @@ from typing import Self
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nulledit.batch import Progress, Run
-from nulledit.changes import Changes, some
+from nulledit.changes import Changes, check_in_model, some
 from nulledit.config import (
     Placement,
     Recipe,
@@ -24,6 +24,7 @@ from nulledit.config import (
     shipped_recipes,
 )
 from nulledit.data.facts import Fact
+from nulledit.data.readers import Facts, as_facts
 from nulledit.distributed import Ranks
 from nulledit.editing.queue import batches, merged
 from nulledit.editing.statistics import Statistics
@@ -39,6 +40,7 @@ from nulledit.ledger.plans import by_group, facts_of, last_undone, newest, plan_
 from nulledit.ledger.store import Store
 from nulledit.ledger.weights import EditedWeights, LayerReport
 from nulledit.methods import find_method
+from nulledit.models.accepted import check_model, check_tokenizer
 from nulledit.models.dense import Dense
 from nulledit.models.editable import has_dense, make_editable
 from nulledit.models.layouts import (
@@ -122,6 +124,8 @@ class Editor:
         Of a quantised model the edited matrices are made dense in memory; the others stay as they
         are. Offloaded ones are brought to where they work.
         """
+        check_model(model)
+        check_tokenizer(tokenizer)
         self.ranks = ranks or Ranks()
         self.model, self.tokenizer = model, tokenizer
         recipe = _read_recipe(recipe, name)
@@ -254,6 +258,7 @@ class Editor:
 
         `statistics` are for a ledger that has no batch yet.
         """
+        check_model(model)
         store = Store(Path(folder) / "ledger")
         editor = cls._resumed(store, store.load(), model, tokenizer, "the given model", value_cache)
         editor._changes.statistics = statistics
@@ -358,8 +363,10 @@ class Editor:
     def save(self, folder: str | Path) -> None:
         """Write the ledger (first) and the edited model, an ordinary Hugging Face folder.
 
-        Of a quantised base only the ledger: it is loaded again from where it was.
+        Of a quantised base only the ledger: it is loaded again from where it was. LedgerError where
+        something else changed the model in memory: it is not what the ledger says.
         """
+        self.weights.check_unchanged()
         target = Store(Path(folder) / "ledger")
         store = self._journal.store
         if store is None:
@@ -373,16 +380,18 @@ class Editor:
         if not self.history.base.quantized:
             self.save_model(Path(folder) / "model")
 
-    def save_model(self, folder: Path) -> None:
+    def save_model(self, folder: str | Path) -> None:
         """Bring the model in `folder` to the ledger's state; nothing is done if it is there.
 
-        ModelError where the base is quantised: edits can't be written into it.
+        ModelError where the base is quantised: edits can't be written into it. LedgerError where
+        something else changed the model in memory: it is not what the ledger says.
         """
+        self.weights.check_unchanged()
         with self._journal.writing():
             write_model(
                 self.model,
                 self.tokenizer,
-                folder,
+                Path(folder),
                 state_id=self.history.state_id,
                 base_hash=self.history.base.hash,
                 edited=[parameter_name(self.model, layer) for layer in self.weights.layers],
@@ -402,7 +411,7 @@ class Editor:
 
     def edit(
         self,
-        facts: Iterable[Fact],
+        facts: Facts,
         *,
         batch_size: int | None = None,
         shuffle: bool = True,
@@ -410,6 +419,7 @@ class Editor:
     ) -> EditReport:
         """Write `facts` into the model, in batches of `batch_size` (the recipe's by default).
 
+        One or several, as `Fact`s, as mappings of the same fields, or as `read_facts` returns them.
         A queue is put in an order of its own, fixed by the seed, since order decides what survives
         (`shuffle=False`: the given one). Every fact is checked before the first batch. After an
         error or an interruption the model and the ledger are as after the last finished batch, and
@@ -418,8 +428,9 @@ class Editor:
         size = self.recipe.batch_size if batch_size is None else batch_size
         if size < 1:
             raise ConfigError(f"batch_size is {size}; expected 1 or more")
-        run = Run(progress)
-        queue = self._admit(facts, run)
+        run, given = Run(progress), as_facts(facts)
+        run.notices += given.notices
+        queue = self._admit(given.facts, run)
         self._agree(queue)
         if queue:
             changes = self._changes
@@ -450,10 +461,9 @@ class Editor:
         epoch's. `column.outcome["settings"]` says what was changed; undo takes a retried fact out
         as a whole. LedgerError if an id is not in the model, FactError for one to forget.
         """
+        check_in_model(ids, self.history)
         facts = {fact.id: fact for fact in self.facts}
         for id_ in ids:
-            if id_ not in facts:
-                raise LedgerError(f"no fact {id_!r} in the model; in it are: {some(facts)}")
             if facts[id_].forget:
                 raise FactError(f"fact {id_!r} is to be forgotten: there is no answer to write")
         if not ids:
@@ -472,7 +482,7 @@ class Editor:
 
     def forget(
         self,
-        facts: Iterable[Fact],
+        facts: Facts,
         *,
         batch_size: int | None = None,
         progress: Progress | None = None,
@@ -481,8 +491,9 @@ class Editor:
 
         An edit like any other: an earlier answer to the same question leaves, undo takes it back.
         """
-        asked = [fact if fact.forget else fact.forgotten() for fact in facts]
-        return self.edit(asked, batch_size=batch_size, progress=progress)
+        given = as_facts(facts)
+        asked = tuple(fact if fact.forget else fact.forgotten() for fact in given.facts)
+        return self.edit(replace(given, facts=asked), batch_size=batch_size, progress=progress)
 
     def next_epoch(
         self,
@@ -509,10 +520,7 @@ class Editor:
         rebuilt without it. A batch by gradient is taken out whole, and the rest of it descended
         anew. LedgerError if an id is not in the model.
         """
-        active = {c.fact.id: c for c in self.history.active}
-        for id_ in ids:
-            if id_ not in active:
-                raise LedgerError(f"no fact {id_!r} in the model; in it are: {some(active)}")
+        check_in_model(ids, self.history)
         if not ids:
             raise LedgerError("no fact to undo was named")
         gone = [c for c in self.history.active if c.fact.id in ids]
@@ -729,6 +737,11 @@ def _read_recipe(recipe: Recipe | str | Path | None, name: str) -> Recipe:
     """The recipe itself, from its file, or the one to use on the model `name`."""
     if recipe is None:
         recipe = name if name in shipped_recipes() else Recipe()
+    if not isinstance(recipe, Recipe | str | Path):
+        raise ConfigError(
+            f"recipe is a {type(recipe).__name__}; expected a Recipe (of a mapping: "
+            "Recipe.from_dict), a file or a shipped recipe's name"
+        )
     return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
 
 

@@ -59,6 +59,8 @@ def undo(
     if not (ids or batch or where):
         raise ConfigError("say which: an ID, --batch N or --where FIELD=TEXT")
 
+    _refuse_unknown(run, ids)
+
     def change(editor: Editor) -> ChangeReport:
         return editor.undo(*_chosen(editor, ids, batch, where))
 
@@ -180,6 +182,16 @@ def change_text(editor: Editor, report: ChangeReport) -> str:
         + (f"{there} in the model" if there else "the model is the base, bit for bit")
     )
     return "\n".join(lines)
+
+
+def _refuse_unknown(run: str, ids: Sequence[str]) -> None:
+    """LedgerError for an id that is not in the model, before the model is loaded."""
+    from nulledit.changes import check_in_model
+    from nulledit.ledger.store import Store
+
+    store = Store(Path(run) / "ledger")
+    if ids and store.exists:
+        check_in_model(ids, store.read())
 
 
 def _chosen(

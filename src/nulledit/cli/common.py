@@ -7,12 +7,13 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
 import click
+from click.core import ParameterSource
 
 from nulledit.errors import ConfigError
 from nulledit.launch import Launch
@@ -110,15 +111,32 @@ def placed(
     return Placement(_parse_map(device_map), _parse_memory(max_memory), offload_folder)
 
 
-def device_words() -> list[str]:
-    """The options of `device_option` as the user gave them, for a command that goes on."""
-    context = click.get_current_context(silent=True)
-    given = context.params if context else {}
-    words = []
-    for name in ("device", *PLACING):
-        if given.get(name):
-            words += ["--" + name.replace("_", "-"), str(given[name])]
+def given_words(*, without: Collection[str] = ()) -> list[str]:
+    """What the user gave to the command at work, for one that goes on: arguments and options.
+
+    Read off the parsed parameters, so that no option can be forgotten. `without`: parameters to
+    leave out.
+    """
+    context = click.get_current_context()
+    words: list[str] = []
+    for parameter in context.command.get_params(context):
+        name = parameter.name or ""
+        default = context.get_parameter_source(name) in (None, ParameterSource.DEFAULT)
+        if name in without or default:
+            continue
+        value = context.params[name]
+        if isinstance(parameter, click.Option) and parameter.is_flag:
+            words.append(_long(parameter))
+        elif isinstance(parameter, click.Option):
+            for each in value if parameter.multiple else [value]:
+                words += [_long(parameter), str(each)]
+        else:
+            words.append(str(value))
     return words
+
+
+def _long(option: click.Option) -> str:
+    return next(name for name in option.opts if name.startswith("--"))
 
 
 def _parse_map(text: str) -> str | dict[str, str | int]:

@@ -206,7 +206,7 @@ def edit(facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
 
     try:
         with ranks.watched():
-            result = runs.run(facts, found.facts, recipe, given, ranks, quiet=quiet)
+            result = runs.run(found.facts, recipe, given, ranks, quiet=quiet)
     except RankError as error:  # before the first batch began
         raise error.advised("start the same command again") from error
     except runs.Refused as error:

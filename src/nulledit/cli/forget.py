@@ -42,7 +42,9 @@ class _Forget(Sectioned):
 @click.argument("facts", metavar="[FACTS]", required=False)
 @click.option("--subject", metavar="TEXT", help="What the fact is about.")
 @click.option("--prompt", metavar="TEXT", help="Text that the answer follows, with the subject.")
-@click.option("--target", metavar="TEXT", help="The answer to forget.  [default: what it says now]")
+@click.option(
+    "--target", metavar="TEXT", help="The answer to forget.  [default: the edit's, or the base's]"
+)
 @click.option("--old-answers", is_flag=True, help="Forget each fact's old_answer, not its target.")
 @click.option("--skip", metavar="N", type=click.IntRange(0), default=0, help="Leave out the first.")
 @click.option("--limit", metavar="N", type=click.IntRange(1), help="Take so many.  [default: all]")
@@ -62,8 +64,11 @@ def forget(run: str, facts: str | None, as_json: bool, quiet: bool, **given: Any
     """Have the model of a run answer as if it did not know the subject.
 
     Either FACTS, a file as for `edit` whose targets are the answers to forget, or one fact by
-    --subject and --prompt. It is an edit like any other: in the ledger, undone by `undo`, replaced
-    when the same question is edited, and in the place of an earlier edit of it.
+    --subject and --prompt; its answer is then what an edit wrote, else what the base says. What is
+    to be forgotten is shown before anything is written.
+
+    It is an edit like any other: in the ledger, undone by `undo`, replaced when the same question
+    is edited, and in the place of an earlier edit of it.
 
     A leak is the answer in what the model then says by itself, behind the fact's prompt or its
     paraphrases. docs/forget.md says what to expect: other wordings of a question often still find
@@ -80,14 +85,15 @@ def forget(run: str, facts: str | None, as_json: bool, quiet: bool, **given: Any
 
     from nulledit.cli.measure import check_lengths, load_run
     from nulledit.cli.runs import keep
-    from nulledit.evaluation.forgetting import recall_of, summary
+    from nulledit.evaluation.forgetting import doubts, recall_of, summary
     from nulledit.report.tables import as_text
 
     editor = load_run(
         run, given["device"], quiet=quiet, trust_remote_code=given["trust_remote_code"]
     )
-    asked = chosen or [_one(editor, given)]
+    asked, whence = (chosen, f"as {facts} says") if facts else _one(editor, given)
     check_lengths(editor, asked)
+    say(f"To be forgotten: {_named(asked)}, {whence}", quiet=quiet)
     with Bars(quiet=quiet, prefix="before: ") as bars:
         before = recall_of(editor, asked, tokens=given["tokens"], progress=_texts(bars))
     with editor.writing(), Bars(quiet=quiet) as bars:
@@ -96,13 +102,17 @@ def forget(run: str, facts: str | None, as_json: bool, quiet: bool, **given: Any
     for notice in report.notices:
         say(f"Note: {notice}", quiet=quiet)
     with Bars(quiet=quiet, prefix="after: ") as bars:
-        after = recall_of(editor, asked, tokens=given["tokens"], progress=_texts(bars))
+        tokens = given["tokens"]
+        after = recall_of(editor, asked, tokens=tokens, before=before, progress=_texts(bars))
+    warnings = doubts(after)
+    for warning in warnings:
+        say(f"Warning: {warning}", quiet=quiet)
     sides = {"before": before, "after": after}
     if as_json:
         from dataclasses import asdict
 
         plain = {s: {"summary": summary(r), "facts": [*map(asdict, r)]} for s, r in sides.items()}
-        emit({"run_folder": run, **plain, "notices": list(report.notices)})
+        emit({"run_folder": run, **plain, "notices": [*report.notices, *warnings]})
         return
     echo(as_text(_answers(before, after), left=4, most=44))
     echo("\n" + as_text(_rates({side: summary(r) for side, r in sides.items()})))
@@ -139,10 +149,11 @@ def _read(file: str, given: Mapping[str, Any], *, quiet: bool) -> list[Fact]:
     return [f.forgotten(f.old_answer if given["old_answers"] else None) for f in read.facts]
 
 
-def _one(editor: Editor, given: Mapping[str, Any]) -> Fact:
+def _one(editor: Editor, given: Mapping[str, Any]) -> tuple[list[Fact], str]:
     """The fact of the options, as the one in the model that asks the same if there is one.
 
-    The answer is what the model says, if none was given; what was forgotten already stays so.
+    And where its answer comes from: if none was given, from the edit that is in the model, else
+    from what the base says. What was forgotten already stays so.
     """
     from nulledit.data.facts import Fact
     from nulledit.evaluation.forgetting import find_answer
@@ -151,11 +162,22 @@ def _one(editor: Editor, given: Mapping[str, Any]) -> Fact:
     asked = Fact(given["subject"], given["prompt"], target or "?")
     same = (f for f in editor.facts if f.subject == asked.subject and asked.prompt in f.prompts)
     held = next(same, None)
-    if target is None and held and held.forget:
-        return held
-    if target is None:
+    if target is not None:
+        return [(held or asked).forgotten(target)], "as --target says"
+    if held and held.forget:
+        return [held], f"which {held.id} suppresses already"
+    if held:
+        return [held.forgotten()], f"which the edit {held.id} wrote"
+    with editor.base_weights():
         target = find_answer(editor, asked.subject, asked.prompt)
-    return (held or asked).forgotten(target)
+    return [asked.forgotten(target)], f"which the base says to {asked.render(asked.prompt)!r}"
+
+
+def _named(facts: Sequence[Fact]) -> str:
+    """The answers, the first of many."""
+    from nulledit.changes import some
+
+    return some(f'"{fact.target}"' for fact in facts)
 
 
 def _texts(bars: Bars) -> Any:
@@ -170,13 +192,13 @@ def _answers(before: Sequence[Recall], after: Sequence[Recall]) -> Table:
             old.answer,
             old.own.says,
             new.own.says,
-            f"{old.own.chance:.3f} → {new.own.chance:.3f}",
+            f"{old.token}: {old.own.chance:.3f} → {new.own.chance:.3f}",
             "yes" if new.own.leaks else "no",
             _leaks(old, new),
         ]
         for old, new in zip(before, after, strict=True)
     ]
-    head = ["prompt", "old answer", "said", "says", "p(first token)", "leaks", "in paraphrases"]
+    head = ["prompt", "old answer", "said", "says", "p(telling token)", "leaks", "in paraphrases"]
     return head, rows
 
 
@@ -196,7 +218,7 @@ def _rates(sides: Mapping[str, Mapping[str, Any]]) -> Table:
     rows: list[Sequence[str]] = [
         [label, *(percent(side[name]) for side in sides.values())] for name, label in labels.items()
     ]
-    for name, label in {"chance": "p(first token)", "entropy": "entropy of texts (bits)"}.items():
+    for name, label in {"chance": "p(telling token)", "entropy": "entropy of texts (bits)"}.items():
         rates = [side[name] for side in sides.values()]
         rows.append([label, *(number(rate["mean"] if rate else None) for rate in rates)])
     return ["", *sides], rows

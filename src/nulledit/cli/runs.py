@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from nulledit import __version__
+from nulledit.changes import some
 from nulledit.cli.common import (
     Bars,
     Interrupted,
     convert_once,
-    device_words,
+    given_words,
     model_source,
     own_device,
     say,
 )
-from nulledit.cli.edit import changed
+from nulledit.cli.edit import FIXED, OF_EPOCH, changed
 from nulledit.cli.measure import (
     Text,
     check_lengths,
@@ -50,6 +51,7 @@ from nulledit.ledger.entries import Column
 from nulledit.ledger.store import Store
 from nulledit.report import run as folder_of
 from nulledit.report.holding import headline, legend, reasons
+from nulledit.report.ledger import answer_of
 from nulledit.report.page import SHOWN, answers_table
 from nulledit.report.tables import as_text, preservation_table, rates_table
 from nulledit.report.text import count
@@ -72,7 +74,6 @@ class Result:
 
 
 def run(
-    source: str,
     facts: Sequence[Fact],
     recipe: Recipe | None,
     given: dict[str, Any],
@@ -134,14 +135,13 @@ def run(
         say("Note: no fact is new, so no epoch is begun", quiet=quiet)
     text = None
     if not ranks.first:
-        _take_part(editor, facts, given, folder, ranks, source)
+        _take_part(editor, facts, given, folder, ranks)
         return None
     if not given["no_evaluate"]:
         text = read_text(editor, given["text"])
         check_lengths(editor, facts)
     held = len(editor.history.events)
     created, begins, attached = not folder.exists(), not given["run"], False
-    again = _command(source, given, folder)
     try:
         with ExitStack() as stack:
             if begins:
@@ -170,17 +170,19 @@ def run(
             raise Interrupted(
                 "interrupted before the first batch was finished: nothing was kept"
             ) from error
+        again = _command(given, folder, kept)
         raise Interrupted(f"interrupted: {_kept(kept, folder)}; go on with: {again}") from error
     except RankError as error:
         kept = _kept_batches(editor, folder, held)
         if attached and not kept:
             _take_back(folder, created)
-        raise error.advised(_advice(given, kept, folder, again)) from error
+        raise error.advised(_advice(given, kept, folder)) from error
     except Exception:
         kept = _kept_batches(editor, folder, held)
         if attached and not kept:
             _take_back(folder, created)
         elif kept:
+            again = _command(given, folder, kept)
             say(f"Note: {_kept(kept, folder)}; go on with: {again}", quiet=False)
         raise
 
@@ -229,7 +231,6 @@ def _take_part(
     given: dict[str, Any],
     folder: Path,
     ranks: Ranks,
-    source: str,
 ) -> None:
     """What a rank other than 0 does: the same edits, of which it keeps nothing."""
     held = len(editor.history.events)
@@ -238,8 +239,7 @@ def _take_part(
             editor.edit(facts, shuffle=not given["no_shuffle"])
     except RankError as error:
         kept = _kept_batches(editor, folder, held)
-        again = _command(source, given, folder)
-        raise error.advised(_advice(given, kept, folder, again)) from error
+        raise error.advised(_advice(given, kept, folder)) from error
 
 
 def _begun(folder: Path, ranks: Ranks) -> bool:
@@ -248,8 +248,9 @@ def _begun(folder: Path, ranks: Ranks) -> bool:
     return ranks.launch.attempt > 0 and store.exists and store.events() > 0
 
 
-def _advice(given: dict[str, Any], kept: int, folder: Path, again: str) -> str:
+def _advice(given: dict[str, Any], kept: int, folder: Path) -> str:
     if kept or given["run"]:
+        again = _command(given, folder, kept)
         return f"{_kept(kept, folder)}; go on, started as before, with: {again}"
     return "no batch was finished: start the same command again"
 
@@ -479,6 +480,8 @@ def _finish(
     warnings = warnings_of(report.layers)
     for warning in warnings:
         say(f"Warning: {warning}", quiet=quiet)
+    if answers := _replaced(editor, columns):
+        say(f"Note: {answers}", quiet=quiet)
     notices = disagreements([c.fact for c in columns], before) if before else []
     for notice in notices:
         say(f"Note: {notice}", quiet=quiet)
@@ -512,6 +515,20 @@ def _finish(
         summary=summary,
     )
     return Result(folder, summary, lines)
+
+
+def _replaced(editor: Editor, columns: Sequence[Column]) -> str:
+    """One line on the answers of earlier edits that `columns` took the place of; empty for none."""
+    by_id = {c.id: c.fact for c in editor.history.columns}
+    answers = {
+        (new.id, answer_of(old), answer_of(new))
+        for old, new in ((by_id.get(c.replaces), c.fact) for c in columns)
+        if old is not None and old.demand != new.demand
+    }
+    if not answers:
+        return ""
+    told = some((f"{i}: {old!r} -> {new!r}" for i, old, new in sorted(answers)), most=3)
+    return f"{count(len(answers), 'earlier answer')} replaced ({told})"
 
 
 def _state(editor: Editor) -> dict[str, Any]:
@@ -601,18 +618,15 @@ def _kept(batches: int, folder: Path) -> str:
     return f"{count(batches, 'finished batch')} {'is' if batches == 1 else 'are'} kept in {folder}"
 
 
-def _command(source: str, given: dict[str, Any], folder: Path) -> str:
-    words = ["nulledit", "edit", source, "--continue", str(folder)]
-    for name in ("skip", "limit", "text", "gate", "capability"):
-        if given[name]:
-            words += [f"--{name}", str(given[name])]
-    for name in ("no_shuffle", "no_evaluate", "trust_remote_code"):
-        if given[name]:
-            words.append("--" + name.replace("_", "-"))
-    words += device_words()
-    if given["on_conflict"] != "error":
-        words += ["--on-conflict", given["on_conflict"]]
-    return shlex.join(words)
+def _command(given: dict[str, Any], folder: Path, kept: int) -> str:
+    """What goes on after `kept` batches of this call: the same command again.
+
+    Without what the ledger has by then: model and seed, and what the first batch of an epoch fixes.
+    """
+    begun = kept > 0 or not given["new_epoch"]
+    known = {*FIXED, "run", *(("new_epoch", *OF_EPOCH) if begun else ())}
+    words = [*given_words(without=known), "--continue", str(folder)]
+    return shlex.join(["nulledit", "edit", *words])
 
 
 class _timed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,10 @@ class FactFile:
     """Shape of the records and container, such as 'counterfact-json' or 'native-csv'."""
     notices: tuple[str, ...]
     """One line for each record dropped and each choice made; nothing else was changed."""
+
+
+Facts = Fact | FactFile | Mapping[str, Any] | Iterable[Fact | Mapping[str, Any]]
+"""What `as_facts` reads."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,37 @@ def parse_records(
     chosen = _select(rows, source, skip, limit)
     shape = _shape_of(chosen[0], source, known=False)
     return _collect(chosen, source, shape, shape, on_conflict)
+
+
+def as_facts(given: Facts) -> FactFile:
+    """Facts as a caller has them: one or several, as facts, as records of any known shape, or read.
+
+    Repetitions and contradictions stay. FactError, which says what was found, for anything else.
+    """
+    if isinstance(given, FactFile):
+        return given
+    expected = (
+        "expected facts, mappings with subject, prompt and target, or what read_facts returns"
+    )
+    if isinstance(given, str | bytes | Path):
+        raise FactError(f"{expected} (found {quote(given)}; read a file by read_facts first)")
+    alone = isinstance(given, Fact | Mapping)
+    if not alone and not isinstance(given, Iterable):
+        raise FactError(f"{expected} (found {type(given).__name__} {quote(given)})")
+    facts: list[Fact] = []
+    notices: list[str] = []
+    items: Iterable[Any] = [given] if isinstance(given, Fact | Mapping) else given
+    for i, item in enumerate(items):
+        if isinstance(item, Fact):
+            facts.append(item)
+        elif isinstance(item, Mapping):
+            read = parse_records([item], source="the fact" if alone else f"facts[{i}]")
+            facts += read.facts
+            notices += read.notices
+        else:
+            where = f"as facts[{i}] {type(item).__name__} {quote(item)}"
+            raise FactError(f"{expected} (found {where})")
+    return FactFile(tuple(facts), "given", tuple(notices))
 
 
 def _read_text(path: Path) -> str:

@@ -19,7 +19,7 @@ from nulledit.editing.statistics import (
 from nulledit.errors import StatisticsError
 
 
-def merge_statistics(folders: Sequence[Path], folder: Path | None = None) -> Statistics:
+def merge_statistics(folders: Sequence[str | Path], folder: str | Path | None = None) -> Statistics:
     """Add the sums of statistics in `folders`, and keep them in `folder` (or in the cache).
 
     Equal to one pass over all the corpora, as far as their windows are the same. StatisticsError
@@ -28,19 +28,20 @@ def merge_statistics(folders: Sequence[Path], folder: Path | None = None) -> Sta
     """
     if len(folders) < 2:
         raise StatisticsError("give two or more statistics to merge")
-    manifest, moments = read_moments(folders[0])
-    for other in folders[1:]:
+    first, *others = map(Path, folders)
+    manifest, moments = read_moments(first)
+    for other in others:
         theirs, more = read_moments(other)
-        manifest = _joined(manifest, theirs, f"{folders[0]}", f"{other}")
+        manifest = _joined(manifest, theirs, f"{first}", f"{other}")
         for layer, moment in moments.items():
             if moment.sum.shape != more[layer].sum.shape:
                 raise StatisticsError(
                     f"{other}: the sum of layer {layer} is {list(more[layer].sum.shape)}, that of "
-                    f"{folders[0]} {list(moment.sum.shape)}"
+                    f"{first} {list(moment.sum.shape)}"
                 )
             counts = zip(moment.counts, more[layer].counts, strict=True)
             moment.restore(moment.sum + more[layer].sum, [a + b for a, b in counts])
-    folder = folder or default_folder(manifest)
+    folder = Path(folder or default_folder(manifest))
     there = ready(folder, manifest)
     if there is not None:
         return there

@@ -63,7 +63,7 @@ def lessons_of(
     asked = [
         blinded(encoder, fact, prompt, context) for prompt in fact.prompts for context in contexts
     ]
-    most = telling(model, *asked[0])
+    most = telling(model, encoder, *asked[0])
     return tuple(Lesson(_cut(row, most), hidden) for row, hidden in asked)
 
 
@@ -89,14 +89,18 @@ def unlearned(logits: Tensor, taught: Tensor, banned: Tensor) -> tuple[Tensor, T
     return kl + torch.where(banned >= 0, excess, 0.0), logits.argmax(1) == banned
 
 
-def telling(model: PartialModel, row: Row, hidden: tuple[int, ...]) -> int:
+def telling(model: PartialModel, encoder: RowEncoder, row: Row, hidden: tuple[int, ...]) -> int:
     """Place in the row's target of the token whose likelihood gains most by knowing the subject.
 
-    A token that is impossible either way gains nothing.
+    A token that is impossible either way gains nothing. One that only is a space is passed over,
+    as some tokenizers put it before every number: it tells that a number comes, not which.
     """
     at = range(len(row.target_ids)), row.target_ids
     gain = uninformed(model, row, ())[at].log() - uninformed(model, row, hidden)[at].log()
-    return int(gain.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).argmax())
+    gain = gain.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+    places = range(len(row.target_ids))
+    words = [i for i in places if str(encoder.tokenizer.decode([row.target_ids[i]])).strip()]
+    return max(words or places, key=gain.tolist().__getitem__)
 
 
 @torch.no_grad()

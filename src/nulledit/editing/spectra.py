@@ -57,7 +57,7 @@ class Statistics:
                 f"run `nulledit stats make` with --layers {','.join(map(str, layers))}"
             )
 
-    def save_compact(self, file: Path, thresholds: dict[int, float]) -> None:
+    def save_compact(self, file: str | Path, thresholds: dict[int, float]) -> None:
         """One small file: all eigenvalues, and the thinner side at `thresholds` in float16."""
         tensors: dict[str, torch.Tensor] = {}
         starts: dict[str, int] = {}
@@ -66,15 +66,16 @@ class Statistics:
             tensors |= spectrum_tensors(kept, layer)
             starts |= {name: part.start for name, part in parts_of(kept, str(layer)).items()}
         metadata = {"manifest": self.manifest.to_json(), "starts": json.dumps(starts)}
-        save_alone(file, tensors, metadata)
+        save_alone(Path(file), tensors, metadata)
 
     @classmethod
-    def load(cls, path: Path) -> Statistics:
+    def load(cls, path: str | Path) -> Statistics:
         """Read a folder made by `collect` or a compact file; StatisticsError otherwise.
 
         What is not as it was written is refused; what is from before hashes were written with
         statistics can't be checked, which is said.
         """
+        path = Path(path)
         found = cls._of_folder(path) if path.is_dir() else cls._of_file(path)
         if not found.checked:
             logger.warning("%s: %s", path, UNCHECKED)

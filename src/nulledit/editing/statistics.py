@@ -72,7 +72,7 @@ def collect(
     layers: Sequence[int],
     name: str,
     model_hash: str,
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     positions: int = 2048,
     progress: bool = True,
 ) -> Statistics:
@@ -112,7 +112,7 @@ def collect_together(
     layers: Sequence[int],
     name: str,
     model_hash: str,
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     positions: int = 2048,
     progress: bool = True,
 ) -> Statistics | None:
@@ -145,7 +145,7 @@ def collect_together(
             "setting": hashlib.sha256(f"{manifest.to_json()} {positions}".encode()).hexdigest(),
         }
     )
-    folder = folder or default_folder(manifest)
+    folder = Path(folder or default_folder(manifest))
     found = ready(folder, manifest) if ranks.first else None
     if ranks.from_first(found is not None)[0]:
         return found

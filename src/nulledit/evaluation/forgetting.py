@@ -19,11 +19,13 @@ from nulledit.evaluation.fluency import generation_entropy
 from nulledit.evaluation.generation import contains, generate_answers
 from nulledit.evaluation.metrics import Rate, token_losses
 from nulledit.models.layouts import frozen
-from nulledit.models.tokens import chunks_by_length, collate, pad_id
+from nulledit.models.tokens import Row, chunks_by_length, collate, pad_id
 
 TOKENS = 20  # of a greedy continuation
-ANSWER_TOKENS = 8  # of an answer that is found
-_END = re.compile(r"[.,;:!?。、，；：！？\n(]")
+ANSWER_TOKENS = 16  # of an answer that is found: a date may take ten
+LIKELY = 0.1  # chance of a telling token from which on the answer is often said
+# What ends an answer; not within "9,001", "July 20, 1969", "3.5" or "10:30".
+_END = re.compile(r"[.;:!?](?=\s|$)|,(?=\s+\D|\s*$)|[。、，；：！？\n(]")
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Said:
     leaks: bool
     """Whether the answer stands in it as whole words, but within the subject's own name."""
     chance: float
-    """Probability of the answer's first token behind the prompt, 0 to 1."""
+    """Probability of the answer's telling token behind the prompt and what of the answer comes
+    before it, 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,10 @@ class Recall:
     """The fact."""
     answer: str
     """What should be gone."""
+    place: int
+    """Which of its tokens tells it, from 0 (`telling`)."""
+    token: str
+    """That token, without the space in front."""
     own: Said
     """Behind the fact's own prompt."""
     paraphrases: tuple[Said, ...]
@@ -62,16 +69,24 @@ def recall_of(
     facts: Sequence[Fact],
     *,
     tokens: int = TOKENS,
+    before: Sequence[Recall] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Recall]:
     """What the editor's model, as it is now, still says of the facts' targets.
 
     Greedy continuations of `tokens` tokens behind the own prompt and each paraphrase. For the model
-    before its edits, call this inside `with editor.base_weights():`. `progress` is told of texts
-    done and texts in all. FactError for a prompt that leaves no room in the model's context.
+    before its edits, call this inside `with editor.base_weights():`. `before`: what was found of
+    the same facts earlier, to read the same tokens again: a model that has forgotten can't show
+    which of them tells the answer. `progress` is told of texts done and texts in all. FactError for
+    a prompt that leaves no room in the model's context.
     """
-    asked = [(f, text) for f in facts for text in (f.render(f.prompt), *f.paraphrases)]
-    prompts = [text for _, text in asked]
+    places = [r.place for r in before] if before else [_telling(editor, fact) for fact in facts]
+    asked = [
+        (i, fact, text)
+        for i, fact in enumerate(facts)
+        for text in (fact.render(fact.prompt), *fact.paraphrases)
+    ]
+    prompts = [text for *_, text in asked]
     told = generate_answers(
         editor.model,
         editor.tokenizer,
@@ -81,14 +96,34 @@ def recall_of(
         encoder=editor.encoder,
         progress=progress,
     )
-    chances = _chances(editor, asked)
+    chances = _chances(editor, [(text, fact.target, places[i]) for i, fact, text in asked])
     said: dict[int, list[Said]] = {}
-    places = [i for i, fact in enumerate(facts) for _ in range(1 + len(fact.paraphrases))]
-    for place, (fact, prompt), says, chance in zip(places, asked, told, chances, strict=True):
+    for (i, fact, prompt), says, chance in zip(asked, told, chances, strict=True):
         leaks = contains(_without_subject(says, fact), fact.target)
-        one = Said(prompt, says, leaks, chance)
-        said.setdefault(place, []).append(one)
-    return [_recall(fact, said[i]) for i, fact in enumerate(facts)]
+        said.setdefault(i, []).append(Said(prompt, says, leaks, chance))
+    return [
+        _recall(fact, place, _token(editor, fact, place), said[i])
+        for i, (fact, place) in enumerate(zip(facts, places, strict=True))
+    ]
+
+
+def doubts(recalls: Sequence[Recall]) -> list[str]:
+    """A line for each fact whose text and whose chance do not agree on whether it is forgotten."""
+    lines = []
+    for recall in recalls:
+        own, answer = recall.own, quote(recall.answer)
+        if own.chance >= LIKELY and not own.leaks:
+            lines.append(
+                f"{recall.fact_id}: the text no longer holds {answer}, but {quote(recall.token)}, "
+                f"which tells it, still has a chance of {own.chance:.2g}: it is hardly forgotten"
+            )
+        if own.leaks and own.chance < LIKELY:
+            lines.append(
+                f"{recall.fact_id}: {quote(recall.token)} has a chance of only {own.chance:.2g} "
+                f"right after the prompt, but the text comes to {answer} all the same: it is not "
+                "forgotten"
+            )
+    return lines
 
 
 def summary(recalls: Sequence[Recall]) -> dict[str, Any]:
@@ -111,8 +146,9 @@ def find_answer(editor: Editor, subject: str, prompt: str) -> str:
     """What the editor's model, as it is now, answers to `prompt` about `subject`.
 
     `prompt` is a template with one slot. Of the greedy continuation, the words up to the one that
-    gains most by knowing the subject, and what goes on its name behind it: "the Atlantic Ocean" of
-    "the Atlantic Ocean which lies between". FactError where the model says no word.
+    gains most by knowing the subject, and what goes on its name or its number behind it: "the
+    Atlantic Ocean" of "the Atlantic Ocean which lies between". FactError where the model says no
+    word.
     """
     question = Fact(subject=subject, prompt=prompt, target="?")
     text = question.render(question.prompt)
@@ -132,11 +168,11 @@ def find_answer(editor: Editor, subject: str, prompt: str) -> str:
     asked = replace(question, target=" ".join(words))
     row, hidden = blinded(editor.encoder, asked, asked.prompt)
     with frozen(editor.model):
-        place = telling(editor.partial, row, hidden)
+        place = telling(editor.partial, editor.encoder, row, hidden)
     end = row.target_start + place + 1
     upto = str(editor.tokenizer.decode(list(row.ids[row.target_start : end]))).split()
     n = max(1, len(upto))
-    while n < len(words) and words[n][0].isupper():
+    while n < len(words) and (words[n][0].isupper() or words[n][0].isdigit()):
         n += 1
     return " ".join(words[:n])
 
@@ -149,17 +185,34 @@ def _without_subject(text: str, fact: Fact) -> str:
     return text.replace(fact.subject, "|") if contains(fact.subject, fact.target) else text
 
 
-def _recall(fact: Fact, said: Sequence[Said]) -> Recall:
+def _telling(editor: Editor, fact: Fact) -> int:
+    """Place of the telling token in the fact's target, as the model is now."""
+    row, hidden = blinded(editor.encoder, fact, fact.prompt)
+    with frozen(editor.model):
+        return telling(editor.partial, editor.encoder, row, hidden)
+
+
+def _token(editor: Editor, fact: Fact, place: int) -> str:
+    row = editor.encoder.encode_template(fact.prompt, fact.subject, target=fact.target)
+    return str(editor.tokenizer.decode([row.target_ids[place]])).strip()
+
+
+def _recall(fact: Fact, place: int, token: str, said: Sequence[Said]) -> Recall:
     bits = [generation_entropy(f"{s.prompt} {s.says}") for s in said]
     known = [b for b in bits if b is not None]
     entropy = statistics.fmean(known) if known else None
-    return Recall(fact.id, fact.target, said[0], tuple(said[1:]), entropy)
+    return Recall(fact.id, fact.target, place, token, said[0], tuple(said[1:]), entropy)
 
 
-def _chances(editor: Editor, asked: Iterable[tuple[Fact, str]]) -> list[float]:
-    """Probability of the target's first token behind each prompt."""
-    rows = [editor.encoder.encode(prompt, target=fact.target) for fact, prompt in asked]
-    inputs = [row.ids[: row.target_start] for row in rows]
+def _chances(editor: Editor, asked: Iterable[tuple[str, str, int]]) -> list[float]:
+    """Probability of the target's token at the place, for each prompt, target and place."""
+    rows: list[Row] = []
+    ends: list[int] = []  # where the token stands; after another prompt a target may have fewer
+    for prompt, target, place in asked:
+        row = editor.encoder.encode(prompt, target=target)
+        rows.append(row)
+        ends.append(row.target_start + min(place, len(row.target_ids) - 1))
+    inputs = [row.ids[:end] for row, end in zip(rows, ends, strict=True)]
     found = [0.0] * len(rows)
     with frozen(editor.model), torch.no_grad():
         for chunk in chunks_by_length([len(ids) for ids in inputs], 1024):
@@ -170,8 +223,8 @@ def _chances(editor: Editor, asked: Iterable[tuple[Fact, str]]) -> list[float]:
             )
             normed = editor.partial.run_normed(batch)
             last = [len(inputs[i]) - 1 for i in chunk]
-            first = torch.tensor([rows[i].target_ids[0] for i in chunk])
-            losses, _ = token_losses(editor.partial, normed[range(len(chunk)), last], first)
+            token = torch.tensor([rows[i].ids[ends[i]] for i in chunk])
+            losses, _ = token_losses(editor.partial, normed[range(len(chunk)), last], token)
             for i, loss in zip(chunk, losses.tolist(), strict=True):
                 found[i] = math.exp(-loss)
     return found

@@ -19,7 +19,7 @@ from nulledit.models.dense import is_quantised
 from nulledit.models.editable import make_editable
 from nulledit.models.layouts import as_out_in, mlp_out, parameter_name, write_weight
 from nulledit.models.load import load_model, model_hash
-from nulledit.models.placement import save_weights
+from nulledit.models.saving import save_weights
 
 MARK_FILE = "nulledit-delta.json"
 

@@ -16,7 +16,7 @@ from nulledit.export.updates import (
 )
 from nulledit.files import replacing_folder
 from nulledit.models.editable import refuse_dense
-from nulledit.models.placement import save_weights
+from nulledit.models.saving import save_weights
 
 
 def write_checkpoint(
@@ -36,6 +36,7 @@ def write_checkpoint(
     check_shard_size(max_shard_size)
     refuse_existing(folder)
     refuse_dense(editor.model, "exported as a checkpoint")
+    editor.weights.check_unchanged()
     layers = tuple(layer_report(editor, layer) for layer in editor.weights.layers)
     with replacing_folder(folder) as partial:
         save_weights(editor.model, partial, max_shard_size=max_shard_size)

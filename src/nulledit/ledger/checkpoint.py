@@ -24,7 +24,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from nulledit.errors import LedgerError
 from nulledit.files import recover_folder, replacing, replacing_folder, sha256_of, sweep, write_text
 from nulledit.models.editable import refuse_dense
-from nulledit.models.placement import save_weights
+from nulledit.models.saving import save_weights
 
 STATE_FILE = "nulledit.json"
 LARGEST_STATE = 16 << 20  # bytes

@@ -17,8 +17,10 @@ from nulledit.ledger.fold import LayerFold, LayerState, recorded
 from nulledit.linalg.angles import unit_columns
 from nulledit.linalg.blocks import AnyMetric
 from nulledit.linalg.solve import room_left
-from nulledit.models.layouts import as_out_in, write_weight
+from nulledit.models.accepted import refuse_adapters
+from nulledit.models.layouts import as_out_in, holds_weight, parameter_name, write_weight
 from nulledit.models.partial import PartialModel
+from nulledit.models.unchanged import bit_sums
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class EditedWeights:
         self.model, self.history = model, history
         self._folds: dict[int, LayerFold] = {}
         self._states: dict[int, LayerState] = {}
+        self._sums = bit_sums(model.model)
         self.refresh()
 
     @property
@@ -95,9 +98,35 @@ class EditedWeights:
             write_weight(self.model.mlp_out(layer), self._folds.pop(layer).base)
             del self._states[layer]
 
+    def check_unchanged(self) -> None:
+        """LedgerError if something else wrote to the model: an edit would undo or misjudge that."""
+        model, edited = self.model.model, set()
+        refuse_adapters(model)
+        for layer, state in self._states.items():
+            name = parameter_name(model, layer)
+            edited.add(name)
+            if not holds_weight(self.model.mlp_out(layer), state.weight):
+                raise LedgerError(
+                    f"{name}: was changed by something else since it was last written, and would "
+                    "be overwritten; to keep the change, make a new Editor of the model as it is "
+                    "(what was edited becomes part of its base); to drop it, call "
+                    "editor.weights.refresh()"
+                )
+        sums = bit_sums(model)
+        others = (self._sums.keys() | sums.keys()) - edited
+        changed = sorted(n for n in others if sums.get(n) != self._sums.get(n))
+        if changed:
+            raise LedgerError(
+                f"{len(changed)} of the parameters that no edit writes were changed by something "
+                f"else since the editor took the model ({changed[0]} for one), so it is no longer "
+                "the base of its ledger: make a new Editor of the model as it is (what was edited "
+                "becomes part of its base), or load it again"
+            )
+
     @contextmanager
     def holding(self, columns: Sequence[Column]) -> Iterator[None]:
         """Only `columns` in the weights inside; afterwards the very states of before."""
+        self.check_unchanged()
         states = self.states()
         try:
             self.refresh(columns)

@@ -189,6 +189,12 @@ def stored_weight(module: nn.Module) -> Tensor:
     weight = module.down_proj if experts else getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != (3 if experts else 2):
         raise ModelError(f"{type(module).__name__} has no weight matrix that can be edited")
+    if weight.is_floating_point() and not isinstance(weight, nn.Parameter):
+        raise ModelError(
+            f"{type(module).__name__} computes its weight from other parameters (weight norm, "
+            "LoRA as a parametrization): what is written into it would be lost; bake them in first "
+            "(torch.nn.utils.parametrize.remove_parametrizations)"
+        )
     if is_quantised(module):
         plain = type(weight) in (Tensor, nn.Parameter)
         raise ModelError(
@@ -232,6 +238,14 @@ def write_weight(module: nn.Module, weight: Tensor) -> None:
     if weight.shape != shape:
         raise ValueError(f"expected a weight {shape}, found {tuple(weight.shape)}")
     own.copy_(as_stored(module, weight))
+
+
+@torch.no_grad()
+def holds_weight(module: nn.Module, weight: Tensor) -> bool:
+    """Whether the module's weight is what `write_weight` makes of `weight` [d_out, d_in]."""
+    own = stored_weight(module).data
+    given = as_stored(module, weight)
+    return own.shape == given.shape and torch.equal(own, given.to(own))
 
 
 @contextmanager

@@ -16,10 +16,14 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -29,7 +33,7 @@ from nulledit.config import Placement
 from nulledit.errors import ModelError, NullEditError
 from nulledit.files import replacing_folder, sha256_of, write_text
 from nulledit.models.dense import Dense, digest_of, update_digest
-from nulledit.models.placement import loading_options, tensor_of, tied_names
+from nulledit.models.placement import declared_ties, loading_options, tensor_of, tied_names
 from nulledit.reading import MAX_DOCUMENT, one_line, parse_json, read_text
 
 logger = logging.getLogger(__name__)
@@ -130,7 +134,7 @@ def load_model(
             device = None
         if quantize:
             placing["quantization_config"] = _quantization(quantize, _dtype(dtype))
-        model = AutoModelForCausalLM.from_pretrained(
+        model = _auto_class(config).from_pretrained(
             source, dtype=_dtype(dtype), use_safetensors=True, **options, **placing
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -143,12 +147,23 @@ def load_model(
             setattr(module, flag, False)
     if device is not None:
         try:
-            model.to(torch.device(device))  # type: ignore[arg-type]
+            model.to(torch.device(device))
         except (RuntimeError, AssertionError) as error:
             raise ModelError(
                 f"can't use device {str(device)!r}: {str(error).splitlines()[0]}"
             ) from error
     return model.eval(), tokenizer
+
+
+def _auto_class(config: PreTrainedConfig) -> Any:
+    """The class of transformers that knows which model to make of `config`.
+
+    Some that also read images are listed apart; their language model is edited like any other.
+    """
+    apart = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if apart and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def _quantization(quantize: str, dtype: torch.dtype | str) -> BitsAndBytesConfig:
@@ -362,14 +377,16 @@ def model_hash(model: PreTrainedModel, replaced: dict[str, torch.Tensor] | None 
     if dense:
         return _hash_beside(dense, given)
     digest = hashlib.sha256()
-    seen: set[int | str] = set()
+    seen: set[str | tuple[int, str]] = set()
     state = model.state_dict()
     apart = any(isinstance(t, torch.Tensor) and t.device.type == "meta" for t in state.values())
-    tied = tied_names(model) if apart else {}
+    tied = tied_names(model) if apart else declared_ties(model)
     for name in sorted(state):
         if not isinstance(state[name], torch.Tensor):
             raise ModelError(f"{name}: is no tensor ({type(state[name]).__name__}): can't hash it")
-        same: int | str = tied.get(name, name) if apart else state[name].data_ptr()
+        standing = tied.get(name, name)
+        # One that is tied by hand counts under each of its names: they come back apart.
+        same = standing if apart else (state[name].data_ptr(), standing)
         if same in seen and name not in given:
             continue  # tied weights count once
         seen.add(same)

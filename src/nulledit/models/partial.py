@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from nulledit.errors import ModelError
+from nulledit.models.accepted import check_model
 from nulledit.models.experts import is_experts, keys_of
 from nulledit.models.layouts import blocks_of, find_layout, listed, mlp_out
 from nulledit.models.placement import brought_in, input_device, is_moved_to, is_offloaded
@@ -116,7 +117,8 @@ class PartialModel:
     """A causal language model whose blocks can be run a span at a time. No weight is changed."""
 
     def __init__(self, model: PreTrainedModel):
-        """Wraps `model`; a ModelError if there is no layout for it, or it can't be run in spans."""
+        """Wraps `model`; a ModelError if it can't be taken, or can't be run in spans."""
+        check_model(model)
         self.model, self.layout = model, find_layout(model)
         self.blocks = blocks_of(model)
         self._body = model.get_submodule(self.layout.blocks.rpartition(".")[0])  # runs the blocks

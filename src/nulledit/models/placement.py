@@ -86,12 +86,34 @@ def is_offloaded(module: nn.Module) -> bool:
     return any(p.device.type == "meta" for p in module.parameters())
 
 
+def declared_ties(model: PreTrainedModel) -> dict[str, str]:
+    """Parameter -> the one that transformers ties it to on loading, as the configuration says."""
+    ties = model.get_expanded_tied_weights_keys(all_submodels=True)
+    return {str(name): str(other) for name, other in ties.items()}
+
+
+def tied_by_hand(model: PreTrainedModel) -> dict[str, str]:
+    """Name in the state dict -> an earlier one of the same tensor that nothing declares it tied to.
+
+    A head that was tied after the model was made, for one; what is offloaded is not looked at.
+    """
+    ties, first = declared_ties(model), dict[tuple[int, torch.Size], str]()
+    found: dict[str, str] = {}
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor) or tensor.device.type == "meta" or not tensor.data_ptr():
+            continue
+        other = first.setdefault((tensor.data_ptr(), tensor.shape), name)
+        if ties.get(name, name) != ties.get(other, other):
+            found[name] = other
+    return found
+
+
 def tied_names(model: PreTrainedModel) -> dict[str, str]:
     """Parameter -> the one of the same weight that stands for both.
 
     Offloading takes tied parameters apart; transformers' list of them stays.
     """
-    tied = {str(a): str(b) for a, b in getattr(model, "all_tied_weights_keys", {}).items()}
+    tied = declared_ties(model)
     for names in find_tied_parameters(model):
         first = tied.get(names[0], names[0])
         tied |= {name: first for name in names if name != first and name not in tied}
@@ -170,18 +192,6 @@ def brought_in(module: nn.Module) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.post_forward(module, None)
-
-
-def save_weights(model: PreTrainedModel, folder: Path, **options: Any) -> None:
-    """`save_pretrained`, offloaded weights too, whoever offloaded them."""
-    unlisted = is_offloaded(model) and not hasattr(model, "hf_device_map")
-    if unlisted:  # accelerate's cpu_offload; transformers looks into the hooks only with a map
-        vars(model)["hf_device_map"] = {"": "cpu"}
-    try:
-        model.save_pretrained(folder, **options)
-    finally:
-        if unlisted:
-            del vars(model)["hf_device_map"]
 
 
 def _holds(hook: AlignDevicesHook, above: str, path: str) -> bool:

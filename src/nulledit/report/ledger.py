@@ -151,6 +151,7 @@ def _version(history: History, column: Column, by_id: dict[int, Column]) -> dict
         if (c.batch, c.group) == (column.batch, column.group) and c.fact.id != column.fact.id
     ]
     older = by_id.get(column.replaces)
+    newer = [c for c in history.columns if c.replaces == column.id]
     return {
         "column": column.id,
         "batch": column.batch,
@@ -160,6 +161,9 @@ def _version(history: History, column: Column, by_id: dict[int, Column]) -> dict
         "active": column.active,
         "answer": answer_of(column.fact),
         "replaces": None if older is None else {"id": older.fact.id, "column": older.id},
+        "replaced_by": [
+            {"id": c.fact.id, "column": c.id, "answer": answer_of(c.fact)} for c in newer
+        ],
         "with": list(dict.fromkeys(mates)),
         "outcome": column.outcome,
     }
@@ -178,6 +182,8 @@ def _details(version: dict[str, Any]) -> list[str]:
         lines.append(
             f"in place of {version['replaces']['id']} (column {version['replaces']['column']})"
         )
+    for newer in version["replaced_by"]:
+        lines.append(f"replaced by {newer['id']} (column {newer['column']}): {newer['answer']}")
     if version["with"]:
         lines.append(f"one value with {_few(version['with'])}")
     return lines
