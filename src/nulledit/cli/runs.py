@@ -36,7 +36,7 @@ from nulledit.distributed import Ranks
 from nulledit.editor import Editor, EditReport
 from nulledit.errors import CheckFailed, ConfigError, LedgerError, NullEditError, RankError
 from nulledit.evaluation.forms import form_name, other_system
-from nulledit.evaluation.generation import contains
+from nulledit.evaluation.generation import says_any
 from nulledit.evaluation.preservation import Preservation, preservation_report
 from nulledit.evaluation.runner import Evaluation
 from nulledit.evaluation.tasks import read_tasks
@@ -482,7 +482,7 @@ def _lines(
             number,
             then[column.fact.id],
             now[column.fact.id],
-            says_target=contains(after.answers[column.fact.id], column.fact.target),
+            says_target=says_any(after.answers[column.fact.id], column.fact.answers),
         )
         for column in columns
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 
@@ -120,6 +120,11 @@ def contains(answer_text: str, target: str) -> bool:
             return True
         start = text.find(wanted, start + 1)
     return False
+
+
+def says_any(answer_text: str, targets: Iterable[str]) -> bool:
+    """Whether one of `targets` stands in `answer_text`, by `contains`."""
+    return any(contains(answer_text, target) for target in targets)
 
 
 def normalise(text: str) -> str:

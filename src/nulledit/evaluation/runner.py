@@ -25,7 +25,7 @@ ACCELERATOR_POSITIONS = 8192
 
 Progress = Callable[[str, int, int], None]
 Judge = Callable[[str, str, str], bool]
-"""Prompt, what the model said, target -> whether that says the target."""
+"""Prompt, what the model said, an accepted answer -> whether that says it."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Evaluation:
     rates: dict[str, Rate | None]
     """Preference, strict and token rates; None where the facts lack what the measure needs."""
     generation: Rate | None
-    """Share of facts whose target the model says by itself; None if not asked for."""
+    """Share of facts of which the model says an accepted answer by itself; None if not asked."""
     perplexity: Perplexity | None
     """Of the given windows; None if there were none."""
     says_target: dict[str, bool] = field(default_factory=dict)
@@ -121,11 +121,11 @@ def evaluate(
 
     Facts are asked in the form that they are edited in, plain or in the chat template; `encoder`:
     in another one. Longer texts and `windows` are plain text in any case.
-    `windows` of token ids are for perplexity. `judge` says whether an answer says the target; by
-    default whether it contains it. `distract` asks again behind other texts (`queries_of`). With
-    `fluency`, or `references` for consistency, the model writes longer texts, drawn by `seed`
-    (`write_texts`). For the model before its edits, call this inside
-    `with editor.base_weights():`. `progress` is told the stage ("scores", "answers", "texts",
+    `windows` of token ids are for perplexity. `judge` says whether an answer says the target or one
+    of its aliases; by default whether it contains it. `distract` asks again behind other texts
+    (`queries_of`). With `fluency`, or `references` for consistency, the model writes longer texts,
+    drawn by `seed` (`write_texts`). For the model before its edits, call this inside `with
+    editor.base_weights():`. `progress` is told the stage ("scores", "answers", "texts",
     "perplexity"), what is done and what there is in all. Raises FactError for an id used twice.
     """
     _refuse_twins(facts)
@@ -211,7 +211,9 @@ def _answers(
 
 def _judged(facts: Sequence[Fact], answers: Mapping[str, str], judge: Judge) -> dict[str, bool]:
     return {
-        fact.id: bool(judge(fact.render(fact.prompt), answers[fact.id], fact.target))
+        fact.id: any(
+            judge(fact.render(fact.prompt), answers[fact.id], right) for right in fact.answers
+        )
         for fact in facts
         if fact.id in answers and not fact.forget
     }
