@@ -530,7 +530,7 @@ def _command(source: str, given: dict[str, Any], folder: Path) -> str:
     for name in ("skip", "limit", "text", "gate", "capability"):
         if given[name]:
             words += [f"--{name}", str(given[name])]
-    for name in ("no_shuffle", "no_evaluate", "trust_remote_code"):
+    for name in ("no_shuffle", "skip_bad", "no_evaluate", "trust_remote_code"):
         if given[name]:
             words.append("--" + name.replace("_", "-"))
     words += device_words()
