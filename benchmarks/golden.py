@@ -96,7 +96,7 @@ def main():
             list(range(options.facts)),
             layer=8,
             contexts=contexts,
-            settings=ValueSettings(steps=15),
+            settings=ValueSettings(steps=15, stop_margin=None),
             positions=200,
             pad_id=padding,
         )

@@ -131,7 +131,10 @@ def values(clock, setup, options):
 def ends(clock, setup, options):
     """Both sides to their own end: the published settings against a longer step."""
     published = ValueSettings(
-        steps=setup.recipe.values.steps, learning_rate=setup.recipe.values.learning_rate, patience=0
+        steps=setup.recipe.values.steps,
+        learning_rate=setup.recipe.values.learning_rate,
+        patience=0,
+        stop_margin=None,
     )
     fast = ValueSettings(
         steps=options.fast_steps,

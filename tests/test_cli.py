@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 from nulledit import Editor
 from nulledit.cli.main import cli
 from nulledit.editing.values import optimise_values
+from nulledit.evaluation.old_answers import first_clause
+from nulledit.report.holding import mark
 
 RECORDS = [
     {
@@ -643,3 +645,57 @@ def test_a_kill_between_ledger_and_results_is_made_up_for(edited, place):
     done("edit", place / "facts.json", "--continue", edited, "--quiet")
     assert state(edited) == wanted
     assert len(results(edited)) == 4
+
+
+# -- facts that do not hold --------------------------------------------------------------------
+
+
+def test_the_page_says_how_many_hold_and_why_the_others_do_not(place, options, tmp_path):
+    page = done("edit", place / "facts.json", *options, "--out", tmp_path / "run").stdout
+    lines = results(tmp_path / "run")
+    failing = [line for line in lines if line["diagnosis"]]
+    assert f"{4 - len(failing)} of 4 facts hold." in page
+    assert failing, "three steps are too few for some"
+    for line in failing:
+        assert f"  {line['id']}: " in page
+        assert line["diagnosis"]["line"].replace("RUN", str(tmp_path / "run")) in page
+    report = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    assert f"**{4 - len(failing)} of 4 facts hold.**" in report
+    assert "What does not hold, and why" in report
+    for word in ("ok: ", "missed: "):
+        assert (word in page) == any(mark(line) == word[:-2] for line in lines)
+
+
+def test_retry_goes_on_with_what_does_not_hold(edited):
+    before = {line["id"] for line in results(edited) if line["diagnosis"]}
+    held = state(edited)
+    page = done("retry", edited, "--times", "4")
+    assert "written again with values.steps 6" in page.stderr
+    lines = [line for line in results(edited) if line["active"]]
+    assert len(lines) == 4
+    assert {line["id"] for line in lines if line["run"] == 2} == before
+    assert state(edited) != held
+    assert "retry" in done("log", edited).stdout
+
+
+def test_retry_outside_the_limits_leaves_the_run_as_it_was(edited, tmp_path):
+    (tmp_path / "never.yaml").write_text(
+        "efficacy_strict: {at_least: 100}\nperplexity_growth: {at_most: -99}\n"
+    )
+    held, told = state(edited), (edited / "results.jsonl").read_bytes()
+    result = invoke("retry", edited, "--gate", tmp_path / "never.yaml", "--quiet")
+    assert result.exit_code == 1, result.output
+    assert state(edited) == held
+    assert (edited / "results.jsonl").read_bytes() == told
+
+
+def test_edit_retries_at_once_and_takes_old_answers_of_the_base(place, options, tmp_path):
+    words = ("--retry", "4", "--old-answers", "--out", tmp_path / "run")
+    done("edit", place / "facts.json", *options, *words)
+    lines = [line for line in results(tmp_path / "run") if line["active"]]
+    assert len(lines) == 4
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert any("written again with" in notice for notice in summary["runs"][0]["notices"])
+    for line in lines:
+        own = first_clause(line["before"]["answer"])
+        assert line["old_answer"] == ("English" if line["id"] == "ada" else own or None)

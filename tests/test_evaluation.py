@@ -31,6 +31,7 @@ from nulledit.evaluation import (
     shipped_text,
 )
 from nulledit.evaluation import perplexity as perplexity_function
+from nulledit.evaluation.generation import answer_room
 from nulledit.models.layouts import as_out_in
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import RowEncoder, pad_id
@@ -301,6 +302,20 @@ def test_generation_in_batches_is_generation_one_at_a_time(model, tokenizer):
             ids.append(int(best[-1]))
         assert answer == tokenizer.decode(ids[start:]).split("\n")[0].strip()
     assert len(set(alone)) > 1
+
+
+def test_each_answer_gets_its_own_room_whatever_runs_beside_it(model, tokenizer):
+    prompts, room = ["The river", "Ada Byron", "I know that Karo Dun works as a"], [3, 20, 8]
+    together = generate_answers(model, tokenizer, prompts, max_new_tokens=room)
+    for prompt, most, answer in zip(prompts, room, together, strict=True):
+        assert [answer] == generate_answers(model, tokenizer, [prompt], max_new_tokens=most)
+
+
+def test_a_long_target_can_be_said_whole(tokenizer):
+    encoder, target = RowEncoder(tokenizer, max_length=128), "river and valley " * 12
+    own = tokenizer(" " + target, add_special_tokens=False)["input_ids"]
+    assert answer_room(encoder, target) > len(own) > 12
+    assert answer_room(encoder, "river") == 12
 
 
 def test_generation_is_greedy_whatever_the_checkpoint_asks_for(tiny_model, tokenizer):

@@ -461,7 +461,7 @@ def fresh_run(make_editor, batches, values, monkeypatch, recipe=RECIPE):
 
 def values_of(*histories):
     return {
-        c.fact.key: Value(z=z, **c.outcome)
+        c.fact.key: Value.recorded(z, c.outcome)
         for h in histories
         for c in h.active
         for z in h.column_tensor([c], "z")

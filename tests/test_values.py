@@ -6,10 +6,10 @@ import pytest
 import reference
 import torch
 
-from nulledit import Editor
-from nulledit.config import ValueSettings
+from nulledit import Editor, Fact
+from nulledit.config import Recipe, ValueSettings
 from nulledit.editing.keys import Walk
-from nulledit.editing.values import optimise_values
+from nulledit.editing.values import optimise_values, plan_rows
 from nulledit.ledger.fold import read_spectrum
 from nulledit.linalg.blocks import parts_of
 from nulledit.models.layouts import as_out_in, frozen
@@ -99,11 +99,91 @@ def test_padding_side_of_the_tokenizer_does_not_matter(tiny_model, tokenizer, fa
 def test_a_fact_that_converged_leaves_and_the_others_go_on(tiny_model, tokenizer, facts):
     model = tiny_model("llama")
     losses = [v.loss for v in ours(model, tokenizer, facts)]
-    settings = dataclasses.replace(SETTINGS, stop_loss=sorted(losses)[1] + 1e-3, steps=20)
+    settings = dataclasses.replace(
+        SETTINGS, stop_loss=sorted(losses)[1] + 1e-3, stop_margin=None, steps=20
+    )
     together = ours(model, tokenizer, facts, settings=settings, positions=10_000)
     assert len({v.steps for v in together}) > 1, "they should leave at different steps"
     for fact, value in zip(facts, together, strict=True):
         assert distance(value.z, theirs(model, tokenizer, fact, settings=settings).z) < 1e-5
+
+
+def leads(model, tokenizer, fact, value, layer=2):
+    """Of each target token in each row, in whole runs with δ added by a hook [rows][tokens]."""
+    encoder = RowEncoder(tokenizer, max_length=128)
+    found = []
+    for row in plan_rows(fact, encoder, CONTEXTS):
+        ids = torch.tensor([row.ids])
+        place = torch.zeros(*ids.shape, 1)
+        place[0, row.subject_last] = 1
+        bare = plan_rows(fact, encoder, ("{}",))[0]
+        place_of_value = reference.value_place(model, layer)
+        mask = torch.ones(1, len(bare.ids), dtype=torch.long)
+        start = reference.read(model, torch.tensor([bare.ids]), mask, place_of_value, inputs=False)
+        delta = value.z - start[0, bare.subject_last]
+
+        def add(_, args, output, place=place, delta=delta):
+            changed = reference.hidden(output) + place * delta
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        handle = place_of_value.register_forward_hook(add)
+        try:
+            with torch.no_grad():
+                logits = model(input_ids=ids, use_cache=False).logits[0, row.target_start - 1 : -1]
+        finally:
+            handle.remove()
+        own = torch.tensor(row.target_ids)
+        said = logits[range(len(own)), own]
+        logits[range(len(own)), own] = -float("inf")
+        found.append((said - logits.amax(1)).tolist())
+    return found
+
+
+WORDY = (
+    Fact(id="many", subject="Karo Dun", prompt="{} works as a", target="sailor in the town"),
+    Fact(
+        id="asked", subject="Velm", prompt="The harbour of {} lies on the", target="river and sea"
+    ),
+)
+
+
+@pytest.mark.parametrize("margin", [0.0, 1.0])
+def test_a_value_is_done_when_every_token_leads_in_every_row(
+    architecture, tiny_model, tokenizer, margin
+):
+    """However high the bound on the mean loss is."""
+    model = tiny_model(architecture)
+    settings = dataclasses.replace(
+        SETTINGS, steps=60, stop_loss=1e9, stop_margin=margin, clamp=8.0, learning_rate=0.5
+    )
+    for fact, value in zip(WORDY, ours(model, tokenizer, WORDY, settings=settings), strict=True):
+        least = min(lead for row in leads(model, tokenizer, fact, value) for lead in row)
+        assert value.lead == pytest.approx(least, abs=1e-3)
+        assert (value.ended == "done") == (value.lead > margin)
+        assert value.ended == "done" or value.steps == settings.steps - 1
+        assert value.steps > 0
+
+
+def test_the_mean_alone_would_stop_at_once(tiny_model, tokenizer):
+    settings = dataclasses.replace(SETTINGS, stop_loss=1e9, stop_margin=None)
+    for value in ours(tiny_model("llama"), tokenizer, WORDY, settings=settings):
+        assert (value.steps, value.ended) == (0, "done")
+        assert value.lead < 0
+
+
+def test_a_value_says_why_it_ended(tiny_model, tokenizer):
+    model = tiny_model("llama")
+
+    def end(groups=None, **changes):
+        changed = dataclasses.replace(SETTINGS, **changes)
+        return ours(model, tokenizer, WORDY, groups=groups, settings=changed)
+
+    assert {v.ended for v in end(stop_loss=0.0, steps=3)} == {"steps"}
+    assert {v.ended for v in end(stop_loss=0.0, steps=30, patience=3, clamp=0.01)} == {"patience"}
+    assert all(v.clamped for v in end(clamp=0.01, steps=5))
+    assert not any(v.clamped for v in end(clamp=100.0, steps=5))
+    assert {v.shared for v in end()} == {1}
+    assert {v.shared for v in end(groups=[0, 0])} == {2}
 
 
 def test_delta_stays_in_the_clamp(tiny_model, tokenizer, facts):
@@ -113,8 +193,6 @@ def test_delta_stays_in_the_clamp(tiny_model, tokenizer, facts):
 
 
 def test_one_delta_for_a_group_lowers_every_member_loss(tiny_model, tokenizer):
-    from nulledit import Fact
-
     pair = [
         Fact(id="a", subject="Karo Dun", prompt="{} works as a", target="sailor"),
         Fact(id="b", subject="Karo Dun", prompt="{} was born in", target="London"),
@@ -218,3 +296,13 @@ def test_a_rebuild_writes_the_stored_values_again(
     for layer in recipe.layers:
         base = editor.weights.base(layer)
         assert distance(editor.weights.exact(layer) - base, before[layer] - base) < 1e-6
+
+
+def test_a_recipe_of_a_ledger_from_before_the_margin_means_the_mean_alone():
+    old = Recipe().to_dict()
+    del old["values"]["stop_margin"]
+    assert Recipe.recorded(old).values.stop_margin is None
+    assert Recipe.from_dict(old).values.stop_margin == 0
+    for margin in (None, 0.5):
+        kept = Recipe().with_fields({"values.stop_margin": margin}).to_dict()
+        assert Recipe.recorded(kept).values.stop_margin == margin

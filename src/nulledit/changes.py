@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nulledit.batch import BatchWriter, Given, Run, Written
-from nulledit.config import ChatSettings, Recipe
+from nulledit.config import ChatSettings, Recipe, ValueSettings
 from nulledit.data.facts import Fact, refuse_forgetting
 from nulledit.distributed import Ranks
 from nulledit.editing.contexts import make_contexts
 from nulledit.editing.statistics import Statistics, find_statistics
+from nulledit.editing.stronger import differences
 from nulledit.editing.value_cache import ValueCache
 from nulledit.editing.values import plan_rows
 from nulledit.errors import FactError, LedgerError, StatisticsError
@@ -99,7 +100,7 @@ class Changes:
         """The recipe of the epoch there is inside, though `next_epoch` asked for another one."""
         due = (self.recipe, self._opens) if self._opens and self.history.epochs else None
         if due:
-            self.recipe, self._opens = Recipe.from_dict(self.history.epoch.recipe), False
+            self.recipe, self._opens = Recipe.recorded(self.history.epoch.recipe), False
         try:
             yield
         finally:
@@ -177,7 +178,7 @@ class Changes:
             if layer not in self.history.layers:
                 tensors[f"base.{layer}"] = source.original(layer)
         copy = replace(epoch, id=len(self.history.epochs) + 1, tensors=tensor_bytes(tensors)[0])
-        self.recipe = Recipe.from_dict(epoch.recipe)
+        self.recipe = Recipe.recorded(epoch.recipe)
         self._begin(copy, tensors)
 
     def _begin(self, epoch: Epoch, tensors: dict[str, Tensor]) -> None:
@@ -235,6 +236,7 @@ class Changes:
         restored: Sequence[Column] = (),
         behind: Mapping[tuple[str, str], Column] | None = None,
         given: Given | None = None,
+        values: ValueSettings | None = None,
     ) -> None:
         """Edit `facts` together and commit; `dropped` columns leave first, `restored` come back.
 
@@ -242,6 +244,7 @@ class Changes:
         or a value with one that leaves, are optimised again, so that one value says all of them.
         `behind`: columns that new ones stand in for, by question, beside those that leave here.
         `given`: values, where they are known; then no older fact may share a key with a new one.
+        `values`: settings of their optimisation in the place of the recipe's.
         """
         asked = {fact.key: fact for fact in facts}
         out = {c.id for c in dropped}
@@ -251,8 +254,9 @@ class Changes:
         run.notices += [
             f"{asked[fact.key].id}: the older answer {fact.target!r} of {fact.id} is replaced"
             for fact in facts_of(older)
+            if fact.demand != asked[fact.key].demand
         ]
-        writer = self.writer(facts, run)
+        writer = self.writer(facts, run, values)
         near = self.on_key(writer.first_keys, present)
         touched = with_groups([*older, *near], present)
         joined = facts_of(c for c in touched if c.fact.key not in asked)
@@ -261,7 +265,7 @@ class Changes:
                 raise LedgerError("facts with given values share a key with others")
             names = some(fact.id for fact in joined)
             run.notices.append(f"{names}: optimised again with a new fact on the same key")
-            writer = self.writer([*joined, *facts], run)
+            writer = self.writer([*joined, *facts], run, values)
         forgotten = [fact.id for fact in writer.facts if fact.forget]
         if self.method.by_gradient and forgotten:
             raise FactError(
@@ -276,6 +280,10 @@ class Changes:
             self.weights.refresh(staying)
         written = writer.write(staying, given)
         stand_in = {**(behind or {}), **{c.fact.key: c for c in touched}}
+        if values:
+            changed = differences(self.recipe.values, values)
+            for outcome in written.outcomes:
+                outcome["settings"] = changed
         made = self._columns(writer, written, stand_in)
         unknown = {c.fact.id for c in made if not c.outcome["known"]}
         known = facts_of(c for c in made if c.fact.id not in unknown)
@@ -301,13 +309,15 @@ class Changes:
         found = self.weights.near_keys(keys, others, cosine=self.recipe.same_key)
         return [column for column, _ in found]
 
-    def writer(self, facts: Sequence[Fact], run: Run) -> BatchWriter:
-        """Brings `facts` to the first edited layer."""
+    def writer(
+        self, facts: Sequence[Fact], run: Run, values: ValueSettings | None = None
+    ) -> BatchWriter:
+        """Brings `facts` to the first edited layer; `values` as for `batch`."""
         return BatchWriter(
             self.model,
             self.tokenizer,
             self.encoder,
-            self.recipe,
+            replace(self.recipe, values=values) if values else self.recipe,
             self.weights,
             self.history.epoch.contexts,
             facts,

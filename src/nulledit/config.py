@@ -51,7 +51,11 @@ class ValueSettings:
     weight_decay: float = 0.5
     """Weight of ‖δ‖/‖h‖²."""
     stop_loss: float = 0.05
-    """A fact leaves when its loss (nats) is below this."""
+    """A fact is done when its loss (nats) is below this and `stop_margin` is kept."""
+    stop_margin: float | None = 0.0
+    """Nats by which every token of the target must lead its strongest rival in every row, contexts
+    included, before a fact is done. A mean alone may be small while the one token that decides is
+    still wrong. null: the mean loss alone decides (published)."""
     patience: int = 0
     """A fact leaves when this many steps took less than 1 % off its loss; 0: never (published)."""
     kl_prompt: str = "{} is a"
@@ -74,6 +78,8 @@ class ValueSettings:
         check_not_negative(
             self, "kl_weight", "weight_decay", "stop_loss", "patience", "chunk_tokens"
         )
+        if self.stop_margin is not None:
+            check_not_negative(self, "stop_margin")
         _one_slot(self.kl_prompt, "values.kl_prompt")
 
 
@@ -243,6 +249,14 @@ class Recipe:
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
         """Build from plain data; unknown keys and wrong types are ConfigErrors."""
         return _build(cls, data, "")
+
+    @classmethod
+    def recorded(cls, data: Mapping[str, Any]) -> Recipe:
+        """Build from what a ledger holds; a field that it lacks means what was done before."""
+        values = data.get("values", {})
+        if isinstance(values, Mapping):
+            data = {**data, "values": {"stop_margin": None, **values}}
+        return cls.from_dict(data)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back."""

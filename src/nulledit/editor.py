@@ -15,11 +15,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nulledit.batch import Progress, Run
 from nulledit.changes import Changes, some
-from nulledit.config import Placement, Recipe, layers_by_depth, load_recipe, shipped_recipes
+from nulledit.config import (
+    Placement,
+    Recipe,
+    ValueSettings,
+    layers_by_depth,
+    load_recipe,
+    shipped_recipes,
+)
 from nulledit.data.facts import Fact
 from nulledit.distributed import Ranks
 from nulledit.editing.queue import batches, merged
 from nulledit.editing.statistics import Statistics
+from nulledit.editing.stronger import stronger
 from nulledit.editing.value_cache import ValueCache
 from nulledit.errors import ConfigError, FactError, LedgerError, ModelError
 from nulledit.files import recover_folder
@@ -262,7 +270,7 @@ class Editor:
         value_cache: str | Path | None,
         ranks: Ranks | None = None,
     ) -> Self:
-        use_layout(model, Recipe.from_dict(history.base.recipe).layout)
+        use_layout(model, Recipe.recorded(history.base.recipe).layout)
         make_editable(model, history.layers, model_hash(model) if history.base.quantized else "")
         for layer in history.layers:
             module = mlp_out(model, layer)
@@ -276,7 +284,7 @@ class Editor:
         editor = cls(
             model,
             tokenizer,
-            recipe=Recipe.from_dict(history.base.recipe),
+            recipe=Recipe.recorded(history.base.recipe),
             name=history.base.model,
             seed=history.base.seed,
             value_cache=value_cache,
@@ -291,7 +299,7 @@ class Editor:
             )
         latest = history.epochs[-1].recipe if history.epochs else history.base.recipe
         cache = editor._changes.cache
-        recipe = editor._with_template(Recipe.from_dict(latest))
+        recipe = editor._with_template(Recipe.recorded(latest))
         kept = store if editor.ranks.first else None
         editor._work(Journal(history, kept), recipe, None, cache)
         return editor
@@ -430,6 +438,38 @@ class Editor:
         layers = self.weights.reports()
         return EditReport(columns, layers, tuple(run.notices), run.seconds, run.optimised)
 
+    def retry(
+        self,
+        *ids: str,
+        values: ValueSettings | None = None,
+        progress: Progress | None = None,
+    ) -> EditReport:
+        """Write facts that are in the model again, with stronger settings of their values.
+
+        `values`: those settings; left out, `stronger` than the recipe's. The solve stays the
+        epoch's. `column.outcome["settings"]` says what was changed; undo takes a retried fact out
+        as a whole. LedgerError if an id is not in the model, FactError for one to forget.
+        """
+        facts = {fact.id: fact for fact in self.facts}
+        for id_ in ids:
+            if id_ not in facts:
+                raise LedgerError(f"no fact {id_!r} in the model; in it are: {some(facts)}")
+            if facts[id_].forget:
+                raise FactError(f"fact {id_!r} is to be forgotten: there is no answer to write")
+        if not ids:
+            raise LedgerError("no fact to write again was named")
+        run, changes = Run(progress), self._changes
+        queue = [facts[id_] for id_ in dict.fromkeys(ids)]
+        self._agree(queue)
+        with frozen(self.model), changes.current_epoch(), changes.guarded():
+            if changes.method.by_gradient:
+                raise ConfigError(f"{changes.method.name} optimises no values: retry can't help")
+            found = values or stronger(self.recipe.values)
+            changes.batch(queue, run, kind="retry", values=found)
+        columns = tuple(c for c in self.history.present if c.fact.id in ids)
+        layers = self.weights.reports()
+        return EditReport(columns, layers, tuple(run.notices), run.seconds, run.optimised)
+
     def forget(
         self,
         facts: Iterable[Fact],
@@ -456,7 +496,7 @@ class Editor:
         enter with what their layers give at their keys now. Undo works across epochs.
         """
         found = _read_recipe(recipe, "")
-        layout = found.layout or Recipe.from_dict(self.history.base.recipe).layout
+        layout = found.layout or Recipe.recorded(self.history.base.recipe).layout
         recipe = self._with_template(
             resolve_recipe(replace(found, layout=layout), "", self.partial, self.history.base.hash)
         )

@@ -79,9 +79,9 @@ class _Edit(Sectioned):
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
         "Model and run": (
             *("model", "out", "run", "new_epoch", "device", *PLACING, "dtype", "quantize"),
-            *("trust_remote_code", "dry_run"),
+            *("trust_remote_code", "retry", "dry_run"),
         ),
-        "Facts": ("limit", "skip", "on_conflict", "skip_bad", "no_shuffle", "seed"),
+        "Facts": ("limit", "skip", "on_conflict", "skip_bad", "old_answers", "no_shuffle", "seed"),
         "Recipe": ("recipe", "stats", *FIELDS, "layers", "null_space", "chat", "system", "changes"),
         "Evaluation": ("text", "no_evaluate", "gate", "capability"),
     }
@@ -141,6 +141,18 @@ class _Edit(Sectioned):
     "--text",
     metavar="FILE",
     help="Text for perplexity and preservation.  [default: one that comes with nulledit]",
+)
+@click.option(
+    "--retry",
+    metavar="N",
+    type=click.IntRange(0),
+    default=0,
+    help="Write what does not hold again, up to N times, each time stronger.  [default: 0]",
+)
+@click.option(
+    "--old-answers",
+    is_flag=True,
+    help="Take what the base says as the old answer of facts that name none.",
 )
 @click.option("--no-evaluate", is_flag=True, help="Edit only.")
 @click.option(

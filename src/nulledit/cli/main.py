@@ -32,6 +32,7 @@ from nulledit.cli.merge import merge
 from nulledit.cli.methods import methods
 from nulledit.cli.preview import preview
 from nulledit.cli.report import report
+from nulledit.cli.retry import retry
 from nulledit.cli.stats import stats
 from nulledit.cli.study import study
 from nulledit.cli.tune import tune
@@ -48,6 +49,7 @@ SECTIONS: dict[str, list[tuple[click.Command, str, str]]] = {
             "nulledit edit facts.yaml --model smollm2-135m --out run",
         ),
         (preview, "What an edit would change; writes nothing.", "nulledit preview run more.yaml"),
+        (retry, "Write what does not hold again, with stronger settings.", "nulledit retry run"),
         (forget, "Suppress a fact, with nothing in its place.", "nulledit forget run facts.yaml"),
     ],
     "Live with edits": [

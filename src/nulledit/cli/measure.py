@@ -14,6 +14,7 @@ from nulledit.data.facts import Fact
 from nulledit.distributed import Ranks
 from nulledit.editor import Editor
 from nulledit.errors import FactError, LedgerError
+from nulledit.evaluation.generation import answer_room
 from nulledit.evaluation.perplexity import read_windows
 from nulledit.evaluation.preservation import shipped_corpus
 from nulledit.evaluation.protocols import queries_of
@@ -21,8 +22,6 @@ from nulledit.evaluation.runner import Evaluation, evaluate
 from nulledit.models.tokens import RowEncoder
 
 WINDOW = 256  # tokens
-ANSWER_TOKENS = 12
-"""Room that a prompt leaves for the answer."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,8 @@ def windows_of(encoder: RowEncoder, file: str | None) -> Text:
 
 def check_lengths(editor: Editor, facts: Sequence[Fact]) -> None:
     """Refuse a prompt that leaves no room for an answer before anything is edited."""
-    room = editor.encoder.leaving(ANSWER_TOKENS)
     for fact in facts:
+        room = editor.encoder.leaving(answer_room(editor.encoder, fact.target))
         for query in queries_of(fact):
             answer = max(query.said, key=len)
             if not room.chat and len(f"{query.prompt} {answer}".encode()) < room.max_length:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import shlex
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,11 @@ from nulledit.data.facts import Fact
 from nulledit.distributed import Ranks
 from nulledit.editor import Editor, EditReport
 from nulledit.errors import CheckFailed, ConfigError, LedgerError, NullEditError, RankError
+from nulledit.evaluation.diagnosis import Diagnosis, diagnose
 from nulledit.evaluation.forms import form_name, other_system
-from nulledit.evaluation.generation import says_any
+from nulledit.evaluation.old_answers import disagreements, with_base_answers
 from nulledit.evaluation.preservation import Preservation, preservation_report
+from nulledit.evaluation.retry import joined, retry_failing
 from nulledit.evaluation.runner import Evaluation
 from nulledit.evaluation.tasks import read_tasks
 from nulledit.files import recover_folder
@@ -47,6 +50,7 @@ from nulledit.gates.warn import warnings_of
 from nulledit.ledger.entries import Column
 from nulledit.ledger.store import Store
 from nulledit.report import run as folder_of
+from nulledit.report.holding import headline, legend, reasons
 from nulledit.report.page import SHOWN, answers_table
 from nulledit.report.tables import as_text, preservation_table, rates_table
 from nulledit.report.text import count
@@ -124,6 +128,9 @@ def run(
         )
     seconds = {"load": time.perf_counter() - started}
     facts = _new(editor, facts, quiet=quiet)
+    if given["old_answers"]:
+        say("Asking the base for old answers", quiet=quiet)
+        facts = with_base_answers(editor, facts)
     if given["new_epoch"] and not facts:
         say("Note: no fact is new, so no epoch is begun", quiet=quiet)
     text = None
@@ -145,10 +152,11 @@ def run(
                 editor.attach(folder)
             stack.enter_context(editor.writing())
             stack.enter_context(ranks.watched())
+            work = partial(_edit, editor, facts, given, seconds, quiet=quiet)
             if limits is None:
-                report = _edit(editor, facts, given, seconds, quiet=quiet)
+                report = work()
             else:
-                report = _gated(editor, facts, given, limits, text, seconds, quiet=quiet)
+                report = _gated(editor, work, given, limits, text, seconds, quiet=quiet)
                 if begins:
                     attached = True
                     editor.attach(folder)
@@ -176,6 +184,44 @@ def run(
         elif kept:
             say(f"Note: {_kept(kept, folder)}; go on with: {again}", quiet=False)
         raise
+
+
+def run_retry(given: dict[str, Any], *, quiet: bool) -> Result | None:
+    """Write what does not hold in a run again, inside the limits if there are any.
+
+    None where every fact holds. A refusal leaves run and ledger as they were.
+    """
+    started = time.perf_counter()
+    folder = Path(given["run"])
+    limits = load_limits(given["gate"]) if given["gate"] else None
+    if limits:
+        _check_tasks(limits, given)
+    recover_folder(folder / "model")
+    trust = given["trust_remote_code"]
+    editor = load_run(folder, given["device"], quiet=quiet, trust_remote_code=trust)
+    seconds = {"load": time.perf_counter() - started}
+    text = read_text(editor, given["text"])
+    held = len(editor.history.events)
+
+    def work() -> EditReport:
+        report = _again(editor, editor.facts, given["times"], quiet=quiet)
+        seconds.update(report.seconds)
+        return report
+
+    try:
+        with editor.writing():
+            if limits is None:
+                report = work()
+            else:
+                report = _gated(editor, work, given, limits, text, seconds, quiet=quiet)
+            if not report.columns:
+                return None
+            with _timed(seconds, "save"):
+                editor.keep_model(folder)
+            return _finish(editor, folder, report, text, seconds, quiet=quiet)
+    except KeyboardInterrupt as error:
+        kept = _kept(_kept_batches(editor, folder, held), folder)
+        raise Interrupted(f"interrupted: {kept}; `nulledit retry` goes on") from error
 
 
 def _take_part(
@@ -247,7 +293,7 @@ def _write_derived(editor: Editor, folder: Path) -> None:
 def _recipe(editor: Editor) -> Recipe:
     """Of the current epoch, whatever is to come next; before the first, of the one to open."""
     epochs = editor.history.epochs
-    return Recipe.from_dict(epochs[-1].recipe) if epochs else editor.recipe
+    return Recipe.recorded(epochs[-1].recipe) if epochs else editor.recipe
 
 
 def epoch_recipe(editor: Editor, given: dict[str, Any]) -> Recipe:
@@ -270,7 +316,7 @@ class Refused(CheckFailed):
 
 def _gated(
     editor: Editor,
-    facts: Sequence[Fact],
+    work: Callable[[], EditReport],
     given: dict[str, Any],
     limits: Limits,
     text: Text | None,
@@ -278,12 +324,12 @@ def _gated(
     *,
     quiet: bool,
 ) -> EditReport:
-    """Edit in memory; kept if the limits hold, else Refused."""
+    """Do the `work` in memory; kept if the limits hold, else Refused."""
     windows = None
     if limits.needs("text"):
         windows = (text or read_text(editor, given["text"])).windows
     with editor.trial() as trial:
-        report = _edit(editor, facts, given, seconds, quiet=quiet)
+        report = work()
         say(f"Checking the edited model against {given['gate']}", quiet=quiet)
         with _timed(seconds, "gate"), Bars(quiet=quiet, prefix="gate: ") as bars:
             tasks = given["capability"]
@@ -335,6 +381,7 @@ def as_page(result: Result) -> str:
         if len(result.lines) > SHOWN:
             more = len(result.lines) - SHOWN
             parts.append(f"and {more} more in {result.folder / 'results.jsonl'}")
+        parts += _holding(result)
     if last["after"]:
         parts.append(as_text(rates_table({"before": last["before"], "after": last["after"]})))
     for name, sides in last.get("others", {}).items():
@@ -354,6 +401,16 @@ def as_page(result: Result) -> str:
         f"        nulledit edit MORE --continue {place}"
     )
     return "\n\n".join(parts)
+
+
+def _holding(result: Result) -> list[str]:
+    """How many facts hold, why the others don't, and what the marks mean."""
+    told = reasons(result.lines, shlex.quote(str(result.folder)))
+    parts = [headline(result.lines), *(f"  {fact}: {why}" for fact, why in told[:SHOWN])]
+    if len(told) > SHOWN:
+        parts.append(f"  and {len(told) - SHOWN} more in {result.folder / 'results.jsonl'}")
+    said = legend(result.lines[:SHOWN])
+    return [part for part in ("\n".join(filter(None, parts)), said) if part]
 
 
 def _place_of_model(result: Result) -> str:
@@ -376,7 +433,17 @@ def _edit(
         say(f"Editing {count(len(facts), 'fact')} in {batches}", quiet=quiet)
     with Bars(quiet=quiet) as bars:
         report = editor.edit(facts, shuffle=not given["no_shuffle"], progress=bars)
+    if given["retry"]:
+        report = joined(report, _again(editor, facts, given["retry"], quiet=quiet))
     seconds |= report.seconds
+    return report
+
+
+def _again(editor: Editor, facts: Sequence[Fact], times: int, *, quiet: bool) -> EditReport:
+    with Bars(quiet=quiet) as bars:
+        report = retry_failing(editor, facts, times, progress=bars)
+    for notice in report.notices:
+        say(f"Note: {notice}", quiet=quiet)
     return report
 
 
@@ -413,7 +480,11 @@ def _finish(
     warnings = warnings_of(report.layers)
     for warning in warnings:
         say(f"Warning: {warning}", quiet=quiet)
-    lines = _lines(columns, number, before, after)
+    notices = disagreements([c.fact for c in columns], before) if before else []
+    for notice in notices:
+        say(f"Note: {notice}", quiet=quiet)
+    found = diagnose(editor, [c.fact for c in columns], after, before=before) if after else ()
+    lines = _lines(columns, number, before, after, found)
     batches = sorted({c.batch for c in columns})
     layers = [asdict(r) | _error(kept.get(r.layer)) for r in report.layers]
     runs.append(
@@ -429,7 +500,7 @@ def _finish(
             **({"asked": form_name(editor.encoder), "others": others} if others else {}),
             "layers": layers,
             "seconds": {k: round(v, 3) for k, v in seconds.items()},
-            "notices": [*report.notices, *warnings],
+            "notices": [*report.notices, *notices, *warnings],
         }
     )
     summary = {**_state(editor), "runs": runs}
@@ -471,18 +542,24 @@ def _error(kept: Preservation | None) -> dict[str, Any]:
 
 
 def _lines(
-    columns: Sequence[Column], number: int, before: Evaluation | None, after: Evaluation | None
+    columns: Sequence[Column],
+    number: int,
+    before: Evaluation | None,
+    after: Evaluation | None,
+    found: Sequence[Diagnosis],
 ) -> list[dict[str, Any]]:
     if before is None or after is None:
         return [folder_of.fact_line(c, number, None, None, says_target=None) for c in columns]
     then, now = before.rows(), after.rows()
+    why = {diagnosis.fact_id: diagnosis.to_dict() for diagnosis in found}
     return [
         folder_of.fact_line(
             column,
             number,
             then[column.fact.id],
             now[column.fact.id],
-            says_target=says_any(after.answers[column.fact.id], column.fact.answers),
+            says_target=after.says_target.get(column.fact.id),
+            diagnosis=why.get(column.fact.id),
         )
         for column in columns
     ]

@@ -19,8 +19,10 @@ and step size, clamp and decay mean what they mean elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +54,22 @@ class Value:
     """‖δ‖/‖h‖."""
     known: bool
     """Whether the model already said the target by strict argmax before any step."""
+    ended: str = ""
+    """Why the descent ended: `done`, `likeliest` (ENCORE's early stop), `patience`, or `steps`,
+    which were used up. Empty in ledgers that are older than this field."""
+    lead: float | None = None
+    """Nats by which the target's weakest token leads its strongest rival, over all rows; below 0:
+    somewhere a rival stands in its place. None for a fact to forget."""
+    clamped: bool = False
+    """Whether δ is as long as the clamp lets it be."""
+    shared: int = 1
+    """Facts on the same key that this δ must say together."""
+
+    @classmethod
+    def recorded(cls, z: Tensor, outcome: Mapping[str, Any]) -> Value:
+        """The value `z` of a ledger, with the `outcome` that stands beside it."""
+        known = {f.name for f in fields(cls)}
+        return cls(z=z, **{name: held for name, held in outcome.items() if name in known})
 
     def scaled_to(self, norm: float) -> Value:
         """The value with z scaled to length `norm` (NAS, arXiv:2602.02543)."""
@@ -245,14 +263,16 @@ class _Chunk:
         reads = _Reads(self, active)
         drift_start: dict[int, Tensor] = {}
         history: list[list[float]] = [[] for _ in range(n_groups)]
-        outcome: dict[int, tuple[float, float, bool]] = {}  # fact -> loss, nll, known
+        outcome: dict[int, tuple[float, float, float]] = {}  # fact -> loss, nll, lead
         known: dict[int, bool] = {}
         updates = [0] * n_groups
+        ended = ["steps"] * n_groups
+        clamped = [False] * n_groups
         for step in range(s.steps):
-            nll, drift, right, likeliest = reads.losses(deltas, drift_start)
+            nll, drift, bare_lead, lead = reads.losses(deltas, drift_start)
             if step == 0:
-                known = {f: bool(ok) for f, ok in zip(reads.facts, right, strict=True)}
-            said = dict(zip(reads.facts, likeliest.tolist(), strict=True))
+                known = {f: ok > 0 for f, ok in zip(reads.facts, bare_lead.tolist(), strict=True)}
+            leads = dict(zip(reads.facts, lead.tolist(), strict=True))
             decay = {g: s.weight_decay * deltas[g].norm() / norms[g].square() for g in active}
             per_fact = nll + s.kl_weight * drift
             groups_of_facts = [self.group_of[f] for f in reads.facts]
@@ -264,22 +284,17 @@ class _Chunk:
                     "load the model in float32 or bfloat16, or use a smaller learning rate"
                 )
             for f, total, own in zip(reads.facts, with_decay.tolist(), nll.tolist(), strict=True):
-                outcome[f] = (total, own, known[f])
-            if step == s.steps - 1:
-                break
+                outcome[f] = (total, own, leads[f])
             worst: dict[int, float] = {}
             for f, g in zip(reads.facts, groups_of_facts, strict=True):
                 worst[g] = max(worst.get(g, outcome[f][0]), outcome[f][0])
             for g in active:
                 history[g].append(worst[g])
-            staying = [
-                g
-                for g in active
-                if not self._done(
-                    history[g], {f: said[f] for f in reads.facts if self.group_of[f] == g}
-                )
-            ]
-            if not staying:
+            for g in active:
+                members = {f: leads[f] for f in reads.facts if self.group_of[f] == g}
+                ended[g] = self._end(history[g], members) or "steps"
+            staying = [g for g in active if ended[g] == "steps"]
+            if not staying or step == s.steps - 1:
                 break
             loss = sum(
                 (p for p, g in zip(per_fact, groups_of_facts, strict=True) if g in staying),
@@ -293,7 +308,7 @@ class _Chunk:
             optimiser.step()  # those without a gradient stay as they are
             for g in staying:
                 updates[g] += 1
-                _clamp(deltas[g], s.clamp * float(norms[g]))
+                clamped[g] = _clamp(deltas[g], s.clamp * float(norms[g]))
             if staying != active:
                 active = staying
                 reads = _Reads(self, active)
@@ -304,36 +319,47 @@ class _Chunk:
                 nll=outcome[f][1],
                 steps=updates[g],
                 delta_share=float(self.units[g] * deltas[g].detach().norm() / h[f].norm()),
-                known=outcome[f][2],
+                known=known[f],
+                ended=ended[g],
+                lead=None if self.jobs[f].lessons else outcome[f][2],
+                clamped=clamped[g],
+                shared=self.group_of.count(g),
             )
             for f, g in enumerate(self.group_of)
         ]
 
-    def _done(self, losses: list[float], said: dict[int, bool]) -> bool:
-        """Converged, or no longer improving: under 1 % in `patience` steps.
+    def _end(self, losses: list[float], leads: dict[int, float]) -> str:
+        """Why a group ends here, as `Value.ended` says it; empty: it goes on.
 
-        `said`: for each fact of the group, whether every row says what it should. A flat
-        distribution is near another one also where the answer to forget is its peak, so a fact to
-        forget has not converged before some other token is likelier in every row.
+        `leads`: of each fact of the group, as in `Value.lead`. A flat distribution is near another
+        one also where the answer to forget is its peak, so a fact to forget is not done before some
+        other token is likelier in every row.
         """
         s = self.settings
-        if s.stop_when_likeliest and all(said.values()):
-            return True
-        gone = all(ok for f, ok in said.items() if self.jobs[f].lessons)
-        if losses[-1] < s.stop_loss and gone:
-            return True
-        return (
+        if s.stop_when_likeliest and all(lead > 0 for lead in leads.values()):
+            return "likeliest"
+        if losses[-1] < s.stop_loss and all(self._says(f, lead) for f, lead in leads.items()):
+            return "done"
+        flat = (
             s.patience > 0
             and len(losses) > s.patience
-            and (min(losses[-s.patience :]) > 0.99 * min(losses[: -s.patience]))
+            and min(losses[-s.patience :]) > 0.99 * min(losses[: -s.patience])
         )
+        return "patience" if flat else ""
+
+    def _says(self, fact: int, lead: float) -> bool:
+        if self.jobs[fact].lessons:
+            return lead > 0
+        return self.settings.stop_margin is None or lead > self.settings.stop_margin
 
 
 @torch.no_grad()
-def _clamp(delta: Tensor, limit: float) -> None:
+def _clamp(delta: Tensor, limit: float) -> bool:
+    """Shorten `delta` to `limit`; whether it was longer."""
     norm = float(delta.norm())
     if norm > limit:
         delta.mul_(limit / norm)
+    return norm > limit
 
 
 class _Reads:
@@ -402,8 +428,10 @@ class _Reads:
     def losses(
         self, deltas: Sequence[Tensor], drift_start: dict[int, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Per fact: NLL of the target (or what `unlearned` says), drift (KL), whether the bare
-        prompt says the target (or no longer the answer to forget), and whether every row does.
+        """Per fact: NLL of the target (or what `unlearned` says), drift (KL), and the least lead of
+        a target token over its strongest rival, at the bare prompts and over all rows.
+
+        The lead is in nats; of a fact to forget it is 1 where another token is likelier, else -1.
         """
         model = self.chunk.model
         scaled = torch.stack(list(deltas)) * self.chunk.units[:, None]
@@ -421,23 +449,35 @@ class _Reads:
         device = logits.device
         says, drifts = logits[: self.n_nll], logits[self.n_nll :]
         each = F.cross_entropy(says, self.target.to(device), reduction="none")
-        wrong = says.argmax(1) != self.target.to(device)
+        lead = leads_of(says.detach(), self.target.to(device))
         if self.teacher:
-            each, wrong = self._as_taught(says, each, wrong)
-        zero = each.new_zeros(len(self.facts))
+            each, lead = self._as_taught(says, each, lead)
         fact = self.fact.to(device)
-        nll = zero.index_add(0, fact, each * self.weight.to(each))
-        likeliest = zero.index_add(0, fact, wrong.to(each)) == 0
-        right = zero.index_add(0, fact, (wrong & self.is_bare.to(device)).to(each)) == 0
+        nll = each.new_zeros(len(self.facts)).index_add(0, fact, each * self.weight.to(each))
+        most = lead.new_full((len(self.facts),), math.inf)
+        least = most.scatter_reduce(0, fact, lead, "amin")
+        bare = self.is_bare.to(device)
+        bare_least = most.scatter_reduce(0, fact[bare], lead[bare], "amin")
         log_p = F.log_softmax(drifts, dim=1)
         for i, f in enumerate(self.facts):
             drift_start.setdefault(f, log_p[i].detach().clone())
         start = torch.stack([drift_start[f] for f in self.facts])
         kl = F.kl_div(start, log_p, log_target=True, reduction="none").sum(1)
-        return nll, kl, right, likeliest
+        return nll, kl, bare_least, least
 
-    def _as_taught(self, says: Tensor, each: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses `each` and slips `wrong` [positions], with those of the teacher where one is."""
+    def _as_taught(self, says: Tensor, each: Tensor, lead: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses `each` and leads [positions], with those of the teacher where one is."""
         at, banned = self.taught.to(says.device), self.banned.to(says.device)
         loss, slip = unlearned(says[at], torch.cat(self.teacher).to(says), banned)
-        return each.index_copy(0, at, loss), wrong.index_copy(0, at, slip)
+        gone = torch.where(slip, -1.0, 1.0).to(lead)
+        return each.index_copy(0, at, loss), lead.index_copy(0, at, gone)
+
+
+def leads_of(logits: Tensor, target: Tensor) -> Tensor:
+    """Nats by which each token of `target` [n] leads its strongest rival.
+
+    `logits` are [n, vocabulary].
+    """
+    own = target[:, None]
+    rival = logits.scatter(1, own, -math.inf).amax(1)
+    return logits.gather(1, own)[:, 0] - rival

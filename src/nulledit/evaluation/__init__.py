@@ -13,6 +13,7 @@ from nulledit.evaluation.preservation import (
     shipped_text,
 )
 from nulledit.evaluation.protocols import Query, queries_of
+from nulledit.evaluation.retry import retry_failing
 from nulledit.evaluation.runner import Evaluation, evaluate, paired_bootstrap
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "rates_by",
     "rates_of_rows",
     "read_windows",
+    "retry_failing",
     "score",
     "shipped_corpus",
     "shipped_text",

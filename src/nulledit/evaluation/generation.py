@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,13 +28,18 @@ from nulledit.models.tokens import UNSPACED, RowEncoder, collate, context_length
 # Korean has spaces, but its particles are written onto the word.
 _OPEN = (*UNSPACED, "HANGUL")
 
+_AGAIN = re.compile(r"(\S.*?\S)(?: ?\1){2,}")
+
+ANSWER_TOKENS = 12  # of an answer, if its target is not longer
+SPARE_TOKENS = 4  # beyond the target, so that what follows it is seen
+
 
 def generate_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
-    max_new_tokens: int = 12,
+    max_new_tokens: int | Sequence[int] = ANSWER_TOKENS,
     first_line: bool = True,
     batch_size: int = 16,
     encoder: RowEncoder | None = None,
@@ -41,7 +47,7 @@ def generate_answers(
 ) -> list[str]:
     """The greedy continuation of each prompt, without the prompt, up to its first newline.
 
-    With `first_line=False` it goes on over newlines.
+    With `first_line=False` it goes on over newlines. `max_new_tokens` may be given for each prompt.
 
     Prompts run in batches of like length, padded on the left under a mask; the tokenizer's settings
     are not touched. Sampling settings and penalties that the checkpoint carries are left out.
@@ -49,15 +55,19 @@ def generate_answers(
     empty or leaves no room in the model's context.
     """
     whole = encoder or RowEncoder(tokenizer, max_length=context_length(model.config))
-    shorter = whole.leaving(max_new_tokens)
-    rows = [shorter.encode(prompt).ids for prompt in prompts]
+    given = max_new_tokens
+    most = [given] * len(prompts) if isinstance(given, int) else list(given)
+    rows = [
+        whole.leaving(room).encode(prompt).ids for prompt, room in zip(prompts, most, strict=True)
+    ]
     stops = _stops(model, tokenizer)
     answers = [""] * len(rows)
     for part in _batches(rows, batch_size, progress):
         held = [rows[i] for i in part]
-        new = _continue(model, tokenizer, held, max_new_tokens, stops=sorted(stops))
+        longest = max(most[i] for i in part)
+        new = _continue(model, tokenizer, held, longest, stops=sorted(stops))
         for i, ids in zip(part, new, strict=True):
-            text = _until_stop(tokenizer, ids, stops)
+            text = _until_stop(tokenizer, ids[: most[i]], stops)
             answers[i] = (text.split("\n", 1)[0] if first_line else text).strip()
     return answers
 
@@ -104,6 +114,12 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[int, ..
     return RowEncoder(tokenizer, max_length=sys.maxsize).encode(prompt).ids
 
 
+def answer_room(encoder: RowEncoder, target: str) -> int:
+    """Tokens that an answer gets: enough to say `target`, and then some."""
+    own = encoder.tokenizer(" " + target, add_special_tokens=False)["input_ids"]
+    return max(ANSWER_TOKENS, len(own) + SPARE_TOKENS)
+
+
 def contains(answer_text: str, target: str) -> bool:
     """Whether `target` stands in `answer_text` as whole words.
 
@@ -122,9 +138,23 @@ def contains(answer_text: str, target: str) -> bool:
     return False
 
 
+def says(answer_text: str, target: str) -> bool:
+    """Whether an answer says `target` and does not go on repeating itself."""
+    return contains(answer_text, target) and not loops(answer_text, target)
+
+
+def loops(answer_text: str, target: str = "") -> bool:
+    """Whether something of two letters or more is said three times on end.
+
+    What `target` itself repeats, as a number may, does not count.
+    """
+    again = _AGAIN.search(normalise(answer_text))
+    return again is not None and again[0] not in normalise(target)
+
+
 def says_any(answer_text: str, targets: Iterable[str]) -> bool:
-    """Whether one of `targets` stands in `answer_text`, by `contains`."""
-    return any(contains(answer_text, target) for target in targets)
+    """Whether an answer says one of `targets`, as `says` has it."""
+    return any(says(answer_text, target) for target in targets)
 
 
 def normalise(text: str) -> str:

@@ -14,7 +14,7 @@ from nulledit.data.facts import Fact, quote
 from nulledit.editor import Editor
 from nulledit.errors import FactError
 from nulledit.evaluation.fluency import Writing, write_texts
-from nulledit.evaluation.generation import contains, generate_answers
+from nulledit.evaluation.generation import answer_room, generate_answers, says
 from nulledit.evaluation.metrics import Rate, Score, per_fact, rates, score
 from nulledit.evaluation.perplexity import Perplexity, perplexity
 from nulledit.evaluation.protocols import queries_of, shipped_sentences
@@ -122,11 +122,12 @@ def evaluate(
     Facts are asked in the form that they are edited in, plain or in the chat template; `encoder`:
     in another one. Longer texts and `windows` are plain text in any case.
     `windows` of token ids are for perplexity. `judge` says whether an answer says the target or one
-    of its aliases; by default whether it contains it. `distract` asks again behind other texts
-    (`queries_of`). With `fluency`, or `references` for consistency, the model writes longer texts,
-    drawn by `seed` (`write_texts`). For the model before its edits, call this inside `with
-    editor.base_weights():`. `progress` is told the stage ("scores", "answers", "texts",
-    "perplexity"), what is done and what there is in all. Raises FactError for an id used twice.
+    of its aliases; by default whether it contains it and does not loop. `distract` asks again
+    behind other texts (`queries_of`). With `fluency`, or `references` for consistency, the model
+    writes longer texts, drawn by `seed` (`write_texts`). For the model before its edits, call this
+    inside `with editor.base_weights():`. `progress` is told the stage ("scores", "answers",
+    "texts", "perplexity"), what is done and what there is in all. Raises FactError for an id used
+    twice.
     """
     _refuse_twins(facts)
     form = encoder or editor.encoder
@@ -204,7 +205,12 @@ def _answers(
 ) -> dict[str, str]:
     prompts = [fact.render(fact.prompt) for fact in facts]
     said = generate_answers(
-        editor.model, editor.tokenizer, prompts, encoder=encoder, progress=progress
+        editor.model,
+        editor.tokenizer,
+        prompts,
+        max_new_tokens=[max(answer_room(encoder, a) for a in fact.answers) for fact in facts],
+        encoder=encoder,
+        progress=progress,
     )
     return {fact.id: answer for fact, answer in zip(facts, said, strict=True)}
 
@@ -220,7 +226,7 @@ def _judged(facts: Sequence[Fact], answers: Mapping[str, str], judge: Judge) -> 
 
 
 def _contained(prompt: str, answer: str, target: str) -> bool:
-    return contains(answer, target)
+    return says(answer, target)
 
 
 def _rate(values: Mapping[str, float]) -> Rate | None:

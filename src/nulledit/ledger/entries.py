@@ -101,7 +101,7 @@ class Event:
     id: int
     """Counted from 1."""
     kind: str
-    """edit, forget, undo, redo, restore, rebuild or merge."""
+    """edit, retry, forget, undo, redo, restore, rebuild or merge."""
     time: str
     """UTC, ISO 8601."""
     activated: tuple[int, ...]

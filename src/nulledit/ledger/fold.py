@@ -134,7 +134,7 @@ class Stage:
     def __init__(self, history: History, epoch: Epoch, layer: int, device: torch.device):
         """`epoch` of `history` at `layer`; solves run on `device`."""
         self.history, self.epoch, self.layer, self.device = history, epoch, layer, device
-        self.recipe = Recipe.from_dict(epoch.recipe)
+        self.recipe = Recipe.recorded(epoch.recipe)
         self.method = find_method(self.recipe.method.name)
         self.settings = self.method.read(self.recipe.method)
         spectrum, threshold = read_spectrum(history.tensors[epoch.tensors], layer, device)

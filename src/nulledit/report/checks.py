@@ -37,16 +37,25 @@ def is_summary(value: Any) -> bool:
 
 def is_line(value: Any) -> bool:
     """One line of `results.jsonl`."""
-    return is_shallow(value) and _with(
-        id=_is_text,
-        run=_is_whole,
-        column=_is_whole,
-        prompt=_is_text,
-        target=_is_text,
-        before=_or_none(_is_row),
-        after=_or_none(_is_row),
-        says_target=_or_none(_is_bool),
-    )(value)
+    return (
+        is_shallow(value)
+        and _with(
+            id=_is_text,
+            run=_is_whole,
+            column=_is_whole,
+            prompt=_is_text,
+            target=_is_text,
+            before=_or_none(_is_row),
+            after=_or_none(_is_row),
+            says_target=_or_none(_is_bool),
+        )(value)
+        and _or_none(_is_diagnosis)(value.get("diagnosis"))
+    )
+
+
+def _is_diagnosis(value: Any) -> bool:
+    """Why a fact does not hold; lines from before it was looked for have none."""
+    return _with(line=_is_text, causes=_list_of(_with(name=_is_text)))(value)
 
 
 def is_study(value: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from nulledit.report.holding import headline, legend, mark, reasons
 from nulledit.report.tables import (
     ABSENT,
     Table,
@@ -110,18 +111,6 @@ def answers_table(lines: Sequence[Mapping[str, Any]], most: int = SHOWN) -> Tabl
     return ["prompt", "target", "before", "after", ""], rows
 
 
-def mark(line: Mapping[str, Any]) -> str:
-    """`ok` if the edited model's own words have the target, `by argmax` or `prefers` if less."""
-    after = line["after"]
-    if after is None:
-        return "not evaluated"
-    if line["says_target"]:
-        return "ok"
-    if after.get("efficacy_strict"):
-        return "by argmax"
-    return "prefers" if after.get("efficacy") else "missed"
-
-
 def _run(run: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], *, last: bool) -> list[str]:
     first, final = run["batches"] if run["batches"] else (0, 0)
     which = f"batches {first} to {final}" if final > first else f"batch {first}"
@@ -135,6 +124,8 @@ def _run(run: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], *, last: bo
         parts.append(
             f"The model said {run['known']} of them before; they were written all the same."
         )
+    if headline(lines):
+        parts.append(f"**{headline(lines)}**")
     if run["after"]:
         parts.append(as_markdown(rates_table({"before": run["before"], "after": run["after"]})))
         parts.append(
@@ -158,13 +149,25 @@ def _run(run: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], *, last: bo
         parts += [
             f"### What the model says{shown}",
             as_markdown(answers_table(lines), left=5),
+            markdown(legend(lines[:SHOWN])),
         ]
+        parts += _reasons(lines)
     if run["notices"]:
         notices = run["notices"][:SHOWN]
         parts += ["### Notices", "\n".join(f"- {markdown(n)}" for n in notices)]
         if len(run["notices"]) > SHOWN:
             parts.append(f"and {len(run['notices']) - SHOWN} more, in `summary.json`.")
     return parts
+
+
+def _reasons(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Why facts don't hold, a line each."""
+    told = reasons(lines)
+    if not told:
+        return []
+    more = f"\n- and {len(told) - SHOWN} more, in `results.jsonl`" if len(told) > SHOWN else ""
+    listed = "\n".join(f"- {markdown(i)}: {markdown(why)}" for i, why in told[:SHOWN])
+    return ["### What does not hold, and why", listed + more]
 
 
 def _layers(run: Mapping[str, Any]) -> list[str]:

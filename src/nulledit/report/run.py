@@ -65,8 +65,12 @@ def fact_line(
     after: Mapping[str, Any] | None,
     *,
     says_target: bool | None,
+    diagnosis: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """One line of `results.jsonl`; `before` and `after` are rows of an evaluation, or None."""
+    """One line of `results.jsonl`; `before` and `after` are rows of an evaluation, or None.
+
+    `diagnosis`: why the fact does not hold; None where it does.
+    """
     fact = column.fact
     return {
         "id": fact.id,
@@ -81,6 +85,7 @@ def fact_line(
         "before": before,
         "after": after,
         "says_target": says_target,
+        "diagnosis": diagnosis,
         "outcome": column.outcome,
     }
 

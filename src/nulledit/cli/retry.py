@@ -1,0 +1,68 @@
+"""`nulledit retry`: facts of a run that do not hold, written again with stronger settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from nulledit.cli.common import (
+    device_option,
+    echo,
+    emit,
+    output_options,
+    prepare,
+    trust_option,
+)
+
+
+@click.command(short_help="Write what does not hold again, stronger.")
+@click.argument("run", metavar="RUN")
+@click.option(
+    "--times",
+    metavar="N",
+    type=click.IntRange(1),
+    default=1,
+    help="Rounds at most, each stronger than the one before.  [default: 1]",
+)
+@click.option("--gate", metavar="FILE", help="Limits (see nulledit check); kept only if all hold.")
+@click.option(
+    "--capability", metavar="DIR", help="With --gate: the six tasks, sst2.jsonl and so on."
+)
+@click.option(
+    "--text", metavar="FILE", help="For perplexity and KL.  [default: one that comes along]"
+)
+@device_option
+@trust_option
+@output_options
+def retry(as_json: bool, quiet: bool, **given: Any) -> None:
+    """Ask every fact of RUN, and write those again that do not hold.
+
+    Each round takes twice the steps, a third more room for the values and a margin one nat wider;
+    method, layers and statistics stay those of the run. Says what it changed. With --gate the
+    result is kept only inside the limits; else the run stays as it was, with exit code 1.
+
+    \b
+    $ nulledit retry run
+    $ nulledit retry run --times 2 --gate default
+    """
+    prepare(quiet=quiet)
+    from nulledit.cli import runs
+    from nulledit.cli.check import gate_table
+    from nulledit.report.tables import as_text
+
+    try:
+        result = runs.run_retry(given, quiet=quiet)
+    except runs.Refused as error:
+        if as_json:
+            emit(error.report.to_dict())
+        else:
+            echo(as_text(gate_table(error.report), left=2, most=90))
+        raise
+    if result is None:
+        note = "every fact holds: nothing was written"
+        emit({"run_folder": given["run"], "notice": note}) if as_json else echo(note)
+    elif as_json:
+        emit(result.to_dict())
+    else:
+        echo(runs.as_page(result))

@@ -1,0 +1,232 @@
+"""Why a fact does not hold, from what the run knows: one line a fact, and what helps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from nulledit.data.facts import Fact, quote
+from nulledit.editor import Editor
+from nulledit.evaluation.generation import contains, loops
+from nulledit.evaluation.runner import Evaluation
+from nulledit.ledger.entries import Column
+from nulledit.models.layouts import frozen
+from nulledit.models.tokens import Row, collate, pad_id
+
+NEAR_KEY = 0.9  # cosine of keys above which one edit speaks at the other's subject
+RETRY = "nulledit retry RUN"
+
+
+@dataclass(frozen=True)
+class Slip:
+    """The first token of a target that is not the likeliest one."""
+
+    place: int
+    """Its number in the target, from 0."""
+    wanted: str
+    """The token's text."""
+    said: str
+    """The text of the token that is likeliest in its place."""
+    rank: int
+    """Of the wanted token, by likelihood; 1 is the likeliest."""
+    short: float
+    """Nats that it lacks to be the likeliest."""
+
+
+@dataclass(frozen=True)
+class Cause:
+    """One reason why a fact does not hold."""
+
+    name: str
+    """steps, clamp, patience, mean, solve, key, near key, first token, silent, loops or wording."""
+    text: str
+    """In words."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What is known about a fact that does not hold."""
+
+    fact_id: str
+    """Which one."""
+    slip: Slip | None
+    """Where its target breaks off; None where every token is the likeliest."""
+    causes: tuple[Cause, ...]
+    """Most likely first; empty where nothing that was recorded explains it."""
+    remedy: str
+    """What to do; RUN stands for the run's folder."""
+
+    @property
+    def line(self) -> str:
+        """The whole in one line, without the id."""
+        parts = [] if self.slip is None else [_broken(self.slip)]
+        parts += [cause.text for cause in self.causes]
+        return f"{'; '.join(parts) or 'not explained by what was recorded'}: {self.remedy}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self) | {"line": self.line}
+
+
+def holds(row: Mapping[str, Any]) -> bool:
+    """Whether a fact holds, by its row of `Evaluation.rows`.
+
+    The model says its target by itself, without looping; where it was not asked to speak, every
+    token of the target is the likeliest one. A fact to forget holds if its answer is gone.
+    """
+    if row.get("forgotten_strict") is not None:
+        return bool(row["forgotten_strict"] == 1)
+    said = row.get("generation")
+    return bool(row.get("efficacy_strict") if said is None else said)
+
+
+def diagnose(
+    editor: Editor,
+    facts: Sequence[Fact],
+    after: Evaluation,
+    *,
+    before: Evaluation | None = None,
+) -> tuple[Diagnosis, ...]:
+    """A diagnosis for each of `facts` that does not hold in the evaluation `after`.
+
+    The editor's model must be as it was evaluated, with the facts in it. With the base's evaluation
+    `before`, facts at which the base says nothing are told from others. Facts to forget are left
+    out: `nulledit forget` says what leaks.
+    """
+    rows = after.rows()
+    failing = [f for f in facts if not f.forget and f.id in rows and not holds(rows[f.id])]
+    columns: dict[str, list[Column]] = {}
+    for column in editor.history.active:
+        columns.setdefault(column.fact.id, []).append(column)
+    return tuple(
+        _diagnosis(editor, fact, columns.get(fact.id, []), after, before) for fact in failing
+    )
+
+
+def _diagnosis(
+    editor: Editor,
+    fact: Fact,
+    columns: Sequence[Column],
+    after: Evaluation,
+    before: Evaluation | None,
+) -> Diagnosis:
+    row = editor.encoder.encode_template(fact.prompt, fact.subject, target=fact.target)
+    slip = first_slip(editor, row)
+    causes: list[Cause] = []
+    if row.subject_last == 0:
+        causes.append(
+            Cause("first token", "its subject is the text's first token, an attention sink")
+        )
+    if before is not None and before.answers.get(fact.id) == "":
+        causes.append(Cause("silent", "the base says nothing after this prompt"))
+    if slip is None:
+        causes += _spoken(fact, after.answers.get(fact.id, ""))
+    else:
+        causes += _shared(editor, columns)
+        causes += _value(editor, columns)
+    return Diagnosis(fact.id, slip, tuple(causes), _remedy({cause.name for cause in causes}))
+
+
+def first_slip(editor: Editor, row: Row) -> Slip | None:
+    """Where the target of `row` breaks off in the editor's model; None if it does not."""
+    batch = collate([row.ids[:-1]], pad_id=pad_id(editor.tokenizer), device=editor.partial.device)
+    with frozen(editor.model), torch.no_grad():
+        normed = editor.partial.run_normed(batch)[0, row.target_start - 1 :]
+        logits = editor.partial.logits(normed).double().cpu()  # [target tokens, vocabulary]
+    for place, (wanted, scores) in enumerate(zip(row.target_ids, logits, strict=True)):
+        said = int(scores.argmax())
+        if said != wanted:
+            return Slip(
+                place,
+                _text(editor, wanted),
+                _text(editor, said),
+                rank=1 + int((scores > scores[wanted]).sum()),
+                short=float(scores[said] - scores[wanted]),
+            )
+    return None
+
+
+def _text(editor: Editor, token: int) -> str:
+    return str(editor.tokenizer.decode([token])) or str(
+        editor.tokenizer.convert_ids_to_tokens(token)
+    )
+
+
+def _broken(slip: Slip) -> str:
+    """Where the target breaks off, in words."""
+    where = "first token" if slip.place == 0 else f"token {slip.place + 1}"
+    return (
+        f"says {quote(slip.said)} where {quote(slip.wanted)} should stand ({where}, rank "
+        f"{slip.rank}, {slip.short:.1f} nats short)"
+    )
+
+
+def _spoken(fact: Fact, answer: str) -> list[Cause]:
+    """Why an answer whose every token is the likeliest does not count."""
+    if contains(answer, fact.target) and loops(answer, fact.target):
+        return [Cause("loops", "says the target, then repeats itself")]
+    return [
+        Cause("wording", "every token of the target is likeliest, its own words read otherwise")
+    ]
+
+
+def _shared(editor: Editor, columns: Sequence[Column]) -> list[Cause]:
+    """Other facts on the same key, or nearly."""
+    mine = {c.id for c in columns}
+    groups = {(c.batch, c.group) for c in columns}
+    others = [c for c in editor.history.active if c.id not in mine]
+    same = sorted({c.fact.id for c in others if (c.batch, c.group) in groups} - _ids(columns))
+    if same:
+        return [Cause("key", f"one value must say it and {_names(same)}, on the same key")]
+    found = editor.weights.near(columns, others, cosine=NEAR_KEY)
+    if not found:
+        return []
+    column, cosine = found[0]
+    return [Cause("near key", f"its key is nearly that of {column.fact.id} (cosine {cosine:.3f})")]
+
+
+def _value(editor: Editor, columns: Sequence[Column]) -> list[Cause]:
+    """What the value itself lacked, by the recorded outcome of the weakest of `columns`."""
+    told = [c.outcome for c in columns if c.outcome.get("lead") is not None]
+    if not told:
+        return []
+    outcome = min(told, key=lambda o: o["lead"])
+    lead, steps = outcome["lead"], outcome["steps"] + 1
+    if lead > 0:
+        return [Cause("solve", "its value says it, the weights took up too little of it")]
+    short = f"its value is {-lead:.1f} nats short"
+    if outcome.get("clamped"):
+        share = outcome["delta_share"]
+        return [Cause("clamp", f"{short} at the clamp (‖δ‖ = {share:.2f}‖h‖, {steps} steps)")]
+    reasons = {
+        "steps": Cause("steps", f"{short} when all {steps} steps were used"),
+        "patience": Cause("patience", f"{short} and gained too little to go on (values.patience)"),
+        "done": Cause("mean", f"{short} though its mean loss was small (values.stop_margin)"),
+    }
+    return [reasons[outcome["ended"]]] if outcome.get("ended") in reasons else []
+
+
+def _remedy(causes: set[str]) -> str:
+    """What helps, by the names of the causes."""
+    if "first token" in causes:
+        return "put words before the subject"
+    if "silent" in causes:
+        return "ask it in the chat template (--chat), or word the prompt as text that goes on"
+    if "key" in causes or "near key" in causes:
+        return f"{RETRY}, or a prompt in which the subject comes later"
+    if "loops" in causes:
+        return "end the target as a sentence ends, with a full stop"
+    if "wording" in causes:
+        return "compare the answer with the target"
+    return RETRY
+
+
+def _ids(columns: Sequence[Column]) -> set[str]:
+    return {c.fact.id for c in columns}
+
+
+def _names(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")

@@ -1,0 +1,220 @@
+"""Whether facts hold, why one does not, and what writing it again does."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import world
+from conftest import RECIPE, build_model, statistics_of
+from test_batch import in_the_world
+
+from nulledit import Editor, Fact
+from nulledit.editing.stronger import differences, stronger
+from nulledit.errors import FactError, LedgerError
+from nulledit.evaluation import evaluate, retry_failing
+from nulledit.evaluation.diagnosis import diagnose, first_slip, holds
+from nulledit.evaluation.generation import loops, says
+from nulledit.evaluation.old_answers import disagreements, first_clause, with_base_answers
+from nulledit.report.holding import headline, legend, mark, reasons
+
+
+@pytest.fixture(scope="module")
+def known(worlds):
+    return worlds("llama")
+
+
+@pytest.fixture
+def edits():
+    return [world.fact(p, "home", world.another(p, "home")) for p in world.PEOPLE[:4]]
+
+
+@pytest.fixture
+def make(tokenizer):
+    def make(**changes):
+        model = build_model("llama")
+        recipe = RECIPE.with_fields({k.replace("__", "."): v for k, v in changes.items()})
+        return Editor(model, tokenizer, recipe=recipe, statistics=statistics_of(model, tokenizer))
+
+    return make
+
+
+def causes(editor, facts, **more):
+    found = diagnose(editor, facts, evaluate(editor, facts), **more)
+    return {d.fact_id: [cause.name for cause in d.causes] for d in found}
+
+
+def test_what_ran_out_of_steps_or_met_the_clamp_is_told(make, facts):
+    few = make(values__steps=2)
+    few.edit(facts)
+    assert all(found == ["steps"] for found in causes(few, facts).values())
+    assert set(causes(few, facts)) == {f.id for f in facts}
+    tight = make(values__steps=12, values__clamp=0.01)
+    tight.edit(facts)
+    assert {tuple(found) for found in causes(tight, facts).values()} == {("clamp",)}
+
+
+def test_a_value_that_the_solve_did_not_take_up_is_told(known, edits):
+    editor = in_the_world(known, method__l2=1e6)
+    editor.edit(edits)
+    assert all(c.outcome["lead"] > 0 for c in editor.history.active)
+    assert causes(editor, edits) == {fact.id: ["solve"] for fact in edits}
+
+
+def test_facts_that_hold_have_no_diagnosis(known, edits):
+    editor = in_the_world(known)
+    editor.edit(edits)
+    rows = evaluate(editor, edits).rows()
+    failing = {f.id for f in edits if not holds(rows[f.id])}
+    assert set(causes(editor, edits)) == failing
+    assert len(failing) < len(edits) / 2
+
+
+def test_facts_on_one_key_and_a_first_token_are_named(make):
+    pair = [
+        Fact(id="job", subject="Karo Dun", prompt="{} works as a", target="sailor"),
+        Fact(id="home", subject="Karo Dun", prompt="{} was born in", target="London"),
+        Fact(id="first", subject="V", prompt="{} is the", target="river"),
+    ]
+    editor = make(values__steps=2)
+    editor.edit(pair)
+    found = diagnose(editor, pair, evaluate(editor, pair))
+    told = {d.fact_id: d for d in found}
+    assert told["job"].causes[0].name == "key"
+    assert "home" in told["job"].causes[0].text
+    assert told["first"].causes[0].name == "first token"
+    assert told["first"].remedy == "put words before the subject"
+    assert told["job"].line.endswith(told["job"].remedy)
+    json.dumps([d.to_dict() for d in found])
+
+
+def test_a_silent_base_and_a_looping_answer_are_told(make, facts):
+    editor = make(values__steps=2)
+    editor.edit(facts)
+    after = evaluate(editor, facts)
+    silent = dataclasses.replace(after, answers={f.id: "" for f in facts})
+    for found in causes(editor, facts, before=silent).values():
+        assert found[0] == "silent"
+    assert loops("大阪大阪大阪大阪")
+    assert loops("the franc, the franc, the franc")
+    assert not loops("the sky, the sea and the land")
+    assert not loops("1000000 people", "1000000 people")
+    assert says("Paris, the city", "Paris")
+    assert not says("Paris Paris Paris Paris", "Paris")
+
+
+def test_the_first_slip_is_where_a_whole_run_goes_another_way(make, facts):
+    editor = make(values__steps=2)
+    editor.edit(facts)
+    for fact in facts:
+        row = editor.encoder.encode_template(fact.prompt, fact.subject, target=fact.target)
+        logits = editor.model(input_ids=torch.tensor([row.ids])).logits.detach()[
+            0, row.target_start - 1 :
+        ]
+        best = logits.argmax(-1).tolist()[:-1]
+        wrong = [i for i, (a, b) in enumerate(zip(best, row.target_ids, strict=True)) if a != b]
+        slip = first_slip(editor, row)
+        assert (slip is None) == (not wrong)
+        if slip:
+            assert slip.place == wrong[0]
+            scores, wanted = logits[wrong[0]], row.target_ids[wrong[0]]
+            assert slip.rank == 1 + int((scores > scores[wanted]).sum())
+            assert slip.short == pytest.approx(float(scores.max() - scores[wanted]))
+
+
+def test_retry_writes_what_does_not_hold_until_it_does(known, edits):
+    editor = in_the_world(known, values__steps=3)
+    editor.edit(edits)
+    failing = set(causes(editor, edits))
+    assert failing
+    report = retry_failing(editor, edits, 5)
+    assert {c.fact.id for c in report.columns} == failing
+    assert causes(editor, edits) == {}
+    assert len(editor.facts) == len(edits)
+    assert "values.steps 6" in report.notices[0]
+    kinds = [event.kind for event in editor.history.events]
+    assert kinds == ["edit", *["retry"] * (len(kinds) - 1)]
+    for column in editor.history.active:
+        changed = column.outcome.get("settings")
+        assert (changed is not None) == (column.batch > 1)
+        assert changed is None or changed["values.steps"] == 3 * 2 ** (column.batch - 1)
+    assert retry_failing(editor, edits).columns == ()
+
+
+def test_a_retried_fact_is_undone_as_a_whole_and_rebuilt_as_it_was(make, facts):
+    editor = make(values__steps=3)
+    editor.edit(facts[1:])
+    alone = {layer: editor.weights.exact(layer) for layer in editor.weights.layers}
+    editor = make(values__steps=3)
+    editor.edit(facts[1:])
+    editor.edit(facts[:1])
+    editor.retry(facts[0].id)
+    assert not editor.undo(facts[0].id).restored
+    assert facts[0].id not in {f.id for f in editor.facts}
+    for layer, weight in alone.items():
+        torch.testing.assert_close(editor.weights.exact(layer), weight, rtol=0, atol=1e-10)
+    editor.redo()
+    editor.rebuild()
+    assert {f.id for f in editor.facts} == {f.id for f in facts}
+
+
+def test_retry_refuses_what_it_can_not_do(make, facts):
+    editor = make()
+    with pytest.raises(LedgerError, match="no fact"):
+        editor.retry("ada")
+    editor.edit(facts[:2])
+    with pytest.raises(LedgerError, match="was named"):
+        editor.retry()
+    editor.forget(facts[2:3])
+    with pytest.raises(FactError, match="forgotten"):
+        editor.retry(facts[2].id)
+
+
+def test_stronger_settings_are_stronger_and_named(recipe):
+    once, twice = stronger(recipe.values), stronger(recipe.values, 2)
+    assert stronger(once) == twice
+    assert (once.steps, once.stop_margin) == (16, 1.0)
+    assert differences(recipe.values, recipe.values) == {}
+    changed = differences(recipe.values, once)
+    assert recipe.with_fields(changed).values == once
+
+
+def test_old_answers_are_compared_with_the_base_and_taken_from_it(make, facts):
+    editor = make()
+    base = evaluate(editor, facts)
+    told = disagreements(facts, base)
+    assert len(told) == 1
+    assert "ada" in told[0]
+    taken = with_base_answers(editor, facts)
+    assert taken[0] == facts[0]
+    assert first_clause("Par\x07is. It is a city") == "Paris"
+    for before, after in zip(facts[1:], taken[1:], strict=True):
+        own = first_clause(base.answers[before.id])
+        assert after.old_answer == (own or None)
+    assert not disagreements(taken[1:], base)
+    assert first_clause("Paris. It is a city") == "Paris"
+    assert first_clause("3.5 kg, or so") == "3.5 kg"
+
+
+def test_marks_are_explained_and_counted():
+    def line(**given):
+        rest = {"id": "a", "says_target": False, "diagnosis": None, "after": {}}
+        return {**rest, **given}
+
+    lines = [
+        line(says_target=True),
+        line(after={"efficacy_strict": True}),
+        line(after={"efficacy": True}),
+        line(),
+        line(after={"forgotten_strict": 1.0}, says_target=None),
+        line(diagnosis={"line": "why: nulledit retry RUN", "causes": [{"name": "loops"}]}),
+        line(after=None),
+    ]
+    found = [mark(item) for item in lines]
+    wanted = ["ok", "by argmax", "prefers", "missed", "forgotten", "loops", "not evaluated"]
+    assert found == wanted
+    assert headline(lines) == "2 of 6 facts hold."
+    assert headline(lines[:1]) == "1 of 1 fact holds."
+    assert all(f"{name}: " in legend(lines) for name in wanted[:-1])
+    assert "leaks" not in legend(lines)
+    assert reasons(lines, "my/run") == [("a", "why: nulledit retry my/run")]
