@@ -38,6 +38,7 @@ def test_example_facts_are_complete():
     facts = read_facts(ASSETS / "facts" / "examples.yaml").facts
     assert len(facts) == 25
     assert len({f.subject for f in facts}) == 25
+    assert sum(" " in f.target or f.target[-1].isdigit() for f in facts) >= 10
     for fact in facts:
         assert fact.old_answer
         assert len(fact.paraphrases) >= 2
