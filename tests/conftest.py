@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -16,6 +17,8 @@ from nulledit.models.load import model_hash
 from nulledit.models.partial import PartialModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+settings.register_profile("untimed", deadline=None)  # a busy machine is no fault
+settings.load_profile("untimed")
 
 FAMILIES = ("llama", "gpt2", "gptj")
 """Those that every test with a family runs on."""
@@ -88,10 +91,15 @@ LINES = [
 ]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--world-seed", type=int, default=0, help="seed of the trained worlds")
+    parser.addoption("--threads", type=int, default=1, help="of torch, in the tests' own process")
+
+
 @pytest.fixture(scope="session", autouse=True)
-def one_thread():
+def one_thread(pytestconfig):
     """Matrices this small are many times slower with threads that wait for a busy core."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(pytestconfig.getoption("--threads"))
 
 
 @pytest.fixture(autouse=True)
@@ -163,15 +171,18 @@ def tiny_model():
 
 
 @pytest.fixture(scope="session")
-def worlds():
-    """A tokenizer, and a trained model per family, made when first asked for: `worlds("llama")`."""
+def worlds(pytestconfig):
+    """A tokenizer, and a trained model per family, made when first asked for: `worlds("llama")`.
+
+    What rests on them must hold with any `--world-seed`: a path of training hangs on rounding too.
+    """
     import world
 
-    words, made = world.tokenizer(), {}
+    words, made, seed = world.tokenizer(), {}, pytestconfig.getoption("--world-seed")
 
     def get(family):
         if family not in made:
-            made[family] = world.trained(family, words)
+            made[family] = world.trained(family, words, seed=seed)
         return made[family], words
 
     return get

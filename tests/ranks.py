@@ -1,8 +1,10 @@
 """Ranks as real processes, which begin with everything imported: no second goes into that."""
 
+import contextlib
 import importlib
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
@@ -17,6 +19,9 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     ["nulledit.cli.runs", "nulledit.cli.main", "transformers.models.llama.modeling_llama"]
 )
+STUCK = 300.0  # seconds after which ranks that do not end are given up
+PATIENT = {"nulledit.distributed:FAREWELL": 60.0}
+"""Ranks wait for each other's last words rather than so long, however busy the machine is."""
 
 
 @dataclass
@@ -33,23 +38,28 @@ class Ended:
 
 
 def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """One below those of outgoing connections, which take any from 32768 on meanwhile."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
-def launch(folder, *commands, dies=None, before=None, attempt=0, stop=False):
+def launch(folder, *commands, dies=None, stopped=(), before=None, attempt=0, stop=False):
     """Run `nulledit` with each of `commands` as one rank; how each ended.
 
     `dies`: (rank, "module:function", n): the rank is killed as it calls that the nth time.
-    `before`: {"module:name": value} to set first. `stop`: when one has died, stop the others as
-    torchrun does; then the store is the launcher's, too.
+    `stopped`: ranks that are told to stop (SIGTERM) at such a place, likewise. `stop`: when one has
+    died, stop the others again and again, as torchrun does once; then the store is the launcher's,
+    too. `before`: {"module:name": value} to set first.
     """
     port, store = free_port(), None
     if stop:
         store = torch.distributed.TCPStore(
-            "127.0.0.1", port, None, True, wait_for_workers=False, use_libuv=True
+            "127.0.0.1", 0, None, True, wait_for_workers=False, use_libuv=True
         )
+        port = store.port
     environment = {
         "WORLD_SIZE": str(len(commands)),
         "LOCAL_WORLD_SIZE": str(len(commands)),
@@ -64,18 +74,17 @@ def launch(folder, *commands, dies=None, before=None, attempt=0, stop=False):
     processes = []
     for rank, words in enumerate(commands):
         mine = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        death = dies[1:] if dies and dies[0] == rank else None
-        arguments = (folder / f"rank{rank}", mine, [str(w) for w in words], death, before or {})
+        signals = [(*place, signal.SIGKILL) for r, *place in [dies or (None,)] if r == rank]
+        signals += [(*place, signal.SIGTERM) for r, *place in stopped if r == rank]
+        arguments = (folder / f"rank{rank}", mine, [str(w) for w in words], signals, before or {})
         processes.append(SERVER.Process(target=_act, args=arguments))
     for process in processes:
         process.start()
-    end = time.monotonic() + 60
+    end = time.monotonic() + STUCK
     while any(p.is_alive() for p in processes) and time.monotonic() < end:
         if stop and any(p.exitcode for p in processes):
             for process in processes:
-                if process.is_alive():
-                    process.terminate()
-            stop = False
+                process.terminate()
         time.sleep(0.02)
     stuck = [p for p in processes if p.is_alive()]
     for process in stuck:
@@ -92,7 +101,7 @@ def launch(folder, *commands, dies=None, before=None, attempt=0, stop=False):
     ]
 
 
-def _act(place, environment, words, death, before):
+def _act(place, environment, words, signals, before):
     """One rank."""
     for kind, number in (("out", 1), ("err", 2)):
         descriptor = os.open(f"{place}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -100,10 +109,10 @@ def _act(place, environment, words, death, before):
     sys.stdout, sys.stderr = open(1, "w"), open(2, "w")
     os.environ.update(environment)
     torch.set_num_threads(1)
-    for name, value in before.items():
+    for name, value in (PATIENT | before).items():
         setattr(*_found(name), value)
-    if death:
-        _mortal(*death)
+    for name, number, sent in signals:
+        _signalled(name, number, sent)
     sys.argv = ["nulledit", *words]
     main()
 
@@ -113,8 +122,8 @@ def _found(name):
     return importlib.import_module(module), attribute
 
 
-def _mortal(name, number):
-    """Have this process killed at the nth call of a function."""
+def _signalled(name, number, sent):
+    """Have this process sent a signal at the nth call of a function."""
     module, attribute = _found(name)
     real, calls = getattr(module, attribute), 0
 
@@ -122,7 +131,7 @@ def _mortal(name, number):
         nonlocal calls
         calls += 1
         if calls == number:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), sent)
         return real(*args, **options)
 
     setattr(module, attribute, called)

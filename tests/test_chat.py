@@ -69,7 +69,7 @@ QUESTION = "What is the mother tongue of {}?"
 CLOZE = "The mother tongue of {} is"
 AT_ONCE = ChatSettings(user="{}", assistant="")
 CONTEXTS = ["{}", "Then, he said. {}", "The river. {}"]
-SETTINGS = ValueSettings(steps=8, learning_rate=0.3, weight_decay=0.05)
+SETTINGS = ValueSettings(steps=8, learning_rate=0.3, weight_decay=0.05, stop_margin=None)
 
 
 def chatty(tokenizer, template):

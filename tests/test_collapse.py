@@ -12,7 +12,7 @@ from conftest import statistics_of
 from nulledit.config import Recipe
 from nulledit.errors import ConfigError
 from nulledit.evaluation.metrics import Rate
-from nulledit.evaluation.perplexity import perplexity
+from nulledit.evaluation.perplexity import perplexity, read
 from nulledit.gates.hidden import edit_rows
 from nulledit.models.tokens import pad_id
 from nulledit.report.study import read_study
@@ -101,6 +101,7 @@ def checkpoint(edits, *, room=1.0, norm=0.1, grown=0.1, text=0.0, oldest=1.0, pe
         rate(1.0),
         rate(oldest),
         perplexity,
+        10.0,
     )
 
 
@@ -221,13 +222,17 @@ def test_a_checkpoint_says_what_the_model_there_does(make_lab):
     found = follow(lab, plan, Bounds.of({**SETTINGS, **NEVER})).along[1]
     windows, padding = lab.windows(), pad_id(lab.bench.tokenizer)
     with lab.bench.stream(plan).at(6) as editor:
+        with editor.base_weights():
+            before = read(editor.partial, windows, padding, keep=True)
         after = perplexity(editor.partial, windows, padding).value
+        moved = read(editor.partial, windows, padding, base=before).kl
         rows = edit_rows(editor, plan.facts[:6])
         now = _norms(editor, rows)
     lab.bench.clear()
     base = perplexity(lab.bench.partial, windows, padding).value
     grown = now / _norms(lab.bench.base, rows) - 1
     assert found.perplexity == pytest.approx(100 * (after / base - 1))
+    assert found.kl.mean == pytest.approx(moved.value)
     assert found.at_edits.mean == pytest.approx(float(grown.mean()), rel=1e-4)
     short = dataclasses.replace(plan, facts=plan.facts[:6])
     reports = make_lab("short", arms=["own"]).edited(short).editor.weights.reports()

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import LINES, RECIPE, build_model
-from ranks import free_port, launch
+from ranks import STUCK, free_port, launch
 from safetensors.torch import load_file
 from test_cli import RECORDS, done, refused
 
@@ -186,6 +186,36 @@ def test_an_edit_goes_on_after_a_rank_was_killed(place, alone, edit, tmp_path, a
     same_run(run, alone)
 
 
+WRITES = "nulledit.cli.runs:_finish"
+ENDS = "nulledit.cli.main:_end_with_others"
+
+
+@pytest.mark.parametrize(
+    ("dies", "stopped"),
+    [
+        pytest.param((1, "nulledit.cli.runs:own_device", 1), [], id="while both load"),
+        pytest.param((1, VALUES, 1), [], id="in the first batch"),
+        pytest.param((0, WRITES, 1), [], id="while one waits for the end"),
+        pytest.param((1, VALUES, 2), [(0, ENDS, 1)], id="when the other knows already"),
+    ],
+)
+def test_what_a_launcher_stops_is_not_interrupted(place, edit, tmp_path, dies, stopped):
+    """Wherever a rank was killed, and whenever the launcher stops the one that is left."""
+    command = edit("--out", tmp_path / "run")
+    ranks = launch(place, command, command, dies=dies, stopped=stopped, stop=not stopped)
+    assert ranks[dies[0]].code == -9
+    said_once(ranks, 1 - dies[0], f"rank {dies[0]} is gone")
+    assert dies[1] == WRITES or "with: " in ranks[0].err or "same command again" in ranks[0].err
+
+
+def test_ranks_that_are_all_stopped_were_interrupted(place, edit, tmp_path):
+    command, run = edit("--out", tmp_path / "run"), tmp_path / "run"
+    ranks = launch(place, command, command, stopped=[(0, VALUES, 2), (1, VALUES, 2)])
+    assert [rank.code for rank in ranks] == [130, 130], ranks
+    assert [len(rank.errors) for rank in ranks] == [1, 0], ranks
+    assert f"interrupted: 1 finished batch is kept in {run}" in ranks[0].err
+
+
 def test_a_rank_zero_that_is_killed_is_named_by_the_next(place, edit, tmp_path):
     command = edit("--out", tmp_path / "run")
     ranks = launch(place, command, command, dies=(0, VALUES, 1))
@@ -213,7 +243,7 @@ def test_torchrun(place, statistics, make, tmp_path):
     words = [str(w) for w in make(tmp_path / "out")]
     started = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port())
     command = [sys.executable, "-m", *map(str, started), "-m", "nulledit", *words, "-q"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=STUCK)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("largest eigenvalues") == 1
     a, b = (load_file(f / "moments.safetensors") for f in (tmp_path / "out", statistics))

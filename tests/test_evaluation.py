@@ -539,7 +539,7 @@ def test_an_evaluation_leaves_out_what_is_not_asked_for(editor):
     assert found.rows()["karo"]["answer"] is None
     assert found.rows()["karo"]["generation"] is None
     assert (found.fluency, found.consistency) == (None, None)
-    assert set(found.summary()) == {"rates", "generation", "perplexity"}
+    assert set(found.summary()) == {"rates", "generation", "perplexity", "kl"}
     assert set(found.rates) == {
         kind + suffix
         for kind in ("efficacy", "generalization", "specificity")

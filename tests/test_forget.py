@@ -27,7 +27,9 @@ from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import RowEncoder, pad_id
 
 CONTEXTS = ["{}", "Then, he said. {}", "The river. {}"]
-SETTINGS = ValueSettings(steps=8, learning_rate=0.3, weight_decay=0.05, stop_loss=0.0)
+SETTINGS = ValueSettings(
+    steps=8, learning_rate=0.3, weight_decay=0.05, stop_loss=0.0, stop_margin=None
+)
 LAYER = 2
 
 

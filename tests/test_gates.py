@@ -6,6 +6,7 @@ import math
 import re
 from importlib import resources
 
+import numpy as np
 import pytest
 import torch
 import world
@@ -152,10 +153,28 @@ def test_the_error_of_a_growth_is_that_of_its_mean_difference():
     draw = torch.Generator().manual_seed(0)
     before = torch.rand(12, generator=draw).double() + 3
     moved = 0.05 * torch.rand(12, generator=draw).double()
-    found = perplexity_growth(before.tolist(), (before + moved).tolist(), [9] * 12)
+    losses = [[np.full(8, float(x)) for x in side] for side in (before, before + moved)]
+    found = perplexity_growth(*losses)
     assert found.value == pytest.approx(100 * (math.exp(moved.mean()) - 1))
     alone = float(moved.std() / 12**0.5)
     assert found.error == pytest.approx(100 * math.exp(moved.mean()) * alone)
+
+
+def test_kl_is_that_of_an_evaluation_and_holds_or_not(editor, windows):
+    with editor.base_weights():
+        before = evaluate(editor, [], windows=windows)
+    slow = evaluate(editor, [], windows=windows, base=before.reading).kl
+    row = row_of(editor, "kl", {"at_most": 1.01 * slow.value}, windows=windows)
+    assert (row.found, row.error) == (pytest.approx(slow.value), pytest.approx(slow.standard_error))
+    assert (row.n, row.over, row.unit, row.verdict) == (6, "windows", "mnat", "ok")
+    assert row.note == f"{100 * slow.worst_share:.0f} % of it in the worst 1 %"
+    cells = gate_table(GateReport((row,)))[1][0]
+    assert cells[2].endswith(" mnat")
+    assert cells[4].endswith(" mnat")
+    narrow = {"at_most": 1.01 * slow.value, "confident": True}
+    assert row_of(editor, "kl", narrow, windows=windows).verdict == "FAILED"
+    assert row_of(editor, "kl", {"at_most": 0.99 * slow.value}, windows=windows).verdict == "FAILED"
+    assert row_of(editor, "kl", {"at_most": 5}, windows=[[3]]).verdict == "FAILED"
 
 
 def test_a_task_s_drop_is_the_paired_loss_of_the_right_answer(editor, tasks):

@@ -23,6 +23,7 @@ from nulledit.report.study import Example, Value, write_study
 from nulledit.report.words import chosen_examples, duration, flat
 
 RECIPE = "method: {name: alphaedit}\nlayers: [3, 4]\n"
+TEXT = {"perplexity", "kl", "kl_worst"}
 VOID = {"meta", "img", "source", "br"}
 
 
@@ -213,6 +214,8 @@ def test_runs_are_compared_on_the_facts_they_share(runs):
     rows = compared.tables[0].rows
     assert [row["efficacy"].mean for row in rows] == [100.0, 50.0]  # facts 1 to 4
     assert [row["efficacy"].n for row in rows] == [4, 4]
+    assert [row["kl"].mean for row in rows] == [18.62, 18.62]
+    assert [row["kl_worst"] for row in rows] == [32.0, 32.0]
     points = {point.x: point for point in compared.figures[0].points}
     expected = paired_bootstrap([100.0] * 4, [0.0, 0.0, 100.0, 100.0])
     found = points["efficacy, preference"]
@@ -225,8 +228,19 @@ def test_runs_without_a_common_fact_are_no_contest(tmp_path):
     other = write_a_run(tmp_path / "other", [scored(2, False, 0.5)])
     compared = comparison([read_run(f, f.name) for f in (one, other)])
     assert "share no fact" in compared.notices[0]
-    assert all(column.better is None for column in compared.tables[0].columns[2:-1])
+    of_facts = [c for c in compared.tables[0].columns[2:] if c.key not in TEXT]
+    assert of_facts
+    assert all(column.better is None for column in of_facts)
     assert compared.figures == ()
+
+
+def test_other_text_has_a_table_of_its_own(tmp_path):
+    folder = write_a_run(tmp_path, [scored(1, True, 1.0)])
+    (text,) = [t for t in run_study(read_run(folder, "run")).tables if t.name == "text-1"]
+    rows = {row["measure"]: row for row in text.rows}
+    kl = rows["KL per token (mnat)"]
+    assert (kl["before"], kl["after"]) == (Value(0.0, None, 4335), Value(18.62, 2.134, 4335))
+    assert rows["KL, share of the worst 1 % (%)"]["after"] == 32.0
 
 
 def test_facts_that_were_undone_are_left_out(tmp_path):

@@ -135,8 +135,8 @@ def paper(name, batches, **constants):
             )
             W = W + R @ gain.mT
             S_inverse = S_inverse - gain @ K.mT @ S_inverse
-        elif name == "encore":
-            W = W + R @ K.mT @ torch.linalg.inv(s.moment_weight * C + KK + s.l2 * EYE)
+        elif name == "encore":  # its code: the sum of all earlier K Kᵀ joins the second moment
+            W = W + R @ K.mT @ torch.linalg.inv(s.moment_weight * C + past + KK + s.l2 * EYE)
         elif name == "betaedit":
             system = (s.moment_weight * C + past + KK) @ P + s.l2 * EYE
             W = W + R @ K.mT @ P @ torch.linalg.inv(system)
@@ -215,7 +215,8 @@ def test_no_two_methods_are_the_same():
     weights = {name: Stream(name, 2).state.weight for name in NAMES}
     for a in NAMES:
         for b in NAMES:
-            assert a == b or gap(weights[a], weights[b]) > 1e-3, (a, b)
+            one = {a, b} <= {"encore", "rlsedit"}  # the same solve; ENCORE's values stop earlier
+            assert a == b or one == (gap(weights[a], weights[b]) < 1e-3), (a, b)
 
 
 @pytest.mark.parametrize("projection", ["none", "inside", "after"])
@@ -616,6 +617,12 @@ def test_every_method_has_a_page_with_its_settings_and_source(name):
         assert shown == {math.e: "e", True: "true"}.get(default, shown)
         if default not in (math.e, True):
             assert float(shown) == default
+
+
+def test_defaults_are_those_of_the_published_settings_files():
+    published = {"betaedit": {"moment_weight": 3000, "l2": 10}}
+    for name, constants in published.items():
+        assert find_method(name).constants() == constants
 
 
 def invoke(*words):

@@ -17,7 +17,10 @@ def rate(mean, n=25, error=0.04):
     return {"mean": mean, "standard_error": error, "n": n}
 
 
-def side(efficacy, perplexity=None):
+KL = {"value": 18.62, "standard_error": 2.134, "worst_share": 0.32, "tokens": 4335}
+
+
+def side(efficacy, perplexity=None, kl=None):
     return {
         "rates": {
             "efficacy": rate(efficacy),
@@ -29,6 +32,7 @@ def side(efficacy, perplexity=None):
         },
         "generation": rate(efficacy),
         "perplexity": perplexity,
+        "kl": kl,
     }
 
 
@@ -67,7 +71,7 @@ def summary(**more):
         "known": 0,
         "batches": [1, 1],
         "before": side(0.04),
-        "after": side(1.0, {"value": 20.5, "standard_error": 1.25, "tokens": 4335}),
+        "after": side(1.0, {"value": 20.5, "standard_error": 1.25, "tokens": 4335}, KL),
         "text": "wiki.txt",
         "layers": [LAYER],
         "seconds": {"values": 1.5},
@@ -133,6 +137,18 @@ def test_what_the_data_lacks_is_absent():
     assert cells["generalization, preference (%)"] == ["absent", "absent", ""]
     assert cells["specificity, strict (%)"] == ["50.0", "50.0", "1"]  # one fact has no error
     assert cells["perplexity"] == ["absent", "absent", ""]
+    assert not [name for name in cells if name.startswith("KL")]
+
+
+def test_kl_is_told_from_a_base_that_has_none():
+    perplexity = {"value": 20.5, "standard_error": 1.25, "tokens": 4335}
+    sides = {"before": side(0.04, perplexity), "after": side(1.0, perplexity, KL)}
+    rows = {row[0]: row[1:] for row in rates_table(sides)[1]}
+    assert rows["KL per token (mnat)"] == ["0", "18.6 ± 2.13", "4335 tokens"]
+    assert rows["KL, share of the worst 1 % (%)"] == ["", "32.0", "4335 tokens"]
+    sides["after"]["kl"] = KL | {"value": None, "worst_share": None}
+    rows = {row[0]: row[1:] for row in rates_table(sides)[1]}
+    assert rows["KL per token (mnat)"][1] == "not finite"
 
 
 def test_rounding_is_shown_where_there_is_some():

@@ -208,7 +208,7 @@ def child(place, run, watch, stop, channel, slow):
         watch.points += 1
         if watch.points == stop:
             os.write(channel, b"x")
-            time.sleep(60)
+            signal.pause()
         elif slow:
             time.sleep(chance.random() * 0.002)
 
@@ -551,7 +551,7 @@ def test_two_processes_editing_one_run(place, tmp_path, monkeypatch):
 
     def slow(*_):
         os.write(writing, b"x")
-        time.sleep(60)
+        signal.pause()
 
     number = os.fork()
     if number == 0:
@@ -569,10 +569,8 @@ def test_two_processes_editing_one_run(place, tmp_path, monkeypatch):
         lambda: verify(run, place.load),
     ]
     for ask in asked:
-        started = time.monotonic()
-        with pytest.raises(LedgerError, match=expected):
+        with pytest.raises(LedgerError, match=expected):  # and not only once the other is gone
             ask()
-        assert time.monotonic() - started < 2
     assert all(torch.equal(before[k], v) for k, v in weights(editor).items())
     os.kill(number, signal.SIGKILL)
     os.waitpid(number, 0)

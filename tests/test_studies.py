@@ -164,6 +164,13 @@ def test_every_study_makes_its_folder(name, make_lab, tmp_path):
     assert read.shows
     assert read.cannot_show
     assert [t.name for t in read.tables] == [t.name for t in made.tables]
+    for table in read.tables:
+        keys = {column.key for column in table.columns}
+        assert ("perplexity" in keys) == ("kl" in keys)
+        for row in table.rows if "kl" in keys else ():
+            edited = "unedited" not in row.values() and row.get("perplexity") is not None
+            assert row.get("kl") is None or (row["kl"].mean > 0) == edited
+            assert row.get("kl") is not None or not edited
     assert (tmp_path / name / "study.md").is_file()
     for figure in read.figures:
         assert figure.points

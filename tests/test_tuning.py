@@ -18,6 +18,7 @@ from nulledit import Editor, Fact, Probe
 from nulledit.cli.main import cli
 from nulledit.config import Recipe, load_recipe
 from nulledit.errors import FactError, StatisticsError
+from nulledit.evaluation.perplexity import Divergence
 from nulledit.evaluation.runner import evaluate
 from nulledit.methods import find_method
 from nulledit.models.layouts import as_out_in
@@ -266,6 +267,8 @@ def test_measured_is_what_an_edit_does_and_nothing_of_it_stays(bench, editor, to
     tokens = sum(n for *_, n in losses)
     growth = math.exp(sum(now - base for base, now, _ in losses) / tokens) - 1
     assert found.growth == pytest.approx(growth, rel=1e-6)
+    each = sum(mean * n for mean, (*_, n) in zip(kl, losses, strict=True)) / tokens
+    assert found.kl.value == pytest.approx(1000 * each, rel=1e-6)
     assert max(kl) > 1e-6  # there was something to measure
 
 
@@ -327,6 +330,7 @@ class Made:
         return Measured(
             Outcome({"efficacy": values}, (0.01, 0.01)),
             0.01,
+            Divergence(10.0, 0.0, 0.3, 9),
             0.1,
             passes,
             len(facts) if passes else 0,

@@ -435,6 +435,14 @@ def test_no_measure_is_called_as_the_answer_is(tmp_path):
     assert "not the summary" in refusal(ReportError, summary_of, tmp_path)
 
 
+@pytest.mark.parametrize("kl", [{}, 3, {"value": "<b>", "standard_error": None}])
+def test_a_kl_that_is_no_measure_is_refused(tmp_path, kl):
+    told = summary()
+    told["runs"][0]["after"]["kl"] = kl
+    (tmp_path / "summary.json").write_text(json.dumps(told))
+    assert "not the summary" in refusal(ReportError, summary_of, tmp_path)
+
+
 # -- statistics ----------------------------------------------------------------------------------
 
 WIDTH = 6

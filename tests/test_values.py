@@ -17,7 +17,7 @@ from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import RowEncoder, pad_id
 
 CONTEXTS = ["{}", "Then, he said. {}", "The river. {}"]
-SETTINGS = ValueSettings(steps=8, learning_rate=0.3, weight_decay=0.05)
+SETTINGS = ValueSettings(steps=8, learning_rate=0.3, weight_decay=0.05, stop_margin=None)
 
 
 def ours(model, tokenizer, facts, *, groups=None, settings=SETTINGS, positions=400, layer=2):
@@ -186,6 +186,26 @@ def test_a_value_says_why_it_ended(tiny_model, tokenizer):
     assert {v.shared for v in end(groups=[0, 0])} == {2}
 
 
+def test_the_best_step_counts_where_the_steps_run_out(tiny_model, tokenizer):
+    """Steps so long that Adam swings: the last one would be taken by chance."""
+    model = tiny_model("llama")
+    swinging = dataclasses.replace(SETTINGS, learning_rate=2.0, clamp=8.0, stop_loss=0.0)
+
+    def end(steps, margin=None):
+        settings = dataclasses.replace(swinging, steps=steps, stop_margin=margin)
+        return ours(model, tokenizer, WORDY, settings=settings)
+
+    values, courses = end(12, 0.0), zip(*map(end, range(1, 13)), strict=True)
+    swings = []
+    for value, course in zip(values, courses, strict=True):
+        best = max(course, key=lambda v: (v.lead > 0, -v.loss))
+        assert (value.ended, value.steps) == ("steps", 11)
+        assert (value.loss, value.lead) == (pytest.approx(best.loss), pytest.approx(best.lead))
+        assert distance(value.z, best.z) < 1e-9
+        swings.append(course[-1].loss > best.loss)
+    assert any(swings)
+
+
 def test_delta_stays_in_the_clamp(tiny_model, tokenizer, facts):
     settings = dataclasses.replace(SETTINGS, clamp=0.1, learning_rate=5.0)
     for value in ours(tiny_model("llama"), tokenizer, facts, settings=settings):
@@ -240,6 +260,7 @@ def test_batches_equal_the_reference_with_its_history(
     """Two batches through the editor: weights as by the official rule, dense, in turn."""
     model = tiny_model(architecture)
     statistics = make_statistics(model)
+    recipe = recipe.with_fields({"values.stop_margin": None})  # the reference's is the last step
     editor = Editor(model, tokenizer, recipe=recipe, statistics=statistics)
     slow = tiny_model(architecture)
     projectors, history = {}, {}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,9 +18,17 @@ from nulledit.data.facts import SLOT, Fact
 from nulledit.distributed import Message, Ranks, shares
 from nulledit.editing.chunks import chunks_of
 from nulledit.editing.keys import Walk
+from nulledit.editing.norm_anchor import (
+    TOO_LONG,
+    LengthRecord,
+    anchored,
+    mean_length,
+    usable,
+    value_lengths,
+)
 from nulledit.editing.target_loss import WeightLoss
 from nulledit.editing.value_cache import ValueCache
-from nulledit.editing.values import Value, optimise_values
+from nulledit.editing.values import Value, measure_values, optimise_values
 from nulledit.ledger.entries import Column
 from nulledit.ledger.weights import EditedWeights
 from nulledit.linalg.angles import same_key_groups
@@ -218,17 +226,72 @@ class BatchWriter:
 
     def _values(self, layer: int, shared: Sequence[int]) -> list[Value]:
         """One value per request at `layer`, on the weights that the method wants."""
-        with self.run.timed("values"):
-            if not self.method.rewinds:
-                values = self._optimised(layer, shared)
-            if self.method.rewinds or self.recipe.values.norm_anchor:
-                with self.weights.holding([]):
-                    if self.method.rewinds:
-                        values = self._optimised(layer, shared)
-                    if self.recipe.values.norm_anchor:
-                        norm = float(self._walk().hidden(layer).norm(dim=0).mean())
-                        values = [value.scaled_to(norm) for value in values]
-            return values
+        unedited = self.weights.holding([]) if self.method.rewinds else nullcontext()
+        with self.run.timed("values"), unedited:
+            values = self._optimised(layer, shared)
+            return self._anchored(values, layer) if self.recipe.values.norm_anchor else values
+
+    def _anchored(self, values: Sequence[Value], layer: int) -> list[Value]:
+        """`values` with their v* scaled (NAS), and with the outcomes that they have so."""
+        length = self._usual_length(layer)
+        walk = self._walk() if self.method.rewinds else self.walk
+        hidden, added = walk.standing(layer)
+        scaled = [
+            anchored(z, h, v, length)
+            for z, h, v in zip(_stacked(values).double(), hidden.mT, added.mT, strict=True)
+        ]
+        changed = [
+            replace(value, z=(h if z is None else z).to(value.z))
+            for value, z, h in zip(values, scaled, hidden.mT, strict=True)
+        ]
+        dropped = sum(z is None for z in scaled)
+        if dropped:
+            self.run.notices.append(
+                f"norm anchor: {dropped} of {len(values)} values at layer {layer} were over "
+                f"{TOO_LONG:g} times as long as usual ({length:.3g}); nothing is written for them"
+            )
+        return measure_values(
+            self.model,
+            self.encoder,
+            [request.wording for request in self.requests],
+            changed,
+            layer=layer,
+            contexts=self.contexts,
+            settings=self.recipe.values,
+            positions=self._positions(1),
+            pad_id=self.pad_id,
+        )
+
+    def _usual_length(self, layer: int) -> float:
+        """Mean ‖v*‖ of a fixed sample in the unedited model: measured once, then kept."""
+        record = LengthRecord(
+            model_hash=self.base_hash,
+            layer=layer,
+            settings=self.recipe.values,
+            chat=self.recipe.chat,
+            mlp_out=self.model.layout.mlp_out,
+        )
+        known = self.ranks.from_first(record.read() if self.ranks.first else None)[0]
+        if known is not None:
+            return float(known)
+        facts = usable(self.encoder)
+        mine = facts[self.ranks.rank :: self.ranks.size]
+        with self.weights.holding([]):
+            lengths = value_lengths(
+                self.model,
+                self.encoder,
+                mine,
+                layer=layer,
+                first=self.recipe.layers[0],
+                settings=self.recipe.values,
+                positions=self._positions(1),
+                pad_id=self.pad_id,
+                progress=self.run.counter("norm anchor", len(mine)),
+            )
+        length = mean_length([x for note, _ in self.ranks.gather(lengths) for x in note])
+        if self.ranks.first:
+            record.write(length, len(facts))
+        return length
 
     def _optimised(self, layer: int, shared: Sequence[int]) -> list[Value]:
         """Values from the cache, or optimised and kept there."""

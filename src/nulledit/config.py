@@ -47,7 +47,8 @@ class ValueSettings:
     clamp: float = 0.75
     """Largest ‖δ‖/‖h‖."""
     kl_weight: float = 0.0625
-    """Weight of the drift KL(new ‖ old) of the next token behind the subject in `kl_prompt`."""
+    """Weight of the drift KL(new ‖ old) of what is predicted at the subject's last token in
+    `kl_prompt`."""
     weight_decay: float = 0.5
     """Weight of ‖δ‖/‖h‖²."""
     stop_loss: float = 0.05
@@ -55,17 +56,20 @@ class ValueSettings:
     stop_margin: float | None = 0.0
     """Nats by which every token of the target must lead its strongest rival in every row, contexts
     included, before a fact is done. A mean alone may be small while the one token that decides is
-    still wrong. null: the mean loss alone decides (published)."""
+    still wrong. Where the steps run out first, the best step counts rather than the last. null: the
+    mean loss alone decides, and the last step counts (published)."""
     patience: int = 0
     """A fact leaves when this many steps took less than 1 % off its loss; 0: never (published)."""
     kl_prompt: str = "{} is a"
-    """Where the subject's own meaning is held: the state at `{}` must predict as before."""
-    stop_when_likeliest: bool = False
-    """A fact leaves when every token of its target is the likeliest one in all its contexts
-    (ENCORE's early stop, arXiv:2502.01636)."""
+    """Where the subject's own meaning is held: its last token must predict as before. What stands
+    after `{}` is not read, as published."""
+    stop_when_likeliest: int = 0
+    """A fact leaves at so many steps at which every token of its target was the likeliest one in
+    all its contexts, the bare prompt not looked at (ENCORE's early stop, arXiv:2502.01636);
+    published: 2 for LLaMA3, 3 for LLaMA2, 4 for GPT2-XL. 0: never."""
     norm_anchor: bool = False
-    """Scale z to the mean norm that the batch's subjects have in the unedited model (NAS,
-    arXiv:2602.02543)."""
+    """Scale what W is to give, v* = v₀ + δ, to its mean norm over a fixed sample of facts in the
+    unedited model; where it is over twice that, leave δ out (NAS, arXiv:2602.02543)."""
     at: Literal["last", "each"] = "last"
     """last: one value behind the last edited layer; the others take a share of what is missing.
     each: a value at every edited layer, each written whole (BLUE, which edits two layers)."""
@@ -76,7 +80,13 @@ class ValueSettings:
     def __post_init__(self) -> None:
         check_positive(self, "steps", "learning_rate", "clamp")
         check_not_negative(
-            self, "kl_weight", "weight_decay", "stop_loss", "patience", "chunk_tokens"
+            self,
+            "kl_weight",
+            "weight_decay",
+            "stop_loss",
+            "patience",
+            "stop_when_likeliest",
+            "chunk_tokens",
         )
         if self.stop_margin is not None:
             check_not_negative(self, "stop_margin")
@@ -255,7 +265,10 @@ class Recipe:
         """Build from what a ledger holds; a field that it lacks means what was done before."""
         values = data.get("values", {})
         if isinstance(values, Mapping):
-            data = {**data, "values": {"stop_margin": None, **values}}
+            values = {"stop_margin": None, **values}
+            if isinstance(stop := values.get("stop_when_likeliest"), bool):
+                values["stop_when_likeliest"] = int(stop)  # it was a switch: the first such step
+            data = {**data, "values": values}
         return cls.from_dict(data)
 
     def to_dict(self) -> dict[str, Any]:

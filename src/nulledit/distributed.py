@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -67,7 +67,7 @@ class Pulse(threading.Thread):
         self.others = [r for r in range(size) if r != rank]
         now = time.monotonic()
         self.heard = dict.fromkeys(self.others, now)  # when the last beat came
-        self.beats = dict.fromkeys(self.others, 0)  # how many different ones came
+        self.answered = dict.fromkeys(self.others, 0)  # the last question that each has read
         self.words: dict[int, Word] = {}
         self.hearers: set[int] = set()  # of rank 0's last word, where this is rank 0
         self.unreachable: float | None = None  # since when the store is
@@ -80,17 +80,29 @@ class Pulse(threading.Thread):
         while not self._end.is_set():
             number += 1
             try:
-                self.store.set(f"beat/{self.rank}", str(number))
+                asked = self.store.add("questions", 0)
+                self.store.set(f"beat/{self.rank}", json.dumps([number, asked]))
                 self._listen()
             except RuntimeError:  # of torch.distributed, which has many; it doesn't connect again
                 self.unreachable = time.monotonic()
                 return
             self._end.wait(BEAT)
 
+    def ask(self) -> int:
+        """Ask who is there: the number of a question, which only a rank alive from now on reads."""
+        with suppress(RuntimeError):  # of a store that is gone, which `unreachable` tells
+            return self.store.add("questions", 1)
+        return 0
+
     def say(self, word: Word) -> None:
         """Leave the last word of this rank."""
         with suppress(RuntimeError):  # nobody there to hear it
             self.store.set(f"word/{self.rank}", json.dumps([word.code, word.line]))
+
+    def hear(self) -> None:
+        """Tell rank 0 that this one waits for no word of it any more."""
+        with suppress(RuntimeError):
+            self.store.set(f"heard/{self.rank}", "")
 
     def stop(self) -> None:
         """No beat after this."""
@@ -107,14 +119,14 @@ class Pulse(threading.Thread):
                 code, line = json.loads(self.store.get(f"word/{r}"))
                 self.words[r] = Word(code, line)
                 if r == 0:
-                    self.store.set(f"heard/{self.rank}", "")
+                    self.hear()
             if self.rank == 0 and self.store.check([f"heard/{r}"]):
                 self.hearers.add(r)
             if self.store.check([f"beat/{r}"]):
                 beat = self.store.get(f"beat/{r}")
                 if beat != self._last[r]:
                     self._last[r], self.heard[r] = beat, time.monotonic()
-                    self.beats[r] += 1
+                    self.answered[r] = json.loads(beat)[1]
 
 
 class Ranks:
@@ -125,7 +137,10 @@ class Ranks:
         self.launch = launch or Launch()
         self.rank, self.size = self.launch.rank, self.launch.size
         self.patience = SILENCE
+        self.parting = False
+        """Whether this rank ends and knows why: a signal to stop tells it nothing new."""
         self._pulse = pulse
+        self._lost: RankError | None = None  # what it ends of
         self._direct = False  # whether tensors of an accelerator are summed there
 
     @classmethod
@@ -152,9 +167,10 @@ class Ranks:
                 torch.cuda.set_device(torch.device(str(named)))
             backend = "cpu:gloo,cuda:nccl" if ranks._direct else "gloo"
             store.set_timeout(wait)
-            dist.init_process_group(
-                backend, store=store, rank=launch.rank, world_size=launch.size, timeout=FOREVER
-            )
+            with ranks.watched():
+                dist.init_process_group(
+                    backend, store=store, rank=launch.rank, world_size=launch.size, timeout=FOREVER
+                )
         except RuntimeError as error:
             said = " ".join(str(error).split())[:200]
             raise RankError(
@@ -259,10 +275,18 @@ class Ranks:
         try:
             yield
         except KeyboardInterrupt as error:
-            found = self._search()
-            if found is None or found.exit_code == INTERRUPTED:
-                raise  # all were
+            found = self.lost()
+            if found is None:
+                raise
             raise found from error
+
+    def lost(self) -> RankError | None:
+        """Why this rank was interrupted; None where all were."""
+        if not self.alone and not self.parting:
+            self.parting = True
+            self._lost = self._search()
+        found = self._lost
+        return None if found is None or found.exit_code == INTERRUPTED else found
 
     def end(self, code: int, line: str = "", *, error: BaseException | None = None) -> Word:
         """Leave: the code to exit with, and the line to say, if this rank is to say one.
@@ -274,10 +298,12 @@ class Ranks:
         if pulse is None:
             return Word(code, line)
         pulse.say(Word(code, line))
+        self.parting = self.parting or self.first or code != 0
         if self.first:  # the store may live here, and the others are to know why it goes
             missing = set(error.missing if isinstance(error, RankError) else ())
             self._until(lambda: {*pulse.others} <= pulse.hearers | missing, FAREWELL)
         elif isinstance(error, RankError):
+            pulse.hear()
             speaker = min((r for r in range(self.size) if r not in error.missing), default=0)
             line = line if self.rank == speaker else ""
         elif code:
@@ -285,10 +311,11 @@ class Ranks:
             line = "" if heard else f"rank {self.rank}: {line}"
         else:
             try:
-                self._until(lambda: 0 in pulse.words, None)
+                with self.watched():
+                    self._until(lambda: 0 in pulse.words, None)
             except RankError as gone:
                 return self.end(gone.exit_code, str(gone), error=gone)
-            code = pulse.words[0].code
+            code, self.parting = pulse.words[0].code, True
         if code == 0:
             dist.destroy_process_group()
         pulse.stop()
@@ -304,10 +331,9 @@ class Ranks:
         try:
             work.wait()
         except RuntimeError as error:
-            found = self._search()
             said = " ".join(str(error).split())[:120]
             broken = f"the connection between the ranks broke ({said})"
-            raise found or RankError(broken, lost=True) from error
+            self._part(self._search() or RankError(broken, lost=True), error)
 
     def _until(self, condition: Callable[[], bool], seconds: float | None) -> bool:
         """Whether `condition` came true within so many seconds; without a limit, RankError."""
@@ -324,7 +350,12 @@ class Ranks:
         """RankError if some rank is known to be gone, or to have failed."""
         found = self._known(self.patience)
         if found is not None:
-            raise found
+            self._part(found)
+
+    def _part(self, found: RankError, error: BaseException | None = None) -> NoReturn:
+        """Raise `found`; a launcher that stops this rank from now on tells nothing new."""
+        self._lost, self.parting = found, True
+        raise found from error
 
     def _known(self, silence: float) -> RankError | None:
         pulse = self._pulse
@@ -350,13 +381,12 @@ class Ranks:
         pulse = self._pulse
         if pulse is None:
             return None
-        before, end = dict(pulse.beats), time.monotonic() + LOOK
+        asked, end = pulse.ask(), time.monotonic() + LOOK
         while time.monotonic() < end:
             found = self._known(QUIET)
             if found is not None:
                 return found
-            # one beat may have been on its way; a second one is of a rank that lives
-            if all(pulse.beats[r] >= before[r] + 2 or r in pulse.words for r in pulse.others):
+            if all(r in pulse.words or 0 < asked <= pulse.answered[r] for r in pulse.others):
                 return None
             time.sleep(0.05)
         return None

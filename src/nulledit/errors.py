@@ -67,8 +67,11 @@ class RankError(NullEditError):
         """`missing`: ranks that can't speak; `lost`: nobody erred, so that a restart goes on."""
         super().__init__(message)
         self.missing, self.lost, self.exit_code = missing, lost or bool(missing), code
+        self.is_advised = False
 
     def advised(self, advice: str) -> Self:
-        """The same error with what to do about it, where a restart goes on."""
-        said = f"{self}; {advice}" if self.lost else str(self)
-        return type(self)(said, missing=self.missing, lost=self.lost, code=self.exit_code)
+        """The same error with what to do about it, where a restart goes on; the first advice."""
+        said = f"{self}; {advice}" if self.lost and not self.is_advised else str(self)
+        told = type(self)(said, missing=self.missing, lost=self.lost, code=self.exit_code)
+        told.is_advised = True
+        return told

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 @click.command(short_help="Compare a run with limits; exit 1 if one is broken.")
 @click.argument("run", metavar="RUN")
 @click.option("--limits", metavar="FILE", default="default", help="YAML.  [default: shipped ones]")
-@click.option("--text", metavar="FILE", help="For perplexity.  [default: one that comes along]")
+@click.option(
+    "--text", metavar="FILE", help="For perplexity and KL.  [default: one that comes along]"
+)
 @click.option("--capability", metavar="DIR", help="Six tasks: sst2.jsonl and so on.")
 @device_option
 @trust_option
@@ -64,7 +66,7 @@ def check(
     if asked.needs("text"):
         found = windows_of(editor.encoder, text)
         windows = found.windows
-        say(f"Perplexity on {found.name}", quiet=quiet)
+        say(f"Perplexity and KL on {found.name}", quiet=quiet)
     with Bars(quiet=quiet) as bars:
         report = measure(editor, asked, windows=windows, tasks=capability, progress=bars)
     if as_json:
@@ -96,7 +98,7 @@ def _found(row: Row) -> str:
     if row.found is None:
         return "not measured" if row.verdict == "FAILED" else ""
     shown = f"{round(row.found, 1) + 0.0:.1f}"  # no -0.0
-    return shown if row.error is None else f"{shown} ± {row.error:.1f}"
+    return (shown if row.error is None else f"{shown} ± {row.error:.1f}") + _unit(row)
 
 
 def _count(row: Row) -> str:
@@ -105,4 +107,9 @@ def _count(row: Row) -> str:
 
 def _allowed(row: Row) -> str:
     sign = "≥" if row.side == "at_least" else "≤"
-    return f"{sign} {row.limit:g}" + (" at 95 %" if row.confident else "")
+    return f"{sign} {row.limit:g}" + (" at 95 %" if row.confident else "") + _unit(row)
+
+
+def _unit(row: Row) -> str:
+    """What the column's head does not say."""
+    return "" if row.unit == "%" else f" {row.unit}"

@@ -32,7 +32,7 @@ from nulledit.cli.common import (
     quantize_option,
     trust_option,
 )
-from nulledit.errors import ConfigError
+from nulledit.errors import ConfigError, RankError
 from nulledit.launch import Launch
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class _Edit(Sectioned):
 @click.option(
     "--text",
     metavar="FILE",
-    help="Text for perplexity and preservation.  [default: one that comes with nulledit]",
+    help="Text for perplexity, KL and preservation.  [default: one that comes with nulledit]",
 )
 @click.option(
     "--retry",
@@ -201,7 +201,10 @@ def edit(facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
     from nulledit.cli import runs
 
     try:
-        result = runs.run(facts, found.facts, recipe, given, ranks, quiet=quiet)
+        with ranks.watched():
+            result = runs.run(facts, found.facts, recipe, given, ranks, quiet=quiet)
+    except RankError as error:  # before the first batch began
+        raise error.advised("start the same command again") from error
     except runs.Refused as error:
         from nulledit.cli.check import gate_table
         from nulledit.report.tables import as_text

@@ -10,7 +10,8 @@ With P parameters in a block, a forward pass of t tokens through b blocks takes 
 - solve, in float64: per layer and batch, over all n columns so far: 4·d_in·m·n for GK with m held
   eigenvectors (at most d_in/2), 2·n²·d_in + n³/3 for the system, 4·d_out·d_in·n for targets and Δ.
 - evaluation, twice: each query once through the model, 12 tokens of answer per fact (one at a
-  time: 4 times as slow), the text's windows for perplexity; once, those for preservation.
+  time: 4 times as slow), the text's windows for perplexity; once, those for preservation, and the
+  base's logits of them to be compared.
 
 Seconds are operations over a matmul's speed measured here, times a factor for everything else in a
 block that fits runs of the embedded model. Expect them to be right within a factor of 2.
@@ -107,7 +108,7 @@ def estimate(
     windows = sum(map(len, windows_of(encoder, given["text"]).windows))
     asked = block * depth * (rows["asked"] + windows + rows["answers"] * DECODING)
     asked += logit * (rows["scored"] + windows + rows["answers"])
-    evaluation = 0.0 if given["no_evaluate"] else 2 * asked + block * windows * (last + 1)
+    evaluation = 0.0 if given["no_evaluate"] else 2 * asked + windows * (block * (last + 1) + logit)
     seconds = {
         "load and save": 6 + 4 * shape.parameters * shape.bytes / 1e9,
         "keys": keys / speed,

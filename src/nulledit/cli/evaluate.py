@@ -23,7 +23,7 @@ from nulledit.cli.common import (
 )
 
 
-@click.command(short_help="Rates and perplexity of a run, base and edited.")
+@click.command(short_help="Rates, perplexity and KL of a run, base and edited.")
 @click.argument("run", metavar="RUN")
 @click.option("--facts", metavar="FILE", help="Ask about these.  [default: the facts in RUN]")
 @click.option("--limit", type=click.IntRange(1), help="Ask about so many.  [default: all]")
@@ -31,7 +31,7 @@ from nulledit.cli.common import (
 @click.option(
     "--text",
     metavar="FILE",
-    help="Text for perplexity and preservation.  [default: one that comes with nulledit]",
+    help="Text for perplexity, KL and preservation.  [default: one that comes with nulledit]",
 )
 @click.option("--base/--no-base", default=True, show_default=True, help="The base model, too.")
 @click.option("--distract", is_flag=True, help="Ask again behind distracting text.")
@@ -95,6 +95,7 @@ def evaluate(run: str, as_json: bool, quiet: bool, **given: Any) -> None:
                 editor,
                 facts,
                 windows=text.windows,
+                base=sides["base"].reading if "base" in sides else None,
                 distract=given["distract"],
                 fluency=given["fluency"],
                 references=references,
@@ -138,7 +139,7 @@ def evaluate(run: str, as_json: bool, quiet: bool, **given: Any) -> None:
         errors = ", ".join(
             f"{p.error:.3g} ± {p.standard_error:.1g} (layer {p.layer})" for p in kept
         )
-        echo(f"\n‖ΔK₀‖/‖W₀K₀‖: {errors}\nPerplexity and ‖ΔK₀‖ are on {text.name}.")
+        echo(f"\n‖ΔK₀‖/‖W₀K₀‖: {errors}\nPerplexity, KL and ‖ΔK₀‖ are on {text.name}.")
     more: dict[str, Any] = {f"Asked {name}": rates_table(s) for name, s in others.items()}
     if given["by_relation"]:
         more["By relation, edited"] = rest.relations_table(facts, sides["edited"])

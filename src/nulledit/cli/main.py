@@ -9,7 +9,7 @@ import sqlite3
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -42,6 +42,9 @@ from nulledit.launch import Launch
 from nulledit.reading import one_line
 from nulledit.report.text import plain
 
+if TYPE_CHECKING:
+    from nulledit.distributed import Ranks
+
 MOST_SAID = 2000  # characters of an error on the terminal
 
 SECTIONS: dict[str, list[tuple[click.Command, str, str]]] = {
@@ -67,7 +70,7 @@ SECTIONS: dict[str, list[tuple[click.Command, str, str]]] = {
     ],
     "Look at a run": [
         (ask, "One prompt, base and edited model.", 'nulledit ask run "The capital of France is"'),
-        (evaluate, "Rates and perplexity, base and edited.", "nulledit evaluate run"),
+        (evaluate, "Rates, perplexity and KL, base and edited.", "nulledit evaluate run"),
         (report, "One HTML page of runs and studies.", "nulledit report run"),
     ],
     "Gates": [
@@ -159,12 +162,17 @@ class Root(click.Group):
         """Run the command; with --debug, errors keep their trace."""
         try:
             result = super().invoke(ctx)
+            _end_with_others(ctx, 0, "", None)
+            return result
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except KeyboardInterrupt as error:
+            ranks = _ranks(ctx)
+            lost = ranks.lost() if ranks else None
             said = str(error) if isinstance(error, Interrupted) else "interrupted"
-            _end_with_others(ctx, 130, said, error)
-            _fail(said, 130)
+            line, code = (said, 130) if lost is None else _describe(lost)
+            _end_with_others(ctx, code, line, lost or error)
+            _fail(line, code)
         except Exception as error:
             line, code = _describe(error)
             if ctx.params.get("debug") or not line:
@@ -172,9 +180,6 @@ class Root(click.Group):
                 raise
             _end_with_others(ctx, code, line, error)
             _fail(line, code)
-        else:
-            _end_with_others(ctx, 0, "", None)
-            return result
 
 
 def _describe(error: Exception) -> tuple[str, int]:
@@ -195,10 +200,16 @@ def _describe(error: Exception) -> tuple[str, int]:
     return "", 1
 
 
+def _ranks(ctx: click.Context | None) -> Ranks | None:
+    """This process and those that it was started with, once they have met."""
+    ranks = (ctx.obj or {}).get("ranks") if ctx else None
+    return None if ranks is None or ranks.alone else ranks
+
+
 def _end_with_others(ctx: click.Context, code: int, line: str, error: BaseException | None) -> None:
     """Leave the other ranks, if there are any: one of all says why, and all end alike."""
-    ranks = (ctx.obj or {}).get("ranks")
-    if ranks is None or ranks.alone:
+    ranks = _ranks(ctx)
+    if ranks is None:
         return
     if code and not line:  # a slip of our own, or --debug
         traceback.print_exception(error)
@@ -259,9 +270,13 @@ def main() -> None:
     """The installed command: a termination counts as Ctrl-C; any terminal's encoding will do."""
 
     def interrupt(_number: int, _frame: object) -> None:
-        raise KeyboardInterrupt
+        ranks = _ranks(click.get_current_context(silent=True))
+        if ranks is None or not ranks.parting:
+            raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell's background has Ctrl-C
+            signal.signal(number, interrupt)
     # Threads that spin while they wait for a busy core: with another process beside, optimising
     # values took 18.8 s of wall time by default and 9.4 s so. Read when torch is first loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

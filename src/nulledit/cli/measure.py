@@ -85,7 +85,7 @@ def evaluate_both(
     with Bars(quiet=quiet, prefix="before: ") as bars, editor.base_weights():
         before = evaluate(editor, facts, windows=windows, progress=bars)
     with Bars(quiet=quiet, prefix="after: ") as bars:
-        after = evaluate(editor, facts, windows=windows, progress=bars)
+        after = evaluate(editor, facts, windows=windows, base=before.reading, progress=bars)
     return before, after
 
 

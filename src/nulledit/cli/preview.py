@@ -39,7 +39,9 @@ HELD = 20  # facts in the model that are asked again
     "--undo", "undone", multiple=True, metavar="ID", help="Take this fact out; repeatable."
 )
 @click.option("--limit", metavar="N", type=click.IntRange(1), help="Take so many records.")
-@click.option("--text", metavar="FILE", help="For perplexity.  [default: one that comes along]")
+@click.option(
+    "--text", metavar="FILE", help="For perplexity and KL.  [default: one that comes along]"
+)
 @facts_options
 @device_option
 @trust_option
@@ -52,7 +54,7 @@ def preview(
     **given: Any,
 ) -> None:
     """Edit RUN in memory and show what would change: the facts, their neighbours, facts that are in
-    the model already, perplexity and norms. Nothing is written.
+    the model already, perplexity, KL from the base and norms. Nothing is written.
 
     A model's name in the place of RUN previews the first edit of a run, with the model's recipe.
 
@@ -65,7 +67,9 @@ def preview(
     found = facts_of(facts, given, quiet=given["quiet"]) if facts else None
     prepare(quiet=given["quiet"])
     from nulledit.cli.measure import check_lengths, read_text
+    from nulledit.evaluation.perplexity import read
     from nulledit.evaluation.runner import evaluate
+    from nulledit.models.tokens import pad_id
     from nulledit.report.tables import as_text, rates_table
 
     quiet = given["quiet"]
@@ -78,9 +82,12 @@ def preview(
     keys = {f.key for f in asked}
     held = [f for f in editor.facts if f.key not in keys][-HELD:]
 
+    with editor.base_weights():
+        base = read(editor.partial, windows.windows, pad_id(editor.tokenizer), keep=True)
+
     def measure(name: str) -> tuple[Evaluation, Evaluation | None]:
         with Bars(quiet=quiet, prefix=f"{name}: ") as bars:
-            mine = evaluate(editor, asked, windows=windows.windows, progress=bars)
+            mine = evaluate(editor, asked, windows=windows.windows, base=base, progress=bars)
             others = evaluate(editor, held, generate=False, progress=bars) if held else None
         return mine, others
 
@@ -129,7 +136,7 @@ def preview(
         parts.append(f"The last {len(held)} facts in the model:")
         parts.append(as_text(_held_table(others)))
     parts.append(as_text(_norms(layers, would_be)))
-    parts.append(f"Perplexity is on {windows.name}. Nothing was written.")
+    parts.append(f"Perplexity and KL are on {windows.name}. Nothing was written.")
     return echo("\n\n".join(parts))
 
 

@@ -390,7 +390,7 @@ def as_page(result: Result) -> str:
     if last["layers"]:
         parts.append(as_text(preservation_table(last["layers"])))
     if last["text"]:
-        parts.append(f"Perplexity and ‖ΔK₀‖ are on {last['text']}.")
+        parts.append(f"Perplexity, KL and ‖ΔK₀‖ are on {last['text']}.")
     spent = ", ".join(f"{stage} {value:.1f}" for stage, value in last["seconds"].items())
     place = shlex.quote(str(result.folder))
     parts.append(

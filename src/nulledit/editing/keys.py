@@ -123,14 +123,18 @@ class Walk:
         self._keys = found.mT
         return self._keys
 
-    @torch.no_grad()
     def hidden(self, layer: int) -> Tensor:
         """What stands now where values of `layer` do [d, n]: bare prompts, subject's last token.
 
         The hidden state behind the block; where a norm stands between W and the stream, W's output.
         """
+        return self.standing(layer)[0]
+
+    @torch.no_grad()
+    def standing(self, layer: int) -> tuple[Tensor, Tensor]:
+        """`hidden`, and what W's output v₀ adds to it at the same places, [d, n] each."""
         place = {row: i for i, row in enumerate(self.bare)}
-        found: dict[int, Tensor] = {}
+        found: dict[int, tuple[Tensor, Tensor]] = {}
         front = self._front(layer)
         for chunk in self.chunks:
             mine = [i for i, row in enumerate(chunk.rows.tolist()) if row in place]
@@ -141,13 +145,23 @@ class Walk:
             batch = Batch(*(t[index, :length] for t in vars(chunk.batch).values()))
             states = chunk.states[index.to(chunk.states.device), :length]
             prefix = front.select(chunk.stem[index])
-            _, out = self.model.run_to_values(
-                prefix.before(batch), states=states, first=self.layer, layer=layer, prefix=prefix
-            )
-            at_last = out[torch.arange(len(mine)), chunk.last[index].to(out.device)].cpu().double()
-            for i, row in enumerate(mine):
-                found[place[int(chunk.rows[row])]] = at_last[i]
-        return torch.stack([found[i] for i in range(self.n)], dim=1)
+            with self.model.reading_output(layer) as written:
+                _, out = self.model.run_to_values(
+                    prefix.before(batch),
+                    states=states,
+                    first=self.layer,
+                    layer=layer,
+                    prefix=prefix,
+                )
+            at = torch.arange(len(mine)), chunk.last[index].to(out.device)
+            output = written[0].view(out.shape).to(out.device)
+            pairs = zip(*(t[at].cpu().double() for t in (out, output)), strict=True)
+            for i, pair in zip(mine, pairs, strict=True):
+                found[place[int(chunk.rows[i])]] = pair
+        columns = [found[i] for i in range(self.n)]
+        hidden = torch.stack([h for h, _ in columns], dim=1)
+        output = torch.stack([w for _, w in columns], dim=1)
+        return hidden, self.model.scale(layer) * output
 
     @torch.no_grad()
     def advance(self) -> None:

@@ -18,7 +18,7 @@ from nulledit.data.facts import Fact
 from nulledit.editing.values import Value
 from nulledit.files import replacing
 
-FORMAT = 2  # raise it when the same inputs come to give other values
+FORMAT = 3  # raise it when the same inputs come to give other values
 
 
 class ValueCache:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,10 +71,6 @@ class Value:
         known = {f.name for f in fields(cls)}
         return cls(z=z, **{name: held for name, held in outcome.items() if name in known})
 
-    def scaled_to(self, norm: float) -> Value:
-        """The value with z scaled to length `norm` (NAS, arXiv:2602.02543)."""
-        return replace(self, z=self.z * (norm / float(self.z.norm())))
-
 
 @dataclass(frozen=True)
 class _Job:
@@ -86,6 +82,10 @@ class _Job:
     labels: tuple[int, ...]  # the rows' contexts, by number
     drift_row: Row | None  # None: read at the bare row, whose tokens up to the subject are the same
     group: int
+
+
+Work = Callable[["_Chunk", Sequence[int]], list[Value]]
+"""The values of a chunk's facts, whose places in the whole are given."""
 
 
 def plan_rows(fact: Fact, encoder: RowEncoder, contexts: Sequence[str]) -> tuple[Row, ...]:
@@ -116,6 +116,53 @@ def optimise_values(
     are templates with one slot, the bare "{}" first. `positions` bounds how many token positions
     run through the upper blocks together; on an accelerator it halves itself when memory runs out.
     """
+    return _by_chunks(
+        model,
+        _jobs(model, encoder, facts, groups, contexts, settings),
+        lambda chunk, _members: chunk.optimise(),
+        layer=layer,
+        settings=settings,
+        positions=positions,
+        pad_id=pad_id,
+        progress=progress,
+    )
+
+
+def measure_values(
+    model: PartialModel,
+    encoder: RowEncoder,
+    facts: Sequence[Fact],
+    values: Sequence[Value],
+    *,
+    layer: int,
+    contexts: Sequence[str],
+    settings: ValueSettings,
+    positions: int,
+    pad_id: int,
+) -> list[Value]:
+    """`values` of `facts` whose z was changed, with the outcomes that describe it as it is now.
+
+    The other arguments are as for `optimise_values`.
+    """
+    return _by_chunks(
+        model,
+        _jobs(model, encoder, facts, range(len(facts)), contexts, settings),
+        lambda chunk, members: chunk.measure([values[i] for i in members]),
+        layer=layer,
+        settings=settings,
+        positions=positions,
+        pad_id=pad_id,
+    )
+
+
+def _jobs(
+    model: PartialModel,
+    encoder: RowEncoder,
+    facts: Sequence[Fact],
+    groups: Sequence[int],
+    contexts: Sequence[str],
+    settings: ValueSettings,
+) -> list[_Job]:
     jobs = []
     for fact, group in zip(facts, groups, strict=True):
         lessons = lessons_of(model, encoder, fact, contexts) if fact.forget else ()
@@ -124,11 +171,26 @@ def optimise_values(
         shared = rows[0].upto_subject().ids == drift.ids
         labels = tuple(i % len(contexts) for i in range(len(rows)))
         jobs.append(_Job(fact.id, rows, lessons, labels, None if shared else drift, group))
+    return jobs
+
+
+def _by_chunks(
+    model: PartialModel,
+    jobs: Sequence[_Job],
+    work: Work,
+    *,
+    layer: int,
+    settings: ValueSettings,
+    positions: int,
+    pad_id: int,
+    progress: Callable[[int], None] = lambda n: None,
+) -> list[Value]:
+    """What `work` gives for each chunk of `jobs` and their places, in the order of `jobs`."""
     values: dict[int, Value] = {}
     waiting = list(range(len(jobs)))
     while waiting:
         members = _next_chunk(jobs, waiting, positions)
-        found = _run_chunk(model, [jobs[i] for i in members], layer, settings, pad_id)
+        found = _run_chunk(model, jobs, members, work, layer, settings, pad_id)
         if found is None:
             if len({jobs[i].group for i in members}) == 1:
                 raise ModelError(f"fact {jobs[members[0]].fact_id}: not enough memory for its rows")
@@ -141,11 +203,17 @@ def optimise_values(
 
 
 def _run_chunk(
-    model: PartialModel, jobs: Sequence[_Job], layer: int, settings: ValueSettings, pad_id: int
+    model: PartialModel,
+    jobs: Sequence[_Job],
+    members: Sequence[int],
+    work: Work,
+    layer: int,
+    settings: ValueSettings,
+    pad_id: int,
 ) -> list[Value] | None:
-    """The values of `jobs`; None if memory ran out, with all that the chunk held let go."""
+    """What `work` gives; None if memory ran out, with all that the chunk held let go."""
     try:
-        return _Chunk(model, jobs, layer, settings, pad_id).optimise()
+        return work(_Chunk(model, [jobs[i] for i in members], layer, settings, pad_id), members)
     except torch.OutOfMemoryError:
         return None
 
@@ -267,12 +335,16 @@ class _Chunk:
         known: dict[int, bool] = {}
         updates = [0] * n_groups
         ended = ["steps"] * n_groups
+        likeliest = [0] * n_groups  # steps at which the target was so in every context
         clamped = [False] * n_groups
+        best: dict[int, _Best] = {}
         for step in range(s.steps):
-            nll, drift, bare_lead, lead = reads.losses(deltas, drift_start)
+            nll, drift, *found = reads.losses(deltas, drift_start)
+            leads, bare, in_context = (
+                dict(zip(reads.facts, lead.tolist(), strict=True)) for lead in found
+            )
             if step == 0:
-                known = {f: ok > 0 for f, ok in zip(reads.facts, bare_lead.tolist(), strict=True)}
-            leads = dict(zip(reads.facts, lead.tolist(), strict=True))
+                known = {f: lead > 0 for f, lead in bare.items()}
             decay = {g: s.weight_decay * deltas[g].norm() / norms[g].square() for g in active}
             per_fact = nll + s.kl_weight * drift
             groups_of_facts = [self.group_of[f] for f in reads.facts]
@@ -291,8 +363,14 @@ class _Chunk:
             for g in active:
                 history[g].append(worst[g])
             for g in active:
-                members = {f: leads[f] for f in reads.facts if self.group_of[f] == g}
-                ended[g] = self._end(history[g], members) or "steps"
+                said = {f: leads[f] for f in reads.facts if self.group_of[f] == g}
+                likeliest[g] += all(in_context[f] > 0 for f in said)
+                ended[g] = self._end(history[g], said, likeliest[g]) or "steps"
+                says = all(self._says(f, lead) for f, lead in said.items())
+                if g not in best or (says, -worst[g]) > best[g].score:
+                    so_far = {f: outcome[f] for f in said}
+                    delta = deltas[g].detach().clone()
+                    best[g] = _Best((says, -worst[g]), delta, so_far, clamped[g])
             staying = [g for g in active if ended[g] == "steps"]
             if not staying or step == s.steps - 1:
                 break
@@ -312,6 +390,11 @@ class _Chunk:
             if staying != active:
                 active = staying
                 reads = _Reads(self, active)
+        if s.stop_margin is not None:
+            for g, found in best.items():
+                if ended[g] in ("steps", "patience"):
+                    deltas[g], clamped[g] = found.delta, found.clamped
+                    outcome |= found.outcome
         return [
             Value(
                 z=h[f] + self.units[g] * deltas[g].detach(),
@@ -328,15 +411,41 @@ class _Chunk:
             for f, g in enumerate(self.group_of)
         ]
 
-    def _end(self, losses: list[float], leads: dict[int, float]) -> str:
+    @torch.no_grad()
+    def measure(self, values: Sequence[Value]) -> list[Value]:
+        """The chunk's `values`, each with a δ of its own, with the outcomes of their z."""
+        s = self.settings
+        h = self.start[self.bare]  # [facts, d]
+        moved = torch.stack([value.z for value in values]).to(h) - h
+        deltas = list(moved / self.units[:, None])
+        reads = _Reads(self, range(len(values)))
+        drift_start: dict[int, Tensor] = {}
+        reads.losses([torch.zeros_like(delta) for delta in deltas], drift_start)
+        nll, drift, lead, *_ = reads.losses(deltas, drift_start)
+        decay = s.weight_decay * torch.stack(deltas).norm(dim=1) / self.norms.square()
+        loss = nll + s.kl_weight * drift + decay.to(nll)
+        shares = moved.norm(dim=1) / h.norm(dim=1)
+        return [
+            replace(
+                value,
+                loss=float(loss[f]),
+                nll=float(nll[f]),
+                delta_share=float(shares[f]),
+                lead=None if value.lead is None else float(lead[f]),
+            )
+            for f, value in enumerate(values)
+        ]
+
+    def _end(self, losses: list[float], leads: dict[int, float], likeliest: int) -> str:
         """Why a group ends here, as `Value.ended` says it; empty: it goes on.
 
         `leads`: of each fact of the group, as in `Value.lead`. A flat distribution is near another
         one also where the answer to forget is its peak, so a fact to forget is not done before some
-        other token is likelier in every row.
+        other token is likelier in every row. `likeliest`: steps so far, not always in a row, at
+        which each fact led in all its contexts.
         """
         s = self.settings
-        if s.stop_when_likeliest and all(lead > 0 for lead in leads.values()):
+        if 0 < s.stop_when_likeliest <= likeliest:
             return "likeliest"
         if losses[-1] < s.stop_loss and all(self._says(f, lead) for f, lead in leads.items()):
             return "done"
@@ -353,6 +462,18 @@ class _Chunk:
         return self.settings.stop_margin is None or lead > self.settings.stop_margin
 
 
+@dataclass(frozen=True)
+class _Best:
+    """The best that a group has come to: Adam swings, and its last step may be a bad one."""
+
+    score: tuple[bool, float]
+    """Whether every row says what it should, then minus the loss."""
+    delta: Tensor
+    outcome: dict[int, tuple[float, float, float]]
+    """By fact: loss, nll, lead."""
+    clamped: bool
+
+
 @torch.no_grad()
 def _clamp(delta: Tensor, limit: float) -> bool:
     """Shorten `delta` to `limit`; whether it was longer."""
@@ -360,6 +481,20 @@ def _clamp(delta: Tensor, limit: float) -> bool:
     if norm > limit:
         delta.mul_(limit / norm)
     return norm > limit
+
+
+class _Losses(NamedTuple):
+    """What one pass of the rows gives, per fact.
+
+    A lead is the least one of a target token over its strongest rival, in nats; of a fact to forget
+    it is 1 where another token is likelier, else -1.
+    """
+
+    nll: Tensor  # of the target, or what `unlearned` says
+    drift: Tensor  # KL
+    lead: Tensor  # over all rows
+    bare_lead: Tensor  # at the bare prompt
+    context_lead: Tensor  # in the prefix contexts; at all rows where there is none
 
 
 class _Reads:
@@ -414,6 +549,12 @@ class _Reads:
         self.teacher = [told for r, told in chunk.taught.items() if r in place]
         bare = {chunk.bare[f] for f in self.facts}
         self.is_bare = torch.tensor([rows[r] in bare for r in at_row], device=device)
+        contexts = [chunk.labels[rows[r]] > 0 for r in at_row]
+        with_contexts = {i for i, there in zip(fact, contexts, strict=True) if there}
+        self.in_context = torch.tensor(
+            [there or i not in with_contexts for i, there in zip(fact, contexts, strict=True)],
+            device=device,
+        )
         for f in self.facts:
             at_row.append(place[chunk.drift[f]])
             at_position.append(0)
@@ -425,14 +566,8 @@ class _Reads:
         self.fact = torch.tensor(fact, device=device)
         self.weight = torch.tensor(weight, device=device)
 
-    def losses(
-        self, deltas: Sequence[Tensor], drift_start: dict[int, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Per fact: NLL of the target (or what `unlearned` says), drift (KL), and the least lead of
-        a target token over its strongest rival, at the bare prompts and over all rows.
-
-        The lead is in nats; of a fact to forget it is 1 where another token is likelier, else -1.
-        """
+    def losses(self, deltas: Sequence[Tensor], drift_start: dict[int, Tensor]) -> _Losses:
+        """What `deltas`, one per group, give; `drift_start` is filled in at the first call."""
         model = self.chunk.model
         scaled = torch.stack(list(deltas)) * self.chunk.units[:, None]
         stacked = scaled[self.delta_of_row.to(scaled.device)]  # [rows, d]
@@ -455,15 +590,16 @@ class _Reads:
         fact = self.fact.to(device)
         nll = each.new_zeros(len(self.facts)).index_add(0, fact, each * self.weight.to(each))
         most = lead.new_full((len(self.facts),), math.inf)
-        least = most.scatter_reduce(0, fact, lead, "amin")
-        bare = self.is_bare.to(device)
-        bare_least = most.scatter_reduce(0, fact[bare], lead[bare], "amin")
+        least, bare_least, context_least = (
+            most.scatter_reduce(0, fact[at], lead[at], "amin")
+            for at in (slice(None), self.is_bare.to(device), self.in_context.to(device))
+        )
         log_p = F.log_softmax(drifts, dim=1)
         for i, f in enumerate(self.facts):
             drift_start.setdefault(f, log_p[i].detach().clone())
         start = torch.stack([drift_start[f] for f in self.facts])
         kl = F.kl_div(start, log_p, log_target=True, reduction="none").sum(1)
-        return nll, kl, bare_least, least
+        return _Losses(nll, kl, least, bare_least, context_least)
 
     def _as_taught(self, says: Tensor, each: Tensor, lead: Tensor) -> tuple[Tensor, Tensor]:
         """Losses `each` and leads [positions], with those of the teacher where one is."""

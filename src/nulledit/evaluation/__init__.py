@@ -1,10 +1,17 @@
-"""What a model makes of facts, of other text, and of itself: scores, answers, perplexity, drift."""
+"""What a model makes of facts, of other text, and of itself: scores, answers, perplexity, KL."""
 
 from nulledit.evaluation.fluency import Writing, generation_entropy, write_texts
 from nulledit.evaluation.generation import contains, generate_answers, generate_texts
 from nulledit.evaluation.groups import by_age, by_relation, rates_by, rates_of_rows
 from nulledit.evaluation.metrics import Rate, Score, per_fact, rates, score
-from nulledit.evaluation.perplexity import Perplexity, perplexity, read_windows
+from nulledit.evaluation.perplexity import (
+    Divergence,
+    Perplexity,
+    Reading,
+    perplexity,
+    read,
+    read_windows,
+)
 from nulledit.evaluation.preservation import (
     Preservation,
     preservation,
@@ -17,11 +24,13 @@ from nulledit.evaluation.retry import retry_failing
 from nulledit.evaluation.runner import Evaluation, evaluate, paired_bootstrap
 
 __all__ = [
+    "Divergence",
     "Evaluation",
     "Perplexity",
     "Preservation",
     "Query",
     "Rate",
+    "Reading",
     "Score",
     "Writing",
     "by_age",
@@ -40,6 +49,7 @@ __all__ = [
     "rates",
     "rates_by",
     "rates_of_rows",
+    "read",
     "read_windows",
     "retry_failing",
     "score",

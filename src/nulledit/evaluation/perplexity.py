@@ -1,14 +1,21 @@
-"""Perplexity on windows of a text."""
+"""What a model makes of windows of a text: perplexity, and how far it is from its base.
+
+Per token, KL(base ‖ edited) of the next token's distribution: never negative and without a first
+order, so it tells edits apart whose perplexity differs by noise. A base and an edited model differ
+in blocks only, so what is kept of the base is its normed states; its logits are made again, a few
+positions at a time, when the edited model's are there to be compared.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nulledit.data.corpus import Corpus, open_corpus
@@ -19,6 +26,8 @@ from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import beginning, chunks_by_length, collate
 
 POSITIONS = 2048  # tokens that run together
+LOGITS = 2**22  # of each model that are held at once to be compared: 16 MB of float32
+WORST = 0.01  # of the tokens, whose share of the whole is told
 MARGIN = 64  # tokens read past the last window: where a text is cut off, its last ones may differ
 
 
@@ -32,6 +41,20 @@ class Perplexity:
     """Of `value`, over windows (delta method); nan for one window."""
     tokens: int
     """Tokens predicted."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far a model's next token is from its base's on a text."""
+
+    value: float
+    """Mean over tokens of KL(base ‖ model), thousandths of a nat; 0 without edits."""
+    standard_error: float
+    """Of `value`, over windows (delta method); nan for one window."""
+    worst_share: float
+    """Share of the sum that the worst 1 % of tokens hold (rounded up), 0 to 1; 0 if all is 0."""
+    tokens: int
+    """Tokens compared."""
 
 
 def read_windows(
@@ -60,6 +83,82 @@ def read_windows(
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What a model, as it was, made of windows of text."""
+
+    windows: tuple[tuple[int, ...], ...]
+    """Token ids; each window predicts its own from the second on."""
+    losses: tuple[np.ndarray, ...]
+    """By window, each predicted token's negative log-probability, nats."""
+    apart: tuple[np.ndarray, ...] | None = None
+    """By window, each predicted token's KL(base ‖ this model), nats; None without a base."""
+    states: tuple[Tensor, ...] | None = None
+    """By window, the normed states that predict [tokens, d], on the CPU; None if not kept."""
+
+    @property
+    def perplexity(self) -> Perplexity:
+        """Of all windows."""
+        mean, error, tokens = mean_of(self.losses)
+        value = math.exp(mean) if mean < 700 else math.inf if mean >= 700 else math.nan
+        return Perplexity(value, value * error, tokens)
+
+    @property
+    def kl(self) -> Divergence | None:
+        """Over all windows; None without a base."""
+        return None if self.apart is None else divergence(self.apart)
+
+
+def read(
+    model: PartialModel,
+    windows: Sequence[Sequence[int]],
+    pad_id: int,
+    *,
+    base: Reading | None = None,
+    keep: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Reading:
+    """Read `windows` of token ids with the model as it is; those of one token are left out.
+
+    With `base`, a reading of the same windows that the model without its edits kept, each token is
+    compared with it. `keep` the states for that: width times tokens numbers in the model's dtype,
+    where logits of all tokens at once would be the vocabulary's size times tokens. Results don't
+    depend on how windows are put together. ValueError for a base of other windows.
+    """
+    texts = tuple(tuple(ids) for ids in windows if len(ids) > 1)
+    if not texts:
+        raise ValueError("perplexity needs a window of two tokens or more")
+    if base is not None and (base.states is None or base.windows != texts):
+        raise ValueError("the base has to have read the same windows, and to have kept its states")
+    losses, apart = [np.empty(0)] * len(texts), [np.empty(0)] * len(texts)
+    kept: dict[int, Tensor] = {}
+    done = 0
+    with frozen(model.model), torch.no_grad():
+        for chunk, states in _read_chunks(model, texts, pad_id):
+            lengths = [len(texts[i]) - 1 for i in chunk]
+            targets = torch.tensor([token for i in chunk for token in texts[i][1:]])
+            if base is None or base.states is None:
+                loss, _ = token_losses(model, states, targets)
+            else:
+                before = torch.cat([base.states[i] for i in chunk])
+                loss, moved = _compare(model, before, states, targets)
+                for i, part in zip(chunk, moved.split(lengths), strict=True):
+                    apart[i] = part.double().numpy()
+            for i, part in zip(chunk, loss.split(lengths), strict=True):
+                losses[i] = part.double().numpy()
+            if keep:
+                kept |= dict(zip(chunk, states.cpu().split(lengths), strict=True))
+            done += len(chunk)
+            if progress:
+                progress(done, len(texts))
+    return Reading(
+        texts,
+        tuple(losses),
+        None if base is None else tuple(apart),
+        tuple(kept[i] for i in range(len(texts))) if keep else None,
+    )
+
+
 def perplexity(
     model: PartialModel,
     windows: Sequence[Sequence[int]],
@@ -72,35 +171,70 @@ def perplexity(
     The standard error takes windows for independent draws: of the ratio (sum of losses)/(tokens)
     over windows, times the perplexity.
     """
-    windows = [ids for ids in windows if len(ids) > 1]
-    if not windows:
-        raise ValueError("perplexity needs a window of two tokens or more")
-    losses = np.zeros(len(windows))  # nats, summed over each window
-    done = 0
-    with frozen(model.model), torch.no_grad():
-        for chunk in chunks_by_length([len(ids) for ids in windows], POSITIONS):
-            rows = [windows[i] for i in chunk]
-            batch = collate([ids[:-1] for ids in rows], pad_id=pad_id, device=model.device)
-            normed = model.run_normed(batch)  # [rows, length, d]
-            targets = torch.tensor([token for ids in rows for token in ids[1:]])
-            part, _ = token_losses(model, normed[batch.mask.bool().to(normed.device)], targets)
-            split = part.double().split([len(ids) - 1 for ids in rows])
-            losses[chunk] = [float(loss.sum()) for loss in split]
-            done += len(rows)
-            if progress:
-                progress(done, len(windows))
-    return _of_sums(losses, np.array([len(ids) - 1 for ids in windows]))
+    return read(model, windows, pad_id, progress=progress).perplexity
 
 
-def _of_sums(losses: np.ndarray, tokens: np.ndarray) -> Perplexity:
-    """From each window's summed loss [n] and its number of predicted tokens [n]."""
-    n, total = len(losses), int(tokens.sum())
-    mean = float(losses.sum()) / total
-    value = math.exp(mean) if mean < 700 else math.inf  # nan stays nan
+def divergence(apart: Sequence[np.ndarray]) -> Divergence:
+    """From each token's KL in nats, by window."""
+    mean, error, tokens = mean_of(apart)
+    found = np.sort(np.concatenate(apart))
+    total, worst = float(found.sum()), float(found[-math.ceil(WORST * tokens) :].sum())
+    share = worst / total if total else 0.0
+    return Divergence(1000 * mean, 1000 * error, share, tokens)
+
+
+def _read_chunks(
+    model: PartialModel, windows: Sequence[Sequence[int]], pad_id: int
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Places of windows that run together, and their normed states [tokens, d], one by one."""
+    for chunk in chunks_by_length([len(ids) for ids in windows], POSITIONS):
+        rows = [windows[i][:-1] for i in chunk]
+        batch = collate(rows, pad_id=pad_id, device=model.device)
+        normed = model.run_normed(batch)  # [rows, length, d]
+        yield chunk, normed[batch.mask.bool().to(normed.device)]
+
+
+def _compare(
+    model: PartialModel, base: Tensor, now: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Losses [n] of `targets` [n] after the states `now` [n, d], and KL(base ‖ now) [n], nats."""
+    size = max(1, LOGITS // model.model.config.get_text_config().vocab_size)
+    losses, apart = [], []
+    parts = zip(base.split(size), now.split(size), targets.split(size), strict=True)
+    for before, after, ids in parts:
+        log_p = _log_probabilities(model, before.to(after.device))
+        log_q = _log_probabilities(model, after)
+        losses.append(-log_q.gather(1, ids[:, None].to(log_q.device))[:, 0].cpu())
+        apart.append(_divergences(log_p, log_q).cpu())
+    return torch.cat(losses), torch.cat(apart)
+
+
+def _log_probabilities(model: PartialModel, states: Tensor) -> Tensor:
+    logits = model.logits(states)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def _divergences(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) [n] of log-probabilities [n, vocabulary].
+
+    As the sum of p (log p − log q) + q − p, whose terms are not negative: what the logarithms have
+    in common of their rounding falls out, which alone is 1e-6 nats in float32.
+    """
+    p = log_p.exp()
+    terms = (log_p - log_q).mul_(p).add_(log_q.exp()).sub_(p)
+    terms.masked_fill_(log_p.isneginf(), 0)  # tokens that the model never gives
+    return terms.sum(-1).clamp_min(0)
+
+
+def mean_of(values: Sequence[np.ndarray]) -> tuple[float, float, int]:
+    """Mean over all tokens of `values` by window, its standard error over windows, and tokens."""
+    n, tokens = len(values), np.array([len(part) for part in values])
+    sums, total = np.array([part.sum() for part in values]), int(tokens.sum())
+    mean = float(sums.sum()) / total
     if n == 1:
-        return Perplexity(value if not math.isnan(mean) else math.nan, math.nan, total)
-    spread = float(np.sqrt(n / (n - 1) * np.square(losses - mean * tokens).sum())) / total
-    return Perplexity(value if not math.isnan(mean) else math.nan, value * spread, total)
+        return mean, math.nan, total
+    spread = float(np.sqrt(n / (n - 1) * np.square(sums - mean * tokens).sum())) / total
+    return mean, spread, total
 
 
 def _stream(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[int]:

@@ -16,7 +16,7 @@ from nulledit.errors import FactError
 from nulledit.evaluation.fluency import Writing, write_texts
 from nulledit.evaluation.generation import answer_room, generate_answers, says
 from nulledit.evaluation.metrics import Rate, Score, per_fact, rates, score
-from nulledit.evaluation.perplexity import Perplexity, perplexity
+from nulledit.evaluation.perplexity import Divergence, Perplexity, Reading, read
 from nulledit.evaluation.protocols import queries_of, shipped_sentences
 from nulledit.models.tokens import RowEncoder, pad_id
 
@@ -47,6 +47,10 @@ class Evaluation:
     nothing to say and are left out."""
     writing: Writing | None = None
     """Longer texts; None if not asked for."""
+    kl: Divergence | None = None
+    """From the base on the windows; None without windows or without a base to compare with."""
+    reading: Reading | None = field(default=None, repr=False, compare=False)
+    """Of the windows, by token: what a later evaluation takes for its `base`."""
 
     @property
     def fluency(self) -> Rate | None:
@@ -59,7 +63,7 @@ class Evaluation:
         return _rate(self.writing.consistency) if self.writing else None
 
     def summary(self) -> dict[str, Any]:
-        """Rates, generation and perplexity as plain data for JSON; nan and infinity are None.
+        """Rates, generation, perplexity and KL as plain data for JSON; nan and infinity are None.
 
         Fluency and consistency are there if longer texts were asked for.
         """
@@ -67,6 +71,7 @@ class Evaluation:
             "rates": {name: _plain(rate) for name, rate in self.rates.items()},
             "generation": _plain(self.generation),
             "perplexity": _plain(self.perplexity),
+            "kl": _plain(self.kl),
         }
         if self.writing:
             told["fluency"], told["consistency"] = _plain(self.fluency), _plain(self.consistency)
@@ -107,6 +112,7 @@ def evaluate(
     facts: Sequence[Fact],
     *,
     windows: Sequence[Sequence[int]] | None = None,
+    base: Reading | None = None,
     generate: bool = True,
     judge: Judge | None = None,
     distract: bool = False,
@@ -121,13 +127,14 @@ def evaluate(
 
     Facts are asked in the form that they are edited in, plain or in the chat template; `encoder`:
     in another one. Longer texts and `windows` are plain text in any case.
-    `windows` of token ids are for perplexity. `judge` says whether an answer says the target or one
-    of its aliases; by default whether it contains it and does not loop. `distract` asks again
-    behind other texts (`queries_of`). With `fluency`, or `references` for consistency, the model
-    writes longer texts, drawn by `seed` (`write_texts`). For the model before its edits, call this
-    inside `with editor.base_weights():`. `progress` is told the stage ("scores", "answers",
-    "texts", "perplexity"), what is done and what there is in all. Raises FactError for an id used
-    twice.
+    `windows` of token ids are for perplexity, and for KL per token where `base` is given: the
+    `reading` of an evaluation of the model before its edits, on the same windows. `judge` says
+    whether an answer says the target or an alias; by default whether it contains it and does not
+    loop. `distract` asks again behind other texts (`queries_of`). With `fluency`, or `references`
+    for consistency, the model writes longer texts, drawn by `seed` (`write_texts`). For the model
+    before its edits, call this inside `with editor.base_weights():`. `progress` is told the stage
+    ("scores", "answers", "texts", "perplexity"), what is done and what there is in all. Raises
+    FactError for an id used twice.
     """
     _refuse_twins(facts)
     form = encoder or editor.encoder
@@ -150,18 +157,21 @@ def evaluate(
         stage = _stage(progress, "texts")
         place = (editor.model, editor.tokenizer)
         writing = write_texts(*place, facts, references=references, seed=seed, progress=stage)
-    surprise = None
+    reading = None
     if windows:
         stage = _stage(progress, "perplexity")
-        surprise = perplexity(editor.partial, windows, padding, progress=stage)
+        keep = base is None
+        reading = read(editor.partial, windows, padding, base=base, keep=keep, progress=stage)
     return Evaluation(
         scores=tuple(scores),
         answers=answers,
         rates=rates(scores),
         generation=_rate(says),
-        perplexity=surprise,
+        perplexity=reading.perplexity if reading else None,
         says_target=says,
         writing=writing,
+        kl=reading.kl if reading else None,
+        reading=reading,
     )
 
 

@@ -109,6 +109,8 @@ class Kind:
     """What is measured."""
     needs: str
     """What is read for it: weights, facts, hidden, text or tasks."""
+    unit: str = "%"
+    """Of its number."""
 
 
 def _rates() -> Iterator[tuple[str, Kind]]:
@@ -130,6 +132,9 @@ KINDS: Mapping[str, Kind] = {
     **dict(_rates()),
     "oldest_cohort": Kind(Oldest, "strict efficacy of the facts edited first", "facts"),
     "perplexity_growth": Kind(SampledMost, "growth of perplexity on a text", "text"),
+    "kl": Kind(
+        SampledMost, "KL per token of the base's next token from the edited one's", "text", "mnat"
+    ),
     "capability_drop": Kind(
         Tasks, "points of the right answer's probability lost on a task", "tasks"
     ),
@@ -143,7 +148,7 @@ KINDS: Mapping[str, Kind] = {
         Least, "share of usable directions that no edit took, least of the layers", "weights"
     ),
 }
-"""Limits by name; every number is in %, or in points of %."""
+"""Limits by name; numbers are in %, or in points of %, but for that of `kl`."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +214,7 @@ def _bound(name: object, given: Any) -> Bound:
     other = {"at_least": "at_most", "at_most": "at_least"}[side]
     if side not in given:
         found = f"has {other}" if other in given else "names no bound"
-        raise ConfigError(f"{name} {found}; expected {side}, in %")
+        raise ConfigError(f"{name} {found}; expected {side}, in {KINDS[name].unit}")
     try:
         bound = read_settings(kind, given, "")
     except ConfigError as error:
@@ -220,7 +225,7 @@ def _bound(name: object, given: Any) -> Bound:
 
 def _finite(value: float, name: str) -> None:
     if not math.isfinite(value):
-        raise ConfigError(f"{name} is {value}; expected a number, in %")
+        raise ConfigError(f"{name} is {value}; expected a number")
 
 
 def _share(value: float) -> None:

@@ -9,24 +9,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+
 from nulledit.data.facts import Fact
 from nulledit.editor import Editor
 from nulledit.errors import FactError
 from nulledit.evaluation.capability import TaskResult, capability
 from nulledit.evaluation.metrics import Rate, Score, per_fact, score
-from nulledit.evaluation.perplexity import perplexity, read_windows
+from nulledit.evaluation.perplexity import Reading, mean_of, read, read_windows
 from nulledit.evaluation.preservation import shipped_corpus
 from nulledit.evaluation.protocols import KINDS as ASKED
 from nulledit.evaluation.protocols import queries_of
 from nulledit.evaluation.runner import ACCELERATOR_POSITIONS, CPU_POSITIONS
 from nulledit.evaluation.tasks import read_tasks
 from nulledit.gates.hidden import edit_rows, hidden_growth, text_rows
-from nulledit.gates.limits import Bound, Least, Limits, Most, Oldest, Tasks
+from nulledit.gates.limits import KINDS, Bound, Least, Limits, Most, Oldest, Tasks
 from nulledit.models.tokens import pad_id
 
 SURE = 1.645  # standard errors of a one-sided 95 %
 DOUBT = 0.05  # chance of a sample like this that `confident` accepts
 WINDOW = 256  # tokens
+NO_TEXT = "no window of text with two tokens or more"
 FAILED, OK, UNMEASURED = "FAILED", "ok", "not measured"
 
 Progress = Callable[[str, int, int], None]
@@ -39,7 +42,7 @@ class Row:
     name: str
     """As in the limits; a task's name behind capability_drop."""
     found: float | None
-    """In %, or points of %; None if it was not measured, nan or infinite where the model is."""
+    """In the unit; None if it was not measured, nan or infinite where the model is."""
     error: float | None
     """Standard error, same unit; None for what is no estimate, or for n = 1."""
     n: int | None
@@ -55,7 +58,9 @@ class Row:
     verdict: str
     """ok, FAILED or not measured (only of a limit that is optional)."""
     note: str = ""
-    """The layer where it was found, or why nothing was."""
+    """The layer where it was found, how it is spread, or why nothing was."""
+    unit: str = "%"
+    """% or points of %; mnat for KL per token."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ class Found:
     """A measured number."""
 
     value: float
-    """%, or points of %."""
+    """In the limit's unit."""
     error: float | None = None
     """Standard error, same unit; None for what is no estimate."""
     n: int | None = None
@@ -109,7 +114,7 @@ class Found:
     agreed: bool = False
     """Whether it is a mean of shares that are all the same, which hides how few they are."""
     note: str = ""
-    """Where it was found."""
+    """Where it was found, or how it is spread."""
 
     @classmethod
     def of(cls, rate: Rate, over: str, *, shares: bool = False) -> Found:
@@ -168,17 +173,17 @@ def check(
     rows: list[Row] = []
     for name, bound in limits.bounds.items():
         for label, found in at_work.outcomes(name, bound).items():
-            rows.append(_judged(label, bound, found))
+            rows.append(_judged(label, bound, found, KINDS[name].unit))
     return GateReport(tuple(rows), limits.source)
 
 
-def _judged(name: str, bound: Bound, found: Outcome) -> Row:
+def _judged(name: str, bound: Bound, found: Outcome, unit: str = "%") -> Row:
     side = "at_least" if isinstance(bound, Least) else "at_most"
     limit = bound.at_least if isinstance(bound, Least) else cast(Most, bound).at_most
     confident = bool(getattr(bound, "confident", False))
     if isinstance(found, Missing):
         verdict = UNMEASURED if bound.optional else FAILED
-        return Row(name, None, None, None, "", side, limit, confident, verdict, found.why)
+        return Row(name, None, None, None, "", side, limit, confident, verdict, found.why, unit)
     margin = found.margin if confident else 0.0
     # Every comparison with nan is false, so what is not a number fails.
     if side == "at_least":
@@ -201,6 +206,7 @@ def _judged(name: str, bound: Bound, found: Outcome) -> Row:
         confident,
         OK if holds else FAILED,
         note,
+        unit,
     )
 
 
@@ -221,6 +227,7 @@ class _Measuring:
         self._given_windows, self._folder, self._progress = windows, tasks, progress
         self._scores: dict[str, list[Score]] = {}
         self._reports: Sequence[Any] | None = None
+        self._texts: tuple[Reading, ...] = ()
 
     def outcomes(self, name: str, bound: Bound) -> Mapping[str, Outcome]:
         """Row name -> what was found for the limit `name`."""
@@ -235,6 +242,7 @@ class _Measuring:
             return {name: self._rate(name, self.facts)}
         found: dict[str, Callable[[], Outcome]] = {
             "perplexity_growth": self._perplexity,
+            "kl": self._kl,
             "norm_growth": self._norms,
             "hidden_growth": self._hidden,
             "hidden_growth_text": self._hidden_text,
@@ -321,23 +329,30 @@ class _Measuring:
         return self._given_windows
 
     def _perplexity(self) -> Outcome:
-        windows = [ids for ids in self._windows() if len(ids) > 1]
-        if not windows:
-            return Missing("no window of text with two tokens or more")
-        with self.editor.base_weights():
-            before = self._losses(windows, "base")
-        return perplexity_growth(before, self._losses(windows, "edited"), list(map(len, windows)))
+        if not (texts := self._read()):
+            return Missing(NO_TEXT)
+        return perplexity_growth(*(reading.losses for reading in texts))
 
-    def _losses(self, windows: Sequence[Sequence[int]], side: str) -> list[float]:
-        """Mean loss of each window's tokens, nats."""
-        editor, tell = self.editor, self._stage(f"{side}: perplexity")
-        losses = []
-        for ids in windows:
-            value = perplexity(editor.partial, [ids], pad_id(editor.tokenizer)).value
-            losses.append(math.log(value))
-            if tell:
-                tell(len(losses), len(windows))
-        return losses
+    def _kl(self) -> Outcome:
+        found = texts[1].kl if (texts := self._read()) else None
+        if found is None:
+            return Missing(NO_TEXT)
+        note = f"{100 * found.worst_share:.0f} % of it in the worst 1 %"
+        return Found(found.value, found.standard_error, len(texts[1].windows), "windows", note=note)
+
+    def _read(self) -> tuple[Reading, ...]:
+        """Base and edited model on the windows, the latter compared if that is asked for."""
+        windows = [ids for ids in self._windows() if len(ids) > 1]
+        if windows and not self._texts:
+            editor, compared = self.editor, "kl" in self.limits.bounds
+            given = (editor.partial, windows, pad_id(editor.tokenizer))
+            tell = self._stage("base: perplexity")
+            with editor.base_weights():
+                base = read(*given, keep=compared, progress=tell)
+            tell = self._stage("edited: perplexity")
+            edited = read(*given, base=base if compared else None, progress=tell)
+            self._texts = base, edited
+        return self._texts
 
     def _hidden(self) -> Outcome:
         if not self.facts:
@@ -380,26 +395,15 @@ class _Measuring:
         return partial(self._progress, stage) if self._progress else None
 
 
-def perplexity_growth(
-    before: Sequence[float], after: Sequence[float], tokens: Sequence[int]
-) -> Found:
-    """Growth of perplexity in % from the mean losses (nats) of the same windows in two models.
+def perplexity_growth(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> Found:
+    """Growth of perplexity in % from each token's loss (nats), by window, in two models.
 
     exp of the mean difference per token, minus one: what the ratio of the perplexities is. The
-    standard error is paired: of the differences over windows of `tokens` ids each.
+    standard error is paired: of the differences over windows.
     """
-    weights = [count - 1 for count in tokens]  # the first token is not predicted
-    total, n = sum(weights), len(weights)
-    moved = [b - a for a, b in zip(before, after, strict=True)]
-    mean = sum(w * d for w, d in zip(weights, moved, strict=True)) / total
-    factor = math.exp(mean) if mean < 700 else math.inf  # nan stays nan
-    if math.isnan(mean):
-        factor = math.nan
-    if n == 1:
-        return Found(100 * (factor - 1), math.nan, n, "windows")
-    spread = sum((w * (d - mean)) ** 2 for w, d in zip(weights, moved, strict=True))
-    error = math.sqrt(n / (n - 1) * spread) / total
-    return Found(100 * (factor - 1), 100 * factor * error, n, "windows")
+    mean, error, _ = mean_of([b - a for a, b in zip(before, after, strict=True)])
+    factor = math.exp(mean) if mean < 700 else math.inf if mean >= 700 else math.nan
+    return Found(100 * (factor - 1), 100 * factor * error, len(before), "windows")
 
 
 def _task_drop(before: TaskResult, after: TaskResult) -> Outcome:

@@ -48,6 +48,19 @@ class MomentRidgeSettings:
 
 
 @dataclass(frozen=True)
+class BetaSettings:
+    """Second moment and ridge inside the null space."""
+
+    moment_weight: float = 3000.0
+    """λ₁, weight of C (published for every model)."""
+    l2: float = 10.0
+    """λ₂, ridge on the update (published)."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "moment_weight", "l2")
+
+
+@dataclass(frozen=True)
 class SoftSettings:
     """A ridge that grows with the eigenvalue."""
 
@@ -74,7 +87,7 @@ def moment_gains(eigenvalues: Tensor, threshold: float, settings: MomentSettings
 
 
 def moment_ridge_gains(
-    eigenvalues: Tensor, threshold: float, settings: MomentRidgeSettings
+    eigenvalues: Tensor, threshold: float, settings: MomentRidgeSettings | BetaSettings
 ) -> Tensor:
     """1/(λ₀ s + λ₂): ENCORE's Frobenius term, RLSEdit, BetaEdit."""
     del threshold
@@ -121,16 +134,17 @@ FILTERS = (
     ),
     Method(
         name="encore",
-        about="MEMIT with a Frobenius term; its early stop is values.stop_when_likeliest",
+        about="MEMIT with history and a Frobenius term; its early stop is a setting of values",
         paper="arXiv:2502.01636",
         settings=MomentRidgeSettings,
         gains=moment_ridge_gains,
+        history=True,
     ),
     Method(
         name="betaedit",
         about="AlphaEdit with the second moment kept inside, before its first refresh of P",
         paper="arXiv:2605.09285",
-        settings=MomentRidgeSettings,
+        settings=BetaSettings,
         gains=moment_ridge_gains,
         history=True,
         projected=True,

@@ -8,7 +8,7 @@ kept states. Nothing here knows a family's name.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -196,13 +196,9 @@ class PartialModel:
 
         Values stand in the hidden states themselves, or, where a norm follows W, in W's output.
         """
-        if not self.values_at_output:
+        with self.reading_output(layer) if self.values_at_output else nullcontext() as written:
             hidden = self.run(batch, states=states, first=first, last=layer, prefix=prefix)
-            return hidden, hidden
-        written: list[Tensor] = []
-        with _hooked(self.mlp_out(layer), _collect_copy(written)):
-            hidden = self.run(batch, states=states, first=first, last=layer, prefix=prefix)
-        return hidden, written[0].view(hidden.shape)
+        return hidden, written[0].view(hidden.shape) if written else hidden
 
     def with_value(self, layer: int, hidden: Tensor, standing: Tensor, delta: Tensor) -> Tensor:
         """`hidden` of `run_to_values` with `delta` added to what is `standing` there [..., d]."""
@@ -259,6 +255,13 @@ class PartialModel:
                 block, module = self.blocks[layer], self.mlp_out(layer)
                 stack.enter_context(_hooked(block, _collect_input(shapes), before=True))
                 stack.enter_context(_hooked(module, _read_key(found, layer, shapes), before=True))
+            yield found
+
+    @contextmanager
+    def reading_output(self, layer: int) -> Iterator[list[Tensor]]:
+        """Collect a copy of what W of `layer` gives in each run inside."""
+        found: list[Tensor] = []
+        with _hooked(self.mlp_out(layer), _collect_copy(found)):
             yield found
 
     def _top(self, last: int | None) -> int:

@@ -110,12 +110,15 @@ def _is_side(value: Any) -> bool:
     """Summary of an evaluation. No measure is called as the answer of a fact's row is."""
     rates = _named(_or_none(_is_rate))
     text = _with(value=_is_measured, standard_error=_is_measured, tokens=_is_whole)
+    shares = dict.fromkeys(("value", "standard_error", "worst_share"), _is_measured)
+    kl = _with(**shares, tokens=_is_whole)
     names = ("generation", "fluency", "consistency")
     return (
         _with(rates=rates)(value)
         and "answer" not in value["rates"]
         and all(_or_none(_is_rate)(value.get(name)) for name in names)
         and _or_none(text)(value.get("perplexity"))
+        and _or_none(kl)(value.get("kl"))
     )
 
 

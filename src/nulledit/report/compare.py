@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nulledit.report import measures
-from nulledit.report.run_study import RunFolder, after_row, pairs, perplexity, signed
+from nulledit.report.run_study import RunFolder, after_row, kl, pairs, perplexity, signed
 from nulledit.report.study import Cell, Column, FigureSpec, Point, Study, StudyTable, Value
 
 Key = tuple[str, str, str]
@@ -76,6 +76,13 @@ def _table(
         for row, run in zip(table, runs, strict=True):
             found = perplexity(run.evaluated[-1]["after"])
             row["perplexity"] = found and Value(found.mean, found.standard_error)
+        moved = [kl(run.evaluated[-1]["after"]) for run in runs]
+        if any(moved):
+            columns.append(Column("kl", "KL per token", "low", "mnat", 2))
+            columns.append(Column("kl_worst", "KL in the worst 1 %", None, "%"))
+            for row, told in zip(table, moved, strict=True):
+                row["kl"] = told and Value(told[0].mean, told[0].standard_error)
+                row["kl_worst"] = told and told[1]
     caption = f"After the edits, on the {len(shared)} facts that all share" if shared else ""
     return StudyTable("runs", "After the edits", caption, tuple(columns), tuple(table))
 

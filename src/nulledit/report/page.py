@@ -130,8 +130,9 @@ def _run(run: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], *, last: bo
         parts.append(as_markdown(rates_table({"before": run["before"], "after": run["after"]})))
         parts.append(
             "Mean over facts ± standard error, n facts. By preference: the answer is likelier than "
-            "the other one. Strict: every token of it is the likeliest. Perplexity on "
-            f"{markdown(run['text'] or ABSENT)}."
+            "the other one. Strict: every token of it is the likeliest. KL per token: of the "
+            "base's next token from the edited model's, in thousandths of a nat. It and perplexity "
+            f"are on {markdown(run['text'] or ABSENT)}."
         )
         for name, sides in run.get("others", {}).items():
             asked = f"Above: asked {run['asked']}, as edited. Asked {name}:"

@@ -183,6 +183,10 @@ def _sides(
     if any(side.get("perplexity") for side in sides):
         before, after = (perplexity(side) for side in sides)
         text.append({"measure": "perplexity", "before": before, "after": after})
+    if moved := kl(sides[1]):
+        zero = Value(0.0, None, moved[0].n)
+        text.append({"measure": "KL per token (mnat)", "before": zero, "after": moved[0]})
+        text.append({"measure": "KL, share of the worst 1 % (%)", "after": moved[1]})
     caption = (
         "Means over facts. Preference: the answer is likelier than the other one; strict: every "
         "token of it is the likeliest"
@@ -194,7 +198,12 @@ def _sides(
             ". Difference: after minus before, with the 95 % interval of a paired bootstrap over "
             "facts"
         )
-    other = f"Perplexity on {part['text']}; n are its tokens" if part["text"] else ""
+    other = (
+        f"On {part['text']}; n are its tokens. KL: of the base's next token from the edited "
+        "model's, in thousandths of a nat"
+        if part["text"]
+        else ""
+    )
     number = part["run"]
     found = [
         StudyTable(f"rates-{number}", f"Rates{which} (%)", caption, _columns(1, rates), _t(rates)),
@@ -207,6 +216,16 @@ def perplexity(side: Mapping[str, Any] | None) -> Value | None:
     """The perplexity of a summary; n are tokens."""
     told = (side or {}).get("perplexity")
     return Value(told["value"], told["standard_error"], told["tokens"]) if told else None
+
+
+def kl(side: Mapping[str, Any] | None) -> tuple[Value, float | None] | None:
+    """KL per token of a summary, mnat, and the share of it in the worst 1 % of tokens, in %."""
+    told = (side or {}).get("kl")
+    if not told:
+        return None
+    share = told["worst_share"]
+    value = Value(told["value"], told["standard_error"], told["tokens"])
+    return value, None if share is None else 100 * share
 
 
 def _columns(digits: int, rows: Sequence[Mapping[str, Cell]]) -> tuple[Column, ...]:

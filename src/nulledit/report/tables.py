@@ -76,6 +76,12 @@ def rates_table(sides: Mapping[str, Mapping[str, Any]]) -> Table:
     said = [ABSENT if not p else _plus_minus(p["value"], p["standard_error"], 2) for p in texts]
     tokens = next((f"{p['tokens']} tokens" for p in texts if p), "")
     rows.append(["perplexity", *said, tokens])
+    moved = [side.get("kl") for side in sides.values()]
+    if any(moved):  # what the others are compared with has none
+        rows.append(["KL per token (mnat)", *map(_moved, moved), tokens])
+        shares = [k and k["worst_share"] for k in moved]
+        held = ["" if share is None else f"{100 * share:.1f}" for share in shares]
+        rows.append(["KL, share of the worst 1 % (%)", *held, tokens])
     return ["", *sides, "n"], rows
 
 
@@ -97,6 +103,14 @@ def preservation_table(layers: Sequence[Mapping[str, Any]]) -> Table:
         head.append("rounding/‖Δ‖")
         rows = [[*r, number(x["rounding_share"])] for r, x in zip(rows, layers, strict=True)]
     return head, rows
+
+
+def _moved(kl: Mapping[str, Any] | None) -> str:
+    """KL from the base, of any size; the base itself has none."""
+    if kl is None:
+        return "0"
+    value, error = kl["value"], kl["standard_error"]
+    return "not finite" if value is None else _number_plus_minus(value, error)
 
 
 def _bits(rate: Mapping[str, Any] | None) -> str:

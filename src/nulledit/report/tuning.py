@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import statistics
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 from nulledit.data.facts import Fact
 from nulledit.evaluation.metrics import Rate
-from nulledit.report.tables import Table, as_markdown
+from nulledit.report.tables import Table, as_markdown, number
 from nulledit.report.text import count, markdown, plain
 from nulledit.report.writing import write
 from nulledit.tuning.measure import Measured
@@ -26,6 +25,7 @@ from nulledit.tuning.objective import KINDS, Outcome, difference, score, score_e
 from nulledit.tuning.search import BOUND, NO_TIME, Candidate, Tuning
 
 FORMULA = "H(efficacy, paraphrases, neighbours) - {weight:g} KL"
+TEXT = ("KL (mnat)", "worst 1 %", "perplexity")
 RULE = (
     "A candidate whose score is less than one standard error of the paired difference below the "
     "best ties with it; of those that tie, the one with the smallest KL is taken, then the one "
@@ -66,7 +66,8 @@ def outline(found: Tuning) -> list[str]:
     split, weight = found.split, found.settings.weight
     winner = found.winner
     lines = [
-        f"Score: {FORMULA.format(weight=weight)}, means over facts; ± is a standard error.",
+        f"Score: {FORMULA.format(weight=weight)}, means over facts, KL there in nats; ± is a "
+        "standard error.",
         f"{count(len(found.candidates), 'candidate')} on {len(split.tuning)} tuning facts, judged "
         f"on {len(split.report)} report facts of other subjects; {untried_in_words(found)}; "
         f"{found.seconds:.0f} s of wall time, {found.cpu_seconds:.0f} CPU-seconds.",
@@ -133,23 +134,23 @@ def page(found: Tuning, about: dict[str, str]) -> str:
 
 def candidates_table(found: Tuning) -> Table:
     """Every candidate with its measures; the winner is marked."""
-    head = ["", "changed", "from", *KINDS, "KL (nats)", "perplexity", "score", "to the best", "s"]
+    head = ["", "changed", "from", *KINDS, *TEXT, "score", "to the best", "s"]
     weight = found.settings.weight
     best = max(found.candidates, key=lambda c: score(c.measured.outcome, weight))
     rows: list[Sequence[str]] = []
-    for number, c in enumerate(found.candidates):
+    for place, c in enumerate(found.candidates):
         m = c.measured
         apart = (
             "best"
             if c is best
             else _plus_minus(*difference(m.outcome, best.measured.outcome, weight))
         )
-        mark = f"{_number(number)}{' (chosen)' if number == found.chosen else ''}"
+        mark = f"{_number(place)}{' (chosen)' if place == found.chosen else ''}"
         rows.append(
             [
                 mark,
                 c.label,
-                "" if number == 0 else _number(c.base),
+                "" if place == 0 else _number(c.base),
                 *_measures(m, weight),
                 apart,
                 f"{m.seconds:.0f}",
@@ -161,14 +162,14 @@ def candidates_table(found: Tuning) -> Table:
 def judged_table(found: Tuning) -> Table:
     """The unedited model, the starting recipe and the winner on the report facts."""
     weight = found.settings.weight
-    unedited = [*(_rate(found.unedited.rate(kind)) for kind in KINDS), "", "", "", ""]
+    unedited = [*(_rate(found.unedited.rate(kind)) for kind in KINDS), *[""] * len(TEXT), "", ""]
     rows: list[Sequence[str]] = [["unedited model", *unedited]]
     sides = {"starting recipe": found.started}
     if found.chosen:
         sides["chosen"] = found.judged
     for name, m in sides.items():
         rows.append([name, *_measures(m, weight), f"{m.update_share:.3f}"])
-    return ["", *KINDS, "KL (nats)", "perplexity", "score", "‖Δ‖/‖W₀‖"], rows
+    return ["", *KINDS, *TEXT, "score", "‖Δ‖/‖W₀‖"], rows
 
 
 def untried_table(found: Tuning) -> Table:
@@ -241,7 +242,9 @@ def _row(side: str, number: int, c: Candidate, m: Measured, found: Tuning) -> di
         row |= {kind: rate and rate.mean, f"{kind}_se": rate and rate.standard_error}
         row[f"{kind}_n"] = rate.n if rate else 0
     return row | {
-        "kl": statistics.fmean(m.outcome.drift),
+        "kl_mnat": m.kl.value,
+        "kl_mnat_se": m.kl.standard_error,
+        "kl_worst_share": m.kl.worst_share,
         "perplexity_growth": m.growth,
         "score": score(m.outcome, weight),
         "score_se": score_error(m.outcome, weight),
@@ -257,14 +260,19 @@ def _row(side: str, number: int, c: Candidate, m: Measured, found: Tuning) -> di
 def _measures(m: Measured, weight: float) -> list[str]:
     rates = [_rate(m.outcome.rate(kind)) for kind in KINDS]
     own = _plus_minus(score(m.outcome, weight), score_error(m.outcome, weight), sign="")
-    return [*rates, f"{statistics.fmean(m.outcome.drift):.5f}", f"{100 * m.growth:+.2f} %", own]
+    kl = m.kl
+    text = [number(kl.value), f"{100 * kl.worst_share:.0f} %", f"{100 * m.growth:+.2f} %"]
+    return [*rates, *text, own]
 
 
 def _line(m: Measured, weight: float) -> str:
     kinds = [f"{kind} {_rate(m.outcome.rate(kind))}" for kind in KINDS if m.outcome.rate(kind)]
-    drift = statistics.fmean(m.outcome.drift)
     own = _plus_minus(score(m.outcome, weight), score_error(m.outcome, weight), sign="")
-    return f"score {own}: {', '.join(kinds)}, KL {drift:.5f}, perplexity {100 * m.growth:+.2f} %"
+    return (
+        f"score {own}: {', '.join(kinds)}, KL {number(m.kl.value)} mnat a token "
+        f"({100 * m.kl.worst_share:.0f} % of it in the worst 1 %), perplexity "
+        f"{100 * m.growth:+.2f} %"
+    )
 
 
 def _mean(outcome: Outcome, kind: str) -> float | None:

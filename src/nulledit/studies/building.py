@@ -58,7 +58,7 @@ class Work:
     written: int = 0
     """Facts whose free answers or longer texts are generated."""
     perplexities: int = 0
-    """Perplexities of the text."""
+    """Readings of the text: perplexity and KL."""
     capabilities: int = 0
     """Rounds of the six tasks."""
     drifts: int = 0
@@ -118,16 +118,41 @@ def present(measures: Sequence[str], *all_rows: Rows) -> list[str]:
 
 def growth(now: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> float | None:
     """Perplexity's growth in %; None without a text or for a number without end."""
-    if now is None or base is None or now["value"] is None:
+    if now is None or base is None or now["perplexity"]["value"] is None:
         return None
-    return 100 * (now["value"] / base["value"] - 1)
+    return 100 * (now["perplexity"]["value"] / base["perplexity"]["value"] - 1)
 
 
-def perplexity_value(found: Mapping[str, Any] | None) -> Value | None:
-    """A cell; n counts tokens."""
-    if found is None:
-        return None
-    return Value(found["value"], found["standard_error"], found["tokens"])
+def text_columns(digits: int = 1) -> list[Column]:
+    """Columns of `text_cells`; growth of perplexity is told with `digits`."""
+    return [
+        Column("perplexity", "perplexity", "low", "", 2),
+        Column("growth", "growth", "low", "%", digits),
+        Column("kl", "KL per token", "low", "mnat", 2),
+        Column("kl_worst", "KL in the worst 1 %", None, "%", 0),
+    ]
+
+
+def text_cells(
+    now: Mapping[str, Any] | None, base: Mapping[str, Any] | None
+) -> dict[str, Value | float | None]:
+    """Cells of what a model makes of a text, beside the unedited one; n counts tokens.
+
+    `now` is `base`: the unedited model itself.
+    """
+    if now is None:
+        return {}
+    text, kl = now["perplexity"], now["kl"]
+    cells: dict[str, Value | float | None] = {
+        "perplexity": Value(text["value"], text["standard_error"], text["tokens"])
+    }
+    if now is base:
+        return {**cells, "kl": Value(0.0, None, text["tokens"])}
+    cells["growth"] = growth(now, base)
+    if kl:
+        cells["kl"] = Value(kl["value"], kl["standard_error"], kl["tokens"])
+        cells["kl_worst"] = kl["worst_share"] and 100 * kl["worst_share"]
+    return cells
 
 
 def difference(before: Rows, after: Rows, measure: str) -> tuple[float, float, float, int] | None:

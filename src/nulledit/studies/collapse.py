@@ -16,7 +16,7 @@ from nulledit.errors import ConfigError
 from nulledit.evaluation.metrics import Rate
 from nulledit.gates.hidden import edit_rows, norm_growth, state_norms, text_rows
 from nulledit.report.study import Column, FigureSpec, Point, StudyTable, Value
-from nulledit.studies.building import Outcome, StudySpec, Work, growth, rate
+from nulledit.studies.building import Outcome, StudySpec, Work, growth, rate, text_cells
 from nulledit.studies.lab import Lab, hash_of
 from nulledit.studies.scale import chosen
 from nulledit.studies.stream import Stream, StreamPlan
@@ -42,6 +42,8 @@ class Checkpoint:
     """Strict efficacy of the oldest cohort."""
     perplexity: float | None
     """Growth in %; None for a perplexity without end."""
+    kl: Value | float | None
+    """KL per token from the unedited model on the same text, mnat."""
 
 
 @dataclass(frozen=True)
@@ -219,8 +221,8 @@ class _Unedited:
     """‖h‖ at the subject of each fact of the queue."""
     on_text: Sequence[float]
     """‖h‖ at the end of each piece of other text."""
-    perplexity: Mapping[str, Any] | None
-    """Of the text."""
+    text: Mapping[str, Any] | None
+    """Its perplexity."""
     layer: int
     """Behind which ‖h‖ is read."""
 
@@ -237,7 +239,7 @@ class _Unedited:
 
         at_edits = norms(edit_rows(lab.bench.base, bare))
         on_text = norms(text_rows(lab.windows()))
-        return cls(bare, at_edits, on_text, lab.perplexity(None, 0), layer)
+        return cls(bare, at_edits, on_text, lab.text(None, 0), layer)
 
 
 def _norms(editor: Editor, rows: Sequence[Sequence[int]], layer: int) -> list[float]:
@@ -264,6 +266,7 @@ def _look(lab: Lab, stream: Stream, at: int, base: _Unedited, cohort: Sequence[s
         return norm_growth(torch.tensor(before), torch.tensor(now))
 
     layers = stream.measure(at, "layers", {}, lambda editor: _layers(editor, at))
+    read = lab.text(stream, at)
     strict, oldest = rate(asked, "efficacy_strict"), rate(asked, "efficacy_strict", cohort)
     if strict is None or oldest is None:
         raise ValueError("every fact is asked for its target")
@@ -275,7 +278,8 @@ def _look(lab: Lab, stream: Stream, at: int, base: _Unedited, cohort: Sequence[s
         on_text=grown(text, base.on_text),
         strict=strict,
         oldest=oldest,
-        perplexity=growth(lab.perplexity(stream, at), base.perplexity),
+        perplexity=growth(read, base.text),
+        kl=text_cells(read, base.text).get("kl"),
     )
 
 
@@ -420,6 +424,7 @@ def _course_table(number: int, course: Course, bounds: Bounds) -> StudyTable:
         Column("strict", "strict, all", None, "%"),
         Column("oldest", "strict, oldest", None, "%"),
         Column("perplexity", "perplexity growth", None, "%"),
+        Column("kl", "KL per token", None, "mnat"),
         Column("state", "state"),
     ]
     rows: list[dict[str, Any]] = []
@@ -433,6 +438,7 @@ def _course_table(number: int, course: Course, bounds: Bounds) -> StudyTable:
             "strict": Value.percent(now.strict),
             "oldest": Value.percent(now.oldest),
             "perplexity": now.perplexity,
+            "kl": now.kl,
             "state": "collapsed" if now.edits == course.collapsed else state,
         }
         row |= {f"room{k}": None if v is None else 100 * v for k, v in now.room.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,9 +12,7 @@ from nulledit.config import ContextSettings
 from nulledit.data.facts import Fact
 from nulledit.editor import Editor
 from nulledit.errors import ConfigError
-from nulledit.evaluation.perplexity import perplexity
 from nulledit.evaluation.runner import evaluate
-from nulledit.models.tokens import pad_id
 from nulledit.report.study import Column, StudyTable
 from nulledit.studies.building import (
     PREFERENCE,
@@ -22,11 +20,12 @@ from nulledit.studies.building import (
     Outcome,
     StudySpec,
     Work,
-    growth,
     rate_cells,
     rate_columns,
+    text_cells,
+    text_columns,
 )
-from nulledit.studies.lab import Lab, hash_of
+from nulledit.studies.lab import Lab, hash_of, told
 from nulledit.studies.scale import chosen
 from nulledit.studies.stream import StreamPlan
 from nulledit.studies.streams import follow, unedited
@@ -44,36 +43,32 @@ def run_instead(lab: Lab) -> Outcome:
     """Editing against the prompt against LoRA, on the same questions."""
     edited = plans(lab)
     queue = edited[0].facts
-    base_rows, base_perplexity = unedited(lab, queue)
+    base_rows, base_text = unedited(lab, queue)
     columns = [Column("arm", "what"), *rate_columns(MEASURES)]
-    if base_perplexity is not None:
-        columns.append(Column("growth", "perplexity growth", "low", "%", 2))
+    if base_text is not None:
+        columns += text_columns(2)
     columns += [
         Column("seconds", "once", None, "s/fact", 2),
         Column("tokens", "tokens/question", None, "", 0),
     ]
-    rows: list[dict[str, Any]] = [
-        {"arm": "unedited", **rate_cells(base_rows, MEASURES), "tokens": 0}
-    ]
+    base = {**rate_cells(base_rows, MEASURES), **text_cells(base_text, base_text)}
+    rows: list[dict[str, Any]] = [{"arm": "unedited", **base, "tokens": 0}]
     for plan in edited:
         arm = follow(lab, plan, [len(queue)])
-        grown = growth(arm.perplexity[len(queue)], base_perplexity)
+        text = text_cells(arm.text[len(queue)], base_text)
         known = arm.own_seconds is not None and arm.value_seconds is not None
         spent = (arm.own_seconds or 0) + (arm.value_seconds or 0) if known else None
-        rows.append(_row(f"edited: {plan.label}", arm.end, grown, spent, 0))
+        rows.append(_row(f"edited: {plan.label}", arm.end, text, spent, 0))
     for crowd in lab.settings["crowds"]:
         label = (
             "in the prompt: its own" if crowd == 0 else f"in the prompt: its own and {crowd} more"
         )
         found, tokens = _prompted(lab, queue, crowd)
-        rows.append(_row(label, found, None, None, tokens))
+        rows.append(_row(label, found, {}, None, tokens))
     lora = _lora(lab, queue)
     if lora is not None:
-        grown = growth(lora["perplexity"], base_perplexity)
-        rows.append(_row("LoRA", lora["rows"], grown, lora["seconds"] / len(queue), 0))
-    for row in rows:
-        if base_perplexity is None:
-            row.pop("growth", None)
+        text = text_cells(lora["text"], base_text)
+        rows.append(_row("LoRA", lora["rows"], text, lora["seconds"] / len(queue), 0))
     caption = (
         f"{len(queue)} facts, the same questions for all. In the prompt, a neighbour's question "
         "gets the same statements in front as the fact's own; weights, and so other text, stay as "
@@ -81,26 +76,26 @@ def run_instead(lab: Lab) -> Outcome:
         "place. Seconds of editing count values that were optimised in this study's own stream."
     )
     table = StudyTable("instead", "Instead of editing", caption, tuple(columns), tuple(rows))
-    told = []
+    said = []
     for row in rows[1:]:
         cells = [row[m] for m in ("efficacy_strict", "generalization_strict", "specificity")]
-        told.append(
+        said.append(
             f"{row['arm']}: "
             + " / ".join("absent" if c is None else f"{c.mean:.1f}" for c in cells)
         )
     return Outcome(
-        "Strict efficacy / strict generalization / specificity (%): " + "; ".join(told) + ".",
+        "Strict efficacy / strict generalization / specificity (%): " + "; ".join(said) + ".",
         [table],
     )
 
 
 def _row(
-    label: str, rows: Any, grown: float | None, seconds: float | None, tokens: float
+    label: str, rows: Any, text: Mapping[str, Any], seconds: float | None, tokens: float
 ) -> dict[str, Any]:
     return {
         "arm": label,
         **rate_cells(rows, MEASURES),
-        "growth": grown,
+        **text,
         "seconds": seconds,
         "tokens": tokens,
     }
@@ -121,7 +116,7 @@ def _prompted(lab: Lab, queue: Sequence[Fact], crowd: int) -> tuple[Any, float]:
 
 
 def _lora(lab: Lab, queue: Sequence[Fact]) -> Any:
-    """Rows, perplexity and seconds of a LoRA on the whole queue; None without PEFT."""
+    """Rows, text and seconds of a LoRA on the whole queue; None without PEFT."""
     size = lab.settings["batch_size"]
     wanted = LoraSettings(seed=lab.seed, contexts=ContextSettings(count=2))
     windows = lab.windows() if lab.sources.text else None
@@ -133,19 +128,18 @@ def _lora(lab: Lab, queue: Sequence[Fact]) -> Any:
     }
 
     def ask(editor: Editor) -> Any:
+        base = lab.base_reading(editor) if windows else None
         start = time.perf_counter()
         with LoraBaseline(editor.model, editor.tokenizer, wanted) as lora:
             for at in range(0, len(queue), size):
                 lora.train(queue[at : at + size])
             seconds = time.perf_counter() - start
             rows = evaluate(editor, queue, generate=False).rows()
-            text = (
-                perplexity(editor.partial, windows, pad_id(editor.tokenizer)) if windows else None
-            )
-        return {"rows": rows, "perplexity": text and asdict(text), "seconds": seconds}
+            text = told(lab.read(editor, base)) if base else None
+        return {"rows": rows, "text": text, "seconds": seconds}
 
     try:
-        return lab.of_unedited("lora", settings, ask)
+        return lab.of_unedited("lora-text", settings, ask)
     except ConfigError as error:
         lab.notices.append(f"LoRA is absent: {error}")
         return None

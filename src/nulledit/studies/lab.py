@@ -17,7 +17,7 @@ from nulledit.errors import ConfigError
 from nulledit.evaluation.capability import capability
 from nulledit.evaluation.drift import drift, edited_token_norm, read_states, read_texts
 from nulledit.evaluation.fluency import write_texts
-from nulledit.evaluation.perplexity import perplexity, read_windows
+from nulledit.evaluation.perplexity import Reading, read, read_windows
 from nulledit.evaluation.runner import evaluate
 from nulledit.evaluation.tasks import Item, read_tasks
 from nulledit.files import write_text
@@ -88,6 +88,8 @@ class Lab:
     """Told of stages."""
     notices: list[str] = field(default_factory=list)
     """What a reader of the results must know."""
+    _base: Reading | None = field(default=None, init=False, repr=False)
+    """The text as the unedited model reads it."""
 
     # -- queues ------------------------------------------------------------------------------
 
@@ -158,18 +160,30 @@ class Lab:
             found = {key: {**row, "fluency": varied.get(key)} for key, row in found.items()}
         return found
 
-    def perplexity(self, stream: Stream | None, done: int) -> dict[str, Any] | None:
-        """Perplexity of the text; None if none was given."""
+    def text(self, stream: Stream | None, done: int) -> dict[str, Any] | None:
+        """Perplexity of the text, and KL from the unedited model; None if none was given."""
         if self.sources.text is None:
             return None
-        windows = self.windows()
 
         def ask(editor: Editor) -> Any:
-            return asdict(perplexity(editor.partial, windows, pad_id(editor.tokenizer)))
+            base = self.base_reading(editor)
+            return told(base if stream is None else self.read(editor, base))
 
-        settings = {"windows": hash_of(windows)}
-        found: dict[str, Any] = self._measure(stream, done, "perplexity", settings, ask)
+        settings = {"windows": hash_of(self.windows())}
+        found: dict[str, Any] = self._measure(stream, done, "text", settings, ask)
         return found
+
+    def read(self, editor: Editor, base: Reading | None = None) -> Reading:
+        """The text with the editor's model as it is, compared with `base` if there is one."""
+        padding = pad_id(editor.tokenizer)
+        return read(editor.partial, self.windows(), padding, base=base, keep=base is None)
+
+    def base_reading(self, editor: Editor) -> Reading:
+        """The text with the model of every stream before its edits; read once."""
+        if self._base is None:
+            with editor.base_weights():
+                self._base = self.read(editor)
+        return self._base
 
     def norms(self, stream: Stream, done: int, facts: Sequence[Fact]) -> dict[str, Any]:
         """‖Δ‖/‖W₀‖ by layer, and mean ‖h‖ at the edited token of `facts`."""
@@ -281,6 +295,12 @@ class Lab:
                 tell(f"{label}: edits", done, total)
 
         return staged
+
+
+def told(reading: Reading) -> dict[str, Any]:
+    """Perplexity and KL of a reading as plain data."""
+    kl = reading.kl
+    return {"perplexity": asdict(reading.perplexity), "kl": kl and asdict(kl)}
 
 
 def hash_of(content: Any) -> str:

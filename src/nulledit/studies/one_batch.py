@@ -20,10 +20,11 @@ from nulledit.studies.building import (
     StudySpec,
     extremes,
     growth,
-    perplexity_value,
     rate,
     rate_cells,
     rate_columns,
+    text_cells,
+    text_columns,
 )
 from nulledit.studies.lab import Lab, hash_of
 from nulledit.studies.stream import StreamPlan
@@ -192,29 +193,19 @@ def _table(
     name: str, queue: Sequence[Fact], before: tuple[Any, Any], arms: Sequence[Followed]
 ) -> StudyTable:
     columns = [Column("arm", "setting"), *rate_columns(MEASURES)]
-    text = before[1] is not None
-    if text:
-        columns += [
-            Column("perplexity", "perplexity", "low", "", 2),
-            Column("growth", "growth", "low", "%", 2),
-        ]
+    if before[1] is not None:
+        columns += text_columns(2)
     columns.append(Column("update", "‖Δ‖/‖W‖", None, "%"))
-    first: dict[str, Any] = {"arm": "unedited", **rate_cells(before[0], MEASURES)}
-    if text:
-        first["perplexity"] = perplexity_value(before[1])
-    rows = [first]
+    first = {**rate_cells(before[0], MEASURES), **text_cells(before[1], before[1])}
+    rows: list[dict[str, Any]] = [{"arm": "unedited", **first}]
     for arm in arms:
         at = arm.checkpoints[-1]
         row: dict[str, Any] = {"arm": arm.label, **rate_cells(arm.end, MEASURES)}
-        if text:
-            row |= {
-                "perplexity": perplexity_value(arm.perplexity[at]),
-                "growth": _growth(arm, before),
-            }
+        row |= text_cells(arm.text[at], before[1])
         rows.append({**row, "update": arm.update_share(at)})
     caption = (
         f"One batch of {len(queue)} facts with the same values in every setting. n counts facts, "
-        "for perplexity tokens."
+        "for perplexity and KL (from the unedited model) tokens."
     )
     return StudyTable(name, "Settings", caption, tuple(columns), tuple(rows))
 
@@ -237,7 +228,7 @@ def _trade(before: tuple[Any, Any], arms: Sequence[Followed]) -> FigureSpec:
 
 
 def _growth(arm: Followed, before: tuple[Any, Any]) -> float | None:
-    return growth(arm.perplexity[arm.checkpoints[-1]], before[1])
+    return growth(arm.text[arm.checkpoints[-1]], before[1])
 
 
 def _spread(arms: Sequence[Followed], before: tuple[Any, Any]) -> str:

@@ -101,7 +101,7 @@ def run_scale(lab: Lab) -> Outcome:
 def _end_of(label: str, arm: Any, before: tuple[Any, Any]) -> str:
     end = arm.checkpoints[-1]
     strict = rate(arm.end, "efficacy_strict")
-    grown = growth(arm.perplexity[end], before[1])
+    grown = growth(arm.text[end], before[1])
     said = "absent" if strict is None else f"{100 * strict.mean:.1f} %"
     return f"Behind {end} edits {label} holds {said} (strict)" + (
         f" at {grown:+.1f} % perplexity." if grown is not None else "."
@@ -236,7 +236,7 @@ def run_order(lab: Lab) -> Outcome:
         shuffled, clustered = (arms[f"{arm}, {how}"] for how in ("shuffled", "clustered"))
         pairs.append((arm, clustered.end, shuffled.end))
         a, b = (rate(x.end, "efficacy_strict") for x in (shuffled, clustered))
-        grown = [growth(x.perplexity[end[0]], before[1]) for x in (shuffled, clustered)]
+        grown = [growth(x.text[end[0]], before[1]) for x in (shuffled, clustered)]
         if a and b:
             text = f"{arm}: strict efficacy {100 * a.mean:.1f} % shuffled, {100 * b.mean:.1f} % "
             text += "clustered"

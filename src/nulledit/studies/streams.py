@@ -24,11 +24,12 @@ from nulledit.studies.building import (
     extremes,
     growth,
     intervals,
-    perplexity_value,
     present,
     rate,
     rate_cells,
     rate_columns,
+    text_cells,
+    text_columns,
 )
 from nulledit.studies.lab import Lab
 from nulledit.studies.scale import chosen
@@ -45,8 +46,8 @@ class Followed:
     """Facts edited."""
     rows: dict[int, Rows]
     """Checkpoint -> fact id -> measures, of all facts so far."""
-    perplexity: dict[int, Any]
-    """Checkpoint -> perplexity."""
+    text: dict[int, Any]
+    """Checkpoint -> perplexity and KL."""
     norms: dict[int, dict[str, Any]]
     """Checkpoint -> norms."""
     own_seconds: float | None
@@ -88,7 +89,7 @@ def follow(lab: Lab, plan: StreamPlan, checkpoints: Sequence[int] | None = None)
         plan.label,
         every,
         rows,
-        {at: lab.perplexity(stream, at) for at in every},
+        {at: lab.text(stream, at) for at in every},
         {at: lab.norms(stream, at, plan.facts[: plan.batch_size]) for at in every},
         stream.seconds("keys", "solve"),
         stream.seconds("values"),
@@ -104,7 +105,7 @@ def asked_at(lab: Lab, plan: StreamPlan) -> list[int]:
 
 
 def unedited(lab: Lab, facts: Sequence[Fact]) -> tuple[dict[str, dict[str, Any]], Any]:
-    """The rows and perplexity of the model without edits."""
+    """The rows of the model without edits, and what it makes of the text."""
     rows = lab.asked(None, 0, facts)
     answered = facts[: lab.settings.get("answers", 0)]
     if answered:
@@ -116,7 +117,7 @@ def unedited(lab: Lab, facts: Sequence[Fact]) -> tuple[dict[str, dict[str, Any]]
         rows = {
             key: {**row, "fluency": varied.get(key, {}).get("fluency")} for key, row in rows.items()
         }
-    return rows, lab.perplexity(None, 0)
+    return rows, lab.text(None, 0)
 
 
 def stream_work(lab: Lab, plans: Sequence[StreamPlan], *, every: bool = True) -> Work:
@@ -138,39 +139,32 @@ def end_table(
     tokens: bool = False,
 ) -> StudyTable:
     """One row per arm behind the whole stream; `tokens`: by zsRE's measure."""
-    base_rows, base_perplexity = before
+    base_rows, base_text = before
     ends = [arm.end for arm in arms]
     by_preference = _has_preference(ends) and not tokens
     kinds = [*PREFERENCE, *STRICT] if by_preference else [*TOKENS, "efficacy_strict"]
     measures = present([*kinds, "generation", "fluency"], *ends)
     columns = [Column("arm", "method"), *rate_columns(measures)]
-    text = base_perplexity is not None
-    if text:
-        columns += [
-            Column("perplexity", "perplexity", "low", "", 2),
-            Column("growth", "growth", "low", "%"),
-        ]
+    if base_text is not None:
+        columns += text_columns()
     columns += [
         Column("update", "‖Δ‖/‖W‖", None, "%"),
         Column("seconds", "keys, solve", None, "s/fact", 2),
     ]
-    first: dict[str, Any] = {"arm": "unedited", **rate_cells(base_rows, measures)}
-    if text:
-        first |= {"perplexity": perplexity_value(base_perplexity)}
-    rows = [first]
+    first = {**rate_cells(base_rows, measures), **text_cells(base_text, base_text)}
+    rows: list[dict[str, Any]] = [{"arm": "unedited", **first}]
     for arm in arms:
         at = arm.checkpoints[-1]
         row: dict[str, Any] = {"arm": arm.label, **rate_cells(arm.end, measures)}
-        if text:
-            row["perplexity"] = perplexity_value(arm.perplexity[at])
-            row["growth"] = growth(arm.perplexity[at], base_perplexity)
+        row |= text_cells(arm.text[at], base_text)
         row["update"] = arm.update_share(at)
         row["seconds"] = arm.own_seconds
         rows.append(row)
     caption = (
         f"Behind {facts} edits; efficacy and generalization of all of them. n counts facts, for "
-        "perplexity tokens. Seconds are wall time of keys and solve on a shared machine; "
-        "values, which cost every method about the same, are not in them."
+        "perplexity and KL (from the unedited model) tokens. Seconds are wall time of keys and "
+        "solve on a shared machine; values, which cost every method about the same, are not in "
+        "them."
     )
     return StudyTable(name, title, caption, tuple(columns), tuple(rows))
 
@@ -200,7 +194,7 @@ def along_figures(
     prefix: str, before: tuple[Rows, Any], arms: Sequence[Followed]
 ) -> list[FigureSpec]:
     """Rates and perplexity along the stream."""
-    base_perplexity = before[1]
+    base_text = before[1]
     ends = [arm.end for arm in arms]
     measures = (*PREFERENCE, "efficacy_strict") if _has_preference(ends) else TOKENS
     measures = tuple(present(measures, *ends))
@@ -222,10 +216,10 @@ def along_figures(
             points=tuple(points),
         )
     ]
-    if base_perplexity is not None:
+    if base_text is not None:
         points = []
         for arm in arms:
-            grown = [growth(arm.perplexity[at], base_perplexity) for at in arm.checkpoints]
+            grown = [growth(arm.text[at], base_text) for at in arm.checkpoints]
             points += curve(arm.label, [0, *arm.checkpoints], [0.0, *grown])
         figures.append(
             FigureSpec(
@@ -312,7 +306,7 @@ def run_projection(lab: Lab) -> Outcome:
                     f"{TITLES[measure]} {moved[0]:+.1f} [{moved[1]:+.1f}, {moved[2]:+.1f}]"
                 )
         both = (label.partition("+")[0], label)
-        grown = [growth(arms[name].perplexity[end[0]], before[1]) for name in both]
+        grown = [growth(arms[name].text[end[0]], before[1]) for name in both]
         if grown[0] is not None and grown[1] is not None:
             parts.append(f"perplexity growth {grown[0]:.1f} to {grown[1]:.1f} %")
         told.append(f"{label}: {', '.join(parts) or 'nothing measurable'}.")
@@ -336,7 +330,7 @@ def _leaders(arms: Sequence[Followed], base: Any) -> str:
         found = {arm.label: 100 * r.mean for arm in arms if (r := rate(arm.end, measure))}
         if found:
             parts.append(f"{TITLES[measure]}: {extremes(found)}")
-    grown = {arm.label: growth(arm.perplexity[arm.checkpoints[-1]], base) for arm in arms}
+    grown = {arm.label: growth(arm.text[arm.checkpoints[-1]], base) for arm in arms}
     known = {name: value for name, value in grown.items() if value is not None}
     if known:
         parts.append(f"growth of perplexity: {extremes(known)}")

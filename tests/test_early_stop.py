@@ -1,0 +1,151 @@
+"""ENCORE's early stop against a plain loop in float64: whole runs, δ added by a hook."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+import world
+
+from nulledit.config import Recipe, ValueSettings
+from nulledit.editing.values import optimise_values, plan_rows
+from nulledit.errors import ConfigError
+from nulledit.models.layouts import frozen
+from nulledit.models.partial import PartialModel
+from nulledit.models.tokens import RowEncoder, pad_id
+
+LAYER = 1
+CONTEXTS = ("{}", "then he said . {}", "she said . {}")
+SETTINGS = ValueSettings(
+    steps=60, learning_rate=0.2, weight_decay=0.1, clamp=6.0, stop_loss=0.0, stop_margin=None
+)
+
+
+@pytest.fixture(scope="module")
+def known(worlds):
+    model, tokenizer = worlds("llama")
+    return copy.deepcopy(model).double(), tokenizer
+
+
+def edits(n=4):
+    return [world.fact(p, "home", world.another(p, "home")) for p in world.PEOPLE[:n]]
+
+
+def plain(known, fact, settings, times, contexts=CONTEXTS):
+    """z, updates, and whether each row said the target at each step, by the published rule."""
+    model, tokenizer = known
+    encoder = RowEncoder(tokenizer, max_length=64)
+    rows = plan_rows(fact, encoder, contexts)
+    delta, place = None, 0
+
+    def add(_module, _args, output):
+        nonlocal delta
+        states = output[0] if isinstance(output, tuple) else output
+        if delta is None:
+            start.append(states[0, place].detach().clone())
+            delta = torch.zeros_like(start[0], requires_grad=True)
+        one = F.one_hot(torch.tensor(place), states.shape[1])[None, :, None].to(states)
+        moved = states + one * delta
+        return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+    start, said, meant, adam = [], [], None, None
+    handle = model.get_submodule("model.layers")[LAYER].register_forward_hook(add)
+    try:
+        for step in range(settings.steps):
+            losses, right = [], []
+            for row in rows:
+                place = row.subject_last
+                logits = model(torch.tensor([row.ids])).logits[0, row.target_start - 1 : -1]
+                target = torch.tensor(row.target_ids)
+                losses.append(F.cross_entropy(logits, target))
+                right.append(bool((logits.argmax(1) == target).all()))
+            said.append(right)
+            drift = encoder.encode_template(settings.kl_prompt, fact.subject)
+            place = drift.subject_last
+            now = model(torch.tensor([drift.ids])).logits[0, place].log_softmax(0)
+            meant = now.detach() if meant is None else meant
+            loss = (
+                torch.stack(losses).mean() + settings.kl_weight * (now.exp() * (now - meant)).sum()
+            )
+            loss = loss + settings.weight_decay * delta.norm() / start[0].norm().square()
+            looked_at = [all(row[1:] or row) for row in said]
+            if times and sum(looked_at) == times:
+                break
+            if loss < settings.stop_loss or step == settings.steps - 1:
+                break
+            adam = adam or torch.optim.Adam([delta], lr=settings.learning_rate)
+            (delta.grad,) = torch.autograd.grad(loss, delta)
+            adam.step()
+            most = settings.clamp * start[0].norm()
+            if delta.norm() > most:
+                delta.data.mul_(most / delta.norm())
+    finally:
+        handle.remove()
+    return start[0] + delta.detach(), step, said
+
+
+def ours(known, facts, settings, *, groups=None, contexts=CONTEXTS):
+    model, tokenizer = known
+    with frozen(model):
+        return optimise_values(
+            PartialModel(model),
+            RowEncoder(tokenizer, max_length=64),
+            facts,
+            groups or range(len(facts)),
+            layer=LAYER,
+            contexts=contexts,
+            settings=settings,
+            positions=400,
+            pad_id=pad_id(tokenizer),
+        )
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_value_ends_at_so_many_steps_at_which_every_context_says_the_target(known, times):
+    settings = dataclasses.replace(SETTINGS, stop_when_likeliest=times)
+    for fact, value in zip(edits(2), ours(known, edits(2), settings), strict=True):
+        z, steps, said = plain(known, fact, settings, times)
+        assert (value.steps, value.ended) == (steps, "likeliest")
+        assert torch.allclose(value.z, z, atol=1e-5)
+        assert sum(all(row[1:]) for row in said) == times
+
+
+def test_the_bare_prompt_is_not_looked_at(known):
+    """Where it comes to the target last, the value ends without it."""
+    settings = dataclasses.replace(SETTINGS, stop_when_likeliest=1, learning_rate=0.01)
+    contexts, fact = ("{}", "she said . {}"), edits(3)[2]
+    value = ours(known, [fact], settings, contexts=contexts)[0]
+    z, steps, said = plain(known, fact, settings, 1, contexts)
+    assert value.steps == steps
+    assert torch.allclose(value.z, z, atol=1e-5)
+    assert said[-1] == [False, True]
+    assert value.lead < 0
+
+
+def test_without_contexts_the_bare_prompt_decides(known):
+    settings = dataclasses.replace(SETTINGS, stop_when_likeliest=2)
+    value = ours(known, edits(1), settings, contexts=("{}",))[0]
+    _, steps, said = plain(known, edits(1)[0], settings, 2, ("{}",))
+    assert (value.steps, value.ended) == (steps, "likeliest")
+    assert [row[0] for row in said].count(True) == 2
+
+
+def test_facts_on_one_key_end_together(known):
+    settings = dataclasses.replace(SETTINGS, stop_when_likeliest=1)
+    person = world.PEOPLE[0]
+    facts = [world.fact(person, kind, world.another(person, kind)) for kind in ("home", "tongue")]
+    apart = ours(known, facts, settings)
+    together = ours(known, facts, settings, groups=[0, 0])
+    assert len({value.steps for value in together}) == 1
+    assert together[0].steps >= max(value.steps for value in apart)
+
+
+def test_recipes_say_how_many_steps():
+    for wrong in (True, 1.5, -1):
+        with pytest.raises(ConfigError, match="stop_when_likeliest"):
+            Recipe().with_fields({"values.stop_when_likeliest": wrong})
+    old = Recipe().to_dict()
+    for switch in (False, True):  # as ledgers before held it
+        old["values"]["stop_when_likeliest"] = switch
+        assert Recipe.recorded(old).values.stop_when_likeliest == int(switch)
