@@ -56,6 +56,15 @@ THINKING = PLAIN.replace(
     "<|im_start|>assistant\n{% if enable_thinking is defined and enable_thinking is false %}"
     "<think>\n\n</think>\n\n{% endif %}{% endif %}",
 )
+OPENING = (  # an answer has no thought in it; nothing switches off the one that begins here
+    PLAIN.replace("m['content'] + '<", "m['content'].split('</think>')[-1] + '<").replace(
+        "<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+)
+EMPTY = OPENING.replace(  # an answer begins with an empty thought
+    "m['role'] + '\n' + ",
+    "m['role'] + '\n' + ('<think>\n</think>' if m['role'] == 'assistant' else '') + ",
+)
 TEMPLATES = {
     "chatml": CHATML,
     "plain": PLAIN,
@@ -208,6 +217,30 @@ def test_system_prompts(tokenizer):
     with pytest.raises(ModelError, match="also where an empty one is given"):
         ChatForm(chatty(tokenizer, stubborn), ChatSettings(system="none"))
     assert other_system(encoder_of(chatty(tokenizer, stubborn))) is None
+
+
+@pytest.mark.parametrize(
+    ("template", "closed"),
+    [
+        (OPENING, "<think>\n\n</think>\n\n"),
+        (OPENING.replace("<think>\n{% e", "<think>{% e"), "<think>\n</think>\n\n"),
+        (OPENING.replace("<think>\n{% e", "<seed:think>{% e"), "<seed:think>\n</seed:think>\n\n"),
+        (EMPTY, "<think>\n</think>"),
+    ],
+)
+@pytest.mark.parametrize("system", ["default", "none", "Be kind."])
+def test_a_thought_that_the_template_opens_is_closed(tokenizer, template, closed, system):
+    words = chatty(tokenizer, template)
+    encoder = encoder_of(words, replace(AT_ONCE, system=system))
+    row = encoder.encode_template(QUESTION, "Ada Byron", target="Velmish")
+    begun = rendered(words, QUESTION.format("Ada Byron"), system)
+    text = words.decode(list(row.ids), skip_special_tokens=False)
+    assert text.endswith(f"<|im_start|>assistant\n{closed}Velmish")
+    assert text.startswith(begun)
+    assert words.decode(list(row.target_ids)) == "Velmish"
+    assert row.ids[: row.target_start] == encoder.encode_template(QUESTION, "Ada Byron").ids
+    row = encoder_of(words).encode_template(CLOZE, "Ada Byron", target="Velmish")
+    assert f"{closed}{CLOZE.format('Ada Byron')} Velmish" in words.decode(list(row.ids))
 
 
 def test_a_template_with_the_date_says_the_same_tomorrow(tokenizer):

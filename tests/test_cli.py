@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 from nulledit import Editor
 from nulledit.cli.main import cli
 from nulledit.editing.values import optimise_values
+from nulledit.errors import ModelError
 from nulledit.evaluation.old_answers import first_clause
+from nulledit.models.load import load_model
 from nulledit.report.holding import mark
 
 RECORDS = [
@@ -535,8 +537,148 @@ def test_stats_refuse_what_can_not_be(place, tmp_path):
 
 def test_debug_shows_the_trace(tmp_path):
     result = invoke("--debug", "facts", "check", tmp_path / "no.yaml")
-    assert result.exit_code != 0
-    assert "no such file" in str(result.exception)
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr
+    assert "no such file" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyError("cat"), 70, "unexpected KeyError: 'cat' (a fault of nulledit: `nulledit --debug"),
+        (RuntimeError("two\nlines"), 70, "unexpected RuntimeError: two lines (a fault"),
+        (RecursionError(), 70, "unexpected RecursionError: without a word (a fault"),
+        (Exception("No space left on device (os error 28)"), 2, "No space left on device"),
+        (torch.linalg.LinAlgError("not converged"), 2, "not converged: try a larger method.l2"),
+    ],
+)
+def test_an_unexpected_error_is_one_line_and_leaves_no_run(
+    error, code, said, place, options, tmp_path, monkeypatch
+):
+    """In any command; a trace only with --debug."""
+    run = tmp_path / "run"
+    words = ("edit", place / "facts.json", *options, "--out", run)
+    with monkeypatch.context() as patch:
+        stop_in_batch(patch, 1, error)
+        result = invoke(*words)
+        assert result.exit_code == code
+        (line,) = result.stderr.splitlines()
+        assert line.startswith(f"Error: {said}")
+        assert not run.exists()
+        stop_in_batch(patch, 1, error)
+        result = invoke("--debug", *words)
+        assert result.exit_code == code
+        assert "Traceback" in result.stderr
+        assert not run.exists()
+    if code == 70:
+        with monkeypatch.context() as patch:
+            patch.setattr("pathlib.Path.is_file", thrown(error))
+            result = invoke("stats", "show", place / "stats")
+        assert result.exit_code == 70
+        assert len(result.stderr.splitlines()) == 1
+
+
+def thrown(error):
+    """A function that raises `error`."""
+
+    def throws(*_words, **_options):
+        raise error
+
+    return throws
+
+
+def test_an_unexpected_error_keeps_the_finished_batches(place, options, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    stop_in_batch(monkeypatch, 2, KeyError("cat"))
+    result = invoke("edit", place / "facts.json", *options, "--out", run)
+    assert result.exit_code == 70
+    note, line = result.stderr.splitlines()
+    assert "1 finished batch is kept" in note
+    assert line.startswith("Error: unexpected KeyError")
+    assert len(Editor.load(run).facts) == 2
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**80])
+def test_a_seed_that_no_generator_takes_is_refused(seed, place, options, tmp_path):
+    for words in (
+        ("edit", place / "facts.json", *options, "--out", tmp_path / "run"),
+        ("locate", place / "model", place / "facts.json"),
+        ("tune", place / "model", place / "facts.json", "--out", tmp_path / "tuned.yaml"),
+        ("study", "table1"),
+    ):
+        assert "--seed" in refused(*words, "--seed", seed)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_start_without_tokens_is_refused(place, options, tmp_path):
+    words = ("edit", place / "facts.json", *options, "--out", tmp_path / "run")
+    starts = ("--set", "contexts.texts=[]", "--set", "contexts.starts=[A, '']")
+    assert "contexts.starts: '' gives no token" in refused(*words, *starts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_facts_than_directions_and_no_ridge(place, tmp_path):
+    """Eigenvectors kept in float32 are no orthonormal ones: 1e-7 of a gain of 1e8 was negative."""
+    facts = [
+        {"subject": f"Quux{i}", "prompt": "The harbour of {} lies on the", "target": "river"}
+        for i in range(60)
+    ]
+    (tmp_path / "many.json").write_text(json.dumps(facts))
+    done(
+        *("edit", tmp_path / "many.json", "--model", place / "model", "--stats", place / "stats"),
+        *("--recipe", place / "recipe.yaml", "--set", "method.l2=1e-8", "--set", "values.steps=1"),
+        *("--batch-size", 60, "--no-evaluate", "--out", tmp_path / "run", "--quiet"),
+        *("--set", "contexts.texts=['{}']"),
+    )
+
+
+def test_windows_are_no_longer_than_the_context(place, tmp_path):
+    words = ("stats", "make", place / "model", "--text", place / "corpus.txt", "--layers", 1)
+    result = done(*words, "--out", tmp_path / "stats")  # the default is 512, the context 128
+    assert "Note: windows of 128 tokens, the model's context" in result.stderr
+    manifest = json.loads((tmp_path / "stats/manifest.json").read_text())
+    assert manifest["settings"]["window"] == 128
+
+
+def test_a_name_that_the_hub_can_not_be_asked_for_is_refused_at_once(monkeypatch):
+    class ConnectError(Exception):
+        pass
+
+    asked = []
+
+    class Session:
+        def head(self, address, timeout):
+            asked.append((address, timeout))
+            raise ConnectError("Name or service not known")
+
+    monkeypatch.setattr("nulledit.models.load.get_session", Session)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.file_download.get_hf_file_metadata", thrown(ValueError()))
+    with pytest.raises(ModelError, match="reached, and its cache has no such model") as caught:
+        load_model("nobody/nothing")
+    assert "can't load a causal language model from 'nobody/nothing'" in str(caught.value)
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("kind", ["ReadTimeout", "RemoteProtocolError", None])
+def test_a_hub_that_answers_anything_is_asked_for_the_model(kind, monkeypatch):
+    class Session:
+        def head(self, _address, timeout):
+            if kind:
+                raise type(kind, (Exception,), {})()
+
+    seen = []
+
+    def from_pretrained(*words, **options):
+        seen.append(options)
+        raise OSError("no such repository")
+
+    monkeypatch.setattr("nulledit.models.load.get_session", Session)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", from_pretrained)
+    with pytest.raises(ModelError, match="no such repository"):
+        load_model("nobody/nothing")
+    assert "local_files_only" not in seen[0]
 
 
 # -- interruption ----------------------------------------------------------------------------

@@ -89,7 +89,10 @@ def alone(place, statistics):
 
 
 def same_moments(found, expected):
-    assert (found / "manifest.json").read_text() == (expected / "manifest.json").read_text()
+    manifests = [json.loads((folder / "manifest.json").read_text()) for folder in (found, expected)]
+    for manifest in manifests:
+        del manifest["sha256"]  # sums in another order
+    assert manifests[0] == manifests[1]
     a, b = (load_file(folder / "moments.safetensors") for folder in (found, expected))
     assert set(a) == set(b) == {"sum.1", "sum.2"}
     for name in a:

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from nulledit.cli.main import cli
 from nulledit.config import StatisticsSettings
@@ -130,6 +131,117 @@ def test_an_interrupted_run_goes_on(run, tmp_path, monkeypatch):
             found.spectra[layer].eigenvalues, expected.spectra[layer].eigenvalues
         )
     assert not (tmp_path / "cut/partial.safetensors").exists()
+
+
+@pytest.fixture
+def cut(run, tmp_path, monkeypatch):
+    """A folder with the partial sums of a run that was interrupted."""
+
+    def dies(*args):
+        if (tmp_path / "cut/partial.safetensors").exists():
+            raise KeyboardInterrupt
+        real(*args)
+
+    real = module._add
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "SAVE_EVERY", 0.0)
+        patch.setattr(module, "_add", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder="cut", positions=16)
+    return tmp_path / "cut"
+
+
+def flipped(file, at):
+    """`file` with one byte of it changed, and put back afterwards."""
+    raw = file.read_bytes()
+    at %= len(raw)
+    return raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :]
+
+
+def refused_at_every_byte(file, read, step):
+    """Whatever is changed in `file`, `read` refuses it in one line that names it or its folder."""
+    raw = file.read_bytes()
+    for at in (*range(0, len(raw), step), len(raw) - 1):
+        file.write_bytes(flipped(file, at))
+        with pytest.raises(StatisticsError) as caught:
+            read()
+        assert str(file.parent) in str(caught.value)
+        assert "\n" not in str(caught.value)
+        file.write_bytes(raw)
+    read()
+
+
+def test_one_changed_byte_of_any_file_is_refused(run, tmp_path, two_texts):
+    made = run(corpus=two_texts["a"])[1]
+    run(corpus=two_texts["b"], folder="b")
+    made.save_compact(tmp_path / "small/compact.safetensors", {0: 1e-2, 2: 1e-2})
+    folder = tmp_path / "out"
+    small = tmp_path / "small/compact.safetensors"
+
+    def merge():
+        for file in (tmp_path / "merged").glob("*"):
+            file.unlink()
+        merge_statistics([folder, tmp_path / "b"], tmp_path / "merged")
+
+    refused_at_every_byte(folder / "manifest.json", lambda: Statistics.load(folder), 97)
+    refused_at_every_byte(folder / "spectra.safetensors", lambda: Statistics.load(folder), 4999)
+    refused_at_every_byte(small, lambda: Statistics.load(small), 1999)
+    refused_at_every_byte(folder / "moments.safetensors", merge, 17_989)
+    again = lambda: run(corpus=two_texts["a"])  # noqa: E731
+    refused_at_every_byte(folder / "moments.safetensors", again, 39_989)
+
+
+def test_a_changed_byte_of_partial_sums_is_refused(run, cut):
+    file, raw = cut / "partial.safetensors", (cut / "partial.safetensors").read_bytes()
+    for at in range(0, len(raw), 19_997):
+        file.write_bytes(flipped(file, at))
+        with pytest.raises(StatisticsError, match="cut"):
+            run(folder="cut", positions=16)
+        assert not (cut / "manifest.json").exists()
+        file.write_bytes(raw)
+    run(folder="cut", positions=16)
+
+
+def test_swapped_eigenvectors_are_refused_by_the_command_line(run, tmp_path):
+    run()
+    file = tmp_path / "out/spectra.safetensors"
+    tensors = load_file(file)
+    tensors["eigenvectors.0"] = tensors["eigenvectors.0"].flip(1).contiguous()
+    save_file(tensors, file)
+    result = CliRunner().invoke(cli, ["stats", "show", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"Error: {file}: damaged or changed: its SHA-256")
+    assert result.stderr.count("\n") == 1
+
+
+def test_statistics_from_before_there_were_hashes_load_and_say_so(run, cut, tmp_path, caplog):
+    _, made = run()
+    assert Statistics.load(tmp_path / "out").checked
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    del manifest["sha256"]
+    (tmp_path / "out/manifest.json").write_text(json.dumps(manifest))
+    made.save_compact(tmp_path / "small.safetensors", {0: 1e-2, 2: 1e-2})
+    unhashed(tmp_path / "small.safetensors")
+    unhashed(cut / "partial.safetensors")
+    for path in (tmp_path / "out", tmp_path / "small.safetensors"):
+        caplog.clear()
+        found = Statistics.load(path)
+        assert not found.checked
+        assert found.manifest == made.manifest
+        assert f"{path}: made before hashes were kept" in caplog.text
+        shown = CliRunner().invoke(cli, ["stats", "show", str(path)]).stdout
+        assert "no hashes to check them by" in shown
+    caplog.clear()
+    run(folder="cut", positions=16)
+    assert "partial.safetensors: made before hashes were kept" in caplog.text
+    assert Statistics.load(tmp_path / "cut").checked
+
+
+def unhashed(file):
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    del metadata["sha256"]
+    save_file(load_file(file), file, metadata)
 
 
 def test_a_token_budget_ends_the_run(run):

@@ -1,10 +1,22 @@
 """Subject positions, targets as continuations, and padding."""
 
+import copy
+
 import pytest
 import torch
+from conftest import LINES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import PreTrainedTokenizerFast
 
 from nulledit.errors import FactError
 from nulledit.models.tokens import RowEncoder, chunks_by_length, collate, join_target
@@ -69,17 +81,15 @@ def test_a_space_where_the_script_has_one(prompt, target, joined):
 
 def test_a_beginning_token_is_not_part_of_the_target(tokenizer):
     """Llama, Gemma and Phi put a token in front; a target tokenised alone would carry it too."""
-    import copy
-
     with_first = copy.deepcopy(tokenizer)
     with_first.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|end|> $A", special_tokens=[("<|end|>", with_first.eos_token_id)]
     )
     row = RowEncoder(with_first, max_length=64).encode(
-        "Ada lives in", subject_end=3, target="London"
+        "Ada lives in", subject=(0, 3), target="London"
     )
     plain = RowEncoder(tokenizer, max_length=64).encode(
-        "Ada lives in", subject_end=3, target="London"
+        "Ada lives in", subject=(0, 3), target="London"
     )
     assert row.ids == (with_first.eos_token_id, *plain.ids)
     assert row.target_ids == plain.target_ids
@@ -87,14 +97,136 @@ def test_a_beginning_token_is_not_part_of_the_target(tokenizer):
 
 
 def test_an_end_token_behind_the_text_is_left_out(tokenizer):
-    import copy
-
     with_last = copy.deepcopy(tokenizer)
     with_last.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A <|end|>", special_tokens=[("<|end|>", with_last.eos_token_id)]
     )
     row = RowEncoder(with_last, max_length=64).encode("Ada lives in", target="London")
     assert row == RowEncoder(tokenizer, max_length=64).encode("Ada lives in", target="London")
+
+
+def trained(*, normalizer=None, prefix=False, trim=None, lines=()):
+    """A byte-level tokenizer of another make than most tests have."""
+    core = Tokenizer(models.BPE())
+    if normalizer:
+        core.normalizer = normalizer
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|end|>"],
+        show_progress=False,
+    )
+    core.train_from_iterator([*LINES, *lines], trainer)
+    if trim is not None:
+        core.post_processor = processors.ByteLevel(trim_offsets=trim, add_prefix_space=prefix)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>")
+
+
+def whole_words(*, mark=None):
+    """A tokenizer of the words of LINES; all others are one unknown piece."""
+    core = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    if mark:
+        core.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+        )
+    trainer = trainers.WordLevelTrainer(special_tokens=["<unk>"], show_progress=False)
+    core.train_from_iterator(LINES, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+
+
+COMPOSED = {"nfc": normalizers.NFC, "nfkc": normalizers.NFKC}
+
+
+@pytest.mark.parametrize("form", COMPOSED)
+@pytest.mark.parametrize("template", ["{} lies in", "{}'s harbour", "{}", "The harbour of {}"])
+@pytest.mark.parametrize(
+    "subject", ["Malmo\u0308", "Velm\u1112\u1161\u11ab", "o\u0323\u0302", "Ada\u3099か\u3099"]
+)
+def test_a_composed_accent_is_its_letters(form, template, subject):
+    """Composed or not, a subject has one row and one last token."""
+    encoder = RowEncoder(trained(normalizer=COMPOSED[form]()), max_length=128)
+    whole = COMPOSED[form]().normalize_str(subject)
+    row = encoder.encode_template(template, subject, target="Ostrel")
+    assert row == encoder.encode_template(template, whole, target="Ostrel")
+    up_to = text_of(encoder, row.upto_subject().ids)
+    assert up_to == template.split("{}")[0] + whole
+
+
+def test_a_subject_or_target_that_the_tokenizer_drops_is_refused():
+    encoder = RowEncoder(trained(normalizer=normalizers.Replace("Velm", "")), max_length=128)
+    with pytest.raises(FactError, match="the subject is in no token"):
+        encoder.encode_template("The harbour of {} lies", "Velm", target="east")
+    with pytest.raises(FactError, match="the target 'Velm' of 'Ada lives in' has no tokens"):
+        RowEncoder(
+            trained(normalizer=normalizers.Replace(" Velm", "")), max_length=128
+        ).encode_template("{} lives in", "Ada", target="Velm")
+
+
+@pytest.mark.parametrize("trim", [None, False, True])
+@pytest.mark.parametrize(
+    ("subject", "prompt", "target"),
+    [
+        ("日本", "{}の首都は", "大阪"),
+        ("タイ", "{}の首都は", "バンコク"),
+        ("Ada", "{} lives in ", "London"),
+    ],
+)
+def test_a_piece_across_the_border_is_taken_apart(trim, subject, prompt, target):
+    """The prompt keeps its own ids, and the target, no beginning of a text, has no mark of one."""
+    text = prompt.format(subject)
+    joined = join_target(text, target)
+    words = trained(prefix=True, trim=trim, lines=[f"{joined} {joined}"] * 9)
+    assert len(words(joined)["input_ids"]) < len(words(text)["input_ids"]) + 1, "it crosses"
+    row = RowEncoder(words, max_length=128).encode_template(prompt, subject, target=target)
+    assert list(row.ids[: row.target_start]) == words(text)["input_ids"]
+    assert words.decode(list(row.target_ids)) == joined[len(text) :]
+    unmarked = copy.deepcopy(words)
+    unmarked.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert list(row.target_ids) == unmarked(joined[len(text) :])["input_ids"]
+
+
+SPACED = ("20 July 1969", "9,001 metres", "x", "London", "日本")
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+@pytest.mark.parametrize("prompt", ["{} was born on", "{} was born on ", "{} was born on  ", "{}"])
+@pytest.mark.parametrize("target", SPACED)
+def test_trimmed_offsets_change_no_row(prefix, prompt, target):
+    """A lone space in front of a target is the target's; one behind a prompt is the prompt's."""
+    trimmed, full = (
+        RowEncoder(trained(prefix=prefix, trim=trim), max_length=64) for trim in (True, False)
+    )
+    row = trimmed.encode_template(prompt, "Ada", target=target)
+    assert row == full.encode_template(prompt, "Ada", target=target)
+    begun = trimmed.encode_template(prompt, "Ada")
+    assert begun == full.encode_template(prompt, "Ada")
+    assert row.ids[: row.target_start] == begun.ids
+    assert trimmed.subject_tokens(prompt, "Ada") == full.subject_tokens(prompt, "Ada")
+
+
+def test_words_that_drop_their_spaces_stay_whole():
+    encoder = RowEncoder(whole_words(mark=True), max_length=64)
+    for prompt in ("{} lives in", "{} lives in "):
+        row = encoder.encode_template(prompt, "Ada", target="Paris.")
+        assert encoder.tokenizer.convert_ids_to_tokens(list(row.target_ids)) == ["▁Paris."]
+
+
+def test_what_the_tokenizer_has_no_pieces_for_is_refused():
+    encoder = RowEncoder(whole_words(), max_length=64)
+    assert encoder.encode_template("{} lives in", "Ada Quux", target="London").target_ids
+    for target in ("大阪", "London Quux"):
+        with pytest.raises(FactError, match=f"no pieces for the target '{target}'"):
+            encoder.encode_template("{} lives in", "Ada", target=target)
+    with pytest.raises(FactError, match="no pieces for the subject '大阪'"):
+        encoder.encode_template("{} lives in", "大阪", target="London")
+    assert encoder.encode("Quux lives in", target="Quux").target_ids, "probes are only scored"
+    byte_level = trained()
+    byte_level.add_special_tokens({"unk_token": "<|end|>"})  # as GPT-2's, which never gives it
+    named = RowEncoder(byte_level, max_length=64).encode_template("{} is", "Ada", target="<|end|>")
+    assert named.target_ids
 
 
 def test_too_long_is_refused_with_both_lengths(tokenizer):

@@ -28,7 +28,7 @@ from nulledit.editing.norm_anchor import (
 )
 from nulledit.editing.target_loss import WeightLoss
 from nulledit.editing.value_cache import ValueCache
-from nulledit.editing.values import Value, measure_values, optimise_values
+from nulledit.editing.values import Value, bare_leads, measure_values, optimise_values
 from nulledit.ledger.entries import Column
 from nulledit.ledger.weights import EditedWeights
 from nulledit.linalg.angles import same_key_groups
@@ -154,28 +154,76 @@ class BatchWriter:
             found, tensors = self.ranks.from_first(found, tensors)
             return Written(tensors, found, [0] * len(wordings))
         shared = same_key_groups(self.first_keys, self.recipe.same_key)
+        values: dict[int, list[Value]] = {}  # by layer
+        find = given or (lambda layer: self._values(layer, shared))
+        tensors = self._pass(staying, values, find)
+        for _ in range(1, 1 if given else self.recipe.values.rounds):
+            if not self._corrected(values, shared):
+                break
+            self.weights.refresh(staying)
+            with self.run.timed("keys"):
+                self.walk = self._walk()
+            tensors = self._pass(staying, {}, values.__getitem__)
+        last = values[max(values)]
+        outcomes = [{k: v for k, v in vars(value).items() if k != "z"} for value in last]
+        outcomes, tensors = self.ranks.from_first(outcomes, tensors)
+        return Written(tensors, outcomes, self._joined(shared))
+
+    def _pass(
+        self,
+        staying: Sequence[Column],
+        values: dict[int, list[Value]],
+        find: Callable[[int], list[Value]],
+    ) -> dict[str, Tensor]:
+        """Edit layer after layer to the values that `find` gives; they are kept in `values`."""
         whole = self.recipe.values.at == "each"
         each = whole or self.model.values_at_output
         last = self.recipe.layers[-1]
-        find = given or (lambda layer: self._values(layer, shared))
-        values = [] if each else find(last)
+        if not each:
+            values[last] = find(last)
         tensors = {}
         for layer in self._upwards():
+            at = layer if each else last
             if each:
-                values = find(layer)
-                tensors[f"z.{layer}"] = _stacked(values)
+                values[layer] = find(layer)
+                tensors[f"z.{layer}"] = _stacked(values[layer])
             with self.run.timed("keys"):
                 keys = self.walk.keys()
-                missing = _stacked(values).double().mT - self.walk.hidden(layer if each else last)
+                missing = _stacked(values[at]).double().mT - self.walk.hidden(at)
                 keys, missing = self._of_first(keys, missing)
             left = 1 if whole else sum(other >= layer for other in self.recipe.layers)
             with self.run.timed("solve"):
                 residual = missing / (left * self.model.scale(layer))
                 tensors |= self.weights.write(layer, staying, keys, residual)
-        tensors["z"] = _stacked(values)
-        outcomes = [{k: v for k, v in vars(value).items() if k != "z"} for value in values]
-        outcomes, tensors = self.ranks.from_first(outcomes, tensors)
-        return Written(tensors, outcomes, self._joined(shared))
+        return tensors | {"z": _stacked(values[last])}
+
+    def _corrected(self, values: dict[int, list[Value]], shared: Sequence[int]) -> bool:
+        """Give `values` the rest that they lack in the model as it is; whether one lacked any.
+
+        What lacks something is optimised from where the model stands, and moves its target by the δ
+        that is found there; so the target takes in what the solve withholds.
+        """
+        margin = self.recipe.values.stop_margin or 0.0
+        with self.run.timed("values"):
+            leads = bare_leads(
+                self.model,
+                self.encoder,
+                [request.wording for request in self.requests],
+                positions=self._positions(4),
+                pad_id=self.pad_id,
+            )
+            leads = self.ranks.from_first(leads)[0]
+            failing = {shared[i] for i, lead in enumerate(leads) if not lead > margin}
+            chosen = [i for i, group in enumerate(shared) if group in failing]
+            if not chosen:
+                return False
+            walk = self._walk()
+            for layer, before in values.items():
+                now = walk.hidden(layer).mT
+                found = self._optimised(layer, shared, chosen)
+                for i, value in zip(chosen, found, strict=True):
+                    before[i] = before[i].moved(value, now[i])
+        return True
 
     def _of_first(self, keys: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
         """As rank 0 has them: other machines may round otherwise, and all solve the same."""
@@ -293,12 +341,18 @@ class BatchWriter:
             record.write(length, len(facts))
         return length
 
-    def _optimised(self, layer: int, shared: Sequence[int]) -> list[Value]:
-        """Values from the cache, or optimised and kept there."""
+    def _optimised(
+        self, layer: int, shared: Sequence[int], chosen: Sequence[int] | None = None
+    ) -> list[Value]:
+        """Values from the cache, or optimised and kept there; of `chosen` requests, whole groups.
+
+        All of them, where none are chosen.
+        """
         wordings = [request.wording for request in self.requests]
+        chosen = range(len(wordings)) if chosen is None else chosen
         members: dict[int, list[int]] = {}
-        for i, group in enumerate(shared):
-            members.setdefault(group, []).append(i)
+        for i in chosen:
+            members.setdefault(shared[i], []).append(i)
         names: dict[int, str] = {}
         values: dict[int, Value] = {}
         if self.cache is not None:
@@ -315,8 +369,8 @@ class BatchWriter:
                 if self.ranks.first:
                     values.update(zip(mine, self.cache.get(names[group]) or (), strict=False))
             values = _values_of(self.ranks.from_first(*_message_of(values)))
-        missing = [i for i in range(len(wordings)) if i not in values]
-        counter = self.run.counter("values", len(wordings))
+        missing = [i for i in chosen if i not in values]
+        counter = self.run.counter("values", len(chosen))
         counter(len(values))
         self.run.optimised += len(missing)
         mine = self._share(missing, shared)
@@ -338,7 +392,7 @@ class BatchWriter:
             for group, mine in members.items():
                 if mine[0] in missing:
                     self.cache.put(names[group], [values[i] for i in mine])
-        return [values[i] for i in range(len(wordings))]
+        return [values[i] for i in chosen]
 
     def _share(self, missing: Sequence[int], shared: Sequence[int]) -> list[int]:
         """Those of the requests `missing` whose values this rank optimises; groups stay whole."""

@@ -73,12 +73,17 @@ class ValueSettings:
     at: Literal["last", "each"] = "last"
     """last: one value behind the last edited layer; the others take a share of what is missing.
     each: a value at every edited layer, each written whole (BLUE, which edits two layers)."""
+    rounds: int = 1
+    """Passes over a batch. An update answers every key in proportion to its likeness, also those of
+    the fact's own prompt and target, which its value did not see. In each further pass, what does
+    not lead by `stop_margin` in the edited model gets the rest that it lacks there, and the batch
+    is solved again. Published: 1."""
     chunk_tokens: int = 0
     """A target longer than this is written in chunks, each at the end of the one before (AnyEdit);
     0: never."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "steps", "learning_rate", "clamp")
+        check_positive(self, "steps", "learning_rate", "clamp", "rounds")
         check_not_negative(
             self,
             "kl_weight",
@@ -90,6 +95,8 @@ class ValueSettings:
         )
         if self.stop_margin is not None:
             check_not_negative(self, "stop_margin")
+        if self.norm_anchor and self.rounds > 1:
+            raise ConfigError("values.norm_anchor fixes a value's length: set values.rounds to 1")
         _one_slot(self.kl_prompt, "values.kl_prompt")
 
 

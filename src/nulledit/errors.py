@@ -58,6 +58,10 @@ class NoRoomError(NullEditError):
     """Earlier edits have taken every direction that a new one could use."""
 
 
+class SolveError(NullEditError):
+    """A system has no solution in float64, as with settings that are many powers of ten apart."""
+
+
 class RankError(NullEditError):
     """Another rank of the same launch is gone, has stopped, or has other data."""
 

@@ -222,6 +222,25 @@ def chat_settings(given: Mapping[str, Any], held: ChatSettings | None) -> ChatSe
     return settings if given["system"] is None else replace(settings, system=given["system"])
 
 
+def seed_option(text: str, *, default: int | None = 0) -> Callable[[F], F]:
+    """--seed, of what `text` says."""
+
+    def checked(_context: click.Context, _option: click.Parameter, seed: int | None) -> int | None:
+        if seed is not None and not 0 <= seed < 2**63:
+            raise ConfigError(f"--seed {seed}: expected a number from 0, below 2^63")
+        return seed
+
+    return click.option(
+        "--seed",
+        metavar="N",
+        type=int,
+        default=default,
+        show_default=default is not None,
+        callback=checked,
+        help=text,
+    )
+
+
 def emit(data: Any) -> None:
     """One JSON document on stdout."""
     from nulledit.report.run import as_json

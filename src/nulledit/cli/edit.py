@@ -30,6 +30,7 @@ from nulledit.cli.common import (
     parse_null_space,
     prepare,
     quantize_option,
+    seed_option,
     trust_option,
 )
 from nulledit.errors import ConfigError, RankError
@@ -105,9 +106,7 @@ class _Edit(Sectioned):
 @click.option(
     "--skip", metavar="N", type=click.IntRange(0), default=0, help="Leave out the first records."
 )
-@click.option(
-    "--seed", metavar="N", type=int, help="Of contexts and of the queue's order.  [default: 0]"
-)
+@seed_option("Of contexts and of the queue's order.  [default: 0]", default=None)
 @click.option("--no-shuffle", is_flag=True, help="Keep the file's order over several batches.")
 @facts_options
 @click.option("--batch-size", metavar="N", type=int, help="Facts solved together.")

@@ -24,6 +24,7 @@ from nulledit.cli.common import (
     prepare,
     quantize_option,
     say,
+    seed_option,
     trust_option,
 )
 from nulledit.errors import ConfigError
@@ -78,7 +79,7 @@ class _Locate(Sectioned):
     type=click.IntRange(1),
     help="Layers whose MLP outputs are put back together.  [default: a fifth of all]",
 )
-@click.option("--seed", metavar="N", type=int, default=0, show_default=True, help="Of the noise.")
+@seed_option("Of the noise.")
 @click.option("--recipe", metavar="FILE|NAME", help="Whose layout, for a family that is not known.")
 @device_option
 @dtype_option

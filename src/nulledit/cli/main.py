@@ -115,6 +115,8 @@ SECTIONS: dict[str, list[tuple[click.Command, str, str]]] = {
 }
 
 
+UNEXPECTED = 70
+"""Exit code of what nulledit did not foresee: EX_SOFTWARE of sysexits.h."""
 TOGETHER = ("edit", "stats")
 """Commands that several processes may run together, started by torchrun."""
 
@@ -175,15 +177,15 @@ class Root(click.Group):
             _fail(line, code)
         except Exception as error:
             line, code = _describe(error)
-            if ctx.params.get("debug") or not line:
+            if ctx.params.get("debug"):
                 _end_with_others(ctx, code, "", error)
-                raise
+                traceback.print_exception(error)
             _end_with_others(ctx, code, line, error)
             _fail(line, code)
 
 
 def _describe(error: Exception) -> tuple[str, int]:
-    """One line for an error that a user can meet, and its exit code; no line for our own slips."""
+    """One line for an error, and its exit code: 2 where a user can put it right, 70 for ours."""
     if isinstance(error, NullEditError):
         return str(error), error.exit_code
     if isinstance(error, OSError):
@@ -197,7 +199,15 @@ def _describe(error: Exception) -> tuple[str, int]:
     if isinstance(error, MemoryError) or kind in ("OutOfMemoryError", "AcceleratorError"):
         said = str(error) or "out of memory"
         return f"{said}: try a smaller --batch-size or --set chunk_positions=N", 2
-    return "", 1
+    if kind == "LinAlgError" or "_LinAlgError" in kind:
+        return f"{one_line(error)}: try a larger method.l2, or fewer facts", 2
+    if "(os error" in str(error):  # of a library in Rust, such as tokenizers on a full disk
+        return one_line(error), 2
+    return (
+        f"unexpected {kind}: {one_line(error) or 'without a word'} (a fault of nulledit: "
+        "`nulledit --debug ...` shows where)",
+        UNEXPECTED,
+    )
 
 
 def _ranks(ctx: click.Context | None) -> Ranks | None:
@@ -254,7 +264,8 @@ def cli(ctx: click.Context, debug: bool) -> None:
 
     A run is a folder: RUN/model is an ordinary Hugging Face model, RUN/ledger remembers every edit
     exactly, RUN/report.md shows what changed and what did not. Results go to stdout, progress and
-    notices to stderr. Exit codes: 0 done, 1 a check failed, 2 bad input, 130 interrupted.
+    notices to stderr. Exit codes: 0 done, 1 a check failed, 2 bad input, 70 an
+    unexpected error, 130 interrupted.
     """
     ctx.obj = {"debug": debug}
     if ctx.invoked_subcommand not in TOGETHER:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -35,7 +34,7 @@ from nulledit.config import Recipe, load_recipe
 from nulledit.data.facts import Fact
 from nulledit.distributed import Ranks
 from nulledit.editor import Editor, EditReport
-from nulledit.errors import CheckFailed, ConfigError, LedgerError, NullEditError, RankError
+from nulledit.errors import CheckFailed, ConfigError, LedgerError, RankError
 from nulledit.evaluation.diagnosis import Diagnosis, diagnose
 from nulledit.evaluation.forms import form_name, other_system
 from nulledit.evaluation.old_answers import disagreements, with_base_answers
@@ -177,7 +176,7 @@ def run(
         if attached and not kept:
             _take_back(folder, created)
         raise error.advised(_advice(given, kept, folder, again)) from error
-    except (NullEditError, OSError, sqlite3.Error):
+    except Exception:
         kept = _kept_batches(editor, folder, held)
         if attached and not kept:
             _take_back(folder, created)
@@ -269,7 +268,7 @@ def keep(editor: Editor, folder: Path) -> None:
         _write_derived(editor, folder)
     except KeyboardInterrupt as error:
         raise Interrupted(f"interrupted: {there}") from error
-    except (NullEditError, OSError):
+    except Exception:
         say(f"Note: {there}", quiet=False)
         raise
 

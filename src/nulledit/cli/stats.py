@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +71,11 @@ def stats(ctx: click.Context) -> None:
 )
 @click.option("--tokens", type=click.IntRange(0), default=0, help="Token budget.  [default: all]")
 @click.option(
-    "--window", type=click.IntRange(1), default=512, show_default=True, help="Window in tokens."
+    "--window",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    help="Window in tokens, at most the model's context.",
 )
 @click.option(
     "--packing",
@@ -143,6 +147,7 @@ def _made(
     from nulledit.models.layouts import use_layout
     from nulledit.models.load import load_model, model_hash
     from nulledit.models.partial import PartialModel
+    from nulledit.models.tokens import context_length
 
     quiet = quiet or not ranks.first
     corpus = open_corpus(given["text"])
@@ -165,6 +170,10 @@ def _made(
                 f"layer {layer} is out of range: the model has layers 0 to {partial.depth - 1}"
             )
         partial.mlp_out(layer)
+    context = context_length(loaded.config)
+    if settings.window > context:
+        say(f"Note: windows of {context} tokens, the model's context", quiet=quiet)
+        settings = replace(settings, window=context)
     return collect_together(
         ranks,
         partial,
@@ -231,8 +240,7 @@ def show(source: str, as_json: bool, quiet: bool, **given: Any) -> None:
 
 def find(source: str) -> Statistics:
     """Statistics at a path, or a model's by the name they were made under: the largest."""
-    from importlib import resources
-
+    from nulledit.editing.manifest import read_manifest
     from nulledit.editing.statistics import Statistics
     from nulledit.models.load import cache_folder
 
@@ -240,15 +248,12 @@ def find(source: str) -> Statistics:
     if path.is_file() or (path / "manifest.json").is_file():
         return Statistics.load(path)
     name = model_source(source)
-    shipped = resources.files("nulledit") / "assets" / "statistics" / f"{name}.safetensors"
-    if shipped.is_file():
-        with resources.as_file(shipped) as file:
-            return Statistics.load(file)
+    for shipped in Statistics.shipped(lambda manifest: manifest.model == name):
+        return shipped
     found = []
     for manifest in (cache_folder() / "statistics").glob("*/*/manifest.json"):
-        statistics = Statistics.load(manifest.parent)
-        if statistics.manifest.model == name:
-            found.append(statistics)
+        if read_manifest(manifest.parent)[0].model == name:
+            found.append(Statistics.load(manifest.parent))
     if not found:
         raise StatisticsError(
             f"no statistics at or of {source!r}: "
@@ -286,13 +291,15 @@ def _show(statistics: Statistics, rule: NullSpaceSettings, as_json: bool) -> Non
 
     manifest, rows = statistics.manifest, rows_of(statistics, rule)
     if as_json:
-        emit({"manifest": asdict(manifest), "null_space": asdict(rule), "layers": rows})
+        told = {"manifest": asdict(manifest), "checked": statistics.checked}
+        emit({**told, "null_space": asdict(rule), "layers": rows})
         return
     first = "counted" if manifest.settings.count_first else "left out"
     echo(
         f"{plain(manifest.model)} (weights {manifest.model_hash[:12]}, {manifest.dtype}) on "
         f"{plain(manifest.corpus)}, {manifest.settings.packing}, windows of "
-        f"{manifest.settings.window}, position 0 {first}\n"
+        f"{manifest.settings.window}, position 0 {first}; "
+        f"{'hashes checked' if statistics.checked else 'no hashes to check them by'}\n"
     )
     cells: list[Sequence[str]] = [
         [

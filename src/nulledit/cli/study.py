@@ -19,6 +19,7 @@ from nulledit.cli.common import (
     parse_layers,
     prepare,
     say,
+    seed_option,
     skip_bad_option,
     trust_option,
 )
@@ -55,7 +56,7 @@ from nulledit.errors import ConfigError
 @click.option("--recipe", metavar="FILE|NAME", help="What arms change.  [default: the model's]")
 @click.option("--layers", metavar="LIST", help="Edited layers, as 4,5,6 or 4-8.")
 @click.option("--arms", metavar="LIST", help="Instead of the scale's: alphaedit,memit+inside,...")
-@click.option("--seed", metavar="N", type=int, default=0, show_default=True, help="Of everything.")
+@seed_option("Of everything.")
 @click.option(
     "--set",
     "changes",

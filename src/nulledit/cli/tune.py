@@ -28,6 +28,7 @@ from nulledit.cli.common import (
     prepare,
     quantize_option,
     say,
+    seed_option,
     trust_option,
 )
 from nulledit.errors import ConfigError
@@ -85,14 +86,7 @@ class _Tune(Sectioned):
     "--skip", metavar="N", type=click.IntRange(0), default=0, help="Leave out the first records."
 )
 @facts_options
-@click.option(
-    "--seed",
-    metavar="N",
-    type=int,
-    default=0,
-    show_default=True,
-    help="Of contexts, and of which facts are for what.",
-)
+@seed_option("Of contexts, and of which facts are for what.")
 @click.option(
     "--start", metavar="FILE|NAME", help="Recipe to begin with.  [default: as nulledit edit]"
 )

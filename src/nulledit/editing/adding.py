@@ -8,9 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import nulledit
+from nulledit.editing.manifest import Manifest, Source
 from nulledit.editing.statistics import (
-    Manifest,
-    Source,
     Statistics,
     default_folder,
     finished,

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nulledit.config import ContextSettings
+from nulledit.errors import ConfigError
 from nulledit.models.placement import input_device
 from nulledit.models.tokens import beginning, pad_id
 
@@ -36,7 +37,13 @@ def make_contexts(
         for i in range(settings.count):
             start = settings.starts[i % len(settings.starts)]
             words = tokenizer(start, add_special_tokens=False, verbose=False)["input_ids"]
-            coded = torch.tensor([beginning(tokenizer) + list(words)], device=device)
+            begun = beginning(tokenizer) + list(words)
+            if not begun:
+                raise ConfigError(
+                    f"contexts.starts: {start!r} gives no token, and this tokenizer has none of a "
+                    "beginning: give a word"
+                )
+            coded = torch.tensor([begun], device=device)
             ids: Tensor = model.generate(  # type: ignore[operator]
                 input_ids=coded,
                 attention_mask=torch.ones_like(coded),

@@ -4,212 +4,56 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from importlib import resources
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-import nulledit
-from nulledit.config import StatisticsSettings, read_settings
+from nulledit.config import StatisticsSettings
 from nulledit.data.corpus import Corpus, windows
 from nulledit.distributed import Ranks
-from nulledit.errors import ConfigError, StatisticsError
-from nulledit.files import replacing, write_text
-from nulledit.linalg.blocks import (
-    AnyMoment,
-    AnySpectrum,
-    BlockMoment,
-    BlockSpectrum,
-    part_names,
-    parts_of,
+from nulledit.editing.manifest import (
+    UNCHECKED,
+    Manifest,
+    check_file,
+    read_manifest,
+    write_manifest,
 )
+from nulledit.editing.spectra import Statistics
+from nulledit.editing.tensor_files import (
+    MAX_WIDTH,
+    MOMENTS,
+    PARTIAL,
+    SPECTRA,
+    opened_file,
+    save_alone,
+    spectrum_tensors,
+    sums_of,
+)
+from nulledit.errors import StatisticsError
+from nulledit.files import replacing
+from nulledit.linalg.blocks import AnyMoment, AnySpectrum, BlockMoment
 from nulledit.linalg.moments import SecondMoment
-from nulledit.linalg.spectrum import Spectrum
 from nulledit.models.editable import make_editable
 from nulledit.models.experts import count_and_width, is_experts
 from nulledit.models.layouts import as_out_in, named_by_recipe, stored_weight
 from nulledit.models.load import cache_folder
 from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import beginning, chunks_by_length, collate, pad_id
-from nulledit.reading import MAX_SETTINGS, one_line, parse_json, read_text
+from nulledit.models.tokens import beginning, chunks_by_length, collate, context_length, pad_id
 
-FORMAT = 1
-MAX_WIDTH = 2**17
-"""Of keys. The widest MLP of an open model, of LLaMA3 405B, has 53,248; a matrix of more than this
-would not fit into memory."""
-MAX_ROUNDING = 0.01
-"""How far rounding may move an eigenvector; float16 moves one by less than 0.001."""
+logger = logging.getLogger(__name__)
+
 SORTED_TOKENS = 32768  # windows are sorted by length within so many tokens
 SAVE_EVERY = 60.0  # seconds between savings of unfinished sums, or more where these take long
 ROUND = 8  # batches that each of several ranks runs before they ask whether to save
-
-
-@dataclass(frozen=True)
-class Source:
-    """One of the corpora whose sums were added."""
-
-    corpus: str
-    """Its name."""
-    corpus_hash: str
-    """Hash of its content."""
-    tokens: int
-    """Keys summed per layer."""
-    windows: int
-    """Windows read."""
-    budget: int = 0
-    """Token budget that it was read with; 0: the whole corpus."""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """Everything the numbers depend on."""
-
-    model: str
-    """The model's name, for people."""
-    model_hash: str
-    """Hash of its weights."""
-    layers: tuple[int, ...]
-    """Blocks whose keys were summed."""
-    corpus: str
-    """Name of the corpus."""
-    corpus_hash: str
-    """Hash of its content."""
-    settings: StatisticsSettings
-    """Packing, window, token budget, whether position 0 counts."""
-    dtype: str
-    """The model's dtype while it ran."""
-    tokens: int = 0
-    """Keys summed per layer."""
-    windows: int = 0
-    """Windows read."""
-    mlp_out: str = ""
-    """Path of W in a block, where a recipe's layout named it; keys of another W are others."""
-    sources: tuple[Source, ...] = ()
-    """What was added up, where statistics of several corpora were; `corpus` names them all."""
-    version: str = nulledit.__version__
-    """Version of this library."""
-    format: int = FORMAT
-    """Version of the file format."""
-
-    def to_json(self) -> str:
-        """As JSON text."""
-        content = asdict(self)
-        for name in ("mlp_out", "sources"):
-            if not content[name]:
-                del content[name]  # as in manifests from before there was one
-        return json.dumps(content, indent=2)
-
-    def uncounted(self) -> Manifest:
-        """What was asked for: without what was found, and by which version."""
-        return replace(self, tokens=0, windows=0, version="")
-
-    @classmethod
-    def from_json(cls, text: str, where: str) -> Manifest:
-        """Read what `to_json` wrote; StatisticsError otherwise."""
-        data = parse_json(text or "null", source=where, error=StatisticsError)
-        if not isinstance(data, dict) or "format" not in data:
-            raise StatisticsError(f"{where}: no manifest of key statistics")
-        if data["format"] != FORMAT:
-            raise StatisticsError(
-                one_line(f"{where}: statistics of format {data['format']}, expected {FORMAT}; ")
-                + " make them again"
-            )
-        try:
-            found: Manifest = read_settings(cls, data, "")
-        except (ConfigError, TypeError) as error:
-            raise StatisticsError(
-                one_line(f"{where}: no manifest of key statistics ({error})")
-            ) from error
-        for text in (
-            found.model_hash,
-            found.corpus_hash,
-            found.dtype,
-            found.version,
-            found.mlp_out,
-            *(source.corpus_hash for source in found.sources),
-        ):
-            if not (text.isascii() and text.isprintable()):
-                raise StatisticsError(
-                    one_line(f"{where}: {text!r} is no hash, dtype, version or path of statistics")
-                )
-        if not found.layers or len(set(found.layers)) < len(found.layers) or min(found.layers) < 0:
-            raise StatisticsError(
-                one_line(f"{where}: layers are {list(found.layers)}; expected numbers from 0")
-            )
-        return found
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Spectra of the preserved keys' second moment, by layer, and where they come from."""
-
-    manifest: Manifest
-    """Provenance."""
-    spectra: dict[int, AnySpectrum]
-    """By layer."""
-
-    def check(self, model_hash: str, layers: Sequence[int], mlp_out: str = "") -> None:
-        """Raise StatisticsError unless these are of that model and its W, and cover `layers`."""
-        m = self.manifest
-        if m.mlp_out != mlp_out:
-            raise StatisticsError(
-                f"statistics are of keys of {m.mlp_out or 'the usual matrix'}, the recipe's layout "
-                f"names {mlp_out or 'none'}: run `nulledit stats make` with --recipe"
-            )
-        if m.model_hash != model_hash:
-            raise StatisticsError(
-                f"statistics are of {m.model} (weights {m.model_hash[:12]}), "
-                f"the model's weights are {model_hash[:12]}: make its own by `nulledit stats make`"
-            )
-        missing = [layer for layer in layers if layer not in self.spectra]
-        if missing:
-            raise StatisticsError(
-                f"statistics cover layers {sorted(self.spectra)}, layers {missing} are needed: "
-                f"run `nulledit stats make` with --layers {','.join(map(str, layers))}"
-            )
-
-    def save_compact(self, file: Path, thresholds: dict[int, float]) -> None:
-        """One small file: all eigenvalues, and the thinner side at `thresholds` in float16."""
-        tensors: dict[str, torch.Tensor] = {}
-        starts: dict[str, int] = {}
-        for layer, spectrum in self.spectra.items():
-            thin = spectrum.compact(thresholds[layer])
-            tensors |= _tensors_of(thin, layer)
-            starts |= {name: part.start for name, part in parts_of(thin, str(layer)).items()}
-        metadata = {"manifest": self.manifest.to_json(), "starts": json.dumps(starts)}
-        with replacing(file) as partial:
-            save_file(tensors, partial, metadata)
-
-    @classmethod
-    def load(cls, path: Path) -> Statistics:
-        """Read a folder made by `collect` or a compact file; StatisticsError otherwise."""
-        if path.is_dir():
-            manifest = Manifest.from_json(_text(path / "manifest.json"), str(path))
-            with _opened(path / "spectra.safetensors") as (tensors, _):
-                found = {i: tensors.layer(i, tensors.spectrum) for i in manifest.layers}
-                return cls(manifest, found)
-        with _opened(path) as (tensors, metadata):
-            manifest = Manifest.from_json(metadata.get("manifest", ""), str(path))
-            starts = parse_json(
-                metadata.get("starts", "{}"), source=f"{path}: starts", error=StatisticsError
-            )
-            if not isinstance(starts, dict):
-                raise StatisticsError(f"{path}: starts are no object")
-            found = {
-                i: tensors.layer(i, lambda name: _thin(tensors, name, starts))
-                for i in manifest.layers
-            }
-            return cls(manifest, found)
 
 
 def collect(
@@ -271,6 +115,11 @@ def collect_together(
     one process would run; so only the order of the float64 sums differs. RankError where ranks have
     other models, corpora or settings.
     """
+    context = context_length(model.model.config)
+    if settings.window > context:
+        raise StatisticsError(
+            f"windows of {settings.window} tokens are longer than the model's context of {context}"
+        )
     make_editable(model.model, layers, model_hash)
     manifest = Manifest(
         model=name,
@@ -355,11 +204,14 @@ def read_moments(folder: Path) -> tuple[Manifest, dict[int, AnyMoment]]:
     if not folder.is_dir():
         kind = "is a compact file, which holds no sums" if folder.is_file() else "no such folder"
         raise StatisticsError(f"{folder}: {kind}; expected a folder made by `nulledit stats make`")
-    manifest = Manifest.from_json(_text(folder / "manifest.json"), str(folder))
+    manifest, hashes = read_manifest(folder)
+    check_file(folder / MOMENTS, hashes)
+    if not hashes:
+        logger.warning("%s: %s", folder, UNCHECKED)
     if manifest.tokens < 1:
         raise StatisticsError(f"{folder}: manifest counts {manifest.tokens} tokens")
     moments: dict[int, AnyMoment] = {}
-    with _opened(folder / "moments.safetensors") as (tensors, _):
+    with opened_file(folder / MOMENTS) as (tensors, _):
         for layer in manifest.layers:
             shape = tensors.shape(f"sum.{layer}")
             width = shape[-1] if shape else 0
@@ -408,6 +260,7 @@ def ready(folder: Path, manifest: Manifest) -> Statistics | None:
     """Statistics that are there already; StatisticsError if they are others."""
     if not (folder / "manifest.json").is_file():
         return None
+    check_file(folder / MOMENTS, read_manifest(folder)[1])
     found = Statistics.load(folder)
     if found.manifest.uncounted() != manifest.uncounted():
         raise StatisticsError(f"{folder}: holds other statistics; choose another folder")
@@ -427,18 +280,16 @@ def find_statistics(
 
     `mlp_out`: the path of W, where a recipe's layout names it.
     """
-    shipped = resources.files("nulledit") / "assets" / "statistics"
-    with resources.as_file(shipped) as folder:
-        for file in sorted(folder.glob("*.safetensors")):
-            statistics = Statistics.load(file)
-            covered = set(layers) <= set(statistics.spectra)
-            if statistics.manifest.model_hash == model_hash and covered and not mlp_out:
-                yield statistics
+
+    def of_it(manifest: Manifest) -> bool:
+        same = manifest.model_hash == model_hash and manifest.mlp_out == mlp_out
+        return same and set(layers) <= set(manifest.layers)
+
+    yield from Statistics.shipped(of_it)
     found = []
     for file in (cache_folder() / "statistics" / model_hash[:16]).glob("*/manifest.json"):
-        manifest = Manifest.from_json(_text(file), str(file.parent))
-        of_it = manifest.model_hash == model_hash and manifest.mlp_out == mlp_out
-        if of_it and set(layers) <= set(manifest.layers):
+        manifest, _ = read_manifest(file.parent)
+        if of_it(manifest):
             found.append((manifest.tokens, file.parent))
     for _, folder in sorted(found, reverse=True):
         yield Statistics.load(folder)
@@ -529,18 +380,19 @@ def _save_partial(
         "windows": str(done),
         "count": str(next(iter(moments.values())).count),
     }
-    with replacing(folder / "partial.safetensors") as partial:
-        save_file(_sums(moments), partial, metadata)
+    save_alone(folder / PARTIAL, sums_of(moments), metadata)
 
 
 def _resume(
     folder: Path, manifest: Manifest, model: PartialModel
 ) -> tuple[dict[int, AnyMoment], int]:
     moments = _empty(model, manifest.layers)
-    file = folder / "partial.safetensors"
+    file = folder / PARTIAL
     if not file.is_file():
         return moments, 0
-    with _opened(file) as (tensors, metadata):
+    with opened_file(file) as (tensors, metadata):
+        if not tensors.check(metadata):
+            logger.warning("%s: %s", file, UNCHECKED)
         found = Manifest.from_json(metadata.get("manifest", ""), str(file))
         if replace(found, version="") != replace(manifest, version=""):
             raise StatisticsError(
@@ -563,137 +415,9 @@ def _save(
 ) -> None:
     parts: dict[str, torch.Tensor] = {}
     for layer, spectrum in spectra.items():
-        parts |= _tensors_of(spectrum, layer, torch.float32)
-    for tensors, name in ((_sums(moments), "moments"), (parts, "spectra")):
-        with replacing(folder / f"{name}.safetensors") as partial:
+        parts |= spectrum_tensors(spectrum, layer, torch.float32)
+    for tensors, name in ((sums_of(moments), MOMENTS), (parts, SPECTRA)):
+        with replacing(folder / name) as partial:
             save_file(tensors, partial)
-    write_text(folder / "manifest.json", manifest.to_json())  # last: it says "complete"
-    (folder / "partial.safetensors").unlink(missing_ok=True)
-
-
-def _sums(moments: Mapping[int, AnyMoment]) -> dict[str, torch.Tensor]:
-    tensors = {f"sum.{i}": m.sum.cpu() for i, m in moments.items()}
-    blocks = {i: m for i, m in moments.items() if isinstance(m, BlockMoment)}
-    return tensors | {f"tokens.{i}": m.tokens for i, m in blocks.items()}
-
-
-def _tensors_of(
-    spectrum: AnySpectrum, layer: int, dtype: torch.dtype | None = None
-) -> dict[str, torch.Tensor]:
-    """What `_Tensors.layer` reads, with the eigenvectors in `dtype` or as they are."""
-    tensors = {}
-    if isinstance(spectrum, BlockSpectrum):
-        tensors[f"tokens.{layer}"] = torch.tensor(spectrum.tokens, dtype=torch.float64)
-    for name, part in parts_of(spectrum, str(layer)).items():
-        tensors[f"eigenvalues.{name}"] = part.eigenvalues
-        tensors[f"eigenvectors.{name}"] = part.eigenvectors.to(dtype).contiguous()
-    return tensors
-
-
-@dataclass(frozen=True)
-class _Tensors:
-    """A safetensors file whose shapes are checked in its head, before a tensor is read."""
-
-    file: Path
-    """For messages."""
-    opened: Any
-    """As `safe_open` gives it."""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor of numbers with a fraction; StatisticsError if there is none."""
-        if name not in set(self.opened.keys()):
-            raise StatisticsError(f"{self.file}: has no tensor {name}")
-        part = self.opened.get_slice(name)
-        if part.get_dtype() not in ("F16", "BF16", "F32", "F64"):
-            raise StatisticsError(f"{self.file}: {name} is of {part.get_dtype()}; expected floats")
-        return tuple(part.get_shape())
-
-    def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """In float64; StatisticsError unless it has this shape and is finite."""
-        if (found := self.shape(name)) != shape:
-            raise StatisticsError(
-                f"{self.file}: {name} has the shape {list(found)}, expected {list(shape)}"
-            )
-        tensor: torch.Tensor = self.opened.get_tensor(name).double()
-        if not tensor.isfinite().all():
-            raise StatisticsError(f"{self.file}: {name} has entries that are not finite")
-        return tensor
-
-    def tokens(self, layer: int, total: torch.Tensor) -> list[int]:
-        """Of each expert, where the layer's sum `total` has a block for each; else none."""
-        if total.ndim < 3:
-            return []
-        found = self.tensor(f"tokens.{layer}", (len(total),)).clamp(0, 2**53)
-        return [int(number) for number in found.tolist()]
-
-    def layer(self, layer: int, read: Callable[[str], Spectrum]) -> AnySpectrum:
-        """The spectrum of a layer, each part as `read` finds it by its name."""
-        held = set(self.opened.keys())
-        if f"tokens.{layer}" not in held:
-            return read(str(layer))
-        (count,) = self.shape(f"tokens.{layer}") or (0,)
-        tokens = self.tensor(f"tokens.{layer}", (count,)).clamp(0, 2**53).tolist()
-        blocks = {i: read(name) for i, name in part_names(str(layer), count, held).items()}
-        width = next(iter(blocks.values())).d_in if blocks else 0
-        try:
-            return BlockSpectrum(blocks, tuple(map(int, tokens)), width)
-        except StatisticsError as error:
-            raise StatisticsError(f"{self.file}: layer {layer}: {error}") from error
-
-    def spectrum(self, name: str, start: int = 0) -> Spectrum:
-        """A layer's spectrum, or an expert's: a possible one, with eigenvectors of length 1."""
-        names = f"eigenvalues.{name}", f"eigenvectors.{name}"
-        first, second = map(self.shape, names)
-        d, m = first[0] if first else 0, second[-1] if second else 0
-        matching = (first, second) == ((d,), (d, m)) and 0 < d <= MAX_WIDTH
-        if not matching or not 0 <= start <= start + m <= d:
-            raise StatisticsError(
-                f"{self.file}: layer {name} has eigenvalues {list(first)} and eigenvectors "
-                f"{list(second)} from {start}; expected [d] and [d, m] of at most {MAX_WIDTH}"
-            )
-        values, vectors = self.tensor(names[0], (d,)), self.tensor(names[1], (d, m))
-        if values.min() < 0 or (values.diff() < 0).any() or not 0 < values.sum() < torch.inf:
-            raise StatisticsError(
-                f"{self.file}: {names[0]} are no eigenvalues of a second moment: expected "
-                "ascending numbers from 0"
-            )
-        if ((vectors.norm(dim=0) - 1).abs() > MAX_ROUNDING).any():
-            raise StatisticsError(f"{self.file}: {names[1]} are not of length 1")
-        return Spectrum(values, vectors, start)
-
-
-def _thin(tensors: _Tensors, name: str, starts: Mapping[str, Any]) -> Spectrum:
-    """A spectrum of a compact file, whose rounding is taken back."""
-    start = starts.get(name)
-    if type(start) is not int:
-        raise StatisticsError(f"{tensors.file}: says of no first eigenvector of layer {name}")
-    rounded = tensors.spectrum(name, start)
-    found = rounded.orthonormal()
-    moved = (found.eigenvectors - rounded.eigenvectors).norm(dim=0)
-    if not (moved <= MAX_ROUNDING).all():  # also where it is nan
-        raise StatisticsError(f"{tensors.file}: eigenvectors.{name} are not orthogonal")
-    return found
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[tuple[_Tensors, dict[str, str]]]:
-    """Tensors and metadata of a safetensors file; nothing but its head is read.
-
-    safetensors itself refuses a head of more than 100 MB, and shapes that the file's size doesn't
-    agree with.
-    """
-    if not file.is_file():
-        kind = "not a regular file" if file.exists() else "no such file"
-        raise StatisticsError(f"{file}: no readable statistics file ({kind})")
-    try:
-        with safe_open(file, "pt") as opened:
-            yield _Tensors(file, opened), opened.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise StatisticsError(one_line(f"{file}: no readable statistics file ({error})")) from error
-
-
-def _text(file: Path) -> str:
-    try:
-        return read_text(file, most=MAX_SETTINGS, error=StatisticsError, what="manifest")
-    except StatisticsError as error:
-        raise StatisticsError(f"{error}: no readable manifest of statistics") from None
+    write_manifest(folder, manifest, (MOMENTS, SPECTRA))  # last: it says "complete"
+    (folder / PARTIAL).unlink(missing_ok=True)

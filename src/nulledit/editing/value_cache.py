@@ -40,7 +40,12 @@ class ValueCache:
     ) -> str:
         """The hash of one group's request on a model whose weights have the hash `weights`."""
         used: dict[str, Any] = asdict(settings)
-        for elsewhere in ("norm_anchor", "at", "chunk_tokens"):  # they act before or after
+        for elsewhere in (
+            "norm_anchor",
+            "at",
+            "rounds",
+            "chunk_tokens",
+        ):  # they act before or after
             used.pop(elsewhere)
         asked = [
             [fact.subject, list(fact.prompts), fact.target, *(["forget"] if fact.forget else [])]

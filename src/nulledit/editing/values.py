@@ -32,8 +32,16 @@ from nulledit.config import ValueSettings
 from nulledit.data.facts import Fact
 from nulledit.editing.ignorance import Lesson, lessons_of, unlearned
 from nulledit.errors import ModelError
+from nulledit.models.layouts import frozen
 from nulledit.models.partial import PartialModel, Prefix
-from nulledit.models.tokens import Batch, Row, RowEncoder, collate, share_beginnings
+from nulledit.models.tokens import (
+    Batch,
+    Row,
+    RowEncoder,
+    chunks_by_length,
+    collate,
+    share_beginnings,
+)
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,16 @@ class Value:
         """The value `z` of a ledger, with the `outcome` that stands beside it."""
         known = {f.name for f in fields(cls)}
         return cls(z=z, **{name: held for name, held in outcome.items() if name in known})
+
+    def moved(self, rest: Value, now: Tensor) -> Value:
+        """This value and what `rest`, optimised where the model stands at `now` [d], adds."""
+        return replace(
+            rest,
+            z=self.z + (rest.z.double() - now).to(self.z),
+            steps=self.steps + rest.steps,
+            delta_share=self.delta_share + rest.delta_share,
+            known=self.known,
+        )
 
 
 @dataclass(frozen=True)
@@ -391,10 +409,10 @@ class _Chunk:
                 active = staying
                 reads = _Reads(self, active)
         if s.stop_margin is not None:
-            for g, found in best.items():
+            for g, step_of in best.items():
                 if ended[g] in ("steps", "patience"):
-                    deltas[g], clamped[g] = found.delta, found.clamped
-                    outcome |= found.outcome
+                    deltas[g], clamped[g] = step_of.delta, step_of.clamped
+                    outcome |= step_of.outcome
         return [
             Value(
                 z=h[f] + self.units[g] * deltas[g].detach(),
@@ -472,6 +490,38 @@ class _Best:
     outcome: dict[int, tuple[float, float, float]]
     """By fact: loss, nll, lead."""
     clamped: bool
+
+
+@torch.no_grad()
+def bare_leads(
+    model: PartialModel,
+    encoder: RowEncoder,
+    facts: Sequence[Fact],
+    *,
+    positions: int,
+    pad_id: int,
+) -> list[float]:
+    """For each of `facts`, the least lead of a target token at its bare prompts, in nats.
+
+    As the model is; infinite for a fact to forget. `positions` bounds the tokens that run together.
+    """
+    rows = [
+        (i, row)
+        for i, fact in enumerate(facts)
+        if not fact.forget
+        for row in plan_rows(fact, encoder, ("{}",))
+    ]
+    leads = [math.inf] * len(facts)
+    with frozen(model.model):
+        for part in chunks_by_length([len(row.ids) for _, row in rows], positions):
+            chosen = [rows[k] for k in part]
+            ids = [row.ids[:-1] for _, row in chosen]
+            normed = model.run_normed(collate(ids, pad_id=pad_id, device=model.device))
+            for at, (i, row) in enumerate(chosen):
+                logits = model.logits(normed[at, row.target_start - 1 : len(row.ids) - 1])
+                target = torch.tensor(row.target_ids, device=logits.device)
+                leads[i] = min(leads[i], float(leads_of(logits.float(), target).min()))
+    return leads
 
 
 @torch.no_grad()

@@ -299,14 +299,20 @@ def spectrum_tensors(
 def read_spectrum(
     tensors: dict[str, Tensor], layer: int, device: torch.device | None = None
 ) -> tuple[AnySpectrum, float]:
-    """The spectrum of `layer` in an epoch's tensors, float64, and its τ."""
+    """The spectrum of `layer` in an epoch's tensors, float64, and its τ.
+
+    Eigenvectors kept in float32 are made orthonormal again: a part of 1e-7 of a gain of 1e8 would
+    be no positive metric.
+    """
 
     def part(name: str) -> Spectrum:
-        return Spectrum(
+        vectors = tensors[f"eigenvectors.{name}"].to(device)
+        kept = Spectrum(
             tensors[f"eigenvalues.{name}"].to(device),
-            tensors[f"eigenvectors.{name}"].to(device).double(),
+            vectors.double(),
             int(tensors[f"first_eigenvector.{name}"]),
         )
+        return kept if vectors.dtype == torch.float64 else kept.orthonormal()
 
     threshold, tokens = float(tensors[f"threshold.{layer}"]), tensors.get(f"tokens.{layer}")
     if tokens is None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nulledit.errors import SolveError
 from nulledit.linalg.blocks import AnyMetric
 
 BLOCK = 256  # columns of Z that are joined in one block
@@ -26,11 +27,23 @@ def solve_update(keys: Tensor, residual: Tensor, metric: AnyMetric) -> Tensor:
     return solve_with(K, R, metric.apply(K))
 
 
+def cholesky(system: Tensor) -> Tensor:
+    """The lower factor of a positive definite `system` [n, n]; SolveError where rounding is not."""
+    try:
+        return torch.linalg.cholesky(system)
+    except torch.linalg.LinAlgError as error:
+        raise SolveError(
+            f"the system of {len(system)} keys can't be solved in float64: its largest entry is "
+            f"{float(system.abs().max()):.2g} where 1 is added: try a larger method.l2, or fewer "
+            "facts"
+        ) from error
+
+
 def solve_with(keys: Tensor, residual: Tensor, weighted: Tensor) -> Tensor:
     """The same from GK = `weighted` [d_in, n], for a G that is no Metric; all float64."""
     system = keys.mT @ weighted
     system.diagonal().add_(1.0)  # symmetric, eigenvalues >= 1
-    return torch.cholesky_solve(residual.mT, torch.linalg.cholesky(system)).mT @ weighted.mT
+    return torch.cholesky_solve(residual.mT, cholesky(system)).mT @ weighted.mT
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,7 @@ class Remaining:
         weighted = self.apply(keys)
         system = keys.mT @ weighted
         system.diagonal().add_(1.0)
-        L = torch.linalg.cholesky(system)
+        L = cholesky(system)
         Z = torch.linalg.solve_triangular(L, weighted.mT, upper=False).mT
         Y = torch.linalg.solve_triangular(L, residual.mT, upper=False)
         return Y.mT @ Z.mT, self._without(Z)
@@ -106,6 +119,6 @@ def room_left(metric: AnyMetric, keys: Tensor) -> float:
     K = keys.double()
     system = K.mT @ metric.apply(K)
     system.diagonal().add_(1.0)
-    inverse = torch.linalg.inv(torch.linalg.cholesky(system))
+    inverse = torch.linalg.inv(cholesky(system))
     taken = K.shape[1] - float(inverse.square().sum())  # tr(S (I+S)⁻¹) = n − tr (I+S)⁻¹
     return 1 - taken / metric.rank

@@ -11,7 +11,7 @@ from nulledit.config import check_positive
 from nulledit.editing.problem import LayerProblem
 from nulledit.errors import ConfigError
 from nulledit.linalg.blocks import AnySpectrum
-from nulledit.linalg.solve import solve_with
+from nulledit.linalg.solve import cholesky, solve_with
 from nulledit.linalg.spectrum import Spectrum
 from nulledit.methods.filters import FLOOR, MomentSettings, moment_gains
 from nulledit.methods.registry import Method
@@ -67,7 +67,7 @@ def solve_neurons(problem: LayerProblem) -> Tensor:
     neurons = chosen_neurons(problem.keys, settings.neurons)
     past = problem.past_keys[neurons]
     moment = settings.moment_weight * restricted_moment(problem.spectrum, neurons)
-    factor = torch.linalg.cholesky(moment + past @ past.mT)
+    factor = cholesky(moment + past @ past.mT)
     keys = problem.projector.apply(problem.keys) if inside else problem.keys
     weighted = torch.zeros_like(keys)
     weighted[neurons] = torch.cholesky_solve(keys[neurons], factor)

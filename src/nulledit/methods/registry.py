@@ -77,10 +77,15 @@ class Method:
             "values.chunk_tokens": values.chunk_tokens > 0,
             "values.at": values.at != "last",
             "values.norm_anchor": values.norm_anchor,
+            "values.rounds": values.rounds > 1,
         }
         for name, given in unused.items():
             if self.by_gradient and given:
                 raise ConfigError(f"{self.name} optimises no values, so it can't use {name}")
+        if self.rewinds and values.rounds > 1:
+            raise ConfigError(
+                f"{self.name} takes its values from the unedited model: set values.rounds to 1"
+            )
 
     def projection(self, settings: MethodSettings) -> str:
         """The projection in force: none, inside or after."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -28,6 +29,8 @@ TODAY = (
 day that Llama 3's templates write where they know none. A function can't be given to a template."""
 QUESTION_MARKS = ("?", "？", "؟")
 _PROBE = "nulleditprobe"
+_THOUGHT = re.compile(r"<([\w:]*(?:think|thought|reason)\w*)>\s*\Z", re.IGNORECASE)
+"""What begins a thought, where a template ends with one for the model to go on with."""
 
 
 @dataclass(frozen=True)
@@ -92,17 +95,31 @@ class ChatForm:
     def gap(self) -> str:
         """What the template writes between the beginning of the assistant's turn and its text."""
         messages = [*self._system, _user(self._fold + "x")]
-        begun = self._rendered(messages)
+        between = self._between(messages, self._rendered(messages))
+        return between if between.isspace() else ""
+
+    @cached_property
+    def _thought(self) -> str:
+        """What closes a thought that the template opens: as its own assistant turns have it, if
+        they begin with an empty one; else an empty line, as templates with a switch write it."""
+        messages = [_user("x")]
+        begun = self._said(messages, answering=True)
+        opened = _THOUGHT.search(begun)
+        if opened is None:
+            return ""
+        between, end = self._between(messages, begun), f"</{opened[1]}>"
+        return between if between.strip() == end else f"\n{end}\n\n"
+
+    def _between(self, messages: list[dict[str, str]], begun: str) -> str:
+        """What the template writes behind `begun` and in front of an assistant's text."""
+        spoken = [*messages, {"role": "assistant", "content": _PROBE}]
         try:
-            spoken = self._rendered(
-                [*messages, {"role": "assistant", "content": _PROBE}], answering=False
-            )
+            text = self._said(spoken, answering=False)
         except TemplateError:
             return ""
-        if not spoken.startswith(begun) or _PROBE not in spoken:
+        if not text.startswith(begun) or _PROBE not in text:
             return ""
-        between = spoken[len(begun) : spoken.index(_PROBE)]
-        return between if between.isspace() else ""
+        return text[len(begun) : text.index(_PROBE)]
 
     def frame(self, prompt: str, *, context: str = "{}") -> Framed:
         """`prompt`, behind what stands before the slot of `context`, as the user's turn.
@@ -174,7 +191,12 @@ class ChatForm:
             )
         return parts[0], parts[1]
 
-    def _rendered(self, messages: list[dict[str, str]], *, answering: bool = True) -> str:
+    def _rendered(self, messages: list[dict[str, str]]) -> str:
+        """`messages`, and the beginning of the assistant's turn up to where an answer goes."""
+        text = self._said(messages, answering=True)
+        return text + self._thought if _THOUGHT.search(text) else text
+
+    def _said(self, messages: list[dict[str, str]], *, answering: bool) -> str:
         text: Any = self.tokenizer.apply_chat_template(
             messages,
             chat_template=self._template,

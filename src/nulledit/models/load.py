@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -63,6 +65,8 @@ INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_config.json"
 MAX_JSON = 256 * 2**20
 """Bytes of a JSON file of a model; the largest, tokenizers of 256,000 pieces, have 35 million."""
+HUB_SECONDS = 10.0  # for a connection; an answer may take longer
+UNREACHED = ("ConnectError", "ConnectTimeout", "ConnectionError", "ProxyError")
 QUANTIZE = ("4bit", "8bit")
 INFERENCE_ONLY = frozenset({"support_avx512bf16_for_cpu"})
 """Flags of quantised modules that allow a faster form which passes no gradient on."""
@@ -97,7 +101,7 @@ def load_model(
     source = str(embedded_folder(name)) if name in EMBEDDED and _gguf_of(name) else name
     if name in EMBEDDED and source == name:
         source = EMBEDDED[name].hub
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     placing: dict[str, Any] = {}
     if device == "auto":
         device = Placement("auto")
@@ -107,10 +111,19 @@ def load_model(
     try:
         if Path(source).is_dir():
             _check_folder(Path(source), name)
+        elif not _hub_answers():
+            _check_cached(source, name, revision)
+            options["local_files_only"] = True
         config = AutoConfig.from_pretrained(source, **options)
         if config.is_encoder_decoder or config.model_type in ("bert", "roberta", "distilbert"):
             raise ModelError(f"{name}: {config.model_type} is no decoder-only language model")
-        _check_weights(source, name, revision, getattr(config, "transformers_weights", None))
+        _check_weights(
+            source,
+            name,
+            getattr(config, "transformers_weights", None),
+            revision=revision,
+            local_files_only=options.get("local_files_only", False),
+        )
         quantised = quantize or getattr(config, "quantization_config", None) is not None
         if quantised and device is not None:
             placing = {"device_map": {"": torch.device(device)}}  # its parts can't be moved later
@@ -195,10 +208,36 @@ def _check_folder(folder: Path, name: str) -> None:
         raise _is_adapter(name)
 
 
-def _check_weights(source: str, name: str, revision: str | None, given: object) -> None:
+def _hub_answers() -> bool:
+    """Whether the Hub, or the mirror in its place, can be reached: asked once and not again.
+
+    The Hub's client asks for each file six times, which takes half a minute where there is no
+    network. It asks through the user's proxies, as this does; a slow answer is one.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except Exception as error:  # its client has had three libraries of one family underneath
+        return type(error).__name__ not in UNREACHED
+    return True  # whatever it says: of the file that is asked for, its client says what is wrong
+
+
+def _check_cached(source: str, name: str, revision: str | None) -> None:
+    """ModelError unless the Hub's cache has the model; a notice if it has."""
+    try:
+        cached_file(source, "config.json", revision=revision, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = f"{constants.ENDPOINT} can't be reached, and its cache has no such model"
+        raise _not_loaded(name, OSError(reason), "", {}) from error
+    logger.info("%s: %s is not asked; taken from its cache", name, constants.ENDPOINT)
+
+
+def _check_weights(source: str, name: str, given: object, **asked: Any) -> None:
     """Refuse weights that are a pickle, and a list of weights that leads to one or out of here.
 
     `given`: the file of weights that the configuration names, which goes before all others.
+    `asked`: how the Hub is, as of `cached_file`.
     """
     if Path(source).is_dir():
         files = sorted(Path(source).iterdir())
@@ -206,11 +245,11 @@ def _check_weights(source: str, name: str, revision: str | None, given: object) 
             found = [file.name for file in files if file.suffix in PICKLES]
             told = f", only {', '.join(found[:3])}" if found else ""
             raise ModelError(f"{name}: has no weights in safetensors{told}. {_NO_PICKLE}")
-    elif _file_of(source, ADAPTER_FILE, revision):
+    elif _file_of(source, ADAPTER_FILE, **asked):
         raise _is_adapter(name)
     listed: list[object] = [] if given is None else [given]
     for index in {INDEX_FILE, given if isinstance(given, str) else INDEX_FILE}:
-        file = _file_of(source, index, revision) if index.endswith(".index.json") else None
+        file = _file_of(source, index, **asked) if index.endswith(".index.json") else None
         if file is not None:
             text = read_text(file, most=MAX_DOCUMENT, error=ModelError, what="list of weights")
             found = parse_json(text, source=str(file), error=ModelError)
@@ -235,12 +274,12 @@ def _is_adapter(name: str) -> ModelError:
     )
 
 
-def _file_of(source: str, file: str, revision: str | None) -> Path | None:
+def _file_of(source: str, file: str, **asked: Any) -> Path | None:
     """A file of a local folder or of a Hub repository; None if there is none."""
     if Path(source).is_dir():
         return Path(source) / file if (Path(source) / file).exists() else None
     try:
-        found = cached_file(source, file, revision=revision)
+        found = cached_file(source, file, **asked)
     except (OSError, ValueError):  # no such file, no network, no such repository
         return None
     return Path(found) if found else None

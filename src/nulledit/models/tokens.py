@@ -16,6 +16,12 @@ from nulledit.models.chat import ChatForm, Framed
 
 # Scripts written without spaces between words: a target in them joins its prompt directly.
 UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+# What a target is tokenised after, where it can't be tokenised after its prompt: the first that
+# stays a piece of its own.
+LEADS = ("\n", ".", ",", "x")
+
+Span = tuple[int, int]
+"""Indices of a first character and of the one after the last."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,10 @@ def join_target(prompt: str, target: str) -> str:
     return f"{prompt} {target}"
 
 
-def fill(template: str, subject: str) -> tuple[str, int]:
-    """The template with `subject` in its slot, and the index behind its last character."""
+def fill(template: str, subject: str) -> tuple[str, Span]:
+    """The template with `subject` in its slot, and where it stands there."""
     start = template.index("{}")
-    return template.replace("{}", subject, 1), start + len(subject)
+    return template.replace("{}", subject, 1), (start, start + len(subject))
 
 
 class RowEncoder:
@@ -92,38 +98,55 @@ class RowEncoder:
         """The same for texts that leave room for so many tokens behind them."""
         return RowEncoder(self.tokenizer, max_length=self.max_length - tokens, chat=self.chat)
 
-    def encode(
-        self, text: str, *, subject_end: int | None = None, target: str | None = None
-    ) -> Row:
+    def encode(self, text: str, *, subject: Span | None = None, target: str | None = None) -> Row:
         """Tokenise `text`, followed by `target` if given, as one text.
 
         The subject's last token is the last one that covers its last character, so a token that
-        merges it with what follows (36 of 21,919 CounterFact prompts) counts as the subject's.
-        The target's first token is the first one that reaches past the prompt.
+        merges it with what follows (36 of 21,919 CounterFact prompts) counts as the subject's. An
+        accent that the tokenizer composes with its letter has no token of its own: there it is the
+        letter's. The target's first token is the first one that reaches past the prompt.
 
         Raises FactError if the text is longer than the model's context.
         """
-        return self._row(self._framed(text), subject_end, target)
+        return self._row(self._framed(text), subject, target)[0]
 
     def encode_template(
         self, template: str, subject: str, *, context: str = "{}", target: str | None = None
     ) -> Row:
-        """Tokenise `template` with `subject` in its slot, inside a prefix `context`."""
-        text, end = fill(template, subject)
-        return self._row(self._framed(text, context), end, target)
+        """Tokenise `template` with `subject` in its slot, inside a prefix `context`.
+
+        Raises FactError as `encode` does, and where the tokenizer has no pieces for the subject or
+        the target: all subjects in a script that it lacks would be one.
+        """
+        text, span = fill(template, subject)
+        framed = self._framed(text, context)
+        row, pieces = self._row(framed, span, target)
+        held = [
+            i for i, piece in enumerate(pieces.spans) if _overlaps(piece, self._at(framed, span))
+        ]
+        if all(i in pieces.unknown for i in held):
+            raise FactError(
+                f"the tokenizer has no pieces for the subject {subject!r}: the model can't tell it "
+                "from other unknown words"
+            )
+        if target is not None and any(i >= row.target_start for i in pieces.unknown):
+            raise FactError(
+                f"the tokenizer has no pieces for the target {target!r}, or a part of it: the "
+                "model can't say it"
+            )
+        return row
 
     def subject_tokens(
         self, template: str, subject: str, *, context: str = "{}", target: str | None = None
     ) -> tuple[int, ...]:
         """Indices of the subject's tokens in the row of `encode_template`, wherever it stands."""
-        text, end = fill(template, subject)
+        text, (first, last) = fill(template, subject)
         framed = self._framed(text, context)
-        spans = [(start + end - len(subject), start + end) for start in framed.starts]
-        _, offsets = self._joined(framed, target)
+        places = [(start + first, start + last) for start in framed.starts]
         return tuple(
             i
-            for i, (a, b) in enumerate(offsets)
-            if any(a < last and first < b for first, last in spans)
+            for i, piece in enumerate(self._joined(framed, target).spans)
+            if any(_overlaps(piece, place) for place in places)
         )
 
     def _framed(self, text: str, context: str = "{}") -> Framed:
@@ -132,63 +155,146 @@ class RowEncoder:
         before, after = context.split("{}", 1)
         return Framed(before + text + after, (len(before),), None)
 
-    def _row(self, framed: Framed, subject_end: int | None, target: str | None) -> Row:
-        """`subject_end`: index in the prompt behind the subject's last character."""
+    def _at(self, framed: Framed, subject: Span) -> Span:
+        """Where the subject that is edited stands in the framed text; `subject`: in the prompt."""
+        answered = self.chat is not None and self.chat.settings.subject == "assistant"
+        start = framed.starts[-1 if answered else 0]
+        return start + subject[0], start + subject[1]
+
+    def _row(self, framed: Framed, subject: Span | None, target: str | None) -> tuple[Row, _Pieces]:
+        """`subject`: where it stands in the prompt."""
         text = framed.text
-        ids, offsets = self._joined(framed, target)
-        if not ids:
+        pieces = self._joined(framed, target)
+        if not pieces.ids:
             raise FactError(f"text {text!r} has no tokens")
-        if len(ids) > self.max_length:
+        if len(pieces.ids) > self.max_length:
             raise FactError(
-                f"prompt of {len(ids)} tokens is longer than the model's context of "
+                f"prompt of {len(pieces.ids)} tokens is longer than the model's context of "
                 f"{self.max_length}, shorten it: {text[:60]!r}..."
             )
         subject_last = target_start = -1
-        if subject_end is not None:
-            answered = self.chat is not None and self.chat.settings.subject == "assistant"
-            character = framed.starts[-1 if answered else 0] + subject_end - 1
-            covering = [i for i, (a, b) in enumerate(offsets) if a <= character < b]
-            if not covering:
-                raise FactError(f"the subject's last character is in no token of {text!r}")
-            subject_last = covering[-1]
+        if subject is not None:
+            subject_last = pieces.last_of(self._at(framed, subject))
+            if subject_last < 0:
+                raise FactError(f"the subject is in no token of {text!r}")
         if target is not None:
-            target_start = next(i for i, (a, b) in enumerate(offsets) if b > len(text) and a < b)
+            target_start = pieces.first_behind(len(text))
+            if target_start < 0:
+                raise FactError(f"the target {target!r} of {text!r} has no tokens")
             if target_start == 0:
                 raise FactError(
                     f"the target of {text!r} begins at the first token: nothing predicts it"
                 )
-        return Row(tuple(ids), subject_last, target_start)
+        return Row(tuple(pieces.ids), subject_last, target_start), pieces
 
-    def _joined(
-        self, framed: Framed, target: str | None
-    ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids and character spans of the framed prompt and the target."""
+    def _joined(self, framed: Framed, target: str | None) -> _Pieces:
+        """The framed prompt and the target."""
         text = framed.text
         if target is None:
-            return self._tokens(text)
+            return self._pieces(text)
         full = join_target(text, target) if framed.gap is None else text + framed.gap + target
-        ids, offsets = self._tokens(full)
-        if any(a < len(text) < b for a, b in offsets):
-            # A token across the border would ask the model for half of what it has already read.
-            ids, offsets = self._tokens(text)
-            tail = self.tokenizer(full[len(text) :], add_special_tokens=False, verbose=False)
-            offsets += [(len(text), len(full))] * len(tail["input_ids"])
-            ids += tail["input_ids"]
-        return ids, offsets
+        pieces = self._pieces(full)
+        if not any(a < len(text) < b for a, b in pieces.spans):
+            return pieces
+        before = self._pieces(text)
+        if pieces.ids[: len(before.ids)] == before.ids:
+            return pieces  # only a space that the tokenizer drops lies across the border
+        # A token across the border would ask the model for half of what it has already read.
+        after = self._continued(full[len(text) :])
+        count = len(before.ids)
+        return _Pieces(
+            before.ids + after.ids,
+            before.spans + [(len(text), len(full))] * len(after.ids),
+            before.unknown | {i + count for i in after.unknown},
+        )
 
-    def _tokens(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids and character spans of `text`, without an end-of-text token behind it."""
+    def _continued(self, text: str) -> _Pieces:
+        """`text` as it is tokenised inside a longer one: without the mark of a beginning."""
+        for lead in LEADS:
+            count = len(self._pieces(lead, special=False).ids)
+            pieces = self._pieces(lead + text, special=False)
+            # A lead that is dropped, as newlines are by some, leaves its mark to what follows.
+            kept = count > 0 and all(b <= len(lead) for _, b in pieces.spans[:count])
+            if kept and all(a >= len(lead) for a, _ in pieces.spans[count:]):
+                return pieces.behind(count)
+        return self._pieces(text, special=False)
+
+    def _pieces(self, text: str, *, special: bool | None = None) -> _Pieces:
+        """`text` without an end-of-text token behind it.
+
+        `special`: whether the tokenizer adds its special tokens; left out, where no chat template
+        has written them.
+        """
         coded = self.tokenizer(
             text,
             return_offsets_mapping=True,
-            add_special_tokens=self.chat is None,  # the template has written them
+            return_special_tokens_mask=True,
+            add_special_tokens=self.chat is None if special is None else special,
             verbose=False,
         )
-        ids, offsets = list(coded["input_ids"]), [tuple(o) for o in coded["offset_mapping"]]
-        while ids and offsets[-1][0] == offsets[-1][1]:
+        ids, added = list(coded["input_ids"]), coded["special_tokens_mask"]
+        spans = _untrimmed(text, coded["offset_mapping"], added)
+        while ids and added[len(ids) - 1] and spans[-1][0] == spans[-1][1]:
             ids.pop()
-            offsets.pop()
-        return ids, offsets
+            spans.pop()
+        # The unknown piece may be a special token, too, which a text can name: GPT-2's.
+        mark, name = self.tokenizer.unk_token_id, self.tokenizer.unk_token
+        unknown = {
+            i
+            for i, (found, (a, b)) in enumerate(zip(ids, spans, strict=True))
+            if found == mark and not added[i] and text[a:b].strip() != name
+        }
+        return _Pieces(ids, spans, unknown)
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """Tokens of a text, and which of its characters they hold."""
+
+    ids: list[int]
+    spans: list[Span]
+    unknown: set[int]
+    """Indices of those that only say that there is no piece for these characters."""
+
+    def last_of(self, place: Span) -> int:
+        """The last token of the last character at `place` that is in any; -1 if none is.
+
+        Tokenizers that compose accents give a composed character the place of its first part.
+        """
+        for character in range(place[1] - 1, place[0] - 1, -1):
+            covering = [i for i, (a, b) in enumerate(self.spans) if a <= character < b]
+            if covering:
+                return covering[-1]
+        return -1
+
+    def first_behind(self, end: int) -> int:
+        """The first token that reaches past `end`; -1 if none does."""
+        return next((i for i, (a, b) in enumerate(self.spans) if b > end and a < b), -1)
+
+    def behind(self, count: int) -> _Pieces:
+        """Without the first `count` tokens."""
+        unknown = {i - count for i in self.unknown if i >= count}
+        return _Pieces(self.ids[count:], self.spans[count:], unknown)
+
+
+def _overlaps(a: Span, b: Span) -> bool:
+    return a[0] < b[1] and b[0] < a[1]
+
+
+def _untrimmed(text: str, spans: Sequence[Span], added: Sequence[int]) -> list[Span]:
+    """`spans` with the spaces that some tokenizers leave out of them (`trim_offsets`) back in.
+
+    A space belongs to the token it begins, or is: without its place, a lone space in front of a
+    target would count as the prompt's.
+    """
+    found, end = [], 0
+    for (a, b), special in zip(spans, added, strict=True):
+        if not special:
+            if text[end:a].isspace():
+                a = end
+            end = max(end, b)
+        found.append((a, b))
+    return found
 
 
 def context_length(model_config: object) -> int:

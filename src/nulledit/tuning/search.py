@@ -7,11 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
-
 from nulledit.config import Recipe
 from nulledit.data.facts import Fact
-from nulledit.errors import ConfigError, NoRoomError, StatisticsError
+from nulledit.errors import ConfigError, NoRoomError, SolveError, StatisticsError
 from nulledit.reading import one_line
 from nulledit.tuning.budget import Costs
 from nulledit.tuning.measure import Measured
@@ -221,7 +219,7 @@ class Search:
         """Measure a candidate; why it can't be, or nothing."""
         try:
             measured = self.bench.measure(recipe, self.split.tuning)
-        except (StatisticsError, NoRoomError, torch.linalg.LinAlgError) as error:
+        except (StatisticsError, NoRoomError, SolveError) as error:
             if not self.candidates:
                 raise
             return one_line(str(error))
