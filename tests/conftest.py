@@ -43,16 +43,23 @@ NORMED = ("gemma2", "gemma3_text", "olmo2")
 ARCHITECTURES = (*PLAIN, *SCALED, *NORMED)
 """Those that the matrix of checks runs on: tests with an `architecture`."""
 ONE_GROUP = {"num_key_value_heads": 1}
+WINDOW = {"sliding_window": 8}  # shorter than the prompts
 MORE = {  # what makes each architecture's own parts matter
     "llama": ONE_GROUP,
     "gptj": {"rotary_dim": 4, "tie_word_embeddings": False},
     "cohere": {**ONE_GROUP, "logit_scale": 0.25},
-    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 64},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16, "init_std": 0.25},
-    "mistral": ONE_GROUP,
-    "mixtral": {**ONE_GROUP, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "phi3": ONE_GROUP,
-    "qwen2": {**ONE_GROUP, "vocab_size": 408},  # its tokenizer gets a padding token when loaded
+    "mistral": {**ONE_GROUP, **WINDOW},
+    "mixtral": {**ONE_GROUP, **WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "phi3": {**ONE_GROUP, **WINDOW},
+    "qwen2": {  # its tokenizer gets a padding token when loaded
+        **ONE_GROUP,
+        "vocab_size": 408,
+        **WINDOW,
+        "use_sliding_window": True,
+        "max_window_layers": 2,
+    },
     "qwen2_moe": {
         **ONE_GROUP,
         "num_experts": 4,
@@ -60,7 +67,13 @@ MORE = {  # what makes each architecture's own parts matter
         "moe_intermediate_size": 24,
         "shared_expert_intermediate_size": 32,
     },
-    "qwen3": {**ONE_GROUP, "head_dim": 16},
+    "qwen3": {
+        **ONE_GROUP,
+        "head_dim": 16,
+        **WINDOW,
+        "use_sliding_window": True,
+        "max_window_layers": 2,
+    },
     "qwen3_moe": {
         **ONE_GROUP,
         "head_dim": 16,
@@ -77,8 +90,12 @@ MORE = {  # what makes each architecture's own parts matter
         "attention_multiplier": 0.3,
         "logits_scaling": 2.0,
     },
-    "gemma2": {**ONE_GROUP, "head_dim": 8, "sliding_window": 64},
-    "gemma3_text": {**ONE_GROUP, "head_dim": 8, "sliding_window": 64},
+    "gemma2": {  # where padding is as long as the window, it is nan in float64
+        **ONE_GROUP,
+        "head_dim": 8,
+        "sliding_window": 16,
+    },
+    "gemma3_text": {**ONE_GROUP, "head_dim": 8, **WINDOW},
     "olmo2": ONE_GROUP,
 }
 OWN_WIDTH = ("gpt2", "gptj", "falcon", "opt")  # families without `intermediate_size`

@@ -12,7 +12,7 @@ from nulledit.editing.chunks import chunks_of
 from nulledit.editing.keys import Walk
 from nulledit.editing.target_loss import WeightLoss
 from nulledit.editing.value_cache import ValueCache
-from nulledit.editing.values import Value, optimise_values
+from nulledit.editing.values import Value, bare_leads, optimise_values
 from nulledit.errors import ConfigError, StatisticsError
 from nulledit.ledger.fold import recorded
 from nulledit.methods import METHODS
@@ -347,3 +347,58 @@ def test_early_stop_ends_as_soon_as_every_row_says_the_target(known):
     for stopped, went_on in zip(report.columns, late.columns, strict=True):
         steps = stopped.outcome["steps"]
         assert 0 < steps < went_on.outcome["steps"]
+
+
+def leads_in(editor, facts):
+    """The least lead of a target token at each fact's own prompt, in whole runs."""
+    found = []
+    for fact in facts:
+        row = editor.encoder.encode_template(fact.prompt, fact.subject, target=fact.target)
+        with torch.no_grad():
+            logits = editor.model(torch.tensor([row.ids])).logits[0, row.target_start - 1 : -1]
+        own = torch.tensor(row.target_ids)[:, None]
+        rival = logits.scatter(1, own, -torch.inf).amax(1)
+        found.append(float((logits.gather(1, own)[:, 0] - rival).min()))
+    return found
+
+
+def test_rounds_give_what_does_not_hold_the_rest_that_it_lacks(known):
+    edits = [world.fact(p, "home", world.another(p, "home")) for p in world.PEOPLE[:6]]
+    weak = {"values__stop_margin": 0.5, "values__stop_loss": 1e9, "method__l2": 0.03}
+    once = in_the_world(known, **weak)
+    once.edit(edits)
+    before = leads_in(once, edits)
+    assert sum(lead > 0.5 for lead in before) < len(edits), "nothing is left to do"
+    often = in_the_world(known, **weak, values__rounds=6)
+    report = often.edit(edits)
+    after = leads_in(often, edits)
+    assert sum(lead > 0.5 for lead in after) > sum(lead > 0.5 for lead in before)
+    assert min(after) > min(before)
+    found = bare_leads(often.partial, often.encoder, edits, positions=30, pad_id=0)
+    assert found == pytest.approx(after, abs=1e-4)
+    steps = {c.fact.id: c.outcome["steps"] for c in report.columns}
+    for fact, lead, column in zip(edits, before, once.history.active, strict=True):
+        assert steps[fact.id] >= column.outcome["steps"]
+        assert lead <= 0.5 or steps[fact.id] >= column.outcome["steps"]
+
+
+def test_rounds_are_recorded_like_any_other_value(known):
+    edits = [world.fact(p, "job", world.another(p, "job")) for p in world.PEOPLE[:5]]
+    changes = {"values__stop_margin": 1.0, "values__stop_loss": 1e9, "values__rounds": 3}
+    editor = in_the_world(known, **changes, method__l2=0.03)
+    editor.edit(edits)
+    whole = {layer: editor.weights.exact(layer) for layer in editor.weights.layers}
+    editor.undo(edits[0].id)
+    editor.redo()
+    for layer, weight in whole.items():
+        torch.testing.assert_close(editor.weights.exact(layer), weight, rtol=0, atol=1e-12)
+    editor.rebuild()
+    held = [lead > 0 for lead in leads_in(editor, edits)]
+    assert all(held)
+
+
+def test_rounds_are_refused_where_values_can_not_move(make):
+    with pytest.raises(ConfigError, match=r"norm_anchor fixes .* values.rounds to 1"):
+        make(RECIPE.with_fields({"values.norm_anchor": True, "values.rounds": 2}))
+    with pytest.raises(ConfigError, match=r"set values.rounds to 1"):
+        make(RECIPE.with_fields({"method.name": "nse", "values.rounds": 2}))

@@ -1,10 +1,12 @@
 """Layouts, partial runs and loading."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from conftest import NORMED
+from transformers import AutoConfig
 
 from nulledit.errors import ModelError
 from nulledit.models.layouts import (
@@ -18,7 +20,7 @@ from nulledit.models.layouts import (
 )
 from nulledit.models.load import load_model, model_hash
 from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import Batch, collate, share_beginnings
+from nulledit.models.tokens import Batch, collate, context_length, share_beginnings
 
 ROWS = [[5, 9, 13, 20, 7], [8, 3], [30, 31, 32]]
 CPU = torch.device("cpu")
@@ -45,7 +47,7 @@ LIMITS = [3, 4, 1, 1, 3, 0]
 
 
 def test_rows_are_cut_behind_what_their_label_has_in_common():
-    shared = share_beginnings(SHARING, LABELS, LIMITS, pad_id=0, device=CPU)
+    shared = share_beginnings(SHARING, LABELS, LIMITS, columns=9, pad_id=0, device=CPU)
     assert shared.cuts == [3, 3, 1, 1, 1, 0]
     for i, row in enumerate(SHARING):
         stem = shared.stems.ids[shared.stem[i]][shared.stems.mask[shared.stem[i]].bool()]
@@ -60,7 +62,7 @@ def test_rows_behind_shared_stems_are_the_whole_rows(architecture, tiny_model):
     """Also those with a stem of no token; and what is recorded behind a prefix joins it."""
     partial = PartialModel(tiny_model(architecture))
     whole = partial.run(collate(SHARING, pad_id=0, device=CPU))
-    shared = share_beginnings(SHARING, LABELS, LIMITS, pad_id=0, device=CPU)
+    shared = share_beginnings(SHARING, LABELS, LIMITS, columns=9, pad_id=0, device=CPU)
     stems = partial.record_prefix(shared.stems).select(shared.stem)
     behind = partial.run(stems.before(shared.rests), prefix=stems)
     heads = Batch(*(t[:, :1] for t in vars(shared.rests).values()))
@@ -70,6 +72,45 @@ def test_rows_behind_shared_stems_are_the_whole_rows(architecture, tiny_model):
     for i, (row, cut) in enumerate(zip(SHARING, shared.cuts, strict=True)):
         torch.testing.assert_close(behind[i, : len(row) - cut], whole[i, cut : len(row)])
         torch.testing.assert_close(further[i, : len(row) - cut - 1], whole[i, cut + 1 : len(row)])
+
+
+@torch.no_grad()
+def test_beginnings_of_unequal_length_are_the_whole_rows(architecture, tiny_model):
+    """Rows longer than a window, stems of 14, 3 and no tokens, heads of 1 to 6 behind them."""
+    partial = PartialModel(tiny_model(architecture))
+    words = [3 + 7 * i % 390 for i in range(60)]
+    rows = [words[:24], [*words[:14], *words[30:41]], words[40:52], [*words[40:43], *words[:9]]]
+    rows.append(words[50:60])
+    labels, limits = [0, 0, 1, 1, 2], [23, 23, 11, 11, 0]
+    whole = partial.run(collate(rows, pad_id=0, device=CPU))
+    shared = share_beginnings(rows, labels, limits, columns=99, pad_id=0, device=CPU)
+    assert shared.cuts == [14, 14, 3, 3, 0]
+    stems = partial.record_prefix(shared.stems).select(shared.stem)
+    behind = partial.run(stems.before(shared.rests), prefix=stems)
+    more = [1, 5, 2, 6, 3]  # of each row, in the head
+    rests = [row[cut:] for row, cut in zip(rows, shared.cuts, strict=True)]
+    heads = collate([rest[:n] for rest, n in zip(rests, more, strict=True)], pad_id=0, device=CPU)
+    heads = dataclasses.replace(heads, positions=shared.rests.positions[:, : heads.ids.shape[1]])
+    longer = stems.then(partial.record_prefix(heads, prefix=stems))
+    tails = collate([rest[n:] for rest, n in zip(rests, more, strict=True)], pad_id=0, device=CPU)
+    starts = torch.tensor(shared.cuts) + torch.tensor(more)
+    tails = dataclasses.replace(tails, positions=tails.positions + starts[:, None])
+    further = partial.run(longer.before(tails), prefix=longer)
+    for i, (row, cut) in enumerate(zip(rows, shared.cuts, strict=True)):
+        torch.testing.assert_close(behind[i, : len(row) - cut], whole[i, cut : len(row)])
+        start = cut + more[i]
+        torch.testing.assert_close(further[i, : len(row) - start], whole[i, start : len(row)])
+
+
+def test_nothing_is_shared_where_columns_would_not_suffice():
+    """One row's long beginning beside another's long rest: some families' masks are of one size."""
+    rows = [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12]]
+    shared = share_beginnings(rows, [0, 1], [5, 1], columns=10, pad_id=0, device=CPU)
+    assert shared.cuts == [5, 1]
+    shared = share_beginnings(rows, [0, 1], [5, 1], columns=9, pad_id=0, device=CPU)
+    assert shared.cuts == [0, 0]
+    assert shared.stems.ids.shape == (2, 0)
+    assert shared.rests.mask.sum() == 12
 
 
 @torch.no_grad()
@@ -174,6 +215,20 @@ def test_names_and_layers(architecture, tiny_model):
     assert names[parameter_name(model, 1)] is stored_weight(mlp_out(model, 1))
     with pytest.raises(ModelError, match="layers 0 to 3"):
         mlp_out(model, 4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "length"),
+    [
+        ("llama", {"max_position_embeddings": 77}, 77),
+        ("gpt2", {"n_positions": 78}, 78),
+        ("mpt", {"max_seq_len": 79}, 79),
+        ("gemma3", {"text_config": {"max_position_embeddings": 4096}}, 4096),
+        ("bloom", {}, 2048),
+    ],
+)
+def test_the_context_is_what_the_text_configuration_says(kind, more, length):
+    assert context_length(AutoConfig.for_model(kind, **more)) == length
 
 
 def test_an_integer_weight_is_refused():

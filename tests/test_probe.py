@@ -110,7 +110,7 @@ def test_experts_of_an_unknown_family_are_found(kind, layout):
         (
             "gpt_oss",  # experts with biases and an activation of their own
             {"num_local_experts": 2, "num_experts_per_tok": 1, "num_key_value_heads": 1},
-            r"no MLP output matrix \[16 x more than 16\].*name it in the recipe",
+            r"no MLP output matrix \[16 x more than 16\].*of a kind that can't be edited",
         ),
         ("mamba", {}, "no MLP output matrix"),
     ],
@@ -153,9 +153,9 @@ def test_a_norm_behind_the_sum_is_refused():
         ({"blocks": "model.layers"}, ConfigError, "layout.mlp_out is ''"),
         ({"blocks": "a..b", "mlp_out": "c"}, ConfigError, "expected a path"),
         (
-            {"blocks": "model.layers", "mlp_out": "mlp.down_proj", "output": "scaled"},
+            {"blocks": "model.layers", "mlp_out": "mlp.down_proj", "output": "normed"},
             ModelError,
-            "enters the residual stream plain, not scaled.*layout with output: plain",
+            "enters the residual stream plain, not normed.*; give the recipe .* output: plain$",
         ),
     ],
 )

@@ -20,10 +20,27 @@ CONTEXTS = ["{}", "Then, he said. {}", "The river. {}"]
 SETTINGS = ValueSettings(steps=8, learning_rate=0.3, weight_decay=0.05, stop_margin=None)
 
 
-def ours(model, tokenizer, facts, *, groups=None, settings=SETTINGS, positions=400, layer=2):
+def taken_up(model, columns):
+    """The model, with room for so many columns behind a kept prefix; None: as it is."""
+    partial = PartialModel(model)
+    partial.columns = partial.columns if columns is None else columns
+    return partial
+
+
+def ours(
+    model,
+    tokenizer,
+    facts,
+    *,
+    groups=None,
+    settings=SETTINGS,
+    positions=400,
+    layer=2,
+    columns=None,
+):
     with frozen(model):
         return optimise_values(
-            PartialModel(model),
+            taken_up(model, columns),
             RowEncoder(tokenizer, max_length=128),
             facts,
             groups or list(range(len(facts))),
@@ -33,6 +50,19 @@ def ours(model, tokenizer, facts, *, groups=None, settings=SETTINGS, positions=4
             positions=positions,
             pad_id=pad_id(tokenizer),
         )
+
+
+def walk(model, tokenizer, facts, *, first, columns=None):
+    return Walk(
+        taken_up(model, columns),
+        RowEncoder(tokenizer, max_length=128),
+        facts,
+        first=first,
+        contexts=CONTEXTS,
+        bare_weight=0.5,
+        pad_id=pad_id(tokenizer),
+        positions=50,
+    )
 
 
 def theirs(model, tokenizer, fact, *, settings=SETTINGS, layer=2):
@@ -74,13 +104,51 @@ def test_values_equal_the_reference(architecture, tiny_model, tokenizer, facts):
         assert value.steps > 0
 
 
-def test_values_do_not_depend_on_what_runs_beside_them(architecture, tiny_model, tokenizer, facts):
-    model = tiny_model(architecture)
+LONG = Fact(  # longer than any window of the tiny models, with its subject at the end
+    id="long",
+    subject="Ada Byron",
+    prompt="The valley and the river, " * 3 + "the mother tongue of {} is",
+    target="Velmish",
+)
+
+
+def test_values_and_keys_do_not_depend_on_what_runs_beside_them(
+    architecture, tiny_model, tokenizer, facts
+):
+    model, facts = tiny_model(architecture), [*facts, LONG]
     together = ours(model, tokenizer, facts, positions=10_000)
     alone = [ours(model, tokenizer, [f], positions=1)[0] for f in facts]
     for a, b in zip(together, alone, strict=True):
         assert distance(a.z, b.z) < 1e-6
         assert a.steps == b.steps
+    keys = walk(model, tokenizer, facts, first=1).keys()
+    for i, fact in enumerate(facts):
+        assert distance(keys[:, i], walk(model, tokenizer, [fact], first=1).keys()[:, 0]) < 1e-6
+
+
+@pytest.mark.parametrize("architecture", ["llama", "olmo2"])
+def test_rows_run_from_their_start_give_the_same(architecture, tiny_model, tokenizer, facts):
+    """As a model is run that can't keep beginnings, and one whose columns would not suffice."""
+    model = tiny_model(architecture)
+    expected = ours(model, tokenizer, facts)
+    keys = walk(model, tokenizer, facts, first=1).keys()
+    for columns in (0, 20):
+        found = ours(model, tokenizer, facts, columns=columns)
+        again = walk(model, tokenizer, facts, first=1, columns=columns).keys()
+        for a, b in zip(found, expected, strict=True):
+            assert distance(a.z, b.z) < 1e-6
+            assert a.steps == b.steps
+        assert distance(again, keys) < 1e-6
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_values_switch_gradients_on(off, tiny_model, tokenizer, facts):
+    model = tiny_model("llama")
+    expected = ours(model, tokenizer, facts[:2])
+    with off():
+        found = ours(model, tokenizer, facts[:2])
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a.z, b.z)
 
 
 def test_padding_side_of_the_tokenizer_does_not_matter(tiny_model, tokenizer, facts):
@@ -238,20 +306,11 @@ def test_the_model_is_left_as_it_was(tiny_model, tokenizer, facts):
 def test_keys_equal_the_reference(architecture, tiny_model, tokenizer, facts):
     model = tiny_model(architecture)
     for layer in (0, 2):
-        walk = Walk(
-            PartialModel(model),
-            RowEncoder(tokenizer, max_length=128),
-            facts,
-            first=layer,
-            contexts=CONTEXTS,
-            bare_weight=0.5,
-            pad_id=pad_id(tokenizer),
-            positions=50,
-        )
+        ours_now = walk(model, tokenizer, facts, first=layer)
         expected = reference.compute_keys(model, tokenizer, facts, layer, CONTEXTS)
-        assert distance(walk.keys().mT, expected.double()) < 1e-6
+        assert distance(ours_now.keys().mT, expected.double()) < 1e-6
         hidden = reference.current_z(model, tokenizer, facts, 2)
-        assert distance(walk.hidden(2).mT, hidden.double()) < 1e-6
+        assert distance(ours_now.hidden(2).mT, hidden.double()) < 1e-6
 
 
 def test_batches_equal_the_reference_with_its_history(

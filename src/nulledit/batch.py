@@ -33,7 +33,7 @@ from nulledit.ledger.entries import Column
 from nulledit.ledger.weights import EditedWeights
 from nulledit.linalg.angles import same_key_groups
 from nulledit.methods import find_method
-from nulledit.models.layouts import as_out_in
+from nulledit.models.layouts import as_out_in, differentiating
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import RowEncoder, pad_id
 
@@ -237,7 +237,7 @@ class BatchWriter:
         for layer in self._upwards():
             with self.run.timed("keys"):
                 keys = self.walk.keys()
-            with self.run.timed("solve"), torch.enable_grad():
+            with self.run.timed("solve"), differentiating():
                 loss = WeightLoss(
                     self.model,
                     self.encoder,
@@ -248,7 +248,7 @@ class BatchWriter:
                 )
                 tensors |= self.weights.write(layer, staying, keys, None, target_loss=loss)
         assert loss is not None
-        with torch.enable_grad():
+        with differentiating():
             end = loss(loss.current())[0]
         return [{"loss": end, "known": None} for _ in self.requests], tensors
 

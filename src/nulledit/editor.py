@@ -51,7 +51,7 @@ from nulledit.models.layouts import (
 )
 from nulledit.models.load import QUANTIZE, load_model, model_hash
 from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import RowEncoder, context_length
+from nulledit.models.tokens import RowEncoder
 from nulledit.replay import replay
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ class Editor:
         use_layout(model, recipe.layout)
         digest = model_hash(model)  # first: some quantised matrices are packed anew when they work
         self.partial = PartialModel(model)
-        self._plain = RowEncoder(tokenizer, max_length=context_length(model.config))
+        self._plain = RowEncoder.of(model, tokenizer)
         resolved = self._with_template(resolve_recipe(recipe, name, self.partial, digest))
         base = Base(
             model=name,
@@ -745,6 +745,7 @@ def resolve_recipe(
     top = model.depth - 1
     if not recipe.layers:
         chosen = layers_by_depth(model.depth)
+        chosen = tuple(layer for layer in chosen if model.fits(layer)) or chosen
         logger.warning("the recipe names no layers; chosen by depth: %s", list(chosen))
         recipe = replace(recipe, layers=chosen)
     last = recipe.layers[-1]

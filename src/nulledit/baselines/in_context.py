@@ -23,7 +23,7 @@ from nulledit.evaluation.metrics import Rate, rates, score
 from nulledit.evaluation.protocols import Query, queries_of
 from nulledit.evaluation.runner import Evaluation
 from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import RowEncoder, context_length, join_target, pad_id
+from nulledit.models.tokens import RowEncoder, join_target, pad_id
 
 SLOT = "{statement}"
 NEW_TOKENS = 12  # generated after a fact's prompt, as for an edited model
@@ -60,7 +60,7 @@ def in_context(
     told = [replace(query, prompt=prefaces[query.fact_id] + query.prompt) for query in asked]
     prompts = [prefaces[fact.id] + fact.render(fact.prompt) for fact in facts] if generate else []
     with _unedited(source) as (model, tokenizer):
-        encoder = RowEncoder(tokenizer, max_length=context_length(model.config))
+        encoder = RowEncoder.of(model, tokenizer)
         _check_room(encoder, facts, told, prompts, crowd)
         runner = PartialModel(model)
         scores = score(

@@ -31,14 +31,13 @@ from nulledit.data.facts import Fact, quote
 from nulledit.editing.contexts import make_contexts
 from nulledit.editing.values import plan_rows
 from nulledit.errors import ConfigError, FactError, ModelError
-from nulledit.models.layouts import frozen
+from nulledit.models.layouts import differentiating, frozen
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import (
     Row,
     RowEncoder,
     chunks_by_length,
     collate,
-    context_length,
     pad_id,
 )
 
@@ -125,13 +124,13 @@ class LoraBaseline:
         self.settings = s = settings or LoraSettings()
         self.model = model
         self.reports: list[LoraReport] = []
-        self.encoder = RowEncoder(tokenizer, max_length=context_length(model.config))
+        self.encoder = RowEncoder.of(model, tokenizer)
         self._pad = pad_id(tokenizer)
         names = linear_modules(model, s.targets, s.layers)
         with frozen(model):
             self.partial = PartialModel(model)
             self.contexts = make_contexts(model, tokenizer, s.contexts, seed=s.seed)
-        with _seeded(self.partial.device, s.seed):
+        with _seeded(self.partial.device, s.seed), differentiating():
             self._adapter: Adapter | None = Adapter(model, names, rank=s.rank, alpha=s.alpha)
 
     @property
@@ -209,9 +208,11 @@ class LoraBaseline:
         lengths = [len(row.ids) - 1 for _, row in rows]
         for chunk in chunks_by_length(lengths, self.settings.positions or positions):
             owners = [rows[i][0] for i in chunk]
-            found = target_losses(self.partial, [rows[i][1] for i in chunk], self._pad)
-            weighted = found / torch.tensor([len(facts[i]) for i in owners], device=found.device)
-            (weighted.sum() / len(facts)).backward()
+            counts = torch.tensor([len(facts[i]) for i in owners])
+            with differentiating():
+                found = target_losses(self.partial, [rows[i][1] for i in chunk], self._pad)
+                weighted = found / counts.to(found.device)
+                (weighted.sum() / len(facts)).backward()
             for owner, loss in zip(owners, weighted.tolist(), strict=True):
                 losses[owner] += loss
         return losses

@@ -36,9 +36,16 @@ from nulledit.data.facts import Fact
 from nulledit.errors import ModelError, NullEditError
 from nulledit.evaluation.protocols import queries_of
 from nulledit.models.experts import count_and_width, is_experts
-from nulledit.models.layouts import as_out_in, blocks_of, find_layout, mlp_out, use_layout
+from nulledit.models.layouts import (
+    as_out_in,
+    blocks_of,
+    find_layout,
+    holding,
+    mlp_out,
+    use_layout,
+)
 from nulledit.models.load import EMBEDDED, embedded_folder
-from nulledit.models.tokens import RowEncoder, context_length
+from nulledit.models.tokens import RowEncoder
 from nulledit.report.tables import as_text
 from nulledit.report.text import count
 
@@ -164,10 +171,11 @@ def _shape(
         raise ModelError(f"can't read the configuration of {name!r}: {reason}") from error
     use_layout(model, layout)
     blocks = blocks_of(model)
-    module = mlp_out(model, 0)
+    layer = holding(model)[0]
+    module = mlp_out(model, layer)
     weight = as_out_in(module)
     experts = count_and_width(module)[0] if is_experts(module) else 1
-    block = sum(p.numel() for p in blocks[0].parameters())
+    block = sum(p.numel() for p in blocks[layer].parameters())
     if experts > 1:  # of these a token meets few
         met = getattr(config, "num_experts_per_tok", experts)
         block -= sum(p.numel() for p in module.parameters()) * (experts - met) // experts
@@ -184,7 +192,7 @@ def _shape(
         normed=find_layout(model).output == "normed",
         bytes=BYTES.get(kind, 4),
     )
-    return shape, RowEncoder(tokenizer, max_length=context_length(config)), len(blocks)
+    return shape, RowEncoder.of(model, tokenizer), len(blocks)
 
 
 def _count_rows(facts: Sequence[Fact], encoder: RowEncoder, recipe: Recipe) -> dict[str, int]:

@@ -142,7 +142,7 @@ def _made(
     quiet: bool,
 ) -> Statistics | None:
     """The statistics, on rank 0."""
-    from nulledit.data.corpus import open_corpus
+    from nulledit.data.corpus import find_files, open_corpus
     from nulledit.editing.statistics import collect_together
     from nulledit.models.layouts import use_layout
     from nulledit.models.load import load_model, model_hash
@@ -150,7 +150,7 @@ def _made(
     from nulledit.models.tokens import context_length
 
     quiet = quiet or not ranks.first
-    corpus = open_corpus(given["text"])
+    find_files(given["text"])  # a wrong path needs no model
     say(f"Loading {model}", quiet=quiet)
     name = model_source(model)
     convert_once(name, ranks)
@@ -178,7 +178,7 @@ def _made(
         ranks,
         partial,
         tokenizer,
-        corpus,
+        open_corpus(given["text"]),  # read once the model is known to do
         settings,
         layers=layers,
         name=name,

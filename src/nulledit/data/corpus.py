@@ -46,6 +46,21 @@ def open_corpus(source: str | Path) -> Corpus:
     """
     if str(source).startswith(DATASET):
         return _dataset(str(source).removeprefix(DATASET))
+    path, files = Path(source), find_files(source)
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+        except OSError as error:
+            raise StatisticsError(f"{file}: cannot be read: {error.strerror}") from None
+    return Corpus(path.name, digest.hexdigest(), lambda: _texts_of(files))
+
+
+def find_files(source: str | Path) -> list[Path]:
+    """The files of a corpus, none of them read; none of a dataset. Raises StatisticsError."""
+    if str(source).startswith(DATASET):
+        return []
     path = Path(source)
     if path.is_dir():
         kinds = (".txt", ".jsonl", ".md")
@@ -58,14 +73,7 @@ def open_corpus(source: str | Path) -> Corpus:
     else:
         kind = "not a regular file" if path.exists() else "no such file or folder"
         raise StatisticsError(f"{path}: {kind}")
-    digest = hashlib.sha256()
-    for file in files:
-        try:
-            with file.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
-        except OSError as error:
-            raise StatisticsError(f"{file}: cannot be read: {error.strerror}") from None
-    return Corpus(path.name, digest.hexdigest(), lambda: _texts_of(files))
+    return files
 
 
 def _check_shards(folder: Path, files: Iterable[Path]) -> None:

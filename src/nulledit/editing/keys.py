@@ -72,7 +72,9 @@ class Walk:
         self.owner = torch.tensor(owner)
         self.weight = torch.tensor(weight, dtype=torch.float64)
         upto = [len(row) - 1 for row in rows]
-        shared = share_beginnings(rows, labels, upto, pad_id=pad_id, device=model.device)
+        shared = share_beginnings(
+            rows, labels, upto, columns=model.columns, pad_id=pad_id, device=model.device
+        )
         with torch.no_grad():
             self.stems, self.stem_states = shared.stems, self._begun(shared.stems)
             front = model.record_prefix(shared.stems, last=first - 1)

@@ -47,7 +47,14 @@ from nulledit.models.experts import count_and_width, is_experts
 from nulledit.models.layouts import as_out_in, named_by_recipe, stored_weight
 from nulledit.models.load import cache_folder
 from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import beginning, chunks_by_length, collate, context_length, pad_id
+from nulledit.models.tokens import (
+    beginning,
+    check_embedded,
+    chunks_by_length,
+    collate,
+    context_length,
+    pad_id,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +172,7 @@ def collect_together(
     with bar:
         for number, group in enumerate(_groups(_within_budget(stream, settings), done, positions)):
             if number % ranks.size == ranks.rank:
-                _add(model, moments, group, settings, pad_id(tokenizer))
+                _add(model, moments, group, settings, tokenizer)
             done += len(group)
             bar.update(sum(len(window) - (not settings.count_first) for window in group))
             if not ranks.alone:
@@ -305,7 +312,7 @@ def key_moments(
     moments = _empty(model, layers)
     settings = StatisticsSettings()
     for group in _groups(iter(token_windows), 0, 2048):
-        _add(model, moments, group, settings, pad_id(tokenizer))
+        _add(model, moments, group, settings, tokenizer)
     return moments
 
 
@@ -315,9 +322,11 @@ def _add(
     moments: dict[int, AnyMoment],
     group: Sequence[list[int]],
     settings: StatisticsSettings,
-    padding: int,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    batch = collate(group, pad_id=padding, device=model.device)
+    for window in group:
+        check_embedded(window, model.vocabulary, tokenizer)
+    batch = collate(group, pad_id=pad_id(tokenizer), device=model.device)
     counted = batch.mask.bool()
     if not settings.count_first:
         counted[:, 0] = False

@@ -7,7 +7,8 @@ model, one fact at a time, and computes logits everywhere. Here, with the same r
 - states up to the block are constant, so they are computed once and kept; what the rows of a prefix
   context have in common, the context as a rule, is run once for all of them;
 - positions before the subject's last token never see δ, so of the blocks above only their
-  attention keys and values are kept;
+  attention keys and values are kept; where a model can't be run behind these (recurrent blocks),
+  whole rows are run;
 - logits are computed only where the loss reads them; no weight has a gradient;
 - the facts of a chunk run together, and one that is done leaves.
 
@@ -32,7 +33,7 @@ from nulledit.config import ValueSettings
 from nulledit.data.facts import Fact
 from nulledit.editing.ignorance import Lesson, lessons_of, unlearned
 from nulledit.errors import ModelError
-from nulledit.models.layouts import frozen
+from nulledit.models.layouts import differentiating, frozen
 from nulledit.models.partial import PartialModel, Prefix
 from nulledit.models.tokens import (
     Batch,
@@ -207,7 +208,7 @@ def _by_chunks(
     values: dict[int, Value] = {}
     waiting = list(range(len(jobs)))
     while waiting:
-        members = _next_chunk(jobs, waiting, positions)
+        members = _next_chunk(jobs, waiting, positions, whole=not model.columns)
         found = _run_chunk(model, jobs, members, work, layer, settings, pad_id)
         if found is None:
             if len({jobs[i].group for i in members}) == 1:
@@ -231,24 +232,31 @@ def _run_chunk(
 ) -> list[Value] | None:
     """What `work` gives; None if memory ran out, with all that the chunk held let go."""
     try:
-        return work(_Chunk(model, [jobs[i] for i in members], layer, settings, pad_id), members)
+        with differentiating():
+            return work(_Chunk(model, [jobs[i] for i in members], layer, settings, pad_id), members)
     except torch.OutOfMemoryError:
         return None
 
 
-def _suffix_length(job: _Job) -> int:
-    return max(len(row.ids) - 1 - row.subject_last for row in job.rows)
+def _next_chunk(
+    jobs: Sequence[_Job], waiting: Sequence[int], positions: int, *, whole: bool
+) -> list[int]:
+    """The shortest of `waiting`, groups kept whole, that fit `positions` token positions.
 
-
-def _next_chunk(jobs: Sequence[_Job], waiting: Sequence[int], positions: int) -> list[int]:
-    """The shortest of `waiting`, groups kept whole, that fit `positions` token positions."""
+    `whole`: rows run from their start, not from the subject's last token.
+    """
     groups: dict[int, list[int]] = {}
     for i in waiting:
         groups.setdefault(jobs[i].group, []).append(i)
+
+    def length(members: Sequence[int]) -> int:
+        rows = (row for i in members for row in jobs[i].rows)
+        return max(len(row.ids) - 1 - (0 if whole else row.subject_last) for row in rows)
+
     chunk: list[int] = []
-    for group in sorted(groups.values(), key=lambda g: max(_suffix_length(jobs[i]) for i in g)):
+    for group in sorted(groups.values(), key=length):
         together = chunk + group
-        longest = max(_suffix_length(jobs[i]) for i in together)
+        longest = length(together)
         rows = sum(len(jobs[i].rows) + 1 for i in together)
         if chunk and rows * longest > positions:
             break
@@ -293,22 +301,36 @@ class _Chunk:
         }
         self._keep_states(pad_id)
         first = [bare[self.group_of.index(g)] for g in range(len(names))]
-        self.norms = self.states[first, 0].norm(dim=1).to(self.start)  # ‖h‖ [groups]
+        at = [rows[r].subject_last - self.begins[r] for r in first]
+        self.norms = self.states[first, at].norm(dim=1).to(self.start)  # ‖h‖ [groups]
         self.units = torch.ones_like(self.norms)
         if model.values_at_output:
             self.units = self.start[first].norm(dim=1) / self.norms
 
     @torch.no_grad()
     def _keep_states(self, pad_id: int) -> None:
-        """Run the blocks up to `layer` once; split each row at its subject's last token."""
+        """Run the blocks up to `layer` once; split each row at its subject's last token.
+
+        Or at its start, where that is more than the model can keep in front of rows.
+        """
         inputs = [row.ids[: len(row.ids) - (len(row.target_ids) > 0)] for row in self.rows]
         ends = [row.subject_last for row in self.rows]
-        shared = share_beginnings(inputs, self.labels, ends, pad_id=pad_id, device=self.device)
+        behind = max(len(ids) - end for ids, end in zip(inputs, ends, strict=True))
+        fits = max(ends) + behind <= self.model.columns
+        self.begins = ends if fits else [0] * len(ends)  # row -> its first token that is run again
+        shared = share_beginnings(
+            inputs,
+            self.labels,
+            self.begins,
+            columns=self.model.columns,
+            pad_id=pad_id,
+            device=self.device,
+        )
         stems = self.model.record_prefix(shared.stems).select(shared.stem)
         states, standing = self.model.run_to_values(
             stems.before(shared.rests), layer=self.layer, prefix=stems
         )  # [rows, length, d]
-        cuts = [end - cut for end, cut in zip(ends, shared.cuts, strict=True)]
+        cuts = [begin - cut for begin, cut in zip(self.begins, shared.cuts, strict=True)]
         rests = [ids[cut:] for ids, cut in zip(inputs, shared.cuts, strict=True)]
         head = collate(
             [ids[:cut] for ids, cut in zip(rests, cuts, strict=True)],
@@ -323,7 +345,7 @@ class _Chunk:
         width = head.ids.shape[1]
         head = replace(head, positions=shared.rests.positions[:, :width])
         start = torch.tensor(cuts, device=self.device)[:, None]
-        first = torch.tensor(ends, device=self.device)[:, None]
+        first = torch.tensor(self.begins, device=self.device)[:, None]
         self.tail = Batch(tail.ids, tail.mask, tail.positions + first)
         where = (start + torch.arange(tail.ids.shape[1], device=self.device)).clamp_max(
             states.shape[1] - 1
@@ -334,7 +356,8 @@ class _Chunk:
             head, states[:, :width], first=self.layer + 1, prefix=stems
         )
         self.prefix = stems.then(heads)
-        start = standing[torch.arange(len(cuts)), start[:, 0].to(standing.device)]
+        last = [end - cut for end, cut in zip(ends, shared.cuts, strict=True)]
+        start = standing[torch.arange(len(last)), last]
         self.start = start.float() if start.dtype.itemsize < 4 else start
 
     def optimise(self) -> list[Value]:
@@ -558,15 +581,17 @@ class _Reads:
         place = {row: i for i, row in enumerate(rows)}
         index = torch.tensor(rows, device=device)
         longest = max(
-            len(chunk.rows[r].ids)
-            - chunk.rows[r].subject_last
-            - (len(chunk.rows[r].target_ids) > 0)
+            len(chunk.rows[r].ids) - chunk.begins[r] - (len(chunk.rows[r].target_ids) > 0)
             for r in rows
         )
         everything = len(rows) == len(chunk.rows)
         self.prefix: Prefix = chunk.prefix if everything else chunk.prefix.select(index)
         self.states = chunk.states[index.to(chunk.states.device), :longest]
         self.start = chunk.start[index.to(chunk.start.device)]
+        subjects = torch.tensor([chunk.rows[r].subject_last - chunk.begins[r] for r in rows])
+        self.subjects = subjects.to(self.states.device)[:, None, None].expand(
+            -1, -1, self.states.shape[-1]
+        )  # place of each row's subject [rows, 1, d]
         tail = chunk.tail
         self.batch = Batch(
             tail.ids[index, :longest],
@@ -589,7 +614,7 @@ class _Reads:
                     banned += chunk.jobs[f].lessons[k].banned
                 for t, token in enumerate(row.target_ids):
                     at_row.append(place[r])
-                    at_position.append(row.target_start + t - 1 - row.subject_last)
+                    at_position.append(row.target_start + t - 1 - chunk.begins[r])
                     target.append(token)
                     fact.append(i)
                     weight.append(1 / (len(row.target_ids) * len(chunk.jobs[f].rows)))
@@ -606,8 +631,9 @@ class _Reads:
             device=device,
         )
         for f in self.facts:
-            at_row.append(place[chunk.drift[f]])
-            at_position.append(0)
+            r = chunk.drift[f]
+            at_row.append(place[r])
+            at_position.append(chunk.rows[r].subject_last - chunk.begins[r])
         self.at = (
             torch.tensor(at_row, device=device),
             torch.tensor(at_position, device=device),
@@ -622,9 +648,12 @@ class _Reads:
         scaled = torch.stack(list(deltas)) * self.chunk.units[:, None]
         stacked = scaled[self.delta_of_row.to(scaled.device)]  # [rows, d]
         moved = model.with_value(
-            self.chunk.layer, self.states[:, :1], self.start[:, None], stacked[:, None]
+            self.chunk.layer,
+            self.states.gather(1, self.subjects),
+            self.start[:, None],
+            stacked[:, None],
         )
-        states = torch.cat([moved, self.states[:, 1:]], dim=1)
+        states = self.states.scatter(1, self.subjects, moved)
         normed = model.run_normed(
             self.batch, states=states, first=self.chunk.layer + 1, prefix=self.prefix
         )

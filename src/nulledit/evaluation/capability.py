@@ -198,7 +198,7 @@ def _solved(item: Item) -> str:
 
 def _fit(encoder: RowEncoder, item: Item, examples: Sequence[str]) -> _Prompt:
     """The item's prompt in a form that leaves room for each choice in the model's context."""
-    unbounded = RowEncoder(encoder.tokenizer, max_length=sys.maxsize)
+    unbounded = RowEncoder(encoder.tokenizer, max_length=sys.maxsize, vocabulary=encoder.vocabulary)
     task = item.task
     kept, passage = list(examples), str(item.record[task.passage]).strip()
     shortened = False

@@ -23,7 +23,15 @@ from nulledit.data.facts import quote
 from nulledit.errors import FactError
 from nulledit.models.layouts import frozen
 from nulledit.models.placement import input_device
-from nulledit.models.tokens import UNSPACED, RowEncoder, collate, context_length, pad_id
+from nulledit.models.tokens import (
+    UNSPACED,
+    RowEncoder,
+    check_embedded,
+    collate,
+    context_length,
+    pad_id,
+    vocabulary_of,
+)
 
 # Korean has spaces, but its particles are written onto the word.
 _OPEN = (*UNSPACED, "HANGUL")
@@ -54,7 +62,7 @@ def generate_answers(
     `encoder` puts prompts in another form than plain text. Raises FactError for a prompt that is
     empty or leaves no room in the model's context.
     """
-    whole = encoder or RowEncoder(tokenizer, max_length=context_length(model.config))
+    whole = encoder or RowEncoder.of(model, tokenizer)
     given = max_new_tokens
     most = [given] * len(prompts) if isinstance(given, int) else list(given)
     rows = [
@@ -94,6 +102,7 @@ def generate_texts(
     length = min(length, context_length(model.config))
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     for prompt, ids in zip(prompts, rows, strict=True):
+        check_embedded(ids, vocabulary_of(model), tokenizer)
         if len(ids) >= length:
             raise FactError(
                 f"prompt of {len(ids)} tokens leaves no room in a text of {length}: shorten it "

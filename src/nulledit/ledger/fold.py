@@ -293,6 +293,8 @@ def spectrum_tensors(
             f"eigenvectors.{name}": part.eigenvectors.to(dtype).contiguous(),
             f"first_eigenvector.{name}": torch.tensor(part.start),
         }
+        if dtype != torch.float64:
+            found[f"rounded.{name}"] = torch.tensor(True)
     return found
 
 
@@ -301,18 +303,18 @@ def read_spectrum(
 ) -> tuple[AnySpectrum, float]:
     """The spectrum of `layer` in an epoch's tensors, float64, and its τ.
 
-    Eigenvectors kept in float32 are made orthonormal again: a part of 1e-7 of a gain of 1e8 would
-    be no positive metric.
+    Eigenvectors that were rounded are made orthonormal again: a part of 1e-7 of a gain of 1e8 would
+    be no positive metric. Epochs from before that was done lack the mark of it, and so keep the
+    weights that they were recorded with, bit for bit.
     """
 
     def part(name: str) -> Spectrum:
-        vectors = tensors[f"eigenvectors.{name}"].to(device)
         kept = Spectrum(
             tensors[f"eigenvalues.{name}"].to(device),
-            vectors.double(),
+            tensors[f"eigenvectors.{name}"].to(device).double(),
             int(tensors[f"first_eigenvector.{name}"]),
         )
-        return kept if vectors.dtype == torch.float64 else kept.orthonormal()
+        return kept.orthonormal() if f"rounded.{name}" in tensors else kept
 
     threshold, tokens = float(tensors[f"threshold.{layer}"]), tensors.get(f"tokens.{layer}")
     if tokens is None:

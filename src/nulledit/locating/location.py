@@ -15,9 +15,9 @@ from nulledit.evaluation.metrics import Rate
 from nulledit.locating.questions import Questions, ask
 from nulledit.locating.suggestion import Suggestion, suggest
 from nulledit.locating.tracing import KINDS, LAST, PLACES, Trace, TraceSettings, spread_of, trace
-from nulledit.models.layouts import frozen
+from nulledit.models.layouts import frozen, listed
 from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import RowEncoder, context_length, pad_id
+from nulledit.models.tokens import RowEncoder, pad_id
 
 LEAST = 20  # facts; below, single ones decide where the peak is
 
@@ -104,7 +104,7 @@ def locate(
     with frozen(model):
         partial = PartialModel(model)
         _check(partial, settings)
-        encoder = RowEncoder(tokenizer, max_length=context_length(model.config))
+        encoder = RowEncoder.of(model, tokenizer)
         questions = ask(partial, encoder, facts, pad_id=pad_id(tokenizer))
         _refuse_few(questions, max(least, 2))
         spread = spread_of(partial, questions.known)
@@ -129,8 +129,14 @@ def locate(
 def _check(model: PartialModel, settings: TraceSettings) -> None:
     """Refuse, before anything is asked, a model or a window with nothing to compare."""
     depth = model.depth
-    for layer in range(depth):
-        model.mlp_out(layer)
+    if not any(model.fits(layer) for layer in range(depth)):
+        model.mlp_out(0)
+    others = [layer for layer in range(depth) if not model.fits(layer)]
+    if others:
+        raise ModelError(
+            f"tracing puts back what {model.layout.mlp_out} writes in every block; "
+            f"{listed(others)} have none that enters the stream as the others' does: can't trace it"
+        )
     if depth < 3:
         raise ModelError(
             f"tracing compares the layers between the first and the last: the model has {depth}, "

@@ -11,7 +11,8 @@ The published code runs the whole model for each restoration. Here, with the sam
 - the clean run and the corrupted ones go through the model once, together; their states, MLP
   outputs and attention keys and values are kept;
 - a restoration at a token changes nothing before it, so only the positions from there on are run,
-  with the corrupted run's kept keys and values in front;
+  with the corrupted run's kept keys and values in front (all positions, where a model can't be run
+  behind these);
 - nor anything below its block: the restorations of a token, of all layers, kinds and draws, form
   one batch that is taken up block by block, each joining where it differs first.
 """
@@ -160,8 +161,12 @@ class _Runs:
             embedded = model.run(self.batch, last=-1)
         self.states: list[Tensor] = [embedded]  # at the input of each block [1 + draws, length, d]
         self.mlp: list[Tensor] = []  # W's output in each block, the clean run's [length, d]
+        self.kept: Prefix | None = None
         with self._reading():
-            self.kept = model.record_prefix(self.batch, embedded, first=0)
+            if model.columns:
+                self.kept = model.record_prefix(self.batch, embedded, first=0)
+            else:
+                model.run(self.batch, states=embedded)
         ends = model.run_normed(self.batch, states=self.states[-2], first=model.depth - 1)
         self.clean, *corrupted = self._answers(ends[:, -1]).tolist()
         self.corrupted = sum(corrupted) / len(corrupted)
@@ -201,7 +206,7 @@ class _Runs:
             blocks = self.settings.blocks(i, depth)
             asked.append(_Restoration("mlp", i, blocks.start, blocks))
         asked.sort(key=lambda item: item.first)
-        length = len(self.question.ids) - token
+        length = len(self.question.ids) - self._begin(token)
         size = max(1, self.settings.positions // (self.settings.draws * length))
         for start in range(0, len(asked), size):
             chunk = asked[start : start + size]
@@ -210,22 +215,23 @@ class _Runs:
     def _run(self, token: int, asked: Sequence[_Restoration]) -> list[float]:
         """Take `asked`, ordered by their first block, up to the top together."""
         draws, depth = self.settings.draws, self.model.depth
-        states: Tensor | None = None  # [joined * draws, positions from `token` on, d]
+        begin = self._begin(token)
+        states: Tensor | None = None  # [joined * draws, positions from `begin` on, d]
         joined = 0
         for block in range(asked[0].first, depth):
             coming = []
             while joined < len(asked) and asked[joined].first == block:
-                start = self.states[block][1:, token:]
+                start = self.states[block][1:, begin:]
                 if asked[joined].kind == "state":
-                    back = self.states[block][:1, token : token + 1].expand(draws, -1, -1)
-                    start = torch.cat([back, start[:, 1:]], dim=1)
+                    start = start.clone()
+                    start[:, token - begin] = self.states[block][0, token]
                 coming.append(start)
                 joined += 1
             before = [] if states is None else [states.to(self.states[block].device)]
             states = torch.cat([*before, *coming])
             inside = [i for i, item in enumerate(asked[:joined]) if block in item.blocks]
             rows = torch.tensor([i * draws + d for i in inside for d in range(draws)])
-            prefix, batch = self._front(block, token, joined)
+            prefix, batch = self._front(block, begin, joined)
             with self._putting_back(block, token, rows.long(), batch.ids.shape):
                 if block < depth - 1:
                     states = self.model.run(
@@ -237,18 +243,22 @@ class _Runs:
         found = self._answers(states[:, -1]).view(-1, draws).mean(1)
         return [float(x) for x in found]
 
-    def _front(self, block: int, token: int, joined: int) -> tuple[Prefix, Batch]:
-        """What stands before `token` in the corrupted runs, seen by `block`; rows behind it."""
+    def _begin(self, token: int) -> int:
+        """The first position that is run for restorations at `token`."""
+        return 0 if self.kept is None else token
+
+    def _front(self, block: int, begin: int, joined: int) -> tuple[Prefix, Batch]:
+        """What stands before `begin` in the corrupted runs, seen by `block`; rows behind it."""
         draws = self.settings.draws
         device = self.batch.ids.device
         rows = torch.arange(1, draws + 1, device=device).repeat(joined)
         entries: list[tuple[Tensor, Tensor] | None] = [None] * self.model.depth
-        held = self.kept.entries[block]
-        if held is not None and token > 0:
-            entries[block] = (held[0][:, :, :token], held[1][:, :, :token])
-        prefix = Prefix(entries, self.batch.mask[:, :token]).select(rows)
+        held = self.kept and self.kept.entries[block]
+        if held and begin > 0:
+            entries[block] = (held[0][:, :, :begin], held[1][:, :, :begin])
+        prefix = Prefix(entries, self.batch.mask[:, :begin]).select(rows)
         batch = Batch(
-            self.batch.ids[rows, token:], self.batch.mask[rows], self.batch.positions[rows, token:]
+            self.batch.ids[rows, begin:], self.batch.mask[rows], self.batch.positions[rows, begin:]
         )
         return prefix, batch
 
@@ -302,14 +312,15 @@ class _Runs:
     def _putting_back(
         self, block: int, token: int, rows: Tensor, shape: torch.Size
     ) -> Iterator[None]:
-        """The clean output of W in `block` at `token`, the first position, in `rows`.
+        """The clean output of W in `block` at `token`, in `rows`.
 
         `shape` [rows, length] of what is run: some families join rows before they come to W.
         """
 
         def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
             output = output.clone()
-            output.view(*shape, -1)[rows.to(output.device), 0] = self.mlp[block][token].to(output)
+            at = rows.to(output.device), token - self._begin(token)
+            output.view(*shape, -1)[at] = self.mlp[block][token].to(output)
             return output
 
         if not len(rows):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -72,12 +72,14 @@ def find_layout(model: PreTrainedModel) -> Layout:
 def use_layout(model: PreTrainedModel, layout: Layout | None) -> None:
     """Read `model` by `layout` from now on; None: by its family's, or by what tracing finds.
 
-    ModelError if there are no such modules.
+    ModelError if there are no such modules. It is enough that some blocks have W: those that are
+    edited must.
     """
     vars(model).pop(_GIVEN, None)
     if layout is not None:
-        for i, block in enumerate(_blocks(model, layout)):
-            _inside(block, layout, i)
+        blocks = _blocks(model, layout)
+        if not _holding(blocks, layout):
+            _inside(blocks, layout, 0)  # says what is there
         vars(model)[_GIVEN] = layout
 
 
@@ -108,15 +110,55 @@ def _blocks(model: PreTrainedModel, layout: Layout) -> nn.ModuleList:
     return found
 
 
-def _inside(block: nn.Module, layout: Layout, layer: int) -> nn.Module:
+def holding(model: PreTrainedModel) -> list[int]:
+    """The layers whose blocks have the layout's W."""
+    layout = find_layout(model)
+    return _holding(_blocks(model, layout), layout)
+
+
+def _holding(blocks: nn.ModuleList, layout: Layout) -> list[int]:
+    return [i for i, block in enumerate(blocks) if layout.mlp_out in dict(block.named_modules())]
+
+
+def _inside(blocks: nn.ModuleList, layout: Layout, layer: int) -> nn.Module:
     try:
-        return block.get_submodule(layout.mlp_out)
+        return blocks[layer].get_submodule(layout.mlp_out)
     except AttributeError:
-        matrices = (n for n, m in block.named_modules() if _is_matrix(m))
+        others = _holding(blocks, layout)
+        width = _width(blocks[others[0]].get_submodule(layout.mlp_out)) if others else None
+        matrices = [
+            name
+            for name, module in blocks[layer].named_modules()
+            if _is_matrix(module) and width in (None, _width(module))
+        ]
+        own = ", ".join(matrices) or "none"
         raise ModelError(
-            f"layout.mlp_out: block {layer} has no module {layout.mlp_out}; its matrices: "
-            f"{', '.join(matrices) or 'none'}"
+            f"layout.mlp_out: block {layer} has no module {layout.mlp_out}; "
+            + (
+                f"{listed(others)} have it: edit none but these, or give the recipe a layout with "
+                f"a matrix that all edited blocks have (block {layer} has {own})"
+                if others
+                else f"its matrices: {own}"
+            )
         ) from None
+
+
+def listed(layers: Sequence[int]) -> str:
+    """Some layers in words: blocks 1 to 3, or blocks 0, 2, 4."""
+    first, last = layers[0], layers[-1]
+    if len(layers) > 2 and len(layers) == last - first + 1:
+        return f"blocks {first} to {last}"
+    return f"block{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+
+
+def _width(module: nn.Module) -> int | None:
+    """Of what a matrix writes."""
+    if is_experts(module):
+        weight = module.down_proj
+        assert isinstance(weight, Tensor)
+        return weight.shape[2 if module.is_transposed else 1]
+    found = getattr(module, "nf" if isinstance(module, Conv1D) else "out_features", None)
+    return found if isinstance(found, int) else None
 
 
 def mlp_out(model: PreTrainedModel, layer: int) -> nn.Module:
@@ -127,7 +169,7 @@ def mlp_out(model: PreTrainedModel, layer: int) -> nn.Module:
         raise ModelError(
             f"layer {layer} is out of range: the model has layers 0 to {len(blocks) - 1}"
         )
-    return _inside(blocks[layer], layout, layer)
+    return _inside(blocks, layout, layer)
 
 
 def parameter_name(model: PreTrainedModel, layer: int) -> str:
@@ -206,3 +248,10 @@ def frozen(model: nn.Module) -> Iterator[None]:
         for parameter in wanted:
             parameter.requires_grad_(True)
         model.train(was_training)
+
+
+@contextmanager
+def differentiating() -> Iterator[None]:
+    """Gradients can be taken inside, whatever the caller switched off."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield

@@ -21,10 +21,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from nulledit.errors import ModelError
 from nulledit.models.experts import is_experts, keys_of
-from nulledit.models.layouts import blocks_of, find_layout, mlp_out
+from nulledit.models.layouts import blocks_of, find_layout, listed, mlp_out
 from nulledit.models.placement import brought_in, input_device, is_moved_to, is_offloaded
 from nulledit.models.probe import entries
-from nulledit.models.tokens import Batch
+from nulledit.models.tokens import Batch, context_length, vocabulary_of
+from nulledit.models.trial import keeps_prefixes
 
 
 @dataclass
@@ -68,10 +69,18 @@ class _PrefixLayer(DynamicLayer):
 
 
 class Prefix:
-    """Attention keys and values of a batch of prefixes in the blocks of a span."""
+    """Attention keys and values of a batch of prefixes in the blocks of a span.
+
+    Each row's tokens stand at its end and its padding in front, so that nothing stands between them
+    and what is run behind them: windows and biases of many families count columns.
+    """
 
     def __init__(self, entries: Sequence[tuple[Tensor, Tensor] | None], mask: Tensor):
         """`entries`: per block, or None where not recorded; `mask` [rows, length]."""
+        if bool((mask.diff(dim=1) < 0).any()):  # padding behind a token
+            order = mask.argsort(dim=1, stable=True)
+            entries = [e and (_in_order(e[0], order), _in_order(e[1], order)) for e in entries]
+            mask = mask.gather(1, order)
         self.entries = entries
         self.mask = mask
 
@@ -107,11 +116,15 @@ class PartialModel:
     """A causal language model whose blocks can be run a span at a time. No weight is changed."""
 
     def __init__(self, model: PreTrainedModel):
-        """Wraps `model`; a ModelError if there is no layout for it."""
+        """Wraps `model`; a ModelError if there is no layout for it, or it can't be run in spans."""
         self.model, self.layout = model, find_layout(model)
         self.blocks = blocks_of(model)
         self._body = model.get_submodule(self.layout.blocks.rpartition(".")[0])  # runs the blocks
         self._entries = entries(model, self._body, list(self.blocks), self.layout.mlp_out)
+        self.context, self.vocabulary = context_length(model.config), vocabulary_of(model)
+        self.columns = self.context if keeps_prefixes(self) else 0
+        """Most that a kept prefix and the rows behind it may have together. 0: none can be kept,
+        since recurrent blocks look at more than attention keys and values."""
 
     @property
     def depth(self) -> int:
@@ -133,14 +146,34 @@ class PartialModel:
                 "matrices times their keys (biases, or routing in another place?), so a value "
                 "written there would not come out; can't edit it"
             )
-        if found != declared:
+        if not _agrees(found, declared):
             raise ModelError(
                 f"what {self.layout.mlp_out} of block {layer} writes enters the residual stream "
                 f"{found or 'neither plain, nor scaled, nor normed'}, not {declared} as its layout "
-                "says, so a value written there would not come out; "
-                + (f"give the recipe a layout with output: {found}" if found else "can't edit it")
+                f"says, so a value written there would not come out; {self._advice(layer)}"
             )
         return module
+
+    def _advice(self, layer: int) -> str:
+        """What to do where W of `layer` enters the stream otherwise than its layout says."""
+        own = self._entries[layer].output
+        like = [i for i, e in enumerate(self._entries) if _agrees(e.output, self.layout.output)]
+        alike = [i for i, e in enumerate(self._entries) if own and _agrees(e.output, own)]
+        told = []
+        if like:
+            told.append(f"edit some of {listed(like)}")
+        if own:
+            among = f" for some of {listed(alike)}" if like else ""
+            told.append(f"give the recipe a layout with output: {own}{among}")
+        return ", or ".join(told) or "can't edit it"
+
+    def fits(self, layer: int) -> bool:
+        """Whether block `layer` can be edited as its layout says."""
+        try:
+            self.mlp_out(layer)
+        except ModelError:
+            return False
+        return True
 
     def run(
         self,
@@ -276,13 +309,22 @@ class PartialModel:
         cache: Cache | None,
     ) -> tuple[Tensor, Tensor]:
         found: list[Tensor] = []
-        empty = (batch.mask.sum(1, keepdim=True) == 0).to(batch.mask)
-        mask = batch.mask | empty  # a row that sees nothing is nan in some models
+        if states is None and self.vocabulary is not None and batch.ids.numel():
+            highest = int(batch.ids.max())
+            if highest >= self.vocabulary:
+                raise ModelError(
+                    f"a text has a piece of number {highest}, but the model embeds "
+                    f"{self.vocabulary} pieces only: give the model's own tokenizer"
+                )
+        behind = (batch.mask.flip(1).cumsum(1).flip(1) == 0).to(batch.mask)
+        mask = batch.mask | behind  # no token sees these; where they see nothing, some models' nan
         with self._span(first, last, states, found):
             source = (
                 {"input_ids": batch.ids}
                 if states is None
-                else {"inputs_embeds": states.to(self.device)}  # where the mask is made
+                else {
+                    "inputs_embeds": torch.zeros_like(states, device=self.device)
+                }  # for its shape
             )
             output = self._body(
                 **source,
@@ -312,6 +354,18 @@ class PartialModel:
             else:
                 stack.enter_context(_hooked(self.blocks[last], _collect(found)))
             yield
+
+
+def _agrees(found: str | None, declared: str) -> bool:
+    """Whether an output that enters so may be read as declared; plain is scaled by 1."""
+    return found == declared or (found == "plain" and declared == "scaled")
+
+
+def _in_order(held: Tensor, order: Tensor) -> Tensor:
+    """Keys or values [rows, ..., length, d], each row's columns in `order` [rows, length]."""
+    order = order.to(held.device)
+    rows = torch.arange(len(held), device=held.device)[:, None]
+    return held.movedim(-2, 1)[rows, order].movedim(1, -2)
 
 
 def _shown(prefix: Prefix | None) -> Cache | None:

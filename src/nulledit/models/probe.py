@@ -186,8 +186,10 @@ def probe(model: PreTrainedModel) -> Layout:
 
     The blocks are the longest list of modules that run once, in turn, from hidden states to hidden
     states of one shape. W is the last matrix that maps a wider width to the hidden one in a part
-    of a block that works on each token alone, which attention does not. ModelError with what was
-    found where there is none, or where `entries` can't explain how its output enters the stream.
+    of a block that works on each token alone, which attention does not. Where blocks differ, dense
+    ones below ones with experts for one, W is what most of them have, and of the others the layout
+    does not hold. ModelError with what was found where there is none, or where `entries` can't
+    explain how its output enters the stream.
     """
     kind = f"model type {model.config.model_type!r} is not known"
     if model.config.is_encoder_decoder:
@@ -205,36 +207,19 @@ def probe(model: PreTrainedModel) -> Layout:
         except Exception as error:  # anything can go wrong in code that nobody has seen
             said = " ".join(str(error).split())[:200]
             raise ModelError(f"{kind}, and can't be run on two tokens: {said}") from error
-        blocks, runs = _blocks(model, calls)
-        if not runs:
-            raise ModelError(
-                f"{kind}, and tracing found no list of decoder blocks that run in turn; {HOW_TO}"
-            )
+        blocks, runs = _blocks(kind, model, calls)
         _check_causal(kind, _tensor(runs[-1].output)[:, 0])
-        mlp_out = _last_writer(kind, blocks, runs[0], calls)
-    for run in runs:
-        try:
-            run.module.get_submodule(mlp_out)
-        except AttributeError:
-            raise ModelError(
-                f"{kind}: tracing found {mlp_out} in {blocks}.0, but {run.name} has none; {HOW_TO}"
-            ) from None
+        mlp_out = _usual_writer(kind, runs, calls)
     body = model.get_submodule(blocks.rpartition(".")[0])
     found = entries(model, body, [run.module for run in runs], mlp_out)
-    first = found[0]
-    for i, entry in enumerate(found):
-        if entry.output is None:
-            raise ModelError(
-                f"{kind}: tracing found {mlp_out} in {blocks}, but what it writes in block {i} "
-                "enters the residual stream neither plain, nor scaled, nor normed"
-            )
-        if entry.output != first.output or abs(entry.scale / first.scale - 1) > MISSED:
-            raise ModelError(
-                f"{kind}: tracing found {mlp_out} in {blocks}, but what it writes enters the "
-                f"residual stream {_told(first)} in block 0 and {_told(entry)} in block {i}"
-            )
-    assert first.output is not None
-    return Layout(blocks, mlp_out, first.output)
+    outputs = [entry.output for entry in found if entry.output]
+    if not outputs:
+        raise ModelError(
+            f"{kind}: tracing found {mlp_out} in {blocks}, but what it writes enters the residual "
+            "stream neither plain, nor scaled, nor normed; can't edit it"
+        )
+    usual = max(dict.fromkeys(outputs), key=outputs.count)
+    return Layout(blocks, mlp_out, "scaled" if {*outputs} == {"plain", "scaled"} else usual)
 
 
 def _check_causal(kind: str, ends: Tensor) -> None:
@@ -247,10 +232,6 @@ def _check_causal(kind: str, ends: Tensor) -> None:
         )
 
 
-def _told(entry: Entry) -> str:
-    return f"scaled by {entry.scale:.3g}" if entry.output == "scaled" else str(entry.output)
-
-
 def _listing(calls: list[_Call], name: str) -> Any:
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         calls.append(_Call(name, module, args, kwargs, output))
@@ -258,22 +239,51 @@ def _listing(calls: list[_Call], name: str) -> Any:
     return hook
 
 
-def _blocks(model: PreTrainedModel, calls: Sequence[_Call]) -> tuple[str, list[_Call]]:
-    """Path of the list of decoder blocks, and the blocks' calls; none where there is no list."""
+def _blocks(kind: str, model: PreTrainedModel, calls: Sequence[_Call]) -> tuple[str, list[_Call]]:
+    """Path of the list of decoder blocks, and the blocks' calls; ModelError without one."""
     best: tuple[str, list[_Call]] = "", []
+    other = ""  # what a list was given that would be the best one
     for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList):
-            continue
+        if not isinstance(module, nn.ModuleList) or not all(any(m.children()) for m in module):
+            continue  # blocks have parts; a list of projections is none of them
         runs = [call for call in calls if any(call.module is member for member in module)]
-        in_turn = [call.module for call in runs] == list(module)
         shapes = {_shape(call.states) for call in runs} | {_shape(call.output) for call in runs}
-        if in_turn and len(shapes) == 1 and len(next(iter(shapes))) == 3:
-            if len(runs) > len(best[1]):
-                best = path, runs
+        if [call.module for call in runs] != list(module) or len(runs) <= len(best[1]):
+            continue
+        if len(shapes) == 1 and len(next(iter(shapes))) == 3:
+            best = path, runs
+        elif len(runs) > 1:
+            other = f"; those of {path} are given {list(_shape(runs[0].states))}"
+    if not best[1]:
+        raise ModelError(
+            f"{kind}, and tracing found no list of decoder blocks that run in turn, from states "
+            f"[rows, tokens, width] to such states{other or '; ' + HOW_TO}"
+        )
     return best
 
 
-def _last_writer(kind: str, blocks: str, block: _Call, calls: Sequence[_Call]) -> str:
+def _usual_writer(kind: str, runs: Sequence[_Call], calls: Sequence[_Call]) -> str:
+    """Path in a block of the matrix that writes its MLP's output, in most blocks."""
+    found: dict[tuple[Any, ...], str | ModelError] = {}  # by what a block is made of
+    paths: list[str] = []
+    for run in runs:
+        parts = tuple((name, type(part)) for name, part in run.module.named_modules())
+        if parts not in found:
+            try:
+                found[parts] = _last_writer(kind, run, calls)
+            except ModelError as error:
+                found[parts] = error
+        path = found[parts]
+        if isinstance(path, str):
+            paths.append(path)
+    if not paths:
+        refused = next(iter(found.values()))
+        assert isinstance(refused, ModelError)
+        raise refused
+    return max(dict.fromkeys(reversed(paths)), key=paths.count)  # of as many, the upper blocks'
+
+
+def _last_writer(kind: str, block: _Call, calls: Sequence[_Call]) -> str:
     """Path in `block` of the matrix that writes its MLP's output."""
     assert block.states is not None
     hidden = block.states.shape[-1]
@@ -299,16 +309,30 @@ def _last_writer(kind: str, blocks: str, block: _Call, calls: Sequence[_Call]) -
     if not wanted:
         told = ", ".join(f"{name} [{out} x {given}]" for name, out, given in writers) or "none"
         raise ModelError(
-            f"{kind}, and {blocks}.0 has no MLP output matrix [{hidden} x more than {hidden}]; the "
-            f"matrices that tracing found in its MLP: {told}; {HOW_TO}"
+            f"{kind}, and {block.name} has no MLP output matrix [{hidden} x more than {hidden}]; "
+            f"the matrices that tracing found in its MLP: {told}; {_advice(block.module)}"
         )
     name = wanted[-1]
-    if any(part.isdigit() for part in name.split(".")) or wanted.count(name) > 1:
+    if _is_one_of_many(block.module, name) or wanted.count(name) > 1:
         raise ModelError(
-            f"{kind}, and the MLP of {blocks}.0 has {len(wanted)} output matrices (experts?), the "
-            f"last of them {name}; expected one; {HOW_TO}"
+            f"{kind}, and the MLP of {block.name} has several output matrices (experts?), the last "
+            f"of them {name}; expected one; {_advice(block.module)}"
         )
     return name
+
+
+def _advice(block: nn.Module) -> str:
+    """What to do about a block without a W that tracing can find."""
+    if any(p.ndim == 3 and min(p.shape) > 1 for p in block.parameters()):
+        return "its experts are of a kind that can't be edited"
+    return HOW_TO
+
+
+def _is_one_of_many(block: nn.Module, name: str) -> bool:
+    """Whether the path leads through a list of modules, as to one of several experts."""
+    parts = name.split(".")
+    above = (block.get_submodule(".".join(parts[:i])) for i in range(1, len(parts)))
+    return any(isinstance(module, nn.ModuleList) for module in above)
 
 
 def _is_tokenwise(call: _Call) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nulledit.config import ChatSettings
 from nulledit.errors import FactError, ModelError
@@ -76,8 +76,9 @@ class RowEncoder:
         *,
         max_length: int,
         chat: ChatForm | None = None,
+        vocabulary: int | None = None,
     ):
-        """`max_length`: tokens that fit the model's context."""
+        """`max_length`: tokens that fit the model's context; `vocabulary`: ids that it embeds."""
         if not tokenizer.is_fast:
             raise ModelError(
                 f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed"
@@ -85,6 +86,16 @@ class RowEncoder:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.chat = chat
+        self.vocabulary = vocabulary
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> RowEncoder:
+        """Of plain text, for `model`."""
+        return cls(
+            tokenizer,
+            max_length=context_length(model.config),
+            vocabulary=vocabulary_of(model),
+        )
 
     def in_chat(self, settings: ChatSettings | None) -> RowEncoder:
         """The same with prompts in the chat template, or as plain text.
@@ -92,11 +103,16 @@ class RowEncoder:
         ModelError if the tokenizer has no template, or another one than the settings name.
         """
         form = None if settings is None else ChatForm(self.tokenizer, settings)
-        return RowEncoder(self.tokenizer, max_length=self.max_length, chat=form)
+        return self._with(self.max_length, form)
 
     def leaving(self, tokens: int) -> RowEncoder:
         """The same for texts that leave room for so many tokens behind them."""
-        return RowEncoder(self.tokenizer, max_length=self.max_length - tokens, chat=self.chat)
+        return self._with(self.max_length - tokens, self.chat)
+
+    def _with(self, max_length: int, chat: ChatForm | None) -> RowEncoder:
+        return RowEncoder(
+            self.tokenizer, max_length=max_length, chat=chat, vocabulary=self.vocabulary
+        )
 
     def encode(self, text: str, *, subject: Span | None = None, target: str | None = None) -> Row:
         """Tokenise `text`, followed by `target` if given, as one text.
@@ -172,6 +188,7 @@ class RowEncoder:
                 f"prompt of {len(pieces.ids)} tokens is longer than the model's context of "
                 f"{self.max_length}, shorten it: {text[:60]!r}..."
             )
+        check_embedded(pieces.ids, self.vocabulary, self.tokenizer)
         subject_last = target_start = -1
         if subject is not None:
             subject_last = pieces.last_of(self._at(framed, subject))
@@ -297,10 +314,34 @@ def _untrimmed(text: str, spans: Sequence[Span], added: Sequence[int]) -> list[S
     return found
 
 
+def vocabulary_of(model: PreTrainedModel) -> int | None:
+    """Number of ids that the model embeds; None where nothing says."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    return weight.shape[0] if isinstance(weight, Tensor) and weight.ndim == 2 else None
+
+
+def check_embedded(
+    ids: Sequence[int], vocabulary: int | None, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """ModelError if a model with `vocabulary` embedded ids can't read the text of `ids`."""
+    highest = max(ids, default=-1)
+    if vocabulary is not None and highest >= vocabulary:
+        raise ModelError(
+            f"the tokenizer's piece {tokenizer.convert_ids_to_tokens(highest)!r} in "
+            f"{tokenizer.decode(list(ids))[:60]!r} has number {highest}, but the model embeds "
+            f"{vocabulary} pieces only, of the tokenizer's {len(tokenizer)}: give the model's own "
+            "tokenizer, or enlarge its embedding (resize_token_embeddings) and train it"
+        )
+
+
 def context_length(model_config: object) -> int:
-    """Longest input in tokens that the model's positions allow."""
-    for name in ("max_position_embeddings", "n_positions"):
-        length = getattr(model_config, name, None)
+    """Longest input in tokens that the model's positions allow; 2,048 where nothing says.
+
+    Of a model of several kinds of input, those of its text.
+    """
+    own = getattr(model_config, "get_text_config", lambda: model_config)()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        length = getattr(own, name, None)
         if isinstance(length, int) and length > 0:
             return length
     return 2048
@@ -352,12 +393,15 @@ def share_beginnings(
     labels: Sequence[int],
     limits: Sequence[int],
     *,
+    columns: int,
     pad_id: int,
     device: torch.device,
 ) -> Shared:
     """Cut `rows` of ids behind the longest beginning that all rows of a label have in common.
 
-    `limits`: what a row's stem may hold at most; fewer tokens than the row has.
+    `limits`: what a row's stem may hold at most; fewer tokens than the row has. `columns`: what the
+    longest stem and the longest rest may have together (`PartialModel.columns`); nothing is cut off
+    where they would have more.
     """
     names = list(dict.fromkeys(labels))
     stems: list[Sequence[int]] = []
@@ -372,6 +416,8 @@ def share_beginnings(
     stem = [names.index(label) for label in labels]
     cuts = [len(stems[s]) for s in stem]
     rests = [row[cut:] for row, cut in zip(rows, cuts, strict=True)]
+    if max(cuts) + max(map(len, rests)) > columns:
+        stems, cuts, rests = [() for _ in stems], [0] * len(rows), list(rows)
     behind = collate(rests, pad_id=pad_id, device=device)
     return Shared(
         collate(stems, pad_id=pad_id, device=device),

@@ -1,0 +1,212 @@
+"""What values and keys rely on, tried on a model when it is taken up.
+
+Two short rows of unequal length go through the model alone and whole; then each block is given what
+it was given there, as keys and values run it: in one batch, and behind kept beginnings. A family
+that can't be run so is far off on a few tokens, and rounding is not. Nothing here knows a family's
+name.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nulledit.errors import ModelError
+from nulledit.models.layouts import differentiating, frozen
+from nulledit.models.tokens import Batch, collate, share_beginnings
+
+if TYPE_CHECKING:
+    from nulledit.models.partial import PartialModel
+
+logger = logging.getLogger(__name__)
+
+LENGTHS, CUTS = (9, 6), (5, 2)
+"""Tokens of each row, and of its beginning."""
+MISSED = 1e-3  # share of a block's output that may be missed, beside two roundings
+_TRIED = "_nulledit_tried"  # where a model object carries what was found
+
+
+def keeps_prefixes(model: PartialModel) -> bool:
+    """Whether `model` can be run behind kept prefixes, with a notice where it can't.
+
+    ModelError where spans of blocks don't give the model's own numbers, or give no gradient. What
+    was found stays with the model object.
+    """
+    key = (model.layout.blocks, model.model.config._attn_implementation)
+    tried: dict[tuple[str, str | None], bool] = vars(model.model).setdefault(_TRIED, {})
+    if key not in tried:
+        with frozen(model.model), differentiating():
+            tried[key] = _Trial(model).passed()
+    return tried[key]
+
+
+@dataclass
+class _Alone:
+    """What a row's own run showed."""
+
+    ids: list[int]
+    given: list[Tensor]  # to each block [length, d]
+    made: list[Tensor]  # by each block [length, d]
+    logits: Tensor  # [length, vocabulary]
+
+
+class _Trial:
+    def __init__(self, model: PartialModel):
+        self.model = model
+        self.kind = f"model type {model.model.config.model_type!r}"
+
+    def passed(self) -> bool:
+        """Whether prefixes can be kept; ModelError where the model can't be run in spans."""
+        if any(parameter.is_inference() for parameter in self.model.model.parameters()):
+            raise ModelError(
+                "the model was made under torch.inference_mode, so no gradient can be taken "
+                "through it, which values need; load it outside"
+            )
+        try:
+            rows = [_alone(self.model, ids) for ids in _rows(self.model)]
+            batch = collate([row.ids for row in rows], pad_id=0, device=self.model.device)
+            missed = self._blocks(rows, batch) or self._top(rows, batch)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # anything can go wrong in code that nobody has seen
+            raise ModelError(
+                f"{self.kind} can't be run a block at a time, as keys and values are: "
+                f"{_said(error)}; can't edit it"
+            ) from error
+        if missed:
+            raise ModelError(f"{self.kind}: {missed}; can't edit it")
+        try:
+            missed = self._behind(rows)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            missed = _said(error)
+        if missed:
+            logger.warning(
+                "%s can't be run behind kept beginnings of rows (%s): every row is run from its "
+                "start, which takes longer",
+                self.kind,
+                missed,
+            )
+        return not missed
+
+    @torch.no_grad()
+    def _blocks(self, rows: list[_Alone], batch: Batch) -> str:
+        """What is wrong with the blocks, run one at a time on all rows."""
+        for i in range(self.model.depth):
+            states = _padded([row.given[i] for row in rows])
+            made = self.model.run(batch, states=states, first=i, last=i)
+            missed = _missed(made, [row.made[i] for row in rows])
+            if missed:
+                return (
+                    f"block {i} run by itself, with another row beside, gives other states than in "
+                    f"the whole model (off by {missed:.1%})"
+                )
+        return ""
+
+    def _top(self, rows: list[_Alone], batch: Batch) -> str:
+        """What is wrong with logits, and with the gradient through the upper blocks."""
+        top = self.model.depth - 1
+        first = max(0, top - 3)  # some family's blocks are no more than an MLP
+        with torch.no_grad():
+            last = _padded([row.given[top] for row in rows])
+            normed = self.model.run_normed(batch, states=last, first=top)
+            missed = _missed(self.model.logits(normed), [row.logits for row in rows])
+        if missed:
+            return f"logits of its last states are not its own (off by {missed:.1%})"
+        states = _padded([row.given[first] for row in rows]).requires_grad_()
+        end = len(rows[0].ids) - 1
+        normed = self.model.run_normed(batch, states=states, first=first)
+        loss = F.log_softmax(self.model.logits(normed[0, end]).float(), dim=-1)[0]
+        (gradient,) = torch.autograd.grad(loss, states)
+        if not bool(gradient[0, end - 1].any()):
+            return f"from block {first} on, no gradient comes from a token to the one before it"
+        return ""
+
+    @torch.no_grad()
+    def _behind(self, rows: list[_Alone]) -> str:
+        """What is wrong with the blocks behind kept beginnings of unequal length."""
+        model, ids = self.model, [row.ids for row in rows]
+        shared = share_beginnings(
+            ids,
+            range(len(ids)),
+            [min(cut, len(row) - 1) for cut, row in zip(CUTS, ids, strict=True)],
+            columns=sum(LENGTHS),
+            pad_id=0,
+            device=model.device,
+        )
+        cuts = shared.cuts
+        for i in range(model.depth):
+            given, made = [row.given[i] for row in rows], [row.made[i] for row in rows]
+            begun = _padded([states[:cut] for states, cut in zip(given, cuts, strict=True)])
+            kept = model.record_prefix(shared.stems, begun, first=i, last=i)
+            if kept.entries[i] is None:
+                return f"block {i} gives no attention keys and values to keep"
+            states = _padded([states[cut:] for states, cut in zip(given, cuts, strict=True)])
+            found = model.run(
+                kept.before(shared.rests), states=states, first=i, last=i, prefix=kept
+            )
+            missed = _missed(found, [states[cut:] for states, cut in zip(made, cuts, strict=True)])
+            if missed:
+                return f"states behind block {i} are off by {missed:.1%}"
+        return ""
+
+
+def _rows(model: PartialModel) -> list[list[int]]:
+    """Two rows of different tokens that fit the model."""
+    most = max(1, min(model.model.config.get_text_config().vocab_size, 200) - 1)
+    return [
+        [1 + (7 * i + 13 * row) % most for i in range(min(model.context, length))]
+        for row, length in enumerate(LENGTHS)
+    ]
+
+
+@torch.no_grad()
+def _alone(model: PartialModel, row: list[int]) -> _Alone:
+    """The row through the model's own `forward`, its blocks looked at."""
+    given: list[Tensor] = []
+    made: list[Tensor] = []
+
+    def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states = args[0] if args else kwargs["hidden_states"]
+        given.append(states[0].clone())  # some families write into what they are given
+
+    def behind(_module: Any, _args: Any, output: Any) -> None:
+        made.append((output[0] if isinstance(output, tuple) else output)[0])
+
+    ids = torch.tensor([row], device=model.device)
+    with ExitStack() as stack:
+        for block in model.blocks:
+            stack.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(block.register_forward_hook(behind).remove)
+        output = model.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return _Alone(row, given, made, output.logits[0])
+
+
+def _padded(states: list[Tensor]) -> Tensor:
+    """States [length, d] of rows as one batch [rows, longest, d]."""
+    return torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
+
+
+def _missed(found: Tensor, expected: list[Tensor]) -> float:
+    """‖found − expected‖/‖expected‖ of a row's tokens, the largest, if more than rounding; else 0.
+
+    A row's median token counts: a rounding may send one to another expert. Broken weights give no
+    numbers to compare; that is told where they are used.
+    """
+    worst = 0.0
+    for row, own in zip(found, expected, strict=True):
+        own = own.to(row.device).double()
+        share = (row[: len(own)].double() - own).norm(dim=-1) / own.norm(dim=-1)
+        worst = max(worst, float(share.nan_to_num(nan=0, posinf=0).median()))
+    return worst if worst > MISSED + 2 * torch.finfo(found.dtype).eps else 0.0
+
+
+def _said(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
