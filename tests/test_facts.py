@@ -38,7 +38,8 @@ def facts(draw):
         more_prompts=tuple(draw(st.lists(templates, max_size=2))),
         paraphrases=draw(lists),
         neighbours=tuple(draw(st.lists(st.builds(Probe, texts, optional), max_size=3))),
-        portability=tuple(draw(st.lists(st.builds(Probe, texts, texts), max_size=2))),
+        portability=tuple(draw(st.lists(st.builds(Probe, texts, texts, lists), max_size=2))),
+        target_aliases=draw(lists),
     )
 
 
@@ -193,6 +194,11 @@ BAD = {
         {"neighbours": [{"promt": "a"}]},
         ["unknown field neighbours[0].'promt' (did you mean 'prompt'?)"],
     ),
+    "aliases without an answer": (
+        {"neighbours": [{"prompt": "a", "aliases": ["b"]}]},
+        ["neighbours[0].answer is missing", "as there are aliases"],
+    ),
+    "target aliases one text": ({"target_aliases": "a"}, ["target_aliases must be a list"]),
     "portability one text": ({"portability": "a"}, ["portability must be a list"]),
     "portability without answer": (
         {"portability": [{"prompt": "a", "answer": "b"}, {"prompt": "a"}]},
@@ -227,6 +233,11 @@ def test_a_missing_field_is_named(name):
     record = {key: value for key, value in ROME.items() if key != name}
     with pytest.raises(FactError, match=f"^{name} is missing"):
         Fact.from_dict(record)
+
+
+def test_aliases_leave_out_the_answer_itself():
+    assert Fact(**ROME, target_aliases=("France", "Gaul", "Gaul ")).answers == ("France", "Gaul")
+    assert Probe("a", "b ", ("b", "c")).aliases == ("c",)
 
 
 def test_a_long_text_is_shortened_in_messages():

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from nulledit import Editor, Fact, Probe
 from nulledit.errors import FactError
@@ -55,6 +56,50 @@ def test_portability_is_a_measure_only_where_a_fact_has_it(tiny_model, tokenizer
     assert "portability" not in with_it  # nothing to prefer the answer to
     without, _ = rates_of(replace(ADA, portability=()))
     assert not any(name.startswith("portability") for name in without)
+
+
+def test_any_accepted_answer_is_right(tiny_model, tokenizer, monkeypatch):
+    model = PartialModel(tiny_model("llama"))
+    encoder = RowEncoder(tokenizer, max_length=128)
+
+    def scored(*queries):
+        return score(model, encoder, queries, pad_id=0)
+
+    plain = Query("ada", "portability", "Ada Byron grew up in", "Velm", None)
+    (token,) = encoder.encode(plain.prompt, target="sea").target_ids
+    likeliest = torch.arange(400.0).where(torch.arange(400) != token, 1e3)
+    monkeypatch.setattr(model, "logits", lambda states: likeliest.expand(len(states), -1))
+    said = "sea"
+    for kind, other in (("portability", None), ("specificity", "town"), ("forgotten", None)):
+        answers = ("Velm", "the river", said)
+        alone = scored(*(replace(plain, kind=kind, answer=text, other=other) for text in answers))
+        (found,) = scored(replace(plain, kind=kind, other=other, aliases=answers[1:]))
+        best = min if kind == "forgotten" else max
+        assert found.tokens == best(item.tokens for item in alone)
+        assert found.strict == (all if kind == "forgotten" else any)(item.strict for item in alone)
+        assert (found.answer_nll, found.preferred) == (alone[0].answer_nll, alone[0].preferred)
+        assert any(item.strict != found.strict for item in alone)
+
+
+def test_accepted_answers_are_asked_for_wherever_the_answer_is():
+    names = {"target_aliases": ("Velm tongue",), "neighbours": (Probe("a", "b", ("c", "VELMISH")),)}
+    fact = replace(ADA, **names, portability=(Probe("d", "e", ("f",)),))
+    asked = {query.kind: query for query in queries_of(fact, distract=True, texts=TEXTS)}
+    assert asked["efficacy"].aliases == asked["generalization"].aliases == ("Velm tongue",)
+    assert asked["efficacy_distracted"].aliases == ("Velm tongue",)
+    assert asked["specificity"].aliases == asked["specificity_distracted"].aliases
+    assert asked["specificity"].other is None  # the target is right there, too
+    assert asked["portability"].said == ("e", "f")
+    forgotten = {query.kind: query.aliases for query in queries_of(fact.forgotten())}
+    assert forgotten["forgotten"] == ("Velm tongue",)
+    assert fact.forgotten("English").target_aliases == ()
+
+
+def test_an_alias_that_the_model_says_counts_as_the_target(editor):
+    fact = replace(ADA, target="nothing of the kind")
+    said = evaluate(editor, [fact]).answers["ada"].split()[0]
+    for aliases, wanted in (((), 0.0), (("nor this", said), 1.0)):
+        assert evaluate(editor, [replace(fact, target_aliases=aliases)]).generation.mean == wanted
 
 
 def test_the_same_prompts_are_asked_again_behind_other_texts():

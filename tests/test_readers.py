@@ -136,12 +136,25 @@ def message_of(path, **settings) -> str:
 # --- Formats --------------------------------------------------------------------------------
 
 
+IGNORED = {
+    "counterfact": ("generation_prompts", "pararel_idx"),
+    "zsre": ("cond",),
+}
+
+
+def unread(source, shape) -> tuple[str, ...]:
+    """The notice of what is not read in one record of the shapes above."""
+    names = ", ".join(f"{name} (1)" for name in IGNORED.get(shape, ()))
+    return (f"{source}: fields not read (records that have them): {names}",) if names else ()
+
+
 @pytest.mark.parametrize("name", ["facts.txt", "facts.json", "facts.yaml", "facts"])
 @pytest.mark.parametrize(("format", "text"), WRITTEN.items(), ids=WRITTEN)
 def test_every_format_gives_the_same_fact_whatever_the_name(write, format, text, name):
-    found = read_facts(write(text, name))
+    path = write(text, name)
+    found = read_facts(path)
     assert found.facts == (FACT,)
-    assert (found.format, found.notices) == (format, ())
+    assert (found.format, found.notices) == (format, unread(path, format.split("-")[0]))
 
 
 @pytest.mark.parametrize(("shape", "record"), FOREIGN.items(), ids=FOREIGN)
@@ -254,9 +267,10 @@ PORTABILITY = {
 
 @pytest.mark.parametrize("name", PORTABILITY)
 def test_easyedits_portability(name):
-    assert parse_records([EASYEDIT | PORTABILITY[name]]).facts == (
-        replace(FACT, portability=FOLLOWING),
-    )
+    (fact,) = parse_records([EASYEDIT | PORTABILITY[name]]).facts
+    assert [(p.prompt, p.answer) for p in fact.portability] == [
+        (p.prompt, p.answer) for p in FOLLOWING
+    ]
 
 
 def test_zsre_with_the_portability_question_of_easyedit():
@@ -270,8 +284,8 @@ def test_portability_in_csv(write):
     (fact,) = read_facts(write(text)).facts
     assert fact.portability == (Probe("One", "two"), Probe("Three", "four"))
     short = write(text.replace(" => four", ""))
-    assert message_of(short) == "record 0 (line 2): portability[1].answer is missing or empty: " + (
-        "expected text"
+    assert message_of(short) == "record 1 (line 2): portability[1].answer is missing or empty: " + (
+        "expected text; --skip-bad leaves such records out"
     )
 
 
@@ -302,9 +316,11 @@ def test_of_several_mentions_in_a_foreign_prompt_the_first_is_taken(record):
     field = "prompt" if "prompt" in record else "src"
     found = parse_records([record | {field: "東京 or 東京 is in"}])
     assert found.facts[0].prompt == "{} or 東京 is in"
-    (notice,) = found.notices
-    assert notice == f"records: record 0: {field} contains the subject '東京' more than once: " + (
-        "the first is taken"
+    notice = found.notices[0]
+    assert (
+        notice
+        == f"records: record 1 (id '17'): {field} contains the subject '東京' more than once: "
+        + ("the first is taken")
     )
 
 
@@ -312,9 +328,9 @@ def test_zsre_without_a_new_answer():
     same, empty = ZSRE | {"alt": "japan"}, ZSRE | {"alt": "", "case_id": "18"}
     found = parse_records([same, empty])
     assert [(fact.target, fact.old_answer) for fact in found.facts] == [("japan", None)]
-    assert found.notices == (
-        "records: record 0: alt is the old answer 'Japan': kept, without an old answer",
-        "records: record 1: alt is empty: left out, there is no target",
+    assert found.notices[:2] == (
+        "records: record 1 (id '17'): alt is the old answer 'Japan': kept, without an old answer",
+        "records: record 2 (id '18'): alt is empty: left out, there is no target",
     )
     with pytest.raises(FactError, match="no record has a target"):
         parse_records([empty])
@@ -362,23 +378,23 @@ BAD_FILES = {
     "YAML documents": ("- a\n---\n- b\n", ["line 2", "broken YAML", "another document"]),
     "YAML number": (
         "- {subject: Rome, prompt: '{} is', target: 1969}\n",
-        ["record 0", "target must be text: write it in quotes", "1969"],
+        ["record 1", "target must be text: write it in quotes", "1969"],
     ),
     "YAML bool": (
         "- {subject: Rome, prompt: '{} is', target: yes}\n",
-        ["record 0", "target must be text: write it in quotes", "True"],
+        ["record 1", "target must be text: write it in quotes", "True"],
     ),
     "YAML date": (
         "- {subject: Rome, prompt: '{} is', target: 1969-07-20}\n",
-        ["record 0", "target must be text: write it in quotes", "date"],
+        ["record 1", "target must be text: write it in quotes", "date"],
     ),
     "YAML empty field": (
         "- subject: Rome\n  prompt: '{} is'\n  target:\n",
-        ["record 0", "target is missing or empty"],
+        ["record 1", "target is missing or empty"],
     ),
     "YAML escaped nul": (
         '- {subject: Rome, prompt: "{} is", target: "a\\0"}\n',
-        ["record 0", "target holds the control character U+0000"],
+        ["record 1", "target holds the control character U+0000"],
     ),
     "broken JSON": ('[\n{"subject": "Rome",}\n]', ["line 2", "broken JSON"]),
     "JSON cut off": ('[{"subject": "Rome"}', ["line 1", "broken JSON"]),
@@ -386,47 +402,47 @@ BAD_FILES = {
     "deep JSON": ("[" * DEEP, ["broken JSON", "nested too deeply"]),
     "deep JSON line": (
         GOOD_LINE + '{"subject":' * DEEP,
-        ["record 1 (line 2)", "nested too deeply"],
+        ["record 2 (line 2)", "nested too deeply"],
     ),
     "JSON key twice": ('[{"target": "a", "target": "b"}]', ["the key 'target' stands twice"]),
     "JSON long number": ("[" + "1" * 5000 + "]", ["broken JSON", "4300 digits"]),
     "JSON NaN": (
         json.dumps([ROME, OSLO | {"target": float("nan")}]),
-        ["record 1", "target must be text: write it in quotes", "nan"],
+        ["record 2", "target must be text: write it in quotes", "nan"],
     ),
     "JSON surrogate": (
         json.dumps([ROME | {"subject": "\ud800"}]),
-        ["record 0", "subject holds the lone surrogate U+D800"],
+        ["record 1", "subject holds the lone surrogate U+D800"],
     ),
     "JSON nul": (
         json.dumps([ROME, ROME | {"prompt": "{} \0"}]),
-        ["record 1", "prompt holds the control character U+0000"],
+        ["record 2", "prompt holds the control character U+0000"],
     ),
-    "JSON records not mappings": ('["a"]', ["record 0", "expected a mapping", "str 'a'"]),
-    "broken JSON line": (GOOD_LINE + "\n{oops\n", ["record 1 (line 3)", "broken JSON"]),
-    "JSON line not a mapping": (GOOD_LINE + "[1]\n", ["record 1 (line 2)", "expected a mapping"]),
+    "JSON records not mappings": ('["a"]', ["record 1", "expected a mapping", "str 'a'"]),
+    "broken JSON line": (GOOD_LINE + "\n{oops\n", ["record 2 (line 3)", "broken JSON"]),
+    "JSON line not a mapping": (GOOD_LINE + "[1]\n", ["record 2 (line 2)", "expected a mapping"]),
     "JSON line lacks a field": (
         GOOD_LINE + '{"subject": "Rome", "prompt": "{} is"}',
-        ["record 1 (line 2)", "target is missing"],
+        ["record 2 (line 2)", "target is missing"],
     ),
     "unknown field": (
         json.dumps([ROME, ROME | {"paraphrase": []}]),
-        ["record 1", "unknown field 'paraphrase' (did you mean 'paraphrases'?)"],
+        ["record 2", "unknown field 'paraphrase' (did you mean 'paraphrases'?)"],
     ),
     "CSV too many columns": (
         "subject,prompt,target\nRome,{} is,a\nRome, that is,{} lies in,France\n",
-        ["record 1 (line 3)", "found 4 columns, expected 3"],
+        ["record 2 (line 3)", "found 4 columns, expected 3"],
     ),
     "CSV too few columns": (
         "subject,prompt,target\nRome,{} is\n",
-        ["record 0 (line 2)", "found 2 columns, expected 3"],
+        ["record 1 (line 2)", "found 2 columns, expected 3"],
     ),
     "CSV header lacks a column": ("subject,prompt\na,b\n", ["line 1", "no column target"]),
     "CSV unknown column": (
         "subject,prompt,target,paraphrase\n",
         ["line 1", "unknown column 'paraphrase' (did you mean 'paraphrases'?)"],
     ),
-    "CSV column twice": ("subject,prompt,target,target\n", ["line 1", "target stands twice"]),
+    "CSV column twice": ("subject,prompt,target,target\n", ["line 1", "'target' stands twice"]),
     "CSV open quote": ('subject,prompt,target\nRome,"{} is,a\n', ["line 2", "broken CSV"]),
     "CSV text after a quote": (
         'subject,prompt,target\n"Rome" x,{} is,a\n',
@@ -438,11 +454,11 @@ BAD_FILES = {
     ),
     "CSV empty cell": (
         "subject,prompt,target\nRome,{} is, \n",
-        ["record 0 (line 2)", "target is empty"],
+        ["record 1 (line 2)", "target is empty"],
     ),
     "CSV nul": (
         "subject,prompt,target\nRome,{} is,a\0\n",
-        ["record 0 (line 2)", "target holds the control character U+0000"],
+        ["record 1 (line 2)", "target holds the control character U+0000"],
     ),
 }
 
@@ -488,9 +504,9 @@ BAD_RECORDS = {
         without(COUNTERFACT, "requested_rewrite"),
         ["requested_rewrite is missing"],
     ),
-    "counterfact, rewrite a list": (
+    "counterfact, rewrites no mappings": (
         COUNTERFACT | {"requested_rewrite": [1]},
-        ["requested_rewrite must be a mapping"],
+        ["requested_rewrite[0] must be a mapping"],
     ),
     "counterfact, no subject": (
         without(COUNTERFACT, "requested_rewrite", "subject"),
@@ -498,15 +514,7 @@ BAD_RECORDS = {
     ),
     "counterfact, no target": (
         without(COUNTERFACT, "requested_rewrite", "target_new", "str"),
-        ["requested_rewrite.target_new.str is missing"],
-    ),
-    "counterfact, target plain": (
-        rewritten(target_new="France"),
-        ["requested_rewrite.target_new must be a mapping"],
-    ),
-    "counterfact, no true target": (
-        without(COUNTERFACT, "requested_rewrite", "target_true"),
-        ["requested_rewrite.target_true is missing"],
+        ["requested_rewrite.target_new must be text"],
     ),
     "counterfact, empty subject": (
         rewritten(subject=" "),
@@ -515,10 +523,6 @@ BAD_RECORDS = {
     "counterfact, no slot": (
         rewritten(prompt="this lies in"),
         ["requested_rewrite.prompt has no slot"],
-    ),
-    "counterfact, target the old answer": (
-        rewritten(target_new={"str": "JAPAN"}),
-        ["target 'JAPAN' is the same as old_answer 'Japan'"],
     ),
     "counterfact, relation a number": (rewritten(relation_id=17), ["relation must be text"]),
     "counterfact, paraphrase a number": (
@@ -540,9 +544,9 @@ BAD_RECORDS = {
         EASYEDIT | {"rephrase_prompt": "a\0"},
         ["rephrase_prompt holds the control character U+0000"],
     ),
-    "easyedit, locality a list": (
+    "easyedit, locality a list of texts": (
         EASYEDIT_NESTED | {"locality": ["a"]},
-        ["locality must be a mapping"],
+        ["locality[0] must be a mapping"],
     ),
     "easyedit, locality without blocks": (
         EASYEDIT_NESTED | {"locality": {"near": "a"}},
@@ -550,14 +554,14 @@ BAD_RECORDS = {
     ),
     "easyedit, answers of other number": (
         EASYEDIT_NESTED | {"locality": {"ne\nar": {"prompt": ["a", "b"], "ground_truth": "c"}}},
-        ["locality['ne\\nar'].ground_truth has 1 texts and prompt 2"],
+        ["locality['ne\\nar'].ground_truth has 1 texts and locality['ne\\nar'].prompt 2"],
     ),
     "easyedit, locality items of other kind": (
         EASYEDIT_NESTED | {"locality": {"near": [{"prompt": "a"}, "b"]}},
         ["locality['near'][1] must be a mapping"],
     ),
-    "easyedit, portability a list": (
-        EASYEDIT | {"portability": ["a"]},
+    "easyedit, portability a text": (
+        EASYEDIT | {"portability": "a"},
         ["portability must be a mapping"],
     ),
     "easyedit, portability's answer a number": (
@@ -566,7 +570,6 @@ BAD_RECORDS = {
     ),
     "zsre, no question": (without(ZSRE, "src"), ["src is missing"]),
     "zsre, no alt": (without(ZSRE, "alt"), ["alt is missing"]),
-    "zsre, no answers": (without(ZSRE, "answers"), ["answers is missing"]),
     "zsre, answer a number": (ZSRE | {"answers": [1]}, ["answers[0] must be text"]),
     "zsre, no subject in the question": (ZSRE | {"src": "Where?"}, ["src has no slot"]),
     "native, a slot too many": (ROME | {"prompt": "{} {}"}, ["prompt has 2 slots"]),
@@ -577,11 +580,11 @@ BAD_RECORDS = {
 def test_a_bad_record_is_named(write, name):
     record, expected = BAD_RECORDS[name]
     message = message_of(write(json.dumps([record])))
-    assert message.startswith("record 0: ")
+    assert message.startswith("record 1 (line 1")
     for part in expected:
         assert part in message
     good = FOREIGN.get(name.split(",")[0], ROME)
-    assert message_of(write(one_line(good) + one_line(record))).startswith("record 1 (line 2): ")
+    assert message_of(write(one_line(good) + one_line(record))).startswith("record 2 (line 2")
 
 
 # --- Repetitions and contradictions ---------------------------------------------------------
@@ -592,7 +595,9 @@ def test_a_repetition_is_dropped_with_a_notice_that_names_both(write):
     path = write(json.dumps([ROME | {"id": "a"}, OSLO, again]))
     found = read_facts(path)
     assert found.facts == (Fact(**ROME, id="a"), Fact(**OSLO))
-    assert found.notices == (f"{path}: record 2 (id again) repeats record 0 (id a): dropped",)
+    assert found.notices == (
+        f"{path}: record 3 (line 1, id 'again') repeats record 1 (line 1, id 'a'): dropped",
+    )
 
 
 CONFLICT = [
@@ -606,7 +611,8 @@ CONFLICT = [
 def test_a_contradiction_names_both_records_and_the_way_out(write):
     message = message_of(write(json.dumps(CONFLICT)))
     assert message == (
-        "record 2 (id c) and record 0 (id a) contradict: for the subject 'Rome' and the prompt "
+        "record 3 (line 1, id 'c') and record 1 (line 1, id 'a') contradict: "
+        "for the subject 'Rome' and the prompt "
         "'{} is the capital of' they say 'Spain' and 'France'; give --on-conflict first or last"
     )
     more = [*CONFLICT, ROME | {"id": "e", "target": "Peru"}]
@@ -616,8 +622,8 @@ def test_a_contradiction_names_both_records_and_the_way_out(write):
 @pytest.mark.parametrize(
     ("on_conflict", "kept", "dropped"),
     [
-        ("first", ["a", "b"], ["(id d) repeats record 0 (id a)", "record 2 is dropped"]),
-        ("last", ["b", "d"], ["(id a) repeats record 3 (id d)", "record 2 is dropped"]),
+        ("first", ["a", "b"], ["id 'd') repeats record 1 (line 1, id 'a'", "id 'c') is dropped"]),
+        ("last", ["b", "d"], ["id 'a') repeats record 4 (line 1, id 'd'", "id 'c') is dropped"]),
     ],
 )
 def test_on_conflict_decides(write, on_conflict, kept, dropped):
@@ -643,7 +649,7 @@ def test_case_counts():
 
 
 def test_one_id_for_two_facts():
-    with pytest.raises(FactError, match=r"record 1 and record 0 have one id, 'a'"):
+    with pytest.raises(FactError, match=r"record 2 .* and record 1 .* have one id, 'a'"):
         parse_records([ROME | {"id": "a"}, OSLO | {"id": "a"}])
     same = [ROME | {"id": "a"}, ROME | {"id": "a"}]
     assert len(parse_records(same).facts) == 1
@@ -670,7 +676,7 @@ def test_skip_and_limit_come_first(write):
     assert [fact.id for fact in read_facts(path, limit=2).facts] == ["a", "b"]
     found = read_facts(path, skip=1, limit=2)
     assert ([fact.id for fact in found.facts], found.notices) == (["b", "c"], ())
-    assert message_of(path, skip=4).startswith("record 4: unknown field 'broken'")
+    assert message_of(path, skip=4).startswith("record 5 (line 1): unknown field 'broken'")
     assert message_of(path, skip=5) == "has 5 records: skipping 5 leaves none"
 
 

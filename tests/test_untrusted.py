@@ -29,7 +29,7 @@ from test_report import summary
 
 from nulledit import reading
 from nulledit.cli.common import echo, emit, say
-from nulledit.cli.main import cli
+from nulledit.cli.main import _describe, cli
 from nulledit.cli.rest import read_references
 from nulledit.cli.runs import Result, as_page
 from nulledit.config import Recipe, StatisticsSettings, load_recipe, shipped_recipes
@@ -46,6 +46,7 @@ from nulledit.errors import (
 )
 from nulledit.evaluation.drift import read_texts
 from nulledit.evaluation.tasks import read_tasks
+from nulledit.files import replacing, replacing_folder
 from nulledit.gates.limits import load_limits
 from nulledit.linalg.spectrum import Spectrum
 from nulledit.models.load import load_model
@@ -930,6 +931,21 @@ NAMES = [
     *("../../out", "/tmp/out", "..", ".", "a/b", "a\\b", "C:\\out", "CON", "nul.txt", "~", "-rf"),
     *("$(touch out)", "`touch out`", "x" * 200, "%2e%2e%2f", "a:b", "*", "?", " ", "\u202eout"),
 ]
+
+
+@pytest.mark.parametrize("words", [("facts", "check"), ("edit", "--model", "x", "--out", "y")])
+def test_no_error_fills_the_terminal(words):
+    for long in ("x" * 9000, "x/" * 4000, "\n".join("abc" * 900)):
+        result = invoke(*words, long)
+        assert result.exit_code == 2
+        assert len(result.stderr) < 2500
+
+
+@pytest.mark.parametrize("way", [replacing, replacing_folder])
+def test_a_full_disk_is_named(way, tmp_path):
+    with pytest.raises(OSError, match="No space") as caught, way(tmp_path / "result"):
+        raise OSError(28, "No space left on device")
+    assert _describe(caught.value) == (f"{tmp_path / 'result'}: No space left on device", 2)
 
 
 def test_files_that_are_named_by_hand_have_safe_names(tmp_path):

@@ -15,6 +15,19 @@ class FactError(NullEditError):
     """A facts file or a record in it is bad."""
 
 
+class BadRecordsError(FactError):
+    """Records of a facts file are bad; the message tells the first, `problems` all of them."""
+
+    def __init__(self, source: str, problems: tuple[str, ...], *, skippable: int, read_as: str):
+        """`skippable`: how many `--skip-bad` would leave out; `read_as`: the file's format."""
+        more = f" ({len(problems) - 1} more like it)" if len(problems) > 1 else ""
+        ways = [f"read as {read_as}"] if read_as else []
+        ways += ["--skip-bad leaves such records out"] if skippable else []
+        way = f"; {'; '.join(ways)}" if ways else ""
+        super().__init__(f"{source}: {problems[0]}{more}{way}")
+        self.problems = problems
+
+
 class ModelError(NullEditError):
     """A model is unknown, has no layout, or lacks the layer asked for."""
 

@@ -24,13 +24,14 @@ def replacing(file: Path) -> Iterator[Path]:
     partial = file.with_name(f".{file.name}.{os.getpid()}.part")
     partial.unlink(missing_ok=True)  # of a killed process that had this one's number
     try:
-        partial.touch()
-        mode = partial.stat().st_mode
-        yield partial
-        partial.chmod(mode)
-        sync(partial)
-        os.replace(partial, file)
-        sync(file.parent)
+        with _naming(file):
+            partial.touch()
+            mode = partial.stat().st_mode
+            yield partial
+            partial.chmod(mode)
+            sync(partial)
+            os.replace(partial, file)
+            sync(file.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -47,21 +48,22 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     new, old = partial / "new", partial / "old"
     try:
-        new.mkdir(parents=True)
-        yield new
-        probe = partial / "probe"
-        probe.touch()
-        for path in new.rglob("*"):
-            if path.is_file():
-                path.chmod(probe.stat().st_mode)
-            if path.exists():  # no link into nowhere
-                sync(path)
-        sync(new)
-        if folder.exists():
-            os.replace(folder, old)
-            sync(partial)
-        os.replace(new, folder)
-        sync(folder.parent)
+        with _naming(folder):
+            new.mkdir(parents=True)
+            yield new
+            probe = partial / "probe"
+            probe.touch()
+            for path in new.rglob("*"):
+                if path.is_file():
+                    path.chmod(probe.stat().st_mode)
+                if path.exists():  # no link into nowhere
+                    sync(path)
+            sync(new)
+            if folder.exists():
+                os.replace(folder, old)
+                sync(partial)
+            os.replace(new, folder)
+            sync(folder.parent)
     finally:
         if old.exists() and not folder.exists():
             os.replace(old, folder)
@@ -118,6 +120,17 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Have an error of the system say what was being written: a full disk names no file itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def _alive(process: str) -> bool:

@@ -217,11 +217,11 @@ def is_number(value: object) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
 
-def one_line(message: object) -> str:
-    """A message on one line, its middle left out where it is very long."""
+def one_line(message: object, most: int = MAX_MESSAGE) -> str:
+    """A message on one line, its middle left out where it has more than `most` characters."""
     text = " ".join(str(message).split())
-    half = MAX_MESSAGE // 2
-    return text if len(text) <= MAX_MESSAGE else f"{text[:half]} … {text[-half:]}"
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]} … {text[-half:]}"
 
 
 def _quote(value: object) -> str:

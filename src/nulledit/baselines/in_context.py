@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nulledit.data.facts import Fact, quote
 from nulledit.editor import Editor
 from nulledit.errors import ConfigError, FactError
-from nulledit.evaluation.generation import contains, generate_answers
+from nulledit.evaluation.generation import generate_answers, says_any
 from nulledit.evaluation.metrics import Rate, rates, score
 from nulledit.evaluation.protocols import Query, queries_of
 from nulledit.evaluation.runner import Evaluation
@@ -80,7 +80,7 @@ def in_context(
         )
     scores = [replace(item, query=query) for item, query in zip(scores, asked, strict=True)]
     answered = list(zip(facts, said, strict=True)) if generate else []
-    found = {fact.id: contains(text, fact.target) for fact, text in answered}
+    found = {fact.id: says_any(text, fact.answers) for fact, text in answered}
     return Evaluation(
         scores=tuple(scores),
         answers={fact.id: text for fact, text in answered},
@@ -146,8 +146,7 @@ def _check_room(
     needed = [
         (query.fact_id, len(_ids(encoder, join_target(query.prompt, answer))))
         for query in queries
-        for answer in (query.answer, query.other)
-        if answer is not None
+        for answer in query.said
     ]
     needed += [
         (fact.id, len(_ids(encoder, prompt)) + NEW_TOKENS)

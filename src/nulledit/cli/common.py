@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from nulledit.config import ChatSettings, NullSpaceSettings, Placement
+    from nulledit.data.readers import FactFile
     from nulledit.distributed import Ranks
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 MOST_DIGITS = 4  # of a layer's number
+MOST_NOTICES = 20  # of a file of facts on the terminal
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -181,8 +183,15 @@ def dtype_option(command: F) -> F:
     )(command)
 
 
-def conflict_option(command: F) -> F:
-    """--on-conflict."""
+def skip_bad_option(command: F) -> F:
+    """--skip-bad."""
+    text = "Leave out records that can't be read, and say which."
+    return click.option("--skip-bad", is_flag=True, help=text)(command)
+
+
+def facts_options(command: F) -> F:
+    """--on-conflict and --skip-bad, of commands that read a file of facts."""
+    command = skip_bad_option(command)
     return click.option(
         "--on-conflict",
         type=click.Choice(["error", "first", "last"]),
@@ -190,6 +199,19 @@ def conflict_option(command: F) -> F:
         show_default=True,
         help="Which record counts where two contradict each other.",
     )(command)
+
+
+def facts_of(file: str, given: Mapping[str, Any], *, quiet: bool, known: bool = False) -> FactFile:
+    """The facts of `file` under the options of a command, its notices said."""
+    from nulledit.data.readers import read_facts
+
+    names = ("skip", "limit", "on_conflict", "skip_bad")
+    found = read_facts(file, **{n: given[n] for n in names if n in given}, known=known)
+    for notice in found.notices[:MOST_NOTICES]:
+        say(f"Note: {notice}", quiet=quiet)
+    if (left := len(found.notices) - MOST_NOTICES) > 0:
+        say(f"Note: {left} more: nulledit facts check {file} --json has all", quiet=quiet)
+    return found
 
 
 def chat_options(command: F) -> F:

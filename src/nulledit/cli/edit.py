@@ -14,11 +14,12 @@ from nulledit.cli.common import (
     Sectioned,
     chat_options,
     chat_settings,
-    conflict_option,
     device_option,
     dtype_option,
     echo,
     emit,
+    facts_of,
+    facts_options,
     meet,
     meet_early,
     model_source,
@@ -29,7 +30,6 @@ from nulledit.cli.common import (
     parse_null_space,
     prepare,
     quantize_option,
-    say,
     seed_option,
     trust_option,
 )
@@ -82,7 +82,7 @@ class _Edit(Sectioned):
             *("model", "out", "run", "new_epoch", "device", *PLACING, "dtype", "quantize"),
             *("trust_remote_code", "retry", "dry_run"),
         ),
-        "Facts": ("limit", "skip", "on_conflict", "old_answers", "no_shuffle", "seed"),
+        "Facts": ("limit", "skip", "on_conflict", "skip_bad", "old_answers", "no_shuffle", "seed"),
         "Recipe": ("recipe", "stats", *FIELDS, "layers", "null_space", "chat", "system", "changes"),
         "Evaluation": ("text", "no_evaluate", "gate", "capability"),
     }
@@ -108,7 +108,7 @@ class _Edit(Sectioned):
 )
 @seed_option("Of contexts and of the queue's order.  [default: 0]", default=None)
 @click.option("--no-shuffle", is_flag=True, help="Keep the file's order over several batches.")
-@conflict_option
+@facts_options
 @click.option("--batch-size", metavar="N", type=int, help="Facts solved together.")
 @click.option("--layers", metavar="LIST", help="Edited layers, as 4,5,6 or 4-8, from 0.")
 @click.option("--method", metavar="NAME", help="See nulledit methods.")
@@ -185,12 +185,7 @@ def edit(facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
     meet_early(given["device"])
     quiet = quiet or Launch.of().rank > 0
     _check(given)
-    from nulledit.data.readers import read_facts
-
-    options = {"skip": given["skip"], "limit": given["limit"], "on_conflict": given["on_conflict"]}
-    found = read_facts(facts, **options)
-    for notice in found.notices:
-        say(f"Note: {notice}", quiet=quiet)
+    found = facts_of(facts, given, quiet=quiet)
     recipe = None if given["run"] else make_recipe(given)
     prepare(quiet=quiet)
     ranks = meet(given["device"])

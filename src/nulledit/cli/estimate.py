@@ -218,11 +218,10 @@ def _count_rows(facts: Sequence[Fact], encoder: RowEncoder, recipe: Recipe) -> d
         counts["tails"] += 1
         counts["reads"] += 1
         for query in queries_of(fact):
-            for answer in (query.answer, query.other):
-                if answer is not None:
-                    row = encoder.encode(query.prompt, target=answer)
-                    counts["asked"] += len(row.ids)
-                    counts["scored"] += len(row.target_ids)
+            for answer in query.said:
+                row = encoder.encode(query.prompt, target=answer)
+                counts["asked"] += len(row.ids)
+                counts["scored"] += len(row.target_ids)
         counts["answers"] += ANSWER
     return counts
 

@@ -11,10 +11,11 @@ from nulledit.cli.common import (
     Bars,
     chat_options,
     chat_settings,
-    conflict_option,
     device_option,
     echo,
     emit,
+    facts_of,
+    facts_options,
     output_options,
     prepare,
     say,
@@ -26,7 +27,7 @@ from nulledit.cli.common import (
 @click.argument("run", metavar="RUN")
 @click.option("--facts", metavar="FILE", help="Ask about these.  [default: the facts in RUN]")
 @click.option("--limit", type=click.IntRange(1), help="Ask about so many.  [default: all]")
-@conflict_option
+@facts_options
 @click.option(
     "--text",
     metavar="FILE",
@@ -62,12 +63,9 @@ def evaluate(run: str, as_json: bool, quiet: bool, **given: Any) -> None:
     $ nulledit evaluate run --facts others.yaml --text wiki.txt --json
     $ nulledit evaluate run --distract --capability tasks --prompts known_1000.json
     """
-    from nulledit.data.readers import read_facts
-
     chosen = None
     if given["facts"]:
-        read = {"limit": given["limit"], "on_conflict": given["on_conflict"]}
-        chosen = list(read_facts(given["facts"], **read).facts)
+        chosen = list(facts_of(given["facts"], given, quiet=quiet).facts)
     prepare(quiet=quiet)
     from nulledit.cli import rest
     from nulledit.cli.measure import check_lengths, in_other_forms, load_run, read_text

@@ -1,24 +1,60 @@
-"""`nulledit facts`: what is in a file of facts."""
+"""`nulledit facts`: what is in a file of facts, what a model makes of it, and a file to begin."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
-from nulledit.cli.common import conflict_option, emit, output_options, say
+from nulledit.cli.common import (
+    PLACING,
+    Bars,
+    Sectioned,
+    chat_options,
+    chat_settings,
+    device_option,
+    dtype_option,
+    echo,
+    emit,
+    facts_of,
+    facts_options,
+    model_source,
+    output_options,
+    prepare,
+    quantize_option,
+    say,
+    trust_option,
+)
+from nulledit.errors import BadRecordsError, ConfigError
 
 if TYPE_CHECKING:
     from nulledit.data.facts import Fact
+    from nulledit.evaluation.outlook import Outlook
+    from nulledit.report.tables import Table
+
+MOST_FACTS = 50  # in the table of what a model says
 
 
-@click.group(short_help="Check a file of facts.")
+class _Check(Sectioned):
+    sections: ClassVar[Mapping[str, Sequence[str]]] = {
+        "Facts": ("limit", "on_conflict", "skip_bad"),
+        "Model": (
+            *("model", "chat", "system", "device", *PLACING, "dtype", "quantize"),
+            "trust_remote_code",
+        ),
+    }
+
+
+@click.group(short_help="Check a file of facts, or begin one.")
 def facts() -> None:
     """Files of facts.
 
     A fact has a subject, a prompt with {} where the subject stands (or containing it once) and a
-    target; an id, an old_answer, a relation, more_prompts, paraphrases and neighbours may be added.
+    target; an id, an old_answer, a relation, target_aliases, more_prompts, paraphrases, neighbours
+    and portability may be added.
 
     \b
     facts:
@@ -32,35 +68,85 @@ def facts() -> None:
     """
 
 
-@facts.command(short_help="Format, counts and notices of a file.")
+@facts.command(cls=_Check, short_help="Format, counts, errors and notices of a file.")
 @click.argument("file", metavar="FILE")
-@conflict_option
+@click.option(
+    "--limit", metavar="N", type=click.IntRange(1), help="Take so many records.  [default: all]"
+)
+@facts_options
+@click.option("--model", metavar="MODEL", help="Say what this model makes of the facts, too.")
+@chat_options
+@device_option
+@dtype_option
+@quantize_option
+@trust_option
 @output_options
-def check(
-    file: str, on_conflict: Literal["error", "first", "last"], as_json: bool, quiet: bool
-) -> None:
+def check(file: str, as_json: bool, quiet: bool, **given: Any) -> None:
     """Read FILE as `nulledit edit` would, and say what is in it. Exit code 2 if it is bad.
 
-    YAML, JSON, JSON lines or CSV of nulledit's own records, CounterFact's, EasyEdit's or zsRE's,
-    told apart by content. Repeated records are dropped with a notice; contradictions are refused
-    unless --on-conflict decides.
+    YAML, JSON, JSON lines or CSV of nulledit's own records, or of another project's
+    (docs/facts.md), told apart by content. All errors are told at once, each with its line and id;
+    --skip-bad leaves bad records out. Repeated records are dropped with a notice; contradictions
+    are refused unless --on-conflict decides.
+
+    With --model: how many tokens each target has, what the model says to each prompt by itself,
+    old answers that are not what it says, targets that begin with a lone space piece, and facts
+    that will share a key (one subject, and the same text up to its end).
 
     \b
     $ nulledit facts check facts.yaml
+    $ nulledit facts check facts.yaml --model smollm2-135m
     """
-    from nulledit.data.readers import read_facts
+    _refuse_alone(given)
+    try:
+        found = facts_of(file, given, quiet=quiet or as_json)
+    except BadRecordsError as error:
+        if as_json:
+            emit({"file": file, "errors": error.problems})
+        elif len(error.problems) > 1:
+            echo("\n".join(error.problems))
+        raise
+    counts = count(found.facts)
+    seen = _look(found.facts, given, quiet=quiet) if given["model"] else ()
+    if as_json:
+        told: dict[str, Any] = {"file": file, "format": found.format, **counts}
+        told |= {"bad": found.bad, "notices": found.notices}
+        if given["model"]:
+            told["model"] = {"name": given["model"], "facts": [_plain(item) for item in seen]}
+        emit(told)
+        return
     from nulledit.report.tables import as_text
 
-    found = read_facts(file, on_conflict=on_conflict)
-    counts = count(found.facts)
-    if as_json:
-        emit({"file": file, "format": found.format, **counts, "notices": found.notices})
-        return
-    for notice in found.notices:
-        say(f"Note: {notice}", quiet=quiet)
     rows: list[Sequence[str]] = [["format", found.format]]
     rows += [[name.replace("_", " "), str(n)] for name, n in counts.items()]
-    click.echo(as_text(([file, ""], rows)))
+    if found.bad:
+        rows.append(["bad, left out", str(len(found.bad))])
+    echo(as_text(([file, ""], rows)))
+    if seen:
+        echo("\n" + as_text(_outlook_table(seen), left=5, most=40))
+        if len(seen) > MOST_FACTS:
+            echo(f"{len(seen) - MOST_FACTS} more facts: --json has all")
+        echo("\n" + as_text(([given["model"], "facts"], _summary(seen))))
+
+
+@facts.command(short_help="A commented file to begin with.")
+@click.argument("file", metavar="[FILE]", default="facts.yaml")
+def new(file: str) -> None:
+    """Write a commented FILE (facts.yaml) of two facts, to put your own in their place.
+
+    \b
+    $ nulledit facts new mine.yaml
+    """
+    from nulledit.files import write_text
+
+    path = Path(file)
+    if path.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"{file}: the template is YAML: give a name that ends in .yaml")
+    if path.exists():
+        raise ConfigError(f"{file}: is there already; choose another name")
+    template = resources.files("nulledit") / "assets" / "facts" / "template.yaml"
+    write_text(path, template.read_text(encoding="utf-8"))
+    echo(f"Wrote {file}. Put your facts in it, then: nulledit facts check {file}")
 
 
 def count(found: Sequence[Fact]) -> dict[str, Any]:
@@ -68,9 +154,95 @@ def count(found: Sequence[Fact]) -> dict[str, Any]:
     return {
         "facts": len(found),
         "with_old_answer": sum(f.old_answer is not None for f in found),
+        "with_target_aliases": sum(bool(f.target_aliases) for f in found),
         "with_paraphrases": sum(bool(f.paraphrases) for f in found),
         "with_neighbours": sum(any(p.answer for p in f.neighbours) for f in found),
+        "with_portability": sum(bool(f.portability) for f in found),
         "with_more_prompts": sum(bool(f.more_prompts) for f in found),
         "subjects": len({f.subject for f in found}),
         "relations": len({f.relation_key for f in found}),
     }
+
+
+def _refuse_alone(given: Mapping[str, Any]) -> None:
+    """Options of a model, without a model."""
+    if given["model"]:
+        return
+    names = ("chat", "system", "device", "dtype", "quantize", "trust_remote_code")
+    if flags := ["--" + name.replace("_", "-") for name in names if given[name]]:
+        raise ConfigError(f"{', '.join(flags)} can't be given without --model")
+
+
+def _look(facts: Sequence[Fact], given: Mapping[str, Any], *, quiet: bool) -> Sequence[Outlook]:
+    """What the model of the options makes of the facts."""
+    prepare(quiet=quiet)
+    from nulledit.evaluation.outlook import outlook
+    from nulledit.models.load import load_model
+    from nulledit.models.tokens import RowEncoder, context_length
+
+    say(f"Loading {given['model']}", quiet=quiet)
+    model, tokenizer = load_model(
+        model_source(given["model"]),
+        device=given["device"],
+        dtype=given["dtype"],
+        quantize=given["quantize"] or "",
+        trust_remote_code=given["trust_remote_code"],
+    )
+    plain = RowEncoder(tokenizer, max_length=context_length(model.config))
+    encoder = plain.in_chat(chat_settings(given, None))
+    with Bars(quiet=quiet) as bars:
+        return outlook(
+            model,
+            tokenizer,
+            facts,
+            encoder,
+            progress=lambda done, total: bars("answers", done, total),
+        )
+
+
+def _plain(item: Outlook) -> dict[str, Any]:
+    return {
+        "id": item.fact.id,
+        "target": item.fact.target,
+        "target_tokens": item.tokens,
+        "lone_space": item.lone_space,
+        "says": item.says,
+        "says_target": item.knows_target,
+        "old_answer": item.fact.old_answer,
+        "says_old_answer": item.says_old_answer,
+        "shares_key": item.shares_key,
+    }
+
+
+def _outlook_table(seen: Sequence[Outlook]) -> Table:
+    rows: list[Sequence[str]] = [
+        [item.fact.id, item.fact.target, str(item.tokens), item.says, _remarks(item)]
+        for item in seen[:MOST_FACTS]
+    ]
+    return ["fact", "target", "tokens", "the model says", "remarks"], rows
+
+
+def _remarks(item: Outlook) -> str:
+    said = []
+    if item.says_old_answer is False:
+        said.append(f"not the old answer {item.fact.old_answer}")
+    if item.knows_target and not item.fact.forget:
+        said.append("the target already")
+    if item.lone_space:
+        said.append("a lone space first")
+    if item.shares_key:
+        said.append(f"key of {', '.join(item.shares_key[:2])}")
+    return "; ".join(said)
+
+
+def _summary(seen: Sequence[Outlook]) -> list[Sequence[str]]:
+    tokens = sorted(item.tokens for item in seen)
+    old = [item.says_old_answer for item in seen if item.says_old_answer is not None]
+    return [
+        ["tokens of a target, fewest to most", f"{tokens[0]} to {tokens[-1]}"],
+        ["targets of one token", str(tokens.count(1))],
+        ["targets that begin with a lone space piece", str(sum(s.lone_space for s in seen))],
+        ["old answers that the model does not say", f"{old.count(False)} of {len(old)}"],
+        ["targets that it says already", str(sum(item.knows_target for item in seen))],
+        ["facts that share a key with another", str(sum(bool(s.shares_key) for s in seen))],
+    ]

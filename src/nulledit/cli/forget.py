@@ -11,10 +11,11 @@ from nulledit.cli.common import (
     PLACING,
     Bars,
     Sectioned,
-    conflict_option,
     device_option,
     echo,
     emit,
+    facts_of,
+    facts_options,
     output_options,
     prepare,
     say,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 class _Forget(Sectioned):
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
         "One fact": ("subject", "prompt", "target"),
-        "Facts of a file": ("old_answers", "skip", "limit", "on_conflict"),
+        "Facts of a file": ("old_answers", "skip", "limit", "on_conflict", "skip_bad"),
         "Model": ("device", *PLACING, "trust_remote_code"),
     }
 
@@ -48,7 +49,7 @@ class _Forget(Sectioned):
 @click.option("--old-answers", is_flag=True, help="Forget each fact's old_answer, not its target.")
 @click.option("--skip", metavar="N", type=click.IntRange(0), default=0, help="Leave out the first.")
 @click.option("--limit", metavar="N", type=click.IntRange(1), help="Take so many.  [default: all]")
-@conflict_option
+@facts_options
 @click.option(
     "--tokens",
     metavar="N",
@@ -135,14 +136,9 @@ def _check(facts: str | None, given: Mapping[str, Any]) -> None:
 def _read(file: str, given: Mapping[str, Any], *, quiet: bool) -> list[Fact]:
     """The facts of `file`, to be forgotten."""
     from nulledit.data.facts import quote
-    from nulledit.data.readers import read_facts
     from nulledit.errors import FactError
 
-    read = read_facts(
-        file, skip=given["skip"], limit=given["limit"], on_conflict=given["on_conflict"]
-    )
-    for notice in read.notices:
-        say(f"Note: {notice}", quiet=quiet)
+    read = facts_of(file, given, quiet=quiet)
     for fact in read.facts:
         if given["old_answers"] and fact.old_answer is None:
             raise FactError(f"{file}: fact {quote(fact.id)} has no old_answer to forget")

@@ -13,11 +13,12 @@ from nulledit.cli.common import (
     PLACING,
     Bars,
     Sectioned,
-    conflict_option,
     device_option,
     dtype_option,
     echo,
     emit,
+    facts_of,
+    facts_options,
     model_source,
     output_options,
     prepare,
@@ -31,7 +32,7 @@ from nulledit.errors import ConfigError
 
 class _Locate(Sectioned):
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
-        "Facts": ("limit", "skip", "on_conflict", "at_least"),
+        "Facts": ("limit", "skip", "on_conflict", "skip_bad", "at_least"),
         "Trace": ("draws", "noise", "window", "seed"),
         "Model": ("recipe", "device", *PLACING, "dtype", "quantize", "trust_remote_code"),
     }
@@ -47,7 +48,7 @@ class _Locate(Sectioned):
 @click.option(
     "--skip", metavar="N", type=click.IntRange(0), default=0, help="Leave out the first records."
 )
-@conflict_option
+@facts_options
 @click.option(
     "--at-least",
     metavar="N",
@@ -105,19 +106,10 @@ def locate(model: str, facts: str, as_json: bool, quiet: bool, **given: Any) -> 
     $ nulledit locate gpt2-xl known_1000.json --limit 200 --draws 10 --out trace
     """
     from nulledit.config import load_recipe
-    from nulledit.data.readers import read_facts
 
     folder = Path(given["out"])
     _check_out(folder)
-    read = read_facts(
-        facts,
-        skip=given["skip"],
-        limit=given["limit"],
-        on_conflict=given["on_conflict"],
-        known=True,
-    )
-    for notice in read.notices:
-        say(f"Note: {notice}", quiet=quiet)
+    read = facts_of(facts, given, quiet=quiet, known=True)
     layout = load_recipe(given["recipe"]).layout if given["recipe"] else None
     prepare(quiet=quiet)
     from nulledit.locating import TraceSettings

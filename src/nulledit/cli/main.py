@@ -45,6 +45,8 @@ from nulledit.report.text import plain
 if TYPE_CHECKING:
     from nulledit.distributed import Ranks
 
+MOST_SAID = 2000  # characters of an error on the terminal
+
 SECTIONS: dict[str, list[tuple[click.Command, str, str]]] = {
     "Edit": [
         (
@@ -249,7 +251,8 @@ def _fail(message: str, code: int) -> None:
 
 def _say_error(message: str) -> None:
     lines = (plain(line.strip()) for line in message.splitlines())
-    click.echo(f"Error: {' '.join(line for line in lines if line)}", err=True)
+    line = one_line(" ".join(line for line in lines if line), MOST_SAID)
+    click.echo(f"Error: {line}", err=True)
 
 
 @click.group(cls=Root, context_settings=CONTEXT)

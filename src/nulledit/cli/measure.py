@@ -68,7 +68,7 @@ def check_lengths(editor: Editor, facts: Sequence[Fact]) -> None:
     for fact in facts:
         room = editor.encoder.leaving(answer_room(editor.encoder, fact.target))
         for query in queries_of(fact):
-            answer = max(query.answer, query.other or "", key=len)
+            answer = max(query.said, key=len)
             if not room.chat and len(f"{query.prompt} {answer}".encode()) < room.max_length:
                 continue  # tokens are at least a byte long
             try:

@@ -10,10 +10,11 @@ import click
 
 from nulledit.cli.common import (
     Bars,
-    conflict_option,
     device_option,
     echo,
     emit,
+    facts_of,
+    facts_options,
     output_options,
     prepare,
     say,
@@ -41,7 +42,7 @@ HELD = 20  # facts in the model that are asked again
 @click.option(
     "--text", metavar="FILE", help="For perplexity and KL.  [default: one that comes along]"
 )
-@conflict_option
+@facts_options
 @device_option
 @trust_option
 @output_options
@@ -49,9 +50,7 @@ def preview(
     run: str,
     facts: str | None,
     undone: tuple[str, ...],
-    limit: int | None,
     text: str | None,
-    on_conflict: str,
     **given: Any,
 ) -> None:
     """Edit RUN in memory and show what would change: the facts, their neighbours, facts that are in
@@ -65,10 +64,7 @@ def preview(
     """
     if not facts and not undone:
         raise ConfigError("give FACTS to edit, or --undo ID")
-    from nulledit.data.readers import read_facts
-
-    options: dict[str, Any] = {"limit": limit, "on_conflict": on_conflict}
-    found = read_facts(facts, **options) if facts else None
+    found = facts_of(facts, given, quiet=given["quiet"]) if facts else None
     prepare(quiet=given["quiet"])
     from nulledit.cli.measure import check_lengths, read_text
     from nulledit.evaluation.perplexity import read

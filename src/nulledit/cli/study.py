@@ -20,6 +20,7 @@ from nulledit.cli.common import (
     prepare,
     say,
     seed_option,
+    skip_bad_option,
     trust_option,
 )
 from nulledit.errors import ConfigError
@@ -51,6 +52,7 @@ from nulledit.errors import ConfigError
 @click.option("--corpus", metavar="FILE", help="Preserved text (study corpus).")
 @click.option("--capability", metavar="DIR", help="The six tasks' .jsonl files.")
 @click.option("--prompts", metavar="FILE", help="For the drift of hidden states.")
+@skip_bad_option
 @click.option("--recipe", metavar="FILE|NAME", help="What arms change.  [default: the model's]")
 @click.option("--layers", metavar="LIST", help="Edited layers, as 4,5,6 or 4-8.")
 @click.option("--arms", metavar="LIST", help="Instead of the scale's: alphaedit,memit+inside,...")
@@ -162,7 +164,16 @@ def _lab(name: str, given: dict[str, Any], spec: Any, *, quiet: bool) -> Any:
             raise ConfigError("studies ask plain text: give a recipe without chat")
         resolve_recipe(each, source, bench.partial, bench.base.history.base.hash)
     tell = None if quiet else _Teller()
-    return Lab(bench, recipe, scale, settings, sources, seed=given["seed"], progress=tell)
+    return Lab(
+        bench,
+        recipe,
+        scale,
+        settings,
+        sources,
+        seed=given["seed"],
+        skip_bad=given["skip_bad"],
+        progress=tell,
+    )
 
 
 class _Teller:

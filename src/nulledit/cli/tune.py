@@ -16,11 +16,12 @@ from nulledit.cli.common import (
     Sectioned,
     chat_options,
     chat_settings,
-    conflict_option,
     device_option,
     dtype_option,
     echo,
     emit,
+    facts_of,
+    facts_options,
     model_source,
     output_options,
     parse_layers,
@@ -44,7 +45,7 @@ class _Tune(Sectioned):
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
         "Result": ("out",),
         "Bounds": ("minutes", "candidates"),
-        "Facts": ("count", "skip", "limit", "on_conflict", "seed"),
+        "Facts": ("count", "skip", "limit", "on_conflict", "skip_bad", "seed"),
         "Search": ("start", "layers", "trace", "weight", "stats", "text"),
         "Form": ("chat", "system"),
         "Model": ("device", *PLACING, "dtype", "quantize", "trust_remote_code"),
@@ -84,7 +85,7 @@ class _Tune(Sectioned):
 @click.option(
     "--skip", metavar="N", type=click.IntRange(0), default=0, help="Leave out the first records."
 )
-@conflict_option
+@facts_options
 @seed_option("Of contexts, and of which facts are for what.")
 @click.option(
     "--start", metavar="FILE|NAME", help="Recipe to begin with.  [default: as nulledit edit]"
@@ -124,18 +125,13 @@ def tune(model: str, facts: str, as_json: bool, quiet: bool, **given: Any) -> No
     $ nulledit tune smollm2-135m facts.yaml --out tuned.yaml --minutes 20
     $ nulledit tune gpt2-xl counterfact.json --facts 200 --layers 13-17 --out tuned.yaml
     """
-    from nulledit.data.readers import read_facts
-
     begun = time.perf_counter()
     out = Path(given["out"])
     _check(out, given)
     windows = [tuple(parse_layers(text)) for text in given["layers"]]
     if given["trace"]:
         windows.append(_traced(Path(given["trace"])))
-    options = {"skip": given["skip"], "limit": given["limit"], "on_conflict": given["on_conflict"]}
-    read = read_facts(facts, **options)
-    for notice in read.notices:
-        say(f"Note: {notice}", quiet=quiet)
+    read = facts_of(facts, given, quiet=quiet)
     start = _start(model, given)
     prepare(quiet=quiet)
     from nulledit.cli.measure import check_lengths

@@ -15,6 +15,8 @@ from nulledit.errors import FactError
 
 SLOT = "{}"
 MAX_ID_CHARACTERS = 200
+MAX_TEXT = 100_000
+"""Characters of one text of a fact, some 25,000 tokens."""
 # Control characters (category Cc) but newline and tab, and lone surrogates: slips of encoding.
 _FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 # What YAML makes of an unquoted 1969, 1.5, yes or 1969-07-20.
@@ -44,6 +46,11 @@ def clean_text(value: object, field: str) -> str:
         raise FactError(f"{field} must be text: write it in quotes (found {kind} {quote(value)})")
     if not isinstance(value, str):
         raise FactError(f"{field} must be text (found {type(value).__name__} {quote(value)})")
+    if len(value) > MAX_TEXT:
+        raise FactError(
+            f"{field} has {len(value)} characters: expected at most {MAX_TEXT} "
+            f"(found {quote(value[:100])})"
+        )
     if found := _FORBIDDEN.search(value):
         point = ord(found.group())
         kind = "lone surrogate" if point >= 0xD800 else "control character"
@@ -87,15 +94,21 @@ class Probe:
     """Full text, no slot."""
     answer: str | None = None
     """What should follow; None where unknown."""
+    aliases: tuple[str, ...] = ()
+    """Other answers that are as right."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", clean_text(self.prompt, "prompt"))
         if self.answer is not None:
             object.__setattr__(self, "answer", clean_text(self.answer, "answer"))
+        aliases = _aliases(self.aliases, "aliases", self.answer)
+        if aliases and self.answer is None:
+            raise FactError("answer is missing or empty: expected text, as there are aliases")
+        object.__setattr__(self, "aliases", aliases)
 
     @classmethod
     def from_value(cls, value: object, field: str) -> Probe:
-        """A probe from a probe, plain text or a mapping with `prompt` and `answer`."""
+        """A probe from a probe, plain text or a mapping with `prompt`, `answer` and `aliases`."""
         if isinstance(value, Probe):
             return value
         if isinstance(value, str):
@@ -104,11 +117,20 @@ class Probe:
             raise FactError(
                 f"{field} must be text or a mapping with prompt and answer (found {quote(value)})"
             )
-        _refuse_unknown(value, ("prompt", "answer"), f"{field}.")
+        _refuse_unknown(value, ("prompt", "answer", "aliases"), f"{field}.")
         try:
-            return cls(value.get("prompt"), value.get("answer"))  # type: ignore[arg-type]
+            return cls(value.get("prompt"), value.get("answer"), value.get("aliases") or ())  # type: ignore[arg-type]
         except FactError as error:
             raise FactError(f"{field}.{error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The native record; fields that say nothing are left out."""
+        record: dict[str, Any] = {"prompt": self.prompt}
+        if self.answer is not None:
+            record["answer"] = self.answer
+        if self.aliases:
+            record["aliases"] = list(self.aliases)
+        return record
 
 
 @dataclass(frozen=True)
@@ -143,6 +165,8 @@ class Fact:
     forget: bool = False
     """Suppress the target, with nothing in its place: the model is to answer as if it did not know
     the subject."""
+    target_aliases: tuple[str, ...] = ()
+    """Other answers that are as right as the target, which is the one to be written."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.forget, bool):
@@ -180,12 +204,18 @@ class Fact:
             ),
             "neighbours": _probes(self.neighbours, "neighbours"),
             "portability": _probes(self.portability, "portability", answered=True),
+            "target_aliases": _aliases(self.target_aliases, "target_aliases", self.target),
         }
 
     @property
     def prompts(self) -> tuple[str, ...]:
         """All templates to train on, the main one first."""
         return (self.prompt, *self.more_prompts)
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """All answers that are right after the edit, the target first."""
+        return (self.target, *self.target_aliases)
 
     @property
     def relation_key(self) -> str:
@@ -215,6 +245,7 @@ class Fact:
             target=self.target if answer is None else answer,
             old_answer=None,
             portability=(),
+            target_aliases=self.target_aliases if answer is None else (),
             forget=True,
         )
 
@@ -228,15 +259,12 @@ class Fact:
         for name in ("old_answer", "relation"):
             if getattr(self, name) is not None:
                 record[name] = getattr(self, name)
-        for name in ("more_prompts", "paraphrases"):
+        for name in ("target_aliases", "more_prompts", "paraphrases"):
             if getattr(self, name):
                 record[name] = list(getattr(self, name))
         for name in ("neighbours", "portability"):
             if probes := getattr(self, name):
-                record[name] = [
-                    {"prompt": p.prompt} | ({} if p.answer is None else {"answer": p.answer})
-                    for p in probes
-                ]
+                record[name] = [probe.to_dict() for probe in probes]
         if self.forget:  # left out otherwise, so that the records of other facts stay as they were
             record["forget"] = True
         return record
@@ -289,6 +317,11 @@ def _items(value: object, field: str) -> Iterable[Any]:
 
 def _texts(value: object, field: str) -> list[str]:
     return [clean_text(item, f"{field}[{i}]") for i, item in enumerate(_items(value, field))]
+
+
+def _aliases(value: object, field: str, answer: str | None) -> tuple[str, ...]:
+    """The texts of `value` that are not the answer again."""
+    return tuple(t for t in dict.fromkeys(_texts(value, field)) if t != (answer or "").strip())
 
 
 def _probes(value: object, field: str, *, answered: bool = False) -> tuple[Probe, ...]:

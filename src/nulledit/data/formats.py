@@ -1,15 +1,18 @@
-"""Other projects' records turned into native ones: CounterFact, EasyEdit, zsRE, known facts.
+"""Other projects' records turned into native ones: one row of names for each project.
 
-Keys that the shapes below do not name are ignored: these files carry much that no edit needs.
+A new format is a row of `SHAPES`. Questions beside the fact are read under all names that the rows
+share, whichever the format is. What nobody reads is named once a file (`views.Coverage`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nulledit.data.facts import SLOT, as_template, clean_text, quote
+from nulledit.data.facts import FIELDS, REQUIRED, SLOT, as_template, clean_text, quote
+from nulledit.data.views import ANSWERS, IDS, PROMPTS, Coverage, Names, View, blank, flat
 from nulledit.errors import FactError
 
 Record = Mapping[str, Any]
@@ -17,257 +20,330 @@ NATURAL_QUESTION = "nq question: "
 
 
 @dataclass(frozen=True)
-class Converted:
-    """A record in native fields, and what the user should know of it."""
+class Questions:
+    """Where prompts and their answers stand side by side."""
 
-    fields: dict[str, Any] | None
-    """Native record; None where the record asks for no edit."""
-    notices: tuple[str, ...] = ()
-    """Choices made for this record."""
+    prompts: str
+    """One prompt, or a list of them."""
+    answers: Names = ()
+    """For one prompt all that is right, for a list of prompts as many answers."""
+    shared: bool = False
+    """All texts at all of `answers` are right for each of the prompts."""
+
+
+NEIGHBOURS = (
+    Questions("locality_prompt", ("locality_ground_truth", "locality_answer")),
+    Questions("loc", ("loc_ans",)),
+    Questions("locality_question", ("locality_answer",)),
+)
+PORTABILITY = (
+    Questions("portability_prompt", ("portability_ground_truth",)),
+    Questions("mhop", ("mhop_ans",)),
+    Questions("questions", ("new_answer", "new_answer_alias"), shared=True),
+    Questions("sub_question", ("sub_answer",)),
+    Questions("onehop_question", ("onehop_answer",)),
+    Questions("inverse_question", ("inverse_answer",)),
+    Questions("reversed_relation_question", ("subject",)),
+    Questions("alter_question", ("answer",)),
+    *(Questions(f"question_{n}hop", (f"answer_{n}hop",)) for n in range(2, 7)),
+)
+PARAPHRASES = (
+    *("rephrase_prompt", "rephrase", "paraphrase_prompts", "paraphrased_question"),
+    *("para_question", "personas"),
+)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One way to write a record."""
+    """Where the records of one project hold what a fact needs; of several names the first counts.
 
-    markers: frozenset[str]
-    """Keys that tell this shape from the others."""
-    convert: Callable[[Record], Converted]
-    """Record to native fields; a FactError names the record's own field."""
-
-
-def detect_shape(record: object) -> str:
-    """Name of the shape most of whose marker keys `record` has; 'native' where none has any."""
-    keys = set(record) if isinstance(record, Mapping) else set()
-    return max(SHAPES, key=lambda name: len(SHAPES[name].markers & keys))
-
-
-def from_native(record: Record) -> Converted:
-    """As it is: `Fact.from_dict` does the checks."""
-    return Converted(dict(record))
-
-
-def from_counterfact(record: Record) -> Converted:
-    """CounterFact as published (Meng et al., arXiv:2202.05262)."""
-    rewrite = "requested_rewrite"
-    old_answer = _text(record, f"{rewrite}.target_true.str")
-    relation = _at(record, rewrite).get("relation_id")
-    fields, notices = _core(
-        record, f"{rewrite}.subject", f"{rewrite}.prompt", f"{rewrite}.target_new.str"
-    )
-    fields |= {
-        "old_answer": old_answer,
-        "relation": None if relation == "" else relation,
-        "paraphrases": _texts(record, "paraphrase_prompts"),
-        # The neighbours of a case are chosen to share its true answer.
-        "neighbours": [
-            {"prompt": prompt, "answer": old_answer}
-            for prompt in _texts(record, "neighborhood_prompts")
-        ],
-    }
-    return Converted(fields, notices)
-
-
-def from_easyedit(record: Record) -> Converted:
-    """EasyEdit, KnowEdit (arXiv:2401.01286) included.
-
-    Probes stand beside the prompt (`locality_prompt`, `portability_prompt`) or in blocks by name
-    (`locality`, `portability`).
+    Blocks of questions at `locality` and `portability` are read in every shape.
     """
-    fields, notices = _core(record, "subject", "prompt", "target_new")
-    fields |= {
-        "old_answer": next(iter(_texts(record, "ground_truth")), None),
-        "paraphrases": _texts(record, "rephrase_prompt"),
-        "neighbours": [
-            *_pairs(record, "locality_prompt", "locality_ground_truth"),
-            *_blocks(record, "locality"),
-        ],
-        "portability": _portability(record),
-    }
-    return Converted(fields, notices)
+
+    title: str
+    """As its authors call it."""
+    subject: Names = ("subject",)
+    prompt: Names = ("prompt",)
+    target: Names = ("target_new",)
+    """Several answers there are all right; the first is written."""
+    old_answer: Names = ()
+    core: str = ""
+    """The mapping that holds subject, prompt and answers, or a list of such: a fact each."""
+    core_paraphrases: Names = ()
+    """Further wordings in that mapping."""
+    neighbours: tuple[Questions, ...] = NEIGHBOURS
+    same_answer: str = ""
+    """Prompts about other subjects that have the old answer, too."""
+    forget: bool = False
+    """The answer is what the model says now."""
+    lacks: str = ""
+    """What these records do not have, and why they are refused."""
+
+    @property
+    def essential(self) -> set[str]:
+        """Names by which the shape is told from others."""
+        if self.core:
+            return {self.core}
+        return {*self.subject, *self.prompt, *self.target, *self.old_answer}
+
+    @property
+    def known(self) -> set[str]:
+        """All names that are read at the top of a record."""
+        asked = (*self.neighbours, *PORTABILITY)
+        beside = {q.prompts for q in asked} | {name for q in asked for name in q.answers}
+        beside |= {*PARAPHRASES, *IDS, *RELATIONS, "locality", "portability"}
+        return self.essential | beside | ({self.same_answer} if self.same_answer else set())
 
 
-def from_zsre(record: Record) -> Converted:
-    """zsRE as split for MEND (arXiv:2110.11309), where `alt` is the new answer.
-
-    `alt` was generated by a model. Where it came out empty there is nothing to write, and where
-    it is the true answer again there is no old answer to unlearn; both stand in the published
-    file, so neither may keep the rest of it from being read.
-
-    The unrelated question keeps its prefix "nq question: " and gets the question mark that it
-    lacks, as in the loader of ROME, MEMIT and AlphaEdit.
-    """
-    old_answer = next(iter(_texts(record, "answers", required=True)), None)
-    if record.get("alt") == "":
-        return Converted(None, ("alt is empty: left out, there is no target",))
-    fields, notices = _core(record, "subject", "src", "alt")
-    if old_answer is not None and fields["target"].casefold() == old_answer.casefold():
-        notices += (f"alt is the old answer {quote(old_answer)}: kept, without an old answer",)
-        old_answer = None
-    fields |= {
-        "old_answer": old_answer,
-        "paraphrases": _texts(record, "rephrase"),
-        "neighbours": [
-            probe | {"prompt": _question(probe["prompt"])}
-            for probe in _pairs(record, "loc", "loc_ans")
-        ],
-        "portability": _portability(record),
-    }
-    return Converted(fields, notices)
-
-
-def from_known(record: Record) -> Converted:
-    """A fact that models know, as in ROME's known_1000 (arXiv:2202.05262): nothing to write.
-
-    The answer stands where that of a fact to forget does: it is what the model says now.
-    """
-    fields, notices = _core(record, "subject", "prompt", "attribute")
-    known_id = record.get("known_id")
-    if known_id is not None:
-        fields["id"] = clean_text(str(known_id), "known_id")
-    return Converted({**fields, "forget": True}, notices)
-
+RELATIONS = ("relation_id", "relation")
+NATIVE = "native"
+KNOWN = "known"
 
 SHAPES = {
-    "native": Shape(
-        frozenset({"target", "old_answer", "more_prompts", "paraphrases", "neighbours"})
-        | {"portability"},
-        from_native,
-    ),
     "counterfact": Shape(
-        frozenset({"requested_rewrite", "paraphrase_prompts", "neighborhood_prompts"}),
-        from_counterfact,
+        "CounterFact (arXiv:2202.05262), MQuAKE (arXiv:2305.14795) or AKEW (arXiv:2402.18909)",
+        old_answer=("target_true",),
+        core="requested_rewrite",
+        core_paraphrases=("question",),
+        same_answer="neighborhood_prompts",
     ),
     "easyedit": Shape(
-        frozenset(
-            {"target_new", "rephrase_prompt", "locality", "locality_prompt", "ground_truth"}
-            | {"locality_ground_truth", "portability", "portability_prompt"}
-            | {"portability_ground_truth"}
-        ),
-        from_easyedit,
+        "EasyEdit or KnowEdit (arXiv:2401.01286)",
+        old_answer=("ground_truth", "target_old", "target_true"),
+        same_answer="neighborhood_prompts",
     ),
-    "zsre": Shape(frozenset({"src", "alt", "answers", "rephrase", "loc", "loc_ans"}), from_zsre),
-    "known": Shape(frozenset({"known_id", "attribute", "template", "prediction"}), from_known),
+    "zsre": Shape(
+        "zsRE as split for MEND (arXiv:2110.11309)",
+        prompt=("src",),
+        target=("alt",),
+        old_answer=("answers",),
+    ),
+    "wikibigedit": Shape("WikiBigEdit (arXiv:2503.05683)", prompt=("update",), target=("ans",)),
+    "ultraedit": Shape("UltraEditBench (arXiv:2505.14679)", target=("ans",)),
+    "qaedit": Shape("QAEdit (arXiv:2502.11177)", target=("target",), old_answer=("ground_truth",)),
+    "wikibio": Shape(
+        "KnowEdit's WikiBio (arXiv:2401.01286)",
+        subject=("concept",),
+        prompt=("text",),
+        target=("labels",),
+    ),
+    "hallueditbench": Shape(
+        "HalluEditBench (arXiv:2410.16251)", prompt=("question",), target=("object",)
+    ),
+    "questions": Shape(
+        "UnKE (arXiv:2405.15349) or a list of questions and answers",
+        prompt=("question",),
+        target=("answer",),
+        lacks="UnKE and EditEverything name no subject: add a field subject that the question "
+        "contains",
+    ),
+    "rippleedits": Shape(
+        "RippleEdits (arXiv:2307.12976)",
+        core="edit",
+        lacks="it names subject and target by Wikidata's numbers only; KnowEdit's wiki_counterfact "
+        "has such facts with their texts",
+    ),
+    KNOWN: Shape("ROME's known_1000 (arXiv:2202.05262)", target=("attribute",), forget=True),
 }
 
 
-def _core(
-    record: Record, subject_path: str, prompt_path: str, target_path: str
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Subject, prompt, target and id, and a notice where the subject's place was a choice."""
-    subject = _text(record, subject_path)
-    prompt, notices = _template(_text(record, prompt_path), subject, prompt_path)
-    fields = {"subject": subject, "prompt": prompt, "target": _text(record, target_path)}
-    case_id = record.get("case_id")
-    if isinstance(case_id, int) and not isinstance(case_id, bool):
-        case_id = str(case_id)
-    if case_id is not None:
-        fields["id"] = clean_text(case_id, "case_id")
+_QUESTIONS = (*NEIGHBOURS, *PORTABILITY)
+SEVERAL = {
+    *(*PARAPHRASES, "neighborhood_prompts", "locality", "portability"),
+    *(name for row in _QUESTIONS for name in (row.prompts, *row.answers)),
+} - {name for shape in SHAPES.values() for name in shape.essential}
+"""Names under which a cell of a table may hold several texts."""
+KNOWN_NAMES = {*FIELDS, *(name for shape in SHAPES.values() for name in shape.known)}
+"""Names of any format."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A record in native fields, and what the user should know of it."""
+
+    facts: tuple[dict[str, Any], ...]
+    """Native records; none where the record asks for no edit."""
+    notices: tuple[str, ...] = ()
+    """Choices made for this record."""
+
+
+def detect_shape(names: Iterable[object]) -> str:
+    """Name of the shape that most of a record's essential names, then most of all, belong to."""
+    keys = set(names)
+    found = {name: (len(s.essential & keys), len(s.known & keys)) for name, s in SHAPES.items()}
+    for name, shape in SHAPES.items():
+        if shape.core and shape.core in keys:
+            found[name] = (len(FIELDS), 0)
+    native = (len(essential_names(NATIVE) & keys), len(set(FIELDS) & keys))
+    return max([NATIVE, *SHAPES], key=lambda name: found.get(name, native))
+
+
+def essential_names(shape: str) -> set[str]:
+    """Names that tell a shape from others."""
+    return set(REQUIRED) if shape == NATIVE else SHAPES[shape].essential
+
+
+def convert(record: object, shape: Shape, coverage: Coverage) -> Converted:
+    """Native records of another project's one; a FactError names the record's own field."""
+    outer = View(record, coverage)
+    cores = outer.inside(shape.core) if shape.core else [outer]
+    facts: list[dict[str, Any]] = []
+    notices: list[str] = []
+    for i, core in enumerate(cores):
+        fields, said = _fact(core, shape)
+        notices += said
+        if not fields:
+            continue
+        fields |= _identity(outer, core, number=i + 1 if len(cores) > 1 else 0)
+        fields |= _questions(outer, core, shape, first=i == 0, fields=fields)
+        facts.append(fields)
+    return Converted(tuple(facts), tuple(notices))
+
+
+def _fact(core: View, shape: Shape) -> tuple[dict[str, Any], list[str]]:
+    """Subject, prompt, target and old answer; nothing where there is no target to write."""
+    given = next((name for name in shape.target if name in core.value), None)
+    if given and core.get(*shape.target)[1] is None:
+        return {}, [f"{core.place(given)} is empty: left out, there is no target"]
+    subject = core.text(shape.subject)
+    place, found = core.need(shape.target)
+    if not (answers := flat(found, place)):
+        raise FactError(f"{place} holds no text (found {quote(found)})")
+    target, *aliases = answers
+    prompt_place = core.need(shape.prompt)[0]
+    prompt, subject, notices = _template(core.text(shape.prompt), subject, prompt_place)
+    fields: dict[str, Any] = {"subject": subject, "prompt": prompt, "target": target}
+    if aliases:
+        fields["target_aliases"] = aliases
+    if shape.forget:
+        fields["forget"] = True
+    if old := core.answers(shape.old_answer) if shape.old_answer else []:
+        same = [text for text in old if text.casefold() == target.casefold()]
+        if same:
+            said = f"{place} is the old answer {quote(same[0])}: kept, without an old answer"
+            notices.append(said)
+        else:
+            fields["old_answer"] = old[0]
     return fields, notices
 
 
-def _template(prompt: str, subject: str, path: str) -> tuple[str, tuple[str, ...]]:
-    """`prompt` with one slot: unlike in the native format, of several mentions the first.
+def _template(prompt: str, subject: str, place: str) -> tuple[str, str, list[str]]:
+    """`prompt` with one slot, and the subject as it is spelled there: of several places the first.
 
     Nobody marks slots by hand in files of thousands of cases, so a choice beats a refusal here.
     """
-    if SLOT in prompt or prompt.find(subject, prompt.find(subject) + 1) < 0:
-        return as_template(prompt, subject, path), ()
-    notice = f"{path} contains the subject {quote(subject)} more than once: the first is taken"
-    return prompt.replace(subject, SLOT, 1), (notice,)
+    if SLOT in prompt or prompt.count(subject) == 1:
+        return as_template(prompt, subject, place), subject, []
+    if subject not in prompt:
+        found = re.search(re.escape(subject), prompt, re.IGNORECASE)
+        if not found:
+            return as_template(prompt, subject, place), subject, []
+        spelled = found.group()
+        notice = f"{place} spells the subject {quote(spelled)}: it is taken so"
+        return prompt[: found.start()] + SLOT + prompt[found.end() :], spelled, [notice]
+    notice = f"{place} contains the subject {quote(subject)} more than once: the first is taken"
+    return prompt.replace(subject, SLOT, 1), subject, [notice]
 
 
-def _mapping(value: object, path: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise FactError(f"{path} must be a mapping (found {type(value).__name__} {quote(value)})")
-    return value
+def _identity(outer: View, core: View, *, number: int) -> dict[str, Any]:
+    """Id and relation; `number` tells the facts of one record apart."""
+    fields: dict[str, Any] = {}
+    place, given = outer.get(*IDS)
+    if isinstance(given, int) and not isinstance(given, bool):
+        given = str(given)
+    if given is not None:
+        fields["id"] = clean_text(given, place) + (f"-{number}" if number else "")
+    relation = core.get(*RELATIONS)[1]
+    return fields if relation is None else fields | {"relation": relation}
 
 
-def _at(record: Record, path: str, *, required: bool = True) -> Any:
-    """The value at dotted `path`; None where it is not required and not there."""
-    value: Any = record
-    walked: list[str] = []
-    for name in path.split("."):
-        if walked:
-            value = _mapping(value, ".".join(walked))
-        walked.append(name)
-        if name not in value:
-            if not required:
-                return None
-            raise FactError(f"{'.'.join(walked)} is missing (found {quote(list(value))})")
-        value = value[name]
-    return value
+def _questions(
+    outer: View, core: View, shape: Shape, *, first: bool, fields: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What is asked beside the fact; what a record of several facts asks is asked of the first."""
+    asked: dict[str, Any] = {"paraphrases": core.all_texts(shape.core_paraphrases)}
+    target = fields["target"]
+    if aliases := [*fields.get("target_aliases", ()), *_hop_aliases(outer, target)]:
+        asked["target_aliases"] = aliases
+    if not first:
+        return asked
+    asked["paraphrases"] += outer.all_texts(PARAPHRASES)
+    neighbours = list(_all(outer, shape.neighbours, "locality"))
+    if shape.same_answer:
+        old = core.answers(shape.old_answer)
+        prompts = outer.all_texts((shape.same_answer,))
+        neighbours += [{"prompt": prompt} | _right(old) for prompt in prompts]
+    for probe in neighbours:
+        probe["prompt"] = _question(probe["prompt"])
+    portability = list(_all(outer, PORTABILITY, "portability"))
+    left_out = sum("answer" not in probe for probe in portability)
+    if left_out:
+        reason = "questions of portability have no answer and were left out"
+        outer.coverage.left_out[reason] += left_out
+    asked["neighbours"] = neighbours
+    asked["portability"] = [probe for probe in portability if "answer" in probe]
+    return asked
 
 
-def _text(record: Record, path: str) -> str:
-    return clean_text(_at(record, path), path)
+def _all(outer: View, rows: Iterable[Questions], blocks: str) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        yield from _probes(outer, (row.prompts,), row.answers, shared=row.shared)
+    for block in outer.blocks(blocks):
+        yield from _probes(block, PROMPTS, ANSWERS)
 
 
-def _texts(record: Record, path: str, *, required: bool = False) -> list[str]:
-    """Texts at `path`, which may hold one text or a list of them."""
-    value = _at(record, path, required=required)
+def _probes(
+    view: View, prompt_names: Names, answer_names: Names, *, shared: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Prompts with all their right answers."""
+    place, value = view.get(*prompt_names)
+    prompts = _each(value, place) if isinstance(value, list | tuple) else flat(value, place)
+    if not prompts:
+        return
+    if shared or len(prompts) == 1:
+        given = view.all_texts(answer_names) if shared else view.answers(answer_names)
+        answers = [given] * len(prompts)
+    else:
+        answers = _pairwise(view, answer_names, len(prompts), place)
+    for prompt, right in zip(prompts, answers, strict=True):
+        if prompt:
+            yield {"prompt": prompt} | _right(right)
+
+
+def _right(answers: list[str]) -> dict[str, Any]:
+    first = {"answer": answers[0]} if answers else {}
+    return first | ({"aliases": answers[1:]} if answers[1:] else {})
+
+
+def _each(values: Sequence[Any], place: str) -> list[str]:
+    """The texts of a list; an empty one keeps its place beside the answers."""
+    found = ["" if blank(v) else clean_text(v, f"{place}[{i}]") for i, v in enumerate(values)]
+    return found if any(found) else []
+
+
+def _pairwise(view: View, names: Names, count: int, prompts_place: str) -> list[list[str]]:
+    place, value = view.get(*names)
     if value is None:
-        return []
-    if not isinstance(value, list | tuple):
-        return [clean_text(value, path)]
-    return [clean_text(item, f"{path}[{i}]") for i, item in enumerate(value)]
+        return [[]] * count
+    held = value if isinstance(value, list | tuple) else [value]
+    if len(held) != count:
+        raise FactError(
+            f"{place} has {len(held)} texts and {prompts_place} {count}: expected as many"
+        )
+    return [flat(item, f"{place}[{i}]") for i, item in enumerate(held)]
+
+
+def _hop_aliases(outer: View, target: str) -> list[str]:
+    """Other names of the target that MQuAKE gives beside the hop that asks for it."""
+    found: list[str] = []
+    hops = outer.get("new_single_hops")[1]
+    for hop in hops if isinstance(hops, list) else []:
+        if isinstance(hop, Mapping) and hop.get("answer") == target:
+            found += flat(hop.get("answer_alias"), "new_single_hops.answer_alias")
+    return [text for text in dict.fromkeys(found) if text != target]
 
 
 def _question(prompt: str) -> str:
+    """zsRE's unrelated question with its mark, as in the loader of ROME, MEMIT and AlphaEdit."""
     lacks = prompt.startswith(NATURAL_QUESTION) and not prompt.endswith("?")
     return prompt + "?" if lacks else prompt
-
-
-def _portability(record: Record) -> list[dict[str, str]]:
-    """Probes that follow from the fact; those without an answer can't be scored."""
-    if "New Question" in _mapping(record.get("portability") or {}, "portability"):
-        found = _pairs(record["portability"], "New Question", "New Answer")
-    else:
-        found = _pairs(record, "portability_prompt", "portability_ground_truth")
-        found += _blocks(record, "portability")
-    return [probe for probe in found if "answer" in probe]
-
-
-def _blocks(record: Record, path: str) -> list[dict[str, str]]:
-    """Probes of the named blocks at `path`.
-
-    A block has a prompt and its `ground_truth`, a list of each, or is a list of such pairs.
-    """
-    found = []
-    for name, block in _mapping(record.get(path) or {}, path).items():
-        where = f"{path}[{quote(name)}]"
-        pairs = {where: block}
-        if isinstance(block, list | tuple):
-            pairs = {f"{where}[{i}]": item for i, item in enumerate(block)}
-        for place, pair in pairs.items():
-            probes = _mapping(pair, place)
-            try:
-                found += _pairs(probes, "prompt", "ground_truth")
-            except FactError as error:
-                raise FactError(f"{place}.{error}") from None
-    return found
-
-
-def _pairs(record: Record, prompts_path: str, answers_path: str) -> list[dict[str, str]]:
-    """Probes from a path of prompts and a path of their answers; of several for one, the first."""
-    prompts = _texts(record, prompts_path)
-    answers = _answers(record, answers_path)
-    if isinstance(_at(record, prompts_path, required=False), str):
-        answers = answers[:1]
-    if not answers:
-        return [{"prompt": prompt} for prompt in prompts]
-    if len(prompts) != len(answers):
-        raise FactError(
-            f"{answers_path} has {len(answers)} texts and {prompts_path} {len(prompts)}: "
-            f"expected as many"
-        )
-    return [{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)]
-
-
-def _answers(record: Record, path: str) -> list[str]:
-    """Texts at `path`; of a list of lists, where each answer has aliases, the first of each."""
-    value = _at(record, path, required=False)
-    if not isinstance(value, list | tuple) or not any(isinstance(x, list | tuple) for x in value):
-        return _texts(record, path)
-    names = [item if isinstance(item, list | tuple) else [item] for item in value]
-    return [clean_text(item[0], f"{path}[{i}][0]") for i, item in enumerate(names) if item]

@@ -2,90 +2,119 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from nulledit.data.facts import FIELDS, REQUIRED, quote, suggest
+import yaml
+
+from nulledit.data.facts import quote, suggest
+from nulledit.data.formats import KNOWN_NAMES
+from nulledit.data.sheets import has_header, parse_sheet
+from nulledit.data.views import Row
 from nulledit.errors import FactError
-from nulledit.reading import check_values, parse_yaml, unique_keys
+from nulledit.reading import check_values, json_problem, parse_yaml, unique_keys
 
-LIST_SEPARATOR = " | "
-ANSWER_SEPARATOR = " => "
-_CSV_PROBES = ("neighbours", "portability")
-_CSV_LISTS = ("more_prompts", "paraphrases", *_CSV_PROBES)
+LISTS = ("facts", "data", "records", "cases")
+"""Keys under which a document may hold its list of records."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """A record and where it stood."""
+@dataclass
+class Parsed:
+    """The records of a file."""
 
-    number: int
-    """Place among the file's records, from 0."""
-    record: Any
-    """What was found there, unchecked."""
-    line: int | None = None
-    """Line of the file it ends on, from 1, where the container tells."""
+    container: str
+    """json, jsonl, yaml or csv."""
+    rows: list[Row]
+    """In the file's order."""
+    notices: tuple[str, ...] = ()
+    """What was changed or not read in the container."""
+    find_lines: Callable[[], list[int]] = field(default=list)
+    """Line of each record, for containers that do not tell while they are read."""
 
-    @property
-    def label(self) -> str:
-        """For messages."""
-        line = "" if self.line is None else f" (line {self.line})"
-        return f"record {self.number}{line}"
+    @cached_property
+    def _lines(self) -> list[int]:
+        return self.find_lines()
+
+    def label(self, row: Row, derived: str = "") -> str:
+        """Which record, from 1, on which line, with which id of its own or else derived."""
+        line = row.line
+        if line is None and row.number < len(self._lines):
+            line = self._lines[row.number]
+        told = [] if line is None else [f"line {line}"]
+        told += [f"id {quote(name)}"] if (name := row.id or derived) else []
+        return f"record {row.number + 1}" + (f" ({', '.join(told)})" if told else "")
 
 
-def parse_text(text: str, *, source: str, suffix: str) -> tuple[str, list[Row]]:
-    """Name of the container and its records; `suffix` only decides what content leaves open."""
+def parse_text(text: str, *, source: str, suffix: str) -> Parsed:
+    """The records of a text; `suffix` only decides what content leaves open."""
     if not text.strip():
         raise FactError(f"{source}: the file is empty")
     may_be_yaml = suffix in (".yaml", ".yml")
     check_values(text, source=source, error=FactError)
     if text.lstrip()[0] in "[{" and (_is_json(text) or not may_be_yaml):
-        container, rows = _parse_json(text, source)
-    elif _has_csv_header(text) or suffix == ".csv":
-        container, rows = "csv", list(_parse_csv(text, source))
+        parsed = _parse_json(text, source)
+    elif has_header(text) or suffix in (".csv", ".tsv"):
+        parsed = Parsed("csv", *parse_sheet(text, source))
     else:
         document = parse_yaml(text, source=source, error=FactError)
-        container, rows = "yaml", _rows(document, source)
-    if not rows:
+        rows, notices = _rows(document, source)
+        parsed = Parsed("yaml", rows, notices, lambda: _yaml_lines(text))
+    if not parsed.rows:
         raise FactError(f"{source}: the file holds no facts")
-    return container, rows
+    return parsed
 
 
-def _rows(document: Any, source: str) -> list[Row]:
-    """Records of a parsed YAML or JSON document."""
+def _rows(document: Any, source: str) -> tuple[list[Row], tuple[str, ...]]:
+    """Records of a parsed YAML or JSON document, and what beside them was not read."""
     if document is None:
         raise FactError(f"{source}: the file holds no facts")
-    if isinstance(document, dict) and "facts" in document:
-        if others := [name for name in document if name != "facts"]:
+    records, notices = document, []
+    if isinstance(document, dict):
+        name = next((key for key in LISTS if isinstance(document.get(key), list)), None)
+        others = [key for key in document if key != name]
+        if name == "facts" and others:
             raise FactError(f"{source}: unknown key {quote(others[0])} beside 'facts'")
-        document = document["facts"]
-    elif isinstance(document, dict) and len(document) > 1:
-        document = [document]  # one fact alone
-    if not isinstance(document, list):
+        if name:
+            records = document[name]
+            notices += [f"{source}: {quote(key)} beside {name!r} was not read" for key in others]
+        elif "facts" in document:
+            records = document["facts"]
+        elif _is_by_id(document):
+            records = [{"id": str(key), **record} for key, record in document.items()]
+        elif len(document) > 1 or KNOWN_NAMES & set(document):
+            records = [document]  # one fact alone
+    if not isinstance(records, list):
         hint = suggest(next(iter(document), ""), ["facts"]) if isinstance(document, dict) else ""
         raise FactError(
             f"{source}: expected a list of facts or a mapping with the key 'facts' "
-            f"(found {type(document).__name__} {quote(document)}){hint}"
+            f"(found {type(records).__name__} {quote(records)}){hint}"
         )
-    return [Row(i, record) for i, record in enumerate(document)]
+    return [Row(i, record) for i, record in enumerate(records)], tuple(notices)
+
+
+def _is_by_id(document: dict[Any, Any]) -> bool:
+    """Whether a mapping holds records under their ids."""
+    return not KNOWN_NAMES & set(document) and all(
+        isinstance(value, dict) and KNOWN_NAMES & set(value) for value in document.values()
+    )
 
 
 # --- JSON -----------------------------------------------------------------------------------
 
 
-def _parse_json(text: str, source: str) -> tuple[str, list[Row]]:
+def _parse_json(text: str, source: str) -> Parsed:
     try:
-        return "json", _rows(_load_json(text), source)
+        rows, notices = _rows(_load_json(text), source)
+        return Parsed("json", rows, notices, lambda: _json_lines(text))
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
-            return "jsonl", list(_parse_jsonl(text, source))
+            return Parsed("jsonl", list(_parse_jsonl(text)))
         raise FactError(f"{source}: line {error.lineno}: broken JSON: {error.msg}") from None
     except (RecursionError, ValueError) as error:
-        raise FactError(f"{source}: broken JSON: {_reason(error)}") from None
+        raise FactError(f"{source}: broken JSON: {json_problem(error)}") from None
 
 
 def _is_json(text: str) -> bool:
@@ -97,94 +126,70 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _parse_jsonl(text: str, source: str) -> Iterator[Row]:
-    number = 0
+def _parse_jsonl(text: str) -> Iterator[Row]:
     # Not splitlines(): U+2028 and the like may stand in a JSON text.
-    for i, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
+    lines = ((i, line) for i, line in enumerate(text.split("\n"), start=1) if line.strip())
+    for number, (i, line) in enumerate(lines):
         try:
             yield Row(number, _load_json(line), i)
+        except json.JSONDecodeError as error:
+            yield Row(number, None, i, f"broken JSON: {error.msg}")
         except (RecursionError, ValueError) as error:
-            raise FactError(
-                f"{source}: record {number} (line {i}): broken JSON: {_reason(error)}"
-            ) from None
-        number += 1
+            yield Row(number, None, i, f"broken JSON: {json_problem(error)}")
 
 
 def _load_json(text: str) -> Any:
     return json.loads(text, object_pairs_hook=unique_keys)
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+def _json_lines(text: str) -> list[int]:
+    """Line of each record of a JSON text that was read without fault."""
+    starts = list(_members(text, _skip(text, 0)))
+    lines, line, at = [], 1, 0
+    for start in starts:
+        line += text.count("\n", at, start)
+        at = start
+        lines.append(line)
+    return lines
 
 
-# --- CSV ------------------------------------------------------------------------------------
+def _members(text: str, at: int) -> Iterator[int]:
+    """Where the records begin in the list, or in the mapping, that begins at `at`."""
+    decoder = json.JSONDecoder()
+    listed = text[at] == "["
+    found = []
+    at = _skip(text, at + 1)
+    while text[at] not in "]}":
+        name = None
+        if not listed:
+            name, at = decoder.raw_decode(text, at)
+            at = _skip(text, _skip(text, at) + 1)  # behind the colon
+        if name in LISTS and text[at] == "[":
+            yield from _members(text, at)
+            return
+        found.append(at)
+        at = _skip(text, decoder.raw_decode(text, at)[1])
+        at = _skip(text, at + 1) if text[at] == "," else at
+    yield from found
 
 
-def _has_csv_header(text: str) -> bool:
-    cells = [cell.strip(' "') for cell in text.lstrip().split("\n", 1)[0].split(",")]
-    return len(set(cells) & set(REQUIRED)) >= 2
+def _skip(text: str, at: int) -> int:
+    """The next place that is no white space."""
+    while text[at] in " \t\n\r":
+        at += 1
+    return at
 
 
-def _parse_csv(text: str, source: str) -> Iterator[Row]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header: list[str] = []
-    number = 0
-    try:
-        for cells in reader:
-            if not any(cell.strip() for cell in cells):
-                continue
-            if not header:
-                header = _csv_header(cells, f"{source}: line {reader.line_num}")
-                continue
-            row = f"{source}: record {number} (line {reader.line_num})"
-            if len(cells) != len(header):
-                raise FactError(
-                    f"{row}: found {len(cells)} columns, expected {len(header)} "
-                    f"({', '.join(header)}): quote a text that holds a comma"
-                )
-            yield Row(number, _csv_record(header, cells), reader.line_num)
-            number += 1
-    except csv.Error as error:
-        raise FactError(f"{source}: line {reader.line_num}: broken CSV: {error}") from None
+# --- YAML -----------------------------------------------------------------------------------
 
 
-def _csv_header(cells: list[str], where: str) -> list[str]:
-    header = [cell.strip() for cell in cells]
-    for name in REQUIRED:
-        if name not in header:
-            raise FactError(
-                f"{where}: the header has no column {name}: expected subject,prompt,target "
-                f"and maybe others, with commas between (found {quote(','.join(header))})"
-            )
-    for name in header:
-        if name not in FIELDS:
-            raise FactError(
-                f"{where}: unknown column {quote(name)}{suggest(name, FIELDS)}; "
-                f"expected {', '.join(FIELDS)}"
-            )
-        if header.count(name) > 1:
-            raise FactError(f"{where}: the column {name} stands twice in the header")
-    return header
-
-
-def _csv_record(header: list[str], cells: list[str]) -> dict[str, Any]:
-    """Native record of one line; an empty cell is a field left out."""
-    record: dict[str, Any] = {}
-    for name, cell in zip(header, cells, strict=True):
-        if not cell.strip() and name not in REQUIRED:
-            continue
-        record[name] = cell.split(LIST_SEPARATOR) if name in _CSV_LISTS else cell
-    for name in _CSV_PROBES:
-        if name in record:
-            record[name] = [_csv_probe(text) for text in record[name]]
-    return record
-
-
-def _csv_probe(text: str) -> dict[str, str]:
-    prompt, arrow, answer = text.rpartition(ANSWER_SEPARATOR)
-    return {"prompt": prompt, "answer": answer} if arrow else {"prompt": text}
+def _yaml_lines(text: str) -> list[int]:
+    """Line of each record of a YAML text that was read without fault."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    node: Any = yaml.compose(text, Loader=loader)
+    if isinstance(node, yaml.MappingNode):
+        under = {getattr(key, "value", None): value for key, value in node.value}
+        lists = (under[name] for name in LISTS if isinstance(under.get(name), yaml.SequenceNode))
+        node = next(lists, node)
+    items = node.value if isinstance(node, yaml.SequenceNode) else [v for _, v in node.value]
+    return [item.start_mark.line + 1 for item in items]

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nulledit.data.facts import Fact, quote
-from nulledit.data.formats import SHAPES, detect_shape
-from nulledit.data.parsing import Row, parse_text
-from nulledit.errors import FactError
-from nulledit.reading import read_text
+from nulledit.data.formats import KNOWN, NATIVE, SHAPES, Converted, convert, detect_shape
+from nulledit.data.parsing import Parsed, parse_text
+from nulledit.data.views import Coverage, Row
+from nulledit.errors import BadRecordsError, FactError
+from nulledit.reading import one_line, read_text
 
 MAX_BYTES = 512 * 2**20
 """Of a facts file: ten times CounterFact's."""
+LOOKED_AT = 20  # records that decide a file's format
 
 OnConflict = Literal["error", "first", "last"]
 
@@ -28,7 +30,9 @@ class FactFile:
     format: str
     """Shape of the records and container, such as 'counterfact-json' or 'native-csv'."""
     notices: tuple[str, ...]
-    """One line for each record dropped and each choice made; nothing else was changed."""
+    """One line for each record dropped and each choice made, and for what was not read."""
+    bad: tuple[str, ...] = ()
+    """Why records were left out, one line each."""
 
 
 Facts = Fact | FactFile | Mapping[str, Any] | Iterable[Fact | Mapping[str, Any]]
@@ -37,13 +41,14 @@ Facts = Fact | FactFile | Mapping[str, Any] | Iterable[Fact | Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class _Named:
-    """A fact and the name of its record."""
+    """A fact and the record it comes from."""
 
-    label: str
+    parsed: Parsed
+    row: Row
     fact: Fact
 
     def __str__(self) -> str:
-        return f"{self.label} (id {self.fact.id})"
+        return self.parsed.label(self.row, self.fact.id)
 
 
 def read_facts(
@@ -53,21 +58,22 @@ def read_facts(
     skip: int = 0,
     limit: int | None = None,
     known: bool = False,
+    skip_bad: bool = False,
 ) -> FactFile:
-    """Facts of a YAML, JSON, JSON lines or CSV file, native or of CounterFact, EasyEdit or zsRE.
+    """Facts of a YAML, JSON, JSON lines or CSV file: nulledit's own records, or those of a project
+    of `formats.SHAPES`.
 
     `skip` leaves out the first records and `limit` takes so many of the rest, before repetitions
     and contradictions are looked for. Two targets for one subject and relation are an error unless
-    `on_conflict` says which record counts. Records of known facts (ROME's known_1000), which have
-    no target, are an error, too, unless `known` asks for them: as facts to forget.
+    `on_conflict` says which record counts. Records that can't be read are an error, a
+    BadRecordsError that holds all of them, unless `skip_bad` leaves them out. Records of known
+    facts (ROME's known_1000), which have no target, are an error, too, unless `known` asks for
+    them: as facts to forget.
     """
     path = Path(path)
     text = _read_text(path)
-    container, rows = parse_text(text, source=str(path), suffix=path.suffix.lower())
-    chosen = _select(rows, str(path), skip, limit)
-    # Cells of a CSV are native by its header.
-    shape = "native" if container == "csv" else _shape_of(chosen[0], str(path), known=known)
-    return _collect(chosen, str(path), shape, f"{shape}-{container}", on_conflict)
+    parsed = parse_text(text, source=str(path), suffix=path.suffix.lower())
+    return _collect(parsed, str(path), on_conflict, skip, limit, known=known, skip_bad=skip_bad)
 
 
 def parse_records(
@@ -77,16 +83,15 @@ def parse_records(
     on_conflict: OnConflict = "error",
     skip: int = 0,
     limit: int | None = None,
+    skip_bad: bool = False,
 ) -> FactFile:
     """Facts of records in memory, as `read_facts` does; `source` names them in messages."""
     if isinstance(records, str | bytes | Mapping):
         raise FactError(f"{source}: expected a list of records (found {quote(records)})")
-    rows = [Row(i, record) for i, record in enumerate(records)]
-    if not rows:
+    parsed = Parsed("", [Row(i, record) for i, record in enumerate(records)])
+    if not parsed.rows:
         raise FactError(f"{source}: there are no facts")
-    chosen = _select(rows, source, skip, limit)
-    shape = _shape_of(chosen[0], source, known=False)
-    return _collect(chosen, source, shape, shape, on_conflict)
+    return _collect(parsed, source, on_conflict, skip, limit, known=False, skip_bad=skip_bad)
 
 
 def as_facts(given: Facts) -> FactFile:
@@ -133,66 +138,109 @@ def _select(rows: list[Row], source: str, skip: int, limit: int | None) -> list[
     return rows[skip:] if limit is None else rows[skip : skip + limit]
 
 
-def _shape_of(row: Row, source: str, *, known: bool) -> str:
-    shape = detect_shape(row.record)
-    if shape == "known" and not known:
+def _shape_of(rows: Sequence[Row], source: str, *, known: bool) -> str:
+    """The shape of a file, by the names in its first records."""
+    records = [row.record for row in rows[:LOOKED_AT] if isinstance(row.record, Mapping)]
+    shape = detect_shape(name for record in records for name in record)
+    if shape == KNOWN and not known:
         # Read in silence as facts to forget they would be suppressed, a thousand at a time.
         raise FactError(
-            f"{source}: {row.label}: has an attribute and no target (a known fact, as in ROME's "
-            "known_1000): expected a target to write; only `nulledit locate` reads known facts"
+            f"{source}: looks like {SHAPES[shape].title}, whose records have an attribute and no "
+            "target: expected a target to write; only `nulledit locate` reads known facts"
         )
     return shape
 
 
 def _collect(
-    rows: list[Row], source: str, shape: str, format: str, on_conflict: OnConflict
+    parsed: Parsed,
+    source: str,
+    on_conflict: OnConflict,
+    skip: int,
+    limit: int | None,
+    *,
+    known: bool,
+    skip_bad: bool,
 ) -> FactFile:
+    if on_conflict not in ("error", "first", "last"):
+        raise ValueError(f"on_conflict must be 'error', 'first' or 'last', got {on_conflict!r}")
+    rows = _select(parsed.rows, source, skip, limit)
+    shape = _shape_of(rows, source, known=known)
+    coverage = Coverage()
     named: list[_Named] = []
-    notices: list[str] = []
+    notices, bad = list(parsed.notices), []
     for row in rows:
         try:
-            fact, found = _to_fact(row.record, shape)
+            facts, said = _facts_of(row, shape, coverage)
         except FactError as error:
-            raise FactError(f"{source}: {row.label}: {error}") from None
-        notices += [f"{source}: {row.label}: {notice}" for notice in found]
-        if fact is not None:
-            named.append(_Named(row.label, fact))
-    kept, dropped = _resolve(named, source, on_conflict)
+            bad.append(one_line(f"{parsed.label(row)}: {error}"))
+            continue
+        notices += [one_line(f"{source}: {parsed.label(row)}: {notice}") for notice in said]
+        named += [_Named(parsed, row, fact) for fact in facts]
+    kept, dropped, clashes = _resolve(named, source, on_conflict)
+    kept, twins = _without_twins(kept)
+    bad += twins
+    if clashes or (bad and not skip_bad):
+        read_as = SHAPES[shape].title if bad and shape != NATIVE else ""
+        raise BadRecordsError(source, (*bad, *clashes), skippable=len(bad), read_as=read_as)
     if not kept:
-        raise FactError(f"{source}: no record has a target to write")
-    return FactFile(tuple(kept), format, (*notices, *dropped))
+        raise FactError(f"{source}: no record has a target to write" + _reason(bad))
+    notices += dropped
+    if bad:
+        notices.append(f"{source}: {len(bad)} of {len(rows)} records are bad and were left out")
+        notices += [f"{source}: {line}: left out" for line in bad]
+    notices += [f"{source}: {said}" for said in (*coverage.notices(), *_unanswered(kept))]
+    format = "-".join(part for part in (shape, parsed.container) if part)
+    return FactFile(tuple(item.fact for item in kept), format, tuple(notices), tuple(bad))
 
 
-def _to_fact(record: Any, shape: str) -> tuple[Fact | None, tuple[str, ...]]:
-    if not isinstance(record, Mapping):
+def _facts_of(row: Row, shape: str, coverage: Coverage) -> tuple[tuple[Fact, ...], tuple[str, ...]]:
+    if row.problem:
+        raise FactError(row.problem)
+    if not isinstance(row.record, Mapping):
         raise FactError(
             f"expected a mapping with subject, prompt and target "
-            f"(found {type(record).__name__} {quote(record)})"
+            f"(found {type(row.record).__name__} {quote(row.record)})"
         )
-    converted = SHAPES[shape].convert(record)
-    if converted.fields is None:
-        return None, converted.notices
-    return Fact.from_dict(converted.fields), converted.notices
+    if shape == NATIVE:
+        return (Fact.from_dict(row.record),), ()
+    try:
+        converted: Converted = convert(row.record, SHAPES[shape], coverage)
+    except FactError as error:
+        lacks = SHAPES[shape].lacks
+        if lacks and "subject" in str(error):
+            raise FactError(f"{error}: {lacks}") from None
+        raise
+    return tuple(map(Fact.from_dict, converted.facts)), converted.notices
+
+
+def _reason(bad: Sequence[str]) -> str:
+    return f": {bad[0]}" + (f" ({len(bad) - 1} more)" if bad[1:] else "") if bad else ""
+
+
+def _unanswered(kept: Sequence[_Named]) -> list[str]:
+    """That neighbours without an answer are never scored."""
+    n = sum(probe.answer is None for item in kept for probe in item.fact.neighbours)
+    return [f"{n} neighbours have no answer: they are never scored"] if n else []
+
+
+# --- Repetitions and contradictions ---------------------------------------------------------
 
 
 def _resolve(
     named: list[_Named], source: str, on_conflict: OnConflict
-) -> tuple[list[Fact], list[str]]:
-    """Facts left after repetitions and contradictions, and a notice for each one dropped."""
-    if on_conflict not in ("error", "first", "last"):
-        raise ValueError(f"on_conflict must be 'error', 'first' or 'last', got {on_conflict!r}")
+) -> tuple[list[_Named], list[str], list[str]]:
+    """Facts left after repetitions and contradictions, a notice for each one dropped, and
+    contradictions that nobody decided."""
     # 'last' is 'first' read backwards.
     step = -1 if on_conflict == "last" else 1
     kept, repeats, conflicts = _keep_first(named[::step])
-    if conflicts and on_conflict == "error":
-        item, rival = conflicts[0]
-        more = f" ({len(conflicts) - 1} more like it)" if len(conflicts) > 1 else ""
-        raise FactError(f"{source}: {_clash(item, rival)}; give --on-conflict first or last{more}")
-    _check_ids(kept, source)
     notices = [f"{source}: {item} repeats {twin}: dropped" for item, twin in repeats]
+    if on_conflict == "error":
+        way = "; give --on-conflict first or last"
+        return kept, notices, [one_line(_clash(*pair) + way) for pair in conflicts]
     for item, rival in conflicts:
-        notices.append(f"{source}: {_clash(item, rival)}; {item.label} is dropped")
-    return [item.fact for item in kept[::step]], notices
+        notices.append(one_line(f"{source}: {_clash(item, rival)}; {item} is dropped"))
+    return kept[::step], notices, []
 
 
 def _keep_first(
@@ -226,12 +274,15 @@ def _clash(item: _Named, rival: _Named) -> str:
     )
 
 
-def _check_ids(kept: list[_Named], source: str) -> None:
+def _without_twins(kept: list[_Named]) -> tuple[list[_Named], list[str]]:
+    """Facts whose ids are their own, and a line for each one that has another's."""
     by_id: dict[str, _Named] = {}
+    twins = []
     for item in kept:
         other = by_id.setdefault(item.fact.id, item)
         if other is not item:
-            raise FactError(
-                f"{source}: {item.label} and {other.label} have one id, "
-                f"{quote(item.fact.id)}, but say different things: expected an id for each"
+            twins.append(
+                f"{item} and {other} have one id, {quote(item.fact.id)}, but say different "
+                "things: expected an id for each"
             )
+    return list(by_id.values()), twins

@@ -23,7 +23,7 @@ def batches(queue: Sequence[Fact], size: int, *, seed: int | None) -> Iterator[l
 
 
 def merged(fact: Fact, other: Fact) -> Fact:
-    """One fact with the prompts, paraphrases and neighbours of both."""
+    """One fact with the prompts, paraphrases, neighbours and accepted answers of both."""
     prompts = tuple(dict.fromkeys((*fact.prompts, *other.prompts)))
     return replace(
         fact,
@@ -31,4 +31,5 @@ def merged(fact: Fact, other: Fact) -> Fact:
         paraphrases=tuple(dict.fromkeys((*fact.paraphrases, *other.paraphrases))),
         neighbours=tuple(dict.fromkeys((*fact.neighbours, *other.neighbours))),
         portability=tuple(dict.fromkeys((*fact.portability, *other.portability))),
+        target_aliases=tuple(dict.fromkeys((*fact.target_aliases, *other.answers))),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 
@@ -159,6 +159,11 @@ def loops(answer_text: str, target: str = "") -> bool:
     """
     again = _AGAIN.search(normalise(answer_text))
     return again is not None and again[0] not in normalise(target)
+
+
+def says_any(answer_text: str, targets: Iterable[str]) -> bool:
+    """Whether an answer says one of `targets`, as `says` has it."""
+    return any(says(answer_text, target) for target in targets)
 
 
 def normalise(text: str) -> str:

@@ -36,12 +36,12 @@ class Score:
     preferred: bool | None
     """CounterFact's score: the answer is likelier per token than the other; None without one."""
     strict: bool
-    """Every token of the answer is the likeliest one after the prompt and the tokens before it; for
-    an answer that is unwanted, some token is not."""
+    """Every token of an accepted answer is the likeliest one after the prompt and the tokens before
+    it; where answers are unwanted, that is so of none."""
     tokens: float
     """zsRE's score: the share of the answer's tokens that are the likeliest ones, 0 to 1 (that are
-    not, for an answer that is unwanted). A token in front of the text (beginning of sequence) is
-    never the answer's."""
+    not, for an answer that is unwanted), of the accepted answer that has the largest. A token in
+    front of the text (beginning of sequence) is never the answer's."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def score(
     context.
     """
     wanted = [_rows(encoder, query) for query in queries]
-    rows = list(dict.fromkeys(row for pair in wanted for row in pair if row))
+    rows = list(dict.fromkeys(row for asked in wanted for row in asked))
     carried = _carried(rows)
     inputs = list(carried)
     found: dict[Row, tuple[float, float]] = {}
@@ -92,13 +92,15 @@ def score(
             if progress:
                 progress(len(found), len(rows))
     scores = []
-    for query, (row, other) in zip(queries, wanted, strict=True):
-        nll, tokens = found[row]
-        other_nll = found[other][0] if other else None
+    for query, asked in zip(queries, wanted, strict=True):
+        right = asked[: 1 + len(query.aliases)]
+        nll = found[asked[0]][0]
+        tokens = max(found[row][1] for row in right)
+        other_nll = None if query.other is None else found[asked[-1]][0]
         preferred = None if other_nll is None else nll < other_nll
         strict, share = tokens == 1, tokens
         if query.unwanted:  # a model whose numbers are broken has forgotten nothing
-            known = math.isfinite(nll)
+            known = all(math.isfinite(found[row][0]) for row in right)
             strict, share = known and tokens < 1, 1 - tokens if known else 0.0
         scores.append(Score(query, nll, other_nll, preferred, strict, share))
     return scores
@@ -153,11 +155,10 @@ def token_losses(model: PartialModel, states: Tensor, targets: Tensor) -> tuple[
     return torch.cat(losses), torch.cat(hits)
 
 
-def _rows(encoder: RowEncoder, query: Query) -> tuple[Row, Row | None]:
+def _rows(encoder: RowEncoder, query: Query) -> list[Row]:
+    """The prompt before each accepted answer, then before the other one if there is one."""
     try:
-        row = encoder.encode(query.prompt, target=query.answer)
-        other = query.other
-        return row, None if other is None else encoder.encode(query.prompt, target=other)
+        return [encoder.encode(query.prompt, target=text) for text in query.said]
     except FactError as error:
         raise FactError(f"fact {quote(query.fact_id)}, {query.kind}: {error}") from error
 

@@ -28,7 +28,7 @@ def with_base_answers(editor: Editor, facts: Sequence[Fact]) -> list[Fact]:
     own = {f.key: first_clause(answer) for f, answer in zip(lacking, said, strict=True)}
     return [
         replace(f, old_answer=own[f.key])
-        if own.get(f.key) and not contains(own[f.key], f.target)
+        if own.get(f.key) and not any(contains(own[f.key], answer) for answer in f.answers)
         else f
         for f in facts
     ]

@@ -48,6 +48,13 @@ class Query:
     """What should follow; of the forgotten kinds, what should not."""
     other: str | None
     """What should be less likely than `answer`; None where no such answer is known."""
+    aliases: tuple[str, ...] = ()
+    """Other answers that count as `answer` does, but for preference."""
+
+    @property
+    def said(self) -> tuple[str, ...]:
+        """Every text that is put behind the prompt to score this query."""
+        return (self.answer, *self.aliases, *([] if self.other is None else [self.other]))
 
     @property
     def unwanted(self) -> bool:
@@ -65,6 +72,8 @@ def queries_of(
     nothing to stand against, and neighbours without an answer are left out. What follows from the
     fact stands against nothing.
 
+    Any accepted answer is right where an answer is asked for, the target's aliases included.
+
     Of a fact to forget, the answer that should be gone is asked for, on the fact's own prompt and
     on its paraphrases, and neighbours' answers stand against nothing.
 
@@ -74,40 +83,35 @@ def queries_of(
     forget have no statement, so they are not asked again.
     """
     prompt = fact.render(fact.prompt)
+
+    def of_fact(kind: Kind, text: str, other: str | None) -> Query:
+        return Query(fact.id, kind, text, fact.target, other, fact.target_aliases)
+
+    def of_probe(kind: Kind, text: str, probe: Probe, other: str | None) -> Query:
+        return Query(fact.id, kind, text, probe.answer or "", other, probe.aliases)
+
     if fact.forget:
         return (
-            Query(fact.id, "forgotten", prompt, fact.target, None),
-            *(
-                Query(fact.id, "forgotten_paraphrases", text, fact.target, None)
-                for text in fact.paraphrases
-            ),
-            *(
-                Query(fact.id, "specificity", text, answer, None)
-                for text, answer in _answered(fact.neighbours)
-            ),
+            of_fact("forgotten", prompt, None),
+            *(of_fact("forgotten_paraphrases", text, None) for text in fact.paraphrases),
+            *(of_probe("specificity", p.prompt, p, None) for p in _answered(fact.neighbours)),
         )
     queries = [
-        Query(fact.id, "efficacy", prompt, fact.target, fact.old_answer),
+        of_fact("efficacy", prompt, fact.old_answer),
+        *(of_fact("generalization", text, fact.old_answer) for text in fact.paraphrases),
         *(
-            Query(fact.id, "generalization", text, fact.target, fact.old_answer)
-            for text in fact.paraphrases
+            of_probe("specificity", p.prompt, p, _rival(fact, p))
+            for p in _answered(fact.neighbours)
         ),
-        *(
-            Query(fact.id, "specificity", text, answer, _rival(fact, answer))
-            for text, answer in _answered(fact.neighbours)
-        ),
-        *(
-            Query(fact.id, "portability", text, answer, None)
-            for text, answer in _answered(fact.portability)
-        ),
+        *(of_probe("portability", p.prompt, p, None) for p in _answered(fact.portability)),
     ]
     if distract:
         before = unrelated(fact, shipped_sentences() if texts is None else texts)
         text = join_target(before, prompt)
-        queries.append(Query(fact.id, "efficacy_distracted", text, fact.target, fact.old_answer))
-        for neighbour, answer in _answered(fact.neighbours):
-            text, other = join_target(statement(fact), neighbour), _rival(fact, answer)
-            queries.append(Query(fact.id, "specificity_distracted", text, answer, other))
+        queries.append(of_fact("efficacy_distracted", text, fact.old_answer))
+        for probe in _answered(fact.neighbours):
+            text, other = join_target(statement(fact), probe.prompt), _rival(fact, probe)
+            queries.append(of_probe("specificity_distracted", text, probe, other))
     return tuple(queries)
 
 
@@ -120,10 +124,10 @@ def statement(fact: Fact) -> str:
 def unrelated(fact: Fact, texts: Sequence[str]) -> str:
     """The one of `texts` that a hash of the fact's id falls on, or the next one that suits.
 
-    A text suits that names neither the subject nor the target nor the old answer. FactError if none
+    A text suits that names neither the subject nor an answer, new or old. FactError if none
     does.
     """
-    names = [name for name in (fact.subject, fact.target, fact.old_answer) if name]
+    names = [name for name in (fact.subject, *fact.answers, fact.old_answer) if name]
     start = int.from_bytes(sha256(fact.id.encode()).digest()[:8]) % max(len(texts), 1)
     for text in (*texts[start:], *texts[:start]):
         if not any(contains(text, name) for name in names):
@@ -140,11 +144,12 @@ def shipped_sentences() -> tuple[str, ...]:
     return tuple(text for text in sentences if len(text.split()) >= MIN_WORDS)
 
 
-def _answered(probes: Sequence[Probe]) -> Iterator[tuple[str, str]]:
-    """Prompt and answer of those that have one."""
-    return ((p.prompt, p.answer) for p in probes if p.answer is not None)
+def _answered(probes: Sequence[Probe]) -> Iterator[Probe]:
+    """Those that have an answer."""
+    return (probe for probe in probes if probe.answer is not None)
 
 
-def _rival(fact: Fact, answer: str) -> str | None:
+def _rival(fact: Fact, probe: Probe) -> str | None:
     """What a neighbour's answer stands against."""
-    return None if answer.casefold() == fact.target.casefold() else fact.target
+    right = {answer.casefold() for answer in (probe.answer or "", *probe.aliases)}
+    return None if fact.target.casefold() in right else fact.target

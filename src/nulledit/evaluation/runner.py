@@ -25,7 +25,7 @@ ACCELERATOR_POSITIONS = 8192
 
 Progress = Callable[[str, int, int], None]
 Judge = Callable[[str, str, str], bool]
-"""Prompt, what the model said, target -> whether that says the target."""
+"""Prompt, what the model said, an accepted answer -> whether that says it."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Evaluation:
     rates: dict[str, Rate | None]
     """Preference, strict and token rates; None where the facts lack what the measure needs."""
     generation: Rate | None
-    """Share of facts whose target the model says by itself; None if not asked for."""
+    """Share of facts of which the model says an accepted answer by itself; None if not asked."""
     perplexity: Perplexity | None
     """Of the given windows; None if there were none."""
     says_target: dict[str, bool] = field(default_factory=dict)
@@ -129,9 +129,9 @@ def evaluate(
     in another one. Longer texts and `windows` are plain text in any case.
     `windows` of token ids are for perplexity, and for KL per token where `base` is given: the
     `reading` of an evaluation of the model before its edits, on the same windows. `judge` says
-    whether an answer says the target; by default whether it contains it and does not loop.
-    `distract` asks again behind other texts (`queries_of`). With `fluency`, or `references` for
-    consistency, the model writes longer texts, drawn by `seed` (`write_texts`). For the model
+    whether an answer says the target or an alias; by default whether it contains it and does not
+    loop. `distract` asks again behind other texts (`queries_of`). With `fluency`, or `references`
+    for consistency, the model writes longer texts, drawn by `seed` (`write_texts`). For the model
     before its edits, call this inside `with editor.base_weights():`. `progress` is told the stage
     ("scores", "answers", "texts", "perplexity"), what is done and what there is in all. Raises
     FactError for an id used twice.
@@ -218,7 +218,7 @@ def _answers(
         editor.model,
         editor.tokenizer,
         prompts,
-        max_new_tokens=[answer_room(encoder, fact.target) for fact in facts],
+        max_new_tokens=[max(answer_room(encoder, a) for a in fact.answers) for fact in facts],
         encoder=encoder,
         progress=progress,
     )
@@ -227,7 +227,9 @@ def _answers(
 
 def _judged(facts: Sequence[Fact], answers: Mapping[str, str], judge: Judge) -> dict[str, bool]:
     return {
-        fact.id: bool(judge(fact.render(fact.prompt), answers[fact.id], fact.target))
+        fact.id: any(
+            judge(fact.render(fact.prompt), answers[fact.id], right) for right in fact.answers
+        )
         for fact in facts
         if fact.id in answers and not fact.forget
     }

@@ -82,6 +82,8 @@ class Lab:
     """Data."""
     seed: int = 0
     """Of queues, contexts and draws."""
+    skip_bad: bool = False
+    """Records that can't be read are left out, with a notice."""
     progress: Progress | None = None
     """Told of stages."""
     notices: list[str] = field(default_factory=list)
@@ -94,7 +96,11 @@ class Lab:
     def facts(self, count: int, *, source: str = "facts", skip: int = 0) -> list[Fact]:
         """A queue of `count` facts in the seed's order; ConfigError if the file has fewer."""
         file = self.sources.need(source)
-        found = read_facts(file, on_conflict="first", skip=skip).facts
+        read = read_facts(file, on_conflict="first", skip=skip, skip_bad=self.skip_bad)
+        if read.bad:
+            left_out = f"{Path(file).name}: {len(read.bad)} records could not be read: left out"
+            self.notices += [left_out] if left_out not in self.notices else []
+        found = read.facts
         # One question per subject and relation can be in the model, so a queue has each once.
         unique = list({fact.key: fact for fact in reversed(found)}.values())[::-1]
         if len(unique) < count:

@@ -1,0 +1,78 @@
+"""What a model makes of facts before they are edited: tokens, answers, and keys that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nulledit.data.facts import Fact, quote
+from nulledit.errors import FactError
+from nulledit.evaluation.generation import contains, generate_answers, says_any
+from nulledit.models.tokens import Row, RowEncoder
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """One fact, seen by the model that is to be edited."""
+
+    fact: Fact
+    """As it was given."""
+    tokens: int
+    """Of the target."""
+    lone_space: bool
+    """The target's first token is nothing but white space, which tells little of the answer."""
+    says: str
+    """The model's own answer to the fact's prompt, greedy, to the first newline."""
+    shares_key: tuple[str, ...]
+    """Ids of other facts whose tokens up to the subject's last one are the same: at the first
+    edited layer they have one key, and their values are optimised together."""
+
+    @property
+    def knows_target(self) -> bool:
+        """Whether an answer that is to be written is said already."""
+        return says_any(self.says, self.fact.answers)
+
+    @property
+    def says_old_answer(self) -> bool | None:
+        """Whether the old answer is what the model says; None without an old answer."""
+        old = self.fact.old_answer
+        return None if old is None else contains(self.says, old)
+
+
+def outlook(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Sequence[Fact],
+    encoder: RowEncoder,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Outlook, ...]:
+    """What the model makes of each of `facts`, asked in the form of `encoder`.
+
+    FactError for a fact that the tokenizer or the model's context can't hold.
+    """
+    rows = [_row(encoder, fact) for fact in facts]
+    sharing: dict[tuple[int, ...], list[str]] = {}
+    for fact, row in zip(facts, rows, strict=True):
+        sharing.setdefault(row.upto_subject().ids, []).append(fact.id)
+    prompts = [fact.render(fact.prompt) for fact in facts]
+    said = generate_answers(model, tokenizer, prompts, encoder=encoder, progress=progress)
+    return tuple(
+        Outlook(
+            fact=fact,
+            tokens=len(row.target_ids),
+            lone_space=not str(tokenizer.decode(list(row.target_ids[:1]))).strip(),
+            says=answer,
+            shares_key=tuple(i for i in sharing[row.upto_subject().ids] if i != fact.id),
+        )
+        for fact, row, answer in zip(facts, rows, said, strict=True)
+    )
+
+
+def _row(encoder: RowEncoder, fact: Fact) -> Row:
+    try:
+        return encoder.encode_template(fact.prompt, fact.subject, target=fact.target)
+    except FactError as error:
+        raise FactError(f"fact {quote(fact.id)}: {error}") from error
