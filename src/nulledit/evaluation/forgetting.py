@@ -99,7 +99,8 @@ def recall_of(
     chances = _chances(editor, [(text, fact.target, places[i]) for i, fact, text in asked])
     said: dict[int, list[Said]] = {}
     for (i, fact, prompt), says, chance in zip(asked, told, chances, strict=True):
-        leaks = contains(_without_subject(says, fact), fact.target)
+        rest = _without_subject(says, fact)
+        leaks = any(contains(rest, answer) for answer in fact.answers)
         said.setdefault(i, []).append(Said(prompt, says, leaks, chance))
     return [
         _recall(fact, place, _token(editor, fact, place), said[i])
