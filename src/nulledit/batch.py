@@ -157,13 +157,8 @@ class BatchWriter:
         values: dict[int, list[Value]] = {}  # by layer
         find = given or (lambda layer: self._values(layer, shared))
         tensors = self._pass(staying, values, find)
-        for _ in range(1, 1 if given else self.recipe.values.rounds):
-            if not self._corrected(values, shared):
-                break
-            self.weights.refresh(staying)
-            with self.run.timed("keys"):
-                self.walk = self._walk()
-            tensors = self._pass(staying, {}, values.__getitem__)
+        if not given and self.recipe.values.rounds > 1:
+            values, tensors = self._in_rounds(staying, values, tensors, shared)
         last = values[max(values)]
         outcomes = [{k: v for k, v in vars(value).items() if k != "z"} for value in last]
         outcomes, tensors = self.ranks.from_first(outcomes, tensors)
@@ -197,13 +192,47 @@ class BatchWriter:
                 tensors |= self.weights.write(layer, staying, keys, residual)
         return tensors | {"z": _stacked(values[last])}
 
-    def _corrected(self, values: dict[int, list[Value]], shared: Sequence[int]) -> bool:
-        """Give `values` the rest that they lack in the model as it is; whether one lacked any.
+    def _in_rounds(
+        self,
+        staying: Sequence[Column],
+        values: dict[int, list[Value]],
+        tensors: dict[str, Tensor],
+        shared: Sequence[int],
+    ) -> tuple[dict[int, list[Value]], dict[str, Tensor]]:
+        """Correct `values`, which are written, and write them again, while that helps.
 
-        What lacks something is optimised from where the model stands, and moves its target by the δ
-        that is found there; so the target takes in what the solve withholds.
+        Facts that disturb each other may undo each other's corrections, so the round counts after
+        which most lead. Returns the values that are in the model then, and what is to be recorded.
         """
-        margin = self.recipe.values.stop_margin or 0.0
+        margin, rounds = self.recipe.values.stop_margin or 0.0, self.recipe.values.rounds
+        best: tuple[tuple[int, float], dict[int, list[Value]]] | None = None
+        for number in range(rounds):
+            leads = self._bare_leads()
+            good = sum(lead > 0 for lead in leads), sum(min(lead, margin) for lead in leads)
+            if best is None or good > best[0]:
+                best = good, values
+            failing = {shared[i] for i, lead in enumerate(leads) if not lead > margin}
+            if number == rounds - 1 or not failing:
+                break
+            chosen = [i for i, group in enumerate(shared) if group in failing]
+            values = self._corrected(values, shared, chosen)
+            tensors = self._written_again(staying, values)
+        if best is not None and best[1] is not values:
+            values = best[1]
+            tensors = self._written_again(staying, values)
+        return values, tensors
+
+    def _written_again(
+        self, staying: Sequence[Column], values: dict[int, list[Value]]
+    ) -> dict[str, Tensor]:
+        """`values` in the place of what the batch has written so far."""
+        self.weights.refresh(staying)
+        with self.run.timed("keys"):
+            self.walk = self._walk()
+        return self._pass(staying, {}, values.__getitem__)
+
+    def _bare_leads(self) -> list[float]:
+        """Of each request, in the model as it is."""
         with self.run.timed("values"):
             leads = bare_leads(
                 self.model,
@@ -212,18 +241,27 @@ class BatchWriter:
                 positions=self._positions(4),
                 pad_id=self.pad_id,
             )
-            leads = self.ranks.from_first(leads)[0]
-            failing = {shared[i] for i, lead in enumerate(leads) if not lead > margin}
-            chosen = [i for i, group in enumerate(shared) if group in failing]
-            if not chosen:
-                return False
+            return list(self.ranks.from_first(leads)[0])
+
+    def _corrected(
+        self, values: dict[int, list[Value]], shared: Sequence[int], chosen: Sequence[int]
+    ) -> dict[int, list[Value]]:
+        """`values`, where `chosen` requests have the rest that they lack in the model as it is.
+
+        They are optimised from where the model stands, and their targets move by the δ that is
+        found there; so a target takes in what the solve withholds.
+        """
+        found = {}
+        with self.run.timed("values"):
             walk = self._walk()
             for layer, before in values.items():
                 now = walk.hidden(layer).mT
-                found = self._optimised(layer, shared, chosen)
-                for i, value in zip(chosen, found, strict=True):
-                    before[i] = before[i].moved(value, now[i])
-        return True
+                rest = dict(zip(chosen, self._optimised(layer, shared, chosen), strict=True))
+                found[layer] = [
+                    value.moved(rest[i], now[i]) if i in rest else value
+                    for i, value in enumerate(before)
+                ]
+        return found
 
     def _of_first(self, keys: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
         """As rank 0 has them: other machines may round otherwise, and all solve the same."""

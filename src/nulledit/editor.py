@@ -475,6 +475,8 @@ class Editor:
             if changes.method.by_gradient:
                 raise ConfigError(f"{changes.method.name} optimises no values: retry can't help")
             found = values or stronger(self.recipe.values)
+            if changes.method.rewinds:
+                found = replace(found, rounds=1)  # its values are of the unedited model
             changes.batch(queue, run, kind="retry", values=found)
         columns = tuple(c for c in self.history.present if c.fact.id in ids)
         layers = self.weights.reports()

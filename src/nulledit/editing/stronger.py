@@ -12,10 +12,10 @@ MORE_MARGIN = 1.0  # nats, each time: the solve writes only a part of a value
 
 
 def stronger(settings: ValueSettings, times: int = 1) -> ValueSettings:
-    """`settings` made stronger `times` times: twice the steps, more room and a wider margin.
+    """`settings` made stronger `times` times: twice the steps, more room, a wider margin, a round.
 
     What was optimised to be just likelier than its rival may fall behind it once written, and what
-    ran out of steps or met the clamp needs more of them.
+    ran out of steps or met the clamp needs more of them. A norm anchor allows one round only.
     """
     for _ in range(times):
         settings = replace(
@@ -25,6 +25,7 @@ def stronger(settings: ValueSettings, times: int = 1) -> ValueSettings:
             stop_loss=settings.stop_loss / 2,
             stop_margin=(settings.stop_margin or 0.0) + MORE_MARGIN,
             patience=2 * settings.patience,
+            rounds=settings.rounds + (not settings.norm_anchor),
         )
     return settings
 

@@ -19,27 +19,45 @@ def retry_failing(
     """Ask `facts` of the editor's model, and write those again that do not hold.
 
     At most `times` rounds, each with settings stronger than the one before; facts to forget are
-    left out. Each round is one event of the ledger and has a notice that says what was changed. The
-    report has no columns where every fact holds.
+    left out. A round after which no more of `facts` hold is taken back. Each that stays is one
+    event of the ledger, with a notice that says what was changed. The report has no
+    columns where every fact holds.
     """
     report = EditReport((), (), (), {})
-    left = [
+    asked = [
         replace(fact, paraphrases=(), neighbours=(), portability=())
         for fact in facts
         if not fact.forget
     ]
+    left = _failing(editor, asked, progress)
     for number in range(1, times + 1):
-        rows = evaluate(editor, left, progress=progress).rows() if left else {}
-        left = [fact for fact in left if not holds(rows[fact.id])]
         if not left:
             break
         values = stronger(editor.recipe.values, number)
         changed = differences(editor.recipe.values, values)
         words = ", ".join(f"{name} {value:g}" for name, value in changed.items())
-        notice = f"{some(fact.id for fact in left)}: written again with {words}"
-        again = editor.retry(*(fact.id for fact in left), values=values, progress=progress)
-        report = joined(report, replace(again, notices=(notice, *again.notices)))
+        names = some(fact.id for fact in left)
+        with editor.trial() as trial:
+            again = editor.retry(*(fact.id for fact in left), values=values, progress=progress)
+            found = _failing(editor, asked, progress)
+            if len(found) < len(left):
+                trial.keep()
+        if trial.kept:
+            notices = (f"{names}: written again with {words}", *again.notices)
+            report, left = joined(report, replace(again, notices=notices)), found
+        else:
+            notices = (f"{names}: written again with {words}; no more facts held, so taken back",)
+            lost = EditReport((), (), notices, again.seconds, again.optimised)
+            report = joined(report, lost)
     return report
+
+
+def _failing(editor: Editor, facts: Sequence[Fact], progress: Progress | None) -> list[Fact]:
+    """Those of `facts` that do not hold in the editor's model."""
+    if not facts:
+        return []
+    rows = evaluate(editor, facts, progress=progress).rows()
+    return [fact for fact in facts if not holds(rows[fact.id])]
 
 
 def joined(first: EditReport, then: EditReport) -> EditReport:
