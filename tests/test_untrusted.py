@@ -22,6 +22,7 @@ from click.testing import CliRunner
 from conftest import LINES, RECIPE, build_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from test_html import write_a_run
 from test_readers import FOREIGN, OSLO, ROME, WRITTEN, one_line
@@ -34,7 +35,9 @@ from nulledit.cli.rest import read_references
 from nulledit.cli.runs import Result, as_page
 from nulledit.config import Recipe, StatisticsSettings, load_recipe, shipped_recipes
 from nulledit.data import Fact, corpus, read_facts
+from nulledit.editing.manifest import HASHES
 from nulledit.editing.statistics import Manifest, Statistics
+from nulledit.editing.tensor_files import save_alone
 from nulledit.editor import Editor as EditorClass
 from nulledit.errors import (
     ConfigError,
@@ -484,6 +487,17 @@ def spoil(compact, *path, value=None, metadata=None):
     return pack(head, compact[1])
 
 
+def sign(file):
+    """Give a file that can be opened the hash of what it holds, as who manipulates it can."""
+    try:
+        with safe_open(file, "pt") as opened:
+            told = {n: text for n, text in opened.metadata().items() if n != HASHES}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+    except SafetensorError:
+        return
+    save_alone(file, tensors, told)
+
+
 def test_the_unspoiled_statistics_are_read(compact, tmp_path):
     (tmp_path / "a.safetensors").write_bytes(pack(*compact))
     assert set(Statistics.load(tmp_path / "a.safetensors").spectra) == {0, 2}
@@ -544,8 +558,17 @@ def test_a_manipulated_head_of_statistics_is_refused(compact, tmp_path, name):
     path, change, expected = HEADS[name]
     file = tmp_path / "a.safetensors"
     file.write_bytes(spoil(compact, *path, **change))
+    sign(file)
     said = refusal(StatisticsError, Statistics.load, file)
     assert re.search(expected.replace("x…", "x "), said), said
+
+
+def test_a_changed_head_of_possible_statistics_has_another_hash(compact, tmp_path):
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(spoil(compact, "tokens", value=41, metadata="manifest"))
+    assert "damaged or changed" in refusal(StatisticsError, Statistics.load, file)
+    sign(file)
+    assert Statistics.load(file).manifest.tokens == 41
 
 
 def spectrum_with(**change):

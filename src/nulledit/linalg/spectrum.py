@@ -161,7 +161,7 @@ class Spectrum:
             error = -U.mT @ U
             error.diagonal().add_(1.0)  # I − UᵀU
             U = U + U @ error / 2
-            if float(error.abs().max()) ** 2 < torch.finfo(U.dtype).eps:
+            if float(error.abs().max()) < torch.finfo(U.dtype).eps ** 0.5:
                 break
         return Spectrum(self.eigenvalues, U, self.start)
 
