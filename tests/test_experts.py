@@ -16,6 +16,7 @@ from nulledit.config import StatisticsSettings
 from nulledit.data.corpus import open_corpus
 from nulledit.editing import statistics as statistics_module
 from nulledit.editing.adding import merge_statistics
+from nulledit.editing.manifest import read_manifest, write_manifest
 from nulledit.editing.statistics import Statistics, collect, key_moments
 from nulledit.editing.target_loss import WeightLoss
 from nulledit.errors import ConfigError, ModelError, StatisticsError
@@ -256,6 +257,8 @@ def test_a_spectrum_that_a_file_lacks_is_missed(tokenizer, corpus, tmp_path):
     tensors = load_file(file)
     expert = next(n for n in tensors if n.startswith("eigenvalues.0.")).removeprefix("eigenvalues.")
     save_file({n: t for n, t in tensors.items() if not n.endswith(f".{expert}")}, file)
+    manifest, hashes = read_manifest(tmp_path / "out")
+    write_manifest(tmp_path / "out", manifest, list(hashes))
     with pytest.raises(StatisticsError, match=r"layer 0: expected spectra, 48 wide, of the expe"):
         Statistics.load(tmp_path / "out")
 
