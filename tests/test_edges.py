@@ -8,7 +8,7 @@ import pytest
 from conftest import FAMILIES  # noqa: F401
 from test_studies import data, known, make_lab, words  # noqa: F401
 
-from nulledit.config import Recipe
+from nulledit.config import Recipe, StatisticsSettings
 from nulledit.data.facts import Fact
 from nulledit.report.study import Point
 from nulledit.studies import behaviour
@@ -69,6 +69,17 @@ def test_corpus_says_how_many_tokens_there_were(make_lab, tmp_path):  # noqa: F8
     study = run_study(find_study("corpus"), lab, tmp_path / "out")
     xs = {p.x for f in study.figures if f.name == "corpus" for p in f.points}
     assert 10_000_000 not in xs
+
+
+def test_corpus_takes_windows_that_the_model_has_room_for(make_lab, tmp_path):  # noqa: F811
+    from nulledit.editing.manifest import read_manifest
+
+    lab = make_lab("corpus", tokens=[300])
+    run_study(find_study("corpus"), lab, tmp_path / "out")
+    context = lab.bench.model.config.max_position_embeddings
+    (folder,) = (tmp_path / "work" / "statistics").iterdir()
+    assert read_manifest(folder)[0].settings.window == context < StatisticsSettings().window
+    assert any(f"windows of {context} tokens" in notice for notice in lab.notices)
 
 
 def test_corpus_says_what_the_rule_protects(make_lab, tmp_path):  # noqa: F811

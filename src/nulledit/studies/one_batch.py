@@ -13,6 +13,7 @@ from nulledit.data.facts import Fact
 from nulledit.editing.statistics import collect
 from nulledit.linalg.blocks import AnySpectrum
 from nulledit.linalg.spectrum import RULES
+from nulledit.models.tokens import context_length
 from nulledit.report.study import Column, FigureSpec, Point, StudyTable
 from nulledit.studies.building import (
     PREFERENCE,
@@ -107,6 +108,10 @@ def run_corpus(lab: Lab) -> Outcome:
     """How few tokens of preserved text suffice."""
     layers = lab.recipe.layers
     corpus = open_corpus(lab.sources.need("corpus"))
+    context = context_length(lab.bench.model.config)
+    window = min(StatisticsSettings.window, context)
+    if window < StatisticsSettings.window:
+        lab.notices.append(f"Statistics are of windows of {context} tokens, the model's context.")
     plans = []
     for tokens in lab.settings["tokens"]:
         if lab.progress:
@@ -117,7 +122,7 @@ def run_corpus(lab: Lab) -> Outcome:
             lab.bench.partial,
             lab.bench.tokenizer,
             corpus,
-            StatisticsSettings(tokens=tokens),
+            StatisticsSettings(tokens=tokens, window=window),
             layers=layers,
             name=lab.bench.name,
             model_hash=lab.bench.base.history.base.hash,
