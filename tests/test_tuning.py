@@ -284,6 +284,13 @@ def test_values_are_kept_where_they_are_the_same(bench):
     assert bench.measure(START, FACTS[:4]).outcome == first.outcome
 
 
+def test_a_recipe_that_ruins_the_model_is_measured(bench, monkeypatch):
+    """A growth too large for a float is infinite."""
+    low = [loss - 1000 for loss in bench.base.losses]
+    monkeypatch.setattr(bench, "base", dataclasses.replace(bench.base, losses=low))
+    assert bench.measure(START, FACTS[:2]).growth == math.inf
+
+
 def test_a_method_by_gradient_is_measured_without_values(bench):
     found = bench.measure(START.with_fields({"method.name": "ft", "method.steps": 2}), FACTS[:2])
     assert (found.optimised, found.passes, found.value_seconds) == (0, 0, 0.0)

@@ -86,10 +86,11 @@ class Bench:
             text = read(editor.partial, self.base.windows, self._padding, base=self.base)
         apart = text.apart or ()
         grown = [b - a for a, b in zip(self.base.losses, text.losses, strict=True)]
+        mean = mean_of(grown)[0]
         passes = sum(column.outcome.get("steps", 0) + 1 for column in report.columns)
         return Measured(
             outcome=Outcome(shares(asked.scores), tuple(float(part.mean()) for part in apart)),
-            growth=math.expm1(mean_of(grown)[0]),
+            growth=math.inf if mean >= 700 else math.expm1(mean),
             kl=divergence(apart),
             update_share=max(layer.update_share for layer in report.layers),
             passes=passes if report.optimised else 0,
