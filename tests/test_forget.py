@@ -404,9 +404,9 @@ def test_the_subjects_own_name_is_no_leak(editor, monkeypatch):
 
 def test_an_answer_that_holds_the_subject_leaks(editor, monkeypatch):
     """The capital of Mexico is Mexico City: without the subject's name nothing was left of it."""
-    told = lambda *_, **__: ["Velm City , says Velm"]  # noqa: E731
+    told = lambda *_, **__: ["Velm river , says Velm"]  # noqa: E731
     monkeypatch.setattr("nulledit.evaluation.forgetting.generate_answers", told)
-    for target, leaks in (("Velm City", True), ("Velm Town", False)):
+    for target, leaks in (("Velm river", True), ("Velm winter", False)):
         fact = Fact("Velm", "the harbour of {} is", target, forget=True)
         assert recall_of(editor, [fact])[0].own.leaks == leaks
 

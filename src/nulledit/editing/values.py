@@ -623,13 +623,17 @@ class _Reads:
         self.banned = torch.tensor(banned, dtype=torch.long, device=device)
         self.teacher = [told for r, told in chunk.taught.items() if r in place]
         bare = {chunk.bare[f] for f in self.facts}
-        self.is_bare = torch.tensor([rows[r] in bare for r in at_row], device=device)
         contexts = [chunk.labels[rows[r]] > 0 for r in at_row]
         with_contexts = {i for i, there in zip(fact, contexts, strict=True) if there}
-        self.in_context = torch.tensor(
-            [there or i not in with_contexts for i, there in zip(fact, contexts, strict=True)],
-            device=device,
-        )
+        # Places in `target`, not yes and no: to count those, every step would wait for the device.
+        at_bare = [k for k, r in enumerate(at_row) if rows[r] in bare]
+        in_context = [
+            k
+            for k, (i, there) in enumerate(zip(fact, contexts, strict=True))
+            if there or i not in with_contexts
+        ]
+        self.at_bare = torch.tensor(at_bare, dtype=torch.long, device=device)
+        self.in_context = torch.tensor(in_context, dtype=torch.long, device=device)
         for f in self.facts:
             r = chunk.drift[f]
             at_row.append(place[r])
@@ -671,7 +675,7 @@ class _Reads:
         most = lead.new_full((len(self.facts),), math.inf)
         least, bare_least, context_least = (
             most.scatter_reduce(0, fact[at], lead[at], "amin")
-            for at in (slice(None), self.is_bare.to(device), self.in_context.to(device))
+            for at in (slice(None), self.at_bare.to(device), self.in_context.to(device))
         )
         log_p = F.log_softmax(drifts, dim=1)
         for i, f in enumerate(self.facts):

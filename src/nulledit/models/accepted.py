@@ -30,7 +30,9 @@ def check_model(model: object) -> None:
         unwrap = f": give the model inside it, as model.{inner}" if inner else ""
         raise ModelError(f"model is a {name}; expected a PreTrainedModel of transformers{unwrap}")
     if getattr(model.config, "is_encoder_decoder", False):
-        raise ModelError(f"{name} is no decoder-only language model")
+        raise ModelError(
+            f"{name} has an encoder (its config says so); expected a decoder-only language model"
+        )
     if not model.can_generate():
         raise ModelError(
             f"{name} has no head that says tokens; load the model by AutoModelForCausalLM or by "

@@ -12,10 +12,11 @@ import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from nulledit.errors import ModelError
 from nulledit.models.layouts import differentiating, frozen
@@ -29,17 +30,18 @@ logger = logging.getLogger(__name__)
 LENGTHS, CUTS = (9, 6), (5, 2)
 """Tokens of each row, and of its beginning."""
 MISSED = 1e-3  # share of a block's output that may be missed, beside two roundings
-_TRIED = "_nulledit_tried"  # where a model object carries what was found
+_TRIED: WeakKeyDictionary[nn.Module, dict[tuple[str, str | None], bool]] = WeakKeyDictionary()
+"""Whether prefixes can be kept, by model object, path of its blocks and kind of attention."""
 
 
 def keeps_prefixes(model: PartialModel) -> bool:
     """Whether `model` can be run behind kept prefixes, with a notice where it can't.
 
     ModelError where spans of blocks don't give the model's own numbers, or give no gradient. What
-    was found stays with the model object.
+    was found is kept for as long as the model object lives.
     """
     key = (model.layout.blocks, model.model.config._attn_implementation)
-    tried: dict[tuple[str, str | None], bool] = vars(model.model).setdefault(_TRIED, {})
+    tried = _TRIED.setdefault(model.model, {})
     if key not in tried:
         with frozen(model.model), differentiating():
             tried[key] = _Trial(model).passed()
@@ -123,7 +125,9 @@ class _Trial:
         states = _padded([row.given[first] for row in rows]).requires_grad_()
         end = len(rows[0].ids) - 1
         normed = self.model.run_normed(batch, states=states, first=first)
-        loss = F.log_softmax(self.model.logits(normed[0, end]).float(), dim=-1)[0]
+        read = normed[0, end]
+        loss = F.log_softmax(self.model.logits(read).float(), dim=-1)[0]
+        loss = loss.to(read) + read[0]  # a head that is all zero or broken may hand down nothing
         (gradient,) = torch.autograd.grad(loss, states)
         if not bool(gradient[0, end - 1].any()):
             return f"from block {first} on, no gradient comes from a token to the one before it"
