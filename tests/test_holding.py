@@ -6,10 +6,12 @@ import json
 import pytest
 import torch
 import world
+from click.testing import CliRunner
 from conftest import RECIPE, build_model, statistics_of
-from test_batch import in_the_world
+from test_batch import WORLD, in_the_world
 
 from nulledit import Editor, Fact
+from nulledit.cli.main import cli
 from nulledit.editing.stronger import differences, stronger
 from nulledit.errors import FactError, LedgerError
 from nulledit.evaluation import evaluate, retry_failing
@@ -241,3 +243,51 @@ def test_marks_are_explained_and_counted():
     assert all(f"{name}: " in legend(lines) for name in wanted[:-1])
     assert "leaks" not in legend(lines)
     assert reasons(lines, "my/run") == [("a", "why: nulledit retry my/run")]
+
+
+@pytest.fixture(scope="module")
+def world_folder(known, tmp_path_factory):
+    """A trained model, its statistics, and a recipe with too few steps, as files."""
+    folder = tmp_path_factory.mktemp("world")
+    known[0].save_pretrained(folder / "model")
+    known[1].save_pretrained(folder / "model")
+    (folder / "text.txt").write_text("\n".join(world.sentences()), encoding="utf-8")
+    recipe = WORLD.with_fields({"values.steps": 1})
+    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    made = (*("stats", "make", folder / "model", "--text", folder / "text.txt"), "--layers", "0-1")
+    invoke(*made, "--window", 32, "--out", folder / "stats", "--quiet")
+    return folder
+
+
+def invoke(*words):
+    result = CliRunner().invoke(cli, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def lines_of(run):
+    told = (run / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    return [line for line in map(json.loads, told) if line["active"]]
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_retry_on_the_command_line(world_folder, edits, tmp_path, at_once):
+    facts, run = tmp_path / "facts.json", tmp_path / "run"
+    asked = [
+        {"id": f.id, "subject": f.subject, "prompt": f.prompt, "target": f.target} for f in edits
+    ]
+    facts.write_text(json.dumps(asked))
+    words = ("edit", facts, "--model", world_folder / "model", "--stats", world_folder / "stats")
+    more = ("--retry", 5) if at_once else ()
+    page = invoke(*words, "--recipe", world_folder / "recipe.yaml", "--out", run, *more)
+    if not at_once:
+        failing = {line["id"] for line in lines_of(run) if line["diagnosis"]}
+        assert failing
+        page = invoke("retry", run, "--times", 5)
+        assert {line["id"] for line in lines_of(run) if line["run"] == 2} >= failing
+    assert "written again with values.steps" in page.stderr
+    held = sum(line["diagnosis"] is None for line in lines_of(run))
+    assert held > 0
+    assert f"{held} of 4 facts hold." in page.stdout
+    assert "retry" in invoke("log", run).stdout
+    assert invoke("verify", run).exit_code == 0

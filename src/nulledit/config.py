@@ -76,8 +76,8 @@ class ValueSettings:
     rounds: int = 1
     """Passes over a batch. An update answers every key in proportion to its likeness, also those of
     the fact's own prompt and target, which its value did not see. In each further pass, what does
-    not lead by `stop_margin` in the edited model gets the rest that it lacks there, and the batch
-    is solved again. Published: 1."""
+    not lead by `stop_margin` in the edited model gets the rest that it lacks there, within the
+    clamp, and the batch is solved again; the round after which most lead counts. Published: 1."""
     chunk_tokens: int = 0
     """A target longer than this is written in chunks, each at the end of the one before (AnyEdit);
     0: never."""

@@ -59,9 +59,8 @@ def retry(as_json: bool, quiet: bool, **given: Any) -> None:
         else:
             echo(as_text(gate_table(error.report), left=2, most=90))
         raise
-    if result is None:
-        note = "every fact holds: nothing was written"
-        emit({"run_folder": given["run"], "notice": note}) if as_json else echo(note)
+    if isinstance(result, str):
+        emit({"run_folder": given["run"], "notice": result}) if as_json else echo(result)
     elif as_json:
         emit(result.to_dict())
     else:

@@ -49,6 +49,7 @@ from nulledit.gates.measure import GateReport, check
 from nulledit.gates.warn import warnings_of
 from nulledit.ledger.entries import Column
 from nulledit.ledger.store import Store
+from nulledit.methods import find_method
 from nulledit.report import run as folder_of
 from nulledit.report.holding import headline, legend, reasons
 from nulledit.report.ledger import answer_of
@@ -126,6 +127,8 @@ def run(
             trust_remote_code=given["trust_remote_code"],
             ranks=ranks,
         )
+    if given["retry"]:
+        _check_retry(editor, ranks)
     seconds = {"load": time.perf_counter() - started}
     facts = _new(editor, facts, quiet=quiet)
     if given["old_answers"]:
@@ -187,10 +190,10 @@ def run(
         raise
 
 
-def run_retry(given: dict[str, Any], *, quiet: bool) -> Result | None:
+def run_retry(given: dict[str, Any], *, quiet: bool) -> Result | str:
     """Write what does not hold in a run again, inside the limits if there are any.
 
-    None where every fact holds. A refusal leaves run and ledger as they were.
+    A text says why nothing was written. A refusal leaves run and ledger as they were.
     """
     started = time.perf_counter()
     folder = Path(given["run"])
@@ -216,7 +219,8 @@ def run_retry(given: dict[str, Any], *, quiet: bool) -> Result | None:
             else:
                 report = _gated(editor, work, given, limits, text, seconds, quiet=quiet)
             if not report.columns:
-                return None
+                helped = "no retry made more facts hold: the run is as it was"
+                return helped if report.notices else "every fact holds: nothing was written"
             with _timed(seconds, "save"):
                 editor.keep_model(folder)
             return _finish(editor, folder, report, text, seconds, quiet=quiet)
@@ -338,6 +342,17 @@ def _gated(
             raise Refused(found, given["run"] or given["out"])
         trial.keep()
     return report
+
+
+def _check_retry(editor: Editor, ranks: Ranks) -> None:
+    """Refuse what can't be written again, before anything is edited."""
+    if not ranks.alone:
+        raise ConfigError(
+            "--retry works in one process: leave it out here, then call `nulledit retry RUN`"
+        )
+    method = find_method(editor.recipe.method.name)
+    if method.by_gradient:
+        raise ConfigError(f"--retry makes values stronger, and {method.name} optimises none")
 
 
 def _check_tasks(limits: Limits, given: dict[str, Any]) -> None:

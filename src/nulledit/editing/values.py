@@ -60,7 +60,7 @@ class Value:
     steps: int
     """Updates of δ made."""
     delta_share: float
-    """‖δ‖/‖h‖."""
+    """‖δ‖/‖h‖; of several rounds, their sum."""
     known: bool
     """Whether the model already said the target by strict argmax before any step."""
     ended: str = ""
