@@ -330,7 +330,8 @@ def in_the_world(known, **changes):
 
 
 def test_the_world_says_a_whole_long_answer_written_in_chunks(known):
-    editor = in_the_world(known, values__chunk_tokens=1)
+    # Keys of neighbouring chunks are alike: what one gives the next takes further rounds to mend.
+    editor = in_the_world(known, values__chunk_tokens=1, values__rounds=3)
     fact = Fact(subject="Mira Ostrel", prompt="{} speaks", target="Dutch Oslo Cairo Rome")
     editor.edit([fact])
     ids = known[1]("Mira Ostrel speaks", return_tensors="pt")["input_ids"]

@@ -31,7 +31,7 @@ def test_changes_of_zero_have_no_rank_correlation():
 def test_a_tie_has_no_single_leader():
     rows = {"a": {"efficacy_strict": True}, "b": {"efficacy_strict": True}}
     arms = [
-        SimpleNamespace(label=label, end=rows, checkpoints=[2], perplexity={2: None})
+        SimpleNamespace(label=label, end=rows, checkpoints=[2], text={2: None})
         for label in ("first", "second")
     ]
     assert "highest with first (" not in _leaders(arms, None)

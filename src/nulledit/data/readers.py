@@ -68,7 +68,7 @@ def read_facts(
     `on_conflict` says which record counts. Records that can't be read are an error, a
     BadRecordsError that holds all of them, unless `skip_bad` leaves them out. Records of known
     facts (ROME's known_1000), which have no target, are an error, too, unless `known` asks for
-    them: as facts to forget.
+    them: as facts to forget; those that contradict all stay then, as nothing is to be written.
     """
     path = Path(path)
     text = _read_text(path)
@@ -176,7 +176,7 @@ def _collect(
             continue
         notices += [one_line(f"{source}: {parsed.label(row)}: {notice}") for notice in said]
         named += [_Named(parsed, row, fact) for fact in facts]
-    kept, dropped, clashes = _resolve(named, source, on_conflict)
+    kept, dropped, clashes = _resolve(named, source, on_conflict, known=shape == KNOWN)
     kept, twins = _without_twins(kept)
     bad += twins
     if clashes or (bad and not skip_bad):
@@ -227,13 +227,14 @@ def _unanswered(kept: Sequence[_Named]) -> list[str]:
 
 
 def _resolve(
-    named: list[_Named], source: str, on_conflict: OnConflict
+    named: list[_Named], source: str, on_conflict: OnConflict, *, known: bool
 ) -> tuple[list[_Named], list[str], list[str]]:
     """Facts left after repetitions and contradictions, a notice for each one dropped, and
-    contradictions that nobody decided."""
+    contradictions that nobody decided; `known` facts are only asked about, so these stay."""
     # 'last' is 'first' read backwards.
     step = -1 if on_conflict == "last" else 1
-    kept, repeats, conflicts = _keep_first(named[::step])
+    both = known and on_conflict == "error"
+    kept, repeats, conflicts = _keep_first(named[::step], both=both)
     notices = [f"{source}: {item} repeats {twin}: dropped" for item, twin in repeats]
     if on_conflict == "error":
         way = "; give --on-conflict first or last"
@@ -244,9 +245,12 @@ def _resolve(
 
 
 def _keep_first(
-    named: list[_Named],
+    named: list[_Named], *, both: bool
 ) -> tuple[list[_Named], list[tuple[_Named, _Named]], list[tuple[_Named, _Named]]]:
-    """Records kept; repeated ones, and contradicting ones, each beside the record it meets."""
+    """Records kept; repeated ones, and contradicting ones, each beside the record it meets.
+
+    `both`: of those that contradict, too, all are kept.
+    """
     kept, repeats, conflicts = [], [], []
     by_text: dict[tuple[str, str, str], _Named] = {}
     by_key: dict[tuple[str, str], _Named] = {}
@@ -256,7 +260,7 @@ def _keep_first(
         rival = by_key.get(fact.key)
         if text in by_text:
             repeats.append((item, by_text[text]))
-        elif rival is not None and rival.fact.target != fact.target:
+        elif not both and rival is not None and rival.fact.target != fact.target:
             conflicts.append((item, rival))
         else:
             kept.append(item)

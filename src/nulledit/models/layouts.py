@@ -245,7 +245,11 @@ def holds_weight(module: nn.Module, weight: Tensor) -> bool:
     """Whether the module's weight is what `write_weight` makes of `weight` [d_out, d_in]."""
     own = stored_weight(module).data
     given = as_stored(module, weight)
-    return own.shape == given.shape and torch.equal(own, given.to(own))
+    if own.shape != given.shape:
+        return False
+    given = given.to(own)
+    # What is not a number differs from itself, yet is as it was written.
+    return torch.equal(own, given) or torch.allclose(own, given, rtol=0, atol=0, equal_nan=True)
 
 
 @contextmanager
