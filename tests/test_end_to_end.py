@@ -13,7 +13,10 @@ from nulledit.config import Recipe
 RECIPE = Recipe.from_dict(
     {
         "layers": [0, 1],
-        "values": {"steps": 60, "learning_rate": 0.2, "weight_decay": 1.0, "clamp": 3.0},
+        "values": {
+            **{"steps": 60, "learning_rate": 0.2, "weight_decay": 1.0, "clamp": 3.0},
+            **{"stop_margin": 0.5, "rounds": 6},  # as shipped: no edit hangs on a rounding
+        },
         "contexts": {"texts": ["{}", "then he said . {}", "the river is long . {}"]},
         "null_space": {"rule": "leakage", "value": 0.001},
         "method": {"l2": 1e-3},
@@ -97,11 +100,13 @@ def test_new_facts_hold_and_the_others_stay(architecture, make_editor):
         assert ask(editor, fact.render(fact.prompt)) == fact.target
     heard = [ask(editor, f.paraphrases[0]) == f.target for f in facts]
     assert sum(heard) >= 3, "the other wording follows"
-    assert everything(editor, but=EDITS) >= 0.9
-    editor.undo(facts[0].id)
-    assert ask(editor, facts[0].render(facts[0].prompt)) == facts[0].old_answer
+    assert everything(editor, but=EDITS) >= 0.95
+    editor.undo(facts[0].id)  # in no preserved text, so the others' edits may reach what is asked
+    assert ask(editor, facts[0].render(facts[0].prompt)) != facts[0].target
     for fact in facts[1:]:
         assert ask(editor, fact.render(fact.prompt)) == fact.target
+    editor.undo(*(fact.id for fact in facts[1:]))
+    assert everything(editor) == 1.0
 
 
 def test_an_edit_holds_whatever_the_rounding(make_editor):
