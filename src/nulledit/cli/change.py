@@ -124,7 +124,7 @@ def _carry_out(run: str, change: Callable[[Editor], ChangeReport], given: dict[s
     """Load, change and write; one writer all the while."""
     prepare(quiet=given["quiet"])
     from nulledit.cli.measure import load_run
-    from nulledit.cli.runs import keep
+    from nulledit.cli.run_folder import keep
 
     quiet, folder = given["quiet"], Path(run)
     trust = given["trust_remote_code"]

@@ -198,6 +198,7 @@ def edit(facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
         size = estimate.estimate(name, found.facts, recipe, dtype=given["dtype"], given=given)
         return emit(size) if as_json else echo(estimate.as_page(size))
     from nulledit.cli import runs
+    from nulledit.cli.run_page import show, show_refusal
 
     try:
         with ranks.watched():
@@ -205,20 +206,10 @@ def edit(facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
     except RankError as error:  # before the first batch began
         raise error.advised("start the same command again") from error
     except runs.Refused as error:
-        from nulledit.cli.check import gate_table
-        from nulledit.report.tables import as_text
-
-        if as_json:
-            emit(error.report.to_dict())
-        else:
-            echo(as_text(gate_table(error.report), left=2, most=90))
+        show_refusal(error.report, as_json=as_json)
         raise
-    if result is None:
-        return None
-    if as_json:
-        emit(result.to_dict())
-    else:
-        echo(runs.as_page(result))
+    if result:
+        show(result, as_json=as_json)
     return None
 
 

@@ -85,7 +85,7 @@ def forget(run: str, facts: str | None, as_json: bool, quiet: bool, **given: Any
     from pathlib import Path
 
     from nulledit.cli.measure import check_lengths, load_run
-    from nulledit.cli.runs import keep
+    from nulledit.cli.run_folder import keep
     from nulledit.evaluation.forgetting import doubts, recall_of, summary
     from nulledit.report.tables import as_text
 

@@ -67,7 +67,7 @@ def merge(
     prepare(quiet=quiet)
     from nulledit.cli.change import change_dict, change_text
     from nulledit.cli.measure import load_run
-    from nulledit.cli.runs import check_fresh, keep
+    from nulledit.cli.run_folder import check_fresh, keep
     from nulledit.ledger.merging import conflicts, newest
     from nulledit.ledger.store import Store
     from nulledit.report.tables import as_text

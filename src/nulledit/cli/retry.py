@@ -48,20 +48,14 @@ def retry(as_json: bool, quiet: bool, **given: Any) -> None:
     """
     prepare(quiet=quiet)
     from nulledit.cli import runs
-    from nulledit.cli.check import gate_table
-    from nulledit.report.tables import as_text
+    from nulledit.cli.run_page import show, show_refusal
 
     try:
         result = runs.run_retry(given, quiet=quiet)
     except runs.Refused as error:
-        if as_json:
-            emit(error.report.to_dict())
-        else:
-            echo(as_text(gate_table(error.report), left=2, most=90))
+        show_refusal(error.report, as_json=as_json)
         raise
     if isinstance(result, str):
         emit({"run_folder": given["run"], "notice": result}) if as_json else echo(result)
-    elif as_json:
-        emit(result.to_dict())
     else:
-        echo(runs.as_page(result))
+        show(result, as_json=as_json)
