@@ -214,6 +214,28 @@ def facts_of(file: str, given: Mapping[str, Any], *, quiet: bool, known: bool = 
     return found
 
 
+def gate_options(command: F) -> F:
+    """--gate and --capability."""
+    command = click.option(
+        "--capability",
+        metavar="DIR",
+        help="With --gate: the six tasks, sst2.jsonl and so on.",
+        callback=_with_gate,
+    )(command)
+    return click.option(
+        "--gate",
+        metavar="FILE",
+        is_eager=True,
+        help="Limits (see nulledit check); a model that breaks one is not written.",
+    )(command)
+
+
+def _with_gate(context: click.Context, _option: click.Parameter, folder: str | None) -> str | None:
+    if folder is not None and context.params["gate"] is None:
+        raise ConfigError("--capability belongs to --gate FILE")
+    return folder
+
+
 def chat_options(command: F) -> F:
     """--chat and --system."""
     command = click.option(

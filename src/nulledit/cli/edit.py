@@ -20,6 +20,7 @@ from nulledit.cli.common import (
     emit,
     facts_of,
     facts_options,
+    gate_options,
     meet,
     meet_early,
     model_source,
@@ -154,12 +155,7 @@ class _Edit(Sectioned):
     help="Take what the base says as the old answer of facts that name none.",
 )
 @click.option("--no-evaluate", is_flag=True, help="Edit only.")
-@click.option(
-    "--gate", metavar="FILE", help="Limits (see nulledit check); a model that fails is not written."
-)
-@click.option(
-    "--capability", metavar="DIR", help="With --gate: the six tasks, sst2.jsonl and so on."
-)
+@gate_options
 @click.option("--dry-run", is_flag=True, help="Estimate time and memory; edit nothing.")
 @output_options
 def edit(facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
@@ -235,8 +231,6 @@ def changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
 
 def _check(given: dict[str, Any]) -> None:
     """Options that belong together, before anything is read."""
-    if given["capability"] and not given["gate"]:
-        raise ConfigError("--capability belongs to --gate FILE")
     if given["run"]:
         refused = named(given, FIXED)
         if refused:

@@ -16,6 +16,8 @@ from nulledit.errors import LedgerError, RankError
 from nulledit.ledger.store import Store
 from nulledit.report.text import count
 
+NONE = "no batch was finished"
+
 
 class Kept:
     """The batches that one call commits to the ledger of a run."""
@@ -69,7 +71,7 @@ class Kept:
         kept = self.batches
         if kept or not self.begins:
             return f"{self._line(kept)}; go on, started as before, with: {self.again(kept)}"
-        return "no batch was finished: start the same command again"
+        return f"{NONE}: start the same command again"
 
     def _settled(self) -> int:
         """How many batches are kept; if none, what the call made in the folder is removed."""
@@ -82,6 +84,8 @@ class Kept:
         return kept
 
     def _line(self, kept: int) -> str:
+        if not kept:
+            return NONE
         return (
             f"{count(kept, 'finished batch')} {'is' if kept == 1 else 'are'} kept in {self.folder}"
         )

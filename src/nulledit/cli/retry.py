@@ -10,6 +10,7 @@ from nulledit.cli.common import (
     device_option,
     echo,
     emit,
+    gate_options,
     output_options,
     prepare,
     trust_option,
@@ -25,10 +26,7 @@ from nulledit.cli.common import (
     default=1,
     help="Rounds at most, each stronger than the one before.  [default: 1]",
 )
-@click.option("--gate", metavar="FILE", help="Limits (see nulledit check); kept only if all hold.")
-@click.option(
-    "--capability", metavar="DIR", help="With --gate: the six tasks, sst2.jsonl and so on."
-)
+@gate_options
 @click.option(
     "--text", metavar="FILE", help="For perplexity and KL.  [default: one that comes along]"
 )

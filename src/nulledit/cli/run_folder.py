@@ -133,6 +133,12 @@ def finish(
     return Result(folder, summary, lines)
 
 
+def is_current(editor: Editor, folder: Path) -> bool:
+    """Whether the pages of a run are of its ledger's state, as an interruption may prevent."""
+    summary = folder_of.read_json(folder, "summary.json", None)
+    return bool(summary) and summary["state"] == editor.history.state_id
+
+
 def keep(editor: Editor, folder: Path) -> None:
     """Bring the model and the pages of a run to its ledger, after a change that edits nothing.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from nulledit.cli.common import Bars, convert_once, model_source, own_device, sa
 from nulledit.cli.edit import changed
 from nulledit.cli.going_on import Kept, begun, edit_again, retry_again
 from nulledit.cli.measure import Text, check_lengths, load_run, read_text
-from nulledit.cli.run_folder import Result, check_fresh, finish, timed
+from nulledit.cli.run_folder import Result, check_fresh, finish, is_current, timed
 from nulledit.config import Recipe, load_recipe
 from nulledit.data.facts import Fact
 from nulledit.distributed import Ranks
@@ -51,7 +51,7 @@ def run(
     if given["retry"]:
         _check_retry(editor, ranks)
     seconds = {"load": time.perf_counter() - started}
-    facts = _new(editor, facts, quiet=quiet)
+    asked, facts = {f.key for f in facts}, _new(editor, facts, quiet=quiet)
     if given["old_answers"]:
         say("Asking the base for old answers", quiet=quiet)
         facts = with_base_answers(editor, facts)
@@ -73,7 +73,7 @@ def run(
                 kept.attach()
         stack.enter_context(editor.writing())
         stack.enter_context(ranks.watched())
-        work = partial(_edit, editor, facts, given, seconds, quiet=quiet)
+        work = partial(_edit, editor, facts, asked, given, seconds, quiet=quiet)
         report = _gated(editor, work, given, limits, text, seconds, quiet=quiet)
         if begins and limits is not None:
             kept.attach()
@@ -91,6 +91,7 @@ def run_retry(given: dict[str, Any], *, quiet: bool) -> Result | str:
     recover_folder(folder / "model")
     trust = given["trust_remote_code"]
     editor = load_run(folder, given["device"], quiet=quiet, trust_remote_code=trust)
+    _check_values(editor)
     seconds = {"load": time.perf_counter() - started}
     text = read_text(editor, given["text"])
     kept = Kept(editor, folder, retry_again)
@@ -102,10 +103,18 @@ def run_retry(given: dict[str, Any], *, quiet: bool) -> Result | str:
 
     with kept.told(), editor.writing():
         report = _gated(editor, work, given, limits, text, seconds, quiet=quiet)
-        if not report.columns:
-            helped = "no retry made more facts hold: the run is as it was"
-            return helped if report.notices else "every fact holds: nothing was written"
+        if not report.columns and is_current(editor, folder):
+            return _nothing_written(editor, report)
         return _saved(editor, folder, report, text, seconds, quiet=quiet)
+
+
+def _nothing_written(editor: Editor, report: EditReport) -> str:
+    """Why a retry left the run as it was."""
+    if all(fact.forget for fact in editor.facts):
+        return "no fact in the model has an answer to write: nothing was written"
+    if report.notices:
+        return "no retry made more facts hold: the run is as it was"
+    return "every fact holds: nothing was written"
 
 
 def _limits(given: dict[str, Any]) -> Limits | None:
@@ -234,9 +243,13 @@ def _check_retry(editor: Editor, ranks: Ranks) -> None:
         raise ConfigError(
             "--retry works in one process: leave it out here, then call `nulledit retry RUN`"
         )
+    _check_values(editor)
+
+
+def _check_values(editor: Editor) -> None:
     method = find_method(editor.recipe.method.name)
     if method.by_gradient:
-        raise ConfigError(f"--retry makes values stronger, and {method.name} optimises none")
+        raise ConfigError(f"a retry makes values stronger, and {method.name} optimises none")
 
 
 def _check_tasks(limits: Limits, given: dict[str, Any]) -> None:
@@ -255,18 +268,21 @@ def _check_tasks(limits: Limits, given: dict[str, Any]) -> None:
 def _edit(
     editor: Editor,
     facts: Sequence[Fact],
+    asked: Set[tuple[str, str]],
     given: dict[str, Any],
     seconds: dict[str, float],
     *,
     quiet: bool,
 ) -> EditReport:
+    """Write `facts`, then again what does not hold of those with a key in `asked`."""
     batches = count(-(-len(facts) // editor.recipe.batch_size), "batch")
     if facts:
         say(f"Editing {count(len(facts), 'fact')} in {batches}", quiet=quiet)
     with Bars(quiet=quiet) as bars:
         report = editor.edit(facts, shuffle=not given["no_shuffle"], progress=bars)
     if given["retry"]:
-        report = joined(report, _again(editor, facts, given["retry"], quiet=quiet))
+        there = [f for f in editor.facts if f.key in asked]  # some since before an interruption
+        report = joined(report, _again(editor, there, given["retry"], quiet=quiet))
     seconds |= report.seconds
     return report
 
