@@ -9,27 +9,22 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
-from nulledit.cli.common import (
+from nulledit.cli.common import echo, emit, facts_of, meet, meet_early, prepare
+from nulledit.cli.options import (
     PLACING,
     Sectioned,
     chat_options,
     chat_settings,
     device_option,
     dtype_option,
-    echo,
-    emit,
-    facts_of,
     facts_options,
     gate_options,
-    meet,
-    meet_early,
     model_source,
     named,
     output_options,
     parse_changes,
     parse_layers,
     parse_null_space,
-    prepare,
     quantize_option,
     seed_option,
     trust_option,

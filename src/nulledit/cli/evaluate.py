@@ -7,18 +7,13 @@ from typing import Any
 
 import click
 
-from nulledit.cli.common import (
-    Bars,
+from nulledit.cli.common import Bars, echo, emit, facts_of, prepare, say
+from nulledit.cli.options import (
     chat_options,
     chat_settings,
     device_option,
-    echo,
-    emit,
-    facts_of,
     facts_options,
     output_options,
-    prepare,
-    say,
     trust_option,
 )
 

@@ -9,23 +9,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
-from nulledit.cli.common import (
+from nulledit.cli.common import Bars, echo, emit, facts_of, prepare, say
+from nulledit.cli.options import (
     PLACING,
-    Bars,
     Sectioned,
     chat_options,
     chat_settings,
     device_option,
     dtype_option,
-    echo,
-    emit,
-    facts_of,
     facts_options,
     model_source,
     output_options,
-    prepare,
     quantize_option,
-    say,
     trust_option,
 )
 from nulledit.errors import BadRecordsError, ConfigError

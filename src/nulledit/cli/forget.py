@@ -7,18 +7,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
-from nulledit.cli.common import (
+from nulledit.cli.common import Bars, echo, emit, facts_of, prepare, say
+from nulledit.cli.options import (
     PLACING,
-    Bars,
     Sectioned,
     device_option,
-    echo,
-    emit,
-    facts_of,
     facts_options,
     output_options,
-    prepare,
-    say,
     trust_option,
 )
 from nulledit.errors import ConfigError

@@ -8,8 +8,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from nulledit.cli.common import Interrupted, given_words, say
+from nulledit.cli.common import Interrupted, say
 from nulledit.cli.edit import FIXED, OF_EPOCH
+from nulledit.cli.options import given_words
 from nulledit.distributed import Ranks
 from nulledit.editor import Editor
 from nulledit.errors import LedgerError, RankError

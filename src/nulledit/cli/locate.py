@@ -9,21 +9,16 @@ from typing import Any, ClassVar
 
 import click
 
-from nulledit.cli.common import (
+from nulledit.cli.common import Bars, echo, emit, facts_of, prepare, say
+from nulledit.cli.options import (
     PLACING,
-    Bars,
     Sectioned,
     device_option,
     dtype_option,
-    echo,
-    emit,
-    facts_of,
     facts_options,
     model_source,
     output_options,
-    prepare,
     quantize_option,
-    say,
     seed_option,
     trust_option,
 )

@@ -8,16 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nulledit.cli.common import (
-    Bars,
-    device_option,
-    echo,
-    emit,
-    output_options,
-    prepare,
-    say,
-    trust_option,
-)
+from nulledit.cli.common import Bars, echo, emit, prepare, say
+from nulledit.cli.options import device_option, output_options, trust_option
 from nulledit.errors import CheckFailed, ConfigError
 from nulledit.reading import MAX_SETTINGS, parse_yaml, read_text
 

@@ -8,18 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nulledit.cli.common import (
-    Bars,
-    device_option,
-    echo,
-    emit,
-    facts_of,
-    facts_options,
-    output_options,
-    prepare,
-    say,
-    trust_option,
-)
+from nulledit.cli.common import Bars, echo, emit, facts_of, prepare, say
+from nulledit.cli.options import device_option, facts_options, output_options, trust_option
 from nulledit.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -6,15 +6,8 @@ from typing import Any
 
 import click
 
-from nulledit.cli.common import (
-    device_option,
-    echo,
-    emit,
-    gate_options,
-    output_options,
-    prepare,
-    trust_option,
-)
+from nulledit.cli.common import echo, emit, prepare
+from nulledit.cli.options import device_option, gate_options, output_options, trust_option
 
 
 @click.command(short_help="Write what does not hold again, stronger.")

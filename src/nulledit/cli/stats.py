@@ -11,21 +11,23 @@ import click
 
 from nulledit.cli.common import (
     convert_once,
-    device_option,
-    dtype_option,
     echo,
     emit,
     meet,
     meet_early,
+    own_device,
+    prepare,
+    refuse_ranks,
+    say,
+)
+from nulledit.cli.options import (
+    device_option,
+    dtype_option,
     model_source,
     null_space,
     output_options,
-    own_device,
     parse_layers,
-    prepare,
     quantize_option,
-    refuse_ranks,
-    say,
     trust_option,
 )
 from nulledit.errors import ConfigError, RankError, StatisticsError

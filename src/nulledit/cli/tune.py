@@ -10,24 +10,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
-from nulledit.cli.common import (
+from nulledit.cli.common import Bars, echo, emit, facts_of, prepare, say
+from nulledit.cli.options import (
     PLACING,
-    Bars,
     Sectioned,
     chat_options,
     chat_settings,
     device_option,
     dtype_option,
-    echo,
-    emit,
-    facts_of,
     facts_options,
     model_source,
     output_options,
     parse_layers,
-    prepare,
     quantize_option,
-    say,
     seed_option,
     trust_option,
 )
