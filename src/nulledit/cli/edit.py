@@ -11,23 +11,21 @@ import click
 
 from nulledit.cli.common import echo, emit, facts_of, meet, meet_early, prepare
 from nulledit.cli.options import (
-    PLACING,
+    MODEL_OPTIONS,
     Sectioned,
     chat_options,
     chat_settings,
-    device_option,
-    dtype_option,
     facts_options,
     gate_options,
+    model_options,
     model_source,
     named,
     output_options,
     parse_changes,
     parse_layers,
     parse_null_space,
-    quantize_option,
     seed_option,
-    trust_option,
+    skip_option,
 )
 from nulledit.errors import ConfigError, RankError
 from nulledit.launch import Launch
@@ -75,8 +73,8 @@ FIELDS = {
 class _Edit(Sectioned):
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
         "Model and run": (
-            *("model", "out", "run", "new_epoch", "device", *PLACING, "dtype", "quantize"),
-            *("trust_remote_code", "retry", "dry_run"),
+            *("model", "out", "run", "new_epoch", *MODEL_OPTIONS),
+            *("retry", "dry_run"),
         ),
         "Facts": ("limit", "skip", "on_conflict", "skip_bad", "old_answers", "no_shuffle", "seed"),
         "Recipe": ("recipe", "stats", *FIELDS, "layers", "null_space", "chat", "system", "changes"),
@@ -96,15 +94,10 @@ class _Edit(Sectioned):
     "--recipe", metavar="FILE|NAME", help="See nulledit info for names.  [default: the model's]"
 )
 @click.option("--stats", metavar="PATH", help="Statistics of the model's keys.  [default: found]")
-@click.option(
-    "--limit", metavar="N", type=click.IntRange(1), help="Take so many records.  [default: all]"
-)
-@click.option(
-    "--skip", metavar="N", type=click.IntRange(0), default=0, help="Leave out the first records."
-)
 @seed_option("Of contexts and of the queue's order.  [default: 0]", default=None)
 @click.option("--no-shuffle", is_flag=True, help="Keep the file's order over several batches.")
 @facts_options
+@skip_option
 @click.option("--batch-size", metavar="N", type=int, help="Facts solved together.")
 @click.option("--layers", metavar="LIST", help="Edited layers, as 4,5,6 or 4-8, from 0.")
 @click.option("--method", metavar="NAME", help="See nulledit methods.")
@@ -128,10 +121,7 @@ class _Edit(Sectioned):
     metavar="FIELD=VALUE",
     help="Any other field of a recipe, such as values.kl_weight=0; repeatable.",
 )
-@device_option
-@dtype_option
-@quantize_option
-@trust_option
+@model_options
 @click.option(
     "--text",
     metavar="FILE",

@@ -21,7 +21,6 @@ from nulledit.cli.options import (
 @click.command(short_help="Rates, perplexity and KL of a run, base and edited.")
 @click.argument("run", metavar="RUN")
 @click.option("--facts", metavar="FILE", help="Ask about these.  [default: the facts in RUN]")
-@click.option("--limit", type=click.IntRange(1), help="Ask about so many.  [default: all]")
 @facts_options
 @click.option(
     "--text",

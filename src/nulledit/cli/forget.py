@@ -14,6 +14,7 @@ from nulledit.cli.options import (
     device_option,
     facts_options,
     output_options,
+    skip_option,
     trust_option,
 )
 from nulledit.errors import ConfigError
@@ -42,9 +43,8 @@ class _Forget(Sectioned):
     "--target", metavar="TEXT", help="The answer to forget.  [default: the edit's, or the base's]"
 )
 @click.option("--old-answers", is_flag=True, help="Forget each fact's old_answer, not its target.")
-@click.option("--skip", metavar="N", type=click.IntRange(0), default=0, help="Leave out the first.")
-@click.option("--limit", metavar="N", type=click.IntRange(1), help="Take so many.  [default: all]")
 @facts_options
+@skip_option
 @click.option(
     "--tokens",
     metavar="N",

@@ -167,6 +167,16 @@ def dtype_option(command: F) -> F:
     )(command)
 
 
+def model_options(command: F) -> F:
+    """How a model is loaded: `MODEL_OPTIONS`."""
+    for option in (trust_option, quantize_option, dtype_option, device_option):
+        command = option(command)
+    return command
+
+
+MODEL_OPTIONS = ("device", *PLACING, "dtype", "quantize", "trust_remote_code")
+
+
 def skip_bad_option(command: F) -> F:
     """--skip-bad."""
     text = "Leave out records that can't be read, and say which."
@@ -174,14 +184,28 @@ def skip_bad_option(command: F) -> F:
 
 
 def facts_options(command: F) -> F:
-    """--on-conflict and --skip-bad, of commands that read a file of facts."""
+    """--limit, --on-conflict and --skip-bad, of commands that read a file of facts."""
     command = skip_bad_option(command)
-    return click.option(
+    command = click.option(
         "--on-conflict",
         type=click.Choice(["error", "first", "last"]),
         default="error",
         show_default=True,
         help="Which record counts where two contradict each other.",
+    )(command)
+    return click.option(
+        "--limit", metavar="N", type=click.IntRange(1), help="Take so many records.  [default: all]"
+    )(command)
+
+
+def skip_option(command: F) -> F:
+    """--skip."""
+    return click.option(
+        "--skip",
+        metavar="N",
+        type=click.IntRange(0),
+        default=0,
+        help="Leave out the first records.",
     )(command)
 
 

@@ -28,7 +28,6 @@ HELD = 20  # facts in the model that are asked again
 @click.option(
     "--undo", "undone", multiple=True, metavar="ID", help="Take this fact out; repeatable."
 )
-@click.option("--limit", metavar="N", type=click.IntRange(1), help="Take so many records.")
 @click.option(
     "--text", metavar="FILE", help="For perplexity and KL.  [default: one that comes along]"
 )
