@@ -18,7 +18,7 @@ from nulledit.evaluation import evaluate, retry_failing
 from nulledit.evaluation.diagnosis import diagnose, first_slip, holds
 from nulledit.evaluation.generation import loops, says
 from nulledit.evaluation.old_answers import disagreements, first_clause, with_base_answers
-from nulledit.report.holding import headline, legend, mark, reasons
+from nulledit.report.holding import headline, held, legend, mark, reasons
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +243,19 @@ def test_marks_are_explained_and_counted():
     assert all(f"{name}: " in legend(lines) for name in wanted[:-1])
     assert "leaks" not in legend(lines)
     assert reasons(lines, "my/run") == [("a", "why: nulledit retry my/run")]
+
+
+@pytest.mark.parametrize("generation", [True, False, None])
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("forgotten", [None, 0.0, 0.5, 1.0])
+@pytest.mark.parametrize("old", [True, False], ids=["older line", "line"])
+def test_reports_and_retry_hold_by_one_rule(generation, strict, forgotten, old):
+    row = {"efficacy": True, "efficacy_strict": strict, "forgotten_strict": forgotten}
+    after = row if old else {**row, "generation": generation}
+    line = {"id": "a", "after": after, "says_target": generation, "diagnosis": None}
+    good = holds({**row, "generation": generation})
+    assert (mark(line) in ("ok", "forgotten")) == held(line) == good
+    assert headline([line]) == f"{int(good)} of 1 fact holds."
 
 
 @pytest.fixture(scope="module")
