@@ -16,8 +16,9 @@ from nulledit.editing.stronger import differences, stronger
 from nulledit.errors import FactError, LedgerError
 from nulledit.evaluation import evaluate, retry_failing
 from nulledit.evaluation.diagnosis import diagnose, first_slip, holds
-from nulledit.evaluation.generation import loops, says
+from nulledit.evaluation.generation import ANSWER_TOKENS, loops, says
 from nulledit.evaluation.old_answers import disagreements, first_clause, with_base_answers
+from nulledit.evaluation.outlook import outlook
 from nulledit.report.holding import headline, held, legend, mark, reasons
 
 
@@ -219,6 +220,23 @@ def test_old_answers_are_compared_with_the_base_and_taken_from_it(make, facts):
     assert not disagreements(taken[1:], base)
     assert first_clause("Paris. It is a city") == "Paris"
     assert first_clause("3.5 kg, or so") == "3.5 kg"
+
+
+def test_a_long_old_answer_is_heard_whole(make, monkeypatch):
+    """By the notice of an edit and by `facts check --model` alike."""
+    words = [f"word{n}" for n in range(30)]
+
+    def talk(_model, _tokenizer, prompts, max_new_tokens=(ANSWER_TOKENS,), **_):
+        """No word is less than a token."""
+        return [" ".join(words[:n]) for _, n in zip(prompts, max_new_tokens, strict=True)]
+
+    for module in ("runner", "outlook"):
+        monkeypatch.setattr(f"nulledit.evaluation.{module}.generate_answers", talk)
+    editor, old = make(), " ".join(words[:20])
+    fact = Fact(subject="Karo Dun", prompt="{} works as a", target="sailor", old_answer=old)
+    assert not disagreements([fact], evaluate(editor, [fact]))
+    (seen,) = outlook(editor.model, editor.tokenizer, [fact], editor.encoder)
+    assert seen.says_old_answer
 
 
 def test_marks_are_explained_and_counted():

@@ -83,7 +83,7 @@ def windows_of(encoder: RowEncoder, file: str | None) -> Text:
 def check_lengths(editor: Editor, facts: Sequence[Fact]) -> None:
     """Refuse a prompt that leaves no room for an answer before anything is edited."""
     for fact in facts:
-        room = editor.encoder.leaving(answer_room(editor.encoder, fact.target))
+        room = editor.encoder.leaving(answer_room(editor.encoder, fact))
         for query in queries_of(fact):
             answer = max(query.said, key=len)
             if not room.chat and len(f"{query.prompt} {answer}".encode()) < room.max_length:
