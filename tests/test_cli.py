@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import fields, replace
 
 import click
 import pytest
@@ -15,7 +16,9 @@ from conftest import LINES, RECIPE, build_model
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 from nulledit import Editor
+from nulledit.cli.estimate import Costs
 from nulledit.cli.main import cli
+from nulledit.config import ValueSettings
 from nulledit.editing.values import optimise_values
 from nulledit.errors import ModelError
 from nulledit.evaluation.old_answers import first_clause
@@ -263,6 +266,34 @@ def test_a_dry_run_estimates_and_leaves_nothing(place, options, tmp_path):
     assert size["peak_bytes"] > 1e8
     assert "Peak memory" in done(*words, "--out", tmp_path / "run").stdout
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("more", "stage"),
+    [
+        (("--set", "values.rounds=3"), "further rounds (at most)"),
+        (("--retry", 2), "retry (at most)"),
+        (("--old-answers",), "old answers"),
+    ],
+)
+def test_a_dry_run_counts_what_is_done_beside_the_edit(more, stage, place, options):
+    words = ("edit", place / "facts.json", *options, "--dry-run", "--json")
+    plain, size = (json.loads(done(*words, *extra).stdout)["seconds"] for extra in ((), more))
+    assert set(size) - set(plain) == {stage}
+
+
+def test_an_estimate_grows_with_rounds_and_retries(place):
+    """By the counts alone: a machine's measured speed does not enter."""
+    costs = Costs(*[1.0] * len(fields(Costs)))
+    once = ValueSettings(steps=5)
+
+    def in_all(settings, retries=0):
+        return sum(costs.of_edit(settings, retries, n=10).values())
+
+    assert in_all(once) == 8  # keys, beginning, 5 steps, solve
+    assert in_all(replace(once, rounds=3)) == 3 * 8
+    # as many again with 10 steps and one round more; two looks of 10 answers
+    assert in_all(once, retries=1) == 8 + 2 * 13 + 2 * 11
 
 
 def test_facts_check_counts(place):

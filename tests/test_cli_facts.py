@@ -102,7 +102,7 @@ def test_what_the_model_makes_of_facts(write, model):
     twin = RECORDS[3] | {"id": "twin", "prompt": "{} lives at the", "target": "river"}
     records = [*RECORDS, twin]
     (first,) = checked(write(records[:1]), "--model", model)["model"]["facts"]
-    says = first["says"]
+    says = first["says"].rpartition(" ")[0]  # whole words, whatever comes after them
     assert first["says_old_answer"] is False
     assert says
     records[1] = RECORDS[1] | {"old_answer": "no answer of it"}

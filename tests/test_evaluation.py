@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -312,10 +313,13 @@ def test_each_answer_gets_its_own_room_whatever_runs_beside_it(model, tokenizer)
 
 
 def test_a_long_target_can_be_said_whole(tokenizer):
-    encoder, target = RowEncoder(tokenizer, max_length=128), "river and valley " * 12
-    own = tokenizer(" " + target, add_special_tokens=False)["input_ids"]
-    assert answer_room(encoder, target) > len(own) > 12
-    assert answer_room(encoder, "river") == 12
+    """And so can an old answer, or another one that is accepted."""
+    encoder, long = RowEncoder(tokenizer, max_length=128), "river and valley " * 12
+    own = tokenizer(" " + long, add_special_tokens=False)["input_ids"]
+    fact = Fact(subject="Velm", prompt="{} is a", target="river")
+    assert answer_room(encoder, fact) == 12
+    for longer in ({"target": long}, {"old_answer": long}, {"target_aliases": (long,)}):
+        assert answer_room(encoder, replace(fact, **longer)) > len(own) > 12
 
 
 def test_generation_is_greedy_whatever_the_checkpoint_asks_for(tiny_model, tokenizer):

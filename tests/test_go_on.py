@@ -7,7 +7,7 @@ import click
 import pytest
 
 from nulledit.cli.edit import FIXED, OF_EPOCH, edit
-from nulledit.cli.runs import _command
+from nulledit.cli.going_on import edit_again
 
 OPTIONS = [p for p in edit.params if isinstance(p, click.Option) and p.name != "run"]
 
@@ -31,7 +31,7 @@ def advice(words, *, kept):
     context = parsed(words)
     folder = Path(context.params["run"] or context.params["out"])
     with context.scope():
-        line = _command(context.params, folder, kept)
+        line = edit_again(context.params, folder, kept)
     program, name, *rest = shlex.split(line)
     assert (program, name) == ("nulledit", "edit")
     return rest

@@ -16,9 +16,10 @@ from nulledit.editing.stronger import differences, stronger
 from nulledit.errors import FactError, LedgerError
 from nulledit.evaluation import evaluate, retry_failing
 from nulledit.evaluation.diagnosis import diagnose, first_slip, holds
-from nulledit.evaluation.generation import loops, says
+from nulledit.evaluation.generation import ANSWER_TOKENS, loops, says
 from nulledit.evaluation.old_answers import disagreements, first_clause, with_base_answers
-from nulledit.report.holding import headline, legend, mark, reasons
+from nulledit.evaluation.outlook import outlook
+from nulledit.report.holding import headline, held, legend, mark, reasons
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +222,23 @@ def test_old_answers_are_compared_with_the_base_and_taken_from_it(make, facts):
     assert first_clause("3.5 kg, or so") == "3.5 kg"
 
 
+def test_a_long_old_answer_is_heard_whole(make, monkeypatch):
+    """By the notice of an edit and by `facts check --model` alike."""
+    words = [f"word{n}" for n in range(30)]
+
+    def talk(_model, _tokenizer, prompts, max_new_tokens=(ANSWER_TOKENS,), **_):
+        """No word is less than a token."""
+        return [" ".join(words[:n]) for _, n in zip(prompts, max_new_tokens, strict=True)]
+
+    for module in ("runner", "outlook"):
+        monkeypatch.setattr(f"nulledit.evaluation.{module}.generate_answers", talk)
+    editor, old = make(), " ".join(words[:20])
+    fact = Fact(subject="Karo Dun", prompt="{} works as a", target="sailor", old_answer=old)
+    assert not disagreements([fact], evaluate(editor, [fact]))
+    (seen,) = outlook(editor.model, editor.tokenizer, [fact], editor.encoder)
+    assert seen.says_old_answer
+
+
 def test_marks_are_explained_and_counted():
     def line(**given):
         rest = {"id": "a", "says_target": False, "diagnosis": None, "after": {}}
@@ -243,6 +261,19 @@ def test_marks_are_explained_and_counted():
     assert all(f"{name}: " in legend(lines) for name in wanted[:-1])
     assert "leaks" not in legend(lines)
     assert reasons(lines, "my/run") == [("a", "why: nulledit retry my/run")]
+
+
+@pytest.mark.parametrize("generation", [True, False, None])
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("forgotten", [None, 0.0, 0.5, 1.0])
+@pytest.mark.parametrize("old", [True, False], ids=["older line", "line"])
+def test_reports_and_retry_hold_by_one_rule(generation, strict, forgotten, old):
+    row = {"efficacy": True, "efficacy_strict": strict, "forgotten_strict": forgotten}
+    after = row if old else {**row, "generation": generation}
+    line = {"id": "a", "after": after, "says_target": generation, "diagnosis": None}
+    good = holds({**row, "generation": generation})
+    assert (mark(line) in ("ok", "forgotten")) == held(line) == good
+    assert headline([line]) == f"{int(good)} of 1 fact holds."
 
 
 @pytest.fixture(scope="module")

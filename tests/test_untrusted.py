@@ -32,7 +32,8 @@ from nulledit import reading
 from nulledit.cli.common import echo, emit, say
 from nulledit.cli.main import _describe, cli
 from nulledit.cli.rest import read_references
-from nulledit.cli.runs import Result, as_page
+from nulledit.cli.run_folder import Result
+from nulledit.cli.run_page import as_page
 from nulledit.config import Recipe, StatisticsSettings, load_recipe, shipped_recipes
 from nulledit.data import Fact, corpus, read_facts
 from nulledit.editing.manifest import HASHES

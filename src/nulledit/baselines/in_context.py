@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nulledit.data.facts import Fact, quote
 from nulledit.editor import Editor
 from nulledit.errors import ConfigError, FactError
-from nulledit.evaluation.generation import generate_answers, says_any
+from nulledit.evaluation.generation import answer_room, generate_answers, says_any
 from nulledit.evaluation.metrics import Rate, rates, score
 from nulledit.evaluation.protocols import Query, queries_of
 from nulledit.evaluation.runner import Evaluation
@@ -26,7 +26,6 @@ from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import RowEncoder, join_target, pad_id
 
 SLOT = "{statement}"
-NEW_TOKENS = 12  # generated after a fact's prompt, as for an edited model
 CPU_POSITIONS = 512  # small chunks stay in a processor's cache
 ACCELERATOR_POSITIONS = 8192
 
@@ -58,7 +57,8 @@ def in_context(
     prefaces = prefaces_of(facts, preface=preface, crowd=crowd, seed=seed)
     asked = [query for fact in facts for query in queries_of(fact)]
     told = [replace(query, prompt=prefaces[query.fact_id] + query.prompt) for query in asked]
-    prompts = [prefaces[fact.id] + fact.render(fact.prompt) for fact in facts] if generate else []
+    heard = facts if generate else []
+    prompts = [prefaces[fact.id] + fact.render(fact.prompt) for fact in heard]
     with _unedited(source) as (model, tokenizer):
         encoder = RowEncoder.of(model, tokenizer)
         _check_room(encoder, facts, told, prompts, crowd)
@@ -75,11 +75,11 @@ def in_context(
             model,
             tokenizer,
             prompts,
-            max_new_tokens=NEW_TOKENS,
+            max_new_tokens=[answer_room(encoder, fact) for fact in heard],
             progress=partial(progress, "answers") if progress else None,
         )
     scores = [replace(item, query=query) for item, query in zip(scores, asked, strict=True)]
-    answered = list(zip(facts, said, strict=True)) if generate else []
+    answered = list(zip(heard, said, strict=True))
     found = {fact.id: says_any(text, fact.answers) for fact, text in answered}
     return Evaluation(
         scores=tuple(scores),
@@ -149,7 +149,7 @@ def _check_room(
         for answer in query.said
     ]
     needed += [
-        (fact.id, len(_ids(encoder, prompt)) + NEW_TOKENS)
+        (fact.id, len(_ids(encoder, prompt)) + answer_room(encoder, fact))
         for fact, prompt in zip(facts, prompts, strict=False)
     ]
     for fact_id, length in needed:

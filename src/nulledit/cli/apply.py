@@ -6,7 +6,8 @@ from dataclasses import asdict
 
 import click
 
-from nulledit.cli.common import echo, emit, output_options, prepare, say, trust_option
+from nulledit.cli.common import echo, emit, prepare, say
+from nulledit.cli.options import output_options, trust_option
 from nulledit.errors import ConfigError
 
 

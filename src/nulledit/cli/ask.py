@@ -6,13 +6,12 @@ from typing import Any
 
 import click
 
-from nulledit.cli.common import (
+from nulledit.cli.common import emit, prepare
+from nulledit.cli.options import (
     chat_options,
     chat_settings,
     device_option,
-    emit,
     output_options,
-    prepare,
     trust_option,
 )
 from nulledit.errors import ConfigError

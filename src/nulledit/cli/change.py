@@ -9,16 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nulledit.cli.common import (
-    Bars,
-    device_option,
-    echo,
-    emit,
-    output_options,
-    prepare,
-    say,
-    trust_option,
-)
+from nulledit.cli.common import Bars, echo, emit, prepare, say
+from nulledit.cli.options import device_option, output_options, trust_option
 from nulledit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -124,7 +116,7 @@ def _carry_out(run: str, change: Callable[[Editor], ChangeReport], given: dict[s
     """Load, change and write; one writer all the while."""
     prepare(quiet=given["quiet"])
     from nulledit.cli.measure import load_run
-    from nulledit.cli.runs import keep
+    from nulledit.cli.run_folder import keep
 
     quiet, folder = given["quiet"], Path(run)
     trust = given["trust_remote_code"]

@@ -8,14 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nulledit.cli.common import (
-    device_option,
-    echo,
-    emit,
-    output_options,
-    prepare,
-    trust_option,
-)
+from nulledit.cli.common import echo, emit, prepare
+from nulledit.cli.options import device_option, output_options, trust_option
 from nulledit.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -9,29 +9,23 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
-from nulledit.cli.common import (
-    PLACING,
+from nulledit.cli.common import echo, emit, facts_of, meet, meet_early, prepare
+from nulledit.cli.options import (
+    MODEL_OPTIONS,
     Sectioned,
     chat_options,
     chat_settings,
-    device_option,
-    dtype_option,
-    echo,
-    emit,
-    facts_of,
     facts_options,
-    meet,
-    meet_early,
+    gate_options,
+    model_options,
     model_source,
     named,
     output_options,
     parse_changes,
     parse_layers,
     parse_null_space,
-    prepare,
-    quantize_option,
     seed_option,
-    trust_option,
+    skip_option,
 )
 from nulledit.errors import ConfigError, RankError
 from nulledit.launch import Launch
@@ -79,8 +73,8 @@ FIELDS = {
 class _Edit(Sectioned):
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
         "Model and run": (
-            *("model", "out", "run", "new_epoch", "device", *PLACING, "dtype", "quantize"),
-            *("trust_remote_code", "retry", "dry_run"),
+            *("model", "out", "run", "new_epoch", *MODEL_OPTIONS),
+            *("retry", "dry_run"),
         ),
         "Facts": ("limit", "skip", "on_conflict", "skip_bad", "old_answers", "no_shuffle", "seed"),
         "Recipe": ("recipe", "stats", *FIELDS, "layers", "null_space", "chat", "system", "changes"),
@@ -100,15 +94,10 @@ class _Edit(Sectioned):
     "--recipe", metavar="FILE|NAME", help="See nulledit info for names.  [default: the model's]"
 )
 @click.option("--stats", metavar="PATH", help="Statistics of the model's keys.  [default: found]")
-@click.option(
-    "--limit", metavar="N", type=click.IntRange(1), help="Take so many records.  [default: all]"
-)
-@click.option(
-    "--skip", metavar="N", type=click.IntRange(0), default=0, help="Leave out the first records."
-)
 @seed_option("Of contexts and of the queue's order.  [default: 0]", default=None)
 @click.option("--no-shuffle", is_flag=True, help="Keep the file's order over several batches.")
 @facts_options
+@skip_option
 @click.option("--batch-size", metavar="N", type=int, help="Facts solved together.")
 @click.option("--layers", metavar="LIST", help="Edited layers, as 4,5,6 or 4-8, from 0.")
 @click.option("--method", metavar="NAME", help="See nulledit methods.")
@@ -132,10 +121,7 @@ class _Edit(Sectioned):
     metavar="FIELD=VALUE",
     help="Any other field of a recipe, such as values.kl_weight=0; repeatable.",
 )
-@device_option
-@dtype_option
-@quantize_option
-@trust_option
+@model_options
 @click.option(
     "--text",
     metavar="FILE",
@@ -154,12 +140,7 @@ class _Edit(Sectioned):
     help="Take what the base says as the old answer of facts that name none.",
 )
 @click.option("--no-evaluate", is_flag=True, help="Edit only.")
-@click.option(
-    "--gate", metavar="FILE", help="Limits (see nulledit check); a model that fails is not written."
-)
-@click.option(
-    "--capability", metavar="DIR", help="With --gate: the six tasks, sst2.jsonl and so on."
-)
+@gate_options
 @click.option("--dry-run", is_flag=True, help="Estimate time and memory; edit nothing.")
 @output_options
 def edit(facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
@@ -198,6 +179,7 @@ def edit(facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
         size = estimate.estimate(name, found.facts, recipe, dtype=given["dtype"], given=given)
         return emit(size) if as_json else echo(estimate.as_page(size))
     from nulledit.cli import runs
+    from nulledit.cli.run_page import show, show_refusal
 
     try:
         with ranks.watched():
@@ -205,20 +187,10 @@ def edit(facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
     except RankError as error:  # before the first batch began
         raise error.advised("start the same command again") from error
     except runs.Refused as error:
-        from nulledit.cli.check import gate_table
-        from nulledit.report.tables import as_text
-
-        if as_json:
-            emit(error.report.to_dict())
-        else:
-            echo(as_text(gate_table(error.report), left=2, most=90))
+        show_refusal(error.report, as_json=as_json)
         raise
-    if result is None:
-        return None
-    if as_json:
-        emit(result.to_dict())
-    else:
-        echo(runs.as_page(result))
+    if result:
+        show(result, as_json=as_json)
     return None
 
 
@@ -244,8 +216,6 @@ def changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
 
 def _check(given: dict[str, Any]) -> None:
     """Options that belong together, before anything is read."""
-    if given["capability"] and not given["gate"]:
-        raise ConfigError("--capability belongs to --gate FILE")
     if given["run"]:
         refused = named(given, FIXED)
         if refused:

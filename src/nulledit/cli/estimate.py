@@ -9,9 +9,11 @@ With P parameters in a block, a forward pass of t tokens through b blocks takes 
   through each edited block (read, advance), and bare rows from each of them to the last.
 - solve, in float64: per layer and batch, over all n columns so far: 4·d_in·m·n for GK with m held
   eigenvectors (at most d_in/2), 2·n²·d_in + n³/3 for the system, 4·d_out·d_in·n for targets and Δ.
-- evaluation, twice: each query once through the model, 12 tokens of answer per fact (one at a
-  time: 4 times as slow), the text's windows for perplexity; once, those for preservation, and the
-  base's logits of them to be compared.
+- further rounds: as if every fact needed all of them. Retry: as if none ever held; before each, and
+  at the end, every fact is asked.
+- evaluation, twice: each query once through the model (in chat, in two forms), 12 tokens of answer
+  per fact (one at a time: 4 times as slow), the text's windows for perplexity; once, those for
+  preservation, and the base's logits of them to be compared.
 
 Seconds are operations over a matmul's speed measured here, times a factor for everything else in a
 block that fits runs of the embedded model. Expect them to be right within a factor of 2.
@@ -31,9 +33,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nulledit.batch import ACCELERATOR_POSITIONS, CPU_POSITIONS
 from nulledit.cli.measure import windows_of
-from nulledit.config import Layout, Recipe, layers_by_depth
+from nulledit.config import Layout, Recipe, ValueSettings, layers_by_depth
 from nulledit.data.facts import Fact
+from nulledit.editing.stronger import stronger
 from nulledit.errors import ModelError, NullEditError
+from nulledit.evaluation.forms import other_system
 from nulledit.evaluation.protocols import queries_of
 from nulledit.models.experts import count_and_width, is_experts
 from nulledit.models.layouts import (
@@ -72,6 +76,51 @@ class Shape:
     bytes: int  # per parameter
 
 
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of each stage, for all facts unless another thing is said."""
+
+    keys: float
+    """Of one pass over the batches."""
+    begin: float
+    """Of a pass's values, before their first step."""
+    step: float
+    """Of a step of all values."""
+    solve: float
+    """Of one pass."""
+    queries: float
+    """To score every prompt."""
+    bare: float
+    """To score the facts' own prompts."""
+    answer: float
+    """To say one answer."""
+    token: float
+    """To read one token of a text, with its logits."""
+    below: float
+    """To read one up to the last edited layer."""
+    logits: float
+    """Of one token whose hidden state is there."""
+
+    def passes(self, steps: int, n: int) -> float:
+        """`n` passes over the batches, of so many steps each."""
+        return n * (self.keys + self.begin + steps * self.step + self.solve)
+
+    def of_edit(self, settings: ValueSettings, retries: int, n: int) -> dict[str, float]:
+        """Seconds to write `n` facts, and where nothing holds to write all of them again."""
+        seconds = {
+            "keys": self.keys,
+            "values (at most)": self.begin + settings.steps * self.step,
+            "solve": self.solve,
+        }
+        if settings.rounds > 1:
+            seconds["further rounds (at most)"] = self.passes(settings.steps, settings.rounds - 1)
+        if retries:
+            looks = (retries + 1) * (self.bare + n * self.answer)
+            again = [stronger(settings, number) for number in range(1, retries + 1)]
+            seconds["retry (at most)"] = looks + sum(self.passes(v.steps, v.rounds) for v in again)
+        return seconds
+
+
 def estimate(
     name: str,
     facts: Sequence[Fact],
@@ -91,45 +140,25 @@ def estimate(
             f"layer {layers[-1]} is out of range: layers 0 to {depth - 2} can be edited"
         )
     rows = _count_rows(facts, encoder, recipe)
-    speed, double = _speed(shape, device), _speed(shape, device, torch.float64)
-    block = 2 * shape.block * OVERHEAD
-    logit = 2 * shape.width * shape.vocabulary
-    last = layers[-1]
-    steps = recipe.values.steps
-    values = 0.0
-    for layer in layers if shape.normed or recipe.values.at == "each" else (last,):
-        upper = depth - 1 - layer
-        values += block * (
-            rows["tokens"] * (layer + 1) + rows["heads"] * upper + 2 * steps * rows["tails"] * upper
-        )
-        values += 2 * steps * logit * rows["reads"]
-    through = layers[0] + 2 * len(layers)
-    bare = sum(last + 1 - layer for layer in layers)
-    keys = block * rows["heads"] * (through + bare / rows["contexts"])
-    solve = 0.0
-    size = recipe.batch_size
-    for done in range(size, len(facts) + size, size):
-        n = min(done, len(facts))
-        per_layer = 2 * shape.d_in**2 / shape.experts * n + 2 * n**2 * shape.d_in + n**3 / 3
-        solve += len(layers) * (per_layer + 4 * shape.d_out * shape.d_in * n)
-    windows = sum(map(len, windows_of(encoder, given["text"]).windows))
-    asked = block * depth * (rows["asked"] + windows + rows["answers"] * DECODING)
-    asked += logit * (rows["scored"] + windows + rows["answers"])
-    evaluation = 0.0 if given["no_evaluate"] else 2 * asked + windows * (block * (last + 1) + logit)
-    seconds = {
-        "load and save": 6 + 4 * shape.parameters * shape.bytes / 1e9,
-        "keys": keys / speed,
-        "values (at most)": values / speed,
-        "solve": solve / double,
-        "evaluation": evaluation / speed,
-    }
+    speeds = _speed(shape, device), _speed(shape, device, torch.float64)
+    costs = _costs(shape, recipe, layers, depth, rows, len(facts), speeds)
+    seconds = {"load and save": 6 + 4 * shape.parameters * shape.bytes / 1e9}
+    if given["old_answers"]:
+        lacking = sum(fact.old_answer is None and not fact.forget for fact in facts)
+        seconds["old answers"] = lacking * costs.answer
+    seconds |= costs.of_edit(recipe.values, given["retry"], len(facts))
+    if not given["no_evaluate"]:
+        windows = sum(map(len, windows_of(encoder, given["text"]).windows))
+        forms = 2 if other_system(encoder) else 1
+        asked = 2 * forms * (costs.queries + len(facts) * costs.answer)
+        seconds["evaluation"] = asked + windows * (2 * costs.token + costs.below + costs.logits)
     return {
         "facts": len(facts),
         "batches": -(-len(facts) // recipe.batch_size),
         "layers": list(layers),
         "rows": rows["rows"],
         "tokens": rows["tokens"],
-        "gflops": round(speed / 1e9, 1),
+        "gflops": round(speeds[0] / 1e9, 1),
         "seconds": {k: round(v, 1) for k, v in seconds.items()},
         "seconds_in_all": round(sum(seconds.values()), 1),
         "peak_bytes": int(_memory(shape, recipe, len(layers), len(facts), rows, device)),
@@ -195,8 +224,53 @@ def _shape(
     return shape, RowEncoder.of(model, tokenizer), len(blocks)
 
 
+def _costs(
+    shape: Shape,
+    recipe: Recipe,
+    layers: Sequence[int],
+    depth: int,
+    rows: dict[str, int],
+    n: int,
+    speeds: tuple[float, float],
+) -> Costs:
+    """Of `n` facts with so many `rows`; `speeds` are the model's and float64's."""
+    block = 2 * shape.block * OVERHEAD / speeds[0]
+    logits = 2 * shape.width * shape.vocabulary / speeds[0]
+    token = block * depth + logits
+    last = layers[-1]
+    begin = step = 0.0
+    for layer in layers if shape.normed or recipe.values.at == "each" else (last,):
+        upper = depth - 1 - layer
+        begin += block * (rows["tokens"] * (layer + 1) + rows["heads"] * upper)
+        step += 2 * (block * rows["tails"] * upper + logits * rows["reads"])
+    through = layers[0] + 2 * len(layers)
+    bare = sum(last + 1 - layer for layer in layers)
+    return Costs(
+        keys=block * rows["heads"] * (through + bare / rows["contexts"]),
+        begin=begin,
+        step=step,
+        solve=_solving(shape, recipe.batch_size, len(layers), n) / speeds[1],
+        queries=block * depth * rows["asked"] + logits * rows["scored"],
+        bare=block * depth * rows["own"] + logits * rows["own_scored"],
+        answer=ANSWER * (block * depth * DECODING + logits),
+        token=token,
+        below=block * (last + 1),
+        logits=logits,
+    )
+
+
+def _solving(shape: Shape, size: int, layers: int, n: int) -> float:
+    """Operations of the solves of `n` facts in batches of `size`."""
+    operations = 0.0
+    for done in range(size, n + size, size):
+        m = min(done, n)
+        per_layer = 2 * shape.d_in**2 / shape.experts * m + 2 * m**2 * shape.d_in + m**3 / 3
+        operations += layers * (per_layer + 4 * shape.d_out * shape.d_in * m)
+    return operations
+
+
 def _count_rows(facts: Sequence[Fact], encoder: RowEncoder, recipe: Recipe) -> dict[str, int]:
-    """Tokens that each stage runs: whole rows, before the subject's end, behind it; logits read."""
+    """Tokens that each stage runs: whole rows, before the subject's end, after it; logits read."""
     settings = recipe.contexts
     prefixes = (
         [len(encoder.encode(t).ids) for t in settings.texts[1:]]
@@ -205,7 +279,8 @@ def _count_rows(facts: Sequence[Fact], encoder: RowEncoder, recipe: Recipe) -> d
     )
     contexts = 1 + len(prefixes)
     counts = dict.fromkeys(("rows", "tokens", "heads", "tails", "reads"), 0)
-    counts |= {"contexts": contexts, "asked": 0, "scored": 0, "answers": 0}
+    counts |= dict.fromkeys(("asked", "scored", "own", "own_scored"), 0)
+    counts["contexts"] = contexts
     for fact in facts:
         for prompt in fact.prompts:
             row = encoder.encode_template(prompt, fact.subject, target=fact.target)
@@ -222,7 +297,9 @@ def _count_rows(facts: Sequence[Fact], encoder: RowEncoder, recipe: Recipe) -> d
                 row = encoder.encode(query.prompt, target=answer)
                 counts["asked"] += len(row.ids)
                 counts["scored"] += len(row.target_ids)
-        counts["answers"] += ANSWER
+                if query.kind == "efficacy":
+                    counts["own"] += len(row.ids)
+                    counts["own_scored"] += len(row.target_ids)
     return counts
 
 

@@ -7,18 +7,13 @@ from typing import Any
 
 import click
 
-from nulledit.cli.common import (
-    Bars,
+from nulledit.cli.common import Bars, echo, emit, facts_of, prepare, say
+from nulledit.cli.options import (
     chat_options,
     chat_settings,
     device_option,
-    echo,
-    emit,
-    facts_of,
     facts_options,
     output_options,
-    prepare,
-    say,
     trust_option,
 )
 
@@ -26,7 +21,6 @@ from nulledit.cli.common import (
 @click.command(short_help="Rates, perplexity and KL of a run, base and edited.")
 @click.argument("run", metavar="RUN")
 @click.option("--facts", metavar="FILE", help="Ask about these.  [default: the facts in RUN]")
-@click.option("--limit", type=click.IntRange(1), help="Ask about so many.  [default: all]")
 @facts_options
 @click.option(
     "--text",

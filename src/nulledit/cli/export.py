@@ -9,17 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nulledit.cli.common import (
-    Bars,
-    device_option,
-    echo,
-    emit,
-    named,
-    output_options,
-    prepare,
-    say,
-    trust_option,
-)
+from nulledit.cli.common import Bars, echo, emit, prepare, say
+from nulledit.cli.options import device_option, named, output_options, trust_option
 from nulledit.errors import ConfigError
 
 if TYPE_CHECKING:

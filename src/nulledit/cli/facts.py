@@ -9,24 +9,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
-from nulledit.cli.common import (
-    PLACING,
-    Bars,
+from nulledit.cli.common import Bars, echo, emit, facts_of, prepare, say
+from nulledit.cli.options import (
+    MODEL_OPTIONS,
     Sectioned,
     chat_options,
     chat_settings,
-    device_option,
-    dtype_option,
-    echo,
-    emit,
-    facts_of,
     facts_options,
-    model_source,
+    model_options,
     output_options,
-    prepare,
-    quantize_option,
-    say,
-    trust_option,
 )
 from nulledit.errors import BadRecordsError, ConfigError
 
@@ -41,10 +32,7 @@ MOST_FACTS = 50  # in the table of what a model says
 class _Check(Sectioned):
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
         "Facts": ("limit", "on_conflict", "skip_bad"),
-        "Model": (
-            *("model", "chat", "system", "device", *PLACING, "dtype", "quantize"),
-            "trust_remote_code",
-        ),
+        "Model": ("model", "chat", "system", *MODEL_OPTIONS),
     }
 
 
@@ -70,16 +58,10 @@ def facts() -> None:
 
 @facts.command(cls=_Check, short_help="Format, counts, errors and notices of a file.")
 @click.argument("file", metavar="FILE")
-@click.option(
-    "--limit", metavar="N", type=click.IntRange(1), help="Take so many records.  [default: all]"
-)
 @facts_options
 @click.option("--model", metavar="MODEL", help="Say what this model makes of the facts, too.")
 @chat_options
-@device_option
-@dtype_option
-@quantize_option
-@trust_option
+@model_options
 @output_options
 def check(file: str, as_json: bool, quiet: bool, **given: Any) -> None:
     """Read FILE as `nulledit edit` would, and say what is in it. Exit code 2 if it is bad.
@@ -176,18 +158,12 @@ def _refuse_alone(given: Mapping[str, Any]) -> None:
 def _look(facts: Sequence[Fact], given: Mapping[str, Any], *, quiet: bool) -> Sequence[Outlook]:
     """What the model of the options makes of the facts."""
     prepare(quiet=quiet)
+    from nulledit.cli.measure import load_asked
     from nulledit.evaluation.outlook import outlook
-    from nulledit.models.load import load_model
     from nulledit.models.tokens import RowEncoder, context_length
 
     say(f"Loading {given['model']}", quiet=quiet)
-    model, tokenizer = load_model(
-        model_source(given["model"]),
-        device=given["device"],
-        dtype=given["dtype"],
-        quantize=given["quantize"] or "",
-        trust_remote_code=given["trust_remote_code"],
-    )
+    model, tokenizer = load_asked(given["model"], given)
     plain = RowEncoder(tokenizer, max_length=context_length(model.config))
     encoder = plain.in_chat(chat_settings(given, None))
     with Bars(quiet=quiet) as bars:

@@ -7,18 +7,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
-from nulledit.cli.common import (
+from nulledit.cli.common import Bars, echo, emit, facts_of, prepare, say
+from nulledit.cli.options import (
     PLACING,
-    Bars,
     Sectioned,
     device_option,
-    echo,
-    emit,
-    facts_of,
     facts_options,
     output_options,
-    prepare,
-    say,
+    skip_option,
     trust_option,
 )
 from nulledit.errors import ConfigError
@@ -47,9 +43,8 @@ class _Forget(Sectioned):
     "--target", metavar="TEXT", help="The answer to forget.  [default: the edit's, or the base's]"
 )
 @click.option("--old-answers", is_flag=True, help="Forget each fact's old_answer, not its target.")
-@click.option("--skip", metavar="N", type=click.IntRange(0), default=0, help="Leave out the first.")
-@click.option("--limit", metavar="N", type=click.IntRange(1), help="Take so many.  [default: all]")
 @facts_options
+@skip_option
 @click.option(
     "--tokens",
     metavar="N",
@@ -85,7 +80,7 @@ def forget(run: str, facts: str | None, as_json: bool, quiet: bool, **given: Any
     from pathlib import Path
 
     from nulledit.cli.measure import check_lengths, load_run
-    from nulledit.cli.runs import keep
+    from nulledit.cli.run_folder import keep
     from nulledit.evaluation.forgetting import doubts, recall_of, summary
     from nulledit.report.tables import as_text
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nulledit.cli.common import echo, emit, output_options
+from nulledit.cli.common import echo, emit
+from nulledit.cli.options import output_options
 
 if TYPE_CHECKING:
     from nulledit.ledger.entries import History

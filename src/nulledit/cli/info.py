@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from nulledit.cli.common import echo, emit, output_options, prepare
+from nulledit.cli.common import echo, emit, prepare
+from nulledit.cli.options import output_options
 
 
 @click.command(short_help="Versions, devices, caches, recipes, models.")

@@ -9,23 +9,15 @@ from typing import Any, ClassVar
 
 import click
 
-from nulledit.cli.common import (
-    PLACING,
-    Bars,
+from nulledit.cli.common import Bars, echo, emit, facts_of, prepare, say
+from nulledit.cli.options import (
+    MODEL_OPTIONS,
     Sectioned,
-    device_option,
-    dtype_option,
-    echo,
-    emit,
-    facts_of,
     facts_options,
-    model_source,
+    model_options,
     output_options,
-    prepare,
-    quantize_option,
-    say,
     seed_option,
-    trust_option,
+    skip_option,
 )
 from nulledit.errors import ConfigError
 
@@ -34,7 +26,7 @@ class _Locate(Sectioned):
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
         "Facts": ("limit", "skip", "on_conflict", "skip_bad", "at_least"),
         "Trace": ("draws", "noise", "window", "seed"),
-        "Model": ("recipe", "device", *PLACING, "dtype", "quantize", "trust_remote_code"),
+        "Model": ("recipe", *MODEL_OPTIONS),
     }
 
 
@@ -42,13 +34,8 @@ class _Locate(Sectioned):
 @click.argument("model", metavar="MODEL")
 @click.argument("facts", metavar="FACTS")
 @click.option("--out", metavar="FOLDER", required=True, help="Folder to make for the trace.")
-@click.option(
-    "--limit", metavar="N", type=click.IntRange(1), help="Take so many records.  [default: all]"
-)
-@click.option(
-    "--skip", metavar="N", type=click.IntRange(0), default=0, help="Leave out the first records."
-)
 @facts_options
+@skip_option
 @click.option(
     "--at-least",
     metavar="N",
@@ -81,10 +68,7 @@ class _Locate(Sectioned):
 )
 @seed_option("Of the noise.")
 @click.option("--recipe", metavar="FILE|NAME", help="Whose layout, for a family that is not known.")
-@device_option
-@dtype_option
-@quantize_option
-@trust_option
+@model_options
 @output_options
 def locate(model: str, facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
     """Trace facts that MODEL knows through its layers, and suggest layers to edit.
@@ -112,10 +96,10 @@ def locate(model: str, facts: str, as_json: bool, quiet: bool, **given: Any) -> 
     read = facts_of(facts, given, quiet=quiet, known=True)
     layout = load_recipe(given["recipe"]).layout if given["recipe"] else None
     prepare(quiet=quiet)
+    from nulledit.cli.measure import load_asked
     from nulledit.locating import TraceSettings
     from nulledit.locating import locate as trace_all
     from nulledit.models.layouts import use_layout
-    from nulledit.models.load import load_model
     from nulledit.report.location import NOT_SAID, said, summary_of, write_location
 
     settings = TraceSettings(
@@ -125,13 +109,7 @@ def locate(model: str, facts: str, as_json: bool, quiet: bool, **given: Any) -> 
         seed=given["seed"],
     )
     say(f"Loading {model}", quiet=quiet)
-    loaded, tokenizer = load_model(
-        model_source(model),
-        device=given["device"],
-        dtype=given["dtype"],
-        quantize=given["quantize"] or "",
-        trust_remote_code=given["trust_remote_code"],
-    )
+    loaded, tokenizer = load_asked(model, given)
     use_layout(loaded, layout)
     with Bars(quiet=quiet) as bars:
         found = trace_all(

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from nulledit.cli.common import Bars, say
+from nulledit.cli.options import model_source
 from nulledit.config import Placement
 from nulledit.data.corpus import Corpus
 from nulledit.data.facts import Fact
@@ -19,6 +22,7 @@ from nulledit.evaluation.perplexity import read_windows
 from nulledit.evaluation.preservation import shipped_corpus
 from nulledit.evaluation.protocols import queries_of
 from nulledit.evaluation.runner import Evaluation, evaluate
+from nulledit.models.load import load_model
 from nulledit.models.tokens import RowEncoder
 
 WINDOW = 256  # tokens
@@ -32,6 +36,19 @@ class Text:
     """What they are of."""
     windows: list[list[int]]
     """[windows, tokens]."""
+
+
+def load_asked(
+    name: str, given: Mapping[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer, loaded as `MODEL_OPTIONS` say."""
+    return load_model(
+        model_source(name),
+        device=given["device"],
+        dtype=given["dtype"],
+        quantize=given["quantize"] or "",
+        trust_remote_code=given["trust_remote_code"],
+    )
 
 
 def load_run(
@@ -66,7 +83,7 @@ def windows_of(encoder: RowEncoder, file: str | None) -> Text:
 def check_lengths(editor: Editor, facts: Sequence[Fact]) -> None:
     """Refuse a prompt that leaves no room for an answer before anything is edited."""
     for fact in facts:
-        room = editor.encoder.leaving(answer_room(editor.encoder, fact.target))
+        room = editor.encoder.leaving(answer_room(editor.encoder, fact))
         for query in queries_of(fact):
             answer = max(query.said, key=len)
             if not room.chat and len(f"{query.prompt} {answer}".encode()) < room.max_length:

@@ -8,16 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nulledit.cli.common import (
-    Bars,
-    device_option,
-    echo,
-    emit,
-    output_options,
-    prepare,
-    say,
-    trust_option,
-)
+from nulledit.cli.common import Bars, echo, emit, prepare, say
+from nulledit.cli.options import device_option, output_options, trust_option
 from nulledit.errors import CheckFailed, ConfigError
 from nulledit.reading import MAX_SETTINGS, parse_yaml, read_text
 
@@ -67,7 +59,7 @@ def merge(
     prepare(quiet=quiet)
     from nulledit.cli.change import change_dict, change_text
     from nulledit.cli.measure import load_run
-    from nulledit.cli.runs import check_fresh, keep
+    from nulledit.cli.run_folder import check_fresh, keep
     from nulledit.ledger.merging import conflicts, newest
     from nulledit.ledger.store import Store
     from nulledit.report.tables import as_text

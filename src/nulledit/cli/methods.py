@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nulledit.cli.common import echo, emit, output_options, prepare
+from nulledit.cli.common import echo, emit, prepare
+from nulledit.cli.options import output_options
 
 if TYPE_CHECKING:
     from nulledit.methods import Method

@@ -8,18 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nulledit.cli.common import (
-    Bars,
-    device_option,
-    echo,
-    emit,
-    facts_of,
-    facts_options,
-    output_options,
-    prepare,
-    say,
-    trust_option,
-)
+from nulledit.cli.common import Bars, echo, emit, facts_of, prepare, say
+from nulledit.cli.options import device_option, facts_options, output_options, trust_option
 from nulledit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,7 +28,6 @@ HELD = 20  # facts in the model that are asked again
 @click.option(
     "--undo", "undone", multiple=True, metavar="ID", help="Take this fact out; repeatable."
 )
-@click.option("--limit", metavar="N", type=click.IntRange(1), help="Take so many records.")
 @click.option(
     "--text", metavar="FILE", help="For perplexity and KL.  [default: one that comes along]"
 )

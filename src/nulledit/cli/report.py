@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from nulledit.cli.common import echo, emit, output_options, say
+from nulledit.cli.common import echo, emit, say
+from nulledit.cli.options import output_options
 
 
 @click.command(short_help="One HTML page of runs and studies.")

@@ -6,14 +6,8 @@ from typing import Any
 
 import click
 
-from nulledit.cli.common import (
-    device_option,
-    echo,
-    emit,
-    output_options,
-    prepare,
-    trust_option,
-)
+from nulledit.cli.common import echo, emit, prepare
+from nulledit.cli.options import device_option, gate_options, output_options, trust_option
 
 
 @click.command(short_help="Write what does not hold again, stronger.")
@@ -25,10 +19,7 @@ from nulledit.cli.common import (
     default=1,
     help="Rounds at most, each stronger than the one before.  [default: 1]",
 )
-@click.option("--gate", metavar="FILE", help="Limits (see nulledit check); kept only if all hold.")
-@click.option(
-    "--capability", metavar="DIR", help="With --gate: the six tasks, sst2.jsonl and so on."
-)
+@gate_options
 @click.option(
     "--text", metavar="FILE", help="For perplexity and KL.  [default: one that comes along]"
 )
@@ -48,20 +39,14 @@ def retry(as_json: bool, quiet: bool, **given: Any) -> None:
     """
     prepare(quiet=quiet)
     from nulledit.cli import runs
-    from nulledit.cli.check import gate_table
-    from nulledit.report.tables import as_text
+    from nulledit.cli.run_page import show, show_refusal
 
     try:
         result = runs.run_retry(given, quiet=quiet)
     except runs.Refused as error:
-        if as_json:
-            emit(error.report.to_dict())
-        else:
-            echo(as_text(gate_table(error.report), left=2, most=90))
+        show_refusal(error.report, as_json=as_json)
         raise
     if isinstance(result, str):
         emit({"run_folder": given["run"], "notice": result}) if as_json else echo(result)
-    elif as_json:
-        emit(result.to_dict())
     else:
-        echo(runs.as_page(result))
+        show(result, as_json=as_json)

@@ -11,22 +11,21 @@ import click
 
 from nulledit.cli.common import (
     convert_once,
-    device_option,
-    dtype_option,
     echo,
     emit,
     meet,
     meet_early,
+    own_device,
+    prepare,
+    refuse_ranks,
+    say,
+)
+from nulledit.cli.options import (
+    model_options,
     model_source,
     null_space,
     output_options,
-    own_device,
     parse_layers,
-    prepare,
-    quantize_option,
-    refuse_ranks,
-    say,
-    trust_option,
 )
 from nulledit.errors import ConfigError, RankError, StatisticsError
 from nulledit.launch import Launch
@@ -88,10 +87,7 @@ def stats(ctx: click.Context) -> None:
 @click.option("--out", metavar="FOLDER", help="Where to keep them.  [default: the cache]")
 @click.option("--compact", metavar="FILE", help="A small copy, too, for this --null-space only.")
 @null_space_option
-@device_option
-@dtype_option
-@quantize_option
-@trust_option
+@model_options
 @output_options
 def make(model: str, as_json: bool, quiet: bool, **given: Any) -> None:
     """Sum the keys of all chosen layers in one pass over a text. A killed run goes on where it was.
@@ -142,10 +138,11 @@ def _made(
     quiet: bool,
 ) -> Statistics | None:
     """The statistics, on rank 0."""
+    from nulledit.cli.measure import load_asked
     from nulledit.data.corpus import find_files, open_corpus
     from nulledit.editing.statistics import collect_together
     from nulledit.models.layouts import use_layout
-    from nulledit.models.load import load_model, model_hash
+    from nulledit.models.load import model_hash
     from nulledit.models.partial import PartialModel
     from nulledit.models.tokens import context_length
 
@@ -154,13 +151,7 @@ def _made(
     say(f"Loading {model}", quiet=quiet)
     name = model_source(model)
     convert_once(name, ranks)
-    loaded, tokenizer = load_model(
-        name,
-        device=own_device(ranks, given["device"]),
-        dtype=given["dtype"],
-        quantize=given["quantize"] or "",
-        trust_remote_code=given["trust_remote_code"],
-    )
+    loaded, tokenizer = load_asked(name, {**given, "device": own_device(ranks, given["device"])})
     use_layout(loaded, recipe.layout)
     digest = model_hash(loaded)  # before anything runs, as an editor takes it
     partial = PartialModel(loaded)

@@ -8,17 +8,14 @@ from typing import Any
 
 import click
 
-from nulledit.cli.common import (
+from nulledit.cli.common import echo, emit, prepare, say
+from nulledit.cli.options import (
     device_option,
     dtype_option,
-    echo,
-    emit,
     model_source,
     output_options,
     parse_changes,
     parse_layers,
-    prepare,
-    say,
     seed_option,
     skip_bad_option,
     trust_option,

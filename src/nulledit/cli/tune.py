@@ -10,26 +10,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
-from nulledit.cli.common import (
-    PLACING,
-    Bars,
+from nulledit.cli.common import Bars, echo, emit, facts_of, prepare, say
+from nulledit.cli.options import (
+    MODEL_OPTIONS,
     Sectioned,
     chat_options,
     chat_settings,
-    device_option,
-    dtype_option,
-    echo,
-    emit,
-    facts_of,
     facts_options,
+    model_options,
     model_source,
     output_options,
     parse_layers,
-    prepare,
-    quantize_option,
-    say,
     seed_option,
-    trust_option,
+    skip_option,
 )
 from nulledit.errors import ConfigError
 
@@ -48,7 +41,7 @@ class _Tune(Sectioned):
         "Facts": ("count", "skip", "limit", "on_conflict", "skip_bad", "seed"),
         "Search": ("start", "layers", "trace", "weight", "stats", "text"),
         "Form": ("chat", "system"),
-        "Model": ("device", *PLACING, "dtype", "quantize", "trust_remote_code"),
+        "Model": MODEL_OPTIONS,
     }
 
 
@@ -79,13 +72,8 @@ class _Tune(Sectioned):
     show_default=True,
     help="Of the file, chosen by the seed; half are for the report.",
 )
-@click.option(
-    "--limit", metavar="N", type=click.IntRange(1), help="Read so many records.  [default: all]"
-)
-@click.option(
-    "--skip", metavar="N", type=click.IntRange(0), default=0, help="Leave out the first records."
-)
 @facts_options
+@skip_option
 @seed_option("Of contexts, and of which facts are for what.")
 @click.option(
     "--start", metavar="FILE|NAME", help="Recipe to begin with.  [default: as nulledit edit]"
@@ -108,10 +96,7 @@ class _Tune(Sectioned):
     "--text", metavar="FILE", help="Text for KL and perplexity.  [default: one that comes along]"
 )
 @chat_options
-@device_option
-@dtype_option
-@quantize_option
-@trust_option
+@model_options
 @output_options
 def tune(model: str, facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
     """Find step size, clamp, layers and null-space threshold for MODEL on FACTS.

@@ -7,15 +7,8 @@ from typing import Any
 
 import click
 
-from nulledit.cli.common import (
-    device_option,
-    echo,
-    emit,
-    output_options,
-    prepare,
-    say,
-    trust_option,
-)
+from nulledit.cli.common import echo, emit, prepare, say
+from nulledit.cli.options import device_option, output_options, trust_option
 
 
 @click.command(short_help="Check every hash, and compute the weights again.")

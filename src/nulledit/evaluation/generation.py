@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from nulledit.data.facts import quote
+from nulledit.data.facts import Fact, quote
 from nulledit.errors import FactError
 from nulledit.models.layouts import frozen
 from nulledit.models.placement import input_device
@@ -38,8 +38,8 @@ _OPEN = (*UNSPACED, "HANGUL")
 
 _AGAIN = re.compile(r"(\S.*?\S)(?: ?\1){2,}")
 
-ANSWER_TOKENS = 12  # of an answer, if its target is not longer
-SPARE_TOKENS = 4  # beyond the target, so that what follows it is seen
+ANSWER_TOKENS = 12  # of an answer, if none that its fact names is longer
+SPARE_TOKENS = 4  # beyond it, so that what follows it is seen
 
 
 def generate_answers(
@@ -123,10 +123,11 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[int, ..
     return RowEncoder(tokenizer, max_length=sys.maxsize).encode(prompt).ids
 
 
-def answer_room(encoder: RowEncoder, target: str) -> int:
-    """Tokens that an answer gets: enough to say `target`, and then some."""
-    own = encoder.tokenizer(" " + target, add_special_tokens=False)["input_ids"]
-    return max(ANSWER_TOKENS, len(own) + SPARE_TOKENS)
+def answer_room(encoder: RowEncoder, fact: Fact) -> int:
+    """Tokens that an answer gets: enough for each that the fact names, and then some."""
+    named = [*fact.answers, *([] if fact.old_answer is None else [fact.old_answer])]
+    rows = encoder.tokenizer([" " + text for text in named], add_special_tokens=False)["input_ids"]
+    return max(ANSWER_TOKENS, max(map(len, rows)) + SPARE_TOKENS)
 
 
 def contains(answer_text: str, target: str) -> bool:

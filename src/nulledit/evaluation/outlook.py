@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nulledit.data.facts import Fact, quote
 from nulledit.errors import FactError
-from nulledit.evaluation.generation import contains, generate_answers, says_any
+from nulledit.evaluation.generation import answer_room, contains, generate_answers, says_any
 from nulledit.models.tokens import Row, RowEncoder
 
 
@@ -58,7 +58,14 @@ def outlook(
     for fact, row in zip(facts, rows, strict=True):
         sharing.setdefault(row.upto_subject().ids, []).append(fact.id)
     prompts = [fact.render(fact.prompt) for fact in facts]
-    said = generate_answers(model, tokenizer, prompts, encoder=encoder, progress=progress)
+    said = generate_answers(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=[answer_room(encoder, fact) for fact in facts],
+        encoder=encoder,
+        progress=progress,
+    )
     return tuple(
         Outlook(
             fact=fact,

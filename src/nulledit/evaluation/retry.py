@@ -23,7 +23,7 @@ def retry_failing(
     event of the ledger, with a notice that says what was changed. The report has no
     columns where every fact holds.
     """
-    report = EditReport((), (), (), {})
+    report = EditReport((), editor.weights.reports(), (), {})
     asked = [
         replace(fact, paraphrases=(), neighbours=(), portability=())
         for fact in facts

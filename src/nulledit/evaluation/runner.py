@@ -218,7 +218,7 @@ def _answers(
         editor.model,
         editor.tokenizer,
         prompts,
-        max_new_tokens=[max(answer_room(encoder, a) for a in fact.answers) for fact in facts],
+        max_new_tokens=[answer_room(encoder, fact) for fact in facts],
         encoder=encoder,
         progress=progress,
     )

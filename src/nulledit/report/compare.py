@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nulledit.report import measures
-from nulledit.report.run_study import RunFolder, after_row, kl, pairs, perplexity, signed
+from nulledit.report.holding import after_row
+from nulledit.report.run_study import RunFolder, kl, pairs, perplexity, signed
 from nulledit.report.study import Cell, Column, FigureSpec, Point, Study, StudyTable, Value
 
 Key = tuple[str, str, str]

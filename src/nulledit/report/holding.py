@@ -17,8 +17,6 @@ MARKS = {
     "leaks": "still says the answer to forget",
 }
 """What the last column of an answers table says of a fact -> in words."""
-HELD = ("ok", "forgotten")
-"""Those of a fact that holds."""
 
 
 def mark(line: Mapping[str, Any]) -> str:
@@ -26,10 +24,11 @@ def mark(line: Mapping[str, Any]) -> str:
     after = line["after"]
     if after is None:
         return "not evaluated"
-    if after.get("forgotten_strict") is not None:
-        return "forgotten" if after["forgotten_strict"] == 1 else "leaks"
-    if line["says_target"]:
-        return "ok"
+    to_forget = after.get("forgotten_strict") is not None
+    if held(line):
+        return "forgotten" if to_forget else "ok"
+    if to_forget:
+        return "leaks"
     if "loops" in _causes(line):
         return "loops"
     if after.get("efficacy_strict"):
@@ -37,12 +36,24 @@ def mark(line: Mapping[str, Any]) -> str:
     return "prefers" if after.get("efficacy") else "missed"
 
 
+def held(line: Mapping[str, Any]) -> bool:
+    """Whether the fact of an evaluated line holds, by the rule that `retry` goes by."""
+    from nulledit.evaluation.diagnosis import holds  # with torch
+
+    return holds(after_row(line))
+
+
+def after_row(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A fact's measures after the edit; older lines keep the judge's word apart."""
+    return {"generation": line.get("says_target"), **line["after"]}
+
+
 def headline(lines: Sequence[Mapping[str, Any]]) -> str:
     """ "18 of 20 facts hold." of the lines that were evaluated; empty if none was."""
     told = [line for line in lines if line["after"] is not None]
-    held = sum(mark(line) in HELD for line in told)
+    good = sum(map(held, told))
     verb = "holds" if len(told) == 1 else "hold"
-    return f"{held} of {count(len(told), 'fact')} {verb}." if told else ""
+    return f"{good} of {count(len(told), 'fact')} {verb}." if told else ""
 
 
 def legend(lines: Sequence[Mapping[str, Any]]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from nulledit.errors import ReportError
 from nulledit.reading import MAX_SETTINGS, parse_yaml, read_text
 from nulledit.report import measures
-from nulledit.report.holding import HELD, mark
+from nulledit.report.holding import after_row, held
 from nulledit.report.rates import rates_spec
 from nulledit.report.run import read_json, read_lines
 from nulledit.report.study import Cell, Column, Example, FigureSpec, Study, StudyTable, Value
@@ -109,16 +109,11 @@ def examples(run: RunFolder) -> tuple[Example, ...]:
             target=line["target"],
             before=(line["before"] or {}).get("answer"),
             after=line["after"].get("answer"),
-            holds=mark(line) in HELD,
+            holds=held(line),
         )
         for line in run.lines
         if line["after"] and line.get("active", True)
     )
-
-
-def after_row(line: Mapping[str, Any]) -> dict[str, Any]:
-    """A fact's measures after the edit; older lines keep the judge's word apart."""
-    return {"generation": line.get("says_target"), **line["after"]}
 
 
 def pairs(

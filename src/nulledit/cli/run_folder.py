@@ -1,0 +1,258 @@
+"""The folder of a run after a change: what is evaluated, kept and written there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nulledit import __version__
+from nulledit.changes import some
+from nulledit.cli.common import Interrupted, say
+from nulledit.cli.measure import Text, evaluate_both, in_other_forms
+from nulledit.config import Recipe
+from nulledit.editor import Editor, EditReport
+from nulledit.errors import LedgerError
+from nulledit.evaluation.diagnosis import Diagnosis, diagnose
+from nulledit.evaluation.forms import form_name, other_system
+from nulledit.evaluation.old_answers import disagreements
+from nulledit.evaluation.preservation import Preservation, preservation_report
+from nulledit.evaluation.runner import Evaluation
+from nulledit.gates.warn import warnings_of
+from nulledit.ledger.entries import Column
+from nulledit.ledger.store import Store
+from nulledit.report import run as folder_of
+from nulledit.report.ledger import answer_of
+from nulledit.report.text import count
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run did."""
+
+    folder: Path
+    """The run folder."""
+    summary: dict[str, Any]
+    """The content of `summary.json`."""
+    lines: list[dict[str, Any]]
+    """This run's lines of `results.jsonl`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for --json."""
+        return {"run_folder": str(self.folder), **self.summary, "results": self.lines}
+
+
+def check_fresh(folder: Path) -> None:
+    """Raise LedgerError unless a run may begin in `folder`."""
+    if folder.exists() and not folder.is_dir():
+        raise LedgerError(f"{folder}: is a file; choose another --out")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    store = Store(folder / "ledger")
+    alone = {p.name for p in folder.iterdir()} == {"ledger"}
+    if alone and store.unfinished:
+        return  # killed while it was made
+    if not store.exists:
+        raise LedgerError(f"{folder}: is not empty; choose another --out")
+    if alone and not store.load().events:
+        return  # killed before its first batch was finished
+    raise LedgerError(
+        f"{folder}: holds a run already; go on by --continue {folder}, or choose another --out"
+    )
+
+
+def finish(
+    editor: Editor,
+    folder: Path,
+    report: EditReport,
+    text: Text | None,
+    seconds: dict[str, float],
+    *,
+    quiet: bool,
+) -> Result:
+    """Evaluate what has no line in `results.jsonl` yet, and write the folder."""
+    present = {c.id for c in editor.history.active}
+    earlier = [
+        line | {"active": line["column"] in present} for line in folder_of.read_lines(folder)
+    ]
+    told = {line["column"] for line in earlier}
+    columns = [c for c in editor.history.present if c.id not in told]
+    runs = folder_of.read_json(folder, "summary.json", {"runs": []})["runs"]
+    number = len(runs) + 1
+    before = after = None
+    kept: dict[int, Preservation] = {}
+    others: dict[str, dict[str, Any]] = {}
+    if text and columns:
+        facts = count(len(columns), "fact")
+        say(f"Evaluating {facts} on the base and the edited model", quiet=quiet)
+        with timed(seconds, "evaluation"):
+            before, after = evaluate_both(editor, [c.fact for c in columns], text, quiet=quiet)
+            kept = {p.layer: p for p in preservation_report(editor, text.windows)}
+            other = other_system(editor.encoder)
+            asked = {form_name(other): other} if other else {}
+            others = in_other_forms(editor, [c.fact for c in columns], asked, quiet=quiet)
+    warnings = warnings_of(report.layers)
+    for warning in warnings:
+        say(f"Warning: {warning}", quiet=quiet)
+    if answers := _replaced(editor, columns):
+        say(f"Note: {answers}", quiet=quiet)
+    notices = disagreements([c.fact for c in columns], before) if before else []
+    for notice in notices:
+        say(f"Note: {notice}", quiet=quiet)
+    found = diagnose(editor, [c.fact for c in columns], after, before=before) if after else ()
+    lines = _lines(columns, number, before, after, found)
+    batches = sorted({c.batch for c in columns})
+    layers = [asdict(r) | _error(kept.get(r.layer)) for r in report.layers]
+    runs.append(
+        {
+            "run": number,
+            "time": folder_of.now(),
+            "facts": len(columns),
+            "known": _known(columns),
+            "batches": [batches[0], batches[-1]] if batches else [],
+            "before": before.summary() if before else None,
+            "after": after.summary() if after else None,
+            "text": text.name if text and after else None,
+            **({"asked": form_name(editor.encoder), "others": others} if others else {}),
+            "layers": layers,
+            "seconds": {k: round(v, 3) for k, v in seconds.items()},
+            "notices": [*report.notices, *notices, *warnings],
+        }
+    )
+    summary = {**_state(editor), "runs": runs}
+    environments = folder_of.read_json(folder, "environment.json", [])
+    folder_of.write_run(
+        folder,
+        recipe=_recipe(editor).to_yaml(),
+        environments=[*environments, {"run": number, **folder_of.environment(editor)}],
+        lines=[*earlier, *lines],
+        summary=summary,
+    )
+    return Result(folder, summary, lines)
+
+
+def is_current(editor: Editor, folder: Path) -> bool:
+    """Whether the pages of a run are of its ledger's state, as an interruption may prevent."""
+    summary = folder_of.read_json(folder, "summary.json", None)
+    return bool(summary) and summary["state"] == editor.history.state_id
+
+
+def keep(editor: Editor, folder: Path) -> None:
+    """Bring the model and the pages of a run to its ledger, after a change that edits nothing.
+
+    The ledger has the change already: an error says so, lest the command be given again.
+    """
+    last = editor.history.events[-1]
+    there = (
+        f"the {last.kind} is in the ledger, as event {last.id}; the model and the report of "
+        f"{folder} follow with the next change, the model also by `nulledit verify`"
+    )
+    try:
+        _write_derived(editor, folder)
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"interrupted: {there}") from error
+    except Exception:
+        say(f"Note: {there}", quiet=False)
+        raise
+
+
+def _write_derived(editor: Editor, folder: Path) -> None:
+    editor.keep_model(folder)
+    summary = folder_of.read_json(folder, "summary.json", None)
+    if summary is None:
+        return
+    present = {c.id for c in editor.history.active}
+    lines = folder_of.read_lines(folder)
+    folder_of.write_run(
+        folder,
+        recipe=_recipe(editor).to_yaml(),
+        environments=folder_of.read_json(folder, "environment.json", []),
+        lines=[line | {"active": line["column"] in present} for line in lines],
+        summary=summary | _state(editor),
+    )
+
+
+def _replaced(editor: Editor, columns: Sequence[Column]) -> str:
+    """One line on the answers of earlier edits that `columns` took the place of; empty for none."""
+    by_id = {c.id: c.fact for c in editor.history.columns}
+    answers = {
+        (new.id, answer_of(old), answer_of(new))
+        for old, new in ((by_id.get(c.replaces), c.fact) for c in columns)
+        if old is not None and old.demand != new.demand
+    }
+    if not answers:
+        return ""
+    told = some((f"{i}: {old!r} -> {new!r}" for i, old, new in sorted(answers)), most=3)
+    return f"{count(len(answers), 'earlier answer')} replaced ({told})"
+
+
+def _state(editor: Editor) -> dict[str, Any]:
+    return {
+        "version": __version__,
+        "state": editor.history.state_id,
+        "base": asdict(editor.history.base),
+        "facts": len(editor.facts),
+        "batches": len(editor.history.batches),
+    }
+
+
+def _recipe(editor: Editor) -> Recipe:
+    """Of the current epoch, whatever is to come next; before the first, of the one to open."""
+    epochs = editor.history.epochs
+    return Recipe.recorded(epochs[-1].recipe) if epochs else editor.recipe
+
+
+def _known(columns: Sequence[Column]) -> int | None:
+    """How many facts the model said before; None where the method never asked it."""
+    told = [c.outcome["known"] for c in columns]
+    return None if None in told else sum(told)
+
+
+def _error(kept: Preservation | None) -> dict[str, Any]:
+    if kept is None:
+        return {"error": None, "error_standard_error": None, "windows": None}
+    return {
+        "error": kept.error,
+        "error_standard_error": kept.standard_error,
+        "windows": kept.n,
+    }
+
+
+def _lines(
+    columns: Sequence[Column],
+    number: int,
+    before: Evaluation | None,
+    after: Evaluation | None,
+    found: Sequence[Diagnosis],
+) -> list[dict[str, Any]]:
+    if before is None or after is None:
+        return [folder_of.fact_line(c, number, None, None, says_target=None) for c in columns]
+    then, now = before.rows(), after.rows()
+    why = {diagnosis.fact_id: diagnosis.to_dict() for diagnosis in found}
+    return [
+        folder_of.fact_line(
+            column,
+            number,
+            then[column.fact.id],
+            now[column.fact.id],
+            says_target=after.says_target.get(column.fact.id),
+            diagnosis=why.get(column.fact.id),
+        )
+        for column in columns
+    ]
+
+
+class timed:
+    """Adds the wall seconds inside to `seconds[stage]`."""
+
+    def __init__(self, seconds: dict[str, float], stage: str):
+        self.seconds, self.stage = seconds, stage
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        spent = time.perf_counter() - self.start
+        self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + spent
