@@ -16,10 +16,10 @@ import torch
 
 from nulledit.config import ChatSettings, load_recipe
 from nulledit.data.readers import read_facts
-from nulledit.editor import Editor
+from nulledit.editing.editor import Editor
 from nulledit.evaluation.generation import contains, generate_answers
-from nulledit.evaluation.metrics import score
-from nulledit.evaluation.protocols import queries_of
+from nulledit.evaluation.queries import queries_of
+from nulledit.evaluation.scores import score
 from nulledit.models.load import load_model
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import RowEncoder, collate, context_length, pad_id

@@ -19,7 +19,7 @@ import torch
 import transformers
 from torch.nn.functional import pad
 
-from nulledit.editor import Editor
+from nulledit.editing.editor import Editor
 from nulledit.evaluation.perplexity import read_windows
 from nulledit.evaluation.preservation import shipped_corpus
 from nulledit.export import apply_delta, write_delta, write_lora

@@ -18,17 +18,17 @@ from nulledit import Editor, Recipe, read_facts
 from nulledit.config import StatisticsSettings, ValueSettings
 from nulledit.data.corpus import open_corpus
 from nulledit.editing.keys import Walk
-from nulledit.editing.statistics import collect
 from nulledit.editing.values import optimise_values
-from nulledit.evaluation.metrics import per_fact, rates, score
-from nulledit.evaluation.protocols import queries_of
+from nulledit.evaluation.queries import queries_of
 from nulledit.evaluation.runner import paired_bootstrap
+from nulledit.evaluation.scores import per_fact, rates, score
 from nulledit.linalg.solve import solve_update
 from nulledit.linalg.spectrum import Spectrum
 from nulledit.models.layouts import frozen, write_weight
 from nulledit.models.load import load_model, model_hash
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import RowEncoder, pad_id
+from nulledit.statistics.collect import collect
 
 LAYERS = (4, 5, 6, 7, 8)
 OURS = "nulledit, statistics from valid.txt"

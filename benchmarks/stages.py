@@ -10,12 +10,11 @@ from nulledit import Editor, Fact
 from nulledit.config import Recipe, StatisticsSettings, ValueSettings
 from nulledit.data.corpus import windows
 from nulledit.editing.keys import Walk
-from nulledit.editing.statistics import Manifest, Statistics, find_statistics, key_moments
 from nulledit.editing.values import optimise_values
-from nulledit.ledger.entries import Base, Batch, Column, Epoch, History
-from nulledit.ledger.fold import LayerFold, spectrum_tensors
+from nulledit.editing.weights import EditedWeights
+from nulledit.ledger.records import Base, Batch, Column, Epoch, History
+from nulledit.ledger.solver import LayerFold, spectrum_tensors
 from nulledit.ledger.store import tensor_bytes
-from nulledit.ledger.weights import EditedWeights
 from nulledit.linalg.moments import SecondMoment
 from nulledit.linalg.solve import solve_update
 from nulledit.linalg.spectrum import Spectrum
@@ -23,6 +22,7 @@ from nulledit.models.layouts import as_out_in, write_weight
 from nulledit.models.load import model_hash
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import RowEncoder, chunks_by_length, collate, pad_id
+from nulledit.statistics.collect import Manifest, Statistics, find_statistics, key_moments
 
 RANDOM_THRESHOLD = 1.0  # made-up spectra: directions below it are free
 BOTH = (REFERENCE, OURS)
@@ -165,8 +165,8 @@ def ends(clock, setup, options):
 
 def said_after(setup, zs, statistics):
     """Share of prompts whose target is the likeliest token by token, with `zs` written."""
-    from nulledit.evaluation.metrics import score
-    from nulledit.evaluation.protocols import Query
+    from nulledit.evaluation.queries import Query
+    from nulledit.evaluation.scores import score
 
     before = {i: setup.matrix(i).clone() for i in setup.layers}
     update(None, setup, None, zs=zs, statistics=statistics)

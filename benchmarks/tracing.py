@@ -13,11 +13,11 @@ from importlib import resources
 import reference_tracing
 
 from nulledit import read_facts
-from nulledit.locating import TraceSettings, ask, trace
-from nulledit.locating.tracing import noise_of, spread_of
 from nulledit.models.load import load_model
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import RowEncoder, pad_id
+from nulledit.tracing import TraceSettings, ask, trace
+from nulledit.tracing.trace import noise_of, spread_of
 
 
 def main():

@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from nulledit import Fact, Probe
 from nulledit.config import Recipe, StatisticsSettings
-from nulledit.editing.statistics import Manifest, Statistics, key_moments
 from nulledit.models.load import model_hash
 from nulledit.models.partial import PartialModel
+from nulledit.statistics.collect import Manifest, Statistics, key_moments
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 settings.register_profile("untimed", deadline=None)  # a busy machine is no fault

@@ -20,7 +20,7 @@ SERVER.set_forkserver_preload(
     ["nulledit.cli.runs", "nulledit.cli.main", "transformers.models.llama.modeling_llama"]
 )
 STUCK = 300.0  # seconds after which ranks that do not end are given up
-PATIENT = {"nulledit.distributed:FAREWELL": 60.0}
+PATIENT = {"nulledit.parallel.ranks:FAREWELL": 60.0}
 """Ranks wait for each other's last words rather than so long, however busy the machine is."""
 
 

@@ -6,10 +6,10 @@ import pytest
 
 from nulledit import read_facts
 from nulledit.config import load_recipe, shipped_recipes
-from nulledit.editing.statistics import Statistics
 from nulledit.evaluation.preservation import shipped_text
-from nulledit.ledger.fold import LayerMetrics
+from nulledit.ledger.solver import LayerMetrics
 from nulledit.linalg.spectrum import RULES
+from nulledit.statistics.collect import Statistics
 
 ASSETS = resources.files("nulledit") / "assets"
 

@@ -15,7 +15,7 @@ from nulledit.editing.target_loss import WeightLoss
 from nulledit.editing.value_cache import ValueCache
 from nulledit.editing.values import bare_leads, optimise_values
 from nulledit.errors import ConfigError, StatisticsError
-from nulledit.ledger.fold import recorded
+from nulledit.ledger.solver import recorded
 from nulledit.methods import METHODS
 from nulledit.models.layouts import as_out_in, frozen
 from nulledit.models.tokens import pad_id

@@ -14,8 +14,8 @@ from transformers import pipeline
 
 from nulledit import Editor, Fact
 from nulledit.config import ChatSettings, Recipe, ValueSettings
-from nulledit.editing.ignorance import blinded
 from nulledit.editing.keys import Walk
+from nulledit.editing.unlearning import blinded
 from nulledit.editing.values import optimise_values
 from nulledit.errors import ConfigError, FactError, ModelError
 from nulledit.evaluation.forms import form_name, forms, other_system

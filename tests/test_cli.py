@@ -23,7 +23,7 @@ from nulledit.editing.values import optimise_values
 from nulledit.errors import ModelError
 from nulledit.evaluation.old_answers import first_clause
 from nulledit.models.load import load_model
-from nulledit.report.holding import mark
+from nulledit.runs.holding import mark
 
 RECORDS = [
     {
@@ -725,7 +725,7 @@ def stop_in_batch(monkeypatch, number, error):
             raise error
         return optimise_values(*words, **options)
 
-    monkeypatch.setattr("nulledit.batch.optimise_values", stops)
+    monkeypatch.setattr("nulledit.editing.batch.optimise_values", stops)
 
 
 def test_an_interruption_keeps_the_finished_batches(edited, place, options, tmp_path, monkeypatch):
@@ -775,10 +775,10 @@ def test_a_full_disk_keeps_the_finished_batches(place, options, tmp_path, monkey
 
 KILLED = """
 import os
-import nulledit.changes
+import nulledit.editing.session
 from nulledit.cli.main import main
 
-real, batches = nulledit.changes.Changes.batch, 0
+real, batches = nulledit.editing.session.Changes.batch, 0
 
 def batch(*args, **options):
     global batches
@@ -787,7 +787,7 @@ def batch(*args, **options):
         os.kill(os.getpid(), {})
     return real(*args, **options)
 
-nulledit.changes.Changes.batch = batch
+nulledit.editing.session.Changes.batch = batch
 main()
 """
 """A command that gets a signal as its fourth batch begins."""

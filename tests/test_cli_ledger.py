@@ -12,7 +12,7 @@ from test_cli import RECORDS, done, invoke, options, place, refused, results, st
 
 from nulledit import Editor
 from nulledit.cli.change import change_text
-from nulledit.editor import ChangeReport
+from nulledit.editing.editor import ChangeReport
 
 __all__ = ["options", "place"]  # fixtures
 
@@ -408,7 +408,7 @@ def test_a_merge_that_ends_early_leaves_nothing(run, other, tmp_path, monkeypatc
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr("nulledit.editor.replay", ends)
+        patch.setattr("nulledit.editing.editor.replay", ends)
         assert invoke(*merge).exit_code in (2, 130)
     assert not both.exists()
     done(*merge)

@@ -7,7 +7,7 @@ import pytest
 from test_cli import done, invoke, options, place, refused, results, state
 
 from nulledit import Editor
-from nulledit.batch import BatchWriter
+from nulledit.editing.batch import BatchWriter
 from nulledit.evaluation import retry
 
 __all__ = ["options", "place"]  # fixtures
@@ -63,7 +63,7 @@ def events(run):
 def test_an_interrupted_round_leaves_the_run_and_the_command_goes_on(run, found, monkeypatch):
     held, told = state(run), (run / "results.jsonl").read_bytes()
     found(["ada", "zola"])
-    stop(monkeypatch, "nulledit.batch.optimise_values", KeyboardInterrupt())
+    stop(monkeypatch, "nulledit.editing.batch.optimise_values", KeyboardInterrupt())
     result = invoke("retry", run, "--times", 2, "-q")
     assert result.exit_code == 130
     (line,) = result.stderr.splitlines()
@@ -83,7 +83,7 @@ def test_what_was_cut_off_after_a_round_is_made_up_for(run, found, monkeypatch, 
     held = state(run)
     with monkeypatch.context() as patch:
         found(["ada"], [])
-        stop(patch, "nulledit.editor.Editor.keep_model", error)
+        stop(patch, "nulledit.editing.editor.Editor.keep_model", error)
         result = invoke("retry", run, "-q")
     assert result.exit_code == code
     assert f"1 finished batch is kept in {run}; go on with: nulledit retry" in result.stderr

@@ -11,9 +11,9 @@ from conftest import statistics_of
 
 from nulledit.config import Recipe
 from nulledit.errors import ConfigError
-from nulledit.evaluation.metrics import Rate
+from nulledit.evaluation.hidden_norms import edit_rows
 from nulledit.evaluation.perplexity import perplexity, read
-from nulledit.gates.hidden import edit_rows
+from nulledit.evaluation.scores import Rate
 from nulledit.models.tokens import pad_id
 from nulledit.report.study import read_study
 from nulledit.studies.collapse import (
@@ -27,7 +27,7 @@ from nulledit.studies.collapse import (
     thresholds_of,
     warnings_on,
 )
-from nulledit.studies.lab import Lab, Sources
+from nulledit.studies.context import Lab, Sources
 from nulledit.studies.registry import run_study
 from nulledit.studies.scale import Scale
 from nulledit.studies.stream import Stream, Workbench
@@ -75,7 +75,7 @@ def data(tmp_path_factory):
 def make_lab(worlds, data, tmp_path, monkeypatch):
     known, words = worlds("llama")
     statistics = statistics_of(known, words, layers=(0, 1), lines=world.sentences())
-    monkeypatch.setattr("nulledit.changes.find_statistics", lambda *_: iter([statistics]))
+    monkeypatch.setattr("nulledit.editing.session.find_statistics", lambda *_: iter([statistics]))
 
     def make(work="work", **changes):
         model = type(known)(known.config).eval()
@@ -273,7 +273,7 @@ def test_an_interrupted_stream_goes_on_to_the_same_numbers(make_lab, monkeypatch
     def refuse(*_args, **_kwargs):
         raise AssertionError("edited again")
 
-    monkeypatch.setattr("nulledit.batch.BatchWriter.write", refuse)
+    monkeypatch.setattr("nulledit.editing.batch.BatchWriter.write", refuse)
     assert follow(make_lab("cut"), plan, bounds) == whole
 
 

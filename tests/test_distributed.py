@@ -11,18 +11,18 @@ from ranks import STUCK, free_port, launch
 from safetensors.torch import load_file
 from test_cli import RECORDS, done, refused
 
-from nulledit.distributed import Ranks, shares
 from nulledit.errors import ConfigError
-from nulledit.launch import Launch
 from nulledit.ledger.store import Store
+from nulledit.parallel.launch import Launch
+from nulledit.parallel.ranks import Ranks, shares
 
 OFTEN = {  # windows that run together are few, so that there is much to share and to save
-    "nulledit.editing.statistics:ROUND": 1,
-    "nulledit.editing.statistics:SAVE_EVERY": 0.0,
-    "nulledit.editing.statistics:SORTED_TOKENS": 512,
+    "nulledit.statistics.collect:ROUND": 1,
+    "nulledit.statistics.collect:SAVE_EVERY": 0.0,
+    "nulledit.statistics.collect:SORTED_TOKENS": 512,
 }
-ADD = "nulledit.editing.statistics:_add"
-VALUES = "nulledit.batch:optimise_values"
+ADD = "nulledit.statistics.collect:_add"
+VALUES = "nulledit.editing.batch:optimise_values"
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def make(place):
 def statistics(place):
     """Made by one process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nulledit.editing.statistics.SORTED_TOKENS", 512)
+        patch.setattr("nulledit.statistics.collect.SORTED_TOKENS", 512)
         done(
             *("stats", "make", place / "model", "--text", place / "text.txt", "--layers", "1-2"),
             *("--window", "16", "--out", place / "stats", "-q"),
@@ -282,7 +282,7 @@ def test_shares_are_even_and_lose_nothing():
 
 
 def test_each_rank_takes_the_accelerator_of_its_number(monkeypatch):
-    monkeypatch.setattr("nulledit.distributed._accelerator", lambda: ("cuda", 2))
+    monkeypatch.setattr("nulledit.parallel.ranks._accelerator", lambda: ("cuda", 2))
     second = Ranks(Launch(1, 4, 1, 4, "host", 1))
     last = Ranks(Launch(3, 4, 3, 4, "host", 1))
     assert (second.device(None), second.device("cuda")) == ("cuda:1", "cuda:1")
@@ -291,7 +291,7 @@ def test_each_rank_takes_the_accelerator_of_its_number(monkeypatch):
     for asked in ("auto", "cuda:0"):
         with pytest.raises(ConfigError, match="can't be given to several ranks"):
             second.device(asked)
-    monkeypatch.setattr("nulledit.distributed._accelerator", lambda: None)
+    monkeypatch.setattr("nulledit.parallel.ranks._accelerator", lambda: None)
     assert second.device(None) is None
 
 

@@ -10,11 +10,11 @@ from test_studies import data, known, make_lab, words  # noqa: F401
 
 from nulledit.config import Recipe, StatisticsSettings
 from nulledit.data.facts import Fact
-from nulledit.report.study import Point
-from nulledit.studies import behaviour
+from nulledit.report.points import Point
+from nulledit.studies import side_effects as behaviour
+from nulledit.studies.methods_table import _leaders
 from nulledit.studies.registry import find_study, run_study
 from nulledit.studies.scale import load_scale
-from nulledit.studies.streams import _leaders
 
 
 @pytest.mark.parametrize("name", ["small", "paper"])
@@ -72,7 +72,7 @@ def test_corpus_says_how_many_tokens_there_were(make_lab, tmp_path):  # noqa: F8
 
 
 def test_corpus_takes_windows_that_the_model_has_room_for(make_lab, tmp_path):  # noqa: F811
-    from nulledit.editing.manifest import read_manifest
+    from nulledit.statistics.manifest import read_manifest
 
     lab = make_lab("corpus", tokens=[300])
     run_study(find_study("corpus"), lab, tmp_path / "out")
@@ -83,8 +83,8 @@ def test_corpus_takes_windows_that_the_model_has_room_for(make_lab, tmp_path):  
 
 
 def test_corpus_says_what_the_rule_protects(make_lab, tmp_path):  # noqa: F811
-    from nulledit.editing.statistics import Statistics
     from nulledit.linalg.spectrum import RULES
+    from nulledit.statistics.collect import Statistics
 
     lab = make_lab("corpus", tokens=[300])
     study = run_study(find_study("corpus"), lab, tmp_path / "out")
@@ -261,7 +261,7 @@ def test_settings_out_of_range_are_one_line(change, make_lab, tmp_path):  # noqa
 def test_a_known_chunk_is_not_a_known_fact(make, facts):  # noqa: F811
     editor = make(recipe_of("alphaedit", values__chunk_tokens=1))
     fact = dataclasses.replace(facts[0], target="Velmish tongue", old_answer=None)
-    import nulledit.batch as batch
+    import nulledit.editing.batch as batch
 
     real = batch.optimise_values
 

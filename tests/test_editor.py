@@ -9,8 +9,8 @@ import torch
 
 from nulledit import Editor, Fact, NullEditError
 from nulledit.errors import ConfigError, FactError, LedgerError, ModelError, StatisticsError
-from nulledit.ledger.entries import History
-from nulledit.ledger.fold import LayerMetrics, read_spectrum
+from nulledit.ledger.records import History
+from nulledit.ledger.solver import LayerMetrics, read_spectrum
 from nulledit.ledger.store import Store
 
 
@@ -527,7 +527,7 @@ def test_saving_elsewhere_again_and_never_over_another_model(make_editor, facts,
 
 def test_a_half_rewritten_model_is_never_taken_for_whole(make_editor, facts, tmp_path, monkeypatch):
     """State ids come back by undo; one that was interrupted in between must not."""
-    from nulledit.ledger import checkpoint
+    from nulledit.ledger import model_folder as checkpoint
 
     editor = make_editor("llama", torch.float32)
     editor.edit(facts[:1])

@@ -196,7 +196,7 @@ def test_a_fact_the_model_holds_is_kept_and_marked(make_editor):
 
 def test_the_projection_protects(make_editor):
     """Without it the same edits at the same strength disturb more of what was sampled."""
-    from nulledit.editing.statistics import key_moments
+    from nulledit.statistics.collect import key_moments
 
     errors = {}
     facts = [world.fact(p, "job", world.another(p, "job")) for p in world.PEOPLE[:4]]

@@ -11,7 +11,6 @@ from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from nulledit import Editor, Fact, Probe
-from nulledit.editing.statistics import key_moments
 from nulledit.errors import FactError, StatisticsError
 from nulledit.evaluation import (
     Query,
@@ -36,6 +35,7 @@ from nulledit.evaluation.generation import answer_room
 from nulledit.models.layouts import as_out_in
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import RowEncoder, pad_id
+from nulledit.statistics.collect import key_moments
 
 ADA = Fact(
     id="ada",
@@ -391,7 +391,7 @@ def test_perplexity_is_that_of_the_whole_model_one_window_at_a_time(
     assert found.standard_error == pytest.approx(float(mean.exp() * error), rel=rel)
     assert found.tokens == 19 + 16 + 22 + 1
     monkeypatch.setitem(perplexity_function.__globals__, "POSITIONS", 1)
-    monkeypatch.setattr("nulledit.evaluation.metrics.LOGIT_POSITIONS", 3)
+    monkeypatch.setattr("nulledit.evaluation.scores.LOGIT_POSITIONS", 3)
     assert perplexity(PartialModel(model), windows, 0).value == pytest.approx(found.value)
     assert math.isnan(perplexity(PartialModel(model), windows[:1], 0).standard_error)
     with pytest.raises(ValueError, match="two tokens"):

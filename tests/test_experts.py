@@ -14,14 +14,9 @@ from transformers import AutoModelForCausalLM
 from nulledit import Editor
 from nulledit.config import StatisticsSettings
 from nulledit.data.corpus import open_corpus
-from nulledit.editing import statistics as statistics_module
-from nulledit.editing.adding import merge_statistics
-from nulledit.editing.manifest import read_manifest, write_manifest
-from nulledit.editing.statistics import Statistics, collect, key_moments
 from nulledit.editing.target_loss import WeightLoss
 from nulledit.errors import ConfigError, ModelError, StatisticsError
 from nulledit.export import apply_delta, remove_delta, write_checkpoint, write_delta, write_lora
-from nulledit.ledger.verifying import MATRICES, verify
 from nulledit.linalg.blocks import BlockMoment, BlockSpectrum
 from nulledit.linalg.solve import room_left, solve_update
 from nulledit.linalg.spectrum import RULES, Spectrum
@@ -31,6 +26,11 @@ from nulledit.models.layouts import as_out_in, as_stored, frozen, mlp_out, turne
 from nulledit.models.load import model_hash
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import RowEncoder, collate
+from nulledit.runs.verify import MATRICES, verify
+from nulledit.statistics import collect as statistics_module
+from nulledit.statistics.collect import Statistics, collect, key_moments
+from nulledit.statistics.manifest import read_manifest, write_manifest
+from nulledit.statistics.merge import merge_statistics
 
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 TEXT = (

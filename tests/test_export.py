@@ -473,7 +473,7 @@ def test_tensors_that_are_not_the_manifests(delta):
     good = load_file(file)
 
     def refused(tensors, said):
-        from nulledit.files import sha256_of
+        from nulledit.io.files import sha256_of
 
         save_file(tensors, file)
         rewrite(delta, sha256=sha256_of(file), bytes=file.stat().st_size)
@@ -486,7 +486,7 @@ def test_tensors_that_are_not_the_manifests(delta):
     refused({**good, name: good[name] * torch.nan}, "not of finite float32 numbers")
     refused({**good, name: good[name].view(torch.int32)}, "not of finite float32 numbers")
     file.write_bytes(b"\xff" * 8 + file.read_bytes()[8:])
-    from nulledit.files import sha256_of
+    from nulledit.io.files import sha256_of
 
     rewrite(delta, sha256=sha256_of(file), bytes=file.stat().st_size)
     with pytest.raises(LedgerError, match="not a safetensors file"):
@@ -718,7 +718,7 @@ def test_the_card_names_the_run_it_lies_in(places, tmp_path, monkeypatch):
 
 def test_a_comparison_that_fails_leaves_the_model_as_it_was(places, monkeypatch, recipe):
     """The other ledger edits a layer that this one does not: it must be the base's again."""
-    from nulledit.evaluation import difference as module
+    from nulledit.runs import diff as module
 
     place = places("llama")
     editor, held = place.editor, model_hash(place.editor.model)

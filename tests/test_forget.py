@@ -15,14 +15,14 @@ from nulledit import Editor, Fact, Probe
 from nulledit.cli.forget import forget
 from nulledit.config import ValueSettings
 from nulledit.data.facts import refuse_forgetting
-from nulledit.editing import ignorance
+from nulledit.editing import unlearning as ignorance
 from nulledit.editing.chunks import chunks_of
 from nulledit.editing.value_cache import ValueCache
 from nulledit.editing.values import optimise_values
 from nulledit.errors import ConfigError, FactError
 from nulledit.evaluation.forgetting import Recall, Said, doubts, find_answer, recall_of, summary
-from nulledit.evaluation.metrics import rates, score
-from nulledit.evaluation.protocols import queries_of
+from nulledit.evaluation.queries import queries_of
+from nulledit.evaluation.scores import rates, score
 from nulledit.models.layouts import frozen
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import RowEncoder, pad_id

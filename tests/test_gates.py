@@ -19,21 +19,20 @@ from nulledit.cli.check import check as check_command
 from nulledit.cli.check import gate_table
 from nulledit.cli.main import Root
 from nulledit.config import Recipe
+from nulledit.editing.weights import LayerReport
 from nulledit.errors import ConfigError
 from nulledit.evaluation.capability import capability, compare
-from nulledit.evaluation.metrics import Rate
+from nulledit.evaluation.hidden_norms import edit_rows, text_rows
 from nulledit.evaluation.perplexity import perplexity
 from nulledit.evaluation.runner import evaluate
+from nulledit.evaluation.scores import Rate
 from nulledit.evaluation.tasks import read_tasks
-from nulledit.gates import Limits, check, load_limits
-from nulledit.gates import warn as warn_module
-from nulledit.gates.hidden import edit_rows, text_rows
-from nulledit.gates.limits import KINDS
-from nulledit.gates.measure import Found, GateReport, Row, _judged, perplexity_growth
-from nulledit.gates.warn import warnings_of
-from nulledit.ledger.weights import LayerReport
 from nulledit.models.layouts import as_out_in
 from nulledit.models.tokens import pad_id
+from nulledit.runs import warnings as warn_module
+from nulledit.runs.gate import Found, GateReport, Row, _judged, check, perplexity_growth
+from nulledit.runs.limits import KINDS, Limits, load_limits
+from nulledit.runs.warnings import warnings_of
 
 RECIPE = Recipe.from_dict(
     {

@@ -19,7 +19,7 @@ from nulledit.evaluation.diagnosis import diagnose, first_slip, holds
 from nulledit.evaluation.generation import ANSWER_TOKENS, loops, says
 from nulledit.evaluation.old_answers import disagreements, first_clause, with_base_answers
 from nulledit.evaluation.outlook import outlook
-from nulledit.report.holding import headline, held, legend, mark, reasons
+from nulledit.runs.holding import headline, held, legend, mark, reasons
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,15 @@ from test_study import BAD, lines, spec, study, table
 from nulledit.cli.main import cli
 from nulledit.errors import ReportError
 from nulledit.evaluation.runner import paired_bootstrap
-from nulledit.report.compare import comparison
+from nulledit.report.document import Example, Value
 from nulledit.report.html import Part, html_page
 from nulledit.report.markup import Markup, join, tag
-from nulledit.report.merge import collect
-from nulledit.report.run import as_json, write_run
-from nulledit.report.run_study import read_run, run_study
-from nulledit.report.study import Example, Value, write_study
+from nulledit.report.study import write_study
 from nulledit.report.words import chosen_examples, duration, flat
+from nulledit.runs.compare import comparison
+from nulledit.runs.document import read_run, run_study
+from nulledit.runs.folder import as_json, write_run
+from nulledit.runs.report import collect
 
 RECIPE = "method: {name: alphaedit}\nlayers: [3, 4]\n"
 TEXT = {"perplexity", "kl", "kl_worst"}

@@ -1,4 +1,4 @@
-"""Imports go one way, down the list in docs/design.md."""
+"""Imports go down the floors of docs/design.md, and never between rooms of one floor."""
 
 import ast
 import subprocess
@@ -8,41 +8,22 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "nulledit"
-ORDER = [
-    "errors",
-    "launch",
-    "distributed",
-    "files",
-    "reading",
-    "config",
-    "linalg",
-    "data",
-    "models",
-    "editing",
-    "methods",
-    "ledger",
-    "batch",
-    "changes",
-    "replay",
-    "editor",
-    "evaluation",
-    "locating",
-    "tuning",
-    "gates",
-    "baselines",
-    "report",
-    "export",
-    "studies",
-    "cli",
-    "__main__",
-]
+LAYERS = {
+    "ground": (("_version", "errors"), ("io", "parallel"), ("config", "data")),
+    "numbers": (("linalg",), ("methods",)),
+    "model": (("models",), ("statistics",)),
+    "editing": (("ledger",), ("editing",)),
+    "using": (("evaluation", "report"), ("baselines", "export", "runs", "tracing", "tuning")),
+    "leaves": (("studies",), ("cli",), ("__main__",)),
+}
+"""Layers from the ground up; in each, floors of rooms that do not know each other."""
+FLOORS = [floor for floors in LAYERS.values() for floor in floors]
+FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 FILES = sorted(p for p in SOURCE.rglob("*.py") if p.parent != SOURCE or p.name != "__init__.py")
 
 
-def place(module):
-    """Rank of `nulledit.X...` in the order; -1 for the package itself."""
-    parts = module.split(".")
-    return ORDER.index(parts[1]) if len(parts) > 1 else -1
+def room(file):
+    return file.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
 def imports(file):
@@ -54,15 +35,28 @@ def imports(file):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(SOURCE)))
-def test_imports_go_one_way(file):
-    own = ORDER.index(file.relative_to(SOURCE).parts[0].removesuffix(".py"))
+def test_a_room_imports_only_from_floors_below(file):
+    own = room(file)
     for module in imports(file):
-        assert place(module) <= own, f"{module} stands later than {ORDER[own]}"
+        other = module.partition(".")[2].partition(".")[0]
+        assert other, f"{file}: import what is meant from its own module, not from the face"
+        assert other == own or FLOOR[other] < FLOOR[own], f"{own} may not know {module}"
 
 
-def test_every_room_is_in_the_order():
-    rooms = {f.relative_to(SOURCE).parts[0].removesuffix(".py") for f in FILES}
-    assert rooms == set(ORDER)
+def test_every_room_is_on_a_floor():
+    assert {room(f) for f in FILES} == set(FLOOR)
+
+
+def test_no_floor_is_there_for_its_own_sake():
+    """The longest chain of imports from room to room."""
+    below = {}
+    for file in FILES:
+        below.setdefault(room(file), set()).update(m.split(".")[1] for m in imports(file))
+
+    def height(own):
+        return 1 + max((height(other) for other in below[own] - {own}), default=0)
+
+    assert max(map(height, below)) <= 12
 
 
 def test_help_needs_no_torch():

@@ -25,23 +25,23 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from nulledit import Editor
 from nulledit.cli.common import own_device
 from nulledit.config import Placement
-from nulledit.distributed import Ranks
 from nulledit.editing.contexts import make_contexts
 from nulledit.editing.kept_rows import Job, KeptRows
 from nulledit.editing.keys import Walk
 from nulledit.editing.reads import Reads
-from nulledit.editing.statistics import key_moments
 from nulledit.editing.values import plan_rows
 from nulledit.errors import ConfigError, ModelError
 from nulledit.evaluation.generation import generate_answers
-from nulledit.ledger.fold import Stage
+from nulledit.ledger.solver import Stage
 from nulledit.linalg.moments import SecondMoment
-from nulledit.locating import TraceSettings, trace
 from nulledit.models.layouts import as_out_in, mlp_out, parameter_name
 from nulledit.models.load import load_model, model_hash
 from nulledit.models.partial import PartialModel
 from nulledit.models.placement import devices_of, is_offloaded, make_resident
 from nulledit.models.tokens import RowEncoder, collate
+from nulledit.parallel.ranks import Ranks
+from nulledit.statistics.collect import key_moments
+from nulledit.tracing import TraceSettings, trace
 
 ROWS = [[5, 9, 13, 20, 7], [8, 3], [30, 31, 32]]
 CPU = torch.device("cpu")

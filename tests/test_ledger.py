@@ -14,9 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from nulledit import Editor, Fact
 from nulledit.config import Recipe
 from nulledit.editing.descent import Value
+from nulledit.editing.merge import conflicts, newest
 from nulledit.errors import ConfigError, FactError, LedgerError, NoRoomError
-from nulledit.ledger.fold import LayerFold, LayerMetrics, read_spectrum
-from nulledit.ledger.merging import conflicts, newest
+from nulledit.ledger.solver import LayerFold, LayerMetrics, read_spectrum
 from nulledit.ledger.store import Store
 
 OTHERS = {
@@ -420,7 +420,7 @@ def test_an_epoch_whose_first_batch_fails_was_never_there(
         def fail(*_, **__):
             raise RuntimeError("on the way")
 
-        patch.setattr("nulledit.batch.optimise_values", fail)
+        patch.setattr("nulledit.editing.batch.optimise_values", fail)
         with pytest.raises(RuntimeError):
             editor.edit(facts[2:])
     assert same(weights(editor), before)
@@ -453,7 +453,7 @@ def fresh_run(make_editor, batches, values, monkeypatch, recipe=RECIPE):
 
     editor = make_editor(recipe)
     with monkeypatch.context() as patch:
-        patch.setattr("nulledit.batch.optimise_values", given)
+        patch.setattr("nulledit.editing.batch.optimise_values", given)
         for batch in batches:
             editor.edit(batch)
     return editor

@@ -13,10 +13,10 @@ from test_cli import done, refused
 from nulledit import Fact
 from nulledit.config import Recipe
 from nulledit.errors import ConfigError, FactError, ModelError
-from nulledit.locating import Question, TraceSettings, ask, locate, suggest, trace
-from nulledit.locating.tracing import PLACES, noise_of, spread_of
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import RowEncoder
+from nulledit.tracing import Question, TraceSettings, ask, locate, suggest, trace
+from nulledit.tracing.trace import PLACES, noise_of, spread_of
 
 SPREAD = 0.3
 

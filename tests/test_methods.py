@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from nulledit import Fact
 from nulledit.cli.main import cli
 from nulledit.config import MethodSettings, Recipe
-from nulledit.editing.problem import LayerProblem
 from nulledit.errors import ConfigError, LedgerError, NoRoomError
-from nulledit.ledger.entries import Base, Batch, Column, Epoch, History
-from nulledit.ledger.fold import LayerFold, LayerMetrics, recorded, spectrum_tensors
+from nulledit.ledger.records import Base, Batch, Column, Epoch, History
+from nulledit.ledger.solver import LayerFold, LayerMetrics, recorded, spectrum_tensors
 from nulledit.linalg.postprocess import keep_largest, restrain
 from nulledit.linalg.solve import solve_update
 from nulledit.linalg.spectrum import Spectrum
 from nulledit.methods import METHODS, Method, Registry, find_method
 from nulledit.methods.neurons import chosen_neurons
+from nulledit.methods.problem import LayerProblem
 
 D, OUT, N, THRESHOLD = 24, 10, 3, 0.1
 SETTINGS = {

@@ -10,8 +10,8 @@ from conftest import RECIPE, build_model, statistics_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nulledit import Editor, batch
-from nulledit.editing import norm_anchor
+from nulledit import Editor
+from nulledit.editing import batch, norm_anchor
 from nulledit.editing.norm_anchor import anchored, mean_length, sample
 from nulledit.editing.values import optimise_values
 from nulledit.errors import StatisticsError

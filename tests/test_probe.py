@@ -10,12 +10,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nulledit import Editor
 from nulledit.config import Layout, Recipe
+from nulledit.editing.merge import conflicts
 from nulledit.errors import ConfigError, LedgerError, ModelError, StatisticsError
-from nulledit.ledger.merging import conflicts
 from nulledit.models import layouts
+from nulledit.models.layout_tracing import probe
 from nulledit.models.layouts import LAYOUTS, find_layout, parameter_name, use_layout
 from nulledit.models.partial import PartialModel
-from nulledit.models.probe import probe
 
 SIZES = {
     "vocab_size": 400,

@@ -9,7 +9,7 @@ import torch
 from nulledit import Editor, Fact, Probe
 from nulledit.errors import FactError
 from nulledit.evaluation import Query, contains, evaluate, queries_of, rates, score
-from nulledit.evaluation.protocols import shipped_sentences, statement, unrelated
+from nulledit.evaluation.queries import shipped_sentences, statement, unrelated
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import RowEncoder
 

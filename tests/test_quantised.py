@@ -9,16 +9,16 @@ from conftest import RECIPE, build_model, statistics_of
 from torch import nn
 
 from nulledit import Editor
-from nulledit.editing.statistics import collect
 from nulledit.errors import LedgerError, ModelError
 from nulledit.export import put_delta, write_checkpoint, write_delta, write_lora
-from nulledit.ledger.verifying import verify
 from nulledit.models.dense import Dense, dense_of
-from nulledit.models.editable import make_editable
 from nulledit.models.layouts import as_out_in, mlp_out
 from nulledit.models.load import model_hash
 from nulledit.models.partial import PartialModel
+from nulledit.models.quantized import make_editable
 from nulledit.models.tokens import collate
+from nulledit.runs.verify import verify
+from nulledit.statistics.collect import collect
 
 CPU = torch.device("cpu")
 

@@ -26,12 +26,12 @@ from safetensors.torch import load_file, save_file
 from nulledit import Editor, Fact
 from nulledit.cli.verify import verify as command
 from nulledit.errors import CheckFailed, LedgerError
-from nulledit.ledger import checkpoint
+from nulledit.ledger import model_folder as checkpoint
 from nulledit.ledger import store as store_module
-from nulledit.ledger.checkpoint import FolderState, read_header, read_state
+from nulledit.ledger.model_folder import FolderState, read_header, read_state
 from nulledit.ledger.store import Store
-from nulledit.ledger.verifying import verify
 from nulledit.models.load import sha256_of
+from nulledit.runs.verify import verify
 
 QUICK = RECIPE.with_fields({"values.steps": 2})
 FACTS = {
@@ -244,9 +244,9 @@ def child(place, run, watch, stop, channel, slow):
         for name in names:
             around(owner, name)
     staged(Store, "commit", COMMIT)
-    import nulledit.editor
+    import nulledit.editing.editor
 
-    staged(nulledit.editor, "write_model", MODEL)
+    staged(nulledit.editing.editor, "write_model", MODEL)
     act(place.load(run), run, PLAN)
 
 

@@ -13,13 +13,13 @@ from transformers import LlamaForSequenceClassification, Mistral3Config
 from transformers import Mistral3ForConditionalGeneration as Mistral3
 
 import nulledit
-from nulledit import Editor, Fact, evaluation, export, gates, read_facts
-from nulledit.editing.adding import merge_statistics
-from nulledit.editing.statistics import Statistics, collect
+from nulledit import Editor, Fact, evaluation, export, read_facts, runs
 from nulledit.errors import ConfigError, FactError, LedgerError, ModelError
 from nulledit.models.load import load_model, model_hash
 from nulledit.models.saving import save_weights
 from nulledit.models.unchanged import bit_sums
+from nulledit.statistics.collect import Statistics, collect
+from nulledit.statistics.merge import merge_statistics
 
 
 def edited(model, tokenizer, facts=()):
@@ -154,7 +154,7 @@ def test_public_paths_may_be_text():
     own = [*vars(Editor).items(), *vars(Statistics).items()]
     doors = [d for name, d in own if name.startswith("__") or not name.startswith("_")]
     doors += [collect, merge_statistics]
-    for module in (nulledit, evaluation, export, gates):
+    for module in (nulledit, evaluation, export, runs):
         doors += [getattr(module, name) for name in module.__all__]
     doors = [d for d in doors if d is not nulledit.NullEditError]
     functions = {getattr(d, "__func__", d) for d in doors if callable(getattr(d, "__func__", d))}

@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from nulledit.cli.main import cli
 from nulledit.config import StatisticsSettings
 from nulledit.data.corpus import open_corpus, windows
-from nulledit.editing import statistics as module
-from nulledit.editing.adding import merge_statistics
-from nulledit.editing.statistics import Manifest, Statistics, collect, find_statistics
 from nulledit.errors import StatisticsError
 from nulledit.models.layouts import mlp_out
 from nulledit.models.load import model_hash
 from nulledit.models.partial import PartialModel
+from nulledit.statistics import collect as module
+from nulledit.statistics.collect import Manifest, Statistics, collect, find_statistics
+from nulledit.statistics.merge import merge_statistics
 
 SETTINGS = StatisticsSettings(window=16)
 TEXT = (

@@ -16,10 +16,10 @@ import torch
 
 from nulledit import Fact
 from nulledit.errors import LedgerError
-from nulledit.files import recover_folder, replacing, replacing_folder, sweep
+from nulledit.io.files import recover_folder, replacing, replacing_folder, sweep
 from nulledit.ledger import store as store_module
-from nulledit.ledger.checkpoint import FolderState, read_state
-from nulledit.ledger.entries import Base, Batch, Column, Epoch, Event, History
+from nulledit.ledger.model_folder import FolderState, read_state
+from nulledit.ledger.records import Base, Batch, Column, Epoch, Event, History
 from nulledit.ledger.store import Store, tensor_bytes
 
 TENSORS = {"keys.1": torch.arange(6.0).reshape(2, 3)}

@@ -8,13 +8,13 @@ import torch
 import world
 from conftest import statistics_of
 
-from nulledit import batch as batch_module
 from nulledit.config import Recipe
+from nulledit.editing import batch as batch_module
 from nulledit.errors import ConfigError
 from nulledit.methods import find_method
 from nulledit.report.study import read_study
+from nulledit.studies.context import Lab, Sources
 from nulledit.studies.estimate import estimate
-from nulledit.studies.lab import Lab, Sources
 from nulledit.studies.registry import STUDIES, find_study, run_study
 from nulledit.studies.scale import Scale, load_scale
 from nulledit.studies.stream import Stream, Workbench, shuffled
@@ -139,7 +139,7 @@ def data(tmp_path_factory):
 def make_lab(known, words, data, tmp_path, monkeypatch):
     """A lab for a study on a fresh copy of the model; `work` is shared unless given."""
     statistics = statistics_of(known, words, layers=(0, 1), lines=world.sentences())
-    monkeypatch.setattr("nulledit.changes.find_statistics", lambda *_: iter([statistics]))
+    monkeypatch.setattr("nulledit.editing.session.find_statistics", lambda *_: iter([statistics]))
 
     def make(name, *, work="work", sources=data, **changes):
         model = type(known)(known.config).eval()
@@ -186,7 +186,7 @@ def test_a_finished_study_is_not_edited_again(make_lab, tmp_path, monkeypatch):
     def refuse(*_args, **_kwargs):
         raise AssertionError("edited again")
 
-    monkeypatch.setattr("nulledit.changes.Changes.batch", refuse)
+    monkeypatch.setattr("nulledit.editing.session.Changes.batch", refuse)
     second = run_study(find_study("table1"), make_lab("table1"), tmp_path / "b")
     assert [t.rows for t in first.tables] == [t.rows for t in second.tables]
     assert [f.points for f in first.figures] == [f.points for f in second.figures]

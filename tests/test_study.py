@@ -15,19 +15,11 @@ from nulledit.errors import ReportError
 from nulledit.report import images
 from nulledit.report.cells import BEST, TIE, notes, shown, study_table
 from nulledit.report.colours import FIXED, styles
+from nulledit.report.document import Column, Example, FigureSpec, Study, StudyTable, Value
 from nulledit.report.figures import figure_of
 from nulledit.report.images import as_image, as_svg
-from nulledit.report.study import (
-    Column,
-    Example,
-    FigureSpec,
-    Point,
-    Study,
-    StudyTable,
-    Value,
-    read_study,
-    write_study,
-)
+from nulledit.report.points import Point
+from nulledit.report.study import read_study, write_study
 
 BAD = "<script>alert(1)</script> $x_{ \x1b[31m & _"
 

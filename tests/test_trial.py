@@ -16,10 +16,10 @@ from nulledit import Editor
 from nulledit.cli.main import cli
 from nulledit.config import Layout, Recipe, ValueSettings
 from nulledit.errors import ModelError
-from nulledit.locating.tracing import TraceSettings, trace
 from nulledit.models import trial
 from nulledit.models.layouts import find_layout, listed
 from nulledit.models.partial import PartialModel
+from nulledit.tracing.trace import TraceSettings, trace
 
 FEW = ValueSettings(steps=4, learning_rate=0.3, weight_decay=0.05)
 MAMBA = {

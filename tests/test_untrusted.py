@@ -28,18 +28,14 @@ from test_html import write_a_run
 from test_readers import FOREIGN, OSLO, ROME, WRITTEN, one_line
 from test_report import summary
 
-from nulledit import reading
 from nulledit.cli.common import echo, emit, say
+from nulledit.cli.evaluation_tables import read_references
 from nulledit.cli.main import _describe, cli
-from nulledit.cli.rest import read_references
 from nulledit.cli.run_folder import Result
 from nulledit.cli.run_page import as_page
 from nulledit.config import Recipe, StatisticsSettings, load_recipe, shipped_recipes
 from nulledit.data import Fact, corpus, read_facts
-from nulledit.editing.manifest import HASHES
-from nulledit.editing.statistics import Manifest, Statistics
-from nulledit.editing.tensor_files import save_alone
-from nulledit.editor import Editor as EditorClass
+from nulledit.editing.editor import Editor as EditorClass
 from nulledit.errors import (
     ConfigError,
     FactError,
@@ -50,26 +46,23 @@ from nulledit.errors import (
 )
 from nulledit.evaluation.drift import read_texts
 from nulledit.evaluation.tasks import read_tasks
-from nulledit.files import replacing, replacing_folder
-from nulledit.gates.limits import load_limits
+from nulledit.io import untrusted as reading
+from nulledit.io.files import replacing, replacing_folder
+from nulledit.io.text import markdown, plain
 from nulledit.linalg.spectrum import Spectrum
 from nulledit.models.load import load_model
+from nulledit.report.document import Column, Example, FigureSpec, Study, StudyTable, Value
 from nulledit.report.html import Part, html_page
-from nulledit.report.merge import collect
-from nulledit.report.page import report_page, study_page
-from nulledit.report.run import as_json, read_json, read_lines
-from nulledit.report.study import (
-    Column,
-    Example,
-    FigureSpec,
-    Point,
-    Study,
-    StudyTable,
-    Value,
-    read_study,
-    write_study,
-)
-from nulledit.report.text import markdown, plain
+from nulledit.report.markdown import study_page
+from nulledit.report.points import Point
+from nulledit.report.study import read_study, write_study
+from nulledit.runs.folder import as_json, read_json, read_lines
+from nulledit.runs.limits import load_limits
+from nulledit.runs.page import report_page
+from nulledit.runs.report import collect
+from nulledit.statistics.collect import Manifest, Statistics
+from nulledit.statistics.manifest import HASHES
+from nulledit.statistics.tensor_files import save_alone
 from nulledit.studies.scale import load_scale
 from nulledit.studies.stream import StreamPlan
 

@@ -10,7 +10,7 @@ from nulledit import Editor, Fact
 from nulledit.config import Recipe, ValueSettings
 from nulledit.editing.keys import Walk
 from nulledit.editing.values import optimise_values, plan_rows
-from nulledit.ledger.fold import read_spectrum
+from nulledit.ledger.solver import read_spectrum
 from nulledit.linalg.blocks import parts_of
 from nulledit.models.layouts import as_out_in, frozen
 from nulledit.models.partial import PartialModel

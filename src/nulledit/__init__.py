@@ -5,17 +5,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from nulledit._version import __version__
 
 if TYPE_CHECKING:
     from nulledit.config import Recipe, load_recipe
     from nulledit.data.facts import Fact, Probe
     from nulledit.data.readers import read_facts
-    from nulledit.editor import Editor
+    from nulledit.editing.editor import Editor
     from nulledit.errors import NullEditError
 
 _HOME = {
-    "Editor": "nulledit.editor",
+    "Editor": "nulledit.editing.editor",
     "Fact": "nulledit.data.facts",
     "NullEditError": "nulledit.errors",
     "Probe": "nulledit.data.facts",

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from nulledit.errors import ConfigError
-from nulledit.reading import MAX_SETTINGS, one_line, parse_yaml, read_text
+from nulledit.io.untrusted import MAX_SETTINGS, one_line, parse_yaml, read_text
 
 SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 """Device maps that accelerate makes itself."""

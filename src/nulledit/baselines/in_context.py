@@ -16,12 +16,12 @@ from functools import partial
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nulledit.data.facts import Fact, quote
-from nulledit.editor import Editor
+from nulledit.editing.editor import Editor
 from nulledit.errors import ConfigError, FactError
 from nulledit.evaluation.generation import answer_room, generate_answers, says_any
-from nulledit.evaluation.metrics import Rate, rates, score
-from nulledit.evaluation.protocols import Query, queries_of
+from nulledit.evaluation.queries import Query, queries_of
 from nulledit.evaluation.runner import Evaluation
+from nulledit.evaluation.scores import Rate, rates, score
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import RowEncoder, join_target, pad_id
 

@@ -57,7 +57,7 @@ def ask(
     prepare(quiet=quiet)
     from nulledit.cli.measure import load_run
     from nulledit.evaluation.generation import generate_answers
-    from nulledit.report.text import plain as shown
+    from nulledit.io.text import plain as shown
 
     editor = load_run(run, device, quiet=quiet, trust_remote_code=trust_remote_code)
 

@@ -14,7 +14,7 @@ from nulledit.cli.options import device_option, output_options, trust_option
 from nulledit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from nulledit.editor import ChangeReport, Editor
+    from nulledit.editing.editor import ChangeReport, Editor
 
 MOVED = 5  # facts whose movement is shown
 SHOWN = 10  # facts named that came or went
@@ -148,7 +148,7 @@ def change_dict(editor: Editor, report: ChangeReport) -> dict[str, Any]:
 
 def change_text(editor: Editor, report: ChangeReport) -> str:
     """A change for a terminal."""
-    from nulledit.changes import some
+    from nulledit.editing.session import some
 
     lines = []
     for label, ids in (
@@ -178,7 +178,7 @@ def change_text(editor: Editor, report: ChangeReport) -> str:
 
 def _refuse_unknown(run: str, ids: Sequence[str]) -> None:
     """LedgerError for an id that is not in the model, before the model is loaded."""
-    from nulledit.changes import check_in_model
+    from nulledit.editing.session import check_in_model
     from nulledit.ledger.store import Store
 
     store = Store(Path(run) / "ledger")

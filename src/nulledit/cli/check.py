@@ -12,8 +12,8 @@ from nulledit.cli.options import device_option, output_options, trust_option
 from nulledit.errors import CheckFailed
 
 if TYPE_CHECKING:
-    from nulledit.gates.measure import GateReport, Row
     from nulledit.report.tables import Table
+    from nulledit.runs.gate import GateReport, Row
 
 
 @click.command(short_help="Compare a run with limits; exit 1 if one is broken.")
@@ -45,13 +45,13 @@ def check(
     $ nulledit check run
     $ nulledit check run --limits release.yaml --text wiki.txt --capability tasks
     """
-    from nulledit.gates.limits import load_limits
+    from nulledit.runs.limits import load_limits
 
     asked = load_limits(limits)
     prepare(quiet=quiet)
     from nulledit.cli.measure import load_run, windows_of
-    from nulledit.gates.measure import check as measure
     from nulledit.report.tables import as_text
+    from nulledit.runs.gate import check as measure
 
     editor = load_run(run, device, quiet=quiet, trust_remote_code=trust_remote_code)
     windows = None

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any, Self
 import click
 
 from nulledit.errors import ConfigError
-from nulledit.launch import Launch
-from nulledit.report.text import plain
+from nulledit.io.text import plain
+from nulledit.parallel.launch import Launch
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
     from nulledit.config import Placement
     from nulledit.data.readers import FactFile
-    from nulledit.distributed import Ranks
+    from nulledit.parallel.ranks import Ranks
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 MOST_NOTICES = 20  # of a file of facts on the terminal
@@ -45,14 +45,14 @@ def facts_of(file: str, given: Mapping[str, Any], *, quiet: bool, known: bool = 
 
 def emit(data: Any) -> None:
     """One JSON document on stdout."""
-    from nulledit.report.run import as_json
+    from nulledit.runs.folder import as_json
 
     click.echo(as_json(data), nl=False)
 
 
 def meet(device: str | Placement | None) -> Ranks:
     """The ranks that this process was started with; how they end is seen to in `main`."""
-    from nulledit.distributed import Ranks
+    from nulledit.parallel.ranks import Ranks
 
     holder = click.get_current_context().ensure_object(dict)
     if "ranks" not in holder:

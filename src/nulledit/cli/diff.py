@@ -13,8 +13,8 @@ from nulledit.cli.options import device_option, output_options, trust_option
 from nulledit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from nulledit.evaluation.difference import Difference, FactDifference
-    from nulledit.ledger.entries import Column, History
+    from nulledit.ledger.records import Column, History
+    from nulledit.runs.diff import Difference, FactDifference
 
 SHOWN = 50  # facts in the table
 MOST_DIGITS = 18  # of an event's number
@@ -45,9 +45,9 @@ def diff(
     """
     prepare(quiet=quiet)
     from nulledit.cli.measure import load_run
-    from nulledit.evaluation.difference import difference
     from nulledit.ledger.store import Store
     from nulledit.report.tables import as_text
+    from nulledit.runs.diff import difference
 
     (a, at_a), (b, at_b) = _place(first), _place(second)
     other = Store(Path(b) / "ledger").load()

@@ -28,7 +28,7 @@ from nulledit.cli.options import (
     skip_option,
 )
 from nulledit.errors import ConfigError, RankError
-from nulledit.launch import Launch
+from nulledit.parallel.launch import Launch
 
 if TYPE_CHECKING:
     from nulledit.config import Recipe

@@ -31,14 +31,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from nulledit.batch import ACCELERATOR_POSITIONS, CPU_POSITIONS
 from nulledit.cli.measure import windows_of
 from nulledit.config import Layout, Recipe, ValueSettings, layers_by_depth
 from nulledit.data.facts import Fact
+from nulledit.editing.batch import ACCELERATOR_POSITIONS, CPU_POSITIONS
 from nulledit.editing.stronger import stronger
 from nulledit.errors import ModelError, NullEditError
 from nulledit.evaluation.forms import other_system
-from nulledit.evaluation.protocols import queries_of
+from nulledit.evaluation.queries import queries_of
+from nulledit.io.text import count
 from nulledit.models.experts import count_and_width, is_experts
 from nulledit.models.layouts import (
     as_out_in,
@@ -51,7 +52,6 @@ from nulledit.models.layouts import (
 from nulledit.models.load import EMBEDDED, embedded_folder
 from nulledit.models.tokens import RowEncoder
 from nulledit.report.tables import as_text
-from nulledit.report.text import count
 
 OVERHEAD = 2.0  # a block's time over its matrix products' alone
 DECODING = 4.0  # a token made one at a time over one of many read together

@@ -61,14 +61,14 @@ def evaluate(run: str, as_json: bool, quiet: bool, **given: Any) -> None:
     if given["facts"]:
         chosen = list(facts_of(given["facts"], given, quiet=quiet).facts)
     prepare(quiet=quiet)
-    from nulledit.cli import rest
+    from nulledit.cli import evaluation_tables as rest
     from nulledit.cli.measure import check_lengths, in_other_forms, load_run, read_text
     from nulledit.evaluation.forms import form_name, forms
     from nulledit.evaluation.preservation import preservation_report
     from nulledit.evaluation.runner import evaluate as ask_all
     from nulledit.evaluation.tasks import read_tasks
+    from nulledit.io.text import count
     from nulledit.report.tables import as_text, rates_table
-    from nulledit.report.text import count
 
     references = rest.read_references(given["references"])
     items = read_tasks(given["capability"], limit=given["items"]) if given["capability"] else []

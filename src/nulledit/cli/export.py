@@ -63,8 +63,8 @@ def export(run: str, kind: str, out: str, as_json: bool, quiet: bool, **given: A
     from nulledit.cli.measure import load_run
     from nulledit.export import write_checkpoint, write_delta, write_lora
     from nulledit.export.updates import check_shard_size, refuse_existing
-    from nulledit.report.run import read_json
     from nulledit.report.tables import as_text
+    from nulledit.runs.folder import read_json
 
     refuse_existing(Path(out))
     check_shard_size(given["max_shard_size"] or DEFAULT_SHARD)

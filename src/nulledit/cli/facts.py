@@ -119,7 +119,7 @@ def new(file: str) -> None:
     \b
     $ nulledit facts new mine.yaml
     """
-    from nulledit.files import write_text
+    from nulledit.io.files import write_text
 
     path = Path(file)
     if path.suffix not in (".yaml", ".yml"):

@@ -21,7 +21,7 @@ from nulledit.errors import ConfigError
 
 if TYPE_CHECKING:
     from nulledit.data.facts import Fact
-    from nulledit.editor import Editor
+    from nulledit.editing.editor import Editor
     from nulledit.evaluation.forgetting import Recall
     from nulledit.report.tables import Table
 
@@ -166,7 +166,7 @@ def _one(editor: Editor, given: Mapping[str, Any]) -> tuple[list[Fact], str]:
 
 def _named(facts: Sequence[Fact]) -> str:
     """The answers, the first of many."""
-    from nulledit.changes import some
+    from nulledit.editing.session import some
 
     return some(f'"{fact.target}"' for fact in facts)
 

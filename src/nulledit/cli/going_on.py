@@ -11,11 +11,11 @@ from typing import Any
 from nulledit.cli.common import Interrupted, say
 from nulledit.cli.edit import FIXED, OF_EPOCH
 from nulledit.cli.options import given_words
-from nulledit.distributed import Ranks
-from nulledit.editor import Editor
+from nulledit.editing.editor import Editor
 from nulledit.errors import LedgerError, RankError
+from nulledit.io.text import count
 from nulledit.ledger.store import Store
-from nulledit.report.text import count
+from nulledit.parallel.ranks import Ranks
 
 NONE = "no batch was finished"
 

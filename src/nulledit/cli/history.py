@@ -11,7 +11,7 @@ from nulledit.cli.common import echo, emit
 from nulledit.cli.options import output_options
 
 if TYPE_CHECKING:
-    from nulledit.ledger.entries import History
+    from nulledit.ledger.records import History
 
 
 @click.command(short_help="What happened to the model, event by event.")
@@ -28,8 +28,8 @@ def log(run: str, limit: int | None, as_json: bool, quiet: bool) -> None:
     """
     del quiet  # there is nothing to be quiet about
     history = _history(run, tensors=False)
-    from nulledit.report.ledger import events_of, log_table
     from nulledit.report.tables import as_text
+    from nulledit.runs.history import events_of, log_table
 
     events = events_of(history)[-(limit or 0) :]
     if as_json:
@@ -51,8 +51,8 @@ def show(run: str, id_: str | None, as_json: bool, quiet: bool) -> None:
     """
     del quiet
     history = _history(run, tensors=id_ is not None)
-    from nulledit.report.ledger import facts_table, story_of, story_text
     from nulledit.report.tables import as_text
+    from nulledit.runs.history import facts_table, story_of, story_text
 
     if id_ is not None:
         story = story_of(history, id_)

@@ -39,7 +39,7 @@ def collect() -> dict[str, Any]:
     import torch
     import transformers
 
-    import nulledit
+    from nulledit._version import __version__
     from nulledit.config import shipped_recipes
     from nulledit.methods import METHODS
     from nulledit.models.layouts import LAYOUTS
@@ -52,7 +52,7 @@ def collect() -> dict[str, Any]:
     if torch.backends.mps.is_available():
         devices["mps"] = ""
     return {
-        "nulledit": nulledit.__version__,
+        "nulledit": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -97,10 +97,10 @@ def locate(model: str, facts: str, as_json: bool, quiet: bool, **given: Any) -> 
     layout = load_recipe(given["recipe"]).layout if given["recipe"] else None
     prepare(quiet=quiet)
     from nulledit.cli.measure import load_asked
-    from nulledit.locating import TraceSettings
-    from nulledit.locating import locate as trace_all
     from nulledit.models.layouts import use_layout
-    from nulledit.report.location import NOT_SAID, said, summary_of, write_location
+    from nulledit.tracing import TraceSettings
+    from nulledit.tracing import locate as trace_all
+    from nulledit.tracing.report import NOT_SAID, said, summary_of, write_location
 
     settings = TraceSettings(
         draws=given["draws"],

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-import nulledit
+from nulledit._version import __version__
 from nulledit.cli.apply import apply
 from nulledit.cli.ask import ask
 from nulledit.cli.change import rebuild, redo, restore, undo
@@ -38,12 +38,12 @@ from nulledit.cli.study import study
 from nulledit.cli.tune import tune
 from nulledit.cli.verify import verify
 from nulledit.errors import NullEditError
-from nulledit.launch import Launch
-from nulledit.reading import one_line
-from nulledit.report.text import plain
+from nulledit.io.text import plain
+from nulledit.io.untrusted import one_line
+from nulledit.parallel.launch import Launch
 
 if TYPE_CHECKING:
-    from nulledit.distributed import Ranks
+    from nulledit.parallel.ranks import Ranks
 
 MOST_SAID = 2000  # characters of an error on the terminal
 
@@ -256,7 +256,7 @@ def _say_error(message: str) -> None:
 
 
 @click.group(cls=Root, context_settings=CONTEXT)
-@click.version_option(nulledit.__version__, message="nulledit %(version)s")
+@click.version_option(__version__, message="nulledit %(version)s")
 @click.option("--debug", is_flag=True, help="Show the trace of an error, and what libraries say.")
 @click.pass_context
 def cli(ctx: click.Context, debug: bool) -> None:

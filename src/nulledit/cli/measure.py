@@ -14,16 +14,16 @@ from nulledit.cli.options import model_source
 from nulledit.config import Placement
 from nulledit.data.corpus import Corpus
 from nulledit.data.facts import Fact
-from nulledit.distributed import Ranks
-from nulledit.editor import Editor
+from nulledit.editing.editor import Editor
 from nulledit.errors import FactError, LedgerError
 from nulledit.evaluation.generation import answer_room
 from nulledit.evaluation.perplexity import read_windows
 from nulledit.evaluation.preservation import shipped_corpus
-from nulledit.evaluation.protocols import queries_of
+from nulledit.evaluation.queries import queries_of
 from nulledit.evaluation.runner import Evaluation, evaluate
 from nulledit.models.load import load_model
 from nulledit.models.tokens import RowEncoder
+from nulledit.parallel.ranks import Ranks
 
 WINDOW = 256  # tokens
 

@@ -11,10 +11,10 @@ import click
 from nulledit.cli.common import Bars, echo, emit, prepare, say
 from nulledit.cli.options import device_option, output_options, trust_option
 from nulledit.errors import CheckFailed, ConfigError
-from nulledit.reading import MAX_SETTINGS, parse_yaml, read_text
+from nulledit.io.untrusted import MAX_SETTINGS, parse_yaml, read_text
 
 if TYPE_CHECKING:
-    from nulledit.ledger.merging import Conflict
+    from nulledit.editing.merge import Conflict
 
 
 @click.command(short_help="Two runs on one base become one.")
@@ -60,7 +60,7 @@ def merge(
     from nulledit.cli.change import change_dict, change_text
     from nulledit.cli.measure import load_run
     from nulledit.cli.run_folder import check_fresh, keep
-    from nulledit.ledger.merging import conflicts, newest
+    from nulledit.editing.merge import conflicts, newest
     from nulledit.ledger.store import Store
     from nulledit.report.tables import as_text
 
@@ -119,7 +119,7 @@ def _read_choices(file: str) -> dict[str, str]:
 def _check_choices(file: str, choices: Mapping[str, str], found: Sequence[Conflict]) -> None:
     """ConfigError for a choice that would decide nothing, or two things."""
     from nulledit.data.facts import quote, suggest
-    from nulledit.ledger.merging import decided
+    from nulledit.editing.merge import decided
 
     known = [fact.id for conflict in found for fact in (conflict.first, conflict.second)]
     for name in choices:
@@ -137,7 +137,7 @@ def _check_choices(file: str, choices: Mapping[str, str], found: Sequence[Confli
 
 
 def _sides(conflict: Conflict) -> tuple[str, str, str]:
-    from nulledit.report.ledger import answer_of
+    from nulledit.runs.history import answer_of
 
     one, two = conflict.first, conflict.second
     return (

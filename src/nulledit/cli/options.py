@@ -128,7 +128,7 @@ def _long(option: click.Option) -> str:
 def _parse_map(text: str) -> str | dict[str, str | int]:
     if not (text.endswith(".json") or Path(text).is_file()):
         return text
-    from nulledit.reading import MAX_SETTINGS, parse_json, read_text
+    from nulledit.io.untrusted import MAX_SETTINGS, parse_json, read_text
 
     content = read_text(Path(text), most=MAX_SETTINGS, error=ConfigError, what="device map")
     found = parse_json(content, source=text, error=ConfigError)

@@ -14,9 +14,9 @@ from nulledit.errors import ConfigError
 
 if TYPE_CHECKING:
     from nulledit.data.facts import Fact
-    from nulledit.editor import Editor
+    from nulledit.editing.editor import Editor
+    from nulledit.editing.weights import LayerReport
     from nulledit.evaluation.runner import Evaluation
-    from nulledit.ledger.weights import LayerReport
     from nulledit.report.tables import Table
 
 HELD = 20  # facts in the model that are asked again
@@ -131,7 +131,7 @@ def preview(
 
 def _editor(run: str, given: dict[str, Any]) -> Editor:
     from nulledit.cli.measure import load_run
-    from nulledit.editor import Editor
+    from nulledit.editing.editor import Editor
 
     trust, quiet = given["trust_remote_code"], given["quiet"]
     if (Path(run) / "ledger").is_dir() or (
@@ -143,7 +143,7 @@ def _editor(run: str, given: dict[str, Any]) -> Editor:
 
 
 def _answers(facts: Sequence[Fact], before: Evaluation, after: Evaluation) -> Table:
-    from nulledit.report.ledger import answer_of
+    from nulledit.runs.history import answer_of
 
     rows: list[Sequence[str]] = [
         [

@@ -39,7 +39,7 @@ def report(
     $ nulledit report run
     $ nulledit report run-a run-b --out compared.html
     """
-    from nulledit.report.merge import collect, write_report
+    from nulledit.runs.report import collect, write_report
 
     say(f"Reading {len(folders)} folder{'s' * (len(folders) > 1)}", quiet=quiet)
     collected = collect([Path(folder) for folder in folders])

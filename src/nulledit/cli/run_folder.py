@@ -8,24 +8,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nulledit import __version__
-from nulledit.changes import some
+from nulledit._version import __version__
 from nulledit.cli.common import Interrupted, say
 from nulledit.cli.measure import Text, evaluate_both, in_other_forms
 from nulledit.config import Recipe
-from nulledit.editor import Editor, EditReport
+from nulledit.editing.editor import Editor, EditReport
+from nulledit.editing.session import some
 from nulledit.errors import LedgerError
 from nulledit.evaluation.diagnosis import Diagnosis, diagnose
 from nulledit.evaluation.forms import form_name, other_system
 from nulledit.evaluation.old_answers import disagreements
 from nulledit.evaluation.preservation import Preservation, preservation_report
 from nulledit.evaluation.runner import Evaluation
-from nulledit.gates.warn import warnings_of
-from nulledit.ledger.entries import Column
+from nulledit.io.text import count
+from nulledit.ledger.records import Column
 from nulledit.ledger.store import Store
-from nulledit.report import run as folder_of
-from nulledit.report.ledger import answer_of
-from nulledit.report.text import count
+from nulledit.runs import folder as folder_of
+from nulledit.runs.history import answer_of
+from nulledit.runs.warnings import warnings_of
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ import shlex
 from nulledit.cli.check import gate_table
 from nulledit.cli.common import echo, emit
 from nulledit.cli.run_folder import Result
-from nulledit.gates.measure import GateReport
-from nulledit.report.holding import headline, legend, reasons
-from nulledit.report.page import SHOWN, answers_table
+from nulledit.io.text import count
 from nulledit.report.tables import as_text, preservation_table, rates_table
-from nulledit.report.text import count
+from nulledit.runs.gate import GateReport
+from nulledit.runs.holding import headline, legend, reasons
+from nulledit.runs.page import SHOWN, answers_table
 
 
 def show(result: Result, *, as_json: bool) -> None:

@@ -17,18 +17,18 @@ from nulledit.cli.options import model_source
 from nulledit.cli.run_folder import Result, check_fresh, finish, is_current, timed
 from nulledit.config import Recipe, load_recipe
 from nulledit.data.facts import Fact
-from nulledit.distributed import Ranks
-from nulledit.editor import Editor, EditReport
+from nulledit.editing.editor import Editor, EditReport
 from nulledit.errors import CheckFailed, ConfigError, LedgerError, RankError
 from nulledit.evaluation.old_answers import with_base_answers
 from nulledit.evaluation.retry import joined, retry_failing
 from nulledit.evaluation.tasks import read_tasks
-from nulledit.files import recover_folder
-from nulledit.gates.limits import Limits, Tasks, load_limits
-from nulledit.gates.measure import GateReport, check
+from nulledit.io.files import recover_folder
+from nulledit.io.text import count
 from nulledit.ledger.store import Store
 from nulledit.methods import find_method
-from nulledit.report.text import count
+from nulledit.parallel.ranks import Ranks
+from nulledit.runs.gate import GateReport, check
+from nulledit.runs.limits import Limits, Tasks, load_limits
 
 
 def run(

@@ -28,12 +28,12 @@ from nulledit.cli.options import (
     parse_layers,
 )
 from nulledit.errors import ConfigError, RankError, StatisticsError
-from nulledit.launch import Launch
+from nulledit.parallel.launch import Launch
 
 if TYPE_CHECKING:
     from nulledit.config import NullSpaceSettings, Recipe, StatisticsSettings
-    from nulledit.distributed import Ranks
-    from nulledit.editing.statistics import Statistics
+    from nulledit.parallel.ranks import Ranks
+    from nulledit.statistics.collect import Statistics
 
 null_space_option = click.option(
     "--null-space",
@@ -140,11 +140,11 @@ def _made(
     """The statistics, on rank 0."""
     from nulledit.cli.measure import load_asked
     from nulledit.data.corpus import find_files, open_corpus
-    from nulledit.editing.statistics import collect_together
     from nulledit.models.layouts import use_layout
     from nulledit.models.load import model_hash
     from nulledit.models.partial import PartialModel
     from nulledit.models.tokens import context_length
+    from nulledit.statistics.collect import collect_together
 
     quiet = quiet or not ranks.first
     find_files(given["text"])  # a wrong path needs no model
@@ -195,7 +195,7 @@ def merge(folders: tuple[str, ...], as_json: bool, quiet: bool, **given: Any) ->
     """
     rule = null_space(given["null_space"])
     prepare(quiet=quiet)
-    from nulledit.editing.adding import merge_statistics
+    from nulledit.statistics.merge import merge_statistics
 
     out = Path(given["out"]) if given["out"] else None
     found = merge_statistics([Path(folder) for folder in folders], out)
@@ -231,9 +231,9 @@ def show(source: str, as_json: bool, quiet: bool, **given: Any) -> None:
 
 def find(source: str) -> Statistics:
     """Statistics at a path, or a model's by the name they were made under: the largest."""
-    from nulledit.editing.manifest import read_manifest
-    from nulledit.editing.statistics import Statistics
     from nulledit.models.load import cache_folder
+    from nulledit.statistics.collect import Statistics
+    from nulledit.statistics.manifest import read_manifest
 
     path = Path(source)
     if path.is_file() or (path / "manifest.json").is_file():
@@ -277,8 +277,8 @@ def rows_of(statistics: Statistics, rule: NullSpaceSettings) -> list[dict[str, A
 
 
 def _show(statistics: Statistics, rule: NullSpaceSettings, as_json: bool) -> None:
+    from nulledit.io.text import plain
     from nulledit.report.tables import as_text
-    from nulledit.report.text import plain
 
     manifest, rows = statistics.manifest, rows_of(statistics, rule)
     if as_json:

@@ -110,7 +110,7 @@ def study(name: str | None, as_json: bool, quiet: bool, **given: Any) -> None:
 def _lab(name: str, given: dict[str, Any], spec: Any, *, quiet: bool) -> Any:
     """Everything that needs no model is checked before it is loaded, the rest just after."""
     from nulledit.config import Recipe, load_recipe, shipped_recipes
-    from nulledit.studies.lab import Lab, Sources
+    from nulledit.studies.context import Lab, Sources
     from nulledit.studies.scale import load_scale
 
     sources = Sources(
@@ -143,7 +143,7 @@ def _lab(name: str, given: dict[str, Any], spec: Any, *, quiet: bool) -> Any:
     out = Path(given["out"] or Path("studies") / name)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: is a file; give a folder")
-    from nulledit.editor import resolve_recipe
+    from nulledit.editing.editor import resolve_recipe
     from nulledit.models.load import load_model
     from nulledit.studies.stream import Workbench
 

@@ -120,12 +120,12 @@ def tune(model: str, facts: str, as_json: bool, quiet: bool, **given: Any) -> No
     start = _start(model, given)
     prepare(quiet=quiet)
     from nulledit.cli.measure import check_lengths
-    from nulledit.editing.statistics import Statistics
-    from nulledit.editor import Editor
+    from nulledit.editing.editor import Editor
     from nulledit.evaluation.perplexity import read_windows
     from nulledit.evaluation.preservation import shipped_corpus
-    from nulledit.report.tuning import beside, outline, summary_of, write_tuning
+    from nulledit.statistics.collect import Statistics
     from nulledit.tuning import Bench, Search, split_facts
+    from nulledit.tuning.report import beside, outline, summary_of, write_tuning
 
     _refuse_there(*beside(out))
     split = split_facts(read.facts, count=given["count"], seed=given["seed"])
@@ -192,7 +192,7 @@ def _settings(
     """Bounds of the search; ConfigError or ModelError for layers that the model can't take."""
     from dataclasses import replace
 
-    from nulledit.editor import resolve_recipe
+    from nulledit.editing.editor import resolve_recipe
     from nulledit.tuning import TuneSettings
 
     for layers in windows:
@@ -206,7 +206,7 @@ def _settings(
 def _traced(folder: Path) -> tuple[int, ...]:
     """The layers that a trace suggests; ConfigError if it suggests none."""
     from nulledit.config import Recipe
-    from nulledit.reading import MAX_DOCUMENT, parse_json, read_text
+    from nulledit.io.untrusted import MAX_DOCUMENT, parse_json, read_text
 
     file = folder / "summary.json"
     text = read_text(file, most=MAX_DOCUMENT, error=ConfigError, what="summary of a trace")

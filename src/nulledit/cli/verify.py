@@ -27,12 +27,12 @@ def verify(run: str, device: Any, trust_remote_code: bool, as_json: bool, quiet:
     $ nulledit verify run
     """
     prepare(quiet=quiet)
-    from nulledit.editor import Editor
+    from nulledit.editing.editor import Editor
     from nulledit.errors import CheckFailed
-    from nulledit.ledger.verifying import KINDS
-    from nulledit.ledger.verifying import verify as check
+    from nulledit.io.text import count
     from nulledit.report.tables import as_text
-    from nulledit.report.text import count
+    from nulledit.runs.verify import KINDS
+    from nulledit.runs.verify import verify as check
 
     def load(folder: Path) -> Editor:
         say(f"Computing the weights of {folder} again", quiet=quiet)

@@ -15,7 +15,7 @@ from nulledit.data.formats import KNOWN_NAMES
 from nulledit.data.sheets import has_header, parse_sheet
 from nulledit.data.views import Row
 from nulledit.errors import FactError
-from nulledit.reading import check_values, json_problem, parse_yaml, unique_keys
+from nulledit.io.untrusted import check_values, json_problem, parse_yaml, unique_keys
 
 LISTS = ("facts", "data", "records", "cases")
 """Keys under which a document may hold its list of records."""

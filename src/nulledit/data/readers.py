@@ -12,7 +12,7 @@ from nulledit.data.formats import KNOWN, NATIVE, SHAPES, Converted, convert, det
 from nulledit.data.parsing import Parsed, parse_text
 from nulledit.data.views import Coverage, Row
 from nulledit.errors import BadRecordsError, FactError
-from nulledit.reading import one_line, read_text
+from nulledit.io.untrusted import one_line, read_text
 
 MAX_BYTES = 512 * 2**20
 """Of a facts file: ten times CounterFact's."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nulledit.editing.ignorance import Lesson
+from nulledit.editing.unlearning import Lesson
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import Batch, Row, collate, share_beginnings
 

@@ -27,11 +27,11 @@ from nulledit.data.readers import read_facts
 from nulledit.editing.keys import Walk
 from nulledit.editing.values import optimise_values, plan_rows
 from nulledit.errors import FactError, StatisticsError
-from nulledit.files import write_text
+from nulledit.io.files import write_text
+from nulledit.io.untrusted import MAX_SETTINGS, parse_json, read_text
 from nulledit.models.load import cache_folder
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import RowEncoder
-from nulledit.reading import MAX_SETTINGS, parse_json, read_text
 
 FORMAT = 1  # raise it when the same inputs come to give another length
 LONGEST_LEFT_OUT = 0.05

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nulledit.editing.ignorance import unlearned
 from nulledit.editing.kept_rows import KeptRows
+from nulledit.editing.unlearning import unlearned
 from nulledit.models.partial import Prefix
 from nulledit.models.tokens import Batch
 

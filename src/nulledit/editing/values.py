@@ -24,9 +24,9 @@ import torch
 from nulledit.config import ValueSettings
 from nulledit.data.facts import Fact
 from nulledit.editing.descent import Descent, Value, measured
-from nulledit.editing.ignorance import lessons_of
 from nulledit.editing.kept_rows import Job, KeptRows
 from nulledit.editing.reads import leads_of
+from nulledit.editing.unlearning import lessons_of
 from nulledit.errors import ModelError
 from nulledit.models.layouts import differentiating, frozen
 from nulledit.models.partial import PartialModel

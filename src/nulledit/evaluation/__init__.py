@@ -3,7 +3,6 @@
 from nulledit.evaluation.fluency import Writing, generation_entropy, write_texts
 from nulledit.evaluation.generation import contains, generate_answers, generate_texts
 from nulledit.evaluation.groups import by_age, by_relation, rates_by, rates_of_rows
-from nulledit.evaluation.metrics import Rate, Score, per_fact, rates, score
 from nulledit.evaluation.perplexity import (
     Divergence,
     Perplexity,
@@ -19,9 +18,10 @@ from nulledit.evaluation.preservation import (
     shipped_corpus,
     shipped_text,
 )
-from nulledit.evaluation.protocols import Query, queries_of
+from nulledit.evaluation.queries import Query, queries_of
 from nulledit.evaluation.retry import retry_failing
 from nulledit.evaluation.runner import Evaluation, evaluate, paired_bootstrap
+from nulledit.evaluation.scores import Rate, Score, per_fact, rates, score
 
 __all__ = [
     "Divergence",

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from nulledit.errors import ConfigError, FactError
-from nulledit.evaluation.metrics import Rate, score
-from nulledit.evaluation.protocols import Query
+from nulledit.evaluation.queries import Query
 from nulledit.evaluation.runner import _plain, paired_bootstrap
+from nulledit.evaluation.scores import Rate, score
 from nulledit.evaluation.tasks import Item
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import RowEncoder, join_target

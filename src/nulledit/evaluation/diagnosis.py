@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from nulledit.data.facts import Fact, quote
-from nulledit.editor import Editor
+from nulledit.editing.editor import Editor
 from nulledit.evaluation.generation import contains, loops
 from nulledit.evaluation.runner import Evaluation
-from nulledit.ledger.entries import Column
+from nulledit.ledger.records import Column
 from nulledit.models.layouts import frozen
 from nulledit.models.tokens import Row, collate, pad_id
 

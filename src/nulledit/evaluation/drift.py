@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from nulledit.data.facts import Fact, quote
-from nulledit.editor import Editor
+from nulledit.editing.editor import Editor
 from nulledit.errors import ConfigError, FactError
-from nulledit.evaluation.metrics import Rate
 from nulledit.evaluation.perplexity import read_windows
 from nulledit.evaluation.runner import _plain
+from nulledit.evaluation.scores import Rate
+from nulledit.io.untrusted import MAX_DOCUMENT, parse_json, read_text
 from nulledit.models.layouts import frozen
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import RowEncoder, chunks_by_length, collate, pad_id
-from nulledit.reading import MAX_DOCUMENT, parse_json, read_text
 
 ROWS_AT_ONCE = 256  # of a matrix of pairwise distances
 

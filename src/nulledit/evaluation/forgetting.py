@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from nulledit.data.facts import Fact, quote
-from nulledit.editing.ignorance import blinded, telling
-from nulledit.editor import Editor
+from nulledit.editing.editor import Editor
+from nulledit.editing.unlearning import blinded, telling
 from nulledit.errors import FactError
 from nulledit.evaluation.fluency import generation_entropy
 from nulledit.evaluation.generation import contains, generate_answers
-from nulledit.evaluation.metrics import Rate, token_losses
+from nulledit.evaluation.scores import Rate, token_losses
 from nulledit.models.layouts import frozen
 from nulledit.models.tokens import Row, chunks_by_length, collate, pad_id
 

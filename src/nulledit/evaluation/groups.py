@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nulledit.data.facts import Fact
-from nulledit.evaluation.metrics import MEASURES, Rate, Score, per_fact
+from nulledit.evaluation.scores import MEASURES, Rate, Score, per_fact
 
 OTHER = "other"
 

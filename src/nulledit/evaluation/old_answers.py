@@ -7,9 +7,9 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 
-from nulledit.changes import some
 from nulledit.data.facts import Fact, quote
-from nulledit.editor import Editor
+from nulledit.editing.editor import Editor
+from nulledit.editing.session import some
 from nulledit.evaluation.generation import contains, generate_answers
 from nulledit.evaluation.runner import Evaluation
 

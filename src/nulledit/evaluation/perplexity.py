@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nulledit.data.corpus import Corpus, open_corpus
 from nulledit.errors import StatisticsError
-from nulledit.evaluation.metrics import token_losses
+from nulledit.evaluation.scores import token_losses
 from nulledit.models.layouts import frozen
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import beginning, chunks_by_length, collate

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nulledit.data.corpus import Corpus
-from nulledit.editor import Editor
+from nulledit.editing.editor import Editor
 from nulledit.models.layouts import as_out_in, frozen
 from nulledit.models.tokens import collate
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from nulledit.changes import some
 from nulledit.data.facts import Fact
+from nulledit.editing.editor import Editor, EditReport
+from nulledit.editing.session import some
 from nulledit.editing.stronger import differences, stronger
-from nulledit.editor import Editor, EditReport
 from nulledit.evaluation.diagnosis import holds
 from nulledit.evaluation.runner import Progress, evaluate
 

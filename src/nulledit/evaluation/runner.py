@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from nulledit.data.facts import Fact, quote
-from nulledit.editor import Editor
+from nulledit.editing.editor import Editor
 from nulledit.errors import FactError
 from nulledit.evaluation.fluency import Writing, write_texts
 from nulledit.evaluation.generation import answer_room, generate_answers, says
-from nulledit.evaluation.metrics import Rate, Score, per_fact, rates, score
 from nulledit.evaluation.perplexity import Divergence, Perplexity, Reading, read
-from nulledit.evaluation.protocols import queries_of, shipped_sentences
+from nulledit.evaluation.queries import queries_of, shipped_sentences
+from nulledit.evaluation.scores import Rate, Score, per_fact, rates, score
 from nulledit.models.tokens import RowEncoder, pad_id
 
 CPU_POSITIONS = 512  # small chunks stay in a processor's cache

@@ -13,7 +13,7 @@ from typing import Any
 
 from nulledit.data.facts import quote, suggest
 from nulledit.errors import ConfigError, FactError
-from nulledit.reading import MAX_LINES, json_problem, read_text
+from nulledit.io.untrusted import MAX_LINES, json_problem, read_text
 
 
 @dataclass(frozen=True)

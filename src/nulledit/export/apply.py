@@ -9,16 +9,16 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nulledit.editor import Editor
+from nulledit.editing.editor import Editor
 from nulledit.errors import CheckFailed, LedgerError, ModelError
 from nulledit.export.delta import Manifest, read_delta, read_manifest
 from nulledit.export.factors import ordered_sum
 from nulledit.export.updates import check_shard_size, refuse_existing, write_json
-from nulledit.files import replacing_folder
+from nulledit.io.files import replacing_folder
 from nulledit.models.dense import is_quantised
-from nulledit.models.editable import make_editable
 from nulledit.models.layouts import as_out_in, mlp_out, parameter_name, write_weight
 from nulledit.models.load import load_model, model_hash
+from nulledit.models.quantized import make_editable
 from nulledit.models.saving import save_weights
 
 MARK_FILE = "nulledit-delta.json"

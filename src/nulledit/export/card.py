@@ -13,13 +13,13 @@ from typing import Any
 
 import yaml
 
-from nulledit import __version__
+from nulledit._version import __version__
 from nulledit.data.facts import Fact
-from nulledit.editor import Editor
+from nulledit.editing.editor import Editor
 from nulledit.export.updates import Export, LayerExport
+from nulledit.io.text import count, markdown, plain, shorten
 from nulledit.models.load import EMBEDDED
 from nulledit.report.tables import as_markdown, number, rates_table
-from nulledit.report.text import count, markdown, plain, shorten
 
 SHOWN = 50  # facts in the table
 LONGEST = 80  # columns of a cell

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nulledit.editor import Editor
+from nulledit.editing.editor import Editor
 from nulledit.export.card import model_card
 from nulledit.export.updates import (
     Export,
@@ -14,8 +14,8 @@ from nulledit.export.updates import (
     refuse_existing,
     write_origin,
 )
-from nulledit.files import replacing_folder
-from nulledit.models.editable import refuse_dense
+from nulledit.io.files import replacing_folder
+from nulledit.models.quantized import refuse_dense
 from nulledit.models.saving import save_weights
 
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nulledit.editor import Editor
+from nulledit.editing.editor import Editor
 from nulledit.errors import ConfigError, LedgerError
 from nulledit.export.updates import (
     MEASURED_ABOVE,
@@ -25,10 +25,10 @@ from nulledit.export.updates import (
     weight_with,
     write_json,
 )
-from nulledit.files import replacing_folder, sha256_of
+from nulledit.io.files import replacing_folder, sha256_of
+from nulledit.io.untrusted import MAX_DOCUMENT, parse_json, read_text
 from nulledit.models.layouts import as_out_in, as_stored, mlp_out, parameter_name
 from nulledit.models.load import model_hash
-from nulledit.reading import MAX_DOCUMENT, parse_json, read_text
 
 FORMAT = "nulledit-delta"
 VERSION = 1

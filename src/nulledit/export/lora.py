@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nulledit.editor import Editor
+from nulledit.editing.editor import Editor
 from nulledit.errors import ConfigError
 from nulledit.export.card import adapter_card
 from nulledit.export.delta import DTYPES, dtype_of
@@ -25,7 +25,7 @@ from nulledit.export.updates import (
     write_json,
     write_origin,
 )
-from nulledit.files import replacing_folder
+from nulledit.io.files import replacing_folder
 from nulledit.models.experts import is_experts
 from nulledit.models.layouts import mlp_out
 

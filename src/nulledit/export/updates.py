@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from nulledit.editor import Editor
+from nulledit.editing.editor import Editor
 from nulledit.errors import ConfigError, LedgerError
-from nulledit.evaluation.metrics import score
-from nulledit.evaluation.protocols import queries_of
+from nulledit.evaluation.queries import queries_of
+from nulledit.evaluation.scores import score
 from nulledit.export.factors import factorise, ordered_sum, relative_error
 from nulledit.models.layouts import as_out_in, mlp_out, parameter_name, write_weight
 from nulledit.models.tokens import pad_id

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from nulledit.errors import LedgerError
-from nulledit.ledger.entries import Batch, Column, Epoch, Event, History
+from nulledit.ledger.records import Batch, Column, Epoch, Event, History
 from nulledit.ledger.store import Store, tensor_bytes
 
 

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from nulledit.data.facts import Fact
 from nulledit.errors import LedgerError, NullEditError
-from nulledit.files import replacing, sha256_of, write_text
-from nulledit.ledger.entries import Base, Batch, Column, Epoch, Event, History
+from nulledit.io.files import replacing, sha256_of, write_text
+from nulledit.ledger.records import Base, Batch, Column, Epoch, Event, History
 
 LOCK_SECONDS = 1.0  # how long a writer waits for another one
 LARGEST_DATABASE = 1 << 30  # bytes; 500 facts take about one million

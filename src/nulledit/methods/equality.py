@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from nulledit.config import check_not_negative
-from nulledit.editing.problem import LayerProblem
 from nulledit.linalg.blocks import AnyMetric
 from nulledit.methods.filters import FLOOR
+from nulledit.methods.problem import LayerProblem
 from nulledit.methods.registry import Method
 
 logger = logging.getLogger(__name__)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nulledit.editing.problem import LayerProblem
 from nulledit.errors import NoRoomError
 from nulledit.linalg.blocks import AnyMetric
 from nulledit.linalg.solve import solve_with
 from nulledit.methods.filters import RidgeSettings, ridge_gains
+from nulledit.methods.problem import LayerProblem
 from nulledit.methods.registry import Method
 
 SPANNED = 1e-8  # of the largest singular value of the unit keys before: below it, not a direction

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nulledit.config import check_not_negative, check_positive
-from nulledit.editing.problem import LayerProblem
+from nulledit.methods.problem import LayerProblem
 from nulledit.methods.registry import Method
 
 

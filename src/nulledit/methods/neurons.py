@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from nulledit.config import check_positive
-from nulledit.editing.problem import LayerProblem
 from nulledit.errors import ConfigError
 from nulledit.linalg.blocks import AnySpectrum
 from nulledit.linalg.solve import cholesky, solve_with
 from nulledit.linalg.spectrum import Spectrum
 from nulledit.methods.filters import FLOOR, MomentSettings, moment_gains
+from nulledit.methods.problem import LayerProblem
 from nulledit.methods.registry import Method
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nulledit.config import check_positive
-from nulledit.editing.problem import LayerProblem
 from nulledit.errors import ConfigError
 from nulledit.linalg.postprocess import keep_largest
 from nulledit.methods.filters import MomentSettings, moment_gains
+from nulledit.methods.problem import LayerProblem
 from nulledit.methods.registry import Method, solve_filter
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from nulledit.config import MethodSettings, Recipe, read_settings
 from nulledit.data.facts import suggest
-from nulledit.editing.problem import LayerProblem
 from nulledit.errors import ConfigError
 from nulledit.linalg.solve import solve_update
+from nulledit.methods.problem import LayerProblem
 
 Gains = Callable[[Tensor, float, Any], Tensor]
 

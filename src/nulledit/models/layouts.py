@@ -15,7 +15,7 @@ from nulledit.config import Layout
 from nulledit.errors import ModelError
 from nulledit.models.dense import is_quantised
 from nulledit.models.experts import is_experts, side_by_side, stacked
-from nulledit.models.probe import probe
+from nulledit.models.layout_tracing import probe
 
 logger = logging.getLogger(__name__)
 

@@ -31,10 +31,10 @@ from transformers.utils import cached_file
 
 from nulledit.config import Placement
 from nulledit.errors import ModelError, NullEditError
-from nulledit.files import replacing_folder, sha256_of, write_text
+from nulledit.io.files import replacing_folder, sha256_of, write_text
+from nulledit.io.untrusted import MAX_DOCUMENT, one_line, parse_json, read_text
 from nulledit.models.dense import Dense, digest_of, update_digest
 from nulledit.models.placement import declared_ties, loading_options, tensor_of, tied_names
-from nulledit.reading import MAX_DOCUMENT, one_line, parse_json, read_text
 
 logger = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from nulledit.errors import ModelError
 from nulledit.models.accepted import check_model
 from nulledit.models.experts import is_experts, keys_of
+from nulledit.models.layout_tracing import entries
 from nulledit.models.layouts import blocks_of, find_layout, listed, mlp_out
 from nulledit.models.placement import brought_in, input_device, is_moved_to, is_offloaded
-from nulledit.models.probe import entries
 from nulledit.models.tokens import Batch, context_length, vocabulary_of
 from nulledit.models.trial import keeps_prefixes
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nulledit.report.colours import is_unedited
-from nulledit.report.study import Cell, Column, StudyTable, Value
+from nulledit.report.document import Cell, Column, StudyTable, Value
 from nulledit.report.tables import ABSENT, Table
 
 BEST, TIE = "best", "tie"

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from nulledit.report.study import FigureSpec, Point
+    from nulledit.report.document import FigureSpec
+    from nulledit.report.points import Point
 
 WIDTHS = {"wide": 8.6, "narrow": 3.9}  # inches: for a page or a screen, and for a telephone
 INSIDE = 4  # more series than these have their legend beside the panels

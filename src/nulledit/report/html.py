@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 
-import nulledit
+from nulledit._version import __version__
+from nulledit.io.text import plain, shorten
 from nulledit.report import cells
+from nulledit.report.document import Example, FigureSpec, Study, StudyTable
 from nulledit.report.figures import figure_of
 from nulledit.report.images import as_image
 from nulledit.report.markup import Markup, escape, join, tag
-from nulledit.report.study import Example, FigureSpec, Study, StudyTable, points_csv
-from nulledit.report.text import plain, shorten
+from nulledit.report.points import points_csv
 from nulledit.report.words import chosen_examples, figure_caption, flat
 
 GENERATOR = '<meta name="generator" content="nulledit '
@@ -45,7 +46,7 @@ def html_page(title: str, parts: Sequence[Part]) -> str:
     head = join(tag("h1", title), _contents(parts)) if several else Markup("")
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'{GENERATOR}{escape(nulledit.__version__)}">\n'
+        f'{GENERATOR}{escape(__version__)}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"{tag('title', title)}\n<style>\n{css}</style>\n</head>\n<body>\n{head}\n"
         + "\n".join(body)
@@ -59,7 +60,7 @@ def is_ours(start: str) -> bool:
 
 
 def _made() -> str:
-    return f"Made by nulledit {nulledit.__version__}. This page needs no network and no scripts."
+    return f"Made by nulledit {__version__}. This page needs no network and no scripts."
 
 
 def _contents(parts: Sequence[Part]) -> Markup:

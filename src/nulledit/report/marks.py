@@ -8,13 +8,13 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from nulledit.io.text import plain
 from nulledit.report.colours import Style, is_unedited, plain_name
-from nulledit.report.text import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from nulledit.report.study import Point
+    from nulledit.report.points import Point
 
 Look = Mapping[str, Style]
 FEW = 14  # bars that have room for their number

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 
-from nulledit.report.text import plain
+from nulledit.io.text import plain
 
 
 class Markup(str):

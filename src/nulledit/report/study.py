@@ -7,201 +7,33 @@ STUDY/figures/NAME.png, NAME.svg, STUDY/study.md    drawn from these
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import nulledit
+from nulledit._version import __version__
 from nulledit.errors import ReportError
-from nulledit.reading import MAX_DOCUMENT, check_values, one_line, parse_json, read_text
-from nulledit.report.checks import is_study
-from nulledit.report.points import Point, points_csv, read_points
-from nulledit.report.writing import as_json, write
-
-FORMAT = 1
-KINDS = ("lines", "bars", "scatter", "intervals")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
-@dataclass(frozen=True)
-class Value:
-    """A measured number of a table, in its column's unit."""
-
-    mean: float | None
-    """None if it is not finite."""
-    standard_error: float | None = None
-    """Of the mean; None where one value has none."""
-    n: int | None = None
-    """What the mean is over: facts, windows, questions."""
-
-    @classmethod
-    def percent(cls, rate: Any) -> Value | None:
-        """A `Rate` (or its plain form) times 100; None where the data can't give it."""
-        if rate is None:
-            return None
-        plain = rate if isinstance(rate, Mapping) else asdict(rate)
-        mean, error = (
-            None if plain[k] is None else 100 * plain[k] for k in ("mean", "standard_error")
-        )
-        return cls(mean, error, plain["n"])
-
-
-Cell = str | int | float | Value | None
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column of a table."""
-
-    key: str
-    """Its name in the rows."""
-    title: str
-    """Its head."""
-    better: str | None = None
-    """`high` or `low` if the best row is to be marked; None if neither is better."""
-    unit: str = ""
-    """Of its numbers as they are stored: `%` means 0 to 100."""
-    digits: int = 1
-    """Shown behind the point."""
-
-    def __post_init__(self) -> None:
-        _one_of("better", self.better, ("high", "low", None))
-
-
-@dataclass(frozen=True)
-class StudyTable:
-    """One table. The first column names the rows; what the data can't give is None or left out."""
-
-    name: str
-    """For links."""
-    title: str
-    """Its heading."""
-    caption: str
-    """What the numbers are of."""
-    columns: tuple[Column, ...]
-    """From left to right."""
-    rows: tuple[Mapping[str, Cell], ...]
-    """Column key to text, number or Value."""
-
-    def __post_init__(self) -> None:
-        _check_name(self.name)
-        keys = [column.key for column in self.columns]
-        if not keys or len(set(keys)) < len(keys):
-            raise ValueError(f"table {self.name}: expected different column keys, found {keys}")
-        for row in self.rows:
-            if unknown := set(row) - set(keys):
-                raise ValueError(f"table {self.name}: a row has {sorted(unknown)}, not in {keys}")
-
-
-@dataclass(frozen=True)
-class FigureSpec:
-    """What a figure shows; its points are tidy rows, kept as CSV."""
-
-    name: str
-    """Of its files."""
-    caption: str
-    """What to see; n is added to it."""
-    kind: str
-    """`lines` (error bars), `bars` (grouped), `scatter` (clouds) or `intervals` (differences)."""
-    x: str
-    """What x is, such as `edits`."""
-    y: str
-    """What y is, such as `efficacy`."""
-    series: str = "method"
-    """What tells the series apart."""
-    panel: str | None = None
-    """What tells the panels apart; None for one panel."""
-    labels: Mapping[str, str] = field(default_factory=dict)
-    """Axis labels with units, of `x` and `y`; without, the names above."""
-    log: tuple[str, ...] = ()
-    """Axes (`x`, `y`) on a logarithmic scale."""
-    points: tuple[Point, ...] = ()
-    """The data."""
-
-    def __post_init__(self) -> None:
-        _check_name(self.name)
-        _one_of("kind", self.kind, KINDS)
-        for axis in (*self.log, *self.labels):
-            _one_of("axis", axis, ("x", "y"))
-
-    def label(self, axis: str) -> str:
-        """The label of `x` or `y`."""
-        return self.labels.get(axis, self.x if axis == "x" else self.y)
-
-
-@dataclass(frozen=True)
-class Example:
-    """What the model says by itself, before and after."""
-
-    arm: str
-    """Which of the study's arms, usually a method."""
-    prompt: str
-    """What it was given."""
-    target: str
-    """What it should say."""
-    before: str | None
-    """What the unedited model said; None if it was not asked."""
-    after: str | None
-    """What the edited model said."""
-    holds: bool
-    """Whether the edit is seen in `after`."""
-
-
-@dataclass(frozen=True)
-class Study:
-    """A comparison: its question, its numbers, and what they can and cannot say."""
-
-    name: str
-    """Short, as on the command line."""
-    title: str
-    """Heading of its page."""
-    question: str
-    """What it asks, one sentence."""
-    scale: str
-    """`small` (this machine), `paper` (the papers' sizes), or the name of a scale of one's own."""
-    settings: Mapping[str, Any]
-    """All that was set, plain data."""
-    environment: tuple[Mapping[str, Any], ...]
-    """Versions, machine and model, one for each time it was run."""
-    seconds: Mapping[str, float]
-    """`wall` and `cpu`."""
-    shows: str
-    """What the numbers show."""
-    cannot_show: str
-    """What they can't."""
-    notices: tuple[str, ...] = ()
-    """What a reader must know of this run."""
-    tables: tuple[StudyTable, ...] = ()
-    """The numbers."""
-    figures: tuple[FigureSpec, ...] = ()
-    """The same to look at."""
-    examples: tuple[Example, ...] = ()
-    """Generated text; a page shows the first five that hold and that fail."""
-    nulledit: str = nulledit.__version__
-    """Version that made it."""
-
-    def __post_init__(self) -> None:
-        for what in (self.tables, self.figures):
-            names = [item.name for item in what]
-            if len(set(names)) < len(names):
-                raise ValueError(f"{self.name}: a table's or figure's name is used twice: {names}")
-
-    def to_dict(self, *, points: bool = True) -> dict[str, Any]:
-        """Plain data; without `points`, as in `study.json`."""
-        plain = {"format": FORMAT, **asdict(self)}
-        for figure in plain["figures"]:
-            if not points:
-                del figure["points"]
-        return plain
+from nulledit.io.jsonfiles import as_json, write
+from nulledit.io.untrusted import MAX_DOCUMENT, check_values, one_line, parse_json, read_text
+from nulledit.report.document import (
+    FORMAT,
+    Column,
+    Example,
+    FigureSpec,
+    Study,
+    StudyTable,
+    Value,
+    check_name,
+)
+from nulledit.report.points import points_csv, read_points
+from nulledit.report.schema import is_study
 
 
 def write_study(folder: Path, study: Study) -> None:
     """Write every file of a study's folder; `study.json` comes last."""
     from nulledit.report.figures import figure_of
     from nulledit.report.images import as_png, as_svg
-    from nulledit.report.page import study_page
+    from nulledit.report.markdown import study_page
 
     folder = Path(folder)
     place = folder / "figures"
@@ -225,7 +57,7 @@ def read_study(folder: Path) -> Study:
     found = plain.get("format") if isinstance(plain, dict) else None
     if found != FORMAT:
         raise ReportError(
-            f"{file}: study format {found!r}, and nulledit {nulledit.__version__} reads {FORMAT}: "
+            f"{file}: study format {found!r}, and nulledit {__version__} reads {FORMAT}: "
             "use the version that wrote it, or run the study again"
         )
     try:
@@ -261,7 +93,7 @@ def _table(plain: dict[str, Any]) -> StudyTable:
 
 
 def _figure(plain: dict[str, Any], folder: Path) -> FigureSpec:
-    _check_name(plain["name"])
+    check_name(plain["name"])
     file = folder / "figures" / f"{plain['name']}.csv"
     if not file.is_file():
         raise ReportError(f"{file} is missing: the figure's numbers are kept there; run it again")
@@ -269,13 +101,3 @@ def _figure(plain: dict[str, Any], folder: Path) -> FigureSpec:
     check_values(text, source=str(file), error=ReportError)
     points = read_points(text)
     return FigureSpec(**{**plain, "log": tuple(plain["log"]), "points": points})
-
-
-def _check_name(name: str) -> None:
-    if not _NAME.fullmatch(name):
-        raise ValueError(f"name {name!r}: expected letters, digits, '.', '_' and '-'")
-
-
-def _one_of(what: str, found: Any, known: Sequence[Any]) -> None:
-    if found not in known:
-        raise ValueError(f"{what} {found!r}: expected one of {', '.join(map(str, known))}")

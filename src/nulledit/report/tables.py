@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from nulledit.report.text import markdown, plain, shorten, width
+from nulledit.io.text import markdown, plain, shorten, width
 
 ABSENT = "absent"
 METRICS = ("efficacy", "generalization", "specificity")
@@ -146,3 +146,8 @@ def _plus_minus(value: float | None, error: float | None, digits: int) -> str:
 
 def _count(rates: Sequence[Mapping[str, Any] | None]) -> str:
     return "/".join(dict.fromkeys(str(r["n"]) for r in rates if r and r["n"]))
+
+
+def spoken(answer: str | None) -> str:
+    """What a model said, in a table; None if it was not asked."""
+    return ABSENT if answer is None else answer

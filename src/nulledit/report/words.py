@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, zip_longest
 from typing import Any
 
-from nulledit.report.study import Example, FigureSpec, Study
-from nulledit.report.text import count
+from nulledit.io.text import count
+from nulledit.report.document import Example, FigureSpec, Study
 
 EXAMPLES = 5
 """Of each kind that a page shows."""

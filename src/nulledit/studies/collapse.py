@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from nulledit.data.facts import Fact
-from nulledit.editor import Editor
+from nulledit.editing.editor import Editor
 from nulledit.errors import ConfigError
-from nulledit.evaluation.metrics import Rate
-from nulledit.gates.hidden import edit_rows, norm_growth, state_norms, text_rows
-from nulledit.report.study import Column, FigureSpec, Point, StudyTable, Value
-from nulledit.studies.building import Outcome, StudySpec, Work, growth, rate, text_cells
-from nulledit.studies.lab import Lab, hash_of
+from nulledit.evaluation.hidden_norms import edit_rows, norm_growth, state_norms, text_rows
+from nulledit.evaluation.scores import Rate
+from nulledit.report.document import Column, FigureSpec, StudyTable, Value
+from nulledit.report.points import Point
+from nulledit.studies.context import Lab, hash_of
+from nulledit.studies.results import Outcome, StudySpec, Work, growth, rate, text_cells
 from nulledit.studies.scale import chosen
 from nulledit.studies.stream import Stream, StreamPlan
 

@@ -9,8 +9,8 @@ import torch
 
 from nulledit.models.layouts import frozen
 from nulledit.models.tokens import collate
-from nulledit.studies.building import Work
-from nulledit.studies.lab import WINDOW, Lab
+from nulledit.studies.context import WINDOW, Lab
+from nulledit.studies.results import Work
 from nulledit.studies.stream import StreamPlan
 
 ASKED = 60  # tokens of one fact's questions and answers

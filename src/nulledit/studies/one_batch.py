@@ -10,12 +10,15 @@ from typing import Any
 from nulledit.config import StatisticsSettings
 from nulledit.data.corpus import open_corpus
 from nulledit.data.facts import Fact
-from nulledit.editing.statistics import collect
 from nulledit.linalg.blocks import AnySpectrum
 from nulledit.linalg.spectrum import RULES
 from nulledit.models.tokens import context_length
-from nulledit.report.study import Column, FigureSpec, Point, StudyTable
-from nulledit.studies.building import (
+from nulledit.report.document import Column, FigureSpec, StudyTable
+from nulledit.report.points import Point
+from nulledit.statistics.collect import collect
+from nulledit.studies.context import Lab, hash_of
+from nulledit.studies.methods_table import Followed, follow, stream_work, unedited
+from nulledit.studies.results import (
     PREFERENCE,
     Outcome,
     StudySpec,
@@ -27,9 +30,7 @@ from nulledit.studies.building import (
     text_cells,
     text_columns,
 )
-from nulledit.studies.lab import Lab, hash_of
 from nulledit.studies.stream import StreamPlan
-from nulledit.studies.streams import Followed, follow, stream_work, unedited
 
 MEASURES = (*PREFERENCE, "efficacy_strict", "generalization_strict", "specificity_strict")
 

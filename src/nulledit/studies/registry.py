@@ -10,17 +10,18 @@ from typing import Any
 
 from nulledit.data.facts import suggest
 from nulledit.errors import ConfigError, ReportError
-from nulledit.report.run import environment
-from nulledit.report.study import Study, read_study, write_study
-from nulledit.studies.behaviour import CAPABILITY, CATEGORIES, DRIFT
-from nulledit.studies.building import StudySpec
+from nulledit.report.document import Study
+from nulledit.report.study import read_study, write_study
+from nulledit.runs.folder import environment
+from nulledit.studies.alternatives import INSTEAD
 from nulledit.studies.collapse import COLLAPSE
-from nulledit.studies.instead import INSTEAD
-from nulledit.studies.lab import Lab
+from nulledit.studies.context import Lab
+from nulledit.studies.methods_table import PROJECTION, TABLE1
 from nulledit.studies.one_batch import CORPUS, PRESERVATION, THRESHOLD
+from nulledit.studies.results import StudySpec
 from nulledit.studies.scale import check_settings
-from nulledit.studies.sizes import ORDER, SCALE
-from nulledit.studies.streams import PROJECTION, TABLE1
+from nulledit.studies.scaling import ORDER, SCALE
+from nulledit.studies.side_effects import CAPABILITY, CATEGORIES, DRIFT
 
 STUDIES: Mapping[str, StudySpec] = {
     spec.name: spec

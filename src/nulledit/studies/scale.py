@@ -12,8 +12,8 @@ from typing import Any
 from nulledit.config import Recipe
 from nulledit.data.facts import suggest
 from nulledit.errors import ConfigError
+from nulledit.io.untrusted import MAX_SETTINGS, parse_yaml, read_text
 from nulledit.methods import find_method
-from nulledit.reading import MAX_SETTINGS, parse_yaml, read_text
 
 PROJECTIONS = ("inside", "after", "none")
 

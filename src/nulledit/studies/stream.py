@@ -21,11 +21,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nulledit.config import Recipe
 from nulledit.data.facts import Fact
-from nulledit.editor import Editor
+from nulledit.editing.editor import Editor
 from nulledit.errors import ConfigError
-from nulledit.files import replacing_folder, write_text
+from nulledit.io.files import replacing_folder, write_text
 from nulledit.ledger.store import Store
-from nulledit.report.run import as_json
+from nulledit.runs.folder import as_json
 
 FORMAT = 1  # raise it when the same plan comes to give another stream
 MEASURES = 1  # raise it when the same question comes to get another answer

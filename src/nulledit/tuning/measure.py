@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from nulledit.config import ContextSettings, Recipe
 from nulledit.data.facts import Fact
 from nulledit.editing.contexts import make_contexts
-from nulledit.editing.statistics import Statistics
-from nulledit.editor import Editor
+from nulledit.editing.editor import Editor
 from nulledit.evaluation.perplexity import Divergence, divergence, mean_of, read
 from nulledit.evaluation.runner import evaluate
 from nulledit.models.tokens import pad_id
+from nulledit.statistics.collect import Statistics
 from nulledit.tuning.objective import Outcome, shares
 
 Progress = Callable[[str, int, int], None]

@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from nulledit.evaluation.metrics import Rate, Score, per_fact
+from nulledit.evaluation.scores import Rate, Score, per_fact
 
 KINDS = ("efficacy", "paraphrases", "neighbours")
 WEIGHT = 2.0  # a growth of perplexity by one per cent, about 0.01 nats, costs two points

@@ -10,7 +10,7 @@ from typing import Protocol
 from nulledit.config import Recipe
 from nulledit.data.facts import Fact
 from nulledit.errors import ConfigError, NoRoomError, SolveError, StatisticsError
-from nulledit.reading import one_line
+from nulledit.io.untrusted import one_line
 from nulledit.tuning.budget import Costs
 from nulledit.tuning.measure import Measured
 from nulledit.tuning.moves import Move, moves, name_of, stages_of

@@ -1,0 +1,508 @@
+"""One batch of facts through keys, values and solves, layer by layer."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from nulledit.config import Recipe
+from nulledit.data.facts import SLOT, Fact
+from nulledit.editing.chunks import chunks_of
+from nulledit.editing.descent import Value
+from nulledit.editing.keys import Walk
+from nulledit.editing.norm_anchor import (
+    TOO_LONG,
+    LengthRecord,
+    anchored,
+    mean_length,
+    usable,
+    value_lengths,
+)
+from nulledit.editing.target_loss import WeightLoss
+from nulledit.editing.value_cache import ValueCache
+from nulledit.editing.values import bare_leads, measure_values, optimise_values
+from nulledit.editing.weights import EditedWeights
+from nulledit.ledger.records import Column
+from nulledit.linalg.angles import same_key_groups
+from nulledit.methods import find_method
+from nulledit.models.layouts import as_out_in, differentiating
+from nulledit.models.partial import PartialModel
+from nulledit.models.tokens import RowEncoder, pad_id
+from nulledit.parallel.ranks import Message, Ranks, shares
+
+CPU_POSITIONS = 200  # small chunks stay in a processor's cache
+ACCELERATOR_POSITIONS = 16384
+
+Progress = Callable[[str, int, int], None]
+Given = Callable[[int], list[Value]]
+"""Values that are known, one per request, by the layer that they are for."""
+
+
+class Run:
+    """What one call gathers on its way: notices, seconds by stage, progress."""
+
+    def __init__(self, progress: Progress | None):
+        self.notices: list[str] = []
+        self.seconds: dict[str, float] = {}
+        self.optimised = 0  # values that were not in a cache
+        self.progress = progress
+
+    def tell(self, stage: str, done: int, total: int) -> None:
+        """Report progress, if anybody listens."""
+        if self.progress:
+            self.progress(stage, done, total)
+
+    def counter(self, stage: str, total: int) -> Callable[[int], None]:
+        """Called with a number of things just done."""
+        done = 0
+
+        def count(n: int) -> None:
+            nonlocal done
+            done += n
+            self.tell(stage, done, total)
+
+        return count
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the wall seconds inside to `seconds[stage]`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Request:
+    """What gets a column: a fact, or one chunk of a long target."""
+
+    owner: int
+    """Place of its fact in the batch."""
+    part: int
+    """Number of the chunk, from 0."""
+    wording: Fact
+    """What the walk and the values are asked."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a batch left in the weights."""
+
+    tensors: dict[str, Tensor]
+    """Keys, targets and values, one row per request."""
+    outcomes: list[dict[str, Any]]
+    """How each request's value was reached."""
+    groups: list[int]
+    """Requests that stand or fall together have one number, that of the first of them."""
+
+
+class BatchWriter:
+    """Writes one batch into the edited layers."""
+
+    def __init__(
+        self,
+        model: PartialModel,
+        tokenizer: PreTrainedTokenizerBase,
+        encoder: RowEncoder,
+        recipe: Recipe,
+        weights: EditedWeights,
+        contexts: tuple[str, ...],
+        facts: Sequence[Fact],
+        run: Run,
+        *,
+        base_hash: str = "",
+        cache: ValueCache | None = None,
+        ranks: Ranks | None = None,
+    ):
+        """Brings `facts` to the first edited layer; nothing is changed yet."""
+        self.model, self.encoder, self.recipe = model, encoder, recipe
+        self.weights, self.contexts, self.run, self.cache = weights, contexts, run, cache
+        self.base_hash, self.pad_id = base_hash, pad_id(tokenizer)
+        self.ranks = ranks or Ranks()
+        self.method = find_method(recipe.method.name)
+        self.facts = list(facts)
+        self.requests = [
+            Request(i, part, wording)
+            for i, fact in enumerate(self.facts)
+            for part, wording in enumerate(
+                chunks_of(fact, encoder, recipe.values.chunk_tokens)
+                if not self.method.by_gradient
+                else (fact,)
+            )
+        ]
+        with run.timed("keys"):
+            self.walk = self._walk()
+            keys = self.walk.keys()  # [d_in, requests]
+            self.first_keys = self.ranks.from_first(None, {"keys": keys})[1]["keys"].to(keys)
+
+    def write(self, staying: Sequence[Column], given: Given | None = None) -> Written:
+        """Edit layer after layer; `staying` are the columns in the weights now.
+
+        Values are optimised, unless they are `given`.
+        """
+        wordings = [request.wording for request in self.requests]
+        if self.method.by_gradient:
+            found, tensors = self._descend(staying)
+            found, tensors = self.ranks.from_first(found, tensors)
+            return Written(tensors, found, [0] * len(wordings))
+        shared = same_key_groups(self.first_keys, self.recipe.same_key)
+        values: dict[int, list[Value]] = {}  # by layer
+        find = given or (lambda layer: self._values(layer, shared))
+        tensors = self._pass(staying, values, find)
+        if not given and self.recipe.values.rounds > 1:
+            values, tensors = self._in_rounds(staying, values, tensors, shared)
+        last = values[max(values)]
+        outcomes = [{k: v for k, v in vars(value).items() if k != "z"} for value in last]
+        outcomes, tensors = self.ranks.from_first(outcomes, tensors)
+        return Written(tensors, outcomes, self._joined(shared))
+
+    def _pass(
+        self,
+        staying: Sequence[Column],
+        values: dict[int, list[Value]],
+        find: Callable[[int], list[Value]],
+    ) -> dict[str, Tensor]:
+        """Edit layer after layer to the values that `find` gives; they are kept in `values`."""
+        whole = self.recipe.values.at == "each"
+        each = whole or self.model.values_at_output
+        last = self.recipe.layers[-1]
+        if not each:
+            values[last] = find(last)
+        tensors = {}
+        for layer in self._upwards():
+            at = layer if each else last
+            if each:
+                values[layer] = find(layer)
+                tensors[f"z.{layer}"] = _stacked(values[layer])
+            with self.run.timed("keys"):
+                keys = self.walk.keys()
+                missing = _stacked(values[at]).double().mT - self.walk.hidden(at)
+                keys, missing = self._of_first(keys, missing)
+            left = 1 if whole else sum(other >= layer for other in self.recipe.layers)
+            with self.run.timed("solve"):
+                residual = missing / (left * self.model.scale(layer))
+                tensors |= self.weights.write(layer, staying, keys, residual)
+        return tensors | {"z": _stacked(values[last])}
+
+    def _in_rounds(
+        self,
+        staying: Sequence[Column],
+        values: dict[int, list[Value]],
+        tensors: dict[str, Tensor],
+        shared: Sequence[int],
+    ) -> tuple[dict[int, list[Value]], dict[str, Tensor]]:
+        """Correct `values`, which are written, and write them again, while that helps.
+
+        Facts that disturb each other may undo each other's corrections, so the round counts after
+        which most lead. Returns the values that are in the model then, and what is to be recorded.
+        """
+        margin, rounds = self.recipe.values.stop_margin or 0.0, self.recipe.values.rounds
+        best: tuple[tuple[int, float], dict[int, list[Value]]] | None = None
+        for number in range(rounds):
+            leads = self._bare_leads()
+            good = sum(lead > 0 for lead in leads), sum(min(lead, margin) for lead in leads)
+            if best is None or good > best[0]:
+                best = good, values
+            failing = {shared[i] for i, lead in enumerate(leads) if not lead > margin}
+            if number == rounds - 1 or not failing:
+                break
+            chosen = [i for i, group in enumerate(shared) if group in failing]
+            values = self._corrected(values, shared, chosen)
+            tensors = self._written_again(staying, values)
+        if best is not None and best[1] is not values:
+            values = best[1]
+            tensors = self._written_again(staying, values)
+        return values, tensors
+
+    def _written_again(
+        self, staying: Sequence[Column], values: dict[int, list[Value]]
+    ) -> dict[str, Tensor]:
+        """`values` in the place of what the batch has written so far."""
+        self.weights.refresh(staying)
+        with self.run.timed("keys"):
+            self.walk = self._walk()
+        return self._pass(staying, {}, values.__getitem__)
+
+    def _bare_leads(self) -> list[float]:
+        """Of each request, in the model as it is."""
+        with self.run.timed("values"):
+            leads = bare_leads(
+                self.model,
+                self.encoder,
+                [request.wording for request in self.requests],
+                positions=self._positions(4),
+                pad_id=self.pad_id,
+            )
+            return list(self.ranks.from_first(leads)[0])
+
+    def _corrected(
+        self, values: dict[int, list[Value]], shared: Sequence[int], chosen: Sequence[int]
+    ) -> dict[int, list[Value]]:
+        """`values`, where `chosen` requests have the rest that they lack in the model as it is.
+
+        They are optimised from where the model stands, and their targets move by the δ that is
+        found there; so a target takes in what the solve withholds.
+        """
+        found = {}
+        with self.run.timed("values"):
+            walk = self._walk()
+            for layer, before in values.items():
+                now = walk.hidden(layer).mT
+                rest = dict(zip(chosen, self._optimised(layer, shared, chosen), strict=True))
+                found[layer] = [
+                    value.moved(rest[i], now[i]) if i in rest else value
+                    for i, value in enumerate(before)
+                ]
+        return found
+
+    def _of_first(self, keys: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
+        """As rank 0 has them: other machines may round otherwise, and all solve the same."""
+        _, found = self.ranks.from_first(None, {"keys": keys, "missing": missing})
+        return found["keys"].to(keys), found["missing"].to(missing)
+
+    def _descend(self, staying: Sequence[Column]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+        """Each layer by gradient descent on the targets' loss."""
+        tensors: dict[str, Tensor] = {}
+        loss = None
+        for layer in self._upwards():
+            with self.run.timed("keys"):
+                keys = self.walk.keys()
+            with self.run.timed("solve"), differentiating():
+                loss = WeightLoss(
+                    self.model,
+                    self.encoder,
+                    [request.wording for request in self.requests],
+                    layer=layer,
+                    pad_id=self.pad_id,
+                    positions=self._positions(4),
+                )
+                tensors |= self.weights.write(layer, staying, keys, None, target_loss=loss)
+        assert loss is not None
+        with differentiating():
+            end = loss(loss.current())[0]
+        return [{"loss": end, "known": None} for _ in self.requests], tensors
+
+    def _upwards(self) -> Iterator[int]:
+        """The edited layers; the walk is at each one's input, and runs it once it is written."""
+        layers = self.recipe.layers
+        for layer in range(layers[0], layers[-1] + 1):
+            if layer in layers:
+                yield layer
+            with self.run.timed("keys"):
+                self.walk.advance()
+
+    def _walk(self) -> Walk:
+        return Walk(
+            self.model,
+            self.encoder,
+            [request.wording for request in self.requests],
+            first=self.recipe.layers[0],
+            contexts=self.contexts,
+            bare_weight=self.recipe.contexts.bare_weight,
+            pad_id=self.pad_id,
+        )
+
+    def _values(self, layer: int, shared: Sequence[int]) -> list[Value]:
+        """One value per request at `layer`, on the weights that the method wants."""
+        unedited = self.weights.holding([]) if self.method.rewinds else nullcontext()
+        with self.run.timed("values"), unedited:
+            values = self._optimised(layer, shared)
+            return self._anchored(values, layer) if self.recipe.values.norm_anchor else values
+
+    def _anchored(self, values: Sequence[Value], layer: int) -> list[Value]:
+        """`values` with their v* scaled (NAS), and with the outcomes that they have so."""
+        length = self._usual_length(layer)
+        walk = self._walk() if self.method.rewinds else self.walk
+        hidden, added = walk.standing(layer)
+        scaled = [
+            anchored(z, h, v, length)
+            for z, h, v in zip(_stacked(values).double(), hidden.mT, added.mT, strict=True)
+        ]
+        changed = [
+            replace(value, z=(h if z is None else z).to(value.z))
+            for value, z, h in zip(values, scaled, hidden.mT, strict=True)
+        ]
+        dropped = sum(z is None for z in scaled)
+        if dropped:
+            self.run.notices.append(
+                f"norm anchor: {dropped} of {len(values)} values at layer {layer} were over "
+                f"{TOO_LONG:g} times as long as usual ({length:.3g}); nothing is written for them"
+            )
+        return measure_values(
+            self.model,
+            self.encoder,
+            [request.wording for request in self.requests],
+            changed,
+            layer=layer,
+            contexts=self.contexts,
+            settings=self.recipe.values,
+            positions=self._positions(1),
+            pad_id=self.pad_id,
+        )
+
+    def _usual_length(self, layer: int) -> float:
+        """Mean ‖v*‖ of a fixed sample in the unedited model: measured once, then kept."""
+        record = LengthRecord(
+            model_hash=self.base_hash,
+            layer=layer,
+            settings=self.recipe.values,
+            chat=self.recipe.chat,
+            mlp_out=self.model.layout.mlp_out,
+        )
+        known = self.ranks.from_first(record.read() if self.ranks.first else None)[0]
+        if known is not None:
+            return float(known)
+        facts = usable(self.encoder)
+        mine = facts[self.ranks.rank :: self.ranks.size]
+        with self.weights.holding([]):
+            lengths = value_lengths(
+                self.model,
+                self.encoder,
+                mine,
+                layer=layer,
+                first=self.recipe.layers[0],
+                settings=self.recipe.values,
+                positions=self._positions(1),
+                pad_id=self.pad_id,
+                progress=self.run.counter("norm anchor", len(mine)),
+            )
+        length = mean_length([x for note, _ in self.ranks.gather(lengths) for x in note])
+        if self.ranks.first:
+            record.write(length, len(facts))
+        return length
+
+    def _optimised(
+        self, layer: int, shared: Sequence[int], chosen: Sequence[int] | None = None
+    ) -> list[Value]:
+        """Values from the cache, or optimised and kept there; of `chosen` requests, whole groups.
+
+        All of them, where none are chosen.
+        """
+        wordings = [request.wording for request in self.requests]
+        chosen = range(len(wordings)) if chosen is None else chosen
+        members: dict[int, list[int]] = {}
+        for i in chosen:
+            members.setdefault(shared[i], []).append(i)
+        names: dict[int, str] = {}
+        values: dict[int, Value] = {}
+        if self.cache is not None:
+            weights = self._weights_hash()
+            for group, mine in members.items():
+                names[group] = self.cache.name(
+                    weights,
+                    [wordings[i] for i in mine],
+                    layer=layer,
+                    contexts=self.contexts,
+                    settings=self.recipe.values,
+                    chat=self.recipe.chat,
+                )
+                if self.ranks.first:
+                    values.update(zip(mine, self.cache.get(names[group]) or (), strict=False))
+            values = _values_of(self.ranks.from_first(*_message_of(values)))
+        missing = [i for i in chosen if i not in values]
+        counter = self.run.counter("values", len(chosen))
+        counter(len(values))
+        self.run.optimised += len(missing)
+        mine = self._share(missing, shared)
+        found = optimise_values(
+            self.model,
+            self.encoder,
+            [wordings[i] for i in mine],
+            [shared[i] for i in mine],
+            layer=layer,
+            contexts=self.contexts,
+            settings=self.recipe.values,
+            positions=self._positions(1),
+            pad_id=self.pad_id,
+            progress=counter,
+        )
+        values.update(self._gathered(dict(zip(mine, found, strict=True))))
+        counter(len(missing) - len(mine))
+        if self.cache is not None and self.ranks.first:
+            for group, mine in members.items():
+                if mine[0] in missing:
+                    self.cache.put(names[group], [values[i] for i in mine])
+        return [values[i] for i in chosen]
+
+    def _share(self, missing: Sequence[int], shared: Sequence[int]) -> list[int]:
+        """Those of the requests `missing` whose values this rank optimises; groups stay whole."""
+        if self.ranks.alone:
+            return list(missing)
+        groups: dict[int, list[int]] = {}
+        for i in missing:
+            groups.setdefault(shared[i], []).append(i)
+        costs = [float(sum(map(self._length, members))) for members in groups.values()]
+        dealt = shares(costs, self.ranks.size)[self.ranks.rank]
+        of_group = list(groups.values())
+        return sorted(i for number in dealt for i in of_group[number])
+
+    def _length(self, request: int) -> int:
+        """Characters that run again and again in a step: what stands behind the subject."""
+        fact = self.requests[request].wording
+        return sum(len(p) - p.find(SLOT) + len(fact.target) for p in fact.prompts)
+
+    def _gathered(self, mine: Mapping[int, Value]) -> dict[int, Value]:
+        """The values of all ranks, by request."""
+        return {
+            i: value
+            for message in self.ranks.gather(*_message_of(mine))
+            for i, value in _values_of(message).items()
+        }
+
+    def _weights_hash(self) -> str:
+        """Of the model as it is: the base, and the edited matrices that differ from it.
+
+        Values of W's own output are of one W, which a recipe may name.
+        """
+        digest = hashlib.sha256(self.base_hash.encode())
+        if self.model.values_at_output:
+            digest.update(self.model.layout.mlp_out.encode())
+        for layer in self.weights.layers:
+            weight = as_out_in(self.model.mlp_out(layer)).cpu().contiguous()
+            if not torch.equal(weight.double(), self.weights.base(layer)):
+                digest.update(f"{layer}".encode() + weight.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _joined(self, shared: Sequence[int]) -> list[int]:
+        """Requests that share a key or a fact, with all that these share in turn."""
+        group = list(range(len(shared)))
+        changed = True
+        while changed:
+            changed = False
+            for names in (shared, [request.owner for request in self.requests]):
+                lowest: dict[int, int] = {}
+                for i, name in enumerate(names):
+                    lowest[name] = min(lowest.get(name, group[i]), group[i])
+                joined = [lowest[name] for name in names]
+                changed = changed or joined != group
+                group = joined
+        return group
+
+    def _positions(self, factor: int) -> int:
+        on_cpu = self.model.device.type == "cpu"
+        default = CPU_POSITIONS if on_cpu else ACCELERATOR_POSITIONS
+        return factor * (self.recipe.chunk_positions or default)
+
+
+def _message_of(values: Mapping[int, Value]) -> Message:
+    """Values by request, for other ranks."""
+    notes = {str(i): {k: v for k, v in vars(x).items() if k != "z"} for i, x in values.items()}
+    return notes, {str(i): x.z for i, x in values.items()}
+
+
+def _values_of(message: Message) -> dict[int, Value]:
+    notes, tensors = message
+    return {int(i): Value(z=tensors[i], **note) for i, note in notes.items()}
+
+
+def _stacked(values: Sequence[Value]) -> Tensor:
+    return torch.stack([value.z.detach().cpu() for value in values])  # [requests, d]

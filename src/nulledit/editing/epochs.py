@@ -1,0 +1,96 @@
+"""What an epoch fixes for all its batches: W₀ and the metric of each edited layer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from nulledit.config import Recipe
+from nulledit.errors import StatisticsError
+from nulledit.ledger.records import Epoch, History
+from nulledit.ledger.solver import LayerMetrics, spectrum_tensors
+from nulledit.ledger.store import tensor_bytes
+from nulledit.linalg.blocks import AnySpectrum, BlockSpectrum
+from nulledit.linalg.spectrum import RULES
+from nulledit.methods import find_method
+from nulledit.models.layouts import as_out_in
+from nulledit.models.partial import PartialModel
+from nulledit.statistics.collect import Statistics
+
+logger = logging.getLogger(__name__)
+
+
+def open_epoch(
+    model: PartialModel, recipe: Recipe, statistics: Statistics, history: History
+) -> Callable[[tuple[str, ...], int], tuple[Epoch, dict[str, Tensor]]]:
+    """Prepare the next epoch of `history`; called with contexts and seed, it is made.
+
+    Warns where the null-space rule protects nothing or leaves no room. StatisticsError where the
+    statistics do not fit the model's layers or do not serve the method's filter.
+    """
+    dtype = torch.float64 if model.model.dtype == torch.float64 else torch.float32
+    tensors: dict[str, Tensor] = {}
+    for layer in recipe.layers:
+        weight = as_out_in(model.mlp_out(layer))
+        spectrum, threshold = _spectrum(recipe, statistics.spectra[layer], layer, weight.shape[1])
+        tensors |= spectrum_tensors(spectrum, threshold, layer, dtype)
+        if layer not in history.layers:
+            tensors[f"base.{layer}"] = weight.detach().clone().cpu().contiguous()
+
+    def make(contexts: tuple[str, ...], seed: int) -> tuple[Epoch, dict[str, Tensor]]:
+        digest, _ = tensor_bytes(tensors)
+        manifest = asdict(statistics.manifest)
+        return Epoch(
+            len(history.epochs) + 1, recipe.to_dict(), seed, contexts, manifest, digest
+        ), tensors
+
+    return make
+
+
+def _spectrum(
+    recipe: Recipe, spectrum: AnySpectrum, layer: int, d_in: int
+) -> tuple[AnySpectrum, float]:
+    """What the recipe's metrics need of `spectrum`, and τ."""
+    rule, value = recipe.null_space.rule, recipe.null_space.value
+    method = find_method(recipe.method.name)
+    if spectrum.d_in != d_in:
+        raise StatisticsError(
+            f"statistics of layer {layer} are {spectrum.d_in} wide, its keys {d_in}"
+        )
+    threshold = RULES[rule](spectrum.eigenvalues, value)
+    try:
+        metrics = LayerMetrics.of(recipe, spectrum, threshold)
+    except LookupError as error:
+        raise StatisticsError(
+            f"these compact statistics don't serve {method.name} with null_space {rule} {value} at "
+            f"layer {layer} ({error}): make full ones with `nulledit stats make`"
+        ) from error
+    if isinstance(spectrum, BlockSpectrum) and spectrum.closed:
+        logger.warning(
+            "layer %d: %d of %d experts are left alone: in the statistics they were given fewer "
+            "tokens than their keys are wide (%d)",
+            layer,
+            spectrum.closed,
+            len(spectrum.tokens),
+            spectrum.width,
+        )
+    if method.projection(recipe.method) != "none":
+        _warn_of_extremes(metrics.projector.rank, layer, d_in, threshold)
+    return metrics.spectrum, threshold
+
+
+def _warn_of_extremes(free: int, layer: int, d_in: int, threshold: float) -> None:
+    if free == d_in:
+        logger.warning(
+            "layer %d: nothing is protected (no eigenvalue reaches %.3g)", layer, threshold
+        )
+    if free == 0:
+        logger.warning(
+            "layer %d: no room left (every eigenvalue reaches %.3g): edits are void",
+            layer,
+            threshold,
+        )

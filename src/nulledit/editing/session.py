@@ -1,0 +1,406 @@
+"""Changes of a model and its ledger: which batch is written on what, each whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from hashlib import sha256
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from nulledit.config import ChatSettings, Recipe, ValueSettings
+from nulledit.data.facts import Fact, refuse_forgetting, suggest
+from nulledit.editing.batch import BatchWriter, Given, Run, Written
+from nulledit.editing.contexts import make_contexts
+from nulledit.editing.epochs import open_epoch
+from nulledit.editing.stronger import differences
+from nulledit.editing.undo import Plan, facts_of, with_groups
+from nulledit.editing.value_cache import ValueCache
+from nulledit.editing.values import plan_rows
+from nulledit.editing.weights import EditedWeights
+from nulledit.errors import FactError, LedgerError, StatisticsError
+from nulledit.ledger.journal import Journal, Trial
+from nulledit.ledger.records import Column, Epoch, History
+from nulledit.ledger.store import tensor_bytes
+from nulledit.methods import Method, find_method
+from nulledit.models.layouts import named_by_recipe
+from nulledit.models.load import model_hash
+from nulledit.models.partial import PartialModel
+from nulledit.models.tokens import RowEncoder
+from nulledit.parallel.ranks import Ranks
+from nulledit.statistics.collect import Statistics, find_statistics
+
+
+class Changes:
+    """Carries out changes of one model and keeps its ledger in step."""
+
+    def __init__(
+        self,
+        model: PartialModel,
+        tokenizer: PreTrainedTokenizerBase,
+        encoder: RowEncoder,
+        journal: Journal,
+        *,
+        recipe: Recipe,
+        statistics: Statistics | str | Path | None,
+        cache: ValueCache | None,
+        ranks: Ranks | None = None,
+    ):
+        """`recipe` and `statistics` are those of the current epoch, or of the next one to open.
+
+        `encoder`: of plain text.
+        """
+        self.model, self.tokenizer, self._plain = model, tokenizer, encoder
+        self._in_chat: dict[ChatSettings, RowEncoder] = {}
+        self.journal, self.recipe, self.cache = journal, recipe, cache
+        self.statistics, self.ranks = statistics, ranks or Ranks()
+        self.weights = EditedWeights(model, journal.history)
+        self._opens = not journal.history.epochs  # whether the next batch begins an epoch
+
+    @property
+    def history(self) -> History:
+        """Everything recorded so far."""
+        return self.journal.history
+
+    @property
+    def method(self) -> Method:
+        """Of the recipe."""
+        return find_method(self.recipe.method.name)
+
+    @property
+    def encoder(self) -> RowEncoder:
+        """Of texts in the form that the recipe asks: plain, or in the chat template.
+
+        ModelError where the tokenizer's template is not the recipe's.
+        """
+        settings = self.recipe.chat
+        if settings is None:
+            return self._plain
+        if settings not in self._in_chat:
+            self._in_chat[settings] = self._plain.in_chat(settings)
+        return self._in_chat[settings]
+
+    def next_epoch(self, recipe: Recipe, statistics: Statistics | str | Path | None) -> None:
+        """Have the next batch begin an epoch with these."""
+        self.recipe, self.statistics, self._opens = recipe, statistics, True
+
+    def near(self, columns: Sequence[Column], others: Sequence[Column]) -> list[Column]:
+        """Those of `others` on the same key as one of `columns`, whose values must be one."""
+        if self.method.by_gradient:
+            return []  # it shares no value between facts on one key
+        cosine = self.recipe.same_key
+        return [c for c, _ in self.weights.near(columns, others, cosine=cosine)]
+
+    @contextmanager
+    def current_epoch(self) -> Iterator[None]:
+        """The recipe of the epoch there is inside, though `next_epoch` asked for another one."""
+        due = (self.recipe, self._opens) if self._opens and self.history.epochs else None
+        if due:
+            self.recipe, self._opens = Recipe.recorded(self.history.epoch.recipe), False
+        try:
+            yield
+        finally:
+            if due:
+                self.recipe, self._opens = due
+
+    # -- whole or not at all -----------------------------------------------------------------
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """One writer; whatever ends the inside early, model and history are as before the batch.
+
+        LedgerError, before anything is done, if something else wrote to the model.
+        """
+        self.weights.check_unchanged()
+        opens, epochs = self._opens, len(self.history.epochs)
+        with self.journal.writing():
+            try:
+                yield
+            except BaseException:
+                self.weights.refresh()
+                self.journal.drop_empty_epoch()
+                self.weights.refresh()
+                self._opens = opens and len(self.history.epochs) == epochs
+                raise
+
+    @contextmanager
+    def together(self, kind: str = "", *, writing: bool = True) -> Iterator[Trial]:
+        """All changes inside are one for the ledger, if the trial is kept; else none was made.
+
+        `writing`: no other process may write in the meantime.
+        """
+        self.weights.check_unchanged()
+        states, before = self.weights.states(), (self.recipe, self.statistics, self._opens)
+        trial = None
+        with self.journal.writing() if writing else nullcontext():
+            try:
+                with self.journal.together(kind) as trial:
+                    yield trial
+            finally:
+                if trial is None or not trial.kept:
+                    self.weights.return_to(states)
+                    self.recipe, self.statistics, self._opens = before
+
+    # -- epochs ------------------------------------------------------------------------------
+
+    def open_epoch(self, seed: int) -> None:
+        """Begin the epoch that is due, if one is; StatisticsError where statistics are missing."""
+        if not self._opens:
+            return
+        refusal: StatisticsError | None = None
+        for statistics in self._candidates():
+            try:
+                opening = open_epoch(self.model, self.recipe, statistics, self.history)
+            except StatisticsError as error:
+                refusal = refusal or error  # full ones in the cache may serve what shipped don't
+                continue
+            with self.weights.holding([]):  # the base's own words, whatever was edited
+                contexts = make_contexts(
+                    self.model.model, self.tokenizer, self.recipe.contexts, seed=seed
+                )
+            manifest = json.dumps(asdict(statistics.manifest), sort_keys=True)
+            self.ranks.agree({"set of statistics": sha256(manifest.encode()).hexdigest()})
+            contexts = tuple(self.ranks.from_first(contexts)[0])
+            self._begin(*opening(contexts, seed))
+            return
+        base, layers = self.history.base, ",".join(map(str, self.recipe.layers))
+        dtype = "" if base.dtype == "float64" else f" --dtype {base.dtype}"  # part of its hash
+        raise refusal or StatisticsError(
+            "no statistics of this model's preserved keys: make them once with "
+            f"`nulledit stats make {base.model or 'MODEL'} --text CORPUS --layers {layers}{dtype}`"
+        )
+
+    def take_up(self, epoch: Epoch, source: History) -> None:
+        """Go on in `epoch` of `source`, or in a copy of it if it is not the current one."""
+        if self.history.epochs and not self._opens and _same(self.history.epoch, epoch):
+            return
+        tensors = dict(source.tensors[epoch.tensors])
+        for layer in epoch.recipe["layers"]:
+            if layer not in self.history.layers:
+                tensors[f"base.{layer}"] = source.original(layer)
+        copy = replace(epoch, id=len(self.history.epochs) + 1, tensors=tensor_bytes(tensors)[0])
+        self.recipe = Recipe.recorded(epoch.recipe)
+        self._begin(copy, tensors)
+
+    def _begin(self, epoch: Epoch, tensors: dict[str, Tensor]) -> None:
+        self.journal.begin(epoch, tensors)
+        self._opens = False
+        self.weights.refresh()
+
+    def _candidates(self) -> Iterator[Statistics]:
+        """The statistics given, or those found, that are of this model and cover its layers."""
+        given, base = self.statistics, self.history.base.hash
+        mlp_out = named_by_recipe(self.model.model)
+        if given is None:
+            yield from find_statistics(base, self.recipe.layers, mlp_out)
+            return
+        statistics = given if isinstance(given, Statistics) else Statistics.load(Path(given))
+        if statistics.manifest.model_hash != base and self.history.events:
+            base = model_hash(self.model.model)  # a refreshed second moment: of the model as it is
+        statistics.check(base, self.recipe.layers, mlp_out)
+        yield statistics
+
+    # -- one batch ---------------------------------------------------------------------------
+
+    def carry_out(self, plan: Plan, kind: str, run: Run) -> None:
+        """Make a planned change, as one event."""
+        if plan.remade:
+            self.batch(
+                facts_of(plan.remade),
+                run,
+                kind=kind,
+                dropped=plan.dropped,
+                restored=plan.restored,
+                behind={c.fact.key: c for c in plan.remade},
+            )
+            return
+        self.activate(kind, on=plan.restored, off=plan.dropped)
+
+    def activate(self, kind: str, *, on: Sequence[Column], off: Sequence[Column]) -> None:
+        """Bring recorded columns back, take others out, as one event.
+
+        The weights come first: what can't be solved must not reach the ledger.
+        """
+        back, gone = {c.id for c in on}, {c.id for c in off}
+        self.weights.refresh(
+            [c for c in self.history.columns if c.id in back or (c.active and c.id not in gone)]
+        )
+        self.journal.commit(kind, [], activated=on, deactivated=off)
+
+    def batch(
+        self,
+        facts: Sequence[Fact],
+        run: Run,
+        *,
+        kind: str = "edit",
+        dropped: Sequence[Column] = (),
+        restored: Sequence[Column] = (),
+        behind: Mapping[tuple[str, str], Column] | None = None,
+        given: Given | None = None,
+        values: ValueSettings | None = None,
+    ) -> None:
+        """Edit `facts` together and commit; `dropped` columns leave first, `restored` come back.
+
+        An older answer to the same question leaves as well. Facts that share a key with a new one,
+        or a value with one that leaves, are optimised again, so that one value says all of them.
+        `behind`: columns that new ones stand in for, by question, beside those that leave here.
+        `given`: values, where they are known; then no older fact may share a key with a new one.
+        `values`: settings of their optimisation in the place of the recipe's.
+        """
+        asked = {fact.key: fact for fact in facts}
+        out = {c.id for c in dropped}
+        present = [c for c in self.history.active if c.id not in out] + list(restored)
+        present.sort(key=lambda c: c.id)
+        older = [c for c in present if c.fact.key in asked]
+        run.notices += [
+            _instead(asked[fact.key], fact)
+            for fact in facts_of(older)
+            if fact.demand != asked[fact.key].demand
+        ]
+        writer = self.writer(facts, run, values)
+        near = self.on_key(writer.first_keys, present)
+        touched = with_groups([*older, *near], present)
+        joined = facts_of(c for c in touched if c.fact.key not in asked)
+        if joined:
+            if given:
+                raise LedgerError("facts with given values share a key with others")
+            names = some(fact.id for fact in joined)
+            run.notices.append(f"{names}: optimised again with a new fact on the same key")
+            writer = self.writer([*joined, *facts], run, values)
+        forgotten = [fact.id for fact in writer.facts if fact.forget]
+        if self.method.by_gradient and forgotten:
+            raise FactError(
+                f"{some(forgotten)}: to be forgotten, and of one value with a fact that leaves; "
+                f"{self.method.name} only writes answers and can't find another: take it out as "
+                "well, or change to a method that optimises values first"
+            )
+        leaving = [*dropped, *touched]
+        gone = {c.id for c in leaving}
+        staying = [c for c in present if c.id not in gone]
+        if leaving or restored:
+            self.weights.refresh(staying)
+        written = writer.write(staying, given)
+        stand_in = {**(behind or {}), **{c.fact.key: c for c in touched}}
+        if values:
+            changed = differences(self.recipe.values, values)
+            for outcome in written.outcomes:
+                outcome["settings"] = changed
+        made = self._columns(writer, written, stand_in)
+        unknown = {c.fact.id for c in made if not c.outcome["known"]}
+        known = facts_of(c for c in made if c.fact.id not in unknown)
+        without = " once the edits that are made anew were taken out" * bool(leaving)
+        told = (
+            (False, "said by the model already; written all the same"),
+            (
+                True,
+                f"the model did not say the answer that is to be forgotten{without}; it is "
+                "suppressed all the same",
+            ),
+        )
+        for forget, state in told:
+            such = [fact.id for fact in known if fact.forget == forget]
+            if such and not given:
+                run.notices.append(f"{some(such)}: {state}")
+        back = [c for c in restored if c.id not in gone]
+        hashes = [b.tensors for b in self.history.batches] + [c.fact.id for c in made]
+        self.ranks.agree({"state": sha256(json.dumps(hashes).encode()).hexdigest()})
+        self.journal.commit(
+            kind, made, deactivated=leaving, activated=back, tensors=written.tensors
+        )
+
+    def on_key(self, keys: Tensor, others: Sequence[Column]) -> list[Column]:
+        """Those of `others` on the same first-layer key as one of `keys` [d_in, n]."""
+        if self.method.by_gradient:
+            return []
+        found = self.weights.near_keys(keys, others, cosine=self.recipe.same_key)
+        return [column for column, _ in found]
+
+    def writer(
+        self, facts: Sequence[Fact], run: Run, values: ValueSettings | None = None
+    ) -> BatchWriter:
+        """Brings `facts` to the first edited layer; `values` as for `batch`."""
+        return BatchWriter(
+            self.model,
+            self.tokenizer,
+            self.encoder,
+            replace(self.recipe, values=values) if values else self.recipe,
+            self.weights,
+            self.history.epoch.contexts,
+            facts,
+            run,
+            base_hash=self.history.base.hash,
+            cache=self.cache,
+            ranks=self.ranks,
+        )
+
+    def check_rows(self, facts: Sequence[Fact], run: Run) -> None:
+        """Refuse before any work what can't be done: a prompt too long, forgetting by gradient."""
+        if self.method.by_gradient:
+            refuse_forgetting(facts, self.method.name)
+        for fact in facts:
+            try:
+                bare = plan_rows(fact, self.encoder, self.history.epoch.contexts)[0]
+                if bare.subject_last == 0:
+                    run.notices.append(
+                        f"{fact.id}: the subject is the text's first token, which models use as an "
+                        "attention sink; the edit may not take hold: put words before it"
+                    )
+                self.encoder.encode_template(self.recipe.values.kl_prompt, fact.subject)
+            except FactError as error:
+                raise FactError(f"fact {fact.id}: {error}") from error
+
+    def _columns(
+        self, writer: BatchWriter, written: Written, stand_in: dict[tuple[str, str], Column]
+    ) -> list[Column]:
+        first = len(self.history.columns) + 1
+        columns = []
+        for i, request in enumerate(writer.requests):
+            fact = writer.facts[request.owner]
+            columns.append(
+                Column(
+                    id=first + i,
+                    batch=len(self.history.batches) + 1,
+                    row=i,
+                    group=first + written.groups[i],
+                    fact=fact,
+                    active=True,
+                    outcome=written.outcomes[i],
+                    replaces=stand_in[fact.key].id if fact.key in stand_in else 0,
+                    part=request.part,
+                )
+            )
+        return columns
+
+
+def _instead(new: Fact, old: Fact) -> str:
+    """What becomes of an earlier answer to the question of `new`."""
+    if old.forget:
+        return f"{new.id}: {old.target!r} was suppressed by {old.id}, which is taken out"
+    if new.forget:
+        return f"{new.id}: the edit {old.id}, which wrote {old.target!r}, is taken out"
+    return f"{new.id}: the older answer {old.target!r} of {old.id} is replaced"
+
+
+def _same(a: Epoch, b: Epoch) -> bool:
+    """Whether both solve alike; one may hold a W₀ that an earlier epoch holds for the other."""
+    return replace(a, id=0, tensors="") == replace(b, id=0, tensors="")
+
+
+def check_in_model(ids: Iterable[str], history: History) -> None:
+    """LedgerError if one of `ids` is of no fact in the model; names a near one."""
+    active = dict.fromkeys(c.fact.id for c in history.active)
+    for id_ in ids:
+        if id_ not in active:
+            near = suggest(id_, active)
+            raise LedgerError(f"no fact {id_!r} in the model{near}; in it are: {some(active)}")
+
+
+def some(names: Iterable[object], most: int = 5) -> str:
+    """The first of `names`, and how many more."""
+    shown = [str(n) for n in names]
+    more = f" and {len(shown) - most} more" if len(shown) > most else ""
+    return ", ".join(shown[:most]) + more

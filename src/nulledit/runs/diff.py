@@ -1,0 +1,128 @@
+"""Two states of one base model: which facts, how far apart, and what each says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nulledit.data.facts import Fact
+from nulledit.editing.editor import Editor
+from nulledit.errors import LedgerError
+from nulledit.evaluation.scores import score
+from nulledit.evaluation.queries import Query
+from nulledit.ledger.records import Column, History
+from nulledit.editing.undo import facts_of
+from nulledit.editing.weights import EditedWeights
+from nulledit.models.tokens import pad_id
+
+
+@dataclass(frozen=True)
+class FactDifference:
+    """One question that the two answer differently, or only one was taught."""
+
+    first: Fact | None
+    """As the first has it; None if it was not edited there."""
+    second: Fact | None
+    """As the second has it."""
+    probabilities: dict[str, tuple[float, float]]
+    """Answer -> its probability per token (geometric mean) in the first and in the second."""
+
+
+@dataclass(frozen=True)
+class LayerDifference:
+    """How far apart two weights of one layer are."""
+
+    layer: int
+    """Block number."""
+    first: float
+    """‖W₁ − W₀‖/‖W₀‖."""
+    second: float
+    """‖W₂ − W₀‖/‖W₀‖."""
+    apart: float
+    """‖W₂ − W₁‖/‖W₀‖."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What differs between two states."""
+
+    facts: tuple[FactDifference, ...]
+    """In the first's order, then the second's."""
+    common: int
+    """Facts that both have."""
+    layers: tuple[LayerDifference, ...]
+    """Layers that either edits."""
+
+
+def difference(
+    editor: Editor,
+    other: History,
+    *,
+    first: Sequence[Column] | None = None,
+    second: Sequence[Column] | None = None,
+) -> Difference:
+    """The editor's model beside the one of another ledger on the same base.
+
+    `first`, `second`: the columns that are in each, by default the active ones. The editor is as
+    before afterwards. LedgerError for another base.
+    """
+    if other.base.hash != editor.history.base.hash:
+        raise LedgerError(
+            f"the bases differ: {editor.history.base.hash[:12]} and {other.base.hash[:12]}; "
+            "only states of one model can be compared"
+        )
+    mine = editor.history.active if first is None else list(first)
+    theirs = other.active if second is None else list(second)
+    a, b = ({f.key: f for f in facts_of(columns)} for columns in (mine, theirs))
+    keys = [k for k in dict.fromkeys([*a, *b]) if _demand(a.get(k)) != _demand(b.get(k))]
+    questions = [(a.get(key), b.get(key)) for key in keys]
+    queries = [
+        Query(f"{i}", "efficacy", fact.render(fact.prompt), fact.target, None)
+        for i, pair in enumerate(questions)
+        for fact in {f.target: f for f in pair if f}.values()
+    ]
+    layers = sorted({*editor.history.layers, *other.layers})
+    with editor.weights.holding(mine):
+        weights = {i: editor.weights.exact(i).cpu() for i in editor.weights.layers}
+        said = _probabilities(editor, queries)
+    with editor.weights.holding([]):  # the base, which the other's edits stand on
+        beside = EditedWeights(editor.partial, other)
+        try:
+            beside.refresh(theirs)
+            others = {i: beside.exact(i).cpu() for i in beside.layers}
+            base = {i: beside.base(i) for i in beside.layers} | {
+                i: editor.weights.base(i) for i in editor.weights.layers
+            }
+            says = _probabilities(editor, queries)
+        finally:
+            beside.return_to({})
+    found: list[dict[str, tuple[float, float]]] = [{} for _ in questions]
+    for query, x, y in zip(queries, said, says, strict=True):
+        found[int(query.fact_id)][query.answer] = (x, y)
+    return Difference(
+        facts=tuple(FactDifference(*pair, p) for pair, p in zip(questions, found, strict=True)),
+        common=len(set(a) | set(b)) - len(keys),
+        layers=tuple(_layer(i, base[i], weights.get(i), others.get(i)) for i in layers),
+    )
+
+
+def _layer(
+    layer: int, base: Tensor, first: Tensor | None, second: Tensor | None
+) -> LayerDifference:
+    a, b = (base if w is None else w for w in (first, second))
+    scale = torch.linalg.norm(base)
+    shares = (float(torch.linalg.norm(x) / scale) for x in (a - base, b - base, b - a))
+    return LayerDifference(layer, *shares)
+
+
+def _probabilities(editor: Editor, queries: Sequence[Query]) -> list[float]:
+    found = score(editor.partial, editor.encoder, queries, pad_id=pad_id(editor.tokenizer))
+    return [math.exp(-item.answer_nll) for item in found]
+
+
+def _demand(fact: Fact | None) -> tuple[str, bool] | None:
+    return None if fact is None else fact.demand

@@ -1,0 +1,162 @@
+"""The folder of a run: what was asked, with what, and what came of it; each file whole or old."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nulledit._version import __version__
+from nulledit.errors import ReportError
+from nulledit.io.untrusted import MAX_DOCUMENT, MAX_LINES, check_values, parse_json, read_text
+from nulledit.runs.schema import is_environment, is_line, is_summary
+from nulledit.report.figures import figure_of
+from nulledit.report.images import as_png, as_svg
+from nulledit.runs.page import report_page
+from nulledit.runs.rates import rate_rows, rates_spec
+from nulledit.io.jsonfiles import as_json, write
+
+if TYPE_CHECKING:
+    from nulledit.editing.editor import Editor
+    from nulledit.ledger.records import Column
+
+FILES = (
+    *("recipe.yaml", "environment.json", "results.jsonl", "summary.json", "report.md"),
+    *("figure.png", "figure.svg", "figure.csv"),
+)
+
+
+def environment(editor: Editor) -> dict[str, Any]:
+    """Versions, machine and model that results depend on, beside the recipe and the facts."""
+    import safetensors
+    import torch
+    import transformers
+
+    from nulledit.models.placement import devices_of
+
+    return {
+        "nulledit": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+        "system": platform.platform(),
+        "device": ", ".join(devices_of(editor.model)),
+        "threads": torch.get_num_threads(),
+        "dtype": editor.history.base.dtype,
+        "seed": editor.seed,
+        "model": editor.history.base.model,
+        "model_hash": editor.history.base.hash,
+        "time": now(),
+    }
+
+
+def now() -> str:
+    """UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def fact_line(
+    column: Column,
+    run: int,
+    before: Mapping[str, Any] | None,
+    after: Mapping[str, Any] | None,
+    *,
+    says_target: bool | None,
+    diagnosis: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """One line of `results.jsonl`; `before` and `after` are rows of an evaluation, or None.
+
+    `diagnosis`: why the fact does not hold; None where it does.
+    """
+    fact = column.fact
+    return {
+        "id": fact.id,
+        "run": run,
+        "batch": column.batch,
+        "column": column.id,
+        "active": column.active,
+        "subject": fact.subject,
+        "prompt": fact.render(fact.prompt),
+        "target": fact.target,
+        "old_answer": fact.old_answer,
+        "before": before,
+        "after": after,
+        "says_target": says_target,
+        "diagnosis": diagnosis,
+        "outcome": column.outcome,
+    }
+
+
+def read_lines(folder: Path) -> list[dict[str, Any]]:
+    """The lines of `results.jsonl`, none if there is no such file; ReportError for others."""
+    file = folder / "results.jsonl"
+    if not file.exists():
+        return []
+    text = read_text(file, most=MAX_LINES, error=ReportError)
+    check_values(text, source=str(file), error=ReportError)
+    lines = []
+    for number, raw in enumerate(text.split("\n"), 1):  # U+2028 may stand in a JSON text
+        if raw:
+            where = f"{file}: line {number}"
+            line = parse_json(raw, source=where, error=ReportError)
+            if not is_line(line):
+                raise ReportError(f"{where}: no result of a fact; {_WAY_OUT}")
+            lines.append(line)
+    return lines
+
+
+def read_json(folder: Path, name: str, default: Any) -> Any:
+    """The content of a JSON file in the folder, or `default` if there is none.
+
+    ReportError if it is too large, not JSON, or not what `write_run` writes under this name.
+    """
+    file = folder / name
+    if not file.exists():
+        return default
+    text = read_text(file, most=MAX_DOCUMENT, error=ReportError)
+    found = parse_json(text, source=str(file), error=ReportError)
+    about = _KNOWN.get(name)
+    if about and not about[0](found):
+        raise ReportError(f"{file}: not {about[1]}; {_WAY_OUT}")
+    return found
+
+
+_KNOWN = {
+    "summary.json": (is_summary, "the summary of a run"),
+    "environment.json": (is_environment, "a run's environments"),
+}
+_WAY_OUT = "move the file away, or edit again into a new folder"
+
+
+def write_run(
+    folder: Path,
+    *,
+    recipe: str,
+    environments: Sequence[Mapping[str, Any]],
+    lines: Sequence[Mapping[str, Any]],
+    summary: Mapping[str, Any],
+) -> None:
+    """Write every file of the run but the ledger and the model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "recipe.yaml", recipe)
+    write(folder / "environment.json", as_json(environments))
+    write(folder / "results.jsonl", "".join(as_json(line, indent=None) for line in lines))
+    evaluated = [run for run in summary["runs"] if run["after"]]
+    if evaluated:
+        _write_figure(folder, {side: evaluated[-1][side] for side in ("before", "after")})
+    write(folder / "report.md", report_page(summary, lines))
+    write(folder / "summary.json", as_json(summary))  # last: it counts the run
+
+
+def _write_figure(folder: Path, sides: Mapping[str, Mapping[str, Any]]) -> None:
+    rows = rate_rows(sides)
+    head = ("metric", "score", "side", "mean", "standard_error", "n")
+    cells = [["" if row[name] is None else str(row[name]) for name in head] for row in rows]
+    write(folder / "figure.csv", "".join(",".join(c) + "\n" for c in (head, *cells)))
+    spec = rates_spec(sides)
+    figure = figure_of(spec, spec.points)
+    write(folder / "figure.png", as_png(figure))
+    write(folder / "figure.svg", as_svg(figure))

@@ -1,0 +1,452 @@
+"""Measure what limits ask for, and nothing else: base and edited model of an editor in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from nulledit.data.facts import Fact
+from nulledit.editing.editor import Editor
+from nulledit.errors import FactError
+from nulledit.evaluation.capability import TaskResult, capability
+from nulledit.evaluation.scores import Rate, Score, per_fact, score
+from nulledit.evaluation.perplexity import Reading, mean_of, read, read_windows
+from nulledit.evaluation.preservation import shipped_corpus
+from nulledit.evaluation.queries import KINDS as ASKED
+from nulledit.evaluation.queries import queries_of
+from nulledit.evaluation.runner import ACCELERATOR_POSITIONS, CPU_POSITIONS
+from nulledit.evaluation.tasks import read_tasks
+from nulledit.evaluation.hidden_norms import edit_rows, hidden_growth, text_rows
+from nulledit.runs.limits import KINDS, Bound, Least, Limits, Most, Oldest, Tasks
+from nulledit.models.tokens import pad_id
+
+SURE = 1.645  # standard errors of a one-sided 95 %
+DOUBT = 0.05  # chance of a sample like this that `confident` accepts
+WINDOW = 256  # tokens
+NO_TEXT = "no window of text with two tokens or more"
+FAILED, OK, UNMEASURED = "FAILED", "ok", "not measured"
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One limit and what was found."""
+
+    name: str
+    """As in the limits; a task's name behind capability_drop."""
+    found: float | None
+    """In the unit; None if it was not measured, nan or infinite where the model is."""
+    error: float | None
+    """Standard error, same unit; None for what is no estimate, or for n = 1."""
+    n: int | None
+    """What an estimate is over."""
+    over: str
+    """facts, windows, pieces, items or layers."""
+    side: str
+    """at_least or at_most."""
+    limit: float
+    """The bound, same unit."""
+    confident: bool
+    """Whether the bound has to hold by one-sided 95 %."""
+    verdict: str
+    """ok, FAILED or not measured (only of a limit that is optional)."""
+    note: str = ""
+    """The layer where it was found, how it is spread, or why nothing was."""
+    unit: str = "%"
+    """% or points of %; mnat for KL per token."""
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """What became of each limit."""
+
+    rows: tuple[Row, ...]
+    """In the limits' order."""
+    source: str = ""
+    """Where the limits came from."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether no limit failed."""
+        return not self.failed
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Names of those that did."""
+        return tuple(row.name for row in self.rows if row.verdict == FAILED)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; numbers that are not finite are None."""
+        rows = [
+            {
+                key: None if isinstance(value, float) and not math.isfinite(value) else value
+                for key, value in asdict(row).items()
+            }
+            for row in self.rows
+        ]
+        return {
+            "passed": self.passed,
+            "failed": list(self.failed),
+            "limits": self.source,
+            "rows": rows,
+        }
+
+
+@dataclass(frozen=True)
+class Found:
+    """A measured number."""
+
+    value: float
+    """In the limit's unit."""
+    error: float | None = None
+    """Standard error, same unit; None for what is no estimate."""
+    n: int | None = None
+    """What it is over."""
+    over: str = ""
+    """What n counts."""
+    agreed: bool = False
+    """Whether it is a mean of shares that are all the same, which hides how few they are."""
+    note: str = ""
+    """Where it was found, or how it is spread."""
+
+    @classmethod
+    def of(cls, rate: Rate, over: str, *, shares: bool = False) -> Found:
+        """From a rate in shares of one."""
+        return cls(
+            100 * rate.mean,
+            100 * rate.standard_error,
+            rate.n,
+            over,
+            shares and rate.standard_error == 0,
+        )
+
+    @property
+    def margin(self) -> float:
+        """How far the truth may lie from `value` by one-sided 95 %.
+
+        Where all n facts agree the normal bound would be 0; then it is what n draws in a row leave
+        open (Clopper and Pearson): 1 − 0.05^(1/n), 11 points for 25 facts. nan for n = 1.
+        """
+        if self.error is None:
+            return 0.0
+        if self.agreed and self.n:
+            return 100 * (1 - DOUBT ** (1 / self.n))
+        return SURE * self.error
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Why a limit could not be measured."""
+
+    why: str
+    """In words."""
+
+
+Outcome = Found | Missing
+
+
+def check(
+    editor: Editor,
+    limits: Limits,
+    *,
+    facts: Sequence[Fact] | None = None,
+    windows: Sequence[Sequence[int]] | None = None,
+    tasks: str | Path | None = None,
+    progress: Progress | None = None,
+) -> GateReport:
+    """Compare the editor's model, as it is now, with its base against `limits`.
+
+    Nothing is saved or changed, and only what the limits ask for is measured: norms, leakage and
+    room alone take no forward pass. `facts`: by default those in the model. `windows`: token ids of
+    a text; by default of the one that comes with the package. `tasks`: the folder of the six
+    tasks' files. `progress` is told the stage, what is done and what there is in all. A limit that
+    can't be measured fails unless it is optional; so does a number that is not finite.
+    """
+    at_work = _Measuring(editor, limits, facts, windows, tasks, progress)
+    rows: list[Row] = []
+    for name, bound in limits.bounds.items():
+        for label, found in at_work.outcomes(name, bound).items():
+            rows.append(_judged(label, bound, found, KINDS[name].unit))
+    return GateReport(tuple(rows), limits.source)
+
+
+def _judged(name: str, bound: Bound, found: Outcome, unit: str = "%") -> Row:
+    side = "at_least" if isinstance(bound, Least) else "at_most"
+    limit = bound.at_least if isinstance(bound, Least) else cast(Most, bound).at_most
+    confident = bool(getattr(bound, "confident", False))
+    if isinstance(found, Missing):
+        verdict = UNMEASURED if bound.optional else FAILED
+        return Row(name, None, None, None, "", side, limit, confident, verdict, found.why, unit)
+    margin = found.margin if confident else 0.0
+    # Every comparison with nan is false, so what is not a number fails.
+    if side == "at_least":
+        holds = found.value - margin >= limit
+    else:
+        holds = found.value + margin <= limit
+    note = found.note
+    if confident and not holds:
+        end = found.value - margin if side == "at_least" else found.value + margin
+        note = f"{note}, " * bool(note) + f"95 % bound {end:.1f}"
+    known = found.error is not None and math.isfinite(found.error)
+    return Row(
+        name,
+        found.value,
+        found.error if known else None,
+        found.n,
+        found.over,
+        side,
+        limit,
+        confident,
+        OK if holds else FAILED,
+        note,
+        unit,
+    )
+
+
+class _Measuring:
+    """Each measure, made when it is first asked for."""
+
+    def __init__(
+        self,
+        editor: Editor,
+        limits: Limits,
+        facts: Sequence[Fact] | None,
+        windows: Sequence[Sequence[int]] | None,
+        tasks: str | Path | None,
+        progress: Progress | None,
+    ):
+        self.editor, self.limits = editor, limits
+        self.facts = list(editor.facts if facts is None else facts)
+        self._given_windows, self._folder, self._progress = windows, tasks, progress
+        self._scores: dict[str, list[Score]] = {}
+        self._reports: Sequence[Any] | None = None
+        self._texts: tuple[Reading, ...] = ()
+
+    def outcomes(self, name: str, bound: Bound) -> Mapping[str, Outcome]:
+        """Row name -> what was found for the limit `name`."""
+        if isinstance(bound, Tasks):
+            return self._tasks(name, bound)
+        if isinstance(bound, Oldest):
+            said = [fact for fact in self.facts if not fact.forget]
+            return {name: self._rate("efficacy_strict", (said or self.facts)[: bound.first])}
+        if name.startswith("specificity") and name.endswith("_drop"):
+            return {name: self._drop(name.removesuffix("_drop"))}
+        if name.removesuffix("_strict") in ASKED:
+            return {name: self._rate(name, self.facts)}
+        found: dict[str, Callable[[], Outcome]] = {
+            "perplexity_growth": self._perplexity,
+            "kl": self._kl,
+            "norm_growth": self._norms,
+            "hidden_growth": self._hidden,
+            "hidden_growth_text": self._hidden_text,
+            "leakage": self._leakage,
+            "room_left": self._room,
+        }
+        return {name: found[name]()}
+
+    # -- facts -------------------------------------------------------------------------------
+
+    def _rate(self, measure: str, facts: Sequence[Fact]) -> Outcome:
+        values = per_fact(self._asked("edited"))[measure]
+        held = [values[fact.id] for fact in facts if fact.id in values]
+        if not held:
+            return _absent(measure, facts)
+        return Found.of(Rate.of(held), "facts", shares=True)
+
+    def _drop(self, measure: str) -> Outcome:
+        before, after = (per_fact(self._asked(side))[measure] for side in ("base", "edited"))
+        moved = [before[i] - after[i] for i in before if i in after]
+        if not moved:
+            return _absent(measure, self.facts)
+        return Found.of(Rate.of(moved), "facts", shares=True)
+
+    def _asked(self, side: str) -> list[Score]:
+        """Scores of the facts' queries, of those kinds that the limits ask for."""
+        if side not in self._scores:
+            kinds = self._kinds(side)
+            queries = [q for fact in self.facts for q in queries_of(fact) if q.kind in kinds]
+            if side == "base":
+                with self.editor.base_weights():
+                    self._scores[side] = self._score(queries, side)
+            else:
+                self._scores[side] = self._score(queries, side)
+        return self._scores[side]
+
+    def _kinds(self, side: str) -> set[str]:
+        names = self.limits.bounds
+        if side == "base":
+            return {"specificity"}
+        kinds = {kind for kind in ASKED if any(name.startswith(kind) for name in names)}
+        return kinds | ({"efficacy"} if "oldest_cohort" in names else set())
+
+    def _score(self, queries: Sequence[Any], side: str) -> list[Score]:
+        if not queries:
+            return []
+        editor, on_cpu = self.editor, self.editor.partial.device.type == "cpu"
+        return score(
+            editor.partial,
+            editor.encoder,
+            queries,
+            pad_id=pad_id(editor.tokenizer),
+            positions=CPU_POSITIONS if on_cpu else ACCELERATOR_POSITIONS,
+            progress=self._stage(f"{side}: facts"),
+        )
+
+    # -- weights -----------------------------------------------------------------------------
+
+    def _layers(self) -> Sequence[Any]:
+        if self._reports is None:
+            self._reports = self.editor.weights.reports()
+        return self._reports
+
+    def _norms(self) -> Outcome:
+        shares = {report.layer: report.update_share for report in self._layers()}
+        return _worst(shares, highest=True) if shares else Found(0.0, note="nothing is edited")
+
+    def _room(self) -> Outcome:
+        rooms = {report.layer: report.room for report in self._layers()}
+        return _worst(rooms, highest=False) if rooms else Found(100.0, note="nothing is edited")
+
+    def _leakage(self) -> Outcome:
+        weights = self.editor.weights
+        shares = {layer: weights.leakage(layer) for layer in weights.layers}
+        return _worst(shares, highest=True) if shares else Missing("nothing is edited")
+
+    # -- texts -------------------------------------------------------------------------------
+
+    def _windows(self) -> Sequence[Sequence[int]]:
+        if self._given_windows is None:
+            encoder = self.editor.encoder
+            window = min(WINDOW, encoder.max_length)
+            self._given_windows = read_windows(shipped_corpus(), encoder.tokenizer, window=window)
+        return self._given_windows
+
+    def _perplexity(self) -> Outcome:
+        if not (texts := self._read()):
+            return Missing(NO_TEXT)
+        return perplexity_growth(*(reading.losses for reading in texts))
+
+    def _kl(self) -> Outcome:
+        found = texts[1].kl if (texts := self._read()) else None
+        if found is None:
+            return Missing(NO_TEXT)
+        note = f"{100 * found.worst_share:.0f} % of it in the worst 1 %"
+        return Found(found.value, found.standard_error, len(texts[1].windows), "windows", note=note)
+
+    def _read(self) -> tuple[Reading, ...]:
+        """Base and edited model on the windows, the latter compared if that is asked for."""
+        windows = [ids for ids in self._windows() if len(ids) > 1]
+        if windows and not self._texts:
+            editor, compared = self.editor, "kl" in self.limits.bounds
+            given = (editor.partial, windows, pad_id(editor.tokenizer))
+            tell = self._stage("base: perplexity")
+            with editor.base_weights():
+                base = read(*given, keep=compared, progress=tell)
+            tell = self._stage("edited: perplexity")
+            edited = read(*given, base=base if compared else None, progress=tell)
+            self._texts = base, edited
+        return self._texts
+
+    def _hidden(self) -> Outcome:
+        if not self.facts:
+            return Missing("no facts in the model")
+        rows = edit_rows(self.editor, self.facts)
+        return Found.of(hidden_growth(self.editor, rows), "facts")
+
+    def _hidden_text(self) -> Outcome:
+        rows = text_rows(self._windows())
+        return Found.of(hidden_growth(self.editor, rows), "pieces")
+
+    # -- tasks -------------------------------------------------------------------------------
+
+    def _tasks(self, name: str, bound: Tasks) -> Mapping[str, Outcome]:
+        if self._folder is None:
+            return {name: Missing("no folder of tasks was given")}
+        try:
+            items = read_tasks(self._folder, names=bound.tasks, limit=bound.items)
+        except FactError as error:
+            if bound.optional:
+                return {name: Missing(str(error))}
+            raise
+
+        def ask(side: str) -> dict[str, TaskResult]:
+            editor = self.editor
+            return capability(
+                editor.partial,
+                editor.plain_encoder,
+                items,
+                pad_id=pad_id(editor.tokenizer),
+                progress=self._stage(f"{side}: tasks"),
+            )
+
+        with self.editor.base_weights():
+            before = ask("base")
+        after = ask("edited")
+        return {f"{name} {task}": _task_drop(before[task], after[task]) for task in before}
+
+    def _stage(self, stage: str) -> Callable[[int, int], None] | None:
+        return partial(self._progress, stage) if self._progress else None
+
+
+def perplexity_growth(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> Found:
+    """Growth of perplexity in % from each token's loss (nats), by window, in two models.
+
+    exp of the mean difference per token, minus one: what the ratio of the perplexities is. The
+    standard error is paired: of the differences over windows.
+    """
+    mean, error, _ = mean_of([b - a for a, b in zip(before, after, strict=True)])
+    factor = math.exp(mean) if mean < 700 else math.inf if mean >= 700 else math.nan
+    return Found(100 * (factor - 1), 100 * factor * error, len(before), "windows")
+
+
+def _task_drop(before: TaskResult, after: TaskResult) -> Outcome:
+    """Points of the right answer's probability that were lost, paired over items.
+
+    An item that the base model gives no number for says nothing; one that only the edited model
+    gives none for makes the whole nan.
+    """
+    moved = [
+        a.probability - b.probability
+        for a, b in zip(before.items, after.items, strict=True)
+        if math.isfinite(a.probability)
+    ]
+    if not moved:
+        return Missing("the base model gives no number for any item")
+    if not all(map(math.isfinite, moved)):
+        return Found(math.nan, math.nan, len(moved), "items")
+    return Found.of(Rate.of(moved), "items")
+
+
+def _worst(by_layer: Mapping[int, float], *, highest: bool) -> Found:
+    """The largest or smallest share, in %, with its layer; nan if one is."""
+    broken = [layer for layer, value in by_layer.items() if math.isnan(value)]
+    if broken:
+        return Found(math.nan, note=f"layer {broken[0]}")
+    pick = max if highest else min
+    layer = pick(by_layer, key=lambda layer: by_layer[layer])
+    return Found(100 * by_layer[layer], note=f"layer {layer}")
+
+
+def _absent(measure: str, facts: Sequence[Fact]) -> Missing:
+    if not facts:
+        return Missing("no facts in the model")
+    lacking = {
+        "efficacy": "no fact has an old answer to prefer the new one to",
+        "generalization": "no fact has a paraphrase",
+        "generalization_strict": "no fact has a paraphrase",
+        "specificity": "no fact has a neighbour with an answer",
+        "specificity_strict": "no fact has a neighbour with an answer",
+    }
+    found = lacking.get(measure, "the facts lack what it needs")
+    if not measure.startswith("specificity") and all(fact.forget for fact in facts):
+        found = "all facts are to be forgotten"
+    elif measure == "generalization" and any(fact.paraphrases for fact in facts):
+        found = "no fact with a paraphrase has an old answer"
+    return Missing(found)

@@ -1,0 +1,78 @@
+"""How many facts of a run hold, what each mark means, and why the others don't hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nulledit.io.text import count
+
+MARKS = {
+    "ok": "says the target by itself",
+    "loops": "says the target, then repeats itself",
+    "by argmax": "each token of the target is the likeliest, but its own words read otherwise",
+    "prefers": "the target is only likelier than the old answer",
+    "missed": "none of these",
+    "forgotten": "no longer says the answer to forget",
+    "leaks": "still says the answer to forget",
+}
+"""What the last column of an answers table says of a fact -> in words."""
+
+
+def mark(line: Mapping[str, Any]) -> str:
+    """One of `MARKS` for a line of `results.jsonl`, or `not evaluated`."""
+    after = line["after"]
+    if after is None:
+        return "not evaluated"
+    to_forget = after.get("forgotten_strict") is not None
+    if held(line):
+        return "forgotten" if to_forget else "ok"
+    if to_forget:
+        return "leaks"
+    if "loops" in _causes(line):
+        return "loops"
+    if after.get("efficacy_strict"):
+        return "by argmax"
+    return "prefers" if after.get("efficacy") else "missed"
+
+
+def held(line: Mapping[str, Any]) -> bool:
+    """Whether the fact of an evaluated line holds, by the rule that `retry` goes by."""
+    from nulledit.evaluation.diagnosis import holds  # with torch
+
+    return holds(after_row(line))
+
+
+def after_row(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A fact's measures after the edit; older lines keep the judge's word apart."""
+    return {"generation": line.get("says_target"), **line["after"]}
+
+
+def headline(lines: Sequence[Mapping[str, Any]]) -> str:
+    """ "18 of 20 facts hold." of the lines that were evaluated; empty if none was."""
+    told = [line for line in lines if line["after"] is not None]
+    good = sum(map(held, told))
+    verb = "holds" if len(told) == 1 else "hold"
+    return f"{good} of {count(len(told), 'fact')} {verb}." if told else ""
+
+
+def legend(lines: Sequence[Mapping[str, Any]]) -> str:
+    """The marks that `lines` have, in words."""
+    shown = {mark(line) for line in lines}
+    return "; ".join(f"{name}: {text}" for name, text in MARKS.items() if name in shown)
+
+
+def reasons(lines: Sequence[Mapping[str, Any]], run: str = "RUN") -> list[tuple[str, str]]:
+    """Id, and in one line why the fact does not hold and what helps in the folder `run`."""
+    return [
+        (
+            line["id"],
+            line["diagnosis"]["line"].replace("nulledit retry RUN", f"nulledit retry {run}"),
+        )
+        for line in lines
+        if line.get("diagnosis")
+    ]
+
+
+def _causes(line: Mapping[str, Any]) -> set[str]:
+    return {cause["name"] for cause in (line.get("diagnosis") or {}).get("causes", ())}

@@ -1,0 +1,241 @@
+"""Limits for an edited model, from a YAML file: what may fall or grow, and how far."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from nulledit.config import read_settings
+from nulledit.data.facts import quote, suggest
+from nulledit.errors import ConfigError
+from nulledit.evaluation.tasks import TASKS
+from nulledit.io.untrusted import MAX_SETTINGS, parse_yaml, read_text
+
+SHIPPED = "default"
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What every limit has."""
+
+    optional: bool = False
+    """Where it can't be measured it is left out, and said so; otherwise that is a failure."""
+
+
+@dataclass(frozen=True)
+class Most(Bound):
+    """An upper bound on a number that is no estimate: it is read off the weights."""
+
+    at_most: float = math.nan
+    """%, or points of %."""
+
+    def __post_init__(self) -> None:
+        _finite(self.at_most, "at_most")
+
+
+@dataclass(frozen=True)
+class Least(Bound):
+    """A lower bound on such a number."""
+
+    at_least: float = math.nan
+    """%."""
+
+    def __post_init__(self) -> None:
+        _share(self.at_least)
+
+
+@dataclass(frozen=True)
+class SampledMost(Most):
+    """An upper bound on an estimate."""
+
+    confident: bool = False
+    """Demand that the bound holds by one-sided 95 %, not only for what was found."""
+
+
+@dataclass(frozen=True)
+class SampledLeast(Least):
+    """A lower bound on an estimate."""
+
+    confident: bool = False
+    """Demand that the bound holds by one-sided 95 %, not only for what was found."""
+
+
+@dataclass(frozen=True)
+class Oldest(SampledLeast):
+    """A lower bound for the facts that were edited first."""
+
+    first: int = 100
+    """Facts of the cohort, without those to forget; a model with fewer is asked about all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _whole(self.first, "first")
+
+
+@dataclass(frozen=True)
+class Tasks(SampledMost):
+    """An upper bound for each of some tasks."""
+
+    tasks: tuple[str, ...] = tuple(TASKS)
+    """Names of tasks; each is a row of its own."""
+    items: int = 50
+    """Questions of each."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _whole(self.items, "items")
+        if not self.tasks:
+            raise ConfigError(f"tasks is empty; expected some of {', '.join(TASKS)}")
+        for name in self.tasks:
+            if name not in TASKS:
+                raise ConfigError(
+                    f"tasks: no task {quote(name)}{suggest(name, TASKS)}; known: {', '.join(TASKS)}"
+                )
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A limit that a file may name."""
+
+    settings: type[Bound]
+    """What stands behind its name."""
+    about: str
+    """What is measured."""
+    needs: str
+    """What is read for it: weights, facts, hidden, text or tasks."""
+    unit: str = "%"
+    """Of its number."""
+
+
+def _rates() -> Iterator[tuple[str, Kind]]:
+    asked = {
+        "efficacy": "the facts' own prompts",
+        "generalization": "their paraphrases",
+        "specificity": "their neighbours' answers",
+    }
+    ways = {"": "preferred to the other answer", "_strict": "every token the likeliest"}
+    for name, what in asked.items():
+        for suffix, how in ways.items():
+            yield name + suffix, Kind(SampledLeast, f"{what}: {how}", "facts")
+    for suffix, how in ways.items():
+        about = f"points of specificity lost to the base model ({how})"
+        yield f"specificity{suffix}_drop", Kind(SampledMost, about, "facts")
+
+
+KINDS: Mapping[str, Kind] = {
+    **dict(_rates()),
+    "oldest_cohort": Kind(Oldest, "strict efficacy of the facts edited first", "facts"),
+    "perplexity_growth": Kind(SampledMost, "growth of perplexity on a text", "text"),
+    "kl": Kind(
+        SampledMost, "KL per token of the base's next token from the edited one's", "text", "mnat"
+    ),
+    "capability_drop": Kind(
+        Tasks, "points of the right answer's probability lost on a task", "tasks"
+    ),
+    "norm_growth": Kind(Most, "‖Δ‖/‖W₀‖, most of the layers", "weights"),
+    "hidden_growth": Kind(SampledMost, "growth of ‖h‖ at the edited subjects", "hidden"),
+    "hidden_growth_text": Kind(SampledMost, "growth of ‖h‖ on a text", "text"),
+    "leakage": Kind(
+        Most, "share of the preserved keys' energy left open, most of the layers", "weights"
+    ),
+    "room_left": Kind(
+        Least, "share of usable directions that no edit took, least of the layers", "weights"
+    ),
+}
+"""Limits by name; numbers are in %, or in points of %, but for that of `kl`."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """A set of limits, as a file names them."""
+
+    bounds: Mapping[str, Bound]
+    """Name -> bound, in the file's order."""
+    source: str = ""
+    """File name, or the name of the shipped set."""
+
+    @classmethod
+    def from_dict(cls, data: Any, *, source: str = "") -> Limits:
+        """From plain data; ConfigError for unknown names, wrong types and numbers that can't be."""
+        if not isinstance(data, Mapping) or not data:
+            raise ConfigError(
+                f"expected limits by name, such as `efficacy_strict: {{at_least: 80}}`, found "
+                f"{quote(data)}"
+            )
+        return cls({name: _bound(name, given) for name, given in data.items()}, source)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `from_dict` reads back."""
+        return {
+            name: {
+                key: list(value) if isinstance(value, tuple) else value
+                for key, value in dataclasses.asdict(bound).items()
+            }
+            for name, bound in self.bounds.items()
+        }
+
+    def needs(self, what: str) -> bool:
+        """Whether a limit reads `what`: weights, facts, hidden, text or tasks."""
+        return any(KINDS[name].needs == what for name in self.bounds)
+
+
+def load_limits(name_or_path: str | Path = SHIPPED) -> Limits:
+    """Limits from a YAML file; `default` is the set that comes with the package."""
+    path = Path(name_or_path)
+    if str(name_or_path) == SHIPPED:
+        shipped = resources.files("nulledit") / "assets" / "gates" / f"{SHIPPED}.yaml"
+        text = shipped.read_text(encoding="utf-8")
+    elif os.path.exists(path):
+        text = read_text(path, most=MAX_SETTINGS, error=ConfigError, what="file of limits")
+    else:
+        raise ConfigError(f"no limits {str(path)!r}: expected a YAML file, or {SHIPPED}")
+    data = parse_yaml(text, source=str(path), error=ConfigError)
+    try:
+        return Limits.from_dict(data, source=path.name)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _bound(name: object, given: Any) -> Bound:
+    if not isinstance(name, str) or name not in KINDS:
+        raise ConfigError(
+            f"no limit {quote(name)}{suggest(name, KINDS)}; known: {', '.join(KINDS)}"
+        )
+    kind = KINDS[name].settings
+    side = "at_least" if issubclass(kind, Least) else "at_most"
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{name} is {quote(given)}; expected `{name}: {{{side}: NUMBER}}`")
+    other = {"at_least": "at_most", "at_most": "at_least"}[side]
+    if side not in given:
+        found = f"has {other}" if other in given else "names no bound"
+        raise ConfigError(f"{name} {found}; expected {side}, in {KINDS[name].unit}")
+    try:
+        bound = read_settings(kind, given, "")
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
+    assert isinstance(bound, Bound)
+    return bound
+
+
+def _finite(value: float, name: str) -> None:
+    if not math.isfinite(value):
+        raise ConfigError(f"{name} is {value}; expected a number")
+
+
+def _share(value: float) -> None:
+    """A lower bound on a share: 0.8 means 0.8 %, which no one means, and all would pass."""
+    if not 0 <= value <= 100:
+        raise ConfigError(f"at_least is {value}; expected 0 to 100, in %")
+    if 0 < value <= 1:
+        raise ConfigError(f"at_least is {value}; numbers are in %: write {100 * value:g}")
+
+
+def _whole(value: int, name: str) -> None:
+    if value < 1:
+        raise ConfigError(f"{name} is {value}; expected 1 or more")

@@ -1,0 +1,97 @@
+"""Folders to one page: read each, compare the runs, write the page whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nulledit.errors import ReportError
+from nulledit.runs.compare import comparison
+from nulledit.report.html import Part, html_page, is_ours
+from nulledit.runs.document import RunFolder, read_run, run_sentence, run_study
+from nulledit.report.document import Study
+from nulledit.report.study import read_study
+from nulledit.report.words import sentence
+from nulledit.io.jsonfiles import write
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a page is made of."""
+
+    folders: tuple[tuple[str, str, Part], ...]
+    """Folder as given, `run` or `study`, and its part."""
+    compared: Study | None
+    """The runs beside each other; None for fewer than two."""
+
+    def parts(self) -> list[Part]:
+        """In the order of the page: the comparison comes first."""
+        told = [part for _, _, part in self.folders]
+        return [*([Part(self.compared, "")] if self.compared else []), *told]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with every figure's points."""
+        return {
+            "folders": [
+                {"folder": folder, "kind": kind, **part.study.to_dict()}
+                for folder, kind, part in self.folders
+            ],
+            "comparison": self.compared.to_dict() if self.compared else None,
+        }
+
+
+def collect(folders: Sequence[Path]) -> Collected:
+    """Read run and study folders, each once; ReportError for a folder that is neither."""
+    folders = list({folder.resolve(): folder for folder in folders}.values())
+    found: list[tuple[str, str, Part]] = []
+    runs: list[RunFolder] = []
+    for folder, name in zip(folders, _names(folders), strict=True):
+        if (folder / "study.json").is_file():
+            study = read_study(folder)
+            found.append((str(folder), "study", Part(study, sentence(study), str(folder))))
+        elif (folder / "summary.json").is_file():
+            run = read_run(folder, name)
+            runs.append(run)
+            try:
+                part = Part(run_study(run), run_sentence(run), str(folder))
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise ReportError(
+                    f"{folder}: not a run's files ({type(error).__name__}: {error}); "
+                    "edit again into a new folder"
+                ) from error
+            found.append((str(folder), "run", part))
+        else:
+            what = "is no folder" if not folder.is_dir() else "holds no run and no study"
+            raise ReportError(
+                f"{folder}: {what}; expected a folder with summary.json (of `nulledit edit`) or "
+                "study.json (of `nulledit study`)"
+            )
+    try:
+        return Collected(tuple(found), comparison(runs))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ReportError(f"the runs can't be compared ({error}); give them one by one") from error
+
+
+def write_report(collected: Collected, file: Path, *, title: str, force: bool = False) -> None:
+    """Write the page; ReportError if another kind of file is in the way, unless `force`."""
+    if file.is_dir():
+        raise ReportError(f"{file}: is a folder; choose another --out")
+    if file.exists() and not force:
+        with file.open(encoding="utf-8", errors="replace") as held:
+            if not is_ours(held.read(500)):
+                raise ReportError(
+                    f"{file}: is there and not made by `nulledit report`; choose another --out, "
+                    "or --force"
+                )
+    write(file, html_page(title, collected.parts()))
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Each folder's own name, or its path where two have the same."""
+    names = [folder.resolve().name for folder in folders]
+    return [
+        str(folder) if names.count(name) > 1 or not name else name
+        for folder, name in zip(folders, names, strict=True)
+    ]

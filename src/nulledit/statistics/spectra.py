@@ -1,0 +1,116 @@
+"""Statistics as edits use them: spectra by layer, and where they come from."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+from nulledit.errors import StatisticsError
+from nulledit.io.untrusted import parse_json
+from nulledit.linalg.blocks import AnySpectrum, parts_of
+from nulledit.statistics.manifest import UNCHECKED, Manifest, check_file, read_manifest
+from nulledit.statistics.tensor_files import (
+    SPECTRA,
+    opened_file,
+    save_alone,
+    spectrum_tensors,
+    thin,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Spectra of the preserved keys' second moment, by layer, and where they come from."""
+
+    manifest: Manifest
+    """Provenance."""
+    spectra: dict[int, AnySpectrum]
+    """By layer."""
+    checked: bool = True
+    """Whether what was read has the hashes written with it; False: of before there were any."""
+
+    def check(self, model_hash: str, layers: Sequence[int], mlp_out: str = "") -> None:
+        """Raise StatisticsError unless these are of that model and its W, and cover `layers`."""
+        m = self.manifest
+        if m.mlp_out != mlp_out:
+            raise StatisticsError(
+                f"statistics are of keys of {m.mlp_out or 'the usual matrix'}, the recipe's layout "
+                f"names {mlp_out or 'none'}: run `nulledit stats make` with --recipe"
+            )
+        if m.model_hash != model_hash:
+            raise StatisticsError(
+                f"statistics are of {m.model} (weights {m.model_hash[:12]}), "
+                f"the model's weights are {model_hash[:12]}: make its own by `nulledit stats make`"
+            )
+        missing = [layer for layer in layers if layer not in self.spectra]
+        if missing:
+            raise StatisticsError(
+                f"statistics cover layers {sorted(self.spectra)}, layers {missing} are needed: "
+                f"run `nulledit stats make` with --layers {','.join(map(str, layers))}"
+            )
+
+    def save_compact(self, file: str | Path, thresholds: dict[int, float]) -> None:
+        """One small file: all eigenvalues, and the thinner side at `thresholds` in float16."""
+        tensors: dict[str, torch.Tensor] = {}
+        starts: dict[str, int] = {}
+        for layer, spectrum in self.spectra.items():
+            kept = spectrum.compact(thresholds[layer])
+            tensors |= spectrum_tensors(kept, layer)
+            starts |= {name: part.start for name, part in parts_of(kept, str(layer)).items()}
+        metadata = {"manifest": self.manifest.to_json(), "starts": json.dumps(starts)}
+        save_alone(Path(file), tensors, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """Read a folder made by `collect` or a compact file; StatisticsError otherwise.
+
+        What is not as it was written is refused; what is from before hashes were written with
+        statistics can't be checked, which is said.
+        """
+        path = Path(path)
+        found = cls._of_folder(path) if path.is_dir() else cls._of_file(path)
+        if not found.checked:
+            logger.warning("%s: %s", path, UNCHECKED)
+        return found
+
+    @classmethod
+    def shipped(cls, wanted: Callable[[Manifest], bool]) -> Iterator[Statistics]:
+        """Those that come with the package and have a `wanted` manifest."""
+        with resources.as_file(resources.files("nulledit") / "assets" / "statistics") as folder:
+            for file in sorted(folder.glob("*.safetensors")):
+                with opened_file(file) as (_, metadata):
+                    manifest = Manifest.from_json(metadata.get("manifest", ""), str(file))
+                if wanted(manifest):
+                    yield cls._of_file(file)
+
+    @classmethod
+    def _of_folder(cls, folder: Path) -> Statistics:
+        manifest, hashes = read_manifest(folder)
+        check_file(folder / SPECTRA, hashes)
+        with opened_file(folder / SPECTRA) as (tensors, _):
+            found = {i: tensors.layer(i, tensors.spectrum) for i in manifest.layers}
+            return cls(manifest, found, bool(hashes))
+
+    @classmethod
+    def _of_file(cls, file: Path) -> Statistics:
+        with opened_file(file) as (tensors, metadata):
+            checked = tensors.check(metadata)
+            manifest = Manifest.from_json(metadata.get("manifest", ""), str(file))
+            starts = parse_json(
+                metadata.get("starts", "{}"), source=f"{file}: starts", error=StatisticsError
+            )
+            if not isinstance(starts, dict):
+                raise StatisticsError(f"{file}: starts are no object")
+            found = {
+                i: tensors.layer(i, lambda name: thin(tensors, name, starts))
+                for i in manifest.layers
+            }
+            return cls(manifest, found, checked)
