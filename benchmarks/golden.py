@@ -136,7 +136,7 @@ def main():
     rows["published"] = judge()
     model, tokenizer = load_model("smollm2-135m")
     editor = Editor(model, tokenizer, recipe=recipe, statistics=valid)
-    partial, encoder = editor.partial, editor.encoder
+    partial, encoder = editor.editable, editor.editable.encoder
     editor.edit(facts)
     rows[OURS] = judge()
 

@@ -74,7 +74,7 @@ def main():
     first = FIRST[options.text]
     windows = read_windows(text, editor.tokenizer, windows=first + options.windows)[first:]
     padding = pad_id(editor.tokenizer)
-    base = read(editor.partial, windows, padding, keep=True)
+    base = read(editor.editable, windows, padding, keep=True)
     size = options.batch_size
     print(f"| {' | '.join(HEAD)} |\n{'| --- ' * len(HEAD)}|", flush=True)
     stages, spent = [], 0.0
@@ -104,7 +104,7 @@ def stage(editor, facts, windows, base, spent, options, last):
     """What holds after a batch: all measures at the end of the stream, strict efficacy before."""
     asked = facts if last else [replace(f, paraphrases=(), neighbours=()) for f in facts]
     generate = last and not options.no_answers
-    found = evaluate(editor, asked, windows=windows, generate=generate, base=base)
+    found = evaluate(editor.editable, asked, windows=windows, generate=generate, base=base)
     told = found.summary()
     columns = {c.fact.id: c.outcome for c in editor.history.present}
     rows = found.rows()

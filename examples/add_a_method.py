@@ -97,7 +97,7 @@ def main() -> None:
     )
     editor = Editor.from_pretrained(options.model, recipe=recipe)
     report = editor.edit(FACTS)
-    found = evaluate(editor, FACTS, generate=False)
+    found = evaluate(editor.editable, FACTS, generate=False)
     for name, rate in found.rates.items():
         if rate is not None:
             print(f"{name:<24} {100 * rate.mean:5.1f} % of {rate.n}")

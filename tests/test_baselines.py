@@ -171,7 +171,7 @@ def test_an_editor_is_asked_without_its_edits(
     editor = Editor(model, tokenizer, recipe=recipe, statistics=statistics)
     editor.edit(facts[:2])
     edited = model_hash(model)
-    assert in_context(editor, facts) == expected
+    assert in_context(editor.editable, facts) == expected
     assert model_hash(model) == edited
 
 
@@ -276,21 +276,21 @@ def test_an_error_inside_takes_the_adapter_off(tiny_model, tokenizer, facts):
 def test_training_teaches_the_facts_until_the_loss_is_low(family, tiny_model, tokenizer, facts):
     model = tiny_model(family, hidden=48)
     editor = Editor(model, tokenizer)
-    before = evaluate(editor, facts, generate=False)
+    before = evaluate(editor.editable, facts, generate=False)
     assert before.rates["efficacy_strict"].mean < 1
     settings = changed(rank=8, epochs=100, stop_loss=0.1)
     told = []
     with lora_finetune(
         model, tokenizer, facts, settings, lambda *state: told.append(state)
     ) as baseline:
-        after = evaluate(editor, facts, generate=False)
+        after = evaluate(editor.editable, facts, generate=False)
         report = baseline.reports[0]
     assert report.epochs < 100
     assert told == [("lora", n + 1, 100) for n in range(report.epochs)]
     assert report.losses.keys() == {"ada", "zola", "velm", "karo"}
     assert sum(report.losses.values()) / 4 < 0.1
     assert after.rates["efficacy_strict"].mean == 1
-    assert evaluate(editor, facts, generate=False) == before
+    assert evaluate(editor.editable, facts, generate=False) == before
 
 
 @needs_peft

@@ -54,7 +54,7 @@ def make(tokenizer):
 
 
 def weights(editor):
-    return {i: as_out_in(editor.partial.mlp_out(i)).clone() for i in editor.recipe.layers}
+    return {i: as_out_in(editor.editable.mlp_out(i)).clone() for i in editor.recipe.layers}
 
 
 def gap(a, b):
@@ -116,8 +116,8 @@ def test_the_loss_of_a_weight_and_its_gradient(family, tokenizer, facts):
     editor = Editor(build_model(family), tokenizer, recipe=RECIPE)
     losses = [
         WeightLoss(
-            editor.partial,
-            editor.encoder,
+            editor.editable,
+            editor.editable.encoder,
             facts,
             layer=1,
             pad_id=pad_id(tokenizer),
@@ -138,7 +138,7 @@ def test_the_loss_of_a_weight_and_its_gradient(family, tokenizer, facts):
         assert abs(slope - float((gradient * direction).sum())) < 1e-3 * max(1, abs(slope))
     plain = 0.0
     for fact in facts:
-        row = editor.encoder.encode_template(fact.prompt, fact.subject, target=fact.target)
+        row = editor.editable.encoder.encode_template(fact.prompt, fact.subject, target=fact.target)
         with torch.no_grad():
             logits = editor.model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
         told = [
@@ -188,8 +188,8 @@ def test_a_value_at_each_layer_is_written_whole(make, facts):
     z_first = editor.history.column_tensor(columns, f"z.{first}")
     assert torch.allclose(z_first, torch.stack([v.z for v in found]), atol=1e-9)
     walk = Walk(
-        editor.partial,
-        editor.encoder,
+        editor.editable,
+        editor.editable.encoder,
         facts[:2],
         first=first,
         contexts=("{}",),
@@ -212,7 +212,7 @@ LONG = Fact(
 
 def test_chunks_put_together_are_the_target(tokenizer):
     editor = Editor(build_model("llama"), tokenizer, recipe=RECIPE)
-    parts = chunks_of(LONG, editor.encoder, 3)
+    parts = chunks_of(LONG, editor.editable.encoder, 3)
     assert len(parts) > 2
     assert " ".join(p.target for p in parts) == LONG.target
     for number, part in enumerate(parts):
@@ -221,10 +221,10 @@ def test_chunks_put_together_are_the_target(tokenizer):
             assert part.render(prompt) == " ".join(filter(None, (LONG.render(own), before)))
         length = len(tokenizer(" " + part.target)["input_ids"])
         assert length <= 3 or " " not in part.target
-    assert chunks_of(LONG, editor.encoder, 0) == (LONG,)
-    assert chunks_of(LONG, editor.encoder, 1000) == (LONG,)
+    assert chunks_of(LONG, editor.editable.encoder, 0) == (LONG,)
+    assert chunks_of(LONG, editor.editable.encoder, 1000) == (LONG,)
     short = dataclasses.replace(LONG, target="Velmish")
-    assert chunks_of(short, editor.encoder, 1) == (short,)
+    assert chunks_of(short, editor.editable.encoder, 1) == (short,)
 
 
 def test_a_fact_in_chunks_stands_and_falls_as_one(make, facts, tmp_path):
@@ -355,7 +355,7 @@ def leads_in(editor, facts):
     """The least lead of a target token at each fact's own prompt, in whole runs."""
     found = []
     for fact in facts:
-        row = editor.encoder.encode_template(fact.prompt, fact.subject, target=fact.target)
+        row = editor.editable.encoder.encode_template(fact.prompt, fact.subject, target=fact.target)
         with torch.no_grad():
             logits = editor.model(torch.tensor([row.ids])).logits[0, row.target_start - 1 : -1]
         own = torch.tensor(row.target_ids)[:, None]

@@ -418,7 +418,7 @@ def test_edit_then_the_plain_chat_pipeline_says_it(tokenizer, name):
     for side in ("left", "right"):
         words.padding_side = side
         many = generate_answers(
-            model, words, [*questions, "Who?"], max_new_tokens=4, encoder=editor.encoder
+            model, words, [*questions, "Who?"], max_new_tokens=4, encoder=editor.editable.encoder
         )
         assert many[:-1] == after
 
@@ -472,7 +472,7 @@ def test_an_epoch_may_leave_the_chat_and_each_fact_is_rebuilt_in_its_own_form(ch
     editor.next_epoch(
         replace(editor.recipe, chat=None), statistics=statistics_of(editor.model, chatml)
     )
-    assert editor.encoder.chat is None
+    assert editor.editable.encoder.chat is None
     editor.edit([VELM])
     weights = {k: v.clone() for k, v in editor.model.state_dict().items()}
     editor.rebuild(values=True)
@@ -494,21 +494,21 @@ def test_forgetting_hides_the_subject_in_both_turns(chatml):
 def test_evaluation_asks_in_the_form_of_the_edit_and_in_others(chatml):
     editor = editor_of(chatml)
     editor.edit([ADA])
-    own = evaluate(editor, [ADA])
-    (row,) = [editor.encoder.encode(ADA.render(QUESTION), target=ADA.target)]
+    own = evaluate(editor.editable, [ADA])
+    (row,) = [editor.editable.encoder.encode(ADA.render(QUESTION), target=ADA.target)]
     with torch.no_grad():
         logits = editor.model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
     places = range(row.target_start - 1, len(row.ids) - 1)
     nll = -sum(float(logits[p, t]) for p, t in zip(places, row.target_ids, strict=True))
     assert own.scores[0].answer_nll == pytest.approx(nll / len(row.target_ids), rel=1e-6)
-    others = forms(editor.encoder)
+    others = forms(editor.editable.encoder)
     assert list(others) == ["in chat without a system prompt", "as plain text"]
     for name, encoder in others.items():
-        found = evaluate(editor, [ADA], encoder=encoder)
+        found = evaluate(editor.editable, [ADA], encoder=encoder)
         assert found.scores[0].answer_nll != own.scores[0].answer_nll, name
     plain = evaluate(editor_of(chatml, None), [ADA])
     with editor.base_weights():
-        asked = evaluate(editor, [ADA], encoder=others["as plain text"])
+        asked = evaluate(editor.editable, [ADA], encoder=others["as plain text"])
     assert asked.scores == plain.scores
 
 

@@ -182,7 +182,7 @@ def other(place, options, tmp_path):
 def probability(run, prompt, answer):
     """Geometric mean over the answer's tokens, by the whole model."""
     editor = Editor.load(run)
-    row = editor.encoder.encode(prompt, target=answer)
+    row = editor.editable.encoder.encode(prompt, target=answer)
     logs = editor.model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
     at = range(row.target_start - 1, len(row.ids) - 1)
     return float(logs[at, list(row.target_ids)].mean().exp())

@@ -223,10 +223,10 @@ def test_a_checkpoint_says_what_the_model_there_does(make_lab):
     windows, padding = lab.windows(), pad_id(lab.bench.tokenizer)
     with lab.bench.stream(plan).at(6) as editor:
         with editor.base_weights():
-            before = read(editor.partial, windows, padding, keep=True)
-        after = perplexity(editor.partial, windows, padding).value
-        moved = read(editor.partial, windows, padding, base=before).kl
-        rows = edit_rows(editor, plan.facts[:6])
+            before = read(editor.editable, windows, padding, keep=True)
+        after = perplexity(editor.editable, windows, padding).value
+        moved = read(editor.editable, windows, padding, base=before).kl
+        rows = edit_rows(editor.editable, plan.facts[:6])
         now = _norms(editor, rows)
     lab.bench.clear()
     base = perplexity(lab.bench.partial, windows, padding).value

@@ -178,7 +178,7 @@ def test_edits_drift_from_the_first_edited_block_on(edited, rows):
 
 
 def test_many_checkpoints_share_one_pass_of_the_base(editor, facts, rows):
-    base = read_states(editor.partial, rows, [1, 3], pad_id=0)
+    base = read_states(editor.editable, rows, [1, 3], pad_id=0)
     for fact in facts[:2]:
         editor.edit([fact])
         shared, own = (
@@ -236,10 +236,10 @@ def test_a_broken_model_is_not_a_crash_and_not_a_number():
 def test_bad_layers_and_texts_are_named(editor, rows):
     for layers in ([4], [-1], []):
         with pytest.raises(ConfigError, match="expected some of 0 to 3"):
-            read_states(editor.partial, rows, layers, pad_id=0)
+            read_states(editor.editable, rows, layers, pad_id=0)
     for texts in ([], [(1, 2), ()]):
         with pytest.raises(FactError, match="need one or more texts"):
-            read_states(editor.partial, texts, [0], pad_id=0)
+            read_states(editor.editable, texts, [0], pad_id=0)
 
 
 def test_the_norm_at_the_edited_token_is_that_of_the_whole_model(edited, facts):

@@ -453,7 +453,7 @@ def test_the_report_is_the_ratio_on_the_base_models_own_keys(
 ):
     model = tiny_model(family)
     editor = Editor(model, tokenizer, recipe=recipe, statistics=make_statistics(model))
-    partial = editor.partial
+    partial = editor.editable
     windows = [tokenizer(f"{name} went to the sea in winter")["input_ids"] for name in "ABC"]
     keys = {layer: [] for layer in recipe.layers}
     for window in windows:
@@ -490,10 +490,10 @@ def test_an_evaluation_holds_everything(editor, tokenizer):
     facts = [ADA, KARO]
     stages = []
     windows = [tokenizer("The river flows to the sea. Then, he said that")["input_ids"]] * 2
-    found = evaluate(editor, facts, windows=windows, progress=lambda *p: stages.append(p))
+    found = evaluate(editor.editable, facts, windows=windows, progress=lambda *p: stages.append(p))
     assert [s for s, done, total in stages if done == total] == ["scores", "answers", "perplexity"]
     assert found.rates == rates(found.scores)
-    assert found.perplexity == perplexity(editor.partial, windows, 0)
+    assert found.perplexity == perplexity(editor.editable, windows, 0)
     prompts = ["The mother tongue of Ada Byron is", "Karo Dun works as a"]
     said = generate_answers(editor.model, tokenizer, prompts)
     assert found.answers == dict(zip(["ada", "karo"], said, strict=True))
@@ -536,7 +536,7 @@ def test_an_evaluation_holds_everything(editor, tokenizer):
 
 
 def test_an_evaluation_leaves_out_what_is_not_asked_for(editor):
-    found = evaluate(editor, [KARO], generate=False)
+    found = evaluate(editor.editable, [KARO], generate=False)
     assert found.answers == {}
     assert found.generation is None
     assert found.perplexity is None
@@ -550,9 +550,9 @@ def test_an_evaluation_leaves_out_what_is_not_asked_for(editor):
         for suffix in ("", "_strict", "_tokens")
     }
     assert found.to_dict()["rates"]["specificity"] is None
-    assert evaluate(editor, []).rows() == {}
+    assert evaluate(editor.editable, []).rows() == {}
     with pytest.raises(FactError, match="two facts have the id 'karo'"):
-        evaluate(editor, [KARO, KARO])
+        evaluate(editor.editable, [KARO, KARO])
 
 
 def test_a_judge_of_ones_own_decides_what_says_the_target(editor):
@@ -562,7 +562,7 @@ def test_a_judge_of_ones_own_decides_what_says_the_target(editor):
         asked.append((prompt, answer, target))
         return target == "Velmish"
 
-    found = evaluate(editor, [ADA, KARO], judge=judge)
+    found = evaluate(editor.editable, [ADA, KARO], judge=judge)
     assert found.says_target == {"ada": True, "karo": False}
     assert (found.generation.mean, found.generation.n) == (0.5, 2)
     assert found.rows()["ada"]["generation"] is True
@@ -573,15 +573,15 @@ def test_a_judge_of_ones_own_decides_what_says_the_target(editor):
 
 
 def test_an_evaluation_sees_the_edit_and_base_weights_hide_it(editor):
-    before = evaluate(editor, [ADA, KARO], generate=False)
+    before = evaluate(editor.editable, [ADA, KARO], generate=False)
     editor.edit([ADA, KARO])
-    after = evaluate(editor, [ADA, KARO], generate=False)
+    after = evaluate(editor.editable, [ADA, KARO], generate=False)
     assert all(
         a.answer_nll != b.answer_nll for a, b in zip(after.scores, before.scores, strict=True)
     )
     with editor.base_weights():
-        assert evaluate(editor, [ADA, KARO], generate=False) == before
-    assert evaluate(editor, [ADA, KARO], generate=False) == after
+        assert evaluate(editor.editable, [ADA, KARO], generate=False) == before
+    assert evaluate(editor.editable, [ADA, KARO], generate=False) == after
 
 
 def test_the_bootstrap_is_of_the_mean_difference_of_pairs():

@@ -258,7 +258,7 @@ def test_an_adapter_cut_by_rank_says_what_it_misses(places, tmp_path):
 @torch.no_grad()
 def target_loss(model, editor, fact):
     """Mean loss of a fact's target, and whether it is said, one text at a time."""
-    row = editor.encoder.encode(fact.render(fact.prompt), target=fact.target)
+    row = editor.editable.encoder.encode(fact.render(fact.prompt), target=fact.target)
     found = model(input_ids=torch.tensor([row.ids])).logits[0].log_softmax(-1)
     told = [found[p] for p in range(row.target_start - 1, len(row.ids) - 1)]
     hits = [int(t.argmax()) == i for t, i in zip(told, row.target_ids, strict=True)]

@@ -235,7 +235,7 @@ def test_an_evaluation_writes_on_request(tiny_model, tokenizer, recipe, make_sta
     editor = Editor(model, tokenizer, recipe=recipe, statistics=make_statistics(model))
     stages = []
     found = evaluate(
-        editor,
+        editor.editable,
         [ADA, KARO],
         generate=False,
         fluency=True,
@@ -257,5 +257,5 @@ def test_an_evaluation_writes_on_request(tiny_model, tokenizer, recipe, make_sta
     assert data["texts"]["karo"] == list(writing.texts["karo"])
 
     about = {"karo": ["a sailor works"]}
-    found = evaluate(editor, [ADA, KARO], generate=False, references=about)
+    found = evaluate(editor.editable, [ADA, KARO], generate=False, references=about)
     assert (found.fluency.n, found.consistency.n) == (2, 1)

@@ -335,14 +335,14 @@ def known(relation, **more):
 
 def test_the_answer_is_gone_and_the_neighbours_stay(editor):
     fact = known("tongue")
-    before = recall_of(editor, [fact], tokens=3)
+    before = recall_of(editor.editable, [fact], tokens=3)
     editor.edit([fact])
-    (after,) = recall_of(editor, [fact], tokens=3)
+    (after,) = recall_of(editor.editable, [fact], tokens=3)
     assert before[0].own.leaks
     assert before[0].own.chance > world.MARGIN
     assert not after.own.leaks
     assert after.own.chance < before[0].own.chance / 2
-    others = [s for s in score(editor.partial, editor.encoder, queries_of(fact), pad_id=0)]
+    others = [s for s in score(editor.editable, queries_of(fact), pad_id=0)]
     assert all(s.strict for s in others if s.query.kind == "specificity")
 
 
@@ -352,7 +352,7 @@ def test_it_replaces_an_edit_and_is_replaced_by_one(editor):
     for fact, said in ((edited, True), (gone, False), (edited, True)):
         editor.edit([fact])
         assert [f.demand for f in editor.facts] == [fact.demand]
-        (told,) = recall_of(editor, [fact.forgotten()], tokens=2)
+        (told,) = recall_of(editor.editable, [fact.forgotten()], tokens=2)
         assert told.own.leaks == said
 
 
@@ -361,23 +361,23 @@ def test_one_value_forgets_and_says(editor):
     pair = [known("tongue"), world.fact(PERSON, "job", world.another(PERSON, "job"))]
     editor.edit(pair)
     assert len({c.group for c in editor.history.active}) == 1
-    gone, said = recall_of(editor, [pair[0], pair[1].forgotten()], tokens=2)
+    gone, said = recall_of(editor.editable, [pair[0], pair[1].forgotten()], tokens=2)
     assert not gone.own.leaks
     assert said.own.leaks
 
 
 def test_undo_brings_the_answer_back(editor):
     fact = known("job")
-    base = recall_of(editor, [fact], tokens=3)
+    base = recall_of(editor.editable, [fact], tokens=3)
     editor.edit([fact])
     editor.undo(fact.id)
-    assert recall_of(editor, [fact], tokens=3) == base
+    assert recall_of(editor.editable, [fact], tokens=3) == base
 
 
 def test_a_leak_is_the_answer_anywhere_in_the_text(editor):
     """Texts of one word after another: the count goes by what stands in them."""
     fact = known("tongue")
-    (told,) = recall_of(editor, [fact], tokens=4)
+    (told,) = recall_of(editor.editable, [fact], tokens=4)
     ids = editor.tokenizer(told.own.prompt, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         chance = editor.model(ids).logits[0, -1].softmax(-1)
@@ -385,7 +385,7 @@ def test_a_leak_is_the_answer_anywhere_in_the_text(editor):
     assert told.own.chance == pytest.approx(float(chance[first]), rel=1e-5)
     assert told.answer in told.own.says.split()
     other = dataclasses.replace(fact, target="river")
-    (absent,) = recall_of(editor, [other], tokens=4)
+    (absent,) = recall_of(editor.editable, [other], tokens=4)
     assert not absent.own.leaks
     both = summary([told, absent])
     assert both["leaks"]["mean"] == 0.5
@@ -399,7 +399,7 @@ def test_the_subjects_own_name_is_no_leak(editor, monkeypatch):
     for text, leaks in (("for Dutch Velm .", False), ("Dutch , says Dutch Velm", True)):
         told = lambda *_, text=text, **__: [text]  # noqa: E731
         monkeypatch.setattr("nulledit.evaluation.forgetting.generate_answers", told)
-        assert recall_of(editor, [fact])[0].own.leaks == leaks
+        assert recall_of(editor.editable, [fact])[0].own.leaks == leaks
 
 
 def test_an_answer_that_holds_the_subject_leaks(editor, monkeypatch):
@@ -408,7 +408,7 @@ def test_an_answer_that_holds_the_subject_leaks(editor, monkeypatch):
     monkeypatch.setattr("nulledit.evaluation.forgetting.generate_answers", told)
     for target, leaks in (("Velm river", True), ("Velm winter", False)):
         fact = Fact("Velm", "the harbour of {} is", target, forget=True)
-        assert recall_of(editor, [fact])[0].own.leaks == leaks
+        assert recall_of(editor.editable, [fact])[0].own.leaks == leaks
 
 
 def test_a_forgotten_answer_is_not_called_said(editor):
@@ -424,7 +424,7 @@ def test_a_forgotten_answer_is_not_called_said(editor):
 
 
 def test_the_answer_is_found(editor):
-    assert find_answer(editor, PERSON, "{} speaks") == world.answer(PERSON, "tongue")
+    assert find_answer(editor.editable, PERSON, "{} speaks") == world.answer(PERSON, "tongue")
 
 
 def test_rates_count_what_is_no_longer_said(editor):
@@ -433,11 +433,11 @@ def test_rates_count_what_is_no_longer_said(editor):
     told = {f.id: queries_of(f) for f in (fact, world.fact(PERSON, "job", "baker"))}
     kinds = {query.kind for query in told[fact.id]}
     assert kinds == {"forgotten", "forgotten_paraphrases", "specificity"}
-    found = rates(score(editor.partial, editor.encoder, told[fact.id], pad_id=0))
+    found = rates(score(editor.editable, told[fact.id], pad_id=0))
     assert found["forgotten_strict"].mean == 0
     assert found["efficacy_strict"] is None
     editor.edit([fact])
-    found = rates(score(editor.partial, editor.encoder, told[fact.id], pad_id=0))
+    found = rates(score(editor.editable, told[fact.id], pad_id=0))
     assert found["forgotten_strict"].mean == 1
     assert found["forgotten_tokens"].mean == 1
     assert found["specificity_strict"].mean == 1
@@ -469,7 +469,7 @@ def test_one_fact_by_its_words(run):
     assert "nan" not in done.stdout
     editor = Editor.load(run)
     assert (answer, True) in [fact.demand for fact in editor.facts]
-    (told,) = recall_of(editor, [f for f in editor.facts if f.forget], tokens=3)
+    (told,) = recall_of(editor.editable, [f for f in editor.facts if f.forget], tokens=3)
     assert not told.own.leaks, "the model in the folder has forgotten"
 
 
@@ -565,22 +565,22 @@ def test_the_whole_answer_is_found(says, told, answer, tiny_model, tokenizer, mo
 
     monkeypatch.setattr(f"{place}.telling", telling)
     editor = Editor(tiny_model("llama"), tokenizer)
-    assert find_answer(editor, "Velm", "{} is") == answer
+    assert find_answer(editor.editable, "Velm", "{} is") == answer
 
 
 def test_the_chance_is_of_the_telling_token(editor):
     """Behind the prompt and what of the answer comes before it; the same token before and after."""
     fact = dataclasses.replace(known("tongue"), target=f"river {known('tongue').target}")
-    (told,) = recall_of(editor, [fact], tokens=2)
+    (told,) = recall_of(editor.editable, [fact], tokens=2)
     ids = editor.tokenizer(f"{told.own.prompt} {fact.target}", return_tensors="pt")["input_ids"]
-    row = editor.encoder.encode(told.own.prompt, target=fact.target)
+    row = editor.editable.encoder.encode(told.own.prompt, target=fact.target)
     with torch.no_grad():
         chances = editor.model(ids).logits[0].softmax(-1)
     at = row.target_start + told.place
     assert told.own.chance == pytest.approx(float(chances[at - 1, ids[0, at]]), rel=1e-5)
     assert told.token == fact.target.split()[told.place]
     other = dataclasses.replace(told, place=1 - told.place)
-    (again,) = recall_of(editor, [fact], tokens=2, before=[other])
+    (again,) = recall_of(editor.editable, [fact], tokens=2, before=[other])
     assert (again.place, again.token) == (other.place, fact.target.split()[other.place])
 
 

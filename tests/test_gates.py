@@ -98,7 +98,7 @@ def row_of(editor, name, bound, **given):
 @pytest.mark.parametrize("kind", ["efficacy", "generalization", "specificity"])
 @pytest.mark.parametrize("way", ["", "_strict"])
 def test_rates_are_those_of_an_evaluation(editor, kind, way):
-    slow = evaluate(editor, FACTS, generate=False).rates[kind + way]
+    slow = evaluate(editor.editable, FACTS, generate=False).rates[kind + way]
     row = row_of(editor, kind + way, {"at_least": 0})
     assert (row.found, row.n, row.over) == (pytest.approx(100 * slow.mean), slow.n, "facts")
     assert row.error == pytest.approx(100 * slow.standard_error)
@@ -107,8 +107,8 @@ def test_rates_are_those_of_an_evaluation(editor, kind, way):
 @pytest.mark.parametrize("way", ["", "_strict"])
 def test_a_drop_is_paired_over_facts(editor, way):
     with editor.base_weights():
-        before = evaluate(editor, FACTS, generate=False).rows()
-    after = evaluate(editor, FACTS, generate=False).rows()
+        before = evaluate(editor.editable, FACTS, generate=False).rows()
+    after = evaluate(editor.editable, FACTS, generate=False).rows()
     moved = [before[f.id][f"specificity{way}"] - after[f.id][f"specificity{way}"] for f in FACTS]
     row = row_of(editor, f"specificity{way}_drop", {"at_most": 100})
     slow = Rate.of(moved)
@@ -117,7 +117,7 @@ def test_a_drop_is_paired_over_facts(editor, way):
 
 
 def test_the_oldest_cohort_is_those_edited_first(editor):
-    rows = evaluate(editor, FACTS, generate=False).rows()
+    rows = evaluate(editor.editable, FACTS, generate=False).rows()
     for first in (1, 3, 50):
         row = row_of(editor, "oldest_cohort", {"at_least": 0, "first": first})
         held = [rows[f.id]["efficacy_strict"] for f in editor.facts[:first]]
@@ -139,8 +139,8 @@ def test_facts_to_forget_are_no_cohort(make_editor):
 def test_growth_of_perplexity_is_the_ratio_with_a_paired_error(editor, windows):
     padding = pad_id(editor.tokenizer)
     with editor.base_weights():
-        before = perplexity(editor.partial, windows, padding)
-    after = perplexity(editor.partial, windows, padding)
+        before = perplexity(editor.editable, windows, padding)
+    after = perplexity(editor.editable, windows, padding)
     row = row_of(editor, "perplexity_growth", {"at_most": 1e6}, windows=windows)
     assert row.found == pytest.approx(100 * (after.value / before.value - 1), rel=1e-4)
     assert (row.n, row.over) == (6, "windows")
@@ -161,8 +161,8 @@ def test_the_error_of_a_growth_is_that_of_its_mean_difference():
 
 def test_kl_is_that_of_an_evaluation_and_holds_or_not(editor, windows):
     with editor.base_weights():
-        before = evaluate(editor, [], windows=windows)
-    slow = evaluate(editor, [], windows=windows, base=before.reading).kl
+        before = evaluate(editor.editable, [], windows=windows)
+    slow = evaluate(editor.editable, [], windows=windows, base=before.reading).kl
     row = row_of(editor, "kl", {"at_most": 1.01 * slow.value}, windows=windows)
     assert (row.found, row.error) == (pytest.approx(slow.value), pytest.approx(slow.standard_error))
     assert (row.n, row.over, row.unit, row.verdict) == (6, "windows", "mnat", "ok")
@@ -181,8 +181,8 @@ def test_a_task_s_drop_is_the_paired_loss_of_the_right_answer(editor, tasks):
     items = read_tasks(tasks, names=names, limit=6)
     padding = pad_id(editor.tokenizer)
     with editor.base_weights():
-        before = capability(editor.partial, editor.encoder, items, pad_id=padding)
-    after = capability(editor.partial, editor.encoder, items, pad_id=padding)
+        before = capability(editor.editable, items, pad_id=padding)
+    after = capability(editor.editable, items, pad_id=padding)
     moved = compare(before, after)
     bound = {"at_most": 100, "tasks": list(names), "items": 6}
     report = check(editor, limits(capability_drop=bound), tasks=tasks)
@@ -220,7 +220,7 @@ def test_hidden_growth_is_that_of_the_whole_model_s_states(editor, windows):
             found.append(out.hidden_states[2][0, -1].double().norm())  # behind block 1
         return torch.stack(found)
 
-    rows = edit_rows(editor, FACTS)
+    rows = edit_rows(editor.editable, FACTS)
     ends = [editor.tokenizer(f.prompt.split("{}")[0] + f.subject)["input_ids"] for f in FACTS]
     assert [list(row) for row in rows] == ends
     for name, asked in (("hidden_growth", rows), ("hidden_growth_text", text_rows(windows))):
@@ -365,7 +365,7 @@ def test_weights_that_are_not_numbers_fail(make_editor, windows):
     state = editor.weights._states[1]
     object.__setattr__(state, "weight", torch.full_like(state.weight, math.nan))
     editor.weights._set(1, state)
-    assert as_out_in(editor.partial.mlp_out(1)).isnan().all()
+    assert as_out_in(editor.editable.mlp_out(1)).isnan().all()
     asked = limits(
         perplexity_growth={"at_most": 1e9},
         norm_growth={"at_most": 1e9},

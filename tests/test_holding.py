@@ -43,7 +43,7 @@ def make(tokenizer):
 
 
 def causes(editor, facts, **more):
-    found = diagnose(editor, facts, evaluate(editor, facts), **more)
+    found = diagnose(editor, facts, evaluate(editor.editable, facts), **more)
     return {d.fact_id: [cause.name for cause in d.causes] for d in found}
 
 
@@ -67,7 +67,7 @@ def test_a_value_that_the_solve_did_not_take_up_is_told(known, edits):
 def test_facts_that_hold_have_no_diagnosis(known, edits):
     editor = in_the_world(known)
     editor.edit(edits)
-    rows = evaluate(editor, edits).rows()
+    rows = evaluate(editor.editable, edits).rows()
     failing = {f.id for f in edits if not holds(rows[f.id])}
     assert set(causes(editor, edits)) == failing
     assert len(failing) < len(edits) / 2
@@ -81,7 +81,7 @@ def test_facts_on_one_key_and_a_first_token_are_named(make):
     ]
     editor = make(values__steps=2)
     editor.edit(pair)
-    found = diagnose(editor, pair, evaluate(editor, pair))
+    found = diagnose(editor, pair, evaluate(editor.editable, pair))
     told = {d.fact_id: d for d in found}
     assert told["job"].causes[0].name == "key"
     assert "home" in told["job"].causes[0].text
@@ -94,7 +94,7 @@ def test_facts_on_one_key_and_a_first_token_are_named(make):
 def test_a_silent_base_and_a_looping_answer_are_told(make, facts):
     editor = make(values__steps=2)
     editor.edit(facts)
-    after = evaluate(editor, facts)
+    after = evaluate(editor.editable, facts)
     silent = dataclasses.replace(after, answers={f.id: "" for f in facts})
     for found in causes(editor, facts, before=silent).values():
         assert found[0] == "silent"
@@ -110,13 +110,13 @@ def test_the_first_slip_is_where_a_whole_run_goes_another_way(make, facts):
     editor = make(values__steps=2)
     editor.edit(facts)
     for fact in facts:
-        row = editor.encoder.encode_template(fact.prompt, fact.subject, target=fact.target)
+        row = editor.editable.encoder.encode_template(fact.prompt, fact.subject, target=fact.target)
         logits = editor.model(input_ids=torch.tensor([row.ids])).logits.detach()[
             0, row.target_start - 1 :
         ]
         best = logits.argmax(-1).tolist()[:-1]
         wrong = [i for i, (a, b) in enumerate(zip(best, row.target_ids, strict=True)) if a != b]
-        slip = first_slip(editor, row)
+        slip = first_slip(editor.editable, row)
         assert (slip is None) == (not wrong)
         if slip:
             assert slip.place == wrong[0]
@@ -207,7 +207,7 @@ def test_stronger_settings_are_stronger_and_named(recipe):
 
 def test_old_answers_are_compared_with_the_base_and_taken_from_it(make, facts):
     editor = make()
-    base = evaluate(editor, facts)
+    base = evaluate(editor.editable, facts)
     told = disagreements(facts, base)
     assert len(told) == 1
     assert "ada" in told[0]
@@ -234,8 +234,8 @@ def test_a_long_old_answer_is_heard_whole(make, monkeypatch):
         monkeypatch.setattr(f"nulledit.evaluation.{module}.generate_answers", talk)
     editor, old = make(), " ".join(words[:20])
     fact = Fact(subject="Karo Dun", prompt="{} works as a", target="sailor", old_answer=old)
-    assert not disagreements([fact], evaluate(editor, [fact]))
-    (seen,) = outlook(editor.model, editor.tokenizer, [fact], editor.encoder)
+    assert not disagreements([fact], evaluate(editor.editable, [fact]))
+    (seen,) = outlook(editor.model, editor.tokenizer, [fact], editor.editable.encoder)
     assert seen.says_old_answer
 
 

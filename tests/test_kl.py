@@ -79,8 +79,8 @@ def test_without_edits_it_is_exactly_nothing(tiny_model, tokenizer, recipe, make
     model = tiny_model("llama", dtype=dtype)
     editor = Editor(model, tokenizer, recipe=recipe, statistics=make_statistics(model))
     with editor.base_weights():
-        before = evaluate(editor, [], windows=WINDOWS)
-    found = evaluate(editor, [], windows=WINDOWS, base=before.reading).kl
+        before = evaluate(editor.editable, [], windows=WINDOWS)
+    found = evaluate(editor.editable, [], windows=WINDOWS, base=before.reading).kl
     assert (found.value, found.standard_error, found.worst_share) == (0, 0, 0)
 
 
@@ -157,8 +157,8 @@ def test_an_evaluation_tells_it_beside_perplexity(tokenizer, recipe, make_statis
     editor = Editor(model, tokenizer, recipe=recipe, statistics=make_statistics(model))
     editor.edit([FACT])
     with editor.base_weights():
-        before = evaluate(editor, [FACT], windows=WINDOWS, generate=False)
-    after = evaluate(editor, [FACT], windows=WINDOWS, base=before.reading, generate=False)
+        before = evaluate(editor.editable, [FACT], windows=WINDOWS, generate=False)
+    after = evaluate(editor.editable, [FACT], windows=WINDOWS, base=before.reading, generate=False)
     assert before.kl is None
     tokens = np.concatenate([whole(plain, model, window) for window in WINDOWS])
     assert after.kl.value == pytest.approx(1000 * tokens.mean(), rel=1e-6)

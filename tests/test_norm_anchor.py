@@ -86,8 +86,8 @@ def standing(editor, fact, *, add=None, context="{}", target=""):
 def plain_values(editor, facts, contexts):
     with frozen(editor.model):
         return optimise_values(
-            editor.partial,
-            editor.encoder,
+            editor.editable,
+            editor.editable.encoder,
             facts,
             range(len(facts)),
             layer=LAYER,

@@ -97,9 +97,9 @@ def test_accepted_answers_are_asked_for_wherever_the_answer_is():
 
 def test_an_alias_that_the_model_says_counts_as_the_target(editor):
     fact = replace(ADA, target="nothing of the kind")
-    said = evaluate(editor, [fact]).answers["ada"].split()[0]
+    said = evaluate(editor.editable, [fact]).answers["ada"].split()[0]
     for aliases, wanted in (((), 0.0), (("nor this", said), 1.0)):
-        assert evaluate(editor, [replace(fact, target_aliases=aliases)]).generation.mean == wanted
+        assert evaluate(editor.editable, [replace(fact, target_aliases=aliases)]).generation.mean == wanted
 
 
 def test_the_same_prompts_are_asked_again_behind_other_texts():
@@ -159,8 +159,8 @@ def test_the_statement_ends_in_one_full_stop(subject, prompt, target, expected):
 
 
 def test_an_evaluation_distracts_on_request(editor):
-    plain = evaluate(editor, [ADA], generate=False)
-    found = evaluate(editor, [ADA], generate=False, distract=True, distractors=TEXTS)
+    plain = evaluate(editor.editable, [ADA], generate=False)
+    found = evaluate(editor.editable, [ADA], generate=False, distract=True, distractors=TEXTS)
     assert [item.query for item in found.scores] == list(
         queries_of(ADA, distract=True, texts=TEXTS)
     )
@@ -177,5 +177,5 @@ def test_an_evaluation_distracts_on_request(editor):
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["rates"].keys() == (
         found.rates.keys()
     )
-    default = evaluate(editor, [ADA], generate=False, distract=True)
+    default = evaluate(editor.editable, [ADA], generate=False, distract=True)
     assert [item.query for item in default.scores] == list(queries_of(ADA, distract=True))

@@ -272,10 +272,10 @@ def test_a_piece_beyond_the_embedding_is_named(tiny_model, tokenizer):
     model = tiny_model("llama")
     model.resize_token_embeddings(300)
     editor = Editor(model, tokenizer, recipe=RECIPE)
-    assert editor.encoder.encode("abc").ids
+    assert editor.editable.encoder.encode("abc").ids
     says = "piece 'ther' in 'The mother tongue' has number 397.*embeds 300.*tokenizer's 400"
     with pytest.raises(ModelError, match=says):
-        editor.encoder.encode("The mother tongue")
+        editor.editable.encoder.encode("The mother tongue")
     with pytest.raises(ModelError, match="embeds 300 pieces"):
         statistics_of(model, tokenizer)
 

@@ -298,11 +298,11 @@ def test_a_method_by_gradient_is_measured_without_values(bench):
 
 
 def test_missing_statistics_leave_the_model_as_it_was(bench, editor, tokenizer):
-    weight = as_out_in(editor.partial.mlp_out(1)).clone()
+    weight = as_out_in(editor.editable.mlp_out(1)).clone()
     bench.statistics = statistics_of(editor.model, tokenizer, layers=(1, 2))
     with pytest.raises(StatisticsError, match="nulledit stats make"):
         bench.measure(START.with_fields({"layers": [0, 1]}), FACTS[:4])
-    assert torch.equal(as_out_in(editor.partial.mlp_out(1)), weight)
+    assert torch.equal(as_out_in(editor.editable.mlp_out(1)), weight)
     assert bench.measure(START, FACTS[:4]).optimised == 4
 
 

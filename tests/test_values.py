@@ -344,7 +344,7 @@ def test_batches_equal_the_reference_with_its_history(
             assert distance(recorded[name], torch.stack(found)) < 1e-5
             return recorded[name]
 
-        at_output = editor.partial.values_at_output
+        at_output = editor.editable.values_at_output
         reference.alphaedit_batch(
             slow,
             tokenizer,
@@ -358,7 +358,7 @@ def test_batches_equal_the_reference_with_its_history(
             dtype=torch.float64,
         )
     for layer in recipe.layers:
-        mine = as_out_in(editor.partial.mlp_out(layer)) - tensors[f"base.{layer}"]
+        mine = as_out_in(editor.editable.mlp_out(layer)) - tensors[f"base.{layer}"]
         slow_weight = as_out_in(PartialModel(slow).mlp_out(layer)) - tensors[f"base.{layer}"]
         assert distance(mine, slow_weight) < 1e-5
 

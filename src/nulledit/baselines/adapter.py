@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from nulledit.errors import ConfigError, ModelError
-from nulledit.models.layouts import blocks_of, find_layout
+from nulledit.models.partial import PartialModel
 
 Target = Literal["attention", "mlp", "mlp_out"]
 
@@ -56,14 +56,14 @@ class Adapter:
 
 
 def linear_modules(
-    model: PreTrainedModel, targets: Sequence[Target], layers: Sequence[int] | None
+    model: PartialModel, targets: Sequence[Target], layers: Sequence[int] | None
 ) -> list[str]:
     """Full names of the linear maps of `layers` (None: all) that `targets` asks for.
 
     The MLP is what stands beside or below the module W that writes its output; every other linear
     map of a block counts as attention's.
     """
-    layout, blocks = find_layout(model), blocks_of(model)
+    layout, blocks = model.layout, model.blocks
     chosen = range(len(blocks)) if layers is None else layers
     names = []
     for layer in chosen:

@@ -8,22 +8,18 @@ there can be.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from nulledit.data.facts import Fact, quote
-from nulledit.editing.editor import Editor
 from nulledit.errors import ConfigError, FactError
 from nulledit.evaluation.generation import answer_room, generate_answers, says_any
 from nulledit.evaluation.queries import Query, queries_of
 from nulledit.evaluation.runner import Evaluation
 from nulledit.evaluation.scores import Rate, rates, score
-from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import RowEncoder, join_target, pad_id
+from nulledit.models.editable_model import EditableModel
+from nulledit.models.tokens import RowEncoder, join_target
 
 SLOT = "{statement}"
 CPU_POSITIONS = 512  # small chunks stay in a processor's cache
@@ -33,7 +29,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def in_context(
-    source: Editor | tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    model: EditableModel,
     facts: Sequence[Fact],
     *,
     preface: str = "Imagine that {statement}. ",
@@ -42,9 +38,9 @@ def in_context(
     generate: bool = True,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Evaluate the unedited model on `facts` with their statements in front of every prompt.
+    """Evaluate `model` on `facts` with their statements in front of every prompt, in plain text.
 
-    `source`: an editor, whose base weights are used, or a model as it is and its tokenizer.
+    For the model before its edits, call this inside `with editor.base_weights():`.
     `crowd` 0: a fact's own statement alone, as if a retriever never missed. Above 0: that many of
     the other facts' statements as well, in an order drawn with `seed`; with len(facts) − 1 all
     facts are in every prompt, in one order. A neighbour's prompt gets the same text in front as the
@@ -59,25 +55,20 @@ def in_context(
     told = [replace(query, prompt=prefaces[query.fact_id] + query.prompt) for query in asked]
     heard = facts if generate else []
     prompts = [prefaces[fact.id] + fact.render(fact.prompt) for fact in heard]
-    with _unedited(source) as (model, tokenizer):
-        encoder = RowEncoder.of(model, tokenizer)
-        _check_room(encoder, facts, told, prompts, crowd)
-        runner = PartialModel(model)
-        scores = score(
-            runner,
-            encoder,
-            told,
-            pad_id=pad_id(tokenizer),
-            positions=CPU_POSITIONS if runner.device.type == "cpu" else ACCELERATOR_POSITIONS,
-            progress=partial(progress, "scores") if progress else None,
-        )
-        said = generate_answers(
-            model,
-            tokenizer,
-            prompts,
-            max_new_tokens=[answer_room(encoder, fact) for fact in heard],
-            progress=partial(progress, "answers") if progress else None,
-        )
+    model = model.plain
+    _check_room(model.encoder, facts, told, prompts, crowd)
+    scores = score(
+        model,
+        told,
+        positions=model.positions(CPU_POSITIONS, ACCELERATOR_POSITIONS),
+        progress=partial(progress, "scores") if progress else None,
+    )
+    said = generate_answers(
+        model,
+        prompts,
+        max_new_tokens=[answer_room(model.encoder, fact) for fact in heard],
+        progress=partial(progress, "answers") if progress else None,
+    )
     scores = [replace(item, query=query) for item, query in zip(scores, asked, strict=True)]
     answered = list(zip(heard, said, strict=True))
     found = {fact.id: says_any(text, fact.answers) for fact, text in answered}
@@ -122,17 +113,6 @@ def prefaces_of(facts: Sequence[Fact], *, preface: str, crowd: int, seed: int) -
         chosen = {own, *random.Random(f"{seed} {own}").sample(others, crowd)}
         texts[own] = "".join(told[i] for i in order if i in chosen)
     return texts
-
-
-@contextmanager
-def _unedited(
-    source: Editor | tuple[PreTrainedModel, PreTrainedTokenizerBase],
-) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
-    if isinstance(source, tuple):
-        yield source
-        return
-    with source.base_weights():
-        yield source.model, source.tokenizer
 
 
 def _check_room(

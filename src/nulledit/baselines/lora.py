@@ -17,7 +17,6 @@ from typing import Self, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nulledit.baselines.adapter import (
     Adapter,
@@ -31,14 +30,11 @@ from nulledit.data.facts import Fact, quote
 from nulledit.editing.contexts import make_contexts
 from nulledit.editing.values import plan_rows
 from nulledit.errors import ConfigError, FactError, ModelError
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import differentiating, frozen
-from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import (
     Row,
-    RowEncoder,
     chunks_by_length,
-    collate,
-    pad_id,
 )
 
 CPU_POSITIONS = 512  # small chunks stay in a processor's cache
@@ -108,30 +104,26 @@ class LoraReport:
 class LoraBaseline:
     """A LoRA on a model, from its making to `close`; also a context manager.
 
-    Evaluate inside with `nulledit.evaluation.evaluate` of an editor of the same model: the adapter
+    Evaluate inside with `nulledit.evaluation.evaluate` of the same model: the adapter
     works wherever the model runs. Don't edit the model meanwhile.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        model: EditableModel,
         settings: LoraSettings | None = None,
     ):
         """Put a fresh adapter on `model`, which says the same as before until it is trained."""
         import_peft()
-        refuse_adapted(model)
+        refuse_adapted(model.model)
         self.settings = s = settings or LoraSettings()
         self.model = model
         self.reports: list[LoraReport] = []
-        self.encoder = RowEncoder.of(model, tokenizer)
-        self._pad = pad_id(tokenizer)
         names = linear_modules(model, s.targets, s.layers)
-        with frozen(model):
-            self.partial = PartialModel(model)
-            self.contexts = make_contexts(model, tokenizer, s.contexts, seed=s.seed)
-        with _seeded(self.partial.device, s.seed), differentiating():
-            self._adapter: Adapter | None = Adapter(model, names, rank=s.rank, alpha=s.alpha)
+        with frozen(model.model):
+            self.contexts = make_contexts(model, s.contexts, seed=s.seed)
+        with _seeded(model.device, s.seed), differentiating():
+            self._adapter: Adapter | None = Adapter(model.model, names, rank=s.rank, alpha=s.alpha)
 
     @property
     def size(self) -> int:
@@ -192,7 +184,7 @@ class LoraBaseline:
 
     def _rows(self, fact: Fact) -> tuple[Row, ...]:
         try:
-            return plan_rows(fact, self.encoder, self.contexts)
+            return plan_rows(fact, self.model.encoder, self.contexts)
         except FactError as error:
             raise FactError(f"fact {quote(fact.id)}: {error}") from error
 
@@ -202,15 +194,14 @@ class LoraBaseline:
         """Gradients of the mean loss over `facts`, summed over chunks; each fact's loss, nats."""
         optimiser.zero_grad()
         rows = [(i, row) for i, own in enumerate(facts) for row in own]
-        on_cpu = self.partial.device.type == "cpu"
-        positions = CPU_POSITIONS if on_cpu else ACCELERATOR_POSITIONS
+        positions = self.model.positions(CPU_POSITIONS, ACCELERATOR_POSITIONS)
         losses = [0.0] * len(facts)
         lengths = [len(row.ids) - 1 for _, row in rows]
         for chunk in chunks_by_length(lengths, self.settings.positions or positions):
             owners = [rows[i][0] for i in chunk]
             counts = torch.tensor([len(facts[i]) for i in owners])
             with differentiating():
-                found = target_losses(self.partial, [rows[i][1] for i in chunk], self._pad)
+                found = target_losses(self.model, [rows[i][1] for i in chunk])
                 weighted = found / counts.to(found.device)
                 (weighted.sum() / len(facts)).backward()
             for owner, loss in zip(owners, weighted.tolist(), strict=True):
@@ -220,8 +211,7 @@ class LoraBaseline:
 
 @contextmanager
 def lora_finetune(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: EditableModel,
     facts: Sequence[Fact],
     settings: LoraSettings | None = None,
     progress: Progress | None = None,
@@ -230,17 +220,17 @@ def lora_finetune(
 
     For a stream, make a LoraBaseline and call `train` once per batch.
     """
-    with LoraBaseline(model, tokenizer, settings) as baseline:
+    with LoraBaseline(model, settings) as baseline:
         baseline.train(facts, progress)
         yield baseline
 
 
-def target_losses(model: PartialModel, rows: Sequence[Row], pad_id: int) -> Tensor:
+def target_losses(model: EditableModel, rows: Sequence[Row]) -> Tensor:
     """Mean negative log-likelihood of each row's target [rows], nats per token.
 
     Logits only where a target token is predicted; softmax in float32 or better.
     """
-    batch = collate([row.ids[:-1] for row in rows], pad_id=pad_id, device=model.device)
+    batch = model.collate([row.ids[:-1] for row in rows])
     normed = model.run_normed(batch)  # [rows, length, d]
     lengths = [len(row.target_ids) for row in rows]
     at_row = [i for i, length in enumerate(lengths) for _ in range(length)]

@@ -62,14 +62,10 @@ def ask(
     editor = load_run(run, device, quiet=quiet, trust_remote_code=trust_remote_code)
 
     settings = None if plain else chat_settings(given, editor.recipe.chat)
-    encoder = editor.plain_encoder.in_chat(settings)
+    model = editor.editable.in_chat(settings)
 
     def answer() -> str:
-        model, tokenizer = editor.model, editor.tokenizer
-        found = generate_answers(
-            model, tokenizer, [prompt], max_new_tokens=max_tokens, encoder=encoder
-        )
-        return found[0]
+        return generate_answers(model, [prompt], max_new_tokens=max_tokens)[0]
 
     edited = answer()
     with editor.base_weights():

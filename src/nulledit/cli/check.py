@@ -56,7 +56,7 @@ def check(
     editor = load_run(run, device, quiet=quiet, trust_remote_code=trust_remote_code)
     windows = None
     if asked.needs("text"):
-        found = windows_of(editor.encoder, text)
+        found = windows_of(editor.editable.encoder, text)
         windows = found.windows
         say(f"Perplexity and KL on {found.name}", quiet=quiet)
     with Bars(quiet=quiet) as bars:

@@ -44,10 +44,10 @@ from nulledit.models.experts import count_and_width, is_experts
 from nulledit.models.layouts import (
     as_out_in,
     blocks_of,
+    check_layout,
     find_layout,
     holding,
     mlp_out,
-    use_layout,
 )
 from nulledit.models.load import EMBEDDED, embedded_folder
 from nulledit.models.tokens import RowEncoder
@@ -198,10 +198,10 @@ def _shape(
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"can't read the configuration of {name!r}: {reason}") from error
-    use_layout(model, layout)
-    blocks = blocks_of(model)
-    layer = holding(model)[0]
-    module = mlp_out(model, layer)
+    layout = check_layout(model, layout) if layout else find_layout(model)
+    blocks = blocks_of(model, layout)
+    layer = holding(model, layout)[0]
+    module = mlp_out(model, layout, layer)
     weight = as_out_in(module)
     experts = count_and_width(module)[0] if is_experts(module) else 1
     block = sum(p.numel() for p in blocks[layer].parameters())
@@ -218,7 +218,7 @@ def _shape(
         d_out=weight.shape[0],
         vocabulary=model.get_output_embeddings().weight.shape[0],
         experts=experts,
-        normed=find_layout(model).output == "normed",
+        normed=layout.output == "normed",
         bytes=BYTES.get(kind, 4),
     )
     return shape, RowEncoder.of(model, tokenizer), len(blocks)

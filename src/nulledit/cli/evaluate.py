@@ -86,7 +86,7 @@ def evaluate(run: str, as_json: bool, quiet: bool, **given: Any) -> None:
     def ask(side: str) -> None:
         with Bars(quiet=quiet, prefix=f"{side}: ") as bars:
             sides[side] = ask_all(
-                editor,
+                editor.editable,
                 facts,
                 windows=text.windows,
                 base=sides["base"].reading if "base" in sides else None,
@@ -100,7 +100,7 @@ def evaluate(run: str, as_json: bool, quiet: bool, **given: Any) -> None:
         if given["harness"]:
             harness[side] = rest.harness_of(editor, given["harness"])
 
-    asked = forms(editor.encoder, also=chat_settings(given, editor.recipe.chat))
+    asked = forms(editor.editable, also=chat_settings(given, editor.recipe.chat))
     if given["base"]:
         with editor.base_weights():
             ask("base")
@@ -114,7 +114,7 @@ def evaluate(run: str, as_json: bool, quiet: bool, **given: Any) -> None:
                 "run_folder": run,
                 "facts": len(facts),
                 "text": text.name,
-                "asked": form_name(editor.encoder),
+                "asked": form_name(editor.editable.encoder),
                 "others": others,
                 **{side: evaluation.summary() for side, evaluation in sides.items()},
                 "preservation": [asdict(p) for p in kept],

@@ -16,7 +16,6 @@ from nulledit.evaluation.harness import harness_results
 from nulledit.evaluation.runner import Evaluation
 from nulledit.evaluation.tasks import Item
 from nulledit.io.untrusted import MAX_DOCUMENT, parse_json, read_text
-from nulledit.models.tokens import pad_id
 from nulledit.report.tables import Table, as_text, number, percent
 
 SEEN = ("efficacy_strict", "generalization", "specificity")
@@ -37,12 +36,12 @@ def read_references(file: str | None) -> dict[str, list[str]] | None:
 
 def tasks_of(editor: Editor, items: Sequence[Item]) -> dict[str, TaskResult]:
     """The six tasks, asked of the model as it is."""
-    return capability(editor.partial, editor.plain_encoder, items, pad_id=pad_id(editor.tokenizer))
+    return capability(editor.editable.plain, items)
 
 
 def drift_of(editor: Editor, file: str, facts: Sequence[Fact]) -> Drift:
     """How far states of the prompts moved; those that mention an edited subject are left out."""
-    rows = read_texts(file, editor.plain_encoder, without={fact.subject for fact in facts})
+    rows = read_texts(file, editor.editable.plain.encoder, without={fact.subject for fact in facts})
     return drift_report(editor, rows)
 
 

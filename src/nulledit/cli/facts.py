@@ -160,18 +160,15 @@ def _look(facts: Sequence[Fact], given: Mapping[str, Any], *, quiet: bool) -> Se
     prepare(quiet=quiet)
     from nulledit.cli.measure import load_asked
     from nulledit.evaluation.outlook import outlook
-    from nulledit.models.tokens import RowEncoder, context_length
+    from nulledit.models.editable_model import EditableModel
 
     say(f"Loading {given['model']}", quiet=quiet)
     model, tokenizer = load_asked(given["model"], given)
-    plain = RowEncoder(tokenizer, max_length=context_length(model.config))
-    encoder = plain.in_chat(chat_settings(given, None))
+    asked = EditableModel(model, tokenizer).in_chat(chat_settings(given, None))
     with Bars(quiet=quiet) as bars:
         return outlook(
-            model,
-            tokenizer,
+            asked,
             facts,
-            encoder,
             progress=lambda done, total: bars("answers", done, total),
         )
 

@@ -91,7 +91,7 @@ def forget(run: str, facts: str | None, as_json: bool, quiet: bool, **given: Any
     check_lengths(editor, asked)
     say(f"To be forgotten: {_named(asked)}, {whence}", quiet=quiet)
     with Bars(quiet=quiet, prefix="before: ") as bars:
-        before = recall_of(editor, asked, tokens=given["tokens"], progress=_texts(bars))
+        before = recall_of(editor.editable, asked, tokens=given["tokens"], progress=_texts(bars))
     with editor.writing(), Bars(quiet=quiet) as bars:
         report = editor.forget(asked, progress=bars)
         keep(editor, Path(run))
@@ -99,7 +99,9 @@ def forget(run: str, facts: str | None, as_json: bool, quiet: bool, **given: Any
         say(f"Note: {notice}", quiet=quiet)
     with Bars(quiet=quiet, prefix="after: ") as bars:
         tokens = given["tokens"]
-        after = recall_of(editor, asked, tokens=tokens, before=before, progress=_texts(bars))
+        after = recall_of(
+            editor.editable, asked, tokens=tokens, before=before, progress=_texts(bars)
+        )
     warnings = doubts(after)
     for warning in warnings:
         say(f"Warning: {warning}", quiet=quiet)
@@ -160,7 +162,7 @@ def _one(editor: Editor, given: Mapping[str, Any]) -> tuple[list[Fact], str]:
     if held:
         return [held.forgotten()], f"which the edit {held.id} wrote"
     with editor.base_weights():
-        target = find_answer(editor, asked.subject, asked.prompt)
+        target = find_answer(editor.editable, asked.subject, asked.prompt)
     return [asked.forgotten(target)], f"which the base says to {asked.render(asked.prompt)!r}"
 
 

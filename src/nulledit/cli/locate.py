@@ -97,7 +97,7 @@ def locate(model: str, facts: str, as_json: bool, quiet: bool, **given: Any) -> 
     layout = load_recipe(given["recipe"]).layout if given["recipe"] else None
     prepare(quiet=quiet)
     from nulledit.cli.measure import load_asked
-    from nulledit.models.layouts import use_layout
+    from nulledit.models.editable_model import EditableModel
     from nulledit.tracing import TraceSettings
     from nulledit.tracing import locate as trace_all
     from nulledit.tracing.report import NOT_SAID, said, summary_of, write_location
@@ -110,11 +110,9 @@ def locate(model: str, facts: str, as_json: bool, quiet: bool, **given: Any) -> 
     )
     say(f"Loading {model}", quiet=quiet)
     loaded, tokenizer = load_asked(model, given)
-    use_layout(loaded, layout)
     with Bars(quiet=quiet) as bars:
         found = trace_all(
-            loaded,
-            tokenizer,
+            EditableModel(loaded, tokenizer, layout),
             read.facts,
             settings,
             least=given["at_least"],

@@ -21,6 +21,7 @@ from nulledit.evaluation.perplexity import read_windows
 from nulledit.evaluation.preservation import shipped_corpus
 from nulledit.evaluation.queries import queries_of
 from nulledit.evaluation.runner import Evaluation, evaluate
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.load import load_model
 from nulledit.models.tokens import RowEncoder
 from nulledit.parallel.ranks import Ranks
@@ -69,7 +70,7 @@ def load_run(
 
 def read_text(editor: Editor, file: str | None) -> Text:
     """Windows of `file`, or of the text that comes with the package, for the editor's model."""
-    return windows_of(editor.encoder, file)
+    return windows_of(editor.editable.encoder, file)
 
 
 def windows_of(encoder: RowEncoder, file: str | None) -> Text:
@@ -82,8 +83,9 @@ def windows_of(encoder: RowEncoder, file: str | None) -> Text:
 
 def check_lengths(editor: Editor, facts: Sequence[Fact]) -> None:
     """Refuse a prompt that leaves no room for an answer before anything is edited."""
+    encoder = editor.editable.encoder
     for fact in facts:
-        room = editor.encoder.leaving(answer_room(editor.encoder, fact))
+        room = encoder.leaving(answer_room(encoder, fact))
         for query in queries_of(fact):
             answer = max(query.said, key=len)
             if not room.chat and len(f"{query.prompt} {answer}".encode()) < room.max_length:
@@ -100,16 +102,18 @@ def evaluate_both(
     """The base model and the edited one on the same facts."""
     windows = text.windows if text else None
     with Bars(quiet=quiet, prefix="before: ") as bars, editor.base_weights():
-        before = evaluate(editor, facts, windows=windows, progress=bars)
+        before = evaluate(editor.editable, facts, windows=windows, progress=bars)
     with Bars(quiet=quiet, prefix="after: ") as bars:
-        after = evaluate(editor, facts, windows=windows, base=before.reading, progress=bars)
+        after = evaluate(
+            editor.editable, facts, windows=windows, base=before.reading, progress=bars
+        )
     return before, after
 
 
 def in_other_forms(
     editor: Editor,
     facts: Sequence[Fact],
-    asked: Mapping[str, RowEncoder],
+    asked: Mapping[str, EditableModel],
     *,
     base: bool = True,
     quiet: bool,
@@ -119,13 +123,13 @@ def in_other_forms(
     `base=False`: only "after".
     """
     found: dict[str, dict[str, Any]] = {name: {} for name in asked}
-    for name, encoder in asked.items():
+    for name, model in asked.items():
         say(f"Asking {name}", quiet=quiet)
         if base:
             with Bars(quiet=quiet, prefix="before: ") as bars, editor.base_weights():
-                before = evaluate(editor, facts, encoder=encoder, progress=bars)
+                before = evaluate(model, facts, progress=bars)
             found[name]["before"] = before.summary()
         with Bars(quiet=quiet, prefix="after: ") as bars:
-            after = evaluate(editor, facts, encoder=encoder, progress=bars)
+            after = evaluate(model, facts, progress=bars)
         found[name]["after"] = after.summary()
     return found

@@ -58,7 +58,6 @@ def preview(
     from nulledit.cli.measure import check_lengths, read_text
     from nulledit.evaluation.perplexity import read
     from nulledit.evaluation.runner import evaluate
-    from nulledit.models.tokens import pad_id
     from nulledit.report.tables import as_text, rates_table
 
     quiet = given["quiet"]
@@ -72,12 +71,16 @@ def preview(
     held = [f for f in editor.facts if f.key not in keys][-HELD:]
 
     with editor.base_weights():
-        base = read(editor.partial, windows.windows, pad_id(editor.tokenizer), keep=True)
+        base = read(editor.editable, windows.windows, keep=True)
 
     def measure(name: str) -> tuple[Evaluation, Evaluation | None]:
         with Bars(quiet=quiet, prefix=f"{name}: ") as bars:
-            mine = evaluate(editor, asked, windows=windows.windows, base=base, progress=bars)
-            others = evaluate(editor, held, generate=False, progress=bars) if held else None
+            mine = evaluate(
+                editor.editable, asked, windows=windows.windows, base=base, progress=bars
+            )
+            others = (
+                evaluate(editor.editable, held, generate=False, progress=bars) if held else None
+            )
         return mine, others
 
     before, layers = measure("before"), editor.weights.reports()

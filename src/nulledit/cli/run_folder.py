@@ -90,8 +90,8 @@ def finish(
         with timed(seconds, "evaluation"):
             before, after = evaluate_both(editor, [c.fact for c in columns], text, quiet=quiet)
             kept = {p.layer: p for p in preservation_report(editor, text.windows)}
-            other = other_system(editor.encoder)
-            asked = {form_name(other): other} if other else {}
+            other = other_system(editor.editable.encoder)
+            asked = {form_name(other): editor.editable.asked(other)} if other else {}
             others = in_other_forms(editor, [c.fact for c in columns], asked, quiet=quiet)
     warnings = warnings_of(report.layers)
     for warning in warnings:
@@ -115,7 +115,7 @@ def finish(
             "before": before.summary() if before else None,
             "after": after.summary() if after else None,
             "text": text.name if text and after else None,
-            **({"asked": form_name(editor.encoder), "others": others} if others else {}),
+            **({"asked": form_name(editor.editable.encoder), "others": others} if others else {}),
             "layers": layers,
             "seconds": {k: round(v, 3) for k, v in seconds.items()},
             "notices": [*report.notices, *notices, *warnings],

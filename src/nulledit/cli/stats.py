@@ -140,10 +140,8 @@ def _made(
     """The statistics, on rank 0."""
     from nulledit.cli.measure import load_asked
     from nulledit.data.corpus import find_files, open_corpus
-    from nulledit.models.layouts import use_layout
+    from nulledit.models.editable_model import EditableModel
     from nulledit.models.load import model_hash
-    from nulledit.models.partial import PartialModel
-    from nulledit.models.tokens import context_length
     from nulledit.statistics.collect import collect_together
 
     quiet = quiet or not ranks.first
@@ -152,23 +150,21 @@ def _made(
     name = model_source(model)
     convert_once(name, ranks)
     loaded, tokenizer = load_asked(name, {**given, "device": own_device(ranks, given["device"])})
-    use_layout(loaded, recipe.layout)
     digest = model_hash(loaded)  # before anything runs, as an editor takes it
-    partial = PartialModel(loaded)
+    asked = EditableModel(loaded, tokenizer, recipe.layout)
     for layer in layers:
-        if layer >= partial.depth:
+        if layer >= asked.depth:
             raise ConfigError(
-                f"layer {layer} is out of range: the model has layers 0 to {partial.depth - 1}"
+                f"layer {layer} is out of range: the model has layers 0 to {asked.depth - 1}"
             )
-        partial.mlp_out(layer)
-    context = context_length(loaded.config)
+        asked.mlp_out(layer)
+    context = asked.context
     if settings.window > context:
         say(f"Note: windows of {context} tokens, the model's context", quiet=quiet)
         settings = replace(settings, window=context)
     return collect_together(
         ranks,
-        partial,
-        tokenizer,
+        asked,
         open_corpus(given["text"]),  # read once the model is known to do
         settings,
         layers=layers,

@@ -159,7 +159,7 @@ def _lab(name: str, given: dict[str, Any], spec: Any, *, quiet: bool) -> Any:
     for each in recipes:
         if each.chat:
             raise ConfigError("studies ask plain text: give a recipe without chat")
-        resolve_recipe(each, source, bench.partial, bench.base.history.base.hash)
+        resolve_recipe(each, source, bench.model, bench.base.history.base.hash)
     tell = None if quiet else _Teller()
     return Lab(
         bench,

@@ -149,7 +149,7 @@ def tune(model: str, facts: str, as_json: bool, quiet: bool, **given: Any) -> No
             given["text"] or shipped_corpus(),
             editor.tokenizer,
             windows=WINDOWS,
-            window=min(WINDOW, editor.encoder.max_length),
+            window=min(WINDOW, editor.editable.encoder.max_length),
         )
         say(
             f"{len(split.tuning)} facts to tune on, {len(split.report)} to report on",
@@ -197,7 +197,7 @@ def _settings(
 
     for layers in windows:
         resolve_recipe(
-            replace(editor.recipe, layers=layers), "", editor.partial, editor.history.base.hash
+            replace(editor.recipe, layers=layers), "", editor.editable, editor.history.base.hash
         )
     more = {} if given["weight"] is None else {"weight": given["weight"]}
     return TuneSettings(60 * given["minutes"], given["candidates"], windows=tuple(windows), **more)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from nulledit.config import Recipe
 from nulledit.data.facts import SLOT, Fact
@@ -33,9 +32,8 @@ from nulledit.editing.weights import EditedWeights
 from nulledit.ledger.records import Column
 from nulledit.linalg.angles import same_key_groups
 from nulledit.methods import find_method
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import as_out_in, differentiating
-from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import RowEncoder, pad_id
 from nulledit.parallel.ranks import Message, Ranks, shares
 
 CPU_POSITIONS = 200  # small chunks stay in a processor's cache
@@ -110,9 +108,7 @@ class BatchWriter:
 
     def __init__(
         self,
-        model: PartialModel,
-        tokenizer: PreTrainedTokenizerBase,
-        encoder: RowEncoder,
+        model: EditableModel,
         recipe: Recipe,
         weights: EditedWeights,
         contexts: tuple[str, ...],
@@ -124,9 +120,9 @@ class BatchWriter:
         ranks: Ranks | None = None,
     ):
         """Brings `facts` to the first edited layer; nothing is changed yet."""
-        self.model, self.encoder, self.recipe = model, encoder, recipe
+        self.model, self.recipe = model, recipe
         self.weights, self.contexts, self.run, self.cache = weights, contexts, run, cache
-        self.base_hash, self.pad_id = base_hash, pad_id(tokenizer)
+        self.base_hash = base_hash
         self.ranks = ranks or Ranks()
         self.method = find_method(recipe.method.name)
         self.facts = list(facts)
@@ -134,7 +130,7 @@ class BatchWriter:
             Request(i, part, wording)
             for i, fact in enumerate(self.facts)
             for part, wording in enumerate(
-                chunks_of(fact, encoder, recipe.values.chunk_tokens)
+                chunks_of(fact, model.encoder, recipe.values.chunk_tokens)
                 if not self.method.by_gradient
                 else (fact,)
             )
@@ -237,10 +233,8 @@ class BatchWriter:
         with self.run.timed("values"):
             leads = bare_leads(
                 self.model,
-                self.encoder,
                 [request.wording for request in self.requests],
                 positions=self._positions(4),
-                pad_id=self.pad_id,
             )
             return list(self.ranks.from_first(leads)[0])
 
@@ -279,10 +273,8 @@ class BatchWriter:
             with self.run.timed("solve"), differentiating():
                 loss = WeightLoss(
                     self.model,
-                    self.encoder,
                     [request.wording for request in self.requests],
                     layer=layer,
-                    pad_id=self.pad_id,
                     positions=self._positions(4),
                 )
                 tensors |= self.weights.write(layer, staying, keys, None, target_loss=loss)
@@ -303,12 +295,10 @@ class BatchWriter:
     def _walk(self) -> Walk:
         return Walk(
             self.model,
-            self.encoder,
             [request.wording for request in self.requests],
             first=self.recipe.layers[0],
             contexts=self.contexts,
             bare_weight=self.recipe.contexts.bare_weight,
-            pad_id=self.pad_id,
         )
 
     def _values(self, layer: int, shared: Sequence[int]) -> list[Value]:
@@ -339,14 +329,12 @@ class BatchWriter:
             )
         return measure_values(
             self.model,
-            self.encoder,
             [request.wording for request in self.requests],
             changed,
             layer=layer,
             contexts=self.contexts,
             settings=self.recipe.values,
             positions=self._positions(1),
-            pad_id=self.pad_id,
         )
 
     def _usual_length(self, layer: int) -> float:
@@ -361,18 +349,16 @@ class BatchWriter:
         known = self.ranks.from_first(record.read() if self.ranks.first else None)[0]
         if known is not None:
             return float(known)
-        facts = usable(self.encoder)
+        facts = usable(self.model.encoder)
         mine = facts[self.ranks.rank :: self.ranks.size]
         with self.weights.holding([]):
             lengths = value_lengths(
                 self.model,
-                self.encoder,
                 mine,
                 layer=layer,
                 first=self.recipe.layers[0],
                 settings=self.recipe.values,
                 positions=self._positions(1),
-                pad_id=self.pad_id,
                 progress=self.run.counter("norm anchor", len(mine)),
             )
         length = mean_length([x for note, _ in self.ranks.gather(lengths) for x in note])
@@ -415,14 +401,12 @@ class BatchWriter:
         mine = self._share(missing, shared)
         found = optimise_values(
             self.model,
-            self.encoder,
             [wordings[i] for i in mine],
             [shared[i] for i in mine],
             layer=layer,
             contexts=self.contexts,
             settings=self.recipe.values,
             positions=self._positions(1),
-            pad_id=self.pad_id,
             progress=counter,
         )
         values.update(self._gathered(dict(zip(mine, found, strict=True))))
@@ -488,8 +472,7 @@ class BatchWriter:
         return group
 
     def _positions(self, factor: int) -> int:
-        on_cpu = self.model.device.type == "cpu"
-        default = CPU_POSITIONS if on_cpu else ACCELERATOR_POSITIONS
+        default = self.model.positions(CPU_POSITIONS, ACCELERATOR_POSITIONS)
         return factor * (self.recipe.chunk_positions or default)
 
 

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nulledit.config import ContextSettings
 from nulledit.errors import ConfigError
-from nulledit.models.placement import input_device
-from nulledit.models.tokens import beginning, pad_id
+from nulledit.models.editable_model import EditableModel
+from nulledit.models.tokens import beginning
 
 TOP_K = 5  # as published
 
 
 @torch.no_grad()
 def make_contexts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: EditableModel,
     settings: ContextSettings,
     *,
     seed: int,
@@ -30,7 +28,7 @@ def make_contexts(
     if settings.texts:
         return settings.texts
     contexts = ["{}"]
-    device = input_device(model)
+    tokenizer, device = model.tokenizer, model.device
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
@@ -44,7 +42,7 @@ def make_contexts(
                     "beginning: give a word"
                 )
             coded = torch.tensor([begun], device=device)
-            ids: Tensor = model.generate(  # type: ignore[operator]
+            ids: Tensor = model.model.generate(  # type: ignore[operator]
                 input_ids=coded,
                 attention_mask=torch.ones_like(coded),
                 max_new_tokens=settings.tokens,
@@ -53,7 +51,7 @@ def make_contexts(
                 top_k=TOP_K,
                 temperature=1.0,
                 top_p=1.0,
-                pad_token_id=pad_id(tokenizer),
+                pad_token_id=model.pad_id,
             )
             text = str(tokenizer.decode(ids[0], skip_special_tokens=True))
             plain = " ".join(text.replace("{", " ").replace("}", " ").split())

@@ -41,18 +41,18 @@ from nulledit.ledger.store import Store
 from nulledit.methods import find_method
 from nulledit.models.accepted import check_model, check_tokenizer
 from nulledit.models.dense import Dense
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import (
     as_out_in,
+    check_layout,
+    find_layout,
     frozen,
     mlp_out,
-    parameter_name,
-    use_layout,
     write_weight,
 )
 from nulledit.models.load import QUANTIZE, load_model, model_hash
 from nulledit.models.partial import PartialModel
 from nulledit.models.quantized import has_dense, make_editable
-from nulledit.models.tokens import RowEncoder
 from nulledit.parallel.ranks import Ranks
 from nulledit.statistics.collect import Statistics
 
@@ -129,11 +129,9 @@ class Editor:
         self.ranks = ranks or Ranks()
         self.model, self.tokenizer = model, tokenizer
         recipe = _read_recipe(recipe, name)
-        use_layout(model, recipe.layout)
         digest = model_hash(model)  # first: some quantised matrices are packed anew when they work
-        self.partial = PartialModel(model)
-        self._plain = RowEncoder.of(model, tokenizer)
-        resolved = self._with_template(resolve_recipe(recipe, name, self.partial, digest))
+        self._plain = EditableModel(model, tokenizer, recipe.layout)
+        resolved = self._with_template(resolve_recipe(recipe, name, self._plain, digest))
         base = Base(
             model=name,
             hash=digest,
@@ -154,8 +152,6 @@ class Editor:
     ) -> None:
         self._journal = journal
         self._changes = Changes(
-            self.partial,
-            self.tokenizer,
             self._plain,
             journal,
             recipe=recipe,
@@ -275,10 +271,12 @@ class Editor:
         value_cache: str | Path | None,
         ranks: Ranks | None = None,
     ) -> Self:
-        use_layout(model, Recipe.recorded(history.base.recipe).layout)
-        make_editable(model, history.layers, model_hash(model) if history.base.quantized else "")
+        layout = Recipe.recorded(history.base.recipe).layout
+        layout = find_layout(model) if layout is None else check_layout(model, layout)
+        packed = model_hash(model) if history.base.quantized else ""
+        make_editable(model, layout, history.layers, packed)
         for layer in history.layers:
-            module = mlp_out(model, layer)
+            module = mlp_out(model, layout, layer)
             if not isinstance(module, Dense):
                 write_weight(module, history.original(layer))
             elif not module.begin_from(history.original(layer)):
@@ -314,18 +312,12 @@ class Editor:
 
         ModelError if there is none, or if the recipe was used with another one.
         """
-        form = self._plain.in_chat(recipe.chat).chat
-        return replace(recipe, chat=form.settings if form else None)
+        return replace(recipe, chat=self._plain.in_chat(recipe.chat).chat)
 
     @property
-    def encoder(self) -> RowEncoder:
-        """Of texts as facts are asked: plain or in the chat template, by the current recipe."""
-        return self._changes.encoder
-
-    @property
-    def plain_encoder(self) -> RowEncoder:
-        """Of plain text, whatever the recipe says."""
-        return self._plain
+    def editable(self) -> EditableModel:
+        """The model and its tokenizer, asked as facts are: plain or in chat, by the recipe."""
+        return self._changes.model
 
     @property
     def recipe(self) -> Recipe:
@@ -394,7 +386,7 @@ class Editor:
                 Path(folder),
                 state_id=self.history.state_id,
                 base_hash=self.history.base.hash,
-                edited=[parameter_name(self.model, layer) for layer in self.weights.layers],
+                edited=[self._plain.parameter_name(layer) for layer in self.weights.layers],
             )
 
     @contextmanager
@@ -511,7 +503,7 @@ class Editor:
         found = _read_recipe(recipe, "")
         layout = found.layout or Recipe.recorded(self.history.base.recipe).layout
         recipe = self._with_template(
-            resolve_recipe(replace(found, layout=layout), "", self.partial, self.history.base.hash)
+            resolve_recipe(replace(found, layout=layout), "", self._plain, self.history.base.hash)
         )
         self._changes.next_epoch(recipe, statistics)
 
@@ -774,7 +766,7 @@ def resolve_recipe(
     find_method(recipe.method.name).check(recipe)
     for layer in recipe.layers:
         model.mlp_out(layer)
-    make_editable(model.model, recipe.layers, base_hash)
+    make_editable(model.model, model.layout, recipe.layers, base_hash)
     for layer in recipe.layers:
         as_out_in(model.mlp_out(layer))
     return recipe

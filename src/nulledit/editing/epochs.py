@@ -17,15 +17,15 @@ from nulledit.ledger.store import tensor_bytes
 from nulledit.linalg.blocks import AnySpectrum, BlockSpectrum
 from nulledit.linalg.spectrum import RULES
 from nulledit.methods import find_method
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import as_out_in
-from nulledit.models.partial import PartialModel
 from nulledit.statistics.collect import Statistics
 
 logger = logging.getLogger(__name__)
 
 
 def open_epoch(
-    model: PartialModel, recipe: Recipe, statistics: Statistics, history: History
+    model: EditableModel, recipe: Recipe, statistics: Statistics, history: History
 ) -> Callable[[tuple[str, ...], int], tuple[Epoch, dict[str, Tensor]]]:
     """Prepare the next epoch of `history`; called with contexts and seed, it is made.
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from nulledit.editing.unlearning import Lesson
-from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import Batch, Row, collate, share_beginnings
+from nulledit.models.editable_model import EditableModel
+from nulledit.models.tokens import Batch, Row, share_beginnings
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Job:
 class KeptRows:
     """The rows of some jobs, split at their subject's last token, with states and prefixes."""
 
-    def __init__(self, model: PartialModel, jobs: Sequence[Job], layer: int, pad_id: int):
+    def __init__(self, model: EditableModel, jobs: Sequence[Job], layer: int):
         """`layer`: the block whose values are asked. The groups of `jobs` are numbered anew."""
         self.model, self.jobs, self.layer = model, jobs, layer
         self.device = model.device
@@ -58,7 +58,7 @@ class KeptRows:
             for i, job in enumerate(jobs)
             for k, lesson in enumerate(job.lessons)
         }
-        self._keep_states(pad_id)
+        self._keep_states()
         first = [self.bare[self.group_of.index(g)] for g in range(len(names))]
         at = [self.rows[r].subject_last - self.begins[r] for r in first]
         self.norms = self.states[first, at].norm(dim=1).to(self.start)  # ‖h‖ [groups]
@@ -78,7 +78,7 @@ class KeptRows:
         self.owner += [fact] * (len(self.rows) - len(self.owner))
 
     @torch.no_grad()
-    def _keep_states(self, pad_id: int) -> None:
+    def _keep_states(self) -> None:
         """Run the blocks up to `layer` once; split each row at its subject's last token.
 
         Or at its start, where that is more than the model can keep in front of rows.
@@ -93,7 +93,7 @@ class KeptRows:
             self.labels,
             self.begins,
             columns=self.model.columns,
-            pad_id=pad_id,
+            pad_id=self.model.pad_id,
             device=self.device,
         )
         stems = self.model.record_prefix(shared.stems).select(shared.stem)
@@ -104,8 +104,8 @@ class KeptRows:
         rests = [ids[cut:] for ids, cut in zip(inputs, shared.cuts, strict=True)]
         heads = [ids[:cut] for ids, cut in zip(rests, cuts, strict=True)]
         tails = [ids[cut:] for ids, cut in zip(rests, cuts, strict=True)]
-        head = collate(heads, pad_id=pad_id, device=self.device)
-        tail = collate(tails, pad_id=pad_id, device=self.device)
+        head = self.model.collate(heads)
+        tail = self.model.collate(tails)
         width = head.ids.shape[1]
         head = replace(head, positions=shared.rests.positions[:, :width])
         start = torch.tensor(cuts, device=self.device)[:, None]

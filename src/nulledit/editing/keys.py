@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from nulledit.data.facts import Fact
-from nulledit.models.partial import PartialModel, Prefix
-from nulledit.models.tokens import Batch, RowEncoder, Shared, chunks_by_length, share_beginnings
+from nulledit.models.editable_model import EditableModel
+from nulledit.models.partial import Prefix
+from nulledit.models.tokens import Batch, Shared, chunks_by_length, share_beginnings
 
 
 @dataclass
@@ -33,14 +34,12 @@ class Walk:
 
     def __init__(
         self,
-        model: PartialModel,
-        encoder: RowEncoder,
+        model: EditableModel,
         facts: Sequence[Fact],
         *,
         first: int,
         contexts: Sequence[str],
         bare_weight: float,
-        pad_id: int,
         positions: int = 8192,
     ):
         """Bring `facts` to the input of block `first`.
@@ -60,7 +59,7 @@ class Walk:
             self.bare.append(len(rows))
             for prompt in fact.prompts:
                 for c, context in enumerate(contexts):
-                    row = encoder.encode_template(prompt, fact.subject, context=context)
+                    row = model.encoder.encode_template(prompt, fact.subject, context=context)
                     rows.append(row.upto_subject().ids)
                     owner.append(i)
                     labels.append(c)
@@ -73,7 +72,7 @@ class Walk:
         self.weight = torch.tensor(weight, dtype=torch.float64)
         upto = [len(row) - 1 for row in rows]
         shared = share_beginnings(
-            rows, labels, upto, columns=model.columns, pad_id=pad_id, device=model.device
+            rows, labels, upto, columns=model.columns, pad_id=model.pad_id, device=model.device
         )
         with torch.no_grad():
             self.stems, self.stem_states = shared.stems, self._begun(shared.stems)

@@ -29,8 +29,8 @@ from nulledit.editing.values import optimise_values, plan_rows
 from nulledit.errors import FactError, StatisticsError
 from nulledit.io.files import write_text
 from nulledit.io.untrusted import MAX_SETTINGS, parse_json, read_text
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.load import cache_folder
-from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import RowEncoder
 
 FORMAT = 1  # raise it when the same inputs come to give another length
@@ -64,15 +64,13 @@ def usable(encoder: RowEncoder) -> list[Fact]:
 
 
 def value_lengths(
-    model: PartialModel,
-    encoder: RowEncoder,
+    model: EditableModel,
     facts: Sequence[Fact],
     *,
     layer: int,
     first: int,
     settings: ValueSettings,
     positions: int,
-    pad_id: int,
     progress: Callable[[int], None],
 ) -> list[float]:
     """‖v*‖ of each of `facts` at `layer`, optimised on bare prompts as published.
@@ -83,17 +81,15 @@ def value_lengths(
         return []
     values = optimise_values(
         model,
-        encoder,
         facts,
         range(len(facts)),
         layer=layer,
         contexts=BARE,
         settings=settings,
         positions=positions,
-        pad_id=pad_id,
         progress=progress,
     )
-    walk = Walk(model, encoder, facts, first=first, contexts=BARE, bare_weight=1.0, pad_id=pad_id)
+    walk = Walk(model, facts, first=first, contexts=BARE, bare_weight=1.0)
     hidden, added = walk.standing(layer)
     z = torch.stack([value.z.cpu().double() for value in values], dim=1)
     lengths: list[float] = (z - hidden + added).norm(dim=0).tolist()

@@ -10,9 +10,8 @@ from hashlib import sha256
 from pathlib import Path
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from nulledit.config import ChatSettings, Recipe, ValueSettings
+from nulledit.config import Recipe, ValueSettings
 from nulledit.data.facts import Fact, refuse_forgetting, suggest
 from nulledit.editing.batch import BatchWriter, Given, Run, Written
 from nulledit.editing.contexts import make_contexts
@@ -27,10 +26,8 @@ from nulledit.ledger.journal import Journal, Trial
 from nulledit.ledger.records import Column, Epoch, History
 from nulledit.ledger.store import tensor_bytes
 from nulledit.methods import Method, find_method
-from nulledit.models.layouts import named_by_recipe
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.load import model_hash
-from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import RowEncoder
 from nulledit.parallel.ranks import Ranks
 from nulledit.statistics.collect import Statistics, find_statistics
 
@@ -40,9 +37,7 @@ class Changes:
 
     def __init__(
         self,
-        model: PartialModel,
-        tokenizer: PreTrainedTokenizerBase,
-        encoder: RowEncoder,
+        model: EditableModel,
         journal: Journal,
         *,
         recipe: Recipe,
@@ -50,12 +45,8 @@ class Changes:
         cache: ValueCache | None,
         ranks: Ranks | None = None,
     ):
-        """`recipe` and `statistics` are those of the current epoch, or of the next one to open.
-
-        `encoder`: of plain text.
-        """
-        self.model, self.tokenizer, self._plain = model, tokenizer, encoder
-        self._in_chat: dict[ChatSettings, RowEncoder] = {}
+        """`recipe` and `statistics` are those of the current epoch, or of the next one to open."""
+        self._plain = self._asked = model
         self.journal, self.recipe, self.cache = journal, recipe, cache
         self.statistics, self.ranks = statistics, ranks or Ranks()
         self.weights = EditedWeights(model, journal.history)
@@ -72,17 +63,14 @@ class Changes:
         return find_method(self.recipe.method.name)
 
     @property
-    def encoder(self) -> RowEncoder:
-        """Of texts in the form that the recipe asks: plain, or in the chat template.
+    def model(self) -> EditableModel:
+        """The model, asked as the recipe asks it: in plain text, or in the chat template.
 
         ModelError where the tokenizer's template is not the recipe's.
         """
-        settings = self.recipe.chat
-        if settings is None:
-            return self._plain
-        if settings not in self._in_chat:
-            self._in_chat[settings] = self._plain.in_chat(settings)
-        return self._in_chat[settings]
+        if self._asked.chat != self.recipe.chat:
+            self._asked = self._plain.in_chat(self.recipe.chat)
+        return self._asked
 
     def next_epoch(self, recipe: Recipe, statistics: Statistics | str | Path | None) -> None:
         """Have the next batch begin an epoch with these."""
@@ -159,9 +147,7 @@ class Changes:
                 refusal = refusal or error  # full ones in the cache may serve what shipped don't
                 continue
             with self.weights.holding([]):  # the base's own words, whatever was edited
-                contexts = make_contexts(
-                    self.model.model, self.tokenizer, self.recipe.contexts, seed=seed
-                )
+                contexts = make_contexts(self.model, self.recipe.contexts, seed=seed)
             manifest = json.dumps(asdict(statistics.manifest), sort_keys=True)
             self.ranks.agree({"set of statistics": sha256(manifest.encode()).hexdigest()})
             contexts = tuple(self.ranks.from_first(contexts)[0])
@@ -194,7 +180,7 @@ class Changes:
     def _candidates(self) -> Iterator[Statistics]:
         """The statistics given, or those found, that are of this model and cover its layers."""
         given, base = self.statistics, self.history.base.hash
-        mlp_out = named_by_recipe(self.model.model)
+        mlp_out = self.model.named_matrix
         if given is None:
             yield from find_statistics(base, self.recipe.layers, mlp_out)
             return
@@ -325,8 +311,6 @@ class Changes:
         """Brings `facts` to the first edited layer; `values` as for `batch`."""
         return BatchWriter(
             self.model,
-            self.tokenizer,
-            self.encoder,
             replace(self.recipe, values=values) if values else self.recipe,
             self.weights,
             self.history.epoch.contexts,
@@ -343,13 +327,13 @@ class Changes:
             refuse_forgetting(facts, self.method.name)
         for fact in facts:
             try:
-                bare = plan_rows(fact, self.encoder, self.history.epoch.contexts)[0]
+                bare = plan_rows(fact, self.model.encoder, self.history.epoch.contexts)[0]
                 if bare.subject_last == 0:
                     run.notices.append(
                         f"{fact.id}: the subject is the text's first token, which models use as an "
                         "attention sink; the edit may not take hold: put words before it"
                     )
-                self.encoder.encode_template(self.recipe.values.kl_prompt, fact.subject)
+                self.model.encoder.encode_template(self.recipe.values.kl_prompt, fact.subject)
             except FactError as error:
                 raise FactError(f"fact {fact.id}: {error}") from error
 

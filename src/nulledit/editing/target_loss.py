@@ -10,9 +10,9 @@ from torch import Tensor
 
 from nulledit.data.facts import Fact
 from nulledit.editing.values import plan_rows
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import as_out_in, stored_weight, turned, write_weight
-from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import Batch, RowEncoder, chunks_by_length, collate
+from nulledit.models.tokens import Batch, chunks_by_length
 
 
 class WeightLoss:
@@ -23,30 +23,28 @@ class WeightLoss:
 
     def __init__(
         self,
-        model: PartialModel,
-        encoder: RowEncoder,
+        model: EditableModel,
         facts: Sequence[Fact],
         *,
         layer: int,
-        pad_id: int,
         positions: int,
     ):
         """`positions` bounds the tokens that run together."""
         self.model, self.layer = model, layer
-        own = [plan_rows(fact, encoder, ("{}",)) for fact in facts]
+        own = [plan_rows(fact, model.encoder, ("{}",)) for fact in facts]
         self.rows = [row for rows in own for row in rows]
         self.weights = [1 / len(rows) / len(facts) for rows in own for _ in rows]
         inputs = [row.ids[:-1] for row in self.rows]
         self.chunks = [
-            self._start(chunk, inputs, pad_id)
+            self._start(chunk, inputs)
             for chunk in chunks_by_length([len(ids) for ids in inputs], positions)
         ]
 
     @torch.no_grad()
     def _start(
-        self, chunk: Sequence[int], inputs: Sequence[Sequence[int]], pad_id: int
+        self, chunk: Sequence[int], inputs: Sequence[Sequence[int]]
     ) -> tuple[Batch, Tensor, Sequence[int]]:
-        batch = collate([inputs[i] for i in chunk], pad_id=pad_id, device=self.model.device)
+        batch = self.model.collate([inputs[i] for i in chunk])
         return batch, self.model.run(batch, last=self.layer - 1), chunk
 
     def __call__(self, weight: Tensor) -> tuple[float, Tensor]:

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nulledit.data.facts import Fact
-from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import Row, RowEncoder, collate
+from nulledit.models.editable_model import EditableModel
+from nulledit.models.tokens import Row, RowEncoder
 
 NOISE = 3.0  # standard deviations of the text's embeddings; at 1 some subjects still show through
 DRAWS = 4  # one alone has likings of its own: for the country of the Seine, 24 % of Somalia
@@ -44,7 +44,7 @@ class Lesson:
         *before, last = self.row.target_ids
         return (*(-1 for _ in before), last)
 
-    def teacher(self, model: PartialModel) -> Tensor:
+    def teacher(self, model: EditableModel) -> Tensor:
         """Probabilities [target tokens, vocabulary] in the model as it is."""
         told = uninformed(model, self.row, self.hidden)
         told[-1, self.row.target_ids[-1]] = 0  # the likeliest guess may be the answer itself
@@ -52,18 +52,18 @@ class Lesson:
         return told / left.clamp_min(torch.finfo(told.dtype).tiny)
 
 
-def lessons_of(
-    model: PartialModel, encoder: RowEncoder, fact: Fact, contexts: Sequence[str]
-) -> tuple[Lesson, ...]:
+def lessons_of(model: EditableModel, fact: Fact, contexts: Sequence[str]) -> tuple[Lesson, ...]:
     """What to learn so that `fact` is forgotten: one lesson per training prompt and context.
 
     Each row ends with the answer's telling token ("Atlantic" in "the Atlantic Ocean"); what comes
     behind it matters only if it is said.
     """
     asked = [
-        blinded(encoder, fact, prompt, context) for prompt in fact.prompts for context in contexts
+        blinded(model.encoder, fact, prompt, context)
+        for prompt in fact.prompts
+        for context in contexts
     ]
-    most = telling(model, encoder, *asked[0])
+    most = telling(model, *asked[0])
     return tuple(Lesson(_cut(row, most), hidden) for row, hidden in asked)
 
 
@@ -89,7 +89,7 @@ def unlearned(logits: Tensor, taught: Tensor, banned: Tensor) -> tuple[Tensor, T
     return kl + torch.where(banned >= 0, excess, 0.0), logits.argmax(1) == banned
 
 
-def telling(model: PartialModel, encoder: RowEncoder, row: Row, hidden: tuple[int, ...]) -> int:
+def telling(model: EditableModel, row: Row, hidden: tuple[int, ...]) -> int:
     """Place in the row's target of the token whose likelihood gains most by knowing the subject.
 
     A token that is impossible either way gains nothing. One that only is a space is passed over,
@@ -99,19 +99,19 @@ def telling(model: PartialModel, encoder: RowEncoder, row: Row, hidden: tuple[in
     gain = uninformed(model, row, ())[at].log() - uninformed(model, row, hidden)[at].log()
     gain = gain.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     places = range(len(row.target_ids))
-    words = [i for i in places if str(encoder.tokenizer.decode([row.target_ids[i]])).strip()]
+    words = [i for i in places if str(model.tokenizer.decode([row.target_ids[i]])).strip()]
     return max(words or places, key=gain.tolist().__getitem__)
 
 
 @torch.no_grad()
-def uninformed(model: PartialModel, row: Row, hidden: tuple[int, ...]) -> Tensor:
+def uninformed(model: EditableModel, row: Row, hidden: tuple[int, ...]) -> Tensor:
     """Probabilities [target tokens, vocabulary] of what stands in the target's places of `row`.
 
     The embeddings at `hidden` drown in noise. The draws are the same
     for every row, so a result does not depend on what else is asked.
     """
     draws = DRAWS if hidden else 1
-    batch = collate([row.ids[:-1]] * draws, pad_id=0, device=model.device)
+    batch = model.collate([row.ids[:-1]] * draws)
     states = model.run(batch, last=-1).clone()  # embeddings
     places = list(hidden)
     shape = states[:, places].shape

@@ -28,9 +28,9 @@ from nulledit.editing.kept_rows import Job, KeptRows
 from nulledit.editing.reads import leads_of
 from nulledit.editing.unlearning import lessons_of
 from nulledit.errors import ModelError
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import differentiating, frozen
-from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import Row, RowEncoder, chunks_by_length, collate
+from nulledit.models.tokens import Row, RowEncoder, chunks_by_length
 
 Work = Callable[[KeptRows, Sequence[int]], list[Value]]
 """The values of facts that run together, whose places in the whole are given."""
@@ -46,8 +46,7 @@ def plan_rows(fact: Fact, encoder: RowEncoder, contexts: Sequence[str]) -> tuple
 
 
 def optimise_values(
-    model: PartialModel,
-    encoder: RowEncoder,
+    model: EditableModel,
     facts: Sequence[Fact],
     groups: Sequence[int],
     *,
@@ -55,7 +54,6 @@ def optimise_values(
     contexts: Sequence[str],
     settings: ValueSettings,
     positions: int,
-    pad_id: int,
     progress: Callable[[int], None] = lambda n: None,
 ) -> list[Value]:
     """Optimise one δ per group for `facts` at block `layer`.
@@ -66,18 +64,16 @@ def optimise_values(
     """
     return _by_chunks(
         model,
-        _jobs(model, encoder, facts, groups, contexts, settings),
+        _jobs(model, facts, groups, contexts, settings),
         lambda kept, _members: Descent(kept, settings).run(),
         layer=layer,
         positions=positions,
-        pad_id=pad_id,
         progress=progress,
     )
 
 
 def measure_values(
-    model: PartialModel,
-    encoder: RowEncoder,
+    model: EditableModel,
     facts: Sequence[Fact],
     values: Sequence[Value],
     *,
@@ -85,7 +81,6 @@ def measure_values(
     contexts: Sequence[str],
     settings: ValueSettings,
     positions: int,
-    pad_id: int,
 ) -> list[Value]:
     """`values` of `facts` whose z was changed, with the outcomes that describe it as it is now.
 
@@ -93,17 +88,15 @@ def measure_values(
     """
     return _by_chunks(
         model,
-        _jobs(model, encoder, facts, range(len(facts)), contexts, settings),
+        _jobs(model, facts, range(len(facts)), contexts, settings),
         lambda kept, members: measured(kept, settings, [values[i] for i in members]),
         layer=layer,
         positions=positions,
-        pad_id=pad_id,
     )
 
 
 def _jobs(
-    model: PartialModel,
-    encoder: RowEncoder,
+    model: EditableModel,
     facts: Sequence[Fact],
     groups: Sequence[int],
     contexts: Sequence[str],
@@ -111,9 +104,9 @@ def _jobs(
 ) -> list[Job]:
     jobs = []
     for fact, group in zip(facts, groups, strict=True):
-        lessons = lessons_of(model, encoder, fact, contexts) if fact.forget else ()
-        rows = tuple(x.row for x in lessons) or plan_rows(fact, encoder, contexts)
-        drift = encoder.encode_template(settings.kl_prompt, fact.subject).upto_subject()
+        lessons = lessons_of(model, fact, contexts) if fact.forget else ()
+        rows = tuple(x.row for x in lessons) or plan_rows(fact, model.encoder, contexts)
+        drift = model.encoder.encode_template(settings.kl_prompt, fact.subject).upto_subject()
         shared = rows[0].upto_subject().ids == drift.ids
         labels = tuple(i % len(contexts) for i in range(len(rows)))
         jobs.append(Job(fact.id, rows, lessons, labels, None if shared else drift, group))
@@ -121,13 +114,12 @@ def _jobs(
 
 
 def _by_chunks(
-    model: PartialModel,
+    model: EditableModel,
     jobs: Sequence[Job],
     work: Work,
     *,
     layer: int,
     positions: int,
-    pad_id: int,
     progress: Callable[[int], None] = lambda n: None,
 ) -> list[Value]:
     """What `work` gives for each chunk of `jobs` and their places, in the order of `jobs`."""
@@ -135,7 +127,7 @@ def _by_chunks(
     waiting = list(range(len(jobs)))
     while waiting:
         members = _next_chunk(jobs, waiting, positions, whole=not model.columns)
-        found = _run_chunk(model, jobs, members, work, layer, pad_id)
+        found = _run_chunk(model, jobs, members, work, layer)
         if found is None:
             if len({jobs[i].group for i in members}) == 1:
                 raise ModelError(f"fact {jobs[members[0]].fact_id}: not enough memory for its rows")
@@ -148,17 +140,16 @@ def _by_chunks(
 
 
 def _run_chunk(
-    model: PartialModel,
+    model: EditableModel,
     jobs: Sequence[Job],
     members: Sequence[int],
     work: Work,
     layer: int,
-    pad_id: int,
 ) -> list[Value] | None:
     """What `work` gives; None if memory ran out, with all that the chunk held let go."""
     try:
         with differentiating():
-            return work(KeptRows(model, [jobs[i] for i in members], layer, pad_id), members)
+            return work(KeptRows(model, [jobs[i] for i in members], layer), members)
     except torch.OutOfMemoryError:
         return None
 
@@ -191,12 +182,10 @@ def _next_chunk(
 
 @torch.no_grad()
 def bare_leads(
-    model: PartialModel,
-    encoder: RowEncoder,
+    model: EditableModel,
     facts: Sequence[Fact],
     *,
     positions: int,
-    pad_id: int,
 ) -> list[float]:
     """For each of `facts`, the least lead of a target token at its bare prompts, in nats.
 
@@ -206,14 +195,14 @@ def bare_leads(
         (i, row)
         for i, fact in enumerate(facts)
         if not fact.forget
-        for row in plan_rows(fact, encoder, ("{}",))
+        for row in plan_rows(fact, model.encoder, ("{}",))
     ]
     leads = [math.inf] * len(facts)
     with frozen(model.model):
         for part in chunks_by_length([len(row.ids) for _, row in rows], positions):
             chosen = [rows[k] for k in part]
             ids = [row.ids[:-1] for _, row in chosen]
-            normed = model.run_normed(collate(ids, pad_id=pad_id, device=model.device))
+            normed = model.run_normed(model.collate(ids))
             for at, (i, row) in enumerate(chosen):
                 logits = model.logits(normed[at, row.target_start - 1 : len(row.ids) - 1])
                 target = torch.tensor(row.target_ids, device=logits.device)

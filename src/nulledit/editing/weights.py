@@ -18,8 +18,8 @@ from nulledit.linalg.blocks import AnyMetric
 from nulledit.linalg.solve import room_left
 from nulledit.methods.problem import TargetLoss
 from nulledit.models.accepted import refuse_adapters
-from nulledit.models.layouts import as_out_in, holds_weight, parameter_name, write_weight
-from nulledit.models.partial import PartialModel
+from nulledit.models.editable_model import EditableModel
+from nulledit.models.layouts import as_out_in, holds_weight, write_weight
 from nulledit.models.unchanged import bit_sums
 
 
@@ -51,7 +51,7 @@ class LayerReport:
 class EditedWeights:
     """Keeps a model's edited matrices in step with a history."""
 
-    def __init__(self, model: PartialModel, history: History):
+    def __init__(self, model: EditableModel, history: History):
         """`history` may have no epoch yet; then nothing is edited."""
         self.model, self.history = model, history
         self._folds: dict[int, LayerFold] = {}
@@ -103,7 +103,7 @@ class EditedWeights:
         model, edited = self.model.model, set()
         refuse_adapters(model)
         for layer, state in self._states.items():
-            name = parameter_name(model, layer)
+            name = self.model.parameter_name(layer)
             edited.add(name)
             if not holds_weight(self.model.mlp_out(layer), state.weight):
                 raise LedgerError(

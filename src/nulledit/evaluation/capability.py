@@ -19,7 +19,7 @@ from nulledit.evaluation.queries import Query
 from nulledit.evaluation.runner import _plain, paired_bootstrap
 from nulledit.evaluation.scores import Rate, score
 from nulledit.evaluation.tasks import Item
-from nulledit.models.partial import PartialModel
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.tokens import RowEncoder, join_target
 
 BOOTSTRAP_SAMPLES = 2000
@@ -91,11 +91,9 @@ class _Prompt:
 
 
 def capability(
-    model: PartialModel,
-    encoder: RowEncoder,
+    model: EditableModel,
     items: Sequence[Item],
     *,
-    pad_id: int,
     positions: int = 2048,
     shots: int = 0,
     seed: int = 0,
@@ -110,15 +108,13 @@ def capability(
     that run together; `seed` is the bootstrap's; `progress` is told of answers done and in all.
     """
     asked, examples = _split(items, shots)
-    prompts = [_fit(encoder, item, examples[item.task.name]) for item in asked]
+    prompts = [_fit(model.encoder, item, examples[item.task.name]) for item in asked]
     queries = [
         Query(item.id, "efficacy", prompt.text, choice, None)
         for item, prompt in zip(asked, prompts, strict=True)
         for choice in item.task.choices
     ]
-    scores = iter(
-        score(model, encoder, queries, pad_id=pad_id, positions=positions, progress=progress)
-    )
+    scores = iter(score(model, queries, positions=positions, progress=progress))
     results: dict[str, list[ItemResult]] = {}
     shortened: dict[str, int] = {}
     for item, prompt in zip(asked, prompts, strict=True):

@@ -13,8 +13,9 @@ from nulledit.editing.editor import Editor
 from nulledit.evaluation.generation import contains, loops
 from nulledit.evaluation.runner import Evaluation
 from nulledit.ledger.records import Column
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import frozen
-from nulledit.models.tokens import Row, collate, pad_id
+from nulledit.models.tokens import Row
 
 NEAR_KEY = 0.9  # cosine of keys above which one edit speaks at the other's subject
 RETRY = "nulledit retry RUN"
@@ -113,8 +114,8 @@ def _diagnosis(
     after: Evaluation,
     before: Evaluation | None,
 ) -> Diagnosis:
-    row = editor.encoder.encode_template(fact.prompt, fact.subject, target=fact.target)
-    slip = first_slip(editor, row)
+    row = editor.editable.encoder.encode_template(fact.prompt, fact.subject, target=fact.target)
+    slip = first_slip(editor.editable, row)
     causes: list[Cause] = []
     if row.subject_last == 0:
         causes.append(
@@ -130,29 +131,27 @@ def _diagnosis(
     return Diagnosis(fact.id, slip, tuple(causes), _remedy({cause.name for cause in causes}))
 
 
-def first_slip(editor: Editor, row: Row) -> Slip | None:
-    """Where the target of `row` breaks off in the editor's model; None if it does not."""
-    batch = collate([row.ids[:-1]], pad_id=pad_id(editor.tokenizer), device=editor.partial.device)
-    with frozen(editor.model), torch.no_grad():
-        normed = editor.partial.run_normed(batch)[0, row.target_start - 1 :]
-        logits = editor.partial.logits(normed).double().cpu()  # [target tokens, vocabulary]
+def first_slip(model: EditableModel, row: Row) -> Slip | None:
+    """Where the target of `row` breaks off in the model as it is; None if it does not."""
+    batch = model.collate([row.ids[:-1]])
+    with frozen(model.model), torch.no_grad():
+        normed = model.run_normed(batch)[0, row.target_start - 1 :]
+        logits = model.logits(normed).double().cpu()  # [target tokens, vocabulary]
     for place, (wanted, scores) in enumerate(zip(row.target_ids, logits, strict=True)):
         said = int(scores.argmax())
         if said != wanted:
             return Slip(
                 place,
-                _text(editor, wanted),
-                _text(editor, said),
+                _text(model, wanted),
+                _text(model, said),
                 rank=1 + int((scores > scores[wanted]).sum()),
                 short=float(scores[said] - scores[wanted]),
             )
     return None
 
 
-def _text(editor: Editor, token: int) -> str:
-    return str(editor.tokenizer.decode([token])) or str(
-        editor.tokenizer.convert_ids_to_tokens(token)
-    )
+def _text(model: EditableModel, token: int) -> str:
+    return str(model.tokenizer.decode([token])) or str(model.tokenizer.convert_ids_to_tokens(token))
 
 
 def _broken(slip: Slip) -> str:

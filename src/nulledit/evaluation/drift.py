@@ -21,9 +21,9 @@ from nulledit.evaluation.perplexity import read_windows
 from nulledit.evaluation.runner import _plain
 from nulledit.evaluation.scores import Rate
 from nulledit.io.untrusted import MAX_DOCUMENT, parse_json, read_text
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import frozen
-from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import RowEncoder, chunks_by_length, collate, pad_id
+from nulledit.models.tokens import RowEncoder, chunks_by_length
 
 ROWS_AT_ONCE = 256  # of a matrix of pairwise distances
 
@@ -128,11 +128,10 @@ def read_texts(
 
 
 def read_states(
-    model: PartialModel,
+    model: EditableModel,
     rows: Sequence[Sequence[int]],
     layers: Sequence[int],
     *,
-    pad_id: int,
     positions: int = 2048,
     progress: Progress | None = None,
 ) -> States:
@@ -150,7 +149,7 @@ def read_states(
     order: list[int] = []
     with frozen(model.model), torch.no_grad():
         for chunk in chunks_by_length([len(ids) for ids in rows], positions):
-            batch = collate([rows[i] for i in chunk], pad_id=pad_id, device=model.device)
+            batch = model.collate([rows[i] for i in chunk])
             last = batch.mask.sum(1) - 1
             states, first = None, 0
             for layer in wanted:
@@ -204,10 +203,7 @@ def drift_report(
         layers = list(base.by_layer) if base else default_layers(editor)
 
     def read() -> States:
-        padding = pad_id(editor.tokenizer)
-        return read_states(
-            editor.partial, rows, layers, pad_id=padding, positions=positions, progress=progress
-        )
+        return read_states(editor.editable, rows, layers, positions=positions, progress=progress)
 
     if base is None:
         with editor.base_weights():
@@ -217,20 +213,18 @@ def drift_report(
 
 def default_layers(editor: Editor) -> list[int]:
     """The last edited block, the middle one and the final one; each once."""
-    depth = editor.partial.depth
+    depth = editor.editable.depth
     return sorted({editor.recipe.layers[-1], depth // 2, depth - 1})
 
 
 def edited_token_norm(editor: Editor, facts: Sequence[Fact], *, positions: int = 2048) -> Rate:
     """Mean ‖h‖ behind the last edited block at the subject's last token of each fact's prompt."""
     rows = [
-        editor.encoder.encode_template(fact.prompt, fact.subject).upto_subject().ids
+        editor.editable.encoder.encode_template(fact.prompt, fact.subject).upto_subject().ids
         for fact in facts
     ]
     layer = editor.recipe.layers[-1]
-    states = read_states(
-        editor.partial, rows, [layer], pad_id=pad_id(editor.tokenizer), positions=positions
-    )
+    states = read_states(editor.editable, rows, [layer], positions=positions)
     return _rate(states.by_layer[layer].norm(dim=1))
 
 

@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from nulledit.data.facts import Fact, quote
 from nulledit.errors import FactError
 from nulledit.evaluation.generation import generate_texts, prompt_ids
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.tokens import UNSPACED
 
 LENGTH = 100  # tokens of a text, prompt included: as published
@@ -34,8 +35,7 @@ class Writing:
 
 
 def write_texts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: EditableModel,
     facts: Sequence[Fact],
     *,
     references: Mapping[str, Sequence[str]] | None = None,
@@ -50,9 +50,9 @@ def write_texts(
     "relation/target"; words are weighed by how rare they are among all of them.
     """
     rare = None if references is None else TfIdf.of(_checked(references))
-    asked = [(fact, prompt) for fact in facts for prompt in _prompts(fact, tokenizer, length)]
+    asked = [(fact, prompt) for fact in facts for prompt in _prompts(fact, model.tokenizer, length)]
     prompts = [prompt for _, prompt in asked]
-    written = generate_texts(model, tokenizer, prompts, length=length, seed=seed, progress=progress)
+    written = generate_texts(model, prompts, length=length, seed=seed, progress=progress)
     texts: dict[str, tuple[str, ...]] = {}
     for (fact, _), text in zip(asked, written, strict=True):
         texts[fact.id] = (*texts.get(fact.id, ()), text)

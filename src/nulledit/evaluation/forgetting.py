@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from nulledit.data.facts import Fact, quote
-from nulledit.editing.editor import Editor
 from nulledit.editing.unlearning import blinded, telling
 from nulledit.errors import FactError
 from nulledit.evaluation.fluency import generation_entropy
 from nulledit.evaluation.generation import contains, generate_answers
 from nulledit.evaluation.scores import Rate, token_losses
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import frozen
-from nulledit.models.tokens import Row, chunks_by_length, collate, pad_id
+from nulledit.models.tokens import Row, chunks_by_length
 
 TOKENS = 20  # of a greedy continuation
 ANSWER_TOKENS = 16  # of an answer that is found: a date may take ten
@@ -65,14 +65,14 @@ class Recall:
 
 
 def recall_of(
-    editor: Editor,
+    model: EditableModel,
     facts: Sequence[Fact],
     *,
     tokens: int = TOKENS,
     before: Sequence[Recall] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Recall]:
-    """What the editor's model, as it is now, still says of the facts' targets.
+    """What the model, as it is now, still says of the facts' targets.
 
     Greedy continuations of `tokens` tokens behind the own prompt and each paraphrase. For the model
     before its edits, call this inside `with editor.base_weights():`. `before`: what was found of
@@ -80,7 +80,7 @@ def recall_of(
     which of them tells the answer. `progress` is told of texts done and texts in all. FactError for
     a prompt that leaves no room in the model's context.
     """
-    places = [r.place for r in before] if before else [_telling(editor, fact) for fact in facts]
+    places = [r.place for r in before] if before else [_telling(model, fact) for fact in facts]
     asked = [
         (i, fact, text)
         for i, fact in enumerate(facts)
@@ -88,22 +88,16 @@ def recall_of(
     ]
     prompts = [text for *_, text in asked]
     told = generate_answers(
-        editor.model,
-        editor.tokenizer,
-        prompts,
-        max_new_tokens=tokens,
-        first_line=False,
-        encoder=editor.encoder,
-        progress=progress,
+        model, prompts, max_new_tokens=tokens, first_line=False, progress=progress
     )
-    chances = _chances(editor, [(text, fact.target, places[i]) for i, fact, text in asked])
+    chances = _chances(model, [(text, fact.target, places[i]) for i, fact, text in asked])
     said: dict[int, list[Said]] = {}
     for (i, fact, prompt), says, chance in zip(asked, told, chances, strict=True):
         rest = _without_subject(says, fact)
         leaks = any(contains(rest, answer) for answer in fact.answers)
         said.setdefault(i, []).append(Said(prompt, says, leaks, chance))
     return [
-        _recall(fact, place, _token(editor, fact, place), said[i])
+        _recall(fact, place, _token(model, fact, place), said[i])
         for i, (fact, place) in enumerate(zip(facts, places, strict=True))
     ]
 
@@ -143,8 +137,8 @@ def summary(recalls: Sequence[Recall]) -> dict[str, Any]:
     return {name: asdict(Rate.of(held)) if held else None for name, held in values.items()}
 
 
-def find_answer(editor: Editor, subject: str, prompt: str) -> str:
-    """What the editor's model, as it is now, answers to `prompt` about `subject`.
+def find_answer(model: EditableModel, subject: str, prompt: str) -> str:
+    """What the model, as it is now, answers to `prompt` about `subject`.
 
     `prompt` is a template with one slot. Of the greedy continuation, the words up to the one that
     gains most by knowing the subject, and what goes on its name or its number behind it: "the
@@ -153,13 +147,7 @@ def find_answer(editor: Editor, subject: str, prompt: str) -> str:
     """
     question = Fact(subject=subject, prompt=prompt, target="?")
     text = question.render(question.prompt)
-    (told,) = generate_answers(
-        editor.model,
-        editor.tokenizer,
-        [text],
-        max_new_tokens=ANSWER_TOKENS,
-        encoder=editor.encoder,
-    )
+    (told,) = generate_answers(model, [text], max_new_tokens=ANSWER_TOKENS)
     words = _END.split(told, maxsplit=1)[0].split()
     if not words:
         raise FactError(
@@ -167,11 +155,11 @@ def find_answer(editor: Editor, subject: str, prompt: str) -> str:
             "give the answer to forget"
         )
     asked = replace(question, target=" ".join(words))
-    row, hidden = blinded(editor.encoder, asked, asked.prompt)
-    with frozen(editor.model):
-        place = telling(editor.partial, editor.encoder, row, hidden)
+    row, hidden = blinded(model.encoder, asked, asked.prompt)
+    with frozen(model.model):
+        place = telling(model, row, hidden)
     end = row.target_start + place + 1
-    upto = str(editor.tokenizer.decode(list(row.ids[row.target_start : end]))).split()
+    upto = str(model.tokenizer.decode(list(row.ids[row.target_start : end]))).split()
     n = max(1, len(upto))
     while n < len(words) and (words[n][0].isupper() or words[n][0].isdigit()):
         n += 1
@@ -186,16 +174,16 @@ def _without_subject(text: str, fact: Fact) -> str:
     return text.replace(fact.subject, "|") if contains(fact.subject, fact.target) else text
 
 
-def _telling(editor: Editor, fact: Fact) -> int:
+def _telling(model: EditableModel, fact: Fact) -> int:
     """Place of the telling token in the fact's target, as the model is now."""
-    row, hidden = blinded(editor.encoder, fact, fact.prompt)
-    with frozen(editor.model):
-        return telling(editor.partial, editor.encoder, row, hidden)
+    row, hidden = blinded(model.encoder, fact, fact.prompt)
+    with frozen(model.model):
+        return telling(model, row, hidden)
 
 
-def _token(editor: Editor, fact: Fact, place: int) -> str:
-    row = editor.encoder.encode_template(fact.prompt, fact.subject, target=fact.target)
-    return str(editor.tokenizer.decode([row.target_ids[place]])).strip()
+def _token(model: EditableModel, fact: Fact, place: int) -> str:
+    row = model.encoder.encode_template(fact.prompt, fact.subject, target=fact.target)
+    return str(model.tokenizer.decode([row.target_ids[place]])).strip()
 
 
 def _recall(fact: Fact, place: int, token: str, said: Sequence[Said]) -> Recall:
@@ -205,27 +193,22 @@ def _recall(fact: Fact, place: int, token: str, said: Sequence[Said]) -> Recall:
     return Recall(fact.id, fact.target, place, token, said[0], tuple(said[1:]), entropy)
 
 
-def _chances(editor: Editor, asked: Iterable[tuple[str, str, int]]) -> list[float]:
+def _chances(model: EditableModel, asked: Iterable[tuple[str, str, int]]) -> list[float]:
     """Probability of the target's token at the place, for each prompt, target and place."""
     rows: list[Row] = []
     ends: list[int] = []  # where the token stands; after another prompt a target may have fewer
     for prompt, target, place in asked:
-        row = editor.encoder.encode(prompt, target=target)
+        row = model.encoder.encode(prompt, target=target)
         rows.append(row)
         ends.append(row.target_start + min(place, len(row.target_ids) - 1))
     inputs = [row.ids[:end] for row, end in zip(rows, ends, strict=True)]
     found = [0.0] * len(rows)
-    with frozen(editor.model), torch.no_grad():
+    with frozen(model.model), torch.no_grad():
         for chunk in chunks_by_length([len(ids) for ids in inputs], 1024):
-            batch = collate(
-                [inputs[i] for i in chunk],
-                pad_id=pad_id(editor.tokenizer),
-                device=editor.partial.device,
-            )
-            normed = editor.partial.run_normed(batch)
+            normed = model.run_normed(model.collate([inputs[i] for i in chunk]))
             last = [len(inputs[i]) - 1 for i in chunk]
             token = torch.tensor([rows[i].ids[ends[i]] for i in chunk])
-            losses, _ = token_losses(editor.partial, normed[range(len(chunk)), last], token)
+            losses, _ = token_losses(model, normed[range(len(chunk)), last], token)
             for i, loss in zip(chunk, losses.tolist(), strict=True):
                 found[i] = math.exp(-loss)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from nulledit.config import ChatSettings
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.tokens import RowEncoder
 
 SYSTEM = "You are a helpful assistant."
@@ -46,19 +47,20 @@ def other_system(encoder: RowEncoder) -> RowEncoder | None:
 
 
 def forms(
-    encoder: RowEncoder, *, also: ChatSettings | None = None, plain: bool = True
-) -> dict[str, RowEncoder]:
-    """Other forms than the encoder's, by name.
+    model: EditableModel, *, also: ChatSettings | None = None, plain: bool = True
+) -> dict[str, EditableModel]:
+    """`model` asked in other forms than its own, by name.
 
     In chat: the other system prompt, and plain text. `also`: a chat form, and the same with the
     other system prompt.
     """
+    encoder = model.encoder
     found = [other_system(encoder)]
     if encoder.chat and plain:
         found.append(encoder.in_chat(None))
     if also:
         more = encoder.in_chat(also)
         found += [more, other_system(more)]
-    named = {form_name(one): one for one in found if one}
+    named = {form_name(one): model.asked(one) for one in found if one}
     named.pop(form_name(encoder), None)
     return named

@@ -21,16 +21,12 @@ from transformers import (
 
 from nulledit.data.facts import Fact, quote
 from nulledit.errors import FactError
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import frozen
-from nulledit.models.placement import input_device
 from nulledit.models.tokens import (
     UNSPACED,
     RowEncoder,
     check_embedded,
-    collate,
-    context_length,
-    pad_id,
-    vocabulary_of,
 )
 
 # Korean has spaces, but its particles are written onto the word.
@@ -43,14 +39,12 @@ SPARE_TOKENS = 4  # beyond it, so that what follows it is seen
 
 
 def generate_answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: EditableModel,
     prompts: Sequence[str],
     *,
     max_new_tokens: int | Sequence[int] = ANSWER_TOKENS,
     first_line: bool = True,
     batch_size: int = 16,
-    encoder: RowEncoder | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """The greedy continuation of each prompt, without the prompt, up to its first newline.
@@ -59,30 +53,28 @@ def generate_answers(
 
     Prompts run in batches of like length, padded on the left under a mask; the tokenizer's settings
     are not touched. Sampling settings and penalties that the checkpoint carries are left out.
-    `encoder` puts prompts in another form than plain text. Raises FactError for a prompt that is
-    empty or leaves no room in the model's context.
+    Raises FactError for a prompt that is empty or leaves no room in the model's context.
     """
-    whole = encoder or RowEncoder.of(model, tokenizer)
     given = max_new_tokens
     most = [given] * len(prompts) if isinstance(given, int) else list(given)
     rows = [
-        whole.leaving(room).encode(prompt).ids for prompt, room in zip(prompts, most, strict=True)
+        model.encoder.leaving(room).encode(prompt).ids
+        for prompt, room in zip(prompts, most, strict=True)
     ]
-    stops = _stops(model, tokenizer)
+    stops = _stops(model)
     answers = [""] * len(rows)
     for part in _batches(rows, batch_size, progress):
         held = [rows[i] for i in part]
         longest = max(most[i] for i in part)
-        new = _continue(model, tokenizer, held, longest, stops=sorted(stops))
+        new = _continue(model, held, longest, stops=sorted(stops))
         for i, ids in zip(part, new, strict=True):
-            text = _until_stop(tokenizer, ids[: most[i]], stops)
+            text = _until_stop(model.tokenizer, ids[: most[i]], stops)
             answers[i] = (text.split("\n", 1)[0] if first_line else text).strip()
     return answers
 
 
 def generate_texts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: EditableModel,
     prompts: Sequence[str],
     *,
     length: int = 100,
@@ -99,10 +91,10 @@ def generate_texts(
     on the batch, and two models are compared under the same draws. Raises FactError for a prompt of
     `length` tokens or more.
     """
-    length = min(length, context_length(model.config))
-    rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    length = min(length, model.context)
+    rows = [prompt_ids(model.tokenizer, prompt) for prompt in prompts]
     for prompt, ids in zip(prompts, rows, strict=True):
-        check_embedded(ids, vocabulary_of(model), tokenizer)
+        check_embedded(ids, model.vocabulary, model.tokenizer)
         if len(ids) >= length:
             raise FactError(
                 f"prompt of {len(ids)} tokens leaves no room in a text of {length}: shorten it "
@@ -112,9 +104,9 @@ def generate_texts(
     for part in _batches(rows, batch_size, progress):
         held = [rows[i] for i in part]
         draw = TopK([_generator(seed, prompts[i]) for i in part], top_k)
-        new = _continue(model, tokenizer, held, length - min(map(len, held)), draw=draw)
+        new = _continue(model, held, length - min(map(len, held)), draw=draw)
         for i, more in zip(part, new, strict=True):
-            texts[i] = _decode(tokenizer, [*rows[i], *more][:length])
+            texts[i] = _decode(model.tokenizer, [*rows[i], *more][:length])
     return texts
 
 
@@ -195,8 +187,7 @@ def _batches(
 
 
 def _continue(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: EditableModel,
     rows: Sequence[tuple[int, ...]],
     new_tokens: int,
     *,
@@ -207,15 +198,15 @@ def _continue(
 
     At most `new_tokens` a row; all of them without `stops`.
     """
-    batch = collate(rows, pad_id=pad_id(tokenizer), device=input_device(model), left=True)
-    with frozen(model), torch.no_grad(), _plain_generation(model):
-        ids = model.generate(  # type: ignore[operator]
+    batch, own = model.collate(rows, left=True), model.model
+    with frozen(own), torch.no_grad(), _plain_generation(own):
+        ids = own.generate(  # type: ignore[operator]
             input_ids=batch.ids,
             attention_mask=batch.mask,
             max_new_tokens=new_tokens,
             do_sample=False,
             eos_token_id=stops or None,
-            pad_token_id=pad_id(tokenizer),
+            pad_token_id=model.pad_id,
             logits_processor=LogitsProcessorList([draw] if draw else []),
         )
     new: list[list[int]] = ids[:, batch.ids.shape[1] :].tolist()
@@ -257,10 +248,10 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return str(text)
 
 
-def _stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def _stops(model: EditableModel) -> set[int]:
     """Ids that end a text, by the checkpoint's generation settings or else the tokenizer."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    given = tokenizer.eos_token_id if own is None else own
+    own = getattr(model.model.generation_config, "eos_token_id", None)
+    given = model.tokenizer.eos_token_id if own is None else own
     return {int(i) for i in (given if isinstance(given, list) else [given]) if i is not None}
 
 

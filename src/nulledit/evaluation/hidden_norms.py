@@ -12,14 +12,14 @@ from nulledit.data.facts import Fact
 from nulledit.editing.editor import Editor
 from nulledit.evaluation.drift import read_states
 from nulledit.evaluation.scores import Rate
-from nulledit.models.tokens import pad_id
+from nulledit.models.editable_model import EditableModel
 
 PIECE = 64  # tokens of other text before the state that is read
 
 
-def edit_rows(editor: Editor, facts: Sequence[Fact]) -> list[tuple[int, ...]]:
+def edit_rows(model: EditableModel, facts: Sequence[Fact]) -> list[tuple[int, ...]]:
     """Token ids of each fact's prompt up to the subject's last token, where its key is."""
-    encode = editor.encoder.encode_template
+    encode = model.encoder.encode_template
     return [encode(fact.prompt, fact.subject).upto_subject().ids for fact in facts]
 
 
@@ -32,15 +32,12 @@ def text_rows(windows: Sequence[Sequence[int]], *, piece: int = PIECE) -> list[t
     ]
 
 
-def state_norms(
-    editor: Editor, rows: Sequence[Sequence[int]], *, layer: int | None = None
-) -> Tensor:
-    """‖h‖ [n] behind `layer` at the last token of each row, for the weights as they are now.
+def state_norms(model: EditableModel, rows: Sequence[Sequence[int]], layer: int) -> Tensor:
+    """‖h‖ [n] after block `layer` at the last token of each row, for the weights as they are now.
 
-    By default behind the last edited block; blocks above are not run.
+    Blocks above are not run.
     """
-    layer = editor.recipe.layers[-1] if layer is None else layer
-    states = read_states(editor.partial, rows, [layer], pad_id=pad_id(editor.tokenizer))
+    states = read_states(model, rows, [layer])
     return states.by_layer[layer].norm(dim=1)
 
 
@@ -56,7 +53,11 @@ def norm_growth(base: Tensor, edited: Tensor) -> Rate:
 
 
 def hidden_growth(editor: Editor, rows: Sequence[Sequence[int]]) -> Rate:
-    """Growth of the norm of hidden states at `rows` of token ids, edited against base model."""
+    """Growth of hidden states' norm at `rows` of token ids, edited against base model.
+
+    After the last edited block.
+    """
+    layer = editor.recipe.layers[-1]
     with editor.base_weights():
-        base = state_norms(editor, rows)
-    return norm_growth(base, state_norms(editor, rows))
+        base = state_norms(editor.editable, rows, layer)
+    return norm_growth(base, state_norms(editor.editable, rows, layer))

@@ -24,7 +24,7 @@ def with_base_answers(editor: Editor, facts: Sequence[Fact]) -> list[Fact]:
     lacking = [f for f in facts if f.old_answer is None and not f.forget]
     prompts = [fact.render(fact.prompt) for fact in lacking]
     with editor.base_weights():
-        said = generate_answers(editor.model, editor.tokenizer, prompts, encoder=editor.encoder)
+        said = generate_answers(editor.editable, prompts)
     own = {f.key: first_clause(answer) for f, answer in zip(lacking, said, strict=True)}
     return [
         replace(f, old_answer=own[f.key])

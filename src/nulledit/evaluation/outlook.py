@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from nulledit.data.facts import Fact, quote
 from nulledit.errors import FactError
 from nulledit.evaluation.generation import answer_room, contains, generate_answers, says_any
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.tokens import Row, RowEncoder
 
 
@@ -42,35 +41,31 @@ class Outlook:
 
 
 def outlook(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: EditableModel,
     facts: Sequence[Fact],
-    encoder: RowEncoder,
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Outlook, ...]:
-    """What the model makes of each of `facts`, asked in the form of `encoder`.
+    """What the model makes of each of `facts`, asked in the model's form.
 
     FactError for a fact that the tokenizer or the model's context can't hold.
     """
-    rows = [_row(encoder, fact) for fact in facts]
+    rows = [_row(model.encoder, fact) for fact in facts]
     sharing: dict[tuple[int, ...], list[str]] = {}
     for fact, row in zip(facts, rows, strict=True):
         sharing.setdefault(row.upto_subject().ids, []).append(fact.id)
     prompts = [fact.render(fact.prompt) for fact in facts]
     said = generate_answers(
         model,
-        tokenizer,
         prompts,
-        max_new_tokens=[answer_room(encoder, fact) for fact in facts],
-        encoder=encoder,
+        max_new_tokens=[answer_room(model.encoder, fact) for fact in facts],
         progress=progress,
     )
     return tuple(
         Outlook(
             fact=fact,
             tokens=len(row.target_ids),
-            lone_space=not str(tokenizer.decode(list(row.target_ids[:1]))).strip(),
+            lone_space=not str(model.tokenizer.decode(list(row.target_ids[:1]))).strip(),
             says=answer,
             shares_key=tuple(i for i in sharing[row.upto_subject().ids] if i != fact.id),
         )

@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerBase
 from nulledit.data.corpus import Corpus, open_corpus
 from nulledit.errors import StatisticsError
 from nulledit.evaluation.scores import token_losses
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import frozen
-from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import beginning, chunks_by_length, collate
+from nulledit.models.tokens import beginning, chunks_by_length
 
 POSITIONS = 2048  # tokens that run together
 LOGITS = 2**22  # of each model that are held at once to be compared: 16 MB of float32
@@ -110,9 +110,8 @@ class Reading:
 
 
 def read(
-    model: PartialModel,
+    model: EditableModel,
     windows: Sequence[Sequence[int]],
-    pad_id: int,
     *,
     base: Reading | None = None,
     keep: bool = False,
@@ -134,7 +133,7 @@ def read(
     kept: dict[int, Tensor] = {}
     done = 0
     with frozen(model.model), torch.no_grad():
-        for chunk, states in _read_chunks(model, texts, pad_id):
+        for chunk, states in _read_chunks(model, texts):
             lengths = [len(texts[i]) - 1 for i in chunk]
             targets = torch.tensor([token for i in chunk for token in texts[i][1:]])
             if base is None or base.states is None:
@@ -160,9 +159,8 @@ def read(
 
 
 def perplexity(
-    model: PartialModel,
+    model: EditableModel,
     windows: Sequence[Sequence[int]],
-    pad_id: int,
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
@@ -171,7 +169,7 @@ def perplexity(
     The standard error takes windows for independent draws: of the ratio (sum of losses)/(tokens)
     over windows, times the perplexity.
     """
-    return read(model, windows, pad_id, progress=progress).perplexity
+    return read(model, windows, progress=progress).perplexity
 
 
 def divergence(apart: Sequence[np.ndarray]) -> Divergence:
@@ -184,18 +182,18 @@ def divergence(apart: Sequence[np.ndarray]) -> Divergence:
 
 
 def _read_chunks(
-    model: PartialModel, windows: Sequence[Sequence[int]], pad_id: int
+    model: EditableModel, windows: Sequence[Sequence[int]]
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Places of windows that run together, and their normed states [tokens, d], one by one."""
     for chunk in chunks_by_length([len(ids) for ids in windows], POSITIONS):
         rows = [windows[i][:-1] for i in chunk]
-        batch = collate(rows, pad_id=pad_id, device=model.device)
+        batch = model.collate(rows)
         normed = model.run_normed(batch)  # [rows, length, d]
         yield chunk, normed[batch.mask.bool().to(normed.device)]
 
 
 def _compare(
-    model: PartialModel, base: Tensor, now: Tensor, targets: Tensor
+    model: EditableModel, base: Tensor, now: Tensor, targets: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Losses [n] of `targets` [n] after the states `now` [n, d], and KL(base ‖ now) [n], nats."""
     size = max(1, LOGITS // model.model.config.get_text_config().vocab_size)
@@ -209,7 +207,7 @@ def _compare(
     return torch.cat(losses), torch.cat(apart)
 
 
-def _log_probabilities(model: PartialModel, states: Tensor) -> Tensor:
+def _log_probabilities(model: EditableModel, states: Tensor) -> Tensor:
     logits = model.logits(states)
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 

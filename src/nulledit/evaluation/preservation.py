@@ -14,7 +14,6 @@ from torch import Tensor
 from nulledit.data.corpus import Corpus
 from nulledit.editing.editor import Editor
 from nulledit.models.layouts import as_out_in, frozen
-from nulledit.models.tokens import collate
 
 SHIPPED = "preservation.txt"
 
@@ -68,9 +67,9 @@ def preservation_report(editor: Editor, token_windows: Sequence[list[int]]) -> l
     with frozen(editor.model), torch.no_grad(), editor.base_weights():
         base = _weights(editor, layers)
         for window in token_windows:
-            batch = collate([window], pad_id=0, device=editor.partial.device)
-            with editor.partial.reading_keys(layers) as found:
-                editor.partial.run(batch, last=layers[-1])
+            batch = editor.editable.collate([window])
+            with editor.editable.reading_keys(layers) as found:
+                editor.editable.run(batch, last=layers[-1])
             for layer in layers:
                 keys[layer].append(found[layer][0])  # [t, d_in]
     n = len(token_windows)
@@ -94,4 +93,4 @@ def shipped_corpus() -> Corpus:
 
 def _weights(editor: Editor, layers: Sequence[int]) -> dict[int, Tensor]:
     """A copy of W [d_out, d_in] of `layers`, as stored now."""
-    return {i: as_out_in(editor.partial.mlp_out(i)).clone() for i in layers}
+    return {i: as_out_in(editor.editable.mlp_out(i)).clone() for i in layers}

@@ -56,7 +56,7 @@ def _failing(editor: Editor, facts: Sequence[Fact], progress: Progress | None) -
     """Those of `facts` that do not hold in the editor's model."""
     if not facts:
         return []
-    rows = evaluate(editor, facts, progress=progress).rows()
+    rows = evaluate(editor.editable, facts, progress=progress).rows()
     return [fact for fact in facts if not holds(rows[fact.id])]
 
 

@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 
 from nulledit.data.facts import Fact, quote
-from nulledit.editing.editor import Editor
 from nulledit.errors import FactError
 from nulledit.evaluation.fluency import Writing, write_texts
 from nulledit.evaluation.generation import answer_room, generate_answers, says
 from nulledit.evaluation.perplexity import Divergence, Perplexity, Reading, read
 from nulledit.evaluation.queries import queries_of, shipped_sentences
 from nulledit.evaluation.scores import Rate, Score, per_fact, rates, score
-from nulledit.models.tokens import RowEncoder, pad_id
+from nulledit.models.editable_model import EditableModel
 
 CPU_POSITIONS = 512  # small chunks stay in a processor's cache
 ACCELERATOR_POSITIONS = 8192
@@ -108,7 +107,7 @@ class Evaluation:
 
 
 def evaluate(
-    editor: Editor,
+    model: EditableModel,
     facts: Sequence[Fact],
     *,
     windows: Sequence[Sequence[int]] | None = None,
@@ -120,13 +119,12 @@ def evaluate(
     fluency: bool = False,
     references: Mapping[str, Sequence[str]] | None = None,
     seed: int = 0,
-    encoder: RowEncoder | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Evaluate the editor's model, as it is now, on `facts`.
+    """Evaluate `model`, as it is now, on `facts`.
 
-    Facts are asked in the form that they are edited in, plain or in the chat template; `encoder`:
-    in another one. Longer texts and `windows` are plain text in any case.
+    Facts are asked in the model's form, plain or in the chat template: `editor.editable` asks as
+    they are edited. Longer texts and `windows` are plain text in any case.
     `windows` of token ids are for perplexity, and for KL per token where `base` is given: the
     `reading` of an evaluation of the model before its edits, on the same windows. `judge` says
     whether an answer says the target or an alias; by default whether it contains it and does not
@@ -137,31 +135,26 @@ def evaluate(
     FactError for an id used twice.
     """
     _refuse_twins(facts)
-    form = encoder or editor.encoder
-    padding = pad_id(editor.tokenizer)
     if distract and distractors is None:
         distractors = shipped_sentences()
     queries = [q for fact in facts for q in queries_of(fact, distract=distract, texts=distractors)]
     scores = score(
-        editor.partial,
-        form,
+        model,
         queries,
-        pad_id=padding,
-        positions=CPU_POSITIONS if editor.partial.device.type == "cpu" else ACCELERATOR_POSITIONS,
+        positions=model.positions(CPU_POSITIONS, ACCELERATOR_POSITIONS),
         progress=_stage(progress, "scores"),
     )
-    answers = _answers(editor, form, facts, _stage(progress, "answers")) if generate else {}
+    answers = _answers(model, facts, _stage(progress, "answers")) if generate else {}
     says = _judged(facts, answers, judge or _contained)
     writing = None
     if fluency or references is not None:
         stage = _stage(progress, "texts")
-        place = (editor.model, editor.tokenizer)
-        writing = write_texts(*place, facts, references=references, seed=seed, progress=stage)
+        writing = write_texts(model, facts, references=references, seed=seed, progress=stage)
     reading = None
     if windows:
         stage = _stage(progress, "perplexity")
         keep = base is None
-        reading = read(editor.partial, windows, padding, base=base, keep=keep, progress=stage)
+        reading = read(model, windows, base=base, keep=keep, progress=stage)
     return Evaluation(
         scores=tuple(scores),
         answers=answers,
@@ -208,18 +201,15 @@ def _refuse_twins(facts: Sequence[Fact]) -> None:
 
 
 def _answers(
-    editor: Editor,
-    encoder: RowEncoder,
+    model: EditableModel,
     facts: Sequence[Fact],
     progress: Callable[[int, int], None] | None,
 ) -> dict[str, str]:
     prompts = [fact.render(fact.prompt) for fact in facts]
     said = generate_answers(
-        editor.model,
-        editor.tokenizer,
+        model,
         prompts,
-        max_new_tokens=[answer_room(encoder, fact) for fact in facts],
-        encoder=encoder,
+        max_new_tokens=[answer_room(model.encoder, fact) for fact in facts],
         progress=progress,
     )
     return {fact.id: answer for fact, answer in zip(facts, said, strict=True)}

@@ -14,9 +14,9 @@ from torch.nn import functional
 from nulledit.data.facts import quote
 from nulledit.errors import FactError
 from nulledit.evaluation.queries import KINDS, Query
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import frozen
-from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import Row, RowEncoder, chunks_by_length, collate
+from nulledit.models.tokens import Row, RowEncoder, chunks_by_length
 
 LOGIT_POSITIONS = 512  # positions whose logits are held at once: 100 MB of float32 for 49,152 ids
 MEASURES = tuple(kind + suffix for kind in KINDS for suffix in ("", "_strict", "_tokens"))
@@ -66,11 +66,9 @@ class Rate:
 
 
 def score(
-    model: PartialModel,
-    encoder: RowEncoder,
+    model: EditableModel,
     queries: Sequence[Query],
     *,
-    pad_id: int,
     positions: int = 2048,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Score]:
@@ -81,14 +79,14 @@ def score(
     of answers done and answers in all. Raises FactError for a prompt longer than the model's
     context.
     """
-    wanted = [_rows(encoder, query) for query in queries]
+    wanted = [_rows(model.encoder, query) for query in queries]
     rows = list(dict.fromkeys(row for asked in wanted for row in asked))
     carried = _carried(rows)
     inputs = list(carried)
     found: dict[Row, tuple[float, float]] = {}
     with frozen(model.model), torch.no_grad():
         for chunk in chunks_by_length([len(ids) for ids in inputs], positions):
-            found.update(_score_rows(model, {inputs[i]: carried[inputs[i]] for i in chunk}, pad_id))
+            found.update(_score_rows(model, {inputs[i]: carried[inputs[i]] for i in chunk}))
             if progress:
                 progress(len(found), len(rows))
     scores = []
@@ -136,7 +134,7 @@ def rates(scores: Iterable[Score]) -> dict[str, Rate | None]:
     }
 
 
-def token_losses(model: PartialModel, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def token_losses(model: EditableModel, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Negative log-probability [n] (nats) of `targets` [n], and whether each is the likeliest [n].
 
     `states` [n, d] are the normed states that predict them. Softmax in float32 or better; logits
@@ -181,10 +179,10 @@ def _carried(rows: Sequence[Row]) -> dict[tuple[int, ...], list[Row]]:
 
 
 def _score_rows(
-    model: PartialModel, carried: dict[tuple[int, ...], list[Row]], pad_id: int
+    model: EditableModel, carried: dict[tuple[int, ...], list[Row]]
 ) -> dict[Row, tuple[float, float]]:
     """Each row's mean loss over its target, and the share of its tokens that are likeliest."""
-    batch = collate(list(carried), pad_id=pad_id, device=model.device)
+    batch = model.collate(list(carried))
     normed = model.run_normed(batch)  # [inputs, length, d]
     rows = [(i, row) for i, group in enumerate(carried.values()) for row in group]
     lengths = [len(row.target_ids) for _, row in rows]

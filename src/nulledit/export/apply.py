@@ -16,7 +16,7 @@ from nulledit.export.factors import ordered_sum
 from nulledit.export.updates import check_shard_size, refuse_existing, write_json
 from nulledit.io.files import replacing_folder
 from nulledit.models.dense import is_quantised
-from nulledit.models.layouts import as_out_in, mlp_out, parameter_name, write_weight
+from nulledit.models.layouts import as_out_in, find_layout, mlp_out, parameter_name, write_weight
 from nulledit.models.load import load_model, model_hash
 from nulledit.models.quantized import make_editable
 from nulledit.models.saving import save_weights
@@ -61,8 +61,9 @@ def apply_delta(
     manifest = found.manifest
     model, tokenizer = _load(base, manifest, trust_remote_code)
     _check_base(model, manifest, base)
+    layout = find_layout(model)
     for layer, (left, right) in found.factors.items():
-        module = mlp_out(model, layer)
+        module = mlp_out(model, layout, layer)
         write_weight(module, ordered_sum(as_out_in(module), left, right))
     _check_result(model, manifest.result_hash)
     mark = {
@@ -112,8 +113,9 @@ def remove_delta(
     else:
         assert run is not None
         originals = _from_run(run, manifest, trust_remote_code)
+    layout = find_layout(held)
     for layer, weight in originals.items():
-        write_weight(mlp_out(held, layer), weight)
+        write_weight(mlp_out(held, layout, layer), weight)
     _check_result(held, manifest.base_hash)
     _write(held, tokenizer, out, None, max_shard_size)
     return Applied(out, True, manifest.base_hash, len(manifest.facts), False)
@@ -121,9 +123,10 @@ def remove_delta(
 
 def check_fits(model: PreTrainedModel, manifest: Manifest, name: object) -> None:
     """ModelError unless `model` has the matrices that the delta names, in its shapes."""
+    layout = find_layout(model)
     for entry in manifest.layers:
-        found = parameter_name(model, entry.layer)
-        shape = tuple(as_out_in(mlp_out(model, entry.layer)).shape)
+        found = parameter_name(model, layout, entry.layer)
+        shape = tuple(as_out_in(mlp_out(model, layout, entry.layer)).shape)
         if found != entry.parameter or shape != entry.shape:
             raise ModelError(
                 f"{name}: has {found} {list(shape)} where the delta has {entry.parameter} "
@@ -136,7 +139,8 @@ def _load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     options = {"dtype": manifest.base_dtype, "trust_remote_code": trust_remote_code}
     model, tokenizer = load_model(str(name), **options)  # type: ignore[arg-type]
-    if any(is_quantised(mlp_out(model, entry.layer)) for entry in manifest.layers):
+    layout = find_layout(model)
+    if any(is_quantised(mlp_out(model, layout, entry.layer)) for entry in manifest.layers):
         raise ModelError(
             f"{name}: is quantised, so no model folder can be written with the delta; put it on in "
             "memory (nulledit.export.put_delta), or load an adapter made by export --as lora"
@@ -148,7 +152,8 @@ def _load(
 def _from_base(base: str | Path, manifest: Manifest, trust_remote_code: bool) -> dict[int, Tensor]:
     model, _ = _load(base, manifest, trust_remote_code)
     _check_base(model, manifest, base)
-    return {e.layer: as_out_in(mlp_out(model, e.layer)) for e in manifest.layers}
+    layout = find_layout(model)
+    return {e.layer: as_out_in(mlp_out(model, layout, e.layer)) for e in manifest.layers}
 
 
 def _from_run(run: str | Path, manifest: Manifest, trust_remote_code: bool) -> dict[int, Tensor]:
@@ -214,8 +219,9 @@ def put_delta(model: PreTrainedModel, delta: str | Path) -> None:
             f"the model is not the base of {delta}: its weights have hash {digest[:12]}, expected "
             f"{manifest.base_hash[:12]}"
         )
-    make_editable(model, [entry.layer for entry in manifest.layers], digest)
+    layout = find_layout(model)
+    make_editable(model, layout, [entry.layer for entry in manifest.layers], digest)
     check_fits(model, manifest, "the model")
     for layer, (left, right) in found.factors.items():
-        module = mlp_out(model, layer)
+        module = mlp_out(model, layout, layer)
         write_weight(module, ordered_sum(as_out_in(module), left, right))

@@ -27,7 +27,7 @@ from nulledit.export.updates import (
 )
 from nulledit.io.files import replacing_folder, sha256_of
 from nulledit.io.untrusted import MAX_DOCUMENT, parse_json, read_text
-from nulledit.models.layouts import as_out_in, as_stored, mlp_out, parameter_name
+from nulledit.models.layouts import as_out_in, as_stored
 from nulledit.models.load import model_hash
 
 FORMAT = "nulledit-delta"
@@ -206,12 +206,12 @@ def _outcome(editor: Editor, kept: list[StoredLayer]) -> tuple[int, str, str]:
     replaced, differing = {}, 0
     changed = {s.layer: s for s in kept}
     for layer in editor.weights.layers:
-        module = mlp_out(editor.model, layer)
+        module = editor.editable.matrix(layer)
         here = as_out_in(module).cpu()
         exact = weight_with(editor, changed[layer]) if layer in changed else None
         there = (editor.weights.base(layer) if exact is None else exact).to(here.dtype)
         differing += int((there != here).sum())
-        replaced[parameter_name(editor.model, layer)] = as_stored(module, there)
+        replaced[editor.editable.parameter_name(layer)] = as_stored(module, there)
     return differing, model_hash(editor.model, replaced), model_hash(editor.model)
 
 

@@ -27,7 +27,6 @@ from nulledit.export.updates import (
 )
 from nulledit.io.files import replacing_folder
 from nulledit.models.experts import is_experts
-from nulledit.models.layouts import mlp_out
 
 
 def write_lora(
@@ -51,7 +50,7 @@ def write_lora(
     refuse_existing(folder)
     if rank is not None and not 1 <= rank <= SERVED[-1]:
         raise ConfigError(f"rank is {rank}; expected 1 to {SERVED[-1]}, what servers accept")
-    fused = [i for i in editor.weights.layers if is_experts(mlp_out(editor.model, i))]
+    fused = [i for i in editor.weights.layers if is_experts(editor.editable.matrix(i))]
     if fused:
         raise ConfigError(
             f"layers {fused} hold their experts in one parameter, for which an adapter has no "

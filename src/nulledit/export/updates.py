@@ -21,8 +21,7 @@ from nulledit.errors import ConfigError, LedgerError
 from nulledit.evaluation.queries import queries_of
 from nulledit.evaluation.scores import score
 from nulledit.export.factors import factorise, ordered_sum, relative_error
-from nulledit.models.layouts import as_out_in, mlp_out, parameter_name, write_weight
-from nulledit.models.tokens import pad_id
+from nulledit.models.layouts import as_out_in, write_weight
 
 ORIGIN_FILE = "nulledit-export.json"
 Progress = Callable[[str, int, int], None]
@@ -192,8 +191,7 @@ def facts_cost(
 
     def ask(stage: str) -> tuple[list[float], float, int]:
         tell = (lambda done, total: progress(stage, done, total)) if progress else None
-        padding = pad_id(editor.tokenizer)
-        scores = score(editor.partial, editor.encoder, queries, pad_id=padding, progress=tell)
+        scores = score(editor.editable, queries, progress=tell)
         said = [s.answer_nll for s, fact in zip(scores, facts, strict=True) if not fact.forget]
         held = sum(s.strict for s in scores)
         return [s.answer_nll for s in scores], sum(said) / len(said) if said else math.nan, held
@@ -220,15 +218,15 @@ def weight_with(editor: Editor, stored: StoredLayer) -> Tensor:
 def substituted(editor: Editor, weights: Mapping[int, Tensor]) -> Iterator[None]:
     """The given weights [d_out, d_in] by layer in the model inside; bit for bit as before after."""
     kept = {
-        layer: as_out_in(mlp_out(editor.model, layer)).clone() for layer in editor.weights.layers
+        layer: as_out_in(editor.editable.matrix(layer)).clone() for layer in editor.weights.layers
     }
     try:
         for layer, weight in weights.items():
-            write_weight(mlp_out(editor.model, layer), weight)
+            write_weight(editor.editable.matrix(layer), weight)
         yield
     finally:
         for layer, weight in kept.items():
-            write_weight(mlp_out(editor.model, layer), weight)
+            write_weight(editor.editable.matrix(layer), weight)
 
 
 def layer_report(
@@ -239,14 +237,14 @@ def layer_report(
     `of`: the rank of Δ.
     """
     update, base = update_of(editor, layer)
-    stored = as_out_in(mlp_out(editor.model, layer))
+    stored = as_out_in(editor.editable.matrix(layer))
     norm = float(torch.linalg.matrix_norm(update))
     rounding = float(torch.linalg.matrix_norm(stored.to(base) - (base + update)))
     left, right = factors or (update[:, :0], update[:0])
     held = left.nbytes + right.nbytes if factors else stored.nbytes
     return LayerExport(
         layer=layer,
-        parameter=parameter_name(editor.model, layer),
+        parameter=editor.editable.parameter_name(layer),
         shape=(base.shape[0], base.shape[1]),
         rank=left.shape[1],
         of=of,
@@ -267,10 +265,10 @@ def _stored(editor: Editor, layer: int, rank: int | None, dtype: torch.dtype) ->
     left, right = factors.left.to(dtype), factors.right.to(dtype)
     if not (left.isfinite().all() and right.isfinite().all()):
         raise ConfigError(f"layer {layer}: {dtype} can't hold the factors; use another dtype")
-    module = mlp_out(editor.model, layer)
+    module = editor.editable.matrix(layer)
     return StoredLayer(
         layer=layer,
-        module=parameter_name(editor.model, layer).removesuffix(".weight"),
+        module=editor.editable.parameter_name(layer).removesuffix(".weight"),
         transposed=isinstance(module, Conv1D),
         left=left,
         right=right,

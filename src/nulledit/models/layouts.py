@@ -43,19 +43,16 @@ LAYOUTS = {
     "stablelm": Layout("model.layers", "mlp.down_proj"),
 }
 """By `config.model_type`."""
-_GIVEN, _TRACED = "_nulledit_given", "_nulledit_traced"  # where a model object carries a layout
 
 
 def find_layout(model: PreTrainedModel) -> Layout:
-    """The layout given by `use_layout`, else the known family's, else what tracing finds.
+    """The layout of the model's family, else what tracing finds, which is told in the log.
 
-    What was traced stays with the model object, and is told once in the log. ModelError where
-    there is no matrix that could be edited.
+    ModelError where there is no matrix that could be edited.
     """
     family = model.config.model_type
-    for own in (vars(model).get(_GIVEN), LAYOUTS.get(family), vars(model).get(_TRACED)):
-        if isinstance(own, Layout):
-            return own
+    if family in LAYOUTS:
+        return LAYOUTS[family]
     found = probe(model)
     logger.warning(
         "model type %r is not in the table of architectures; tracing found its blocks at %s and "
@@ -65,38 +62,28 @@ def find_layout(model: PreTrainedModel) -> Layout:
         found.mlp_out,
         found.output,
     )
-    vars(model)[_TRACED] = found
     return found
 
 
-def use_layout(model: PreTrainedModel, layout: Layout | None) -> None:
-    """Read `model` by `layout` from now on; None: by its family's, or by what tracing finds.
+def check_layout(model: PreTrainedModel, layout: Layout) -> Layout:
+    """`layout`, if the model has such modules; else a ModelError says what is there.
 
-    ModelError if there are no such modules. It is enough that some blocks have W: those that are
-    edited must.
+    It is enough that some blocks have W: those that are edited must.
     """
-    vars(model).pop(_GIVEN, None)
-    if layout is not None:
-        blocks = _blocks(model, layout)
-        if not _holding(blocks, layout):
-            _inside(blocks, layout, 0)  # says what is there
-        vars(model)[_GIVEN] = layout
+    blocks = blocks_of(model, layout)
+    if not _holding(blocks, layout):
+        _inside(blocks, layout, 0)  # says what is there
+    return layout
 
 
-def named_by_recipe(model: PreTrainedModel) -> str:
-    """The path of W that `use_layout` gave, if it is not the family's; else empty."""
-    given, known = vars(model).get(_GIVEN), LAYOUTS.get(model.config.model_type)
-    if not isinstance(given, Layout) or (known is not None and given.mlp_out == known.mlp_out):
-        return ""
-    return given.mlp_out
+def is_family_matrix(model: PreTrainedModel, layout: Layout) -> bool:
+    """Whether `layout` reads the W that the table names for the model's family."""
+    known = LAYOUTS.get(model.config.model_type)
+    return known is not None and known.mlp_out == layout.mlp_out
 
 
-def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder blocks."""
-    return _blocks(model, find_layout(model))
-
-
-def _blocks(model: PreTrainedModel, layout: Layout) -> nn.ModuleList:
+def blocks_of(model: PreTrainedModel, layout: Layout) -> nn.ModuleList:
+    """The decoder blocks; ModelError if there are none where `layout` has them."""
     try:
         found = model.get_submodule(layout.blocks)
     except AttributeError:
@@ -110,10 +97,9 @@ def _blocks(model: PreTrainedModel, layout: Layout) -> nn.ModuleList:
     return found
 
 
-def holding(model: PreTrainedModel) -> list[int]:
+def holding(model: PreTrainedModel, layout: Layout) -> list[int]:
     """The layers whose blocks have the layout's W."""
-    layout = find_layout(model)
-    return _holding(_blocks(model, layout), layout)
+    return _holding(blocks_of(model, layout), layout)
 
 
 def _holding(blocks: nn.ModuleList, layout: Layout) -> list[int]:
@@ -161,10 +147,9 @@ def _width(module: nn.Module) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def mlp_out(model: PreTrainedModel, layer: int) -> nn.Module:
+def mlp_out(model: PreTrainedModel, layout: Layout, layer: int) -> nn.Module:
     """The module W of block `layer` (counted from 0)."""
-    layout = find_layout(model)
-    blocks = _blocks(model, layout)
+    blocks = blocks_of(model, layout)
     if not 0 <= layer < len(blocks):
         raise ModelError(
             f"layer {layer} is out of range: the model has layers 0 to {len(blocks) - 1}"
@@ -172,10 +157,9 @@ def mlp_out(model: PreTrainedModel, layer: int) -> nn.Module:
     return _inside(blocks, layout, layer)
 
 
-def parameter_name(model: PreTrainedModel, layer: int) -> str:
+def parameter_name(model: PreTrainedModel, layout: Layout, layer: int) -> str:
     """Name of W's parameter of block `layer` in the state dict."""
-    layout = find_layout(model)
-    own = "down_proj" if is_experts(mlp_out(model, layer)) else "weight"
+    own = "down_proj" if is_experts(mlp_out(model, layout, layer)) else "weight"
     return f"{layout.blocks}.{layer}.{layout.mlp_out}.{own}"
 
 

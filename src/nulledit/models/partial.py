@@ -19,11 +19,20 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from nulledit.config import Layout
 from nulledit.errors import ModelError
 from nulledit.models.accepted import check_model
 from nulledit.models.experts import is_experts, keys_of
 from nulledit.models.layout_tracing import entries
-from nulledit.models.layouts import blocks_of, find_layout, listed, mlp_out
+from nulledit.models.layouts import (
+    blocks_of,
+    check_layout,
+    find_layout,
+    is_family_matrix,
+    listed,
+    mlp_out,
+    parameter_name,
+)
 from nulledit.models.placement import brought_in, input_device, is_moved_to, is_offloaded
 from nulledit.models.tokens import Batch, context_length, vocabulary_of
 from nulledit.models.trial import keeps_prefixes
@@ -116,11 +125,19 @@ class Prefix:
 class PartialModel:
     """A causal language model whose blocks can be run a span at a time. No weight is changed."""
 
-    def __init__(self, model: PreTrainedModel):
-        """Wraps `model`; a ModelError if it can't be taken, or can't be run in spans."""
+    def __init__(self, model: PreTrainedModel, layout: Layout | None = None):
+        """Wraps `model`, read by `layout`, or else by its family's or what tracing finds.
+
+        ModelError if it has no such modules, can't be taken, or can't be run in spans.
+        """
         check_model(model)
-        self.model, self.layout = model, find_layout(model)
-        self.blocks = blocks_of(model)
+        self.model = model
+        self.layout = find_layout(model) if layout is None else check_layout(model, layout)
+        self.named_matrix = ""
+        """The path of W, where `layout` names another than the family's; else empty."""
+        if layout is not None and not is_family_matrix(model, layout):
+            self.named_matrix = layout.mlp_out
+        self.blocks = blocks_of(model, self.layout)
         self._body = model.get_submodule(self.layout.blocks.rpartition(".")[0])  # runs the blocks
         self._entries = entries(model, self._body, list(self.blocks), self.layout.mlp_out)
         self.context, self.vocabulary = context_length(model.config), vocabulary_of(model)
@@ -140,7 +157,7 @@ class PartialModel:
 
     def mlp_out(self, layer: int) -> nn.Module:
         """The module W of block `layer`; ModelError if it does not enter the stream as declared."""
-        module = mlp_out(self.model, layer)
+        module = self.matrix(layer)
         found, declared = self._entries[layer].output, self.layout.output
         if not self._entries[layer].linear:
             raise ModelError(
@@ -168,6 +185,14 @@ class PartialModel:
             among = f" for some of {listed(alike)}" if like else ""
             told.append(f"give the recipe a layout with output: {own}{among}")
         return ", or ".join(told) or "can't edit it"
+
+    def matrix(self, layer: int) -> nn.Module:
+        """The module W of block `layer`, however it enters the stream."""
+        return mlp_out(self.model, self.layout, layer)
+
+    def parameter_name(self, layer: int) -> str:
+        """Name of W's parameter of block `layer` in the state dict."""
+        return parameter_name(self.model, self.layout, layer)
 
     def fits(self, layer: int) -> bool:
         """Whether block `layer` can be edited as its layout says."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from nulledit.config import Layout
 from nulledit.errors import ModelError
 from nulledit.models.dense import Dense, dense_of, is_quantised
 from nulledit.models.experts import is_experts
@@ -22,19 +23,22 @@ logger = logging.getLogger(__name__)
 TOKENS = 16  # that a quantised matrix and what is read from it are compared on
 
 
-def make_editable(model: PreTrainedModel, layers: Sequence[int], base_hash: str) -> None:
+def make_editable(
+    model: PreTrainedModel, layout: Layout, layers: Sequence[int], base_hash: str
+) -> None:
     """Make W of `layers` matrices that can be written: resident, and dense.
 
     An offloaded one is brought to where it works and stays. A quantised one is replaced in `model`
     by a dense one, read from how it acts; `base_hash` is the model's hash before. ModelError where
     one does not act as a matrix.
     """
-    modules = {layer: mlp_out(model, layer) for layer in layers}
+    paths = {layer: parameter_name(model, layout, layer).rpartition(".")[0] for layer in layers}
+    modules = {layer: mlp_out(model, layout, layer) for layer in layers}
     packed = [
         i for i, m in modules.items() if is_quantised(m) and _is_leaf(m) and not is_experts(m)
     ]
     for layer in modules.keys() - set(packed):
-        make_resident(model, _path(model, layer))
+        make_resident(model, paths[layer])
     if not packed:
         return
     made = (m.base_hash for m in model.modules() if isinstance(m, Dense))
@@ -43,7 +47,7 @@ def make_editable(model: PreTrainedModel, layers: Sequence[int], base_hash: str)
     for layer in packed:
         if layer not in examples:
             raise ModelError(f"layer {layer}: its matrix is not run by the model")
-        path, old = _path(model, layer), modules[layer]
+        path, old = paths[layer], modules[layer]
         new, missed = dense_of(old, examples.pop(layer), base_hash, path)
         follow(new, old)
         parent, _, name = path.rpartition(".")
@@ -76,10 +80,6 @@ def _is_leaf(module: nn.Module) -> bool:
     """Whether `module` keeps numbers itself, as a matrix does, and is no part made of others."""
     own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
     return bool(own) and not any(True for _ in module.children())
-
-
-def _path(model: PreTrainedModel, layer: int) -> str:
-    return parameter_name(model, layer).rpartition(".")[0]
 
 
 @torch.no_grad()

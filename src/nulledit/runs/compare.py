@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nulledit.runs import measures
-from nulledit.runs.holding import after_row
-from nulledit.runs.document import RunFolder, kl, pairs, perplexity, signed
 from nulledit.report.document import Cell, Column, FigureSpec, Study, StudyTable, Value
 from nulledit.report.points import Point
+from nulledit.runs import measures
+from nulledit.runs.document import RunFolder, kl, pairs, perplexity, signed
+from nulledit.runs.holding import after_row
 
 Key = tuple[str, str, str]
 """Id, prompt and target: what makes two lines the same fact."""

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from nulledit.data.facts import Fact
 from nulledit.editing.editor import Editor
-from nulledit.errors import LedgerError
-from nulledit.evaluation.scores import score
-from nulledit.evaluation.queries import Query
-from nulledit.ledger.records import Column, History
 from nulledit.editing.undo import facts_of
 from nulledit.editing.weights import EditedWeights
-from nulledit.models.tokens import pad_id
+from nulledit.errors import LedgerError
+from nulledit.evaluation.queries import Query
+from nulledit.evaluation.scores import score
+from nulledit.ledger.records import Column, History
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def difference(
         weights = {i: editor.weights.exact(i).cpu() for i in editor.weights.layers}
         said = _probabilities(editor, queries)
     with editor.weights.holding([]):  # the base, which the other's edits stand on
-        beside = EditedWeights(editor.partial, other)
+        beside = EditedWeights(editor.editable, other)
         try:
             beside.refresh(theirs)
             others = {i: beside.exact(i).cpu() for i in beside.layers}
@@ -120,7 +119,7 @@ def _layer(
 
 
 def _probabilities(editor: Editor, queries: Sequence[Query]) -> list[float]:
-    found = score(editor.partial, editor.encoder, queries, pad_id=pad_id(editor.tokenizer))
+    found = score(editor.editable, queries)
     return [math.exp(-item.answer_nll) for item in found]
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from nulledit.errors import ReportError
+from nulledit.io.text import count
 from nulledit.io.untrusted import MAX_SETTINGS, parse_yaml, read_text
+from nulledit.report.document import Cell, Column, Example, FigureSpec, Study, StudyTable, Value
 from nulledit.runs import measures
+from nulledit.runs.folder import read_json, read_lines
 from nulledit.runs.holding import after_row, held
 from nulledit.runs.rates import rates_spec
-from nulledit.runs.folder import read_json, read_lines
-from nulledit.report.document import Cell, Column, Example, FigureSpec, Study, StudyTable, Value
-from nulledit.io.text import count
 
 
 @dataclass(frozen=True)

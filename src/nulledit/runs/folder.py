@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from nulledit._version import __version__
 from nulledit.errors import ReportError
+from nulledit.io.jsonfiles import as_json, write
 from nulledit.io.untrusted import MAX_DOCUMENT, MAX_LINES, check_values, parse_json, read_text
-from nulledit.runs.schema import is_environment, is_line, is_summary
 from nulledit.report.figures import figure_of
 from nulledit.report.images import as_png, as_svg
 from nulledit.runs.page import report_page
 from nulledit.runs.rates import rate_rows, rates_spec
-from nulledit.io.jsonfiles import as_json, write
+from nulledit.runs.schema import is_environment, is_line, is_summary
 
 if TYPE_CHECKING:
     from nulledit.editing.editor import Editor

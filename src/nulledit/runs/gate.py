@@ -15,16 +15,15 @@ from nulledit.data.facts import Fact
 from nulledit.editing.editor import Editor
 from nulledit.errors import FactError
 from nulledit.evaluation.capability import TaskResult, capability
-from nulledit.evaluation.scores import Rate, Score, per_fact, score
+from nulledit.evaluation.hidden_norms import edit_rows, hidden_growth, text_rows
 from nulledit.evaluation.perplexity import Reading, mean_of, read, read_windows
 from nulledit.evaluation.preservation import shipped_corpus
 from nulledit.evaluation.queries import KINDS as ASKED
 from nulledit.evaluation.queries import queries_of
 from nulledit.evaluation.runner import ACCELERATOR_POSITIONS, CPU_POSITIONS
+from nulledit.evaluation.scores import Rate, Score, per_fact, score
 from nulledit.evaluation.tasks import read_tasks
-from nulledit.evaluation.hidden_norms import edit_rows, hidden_growth, text_rows
 from nulledit.runs.limits import KINDS, Bound, Least, Limits, Most, Oldest, Tasks
-from nulledit.models.tokens import pad_id
 
 SURE = 1.645  # standard errors of a one-sided 95 %
 DOUBT = 0.05  # chance of a sample like this that `confident` accepts
@@ -289,13 +288,11 @@ class _Measuring:
     def _score(self, queries: Sequence[Any], side: str) -> list[Score]:
         if not queries:
             return []
-        editor, on_cpu = self.editor, self.editor.partial.device.type == "cpu"
+        model = self.editor.editable
         return score(
-            editor.partial,
-            editor.encoder,
+            model,
             queries,
-            pad_id=pad_id(editor.tokenizer),
-            positions=CPU_POSITIONS if on_cpu else ACCELERATOR_POSITIONS,
+            positions=model.positions(CPU_POSITIONS, ACCELERATOR_POSITIONS),
             progress=self._stage(f"{side}: facts"),
         )
 
@@ -323,7 +320,7 @@ class _Measuring:
 
     def _windows(self) -> Sequence[Sequence[int]]:
         if self._given_windows is None:
-            encoder = self.editor.encoder
+            encoder = self.editor.editable.encoder
             window = min(WINDOW, encoder.max_length)
             self._given_windows = read_windows(shipped_corpus(), encoder.tokenizer, window=window)
         return self._given_windows
@@ -345,7 +342,7 @@ class _Measuring:
         windows = [ids for ids in self._windows() if len(ids) > 1]
         if windows and not self._texts:
             editor, compared = self.editor, "kl" in self.limits.bounds
-            given = (editor.partial, windows, pad_id(editor.tokenizer))
+            given = (editor.editable, windows)
             tell = self._stage("base: perplexity")
             with editor.base_weights():
                 base = read(*given, keep=compared, progress=tell)
@@ -357,7 +354,7 @@ class _Measuring:
     def _hidden(self) -> Outcome:
         if not self.facts:
             return Missing("no facts in the model")
-        rows = edit_rows(self.editor, self.facts)
+        rows = edit_rows(self.editor.editable, self.facts)
         return Found.of(hidden_growth(self.editor, rows), "facts")
 
     def _hidden_text(self) -> Outcome:
@@ -377,12 +374,9 @@ class _Measuring:
             raise
 
         def ask(side: str) -> dict[str, TaskResult]:
-            editor = self.editor
             return capability(
-                editor.partial,
-                editor.plain_encoder,
+                self.editor.editable.plain,
                 items,
-                pad_id=pad_id(editor.tokenizer),
                 progress=self._stage(f"{side}: tasks"),
             )
 

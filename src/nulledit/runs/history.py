@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from nulledit.data.facts import Fact, suggest
+from nulledit.editing.undo import facts_of
 from nulledit.errors import LedgerError
 from nulledit.ledger.records import Column, Event, History
-from nulledit.editing.undo import facts_of
 from nulledit.linalg.angles import unit_columns
 from nulledit.report.tables import Table
 

@@ -1,20 +1,21 @@
 """The page of a run, in Markdown."""
 
 from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import Any
-from nulledit.runs.holding import headline, legend, mark, reasons
+
+from nulledit.io.text import count, markdown
 from nulledit.report.tables import (
     ABSENT,
     Table,
     as_markdown,
     number,
-    spoken,
     preservation_table,
     rates_table,
+    spoken,
 )
-from nulledit.io.text import count, markdown, plain, shorten
-
+from nulledit.runs.holding import headline, legend, mark, reasons
 
 SHOWN = 25  # facts whose answers stand on the page
 
@@ -126,4 +127,3 @@ def _layers(run: Mapping[str, Any]) -> list[str]:
         "of the edited keys' energy outside the protected directions. Room left: the share of the "
         f"usable directions that no edit has taken yet.{said}",
     ]
-

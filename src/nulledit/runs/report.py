@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from nulledit.errors import ReportError
-from nulledit.runs.compare import comparison
-from nulledit.report.html import Part, html_page, is_ours
-from nulledit.runs.document import RunFolder, read_run, run_sentence, run_study
+from nulledit.io.jsonfiles import write
 from nulledit.report.document import Study
+from nulledit.report.html import Part, html_page, is_ours
 from nulledit.report.study import read_study
 from nulledit.report.words import sentence
-from nulledit.io.jsonfiles import write
+from nulledit.runs.compare import comparison
+from nulledit.runs.document import RunFolder, read_run, run_sentence, run_study
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,23 @@
 """Whether the JSON of a run's folder, which may come from anywhere, is what pages are made of."""
 
 from __future__ import annotations
-from collections.abc import Callable, Mapping
+
+from collections.abc import Mapping
 from typing import Any
+
+from nulledit.io.shapes import (
+    has,
+    is_bool,
+    is_measured,
+    is_object,
+    is_shallow,
+    is_text,
+    is_whole,
+    list_of,
+    named,
+    or_none,
+)
 from nulledit.io.untrusted import is_number
-from nulledit.io.shapes import Check, has, is_bool, is_digits, is_measured, is_object, is_shallow, is_text, is_whole, list_of, named, or_none
 
 
 def is_summary(value: Any) -> bool:

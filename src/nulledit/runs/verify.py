@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nulledit.editing.editor import Editor
 from nulledit.errors import LedgerError, NullEditError
 from nulledit.io.files import recover_folder, sha256_of
 from nulledit.ledger.model_folder import (
@@ -31,7 +30,6 @@ from nulledit.ledger.model_folder import (
 )
 from nulledit.ledger.records import History
 from nulledit.ledger.store import DIGEST, Store
-from nulledit.models.layouts import parameter_name
 
 DATABASE, TENSORS, FILES = "database", "tensor files", "model files"
 BASE, MATRICES = "base", "edited matrices"
@@ -46,17 +44,6 @@ KINDS = {
 # a unit in the last place of float32, so it counts for float64 models only.
 SOLVED_ALIKE = 1e-10
 BITS = "bit for bit"
-
-
-class Loaded(Protocol):
-    """What is needed of an editor."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-
-    @property
-    def history(self) -> History:
-        """Everything recorded."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +101,8 @@ class Verification:
         return KINDS[kind] + (f" ({'; '.join(remarks)})" if remarks else "")
 
 
-def verify(run: str | Path, load: Callable[[Path], Loaded]) -> Verification:
-    """Check the run folder `run`; `load` makes an editor of it (`Editor.load`).
+def verify(run: str | Path, load: Callable[[Path], Editor] = Editor.load) -> Verification:
+    """Check the run folder `run`; `load` makes an editor of it.
 
     Every file is looked at, whatever is wrong with the others; the weights are computed again only
     if all are right. LedgerError if there is no ledger, or another process is writing to it.
@@ -154,8 +141,8 @@ def verify(run: str | Path, load: Callable[[Path], Loaded]) -> Verification:
 
 
 def _check_base(
-    run: Path, history: History, load: Callable[[Path], Loaded], found: Verification
-) -> Loaded | None:
+    run: Path, history: History, load: Callable[[Path], Editor], found: Verification
+) -> Editor | None:
     """The loaded run, if its base is the ledger's."""
     try:
         editor = load(run)
@@ -253,7 +240,7 @@ def _damage(folder: Path, name: str, hashes: tuple[str, ...]) -> str:
 
 
 def _finish(
-    run: Path, folder: Path, editor: Loaded, found: Verification, *, may_write: bool
+    run: Path, folder: Path, editor: Editor, found: Verification, *, may_write: bool
 ) -> None:
     """Bring a model that an interrupted write left behind to the ledger's state."""
     if not may_write:
@@ -267,7 +254,7 @@ def _finish(
         folder,
         state_id=history.state_id,
         base_hash=history.base.hash,
-        edited=[parameter_name(editor.model, layer) for layer in history.layers],
+        edited=[editor.editable.parameter_name(layer) for layer in history.layers],
     )
     found.finished.append(
         f"{folder}: was behind the ledger (its write was interrupted, or is yet to come): the "
@@ -278,9 +265,9 @@ def _finish(
     _check_folder(run, folder, found)
 
 
-def _compare(folder: Path, editor: Loaded) -> list[Check]:
+def _compare(folder: Path, editor: Editor) -> list[Check]:
     """The edited matrices on disk beside those computed from base and ledger."""
-    names = {parameter_name(editor.model, layer): layer for layer in editor.history.layers}
+    names = {editor.editable.parameter_name(layer): layer for layer in editor.history.layers}
     parameters = as_saved(editor.model, list(names))
     files = files_with(folder, list(parameters))
     if files is None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from nulledit.evaluation.scores import Rate
 from nulledit.editing.weights import LayerReport
+from nulledit.evaluation.scores import Rate
 
 # From the study `collapse` (docs/gates.md): what one stream showed when it was last well, judged on
 # streams of other facts. ‖h‖ at the edited subjects is left out: it is as large as values are made

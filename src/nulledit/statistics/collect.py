@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from nulledit.config import StatisticsSettings
 from nulledit.data.corpus import Corpus, windows
@@ -23,18 +22,16 @@ from nulledit.errors import StatisticsError
 from nulledit.io.files import replacing
 from nulledit.linalg.blocks import AnyMoment, AnySpectrum, BlockMoment
 from nulledit.linalg.moments import SecondMoment
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.experts import count_and_width, is_experts
-from nulledit.models.layouts import as_out_in, named_by_recipe, stored_weight
+from nulledit.models.layouts import as_out_in, stored_weight
 from nulledit.models.load import cache_folder
-from nulledit.models.partial import PartialModel
 from nulledit.models.quantized import make_editable
 from nulledit.models.tokens import (
     beginning,
     check_embedded,
     chunks_by_length,
-    collate,
     context_length,
-    pad_id,
 )
 from nulledit.parallel.ranks import Ranks
 from nulledit.statistics.manifest import (
@@ -64,8 +61,7 @@ ROUND = 8  # batches that each of several ranks runs before they ask whether to 
 
 
 def collect(
-    model: PartialModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: EditableModel,
     corpus: Corpus,
     settings: StatisticsSettings,
     *,
@@ -88,7 +84,6 @@ def collect(
     found = collect_together(
         Ranks(),
         model,
-        tokenizer,
         corpus,
         settings,
         layers=layers,
@@ -104,8 +99,7 @@ def collect(
 
 def collect_together(
     ranks: Ranks,
-    model: PartialModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: EditableModel,
     corpus: Corpus,
     settings: StatisticsSettings,
     *,
@@ -127,7 +121,7 @@ def collect_together(
         raise StatisticsError(
             f"windows of {settings.window} tokens are longer than the model's context of {context}"
         )
-    make_editable(model.model, layers, model_hash)
+    make_editable(model.model, model.layout, layers, model_hash)
     manifest = Manifest(
         model=name,
         model_hash=model_hash,
@@ -136,7 +130,7 @@ def collect_together(
         corpus_hash=corpus.sha256,
         settings=settings,
         dtype=str(model.model.dtype).removeprefix("torch."),
-        mlp_out=named_by_recipe(model.model),
+        mlp_out=model.named_matrix,
     )
     ranks.agree(
         {
@@ -154,10 +148,10 @@ def collect_together(
     done, counted = ranks.from_first([done, counted])[0]
     stream = windows(
         corpus.texts(),
-        lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
+        lambda text: model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
         window=settings.window,
         packed=settings.packing == "packed",
-        first=beginning(tokenizer),
+        first=beginning(model.tokenizer),
     )
     bar = tqdm(
         total=settings.tokens or None,
@@ -172,7 +166,7 @@ def collect_together(
     with bar:
         for number, group in enumerate(_groups(_within_budget(stream, settings), done, positions)):
             if number % ranks.size == ranks.rank:
-                _add(model, moments, group, settings, tokenizer)
+                _add(model, moments, group, settings)
             done += len(group)
             bar.update(sum(len(window) - (not settings.count_first) for window in group))
             if not ranks.alone:
@@ -303,8 +297,7 @@ def find_statistics(
 
 
 def key_moments(
-    model: PartialModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: EditableModel,
     token_windows: Sequence[list[int]],
     layers: Sequence[int],
 ) -> dict[int, AnyMoment]:
@@ -312,21 +305,20 @@ def key_moments(
     moments = _empty(model, layers)
     settings = StatisticsSettings()
     for group in _groups(iter(token_windows), 0, 2048):
-        _add(model, moments, group, settings, tokenizer)
+        _add(model, moments, group, settings)
     return moments
 
 
 @torch.no_grad()
 def _add(
-    model: PartialModel,
+    model: EditableModel,
     moments: dict[int, AnyMoment],
     group: Sequence[list[int]],
     settings: StatisticsSettings,
-    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     for window in group:
-        check_embedded(window, model.vocabulary, tokenizer)
-    batch = collate(group, pad_id=pad_id(tokenizer), device=model.device)
+        check_embedded(window, model.vocabulary, model.tokenizer)
+    batch = model.collate(group)
     counted = batch.mask.bool()
     if not settings.count_first:
         counted[:, 0] = False
@@ -367,7 +359,7 @@ def _within_budget(
             return
 
 
-def _empty(model: PartialModel, layers: Sequence[int]) -> dict[int, AnyMoment]:
+def _empty(model: EditableModel, layers: Sequence[int]) -> dict[int, AnyMoment]:
     moments: dict[int, AnyMoment] = {}
     for layer in layers:
         module = model.mlp_out(layer)
@@ -393,7 +385,7 @@ def _save_partial(
 
 
 def _resume(
-    folder: Path, manifest: Manifest, model: PartialModel
+    folder: Path, manifest: Manifest, model: EditableModel
 ) -> tuple[dict[int, AnyMoment], int]:
     moments = _empty(model, manifest.layers)
     file = folder / PARTIAL

@@ -105,11 +105,11 @@ def _prompted(lab: Lab, queue: Sequence[Fact], crowd: int) -> tuple[Any, float]:
     settings = {"facts": hash_of([f.to_dict() for f in queue]), "crowd": crowd, "seed": lab.seed}
 
     def ask(editor: Editor) -> Any:
-        return in_context(editor, queue, crowd=crowd, seed=lab.seed, generate=False).rows()
+        return in_context(editor.editable, queue, crowd=crowd, seed=lab.seed, generate=False).rows()
 
     rows = lab.of_unedited("in-context", settings, ask)
     lengths = [
-        len(lab.bench.encoder.encode(f"{fact.render(fact.prompt)} {fact.target}").ids) + 4
+        len(lab.bench.model.encoder.encode(f"{fact.render(fact.prompt)} {fact.target}").ids) + 4
         for fact in queue
     ]
     return rows, (crowd + 1) * sum(lengths) / len(lengths)
@@ -130,11 +130,11 @@ def _lora(lab: Lab, queue: Sequence[Fact]) -> Any:
     def ask(editor: Editor) -> Any:
         base = lab.base_reading(editor) if windows else None
         start = time.perf_counter()
-        with LoraBaseline(editor.model, editor.tokenizer, wanted) as lora:
+        with LoraBaseline(editor.editable, wanted) as lora:
             for at in range(0, len(queue), size):
                 lora.train(queue[at : at + size])
             seconds = time.perf_counter() - start
-            rows = evaluate(editor, queue, generate=False).rows()
+            rows = evaluate(editor.editable, queue, generate=False).rows()
             text = told(lab.read(editor, base)) if base else None
         return {"rows": rows, "text": text, "seconds": seconds}
 

@@ -238,13 +238,13 @@ class _Unedited:
             found = lab.of_unedited("norm", settings, lambda editor: _norms(editor, rows, layer))
             return list(found)
 
-        at_edits = norms(edit_rows(lab.bench.base, bare))
+        at_edits = norms(edit_rows(lab.bench.model, bare))
         on_text = norms(text_rows(lab.windows()))
         return cls(bare, at_edits, on_text, lab.text(None, 0), layer)
 
 
 def _norms(editor: Editor, rows: Sequence[Sequence[int]], layer: int) -> list[float]:
-    return [float(norm) for norm in state_norms(editor, rows, layer=layer)]
+    return [float(norm) for norm in state_norms(editor.editable, rows, layer)]
 
 
 def _norm_settings(rows: Sequence[Sequence[int]], layer: int) -> dict[str, Any]:
@@ -275,7 +275,7 @@ def _look(lab: Lab, stream: Stream, at: int, base: _Unedited, cohort: Sequence[s
         edits=at,
         room=layers["room"],
         update_share=layers["update_share"],
-        at_edits=grown(edit_rows(stream.editor, facts), base.at_edits[:at]),
+        at_edits=grown(edit_rows(stream.editor.editable, facts), base.at_edits[:at]),
         on_text=grown(text, base.on_text),
         strict=strict,
         oldest=oldest,

@@ -21,7 +21,6 @@ from nulledit.evaluation.perplexity import Reading, read, read_windows
 from nulledit.evaluation.runner import evaluate
 from nulledit.evaluation.tasks import Item, read_tasks
 from nulledit.io.files import write_text
-from nulledit.models.tokens import pad_id
 from nulledit.runs.folder import as_json
 from nulledit.studies.scale import Scale
 from nulledit.studies.stream import MEASURES, Progress, Stream, StreamPlan, Workbench, shuffled
@@ -143,14 +142,14 @@ class Lab:
         settings = {"facts": hash_of([f.to_dict() for f in facts]), "generate": generate}
 
         def ask(editor: Editor) -> Any:
-            return evaluate(editor, facts, generate=generate).rows()
+            return evaluate(editor.editable, facts, generate=generate).rows()
 
         found: dict[str, dict[str, Any]] = self._measure(stream, done, "facts", settings, ask)
         if fluency:
             settings = {"facts": settings["facts"], "seed": self.seed}
 
             def write(editor: Editor) -> Any:
-                said = write_texts(editor.model, editor.tokenizer, facts, seed=self.seed)
+                said = write_texts(editor.editable, facts, seed=self.seed)
                 return {
                     "fluency": said.fluency,
                     "texts": {k: list(v) for k, v in said.texts.items()},
@@ -175,8 +174,7 @@ class Lab:
 
     def read(self, editor: Editor, base: Reading | None = None) -> Reading:
         """The text with the editor's model as it is, compared with `base` if there is one."""
-        padding = pad_id(editor.tokenizer)
-        return read(editor.partial, self.windows(), padding, base=base, keep=base is None)
+        return read(editor.editable, self.windows(), base=base, keep=base is None)
 
     def base_reading(self, editor: Editor) -> Reading:
         """The text with the model of every stream before its edits; read once."""
@@ -211,9 +209,7 @@ class Lab:
         settings = {"items": hash_of([[item.id, dict(item.record)] for item in items])}
 
         def ask(editor: Editor) -> Any:
-            found = capability(
-                editor.partial, editor.encoder, items, pad_id=pad_id(editor.tokenizer)
-            )
+            found = capability(editor.editable, items)
             return {task: result.to_dict() for task, result in found.items()}
 
         found: dict[str, Any] = self._measure(stream, done, "capability", settings, ask)
@@ -223,19 +219,18 @@ class Lab:
         """How far hidden states of the prompts moved, and the points of its picture."""
         rows = read_texts(
             self.sources.need("prompts"),
-            self.bench.encoder,
+            self.bench.model.encoder,
             limit=self.settings["prompts"],
             without={fact.subject for fact in facts},
         )
-        depth = self.bench.partial.depth
+        depth = self.bench.model.depth
         last = self.recipe.layers[-1]  # of all arms, wherever they edit
         layers = sorted({last, depth // 2, depth - 1})
 
         def ask(editor: Editor) -> Any:
-            padding = pad_id(editor.tokenizer)
             with editor.base_weights():
-                base = read_states(editor.partial, rows, layers, pad_id=padding)
-            edited = read_states(editor.partial, rows, layers, pad_id=padding)
+                base = read_states(editor.editable, rows, layers)
+            edited = read_states(editor.editable, rows, layers)
             found = drift(base, edited)
             return {**found.to_dict(), "points": list(found.rows())}
 
@@ -275,9 +270,9 @@ class Lab:
     def windows(self) -> list[list[int]]:
         """Of the perplexity text."""
         count = self.settings.get("windows", 20)
-        window = min(WINDOW, self.bench.encoder.max_length)
+        window = min(WINDOW, self.bench.model.encoder.max_length)
         file = self.sources.need("text")
-        return read_windows(file, self.bench.tokenizer, windows=count, window=window)
+        return read_windows(file, self.bench.model.tokenizer, windows=count, window=window)
 
     def items(self) -> list[Item]:
         """Questions of the six tasks."""

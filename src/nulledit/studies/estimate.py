@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from nulledit.models.layouts import frozen
-from nulledit.models.tokens import collate
 from nulledit.studies.context import WINDOW, Lab
 from nulledit.studies.results import Work
 from nulledit.studies.stream import StreamPlan
@@ -69,9 +68,9 @@ def _finished(lab: Lab, plan: StreamPlan, digest: str) -> bool:
 
 
 def _seconds_per_token(lab: Lab) -> float:
-    model, spent = lab.bench.partial, []
-    length = min(200, lab.bench.encoder.max_length)
-    batch = collate([[0] * length], pad_id=0, device=model.device)
+    model, spent = lab.bench.model, []
+    length = min(200, lab.bench.model.encoder.max_length)
+    batch = model.collate([[0] * length])
     with frozen(model.model), torch.no_grad():
         for _ in range(3):
             start = time.perf_counter()

@@ -12,7 +12,6 @@ from nulledit.data.corpus import open_corpus
 from nulledit.data.facts import Fact
 from nulledit.linalg.blocks import AnySpectrum
 from nulledit.linalg.spectrum import RULES
-from nulledit.models.tokens import context_length
 from nulledit.report.document import Column, FigureSpec, StudyTable
 from nulledit.report.points import Point
 from nulledit.statistics.collect import collect
@@ -109,7 +108,7 @@ def run_corpus(lab: Lab) -> Outcome:
     """How few tokens of preserved text suffice."""
     layers = lab.recipe.layers
     corpus = open_corpus(lab.sources.need("corpus"))
-    context = context_length(lab.bench.model.config)
+    context = lab.bench.model.context
     window = min(StatisticsSettings.window, context)
     if window < StatisticsSettings.window:
         lab.notices.append(f"Statistics are of windows of {context} tokens, the model's context.")
@@ -120,8 +119,7 @@ def run_corpus(lab: Lab) -> Outcome:
         folder = _statistics(lab, tokens)
         lab.bench.clear()
         statistics = collect(
-            lab.bench.partial,
-            lab.bench.tokenizer,
+            lab.bench.model,
             corpus,
             StatisticsSettings(tokens=tokens, window=window),
             layers=layers,

@@ -13,7 +13,7 @@ from nulledit.editing.editor import Editor
 from nulledit.evaluation.groups import OTHER, by_relation
 from nulledit.evaluation.runner import paired_bootstrap
 from nulledit.models.layouts import frozen
-from nulledit.models.tokens import chunks_by_length, collate, pad_id
+from nulledit.models.tokens import chunks_by_length
 from nulledit.report.document import Column, FigureSpec, StudyTable, Value
 from nulledit.report.points import Point
 from nulledit.studies.context import Lab
@@ -315,17 +315,13 @@ def _leaks(
 
 def _free_share(editor: Editor, texts: Sequence[str]) -> float:
     layers = editor.recipe.layers
-    rows = [editor.encoder.encode(text).ids for text in texts]
+    rows = [editor.editable.encoder.encode(text).ids for text in texts]
     shares = []
     with frozen(editor.model), torch.no_grad():
         for chunk in chunks_by_length([len(row) for row in rows], 2048):
-            batch = collate(
-                [rows[i] for i in chunk],
-                pad_id=pad_id(editor.tokenizer),
-                device=editor.partial.device,
-            )
-            with editor.partial.reading_keys(layers) as found:
-                editor.partial.run(batch, last=layers[-1])
+            batch = editor.editable.collate([rows[i] for i in chunk])
+            with editor.editable.reading_keys(layers) as found:
+                editor.editable.run(batch, last=layers[-1])
             last = batch.mask.sum(1) - 1
             for layer in layers:
                 keys = found[layer]

@@ -161,9 +161,9 @@ class Workbench:
         name: str,
     ):
         """`model` is unedited, loaded by `name`; streams and values are kept in `folder`."""
-        self.model, self.tokenizer, self.folder, self.name = model, tokenizer, folder, name
+        self.folder, self.name = folder, name
         self.base = Editor(model, tokenizer, recipe=Recipe(layers=(0,)), name=name)
-        self.encoder, self.partial = self.base.encoder, self.base.partial
+        self.model = self.base.editable
         self._open: Stream | None = None
 
     def stream(self, plan: StreamPlan) -> Stream:
@@ -178,15 +178,15 @@ class Workbench:
         if Store(folder / "ledger").exists:
             editor = Editor.resume(
                 folder,
-                self.model,
-                self.tokenizer,
+                self.base.model,
+                self.base.tokenizer,
                 statistics=plan.statistics,
                 value_cache=cache,
             )
         else:
             editor = Editor(
-                self.model,
-                self.tokenizer,
+                self.base.model,
+                self.base.tokenizer,
                 recipe=plan.recipe,
                 statistics=plan.statistics,
                 name=self.name,

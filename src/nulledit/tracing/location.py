@@ -7,14 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nulledit.data.facts import Fact
 from nulledit.errors import ConfigError, FactError, ModelError
 from nulledit.evaluation.scores import Rate
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import frozen, listed
-from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import RowEncoder, pad_id
 from nulledit.tracing.questions import Questions, ask
 from nulledit.tracing.suggestion import Suggestion, suggest
 from nulledit.tracing.trace import KINDS, LAST, PLACES, Trace, TraceSettings, spread_of, trace
@@ -83,8 +81,7 @@ class Location:
 
 
 def locate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: EditableModel,
     facts: Sequence[Fact],
     settings: TraceSettings | None = None,
     *,
@@ -101,32 +98,30 @@ def locate(
     """
     settings = settings or TraceSettings()
     wall, cpu = time.perf_counter(), time.process_time()
-    with frozen(model):
-        partial = PartialModel(model)
-        _check(partial, settings)
-        encoder = RowEncoder.of(model, tokenizer)
-        questions = ask(partial, encoder, facts, pad_id=pad_id(tokenizer))
+    with frozen(model.model):
+        _check(model, settings)
+        questions = ask(model, facts)
         _refuse_few(questions, max(least, 2))
-        spread = spread_of(partial, questions.known)
+        spread = spread_of(model, questions.known)
         traces = []
         for question in questions.known:
-            traces.append(trace(partial, question, settings, spread=spread))
+            traces.append(trace(model, question, settings, spread=spread))
             progress(len(traces), len(questions.known))
     last = torch.stack([t.at_places("mlp")[LAST] for t in traces])
     return Location(
         settings=settings,
-        window=settings.size(partial.depth),
-        depth=partial.depth,
+        window=settings.size(model.depth),
+        depth=model.depth,
         spread=spread,
         questions=questions,
         traces=tuple(traces),
-        suggestion=suggest(last, lowest=settings.lowest(partial.depth)),
+        suggestion=suggest(last, lowest=settings.lowest(model.depth)),
         wall_seconds=time.perf_counter() - wall,
         cpu_seconds=time.process_time() - cpu,
     )
 
 
-def _check(model: PartialModel, settings: TraceSettings) -> None:
+def _check(model: EditableModel, settings: TraceSettings) -> None:
     """Refuse, before anything is asked, a model or a window with nothing to compare."""
     depth = model.depth
     if not any(model.fits(layer) for layer in range(depth)):

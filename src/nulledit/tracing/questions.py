@@ -11,8 +11,8 @@ from nulledit.data.facts import Fact, quote
 from nulledit.errors import FactError
 from nulledit.evaluation.queries import Query
 from nulledit.evaluation.scores import score
-from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import RowEncoder, chunks_by_length, collate
+from nulledit.models.editable_model import EditableModel
+from nulledit.models.tokens import RowEncoder, chunks_by_length
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,9 @@ class Questions:
 
 
 def ask(
-    model: PartialModel,
-    encoder: RowEncoder,
+    model: EditableModel,
     facts: Sequence[Fact],
     *,
-    pad_id: int,
     positions: int = 2048,
 ) -> Questions:
     """The questions of `facts`, each about its main prompt, and whether the model knows the answer.
@@ -78,12 +76,12 @@ def ask(
         for f in facts
         if (answer := answers[f.id]) is not None
     ]
-    scores = score(model, encoder, queries, pad_id=pad_id, positions=positions)
+    scores = score(model, queries, positions=positions)
     said = {item.query.fact_id: item.strict for item in scores}
     found: list[Question] = []
     unknown, at_the_end = [], []
     for fact in facts:
-        question = _question(encoder, fact, answers[fact.id])
+        question = _question(model.encoder, fact, answers[fact.id])
         if question.last == len(question.ids) - 1:
             at_the_end.append(fact.id)
         elif said.get(fact.id, True):
@@ -91,9 +89,9 @@ def ask(
         else:
             unknown.append(fact.id)
     open_ones = [i for i, question in enumerate(found) if not question.given]
-    likeliest = _likeliest(model, [found[i] for i in open_ones], pad_id, positions)
+    likeliest = _likeliest(model, [found[i] for i in open_ones], positions)
     for i, token in zip(open_ones, likeliest, strict=True):
-        text = str(encoder.tokenizer.decode([token])).strip()
+        text = str(model.tokenizer.decode([token])).strip()
         found[i] = replace(found[i], answer=token, text=text)
     return Questions(tuple(found), tuple(unknown), tuple(at_the_end))
 
@@ -122,13 +120,11 @@ def _question(encoder: RowEncoder, fact: Fact, answer: str | None) -> Question:
 
 
 @torch.no_grad()
-def _likeliest(
-    model: PartialModel, questions: Sequence[Question], pad_id: int, positions: int
-) -> list[int]:
+def _likeliest(model: EditableModel, questions: Sequence[Question], positions: int) -> list[int]:
     """The likeliest token behind each prompt."""
     found: dict[int, int] = {}
     for chunk in chunks_by_length([len(q.ids) for q in questions], positions):
-        batch = collate([questions[i].ids for i in chunk], pad_id=pad_id, device=model.device)
+        batch = model.collate([questions[i].ids for i in chunk])
         normed = model.run_normed(batch)
         ends = [len(questions[i].ids) - 1 for i in chunk]
         tokens = model.logits(normed[range(len(chunk)), ends]).argmax(-1).tolist()

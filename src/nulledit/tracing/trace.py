@@ -32,9 +32,10 @@ from torch import Tensor, nn
 from nulledit.config import check_not_negative, check_positive
 from nulledit.data.facts import quote
 from nulledit.errors import ConfigError, ModelError
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import frozen
-from nulledit.models.partial import PartialModel, Prefix
-from nulledit.models.tokens import Batch, collate
+from nulledit.models.partial import Prefix
+from nulledit.models.tokens import Batch
 from nulledit.tracing.questions import Question
 
 KINDS = ("state", "mlp")
@@ -117,7 +118,7 @@ def noise_of(question: Question, width: int, settings: TraceSettings) -> Tensor:
 
 
 @torch.no_grad()
-def spread_of(model: PartialModel, questions: Sequence[Question]) -> float:
+def spread_of(model: EditableModel, questions: Sequence[Question]) -> float:
     """Standard deviation of the embeddings of the questions' subjects, over all their entries."""
     ids = [token for q in questions for token in q.ids[q.first : q.last + 1]]
     embedding = model.model.get_input_embeddings()
@@ -127,7 +128,7 @@ def spread_of(model: PartialModel, questions: Sequence[Question]) -> float:
 
 @torch.no_grad()
 def trace(
-    model: PartialModel, question: Question, settings: TraceSettings, *, spread: float
+    model: EditableModel, question: Question, settings: TraceSettings, *, spread: float
 ) -> Trace:
     """Trace one fact at each token of its subject and at the prompt's last token.
 
@@ -152,11 +153,11 @@ class _Runs:
     """The kept clean and corrupted runs of one prompt, and the restored ones made from them."""
 
     def __init__(
-        self, model: PartialModel, question: Question, settings: TraceSettings, spread: float
+        self, model: EditableModel, question: Question, settings: TraceSettings, spread: float
     ):
         self.model, self.question, self.settings = model, question, settings
         rows = [question.ids] * (1 + settings.draws)  # the clean one first
-        self.batch = collate(rows, pad_id=0, device=model.device)
+        self.batch = model.collate(rows)
         with self._corrupting(settings.noise * spread):
             embedded = model.run(self.batch, last=-1)
         self.states: list[Tensor] = [embedded]  # at the input of each block [1 + draws, length, d]

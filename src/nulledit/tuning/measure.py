@@ -13,7 +13,6 @@ from nulledit.editing.contexts import make_contexts
 from nulledit.editing.editor import Editor
 from nulledit.evaluation.perplexity import Divergence, divergence, mean_of, read
 from nulledit.evaluation.runner import evaluate
-from nulledit.models.tokens import pad_id
 from nulledit.statistics.collect import Statistics
 from nulledit.tuning.objective import Outcome, shares
 
@@ -60,15 +59,14 @@ class Bench:
         `statistics` of the model's keys; left out, they are looked for as by an edit.
         """
         self.editor, self.statistics, self.progress = editor, statistics, progress
-        self._padding = pad_id(editor.tokenizer)
-        self.base = read(editor.partial, windows, self._padding, keep=True)
+        self.base = read(editor.editable, windows, keep=True)
         self._contexts: dict[ContextSettings, tuple[str, ...]] = {}
         self._with_contexts(editor.recipe)
 
     @property
     def depth(self) -> int:
         """Number of blocks."""
-        return self.editor.partial.depth
+        return self.editor.editable.depth
 
     def measure(self, recipe: Recipe, facts: Sequence[Fact]) -> Measured:
         """Edit `facts` as one batch with `recipe`, and measure what that does.
@@ -82,8 +80,8 @@ class Bench:
             report = editor.edit(
                 facts, batch_size=len(facts), shuffle=False, progress=self.progress
             )
-            asked = evaluate(editor, facts, generate=False, progress=self.progress)
-            text = read(editor.partial, self.base.windows, self._padding, base=self.base)
+            asked = evaluate(editor.editable, facts, generate=False, progress=self.progress)
+            text = read(editor.editable, self.base.windows, base=self.base)
         apart = text.apart or ()
         grown = [b - a for a, b in zip(self.base.losses, text.losses, strict=True)]
         mean = mean_of(grown)[0]
@@ -102,7 +100,7 @@ class Bench:
 
     def unedited(self, facts: Sequence[Fact]) -> Outcome:
         """The same of the model as it is."""
-        asked = evaluate(self.editor, facts, generate=False, progress=self.progress)
+        asked = evaluate(self.editor.editable, facts, generate=False, progress=self.progress)
         return Outcome(shares(asked.scores), (0.0,) * len(self.base.windows))
 
     def _with_contexts(self, recipe: Recipe) -> Recipe:
@@ -110,7 +108,5 @@ class Bench:
         settings = recipe.contexts
         if settings not in self._contexts:
             editor = self.editor
-            self._contexts[settings] = make_contexts(
-                editor.model, editor.tokenizer, settings, seed=editor.seed
-            )
+            self._contexts[settings] = make_contexts(editor.editable, settings, seed=editor.seed)
         return replace(recipe, contexts=replace(settings, texts=self._contexts[settings]))
