@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from nulledit import Fact, Probe
 from nulledit.config import Recipe, StatisticsSettings
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.load import model_hash
-from nulledit.models.partial import PartialModel
 from nulledit.statistics.collect import Manifest, Statistics, key_moments
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -234,9 +234,8 @@ def recipe():
 
 def statistics_of(model, tokenizer, layers=(0, 1, 2), lines=tuple(LINES * 2)):
     """Statistics of a tiny model's keys on a few lines, in memory."""
-    partial = PartialModel(model)
     rows = [tokenizer(line)["input_ids"] for line in lines]
-    moments = key_moments(partial, tokenizer, rows, layers)
+    moments = key_moments(EditableModel(model, tokenizer), rows, layers)
     manifest = Manifest(
         model="tiny",
         model_hash=model_hash(model),
