@@ -20,8 +20,8 @@ import transformers
 from torch.nn.functional import pad
 
 from nulledit.editing.editor import Editor
-from nulledit.evaluation.perplexity import read_windows
 from nulledit.evaluation.preservation import shipped_corpus
+from nulledit.evaluation.reading import read_windows
 from nulledit.export import apply_delta, write_delta, write_lora
 from nulledit.export.factors import factorise, ordered_sum, relative_error
 from nulledit.export.ranks import served_rank

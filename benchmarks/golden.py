@@ -20,8 +20,8 @@ from nulledit.data.corpus import open_corpus
 from nulledit.editing.keys import Walk
 from nulledit.editing.values import optimise_values
 from nulledit.evaluation.queries import queries_of
-from nulledit.evaluation.runner import paired_bootstrap
 from nulledit.evaluation.scores import per_fact, rates, score
+from nulledit.evaluation.stats import paired_bootstrap
 from nulledit.linalg.solve import solve_update
 from nulledit.linalg.spectrum import Spectrum
 from nulledit.models.layouts import frozen, write_weight

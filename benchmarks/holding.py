@@ -20,8 +20,8 @@ from nulledit import Editor
 from nulledit.config import load_recipe
 from nulledit.data.readers import read_facts
 from nulledit.evaluation import evaluate, read_windows, retry_failing
-from nulledit.evaluation.perplexity import read
-from nulledit.evaluation.scores import Rate
+from nulledit.evaluation.reading import read
+from nulledit.evaluation.stats import Rate
 from nulledit.models.tokens import pad_id
 
 WINDOW = 256

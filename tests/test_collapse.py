@@ -12,8 +12,8 @@ from conftest import statistics_of
 from nulledit.config import Recipe
 from nulledit.errors import ConfigError
 from nulledit.evaluation.hidden_norms import edit_rows
-from nulledit.evaluation.perplexity import perplexity, read
-from nulledit.evaluation.scores import Rate
+from nulledit.evaluation.reading import perplexity, read
+from nulledit.evaluation.stats import Rate
 from nulledit.models.tokens import pad_id
 from nulledit.report.study import read_study
 from nulledit.studies.collapse import (

@@ -23,14 +23,14 @@ from nulledit.editing.weights import LayerReport
 from nulledit.errors import ConfigError
 from nulledit.evaluation.capability import capability, compare
 from nulledit.evaluation.hidden_norms import edit_rows, text_rows
-from nulledit.evaluation.perplexity import perplexity
+from nulledit.evaluation.reading import perplexity
 from nulledit.evaluation.runner import evaluate
-from nulledit.evaluation.scores import Rate
+from nulledit.evaluation.stats import Rate, perplexity_growth
 from nulledit.evaluation.tasks import read_tasks
 from nulledit.models.layouts import as_out_in
 from nulledit.models.tokens import pad_id
 from nulledit.runs import warnings as warn_module
-from nulledit.runs.gate import Found, GateReport, Row, _judged, check, perplexity_growth
+from nulledit.runs.gate import Found, GateReport, Row, _judged, check
 from nulledit.runs.limits import KINDS, Limits, load_limits
 from nulledit.runs.warnings import warnings_of
 

@@ -12,7 +12,7 @@ from test_study import BAD, lines, spec, study, table
 
 from nulledit.cli.main import cli
 from nulledit.errors import ReportError
-from nulledit.evaluation.runner import paired_bootstrap
+from nulledit.evaluation.stats import paired_bootstrap
 from nulledit.report.document import Example, Value
 from nulledit.report.html import Part, html_page
 from nulledit.report.markup import Markup, join, tag

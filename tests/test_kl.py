@@ -11,7 +11,7 @@ from conftest import build_model
 
 from nulledit import Editor, Fact
 from nulledit.evaluation import evaluate, perplexity, read
-from nulledit.evaluation.perplexity import _divergences, divergence
+from nulledit.evaluation.reading import _divergences, divergence
 from nulledit.models.layouts import as_out_in, write_weight
 from nulledit.models.partial import PartialModel
 from nulledit.report.tables import rates_table

@@ -18,7 +18,7 @@ from nulledit import Editor, Fact, Probe
 from nulledit.cli.main import cli
 from nulledit.config import Recipe, load_recipe
 from nulledit.errors import FactError, StatisticsError
-from nulledit.evaluation.perplexity import Divergence
+from nulledit.evaluation.reading import Divergence
 from nulledit.evaluation.runner import evaluate
 from nulledit.methods import find_method
 from nulledit.models.layouts import as_out_in

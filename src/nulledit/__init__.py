@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from nulledit._lazy import lazily
 from nulledit._version import __version__
 
 if TYPE_CHECKING:
@@ -35,8 +35,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import on first use, so that `import nulledit` and `nulledit --help` stay without torch."""
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
-    raise AttributeError(f"module 'nulledit' has no attribute {name!r}")
+__getattr__, __dir__ = lazily(__name__, _HOME)  # so `nulledit --help` stays without torch

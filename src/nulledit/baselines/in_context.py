@@ -17,7 +17,8 @@ from nulledit.errors import ConfigError, FactError
 from nulledit.evaluation.generation import answer_room, generate_answers, says_any
 from nulledit.evaluation.queries import Query, queries_of
 from nulledit.evaluation.runner import Evaluation
-from nulledit.evaluation.scores import Rate, rates, score
+from nulledit.evaluation.scores import rates, score
+from nulledit.evaluation.stats import Rate
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.tokens import RowEncoder, join_target
 

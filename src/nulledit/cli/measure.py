@@ -17,9 +17,9 @@ from nulledit.data.facts import Fact
 from nulledit.editing.editor import Editor
 from nulledit.errors import FactError, LedgerError
 from nulledit.evaluation.generation import answer_room
-from nulledit.evaluation.perplexity import read_windows
 from nulledit.evaluation.preservation import shipped_corpus
 from nulledit.evaluation.queries import queries_of
+from nulledit.evaluation.reading import read_windows
 from nulledit.evaluation.runner import Evaluation, evaluate
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.load import load_model

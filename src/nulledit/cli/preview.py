@@ -56,7 +56,7 @@ def preview(
     found = facts_of(facts, given, quiet=given["quiet"]) if facts else None
     prepare(quiet=given["quiet"])
     from nulledit.cli.measure import check_lengths, read_text
-    from nulledit.evaluation.perplexity import read
+    from nulledit.evaluation.reading import read
     from nulledit.evaluation.runner import evaluate
     from nulledit.report.tables import as_text, rates_table
 

@@ -16,8 +16,9 @@ import numpy as np
 
 from nulledit.errors import ConfigError, FactError
 from nulledit.evaluation.queries import Query
-from nulledit.evaluation.runner import _plain, paired_bootstrap
-from nulledit.evaluation.scores import Rate, score
+from nulledit.evaluation.runner import _plain
+from nulledit.evaluation.scores import score
+from nulledit.evaluation.stats import Rate, paired_bootstrap
 from nulledit.evaluation.tasks import Item
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.tokens import RowEncoder, join_target

@@ -17,9 +17,9 @@ from torch.nn import functional
 from nulledit.data.facts import Fact, quote
 from nulledit.editing.editor import Editor
 from nulledit.errors import ConfigError, FactError
-from nulledit.evaluation.perplexity import read_windows
+from nulledit.evaluation.reading import read_windows
 from nulledit.evaluation.runner import _plain
-from nulledit.evaluation.scores import Rate
+from nulledit.evaluation.stats import Rate
 from nulledit.io.untrusted import MAX_DOCUMENT, parse_json, read_text
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import frozen

@@ -16,7 +16,8 @@ from nulledit.editing.unlearning import blinded, telling
 from nulledit.errors import FactError
 from nulledit.evaluation.fluency import generation_entropy
 from nulledit.evaluation.generation import contains, generate_answers
-from nulledit.evaluation.scores import Rate, token_losses
+from nulledit.evaluation.scores import token_losses
+from nulledit.evaluation.stats import Rate
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import frozen
 from nulledit.models.tokens import Row, chunks_by_length

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nulledit.data.facts import Fact
-from nulledit.evaluation.scores import MEASURES, Rate, Score, per_fact
+from nulledit.evaluation.scores import MEASURES, Score, per_fact
+from nulledit.evaluation.stats import Rate
 
 OTHER = "other"
 

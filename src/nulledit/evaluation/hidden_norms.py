@@ -11,7 +11,7 @@ from torch import Tensor
 from nulledit.data.facts import Fact
 from nulledit.editing.editor import Editor
 from nulledit.evaluation.drift import read_states
-from nulledit.evaluation.scores import Rate
+from nulledit.evaluation.stats import Rate
 from nulledit.models.editable_model import EditableModel
 
 PIECE = 64  # tokens of other text before the state that is read

@@ -32,7 +32,7 @@ class Preservation:
     """Windows."""
 
 
-def preservation(
+def preservation_error(
     base_weight: Tensor, edited_weight: Tensor, windows: Sequence[Tensor]
 ) -> tuple[float, float]:
     """‖ΔK₀‖_F/‖W₀K₀‖_F and its standard error.
@@ -74,7 +74,7 @@ def preservation_report(editor: Editor, token_windows: Sequence[list[int]]) -> l
                 keys[layer].append(found[layer][0])  # [t, d_in]
     n = len(token_windows)
     return [
-        Preservation(layer, *preservation(base[layer], edited[layer], keys[layer]), n)
+        Preservation(layer, *preservation_error(base[layer], edited[layer], keys[layer]), n)
         for layer in layers
     ]
 

@@ -8,15 +8,14 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from nulledit.data.facts import Fact, quote
 from nulledit.errors import FactError
 from nulledit.evaluation.fluency import Writing, write_texts
 from nulledit.evaluation.generation import answer_room, generate_answers, says
-from nulledit.evaluation.perplexity import Divergence, Perplexity, Reading, read
 from nulledit.evaluation.queries import queries_of, shipped_sentences
-from nulledit.evaluation.scores import Rate, Score, per_fact, rates, score
+from nulledit.evaluation.reading import Divergence, Perplexity, Reading, read
+from nulledit.evaluation.scores import Score, per_fact, rates, score
+from nulledit.evaluation.stats import Rate
 from nulledit.models.editable_model import EditableModel
 
 CPU_POSITIONS = 512  # small chunks stay in a processor's cache
@@ -166,31 +165,6 @@ def evaluate(
         kl=reading.kl if reading else None,
         reading=reading,
     )
-
-
-def paired_bootstrap(
-    a: Sequence[float], b: Sequence[float], *, samples: int = 10000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Mean of b − a over pairs (before, after), and the 2.5 % and 97.5 % points of its bootstrap.
-
-    Pairs are drawn with replacement, `samples` times. ValueError for lengths that differ, no pairs,
-    or values that are not finite: leave a fact that lacks one of the two out of both.
-    """
-    before, after = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
-    if before.shape != after.shape or before.ndim != 1 or not len(before):
-        raise ValueError(f"expected pairs of numbers, found {before.shape} and {after.shape}")
-    difference = after - before
-    if not np.isfinite(difference).all():
-        raise ValueError("expected finite numbers")
-    n = len(difference)
-    random = np.random.default_rng(seed)
-    means = np.empty(samples)
-    step = max(1, 2**20 // n)  # draws held at once: about 8 MB
-    for start in range(0, samples, step):
-        size = min(step, samples - start)
-        means[start : start + size] = difference[random.integers(n, size=(size, n))].mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(difference.mean()), float(low), float(high)
 
 
 def _refuse_twins(facts: Sequence[Fact]) -> None:

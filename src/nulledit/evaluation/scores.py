@@ -14,6 +14,7 @@ from torch.nn import functional
 from nulledit.data.facts import quote
 from nulledit.errors import FactError
 from nulledit.evaluation.queries import KINDS, Query
+from nulledit.evaluation.stats import Rate
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import frozen
 from nulledit.models.tokens import Row, RowEncoder, chunks_by_length
@@ -42,27 +43,6 @@ class Score:
     """zsRE's score: the share of the answer's tokens that are the likeliest ones, 0 to 1 (that are
     not, for an answer that is unwanted), of the accepted answer that has the largest. A token in
     front of the text (beginning of sequence) is never the answer's."""
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A mean over facts."""
-
-    mean: float
-    """Share, 0 to 1; bits for fluency."""
-    standard_error: float
-    """s/√n with s the standard deviation over facts (n − 1); nan for one fact."""
-    n: int
-    """Number of facts."""
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Rate:
-        """The rate of one value per fact; ValueError for no values."""
-        if not values:
-            raise ValueError("a rate needs at least one fact")
-        n = len(values)
-        error = statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
-        return cls(statistics.fmean(values), error, n)
 
 
 def score(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from nulledit._lazy import lazily
 
 if TYPE_CHECKING:
     from nulledit.runs.gate import GateReport, Row, check
@@ -11,18 +12,19 @@ if TYPE_CHECKING:
     from nulledit.runs.warnings import warnings_of
 
 _HOME = {
-    "GateReport": "gate",
-    "Limits": "limits",
-    "Row": "gate",
-    "check": "gate",
-    "load_limits": "limits",
-    "warnings_of": "warnings",
+    "GateReport": "nulledit.runs.gate",
+    "Limits": "nulledit.runs.limits",
+    "Row": "nulledit.runs.gate",
+    "check": "nulledit.runs.gate",
+    "load_limits": "nulledit.runs.limits",
+    "warnings_of": "nulledit.runs.warnings",
 }
-__all__ = ["GateReport", "Limits", "Row", "check", "load_limits", "warnings_of"]
-
-
-def __getattr__(name: str) -> Any:
-    """Import on first use: pages of a run are drawn without torch."""
-    if name in _HOME:
-        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = [
+    "GateReport",
+    "Limits",
+    "Row",
+    "check",
+    "load_limits",
+    "warnings_of",
+]
+__getattr__, __dir__ = lazily(__name__, _HOME)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nulledit.evaluation.stats import Rate, paired_bootstrap
 from nulledit.report.document import Cell, Column, FigureSpec, Study, StudyTable, Value
 from nulledit.report.points import Point
 from nulledit.runs import measures
@@ -93,20 +94,14 @@ def _mean(found: Sequence[float | bool | None], scale: float) -> Value | None:
     values = [scale * float(v) for v in found if v is not None]
     if not values:
         return None
-    n = len(values)
-    mean = sum(values) / n
-    if n == 1:
-        return Value(mean, None, 1)
-    variance = sum((v - mean) ** 2 for v in values) / (n - 1)
-    return Value(mean, (variance / n) ** 0.5, n)
+    rate = Rate.of(values)
+    return Value(rate.mean, rate.standard_error if rate.n > 1 else None, rate.n)
 
 
 def _points(
     runs: Sequence[RunFolder], rows: Sequence[Mapping[Key, Mapping[str, Any]]]
 ) -> list[Point]:
     """Each later run minus the first, per measure, on the facts that the two share."""
-    from nulledit.evaluation.runner import paired_bootstrap
-
     points = []
     for run, held in zip(runs[1:], rows[1:], strict=True):
         keys = [key for key in rows[0] if key in held]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nulledit.errors import ReportError
+from nulledit.evaluation.stats import paired_bootstrap
 from nulledit.io.text import count
 from nulledit.io.untrusted import MAX_SETTINGS, parse_yaml, read_text
 from nulledit.report.document import Cell, Column, Example, FigureSpec, Study, StudyTable, Value
@@ -131,8 +132,6 @@ def pairs(
 
 def difference(a: Sequence[float], b: Sequence[float], digits: int = 1) -> str | None:
     """Mean of b − a with its 95 % paired-bootstrap interval, as `+1.0 [−2.0, +4.0]`."""
-    from nulledit.evaluation.runner import paired_bootstrap
-
     if not a:
         return None
     mean, low, high = paired_bootstrap(a, b)

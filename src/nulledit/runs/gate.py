@@ -9,19 +9,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-
 from nulledit.data.facts import Fact
 from nulledit.editing.editor import Editor
 from nulledit.errors import FactError
 from nulledit.evaluation.capability import TaskResult, capability
 from nulledit.evaluation.hidden_norms import edit_rows, hidden_growth, text_rows
-from nulledit.evaluation.perplexity import Reading, mean_of, read, read_windows
 from nulledit.evaluation.preservation import shipped_corpus
 from nulledit.evaluation.queries import KINDS as ASKED
 from nulledit.evaluation.queries import queries_of
+from nulledit.evaluation.reading import Reading, read, read_windows
 from nulledit.evaluation.runner import ACCELERATOR_POSITIONS, CPU_POSITIONS
-from nulledit.evaluation.scores import Rate, Score, per_fact, score
+from nulledit.evaluation.scores import Score, per_fact, score
+from nulledit.evaluation.stats import Rate, perplexity_growth
 from nulledit.evaluation.tasks import read_tasks
 from nulledit.runs.limits import KINDS, Bound, Least, Limits, Most, Oldest, Tasks
 
@@ -328,7 +327,8 @@ class _Measuring:
     def _perplexity(self) -> Outcome:
         if not (texts := self._read()):
             return Missing(NO_TEXT)
-        return perplexity_growth(*(reading.losses for reading in texts))
+        grown = perplexity_growth(*(reading.losses for reading in texts))
+        return Found(grown.percent, grown.standard_error, grown.n, "windows")
 
     def _kl(self) -> Outcome:
         found = texts[1].kl if (texts := self._read()) else None
@@ -387,17 +387,6 @@ class _Measuring:
 
     def _stage(self, stage: str) -> Callable[[int, int], None] | None:
         return partial(self._progress, stage) if self._progress else None
-
-
-def perplexity_growth(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> Found:
-    """Growth of perplexity in % from each token's loss (nats), by window, in two models.
-
-    exp of the mean difference per token, minus one: what the ratio of the perplexities is. The
-    standard error is paired: of the differences over windows.
-    """
-    mean, error, _ = mean_of([b - a for a, b in zip(before, after, strict=True)])
-    factor = math.exp(mean) if mean < 700 else math.inf if mean >= 700 else math.nan
-    return Found(100 * (factor - 1), 100 * factor * error, len(before), "windows")
 
 
 def _task_drop(before: TaskResult, after: TaskResult) -> Outcome:

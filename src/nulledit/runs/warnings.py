@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from nulledit.editing.weights import LayerReport
-from nulledit.evaluation.scores import Rate
+from nulledit.evaluation.stats import Rate
 
 # From the study `collapse` (docs/gates.md): what one stream showed when it was last well, judged on
 # streams of other facts. ‖h‖ at the edited subjects is left out: it is as large as values are made

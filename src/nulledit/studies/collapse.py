@@ -14,7 +14,7 @@ from nulledit.data.facts import Fact
 from nulledit.editing.editor import Editor
 from nulledit.errors import ConfigError
 from nulledit.evaluation.hidden_norms import edit_rows, norm_growth, state_norms, text_rows
-from nulledit.evaluation.scores import Rate
+from nulledit.evaluation.stats import Rate
 from nulledit.report.document import Column, FigureSpec, StudyTable, Value
 from nulledit.report.points import Point
 from nulledit.studies.context import Lab, hash_of

@@ -17,7 +17,7 @@ from nulledit.errors import ConfigError
 from nulledit.evaluation.capability import capability
 from nulledit.evaluation.drift import drift, edited_token_norm, read_states, read_texts
 from nulledit.evaluation.fluency import write_texts
-from nulledit.evaluation.perplexity import Reading, read, read_windows
+from nulledit.evaluation.reading import Reading, read, read_windows
 from nulledit.evaluation.runner import evaluate
 from nulledit.evaluation.tasks import Item, read_tasks
 from nulledit.io.files import write_text

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nulledit.data.facts import Fact
-from nulledit.evaluation.scores import Rate
+from nulledit.evaluation.stats import Rate
 from nulledit.report.document import Column, FigureSpec, StudyTable, Value
 from nulledit.report.points import Point
 from nulledit.studies.context import Lab

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nulledit.data.facts import Fact
-from nulledit.evaluation.runner import paired_bootstrap
-from nulledit.evaluation.scores import Rate
+from nulledit.evaluation.stats import Rate, paired_bootstrap
 from nulledit.report.document import Column, Example, FigureSpec, StudyTable, Value
 from nulledit.report.points import Point
 from nulledit.studies.context import Lab, Sources

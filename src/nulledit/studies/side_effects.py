@@ -11,7 +11,7 @@ import torch
 from nulledit.data.facts import Fact
 from nulledit.editing.editor import Editor
 from nulledit.evaluation.groups import OTHER, by_relation
-from nulledit.evaluation.runner import paired_bootstrap
+from nulledit.evaluation.stats import paired_bootstrap
 from nulledit.models.layouts import frozen
 from nulledit.models.tokens import chunks_by_length
 from nulledit.report.document import Column, FigureSpec, StudyTable, Value

@@ -10,7 +10,7 @@ import torch
 
 from nulledit.data.facts import Fact
 from nulledit.errors import ConfigError, FactError, ModelError
-from nulledit.evaluation.scores import Rate
+from nulledit.evaluation.stats import Rate
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import frozen, listed
 from nulledit.tracing.questions import Questions, ask

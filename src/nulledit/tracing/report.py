@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nulledit.evaluation.scores import Rate
+from nulledit.evaluation.stats import Rate
 from nulledit.io.jsonfiles import as_json, write
 from nulledit.io.text import count, markdown
 from nulledit.report.tables import Table, as_markdown

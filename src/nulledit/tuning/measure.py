@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,8 +10,9 @@ from nulledit.config import ContextSettings, Recipe
 from nulledit.data.facts import Fact
 from nulledit.editing.contexts import make_contexts
 from nulledit.editing.editor import Editor
-from nulledit.evaluation.perplexity import Divergence, divergence, mean_of, read
+from nulledit.evaluation.reading import Divergence, divergence, read
 from nulledit.evaluation.runner import evaluate
+from nulledit.evaluation.stats import perplexity_growth
 from nulledit.statistics.collect import Statistics
 from nulledit.tuning.objective import Outcome, shares
 
@@ -83,12 +83,10 @@ class Bench:
             asked = evaluate(editor.editable, facts, generate=False, progress=self.progress)
             text = read(editor.editable, self.base.windows, base=self.base)
         apart = text.apart or ()
-        grown = [b - a for a, b in zip(self.base.losses, text.losses, strict=True)]
-        mean = mean_of(grown)[0]
         passes = sum(column.outcome.get("steps", 0) + 1 for column in report.columns)
         return Measured(
             outcome=Outcome(shares(asked.scores), tuple(float(part.mean()) for part in apart)),
-            growth=math.inf if mean >= 700 else math.expm1(mean),
+            growth=perplexity_growth(self.base.losses, text.losses).percent / 100,
             kl=divergence(apart),
             update_share=max(layer.update_share for layer in report.layers),
             passes=passes if report.optimised else 0,

@@ -14,7 +14,8 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from nulledit.evaluation.scores import Rate, Score, per_fact
+from nulledit.evaluation.scores import Score, per_fact
+from nulledit.evaluation.stats import Rate, jackknife_variance
 
 KINDS = ("efficacy", "paraphrases", "neighbours")
 WEIGHT = 2.0  # a growth of perplexity by one per cent, about 0.01 nats, costs two points
@@ -133,13 +134,4 @@ def _jackknife(
         for i in windows
         if len(windows) > 1
     ]
-    return math.sqrt(_spread(by_fact) + _spread(by_window))
-
-
-def _spread(left: Sequence[float]) -> float:
-    """The jackknife's variance, (n - 1)/n of the sum of squares about the mean."""
-    n = len(left)
-    if n < 2 or not all(map(math.isfinite, left)):
-        return 0.0
-    mean = statistics.fmean(left)
-    return (n - 1) / n * sum((value - mean) ** 2 for value in left)
+    return math.sqrt(jackknife_variance(by_fact) + jackknife_variance(by_window))

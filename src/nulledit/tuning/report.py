@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nulledit.data.facts import Fact
-from nulledit.evaluation.scores import Rate
+from nulledit.evaluation.stats import Rate
 from nulledit.io.jsonfiles import write
 from nulledit.io.text import count, markdown, plain
 from nulledit.report.tables import Table, as_markdown, number

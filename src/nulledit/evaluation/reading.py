@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from nulledit.data.corpus import Corpus, open_corpus
 from nulledit.errors import StatisticsError
 from nulledit.evaluation.scores import token_losses
+from nulledit.evaluation.stats import exponential, mean_of
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import frozen
 from nulledit.models.tokens import beginning, chunks_by_length
@@ -100,7 +101,7 @@ class Reading:
     def perplexity(self) -> Perplexity:
         """Of all windows."""
         mean, error, tokens = mean_of(self.losses)
-        value = math.exp(mean) if mean < 700 else math.inf if mean >= 700 else math.nan
+        value = exponential(mean)
         return Perplexity(value, value * error, tokens)
 
     @property
@@ -222,17 +223,6 @@ def _divergences(log_p: Tensor, log_q: Tensor) -> Tensor:
     terms = (log_p - log_q).mul_(p).add_(log_q.exp()).sub_(p)
     terms.masked_fill_(log_p.isneginf(), 0)  # tokens that the model never gives
     return terms.sum(-1).clamp_min(0)
-
-
-def mean_of(values: Sequence[np.ndarray]) -> tuple[float, float, int]:
-    """Mean over all tokens of `values` by window, its standard error over windows, and tokens."""
-    n, tokens = len(values), np.array([len(part) for part in values])
-    sums, total = np.array([part.sum() for part in values]), int(tokens.sum())
-    mean = float(sums.sum()) / total
-    if n == 1:
-        return mean, math.nan, total
-    spread = float(np.sqrt(n / (n - 1) * np.square(sums - mean * tokens).sum())) / total
-    return mean, spread, total
 
 
 def _stream(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[int]:

@@ -1,0 +1,122 @@
+"""Means with their errors, differences of pairs, growth: the only statistics that are made here."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+LARGEST_EXPONENT = 700  # beyond, exp overflows
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A mean over facts."""
+
+    mean: float
+    """Share, 0 to 1; bits for fluency."""
+    standard_error: float
+    """s/√n with s the standard deviation over facts (n − 1); nan for one fact."""
+    n: int
+    """Number of facts."""
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Rate:
+        """The rate of one value per fact; ValueError for no values."""
+        if not values:
+            raise ValueError("a rate needs at least one fact")
+        n = len(values)
+        error = statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
+        return cls(statistics.fmean(values), error, n)
+
+
+class Interval(NamedTuple):
+    """A mean difference of pairs, and where it may lie."""
+
+    mean: float
+    """Of the differences."""
+    low: float
+    """2.5 % point of the bootstrap."""
+    high: float
+    """97.5 % point."""
+
+
+class Growth(NamedTuple):
+    """By how much a perplexity grew, paired over windows."""
+
+    percent: float
+    """Of the perplexity before."""
+    standard_error: float
+    """Of `percent`; nan for one window."""
+    n: int
+    """Windows."""
+
+
+def paired_bootstrap(
+    a: Sequence[float], b: Sequence[float], *, samples: int = 10000, seed: int = 0
+) -> Interval:
+    """How far b lies above a, over pairs (before, after), with the 95 % interval of its bootstrap.
+
+    Pairs are drawn with replacement, `samples` times. ValueError for lengths that differ, no pairs,
+    or values that are not finite: leave a fact that lacks one of the two out of both.
+    """
+    before, after = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if before.shape != after.shape or before.ndim != 1 or not len(before):
+        raise ValueError(f"expected pairs of numbers, found {before.shape} and {after.shape}")
+    difference = after - before
+    if not np.isfinite(difference).all():
+        raise ValueError("expected finite numbers")
+    n = len(difference)
+    random = np.random.default_rng(seed)
+    means = np.empty(samples)
+    step = max(1, 2**20 // n)  # draws held at once: about 8 MB
+    for start in range(0, samples, step):
+        size = min(step, samples - start)
+        means[start : start + size] = difference[random.integers(n, size=(size, n))].mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Interval(float(difference.mean()), float(low), float(high))
+
+
+def perplexity_growth(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> Growth:
+    """Growth of perplexity in % from each token's loss (nats), by window, in two models.
+
+    exp of the mean difference per token, minus one: what the ratio of the perplexities is. The
+    standard error is paired: of the differences over windows.
+    """
+    mean, error, _ = mean_of([b - a for a, b in zip(before, after, strict=True)])
+    grown = math.expm1(mean) if mean < LARGEST_EXPONENT else exponential(mean)
+    return Growth(100 * grown, 100 * (1 + grown) * error, len(before))
+
+
+def exponential(value: float) -> float:
+    """exp; infinity where it overflows, nan of nan."""
+    if value < LARGEST_EXPONENT:
+        return math.exp(value)
+    return math.inf if value >= LARGEST_EXPONENT else math.nan
+
+
+def mean_of(values: Sequence[np.ndarray]) -> tuple[float, float, int]:
+    """Mean over all tokens of `values` by window, its standard error over windows, and tokens."""
+    n, tokens = len(values), np.array([len(part) for part in values])
+    sums, total = np.array([part.sum() for part in values]), int(tokens.sum())
+    mean = float(sums.sum()) / total
+    if n == 1:
+        return mean, math.nan, total
+    spread = float(np.sqrt(n / (n - 1) * np.square(sums - mean * tokens).sum())) / total
+    return mean, spread, total
+
+
+def jackknife_variance(left_out: Sequence[float]) -> float:
+    """(n − 1)/n of the sum of squares about the mean of values with one thing left out of each.
+
+    0 where there are fewer than two, or one is not finite.
+    """
+    n = len(left_out)
+    if n < 2 or not all(map(math.isfinite, left_out)):
+        return 0.0
+    mean = statistics.fmean(left_out)
+    return (n - 1) / n * sum((value - mean) ** 2 for value in left_out)
