@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from nulledit import Editor, Fact, NullEditError
+from nulledit.config import Recipe
 from nulledit.errors import ConfigError, FactError, LedgerError, ModelError, StatisticsError
 from nulledit.ledger.entries import History
 from nulledit.ledger.fold import LayerMetrics, read_spectrum
 from nulledit.ledger.store import Store
+from nulledit.ledger.verifying import verify
+from nulledit.methods.registry import Method
 
 
 @pytest.fixture
@@ -125,6 +128,49 @@ def test_batches_before_and_after_saving_and_loading(architecture, make_editor, 
     assert same(weights(straight), weights(again))
     assert again.facts == straight.facts
     assert again.history.state_id == straight.history.state_id
+
+
+@pytest.mark.parametrize(
+    ("name", "then", "now"),
+    [
+        ("encore", {"history": False}, {"history": True}),
+        ("betaedit", {"moment_weight": 15000.0}, {"moment_weight": 3000.0}),
+    ],
+)
+def test_a_ledger_without_constants_keeps_its_weights_and_goes_on_as_it_began(
+    make_editor, recipe, facts, tmp_path, monkeypatch, name, then, now
+):
+    """Loading, writing again, undoing, redoing and verifying, as its earlier version did."""
+
+    def begin(**constants):
+        method = Recipe.from_dict({"method": {"name": name} | constants}).method
+        editor = make_editor(recipe=dataclasses.replace(recipe, method=method), seed=3)
+        editor.edit(facts[:2])
+        editor.edit(facts[2:3])
+        return editor
+
+    def go_on(editor):
+        editor.edit(facts[3:])
+        editor.retry("zola")
+        editor.undo("ada", "velm")
+        editor.redo("velm")
+        return editor
+
+    with monkeypatch.context() as earlier:
+        earlier.setattr(Method, "filled", lambda self, recipe: recipe)
+        old = begin()
+    assert set(old.history.epochs[0].recipe["method"]) == {"name", "projection"}
+    old.save(tmp_path / "run")
+    assert verify(tmp_path / "run", Editor.load).passed
+    loaded = Editor.load(tmp_path / "run")
+    as_then, as_now = begin(**then), begin(**now)
+    assert gap(loaded, as_then) < 1e-9
+    assert gap(loaded, as_now) > 1e-5
+    assert gap(go_on(loaded), go_on(as_then)) < 1e-9
+    loaded.save(tmp_path / "run")
+    assert verify(tmp_path / "run", Editor.load).passed
+    again = Editor.load(tmp_path / "run")
+    assert gap(again, as_then) < 1e-9
 
 
 def test_the_saved_model_is_a_plain_hugging_face_model(family, make_editor, facts, tmp_path):

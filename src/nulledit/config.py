@@ -21,6 +21,11 @@ from nulledit.reading import MAX_SETTINGS, one_line, parse_yaml, read_text
 
 SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 """Device maps that accelerate makes itself."""
+UNRECORDED: dict[str, dict[str, Any]] = {
+    "betaedit": {"moment_weight": 15000.0},
+    "encore": {"history": False},
+}
+"""What a method did by default, where it does otherwise now, before ledgers held all constants."""
 
 
 @dataclass(frozen=True)
@@ -270,6 +275,9 @@ class Recipe:
     @classmethod
     def recorded(cls, data: Mapping[str, Any]) -> Recipe:
         """Build from what a ledger holds; a field that it lacks means what was done before."""
+        method = data.get("method", {})
+        if isinstance(method, Mapping):
+            data = {**data, "method": UNRECORDED.get(str(method.get("name")), {}) | {**method}}
         values = data.get("values", {})
         if isinstance(values, Mapping):
             values = {"stop_margin": None, **values}

@@ -302,9 +302,9 @@ class Editor:
                 f"{source}: its weights without the edits have hash {found[:12]}, the ledger's "
                 f"base has {history.base.hash[:12]}: this is another model, or one changed by hand"
             )
-        latest = history.epochs[-1].recipe if history.epochs else history.base.recipe
-        cache = editor._changes.cache
-        recipe = editor._with_template(Recipe.recorded(latest))
+        recipe, cache = editor.recipe, editor._changes.cache
+        if history.epochs:
+            recipe = editor._with_template(Recipe.recorded(history.epochs[-1].recipe))
         kept = store if editor.ranks.first else None
         editor._work(Journal(history, kept), recipe, None, cache)
         return editor
@@ -750,7 +750,8 @@ def _read_recipe(recipe: Recipe | str | Path | None, name: str) -> Recipe:
 def resolve_recipe(
     recipe: Recipe | str | Path | None, name: str, model: PartialModel, base_hash: str
 ) -> Recipe:
-    """The recipe to use on `model`, with layers, whose matrices are made ready to be written.
+    """The recipe to use on `model`, with all of its constants and with layers, whose matrices are
+    made ready to be written.
 
     `base_hash`: of the model without edits. ModelError where the layers don't fit the model.
     """
@@ -771,10 +772,11 @@ def resolve_recipe(
             f"layer {top} is the model's last: nothing above it would read the edit; "
             f"choose layers up to {top - 1}"
         )
-    find_method(recipe.method.name).check(recipe)
+    method = find_method(recipe.method.name)
+    method.check(recipe)
     for layer in recipe.layers:
         model.mlp_out(layer)
     make_editable(model.model, recipe.layers, base_hash)
     for layer in recipe.layers:
         as_out_in(model.mlp_out(layer))
-    return recipe
+    return method.filled(recipe)
