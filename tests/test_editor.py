@@ -8,12 +8,22 @@ import pytest
 import torch
 
 from nulledit import Editor, Fact, NullEditError
-from nulledit.config import Recipe
+from nulledit.baselines.lora import LoraSettings
+from nulledit.config import (
+    ContextSettings,
+    NullSpaceSettings,
+    Recipe,
+    StatisticsSettings,
+    ValueSettings,
+    read_settings,
+)
 from nulledit.errors import ConfigError, FactError, LedgerError, ModelError, StatisticsError
 from nulledit.ledger.entries import History
 from nulledit.ledger.fold import LayerMetrics, read_spectrum
 from nulledit.ledger.store import Store
 from nulledit.ledger.verifying import verify
+from nulledit.locating.tracing import TraceSettings
+from nulledit.methods import METHODS
 from nulledit.methods.registry import Method
 
 
@@ -615,3 +625,64 @@ def test_independent_editors_share_nothing(make_editor, facts):
     two.edit(facts)
     assert same(weights(one), weights(two))
     assert issubclass(LedgerError, NullEditError)
+
+
+@pytest.mark.parametrize("number", [-1, 2**63, pytest.param(10**5000, id="long"), 1.5, True, "1"])
+def test_a_seed_or_batch_size_that_a_ledger_cannot_hold_is_refused(
+    make_editor, facts, number, tiny_model, tokenizer, recipe
+):
+    with pytest.raises(ConfigError, match=r"^seed is .{1,40}; expected a whole number from 0"):
+        Editor(tiny_model("llama"), tokenizer, recipe=recipe, seed=number)
+    with pytest.raises(ConfigError, match=r"^seed is"):
+        Editor.from_pretrained("no such model", seed=number)
+    with pytest.raises(ConfigError, match=r"^batch_size is .{1,40}; expected a whole number"):
+        make_editor().edit(facts, batch_size=number)
+
+
+def test_the_largest_seed_and_batch_size_are_kept(make_editor, facts, tmp_path):
+    editor = make_editor(seed=2**63 - 1)
+    editor.edit(facts[:1], batch_size=2**63 - 1)
+    editor.save(tmp_path / "run")
+    assert Editor.load(tmp_path / "run").seed == 2**63 - 1
+
+
+def test_a_ledger_whose_seed_is_below_zero_still_loads(make_editor, facts, tmp_path, monkeypatch):
+    with monkeypatch.context() as earlier:
+        earlier.setattr("nulledit.editor.check_whole", lambda *_, **__: None)
+        editor = make_editor(seed=-1)
+    editor.edit(facts[:1])
+    editor.save(tmp_path / "run")
+    assert Editor.load(tmp_path / "run").seed == -1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_contexts_longer_than_the_model_reads_are_refused(make_editor, recipe, facts, family):
+    sampled = recipe.with_fields({"contexts.texts": [], "contexts.tokens": 2**62})
+    with pytest.raises(ConfigError, match=r"contexts.tokens is 4\d+: .* context of \d+$"):
+        make_editor(family, recipe=sampled).edit(facts)
+
+
+SETTINGS = (
+    *(Recipe, ValueSettings, ContextSettings, NullSpaceSettings, StatisticsSettings),
+    *(LoraSettings, TraceSettings, *(method.settings for method in METHODS)),
+)
+NUMBERS = [
+    pytest.param(kind, field.name, id=f"{kind.__name__}.{field.name}")
+    for kind in dict.fromkeys(SETTINGS)
+    for field in dataclasses.fields(kind)
+    if isinstance(field.default, int | float) and not isinstance(field.default, bool)
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), NUMBERS)
+def test_a_number_that_no_setting_can_have_is_refused_in_one_line(kind, name):
+    for number in (10**400, 10**5000, -(10**400), float("nan"), float("inf"), True, [1], "many"):
+        for make in (lambda data: kind(**data), lambda data: read_settings(kind, data, "")):
+            with pytest.raises(ConfigError) as refused:
+                make({name: number})
+            assert name in str(refused.value)
+            assert len(str(refused.value)) < 150
+    if isinstance(kind.__dataclass_fields__[name].default, int):
+        for number in (2**63, 2.5):
+            with pytest.raises(ConfigError, match=f"{name} is .*expected"):
+                kind(**{name: number})

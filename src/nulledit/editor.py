@@ -19,6 +19,7 @@ from nulledit.config import (
     Placement,
     Recipe,
     ValueSettings,
+    check_whole,
     layers_by_depth,
     load_recipe,
     shipped_recipes,
@@ -126,6 +127,7 @@ class Editor:
         """
         check_model(model)
         check_tokenizer(tokenizer)
+        check_whole("seed", seed)
         self.ranks = ranks or Ranks()
         self.model, self.tokenizer = model, tokenizer
         recipe = _read_recipe(recipe, name)
@@ -183,6 +185,7 @@ class Editor:
 
         `device`, `dtype` and `quantize` are as for `load_model`.
         """
+        check_whole("seed", seed)
         model, tokenizer = load_model(
             name,
             device=device,
@@ -291,7 +294,6 @@ class Editor:
             tokenizer,
             recipe=Recipe.recorded(history.base.recipe),
             name=history.base.model,
-            seed=history.base.seed,
             value_cache=value_cache,
             quantize=history.base.quantized.replace("own", ""),
             ranks=ranks,
@@ -426,8 +428,7 @@ class Editor:
         the same call goes on from there with the same result.
         """
         size = self.recipe.batch_size if batch_size is None else batch_size
-        if size < 1:
-            raise ConfigError(f"batch_size is {size}; expected 1 or more")
+        check_whole("batch_size", size, least=1)
         run, given = Run(progress), as_facts(facts)
         run.notices += given.notices
         queue = self._admit(given.facts, run)

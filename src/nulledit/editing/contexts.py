@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nulledit.config import ContextSettings
 from nulledit.errors import ConfigError
 from nulledit.models.placement import input_device
-from nulledit.models.tokens import beginning, pad_id
+from nulledit.models.tokens import beginning, context_length, pad_id
 
 TOP_K = 5  # as published
 
@@ -29,7 +29,7 @@ def make_contexts(
     """
     if settings.texts:
         return settings.texts
-    contexts = ["{}"]
+    contexts, most = ["{}"], context_length(model.config)
     device = input_device(model)
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
@@ -42,6 +42,11 @@ def make_contexts(
                 raise ConfigError(
                     f"contexts.starts: {start!r} gives no token, and this tokenizer has none of a "
                     "beginning: give a word"
+                )
+            if (length := len(begun) + settings.tokens) > most:
+                raise ConfigError(
+                    f"contexts.tokens is {settings.tokens}: a text of {length} tokens is longer "
+                    f"than the model's context of {most}"
                 )
             coded = torch.tensor([begun], device=device)
             ids: Tensor = model.generate(  # type: ignore[operator]
