@@ -686,3 +686,24 @@ def test_a_number_that_no_setting_can_have_is_refused_in_one_line(kind, name):
         for number in (2**63, 2.5):
             with pytest.raises(ConfigError, match=f"{name} is .*expected"):
                 kind(**{name: number})
+
+
+@pytest.mark.parametrize("given", [{"layers": [1]}, 3, [1.0], torch.eye(2)])
+def test_statistics_of_another_kind_are_refused_at_the_door(make_editor, tiny_model, given):
+    editor = make_editor()
+    with pytest.raises(
+        StatisticsError, match=r"^statistics is a \w+; expected Statistics or their"
+    ):
+        Editor(editor.model, editor.tokenizer, recipe=editor.recipe, statistics=given)
+    with pytest.raises(StatisticsError, match="expected Statistics or their folder"):
+        editor.next_epoch(editor.recipe, statistics=given)
+
+
+def test_a_fact_where_its_id_is_expected_is_said_so(make_editor, facts):
+    editor = make_editor()
+    editor.edit(facts[:2])
+    for change in (editor.undo, editor.retry, editor.redo):
+        with pytest.raises(
+            LedgerError, match=r"^expected the ids of facts, as text \(found a Fact"
+        ):
+            change(facts[0])

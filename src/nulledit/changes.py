@@ -25,7 +25,7 @@ from nulledit.errors import FactError, LedgerError, StatisticsError
 from nulledit.ledger.entries import Column, Epoch, History
 from nulledit.ledger.journal import Journal, Trial
 from nulledit.ledger.opening import open_epoch
-from nulledit.ledger.plans import Plan, facts_of, with_groups
+from nulledit.ledger.plans import Plan, check_id, facts_of, with_groups
 from nulledit.ledger.store import tensor_bytes
 from nulledit.ledger.weights import EditedWeights
 from nulledit.methods import Method, find_method
@@ -57,7 +57,7 @@ class Changes:
         self.model, self.tokenizer, self._plain = model, tokenizer, encoder
         self._in_chat: dict[ChatSettings, RowEncoder] = {}
         self.journal, self.recipe, self.cache = journal, recipe, cache
-        self.statistics, self.ranks = statistics, ranks or Ranks()
+        self.statistics, self.ranks = _accepted(statistics), ranks or Ranks()
         self.weights = EditedWeights(model, journal.history)
         self._opens = not journal.history.epochs  # whether the next batch begins an epoch
 
@@ -86,7 +86,7 @@ class Changes:
 
     def next_epoch(self, recipe: Recipe, statistics: Statistics | str | Path | None) -> None:
         """Have the next batch begin an epoch with these."""
-        self.recipe, self.statistics, self._opens = recipe, statistics, True
+        self.recipe, self.statistics, self._opens = recipe, _accepted(statistics), True
 
     def near(self, columns: Sequence[Column], others: Sequence[Column]) -> list[Column]:
         """Those of `others` on the same key as one of `columns`, whose values must be one."""
@@ -390,10 +390,21 @@ def _same(a: Epoch, b: Epoch) -> bool:
     return replace(a, id=0, tensors="") == replace(b, id=0, tensors="")
 
 
+def _accepted(statistics: Statistics | str | Path | None) -> Statistics | str | Path | None:
+    """`statistics`, where they can be any; StatisticsError at the door else."""
+    if not isinstance(statistics, Statistics | str | Path | None):
+        raise StatisticsError(
+            f"statistics is a {type(statistics).__name__}; expected Statistics or their folder "
+            "(make them by `nulledit stats make`)"
+        )
+    return statistics
+
+
 def check_in_model(ids: Iterable[str], history: History) -> None:
     """LedgerError if one of `ids` is of no fact in the model; names a near one."""
     active = dict.fromkeys(c.fact.id for c in history.active)
     for id_ in ids:
+        check_id(id_)
         if id_ not in active:
             near = suggest(id_, active)
             raise LedgerError(f"no fact {id_!r} in the model{near}; in it are: {some(active)}")
