@@ -382,5 +382,5 @@ def test_a_full_disk_is_said_with_the_folder(tmp_path, monkeypatch):
 
     model = build_model("llama")
     monkeypatch.setattr(model, "save_pretrained", full)
-    with pytest.raises(ModelError, match="mine: can't be written: .*No space left on device"):
+    with pytest.raises(ModelError, match=r"mine: can't be written: .*No space left on device"):
         save_weights(model, tmp_path / "mine")
