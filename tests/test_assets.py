@@ -25,6 +25,7 @@ def test_shipped_statistics_serve_the_shipped_recipe_and_the_published_layers():
     statistics = Statistics.load(ASSETS / "statistics" / "smollm2-135m.safetensors")
     manifest = statistics.manifest
     assert (manifest.corpus, manifest.tokens) == ("valid.txt", 272569)
+    assert statistics.checked  # it has its hash
     for recipe in (load_recipe("smollm2-135m"), load_recipe("smollm2-135m-published")):
         for layer in recipe.layers:
             spectrum = statistics.spectra[layer]

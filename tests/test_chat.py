@@ -225,6 +225,15 @@ def test_system_prompts(tokenizer):
         (OPENING, "<think>\n\n</think>\n\n"),
         (OPENING.replace("<think>\n{% e", "<think>{% e"), "<think>\n</think>\n\n"),
         (OPENING.replace("<think>\n{% e", "<seed:think>{% e"), "<seed:think>\n</seed:think>\n\n"),
+        *(
+            (OPENING.replace("<think>\n{% e", f"{begin}{{% e"), f"{begin}\n{end}\n\n")
+            for begin, end in (
+                ("[THINK]", "[/THINK]"),
+                ("◁think▷", "◁/think▷"),
+                ("<|START_THINKING|>", "<|END_THINKING|>"),
+                ("<|begin_of_thought|>", "<|end_of_thought|>"),
+            )
+        ),
         (EMPTY, "<think>\n</think>"),
     ],
 )

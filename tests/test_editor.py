@@ -8,10 +8,23 @@ import pytest
 import torch
 
 from nulledit import Editor, Fact, NullEditError
+from nulledit.baselines.lora import LoraSettings
+from nulledit.config import (
+    ContextSettings,
+    NullSpaceSettings,
+    Recipe,
+    StatisticsSettings,
+    ValueSettings,
+    read_settings,
+)
 from nulledit.errors import ConfigError, FactError, LedgerError, ModelError, StatisticsError
 from nulledit.ledger.records import History
 from nulledit.ledger.solver import LayerMetrics, read_spectrum
 from nulledit.ledger.store import Store
+from nulledit.methods import METHODS
+from nulledit.methods.registry import Method
+from nulledit.runs.verify import verify
+from nulledit.tracing.trace import TraceSettings
 
 
 @pytest.fixture
@@ -125,6 +138,49 @@ def test_batches_before_and_after_saving_and_loading(architecture, make_editor, 
     assert same(weights(straight), weights(again))
     assert again.facts == straight.facts
     assert again.history.state_id == straight.history.state_id
+
+
+@pytest.mark.parametrize(
+    ("name", "then", "now"),
+    [
+        ("encore", {"history": False}, {"history": True}),
+        ("betaedit", {"moment_weight": 15000.0}, {"moment_weight": 3000.0}),
+    ],
+)
+def test_a_ledger_without_constants_keeps_its_weights_and_goes_on_as_it_began(
+    make_editor, recipe, facts, tmp_path, monkeypatch, name, then, now
+):
+    """Loading, writing again, undoing, redoing and verifying, as its earlier version did."""
+
+    def begin(**constants):
+        method = Recipe.from_dict({"method": {"name": name} | constants}).method
+        editor = make_editor(recipe=dataclasses.replace(recipe, method=method), seed=3)
+        editor.edit(facts[:2])
+        editor.edit(facts[2:3])
+        return editor
+
+    def go_on(editor):
+        editor.edit(facts[3:])
+        editor.retry("zola")
+        editor.undo("ada", "velm")
+        editor.redo("velm")
+        return editor
+
+    with monkeypatch.context() as earlier:
+        earlier.setattr(Method, "filled", lambda self, recipe: recipe)
+        old = begin()
+    assert set(old.history.epochs[0].recipe["method"]) == {"name", "projection"}
+    old.save(tmp_path / "run")
+    assert verify(tmp_path / "run", Editor.load).passed
+    loaded = Editor.load(tmp_path / "run")
+    as_then, as_now = begin(**then), begin(**now)
+    assert gap(loaded, as_then) < 1e-9
+    assert gap(loaded, as_now) > 1e-5
+    assert gap(go_on(loaded), go_on(as_then)) < 1e-9
+    loaded.save(tmp_path / "run")
+    assert verify(tmp_path / "run", Editor.load).passed
+    again = Editor.load(tmp_path / "run")
+    assert gap(again, as_then) < 1e-9
 
 
 def test_the_saved_model_is_a_plain_hugging_face_model(family, make_editor, facts, tmp_path):
@@ -569,3 +625,85 @@ def test_independent_editors_share_nothing(make_editor, facts):
     two.edit(facts)
     assert same(weights(one), weights(two))
     assert issubclass(LedgerError, NullEditError)
+
+
+@pytest.mark.parametrize("number", [-1, 2**63, pytest.param(10**5000, id="long"), 1.5, True, "1"])
+def test_a_seed_or_batch_size_that_a_ledger_cannot_hold_is_refused(
+    make_editor, facts, number, tiny_model, tokenizer, recipe
+):
+    with pytest.raises(ConfigError, match=r"^seed is .{1,40}; expected a whole number from 0"):
+        Editor(tiny_model("llama"), tokenizer, recipe=recipe, seed=number)
+    with pytest.raises(ConfigError, match=r"^seed is"):
+        Editor.from_pretrained("no such model", seed=number)
+    with pytest.raises(ConfigError, match=r"^batch_size is .{1,40}; expected a whole number"):
+        make_editor().edit(facts, batch_size=number)
+
+
+def test_the_largest_seed_and_batch_size_are_kept(make_editor, facts, tmp_path):
+    editor = make_editor(seed=2**63 - 1)
+    editor.edit(facts[:1], batch_size=2**63 - 1)
+    editor.save(tmp_path / "run")
+    assert Editor.load(tmp_path / "run").seed == 2**63 - 1
+
+
+def test_a_ledger_whose_seed_is_below_zero_still_loads(make_editor, facts, tmp_path, monkeypatch):
+    with monkeypatch.context() as earlier:
+        earlier.setattr("nulledit.editing.editor.check_whole", lambda *_, **__: None)
+        editor = make_editor(seed=-1)
+    editor.edit(facts[:1])
+    editor.save(tmp_path / "run")
+    assert Editor.load(tmp_path / "run").seed == -1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_contexts_longer_than_the_model_reads_are_refused(make_editor, recipe, facts, family):
+    sampled = recipe.with_fields({"contexts.texts": [], "contexts.tokens": 2**62})
+    with pytest.raises(ConfigError, match=r"contexts.tokens is 4\d+: .* context of \d+$"):
+        make_editor(family, recipe=sampled).edit(facts)
+
+
+SETTINGS = (
+    *(Recipe, ValueSettings, ContextSettings, NullSpaceSettings, StatisticsSettings),
+    *(LoraSettings, TraceSettings, *(method.settings for method in METHODS)),
+)
+NUMBERS = [
+    pytest.param(kind, field.name, id=f"{kind.__name__}.{field.name}")
+    for kind in dict.fromkeys(SETTINGS)
+    for field in dataclasses.fields(kind)
+    if isinstance(field.default, int | float) and not isinstance(field.default, bool)
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), NUMBERS)
+def test_a_number_that_no_setting_can_have_is_refused_in_one_line(kind, name):
+    for number in (10**400, 10**5000, -(10**400), float("nan"), float("inf"), True, [1], "many"):
+        for make in (lambda data: kind(**data), lambda data: read_settings(kind, data, "")):
+            with pytest.raises(ConfigError) as refused:
+                make({name: number})
+            assert name in str(refused.value)
+            assert len(str(refused.value)) < 150
+    if isinstance(kind.__dataclass_fields__[name].default, int):
+        for number in (2**63, 2.5):
+            with pytest.raises(ConfigError, match=f"{name} is .*expected"):
+                kind(**{name: number})
+
+
+@pytest.mark.parametrize("given", [{"layers": [1]}, 3, [1.0], torch.eye(2)])
+def test_statistics_of_another_kind_are_refused_at_the_door(make_editor, tiny_model, given):
+    editor = make_editor()
+    with pytest.raises(
+        StatisticsError, match=r"^statistics is a \w+; expected Statistics or their"
+    ):
+        Editor(editor.model, editor.tokenizer, recipe=editor.recipe, statistics=given)
+    with pytest.raises(StatisticsError, match="expected Statistics or their folder"):
+        editor.next_epoch(editor.recipe, statistics=given)
+
+
+def test_a_fact_where_its_id_is_expected_is_said_so(make_editor, facts):
+    editor = make_editor()
+    editor.edit(facts[:2])
+    for change in (editor.undo, editor.retry, editor.redo):
+        with pytest.raises(
+            LedgerError, match=r"^expected the ids of facts, as text \(found a Fact"
+        ):
+            change(facts[0])

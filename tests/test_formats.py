@@ -472,6 +472,35 @@ def test_containers(write, document):  # noqa: F811
             assert [fact.id for fact in found.facts] == ["a1", "a2"]
 
 
+NAMES = list(dict.fromkeys([*RECORD, *OTHER]))
+TABLE = {name: [record.get(name) for record in (RECORD, OTHER)] for name in NAMES}
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        TABLE,
+        {name: dict(zip(("0", "1"), column, strict=True)) for name, column in TABLE.items()},
+        {
+            "columns": NAMES,
+            "index": [0, 1],
+            "data": [list(row) for row in zip(*TABLE.values(), strict=True)],
+        },
+    ],
+    ids=["lists", "by index", "split"],
+)
+def test_tables_by_columns(write, document):  # noqa: F811
+    """As `Dataset.to_dict` and `DataFrame.to_json` write them."""
+    records = read_facts(write(json.dumps([RECORD, OTHER]))).facts
+    for text in (json.dumps(document), yaml.safe_dump(document, sort_keys=False)):
+        assert read_facts(write(text)).facts == records
+
+
+def test_several_lists_are_refused_by_name(write):  # noqa: F811
+    with pytest.raises(FactError, match=r"holds several lists of records \('train, test'\)"):
+        read_facts(write(json.dumps({"train": [RECORD], "test": [OTHER]})))
+
+
 def sheet(records, delimiter=","):
     out = io.StringIO()
     writer = csv.DictWriter(out, records[0], delimiter=delimiter)

@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "nulledit"
 LAYERS = {
-    "ground": (("_version", "errors"), ("io", "parallel"), ("config", "data")),
+    "ground": (("_lazy", "_version", "errors"), ("io", "parallel"), ("config", "data")),
     "numbers": (("linalg",), ("methods",)),
     "model": (("models",), ("statistics",)),
     "editing": (("ledger",), ("editing",)),

@@ -74,7 +74,7 @@ class Stream:
 
     def __init__(self, name, batches=3, *, projection="own", keys=None, **constants):
         method = {"name": name, "projection": projection, **(SETTINGS.get(name, {}) | constants)}
-        recipe = Recipe.from_dict({"layers": [0], "method": method})
+        recipe = find_method(name).filled(Recipe.from_dict({"layers": [0], "method": method}))
         spectrum = Spectrum.of(C)
         tensors = spectrum_tensors(spectrum, THRESHOLD, 0, torch.float64) | {"base.0": W0}
         self.history = History(Base("", "0", "float64", {}, 0))
@@ -623,6 +623,38 @@ def test_defaults_are_those_of_the_published_settings_files():
     published = {"betaedit": {"moment_weight": 3000, "l2": 10}}
     for name, constants in published.items():
         assert find_method(name).constants() == constants
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_filled_recipe_reads_back_as_recorded_whatever_the_defaults_become(name):
+    filled = find_method(name).filled(Recipe.from_dict({"method": {"name": name}}))
+    assert filled.method.constants == find_method(name).constants()
+    assert Recipe.recorded(filled.to_dict()).method == filled.method
+
+
+def test_a_ledger_of_before_constants_were_recorded_means_the_defaults_of_then():
+    def old(**method):
+        recipe = Recipe.recorded({"layers": [0], "method": method})
+        found = find_method(recipe.method.name)
+        settings = found.read(recipe.method)
+        return settings, found.keeps(settings)
+
+    assert old(name="betaedit")[0].moment_weight == 15000
+    assert old(name="betaedit", moment_weight=7)[0].moment_weight == 7
+    assert not old(name="encore", moment_weight=20.0, l2=0.3)[1]
+    assert old(name="encore", history=True)[1]
+    assert old(name="rlsedit")[1]
+    assert not old(name="memit")[1]
+
+
+def test_encore_of_before_it_had_history_folds_as_it_did_then():
+    stream, s = Stream("encore", history=False), SETTINGS["encore"]
+    W = W0
+    for K, V in stream.batches():  # each batch on its own
+        system = s["moment_weight"] * C + K @ K.mT + s["l2"] * EYE
+        W = W + (V - W @ K) @ K.mT @ torch.linalg.inv(system)
+    assert gap(stream.state.weight, W) < 1e-8
+    assert torch.equal(stream.fold.fold(stream.history.columns).weight, stream.state.weight)
 
 
 def invoke(*words):

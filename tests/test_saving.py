@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import RECIPE, build_model, config_of, statistics_of
 from peft import LoraConfig, get_peft_model
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForSequenceClassification, Mistral3Config
 from transformers import Mistral3ForConditionalGeneration as Mistral3
@@ -374,3 +374,13 @@ def test_a_model_that_also_reads_images_is_loaded_again(tokenizer, facts, tmp_pa
     assert type(again.model) is Mistral3
     assert torch.equal(logits(again.model), logits(model))
     assert again.facts == editor.facts
+
+
+def test_a_full_disk_is_said_with_the_folder(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    model = build_model("llama")
+    monkeypatch.setattr(model, "save_pretrained", full)
+    with pytest.raises(ModelError, match=r"mine: can't be written: .*No space left on device"):
+        save_weights(model, tmp_path / "mine")

@@ -17,10 +17,15 @@ from typing import Any, Literal
 import yaml
 
 from nulledit.errors import ConfigError
-from nulledit.io.untrusted import MAX_SETTINGS, one_line, parse_yaml, read_text
+from nulledit.io.untrusted import MAX_SETTINGS, is_number, one_line, parse_yaml, read_text
 
 SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 """Device maps that accelerate makes itself."""
+UNRECORDED: dict[str, dict[str, Any]] = {
+    "betaedit": {"moment_weight": 15000.0},
+    "encore": {"history": False},
+}
+"""What a method did by default, where it does otherwise now, before ledgers held all constants."""
 
 
 @dataclass(frozen=True)
@@ -254,8 +259,10 @@ class Recipe:
             raise ConfigError(f"layers are {list(self.layers)}; expected ascending numbers from 0")
         check_positive(self, "batch_size")
         check_not_negative(self, "chunk_positions")
-        if not 0 < self.same_key <= 1:
-            raise ConfigError(f"same_key is {self.same_key}; expected a cosine above 0, at most 1")
+        if not (is_number(self.same_key) and 0 < self.same_key <= 1):
+            raise ConfigError(
+                f"same_key is {_shown(self.same_key)}; expected a cosine above 0, at most 1"
+            )
         if self.chat and self.values.chunk_tokens:
             raise ConfigError(
                 "values.chunk_tokens can't be used with chat: a chunk stands in the assistant's "
@@ -270,6 +277,9 @@ class Recipe:
     @classmethod
     def recorded(cls, data: Mapping[str, Any]) -> Recipe:
         """Build from what a ledger holds; a field that it lacks means what was done before."""
+        method = data.get("method", {})
+        if isinstance(method, Mapping):
+            data = {**data, "method": UNRECORDED.get(str(method.get("name")), {}) | {**method}}
         values = data.get("values", {})
         if isinstance(values, Mapping):
             values = {"stop_margin": None, **values}
@@ -360,7 +370,7 @@ def read_settings(cls: type, data: Mapping[str, Any], where: str) -> Any:
 
 def _build(cls: type, data: Any, where: str) -> Any:
     if not isinstance(data, Mapping):
-        raise ConfigError(f"{where or 'recipe'}: expected named settings, found {data!r}")
+        raise ConfigError(f"{where or 'recipe'}: expected named settings, found {_shown(data)}")
     hints = typing.get_type_hints(cls)
     known = {f.name: f for f in dataclasses.fields(cls)}
     values: dict[str, Any] = {}
@@ -381,23 +391,24 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
         return _build(typing.cast(type, kind), value, f"{name}.")
     if origin is Literal:
         if value not in args:
-            raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(map(str, args))}")
+            raise ConfigError(
+                f"{name} is {_shown(value)}; expected one of {', '.join(map(str, args))}"
+            )
         return value
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, list | tuple):
-            raise ConfigError(f"{name} is {value!r}; expected a list")
+            raise ConfigError(f"{name} is {_shown(value)}; expected a list")
         return tuple(_convert(args[0], v, name) for v in value)
     if origin in (typing.Union, types.UnionType):
         return None if value is None else _convert(args[0], value, name)
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if kind is float and isinstance(value, str):  # YAML 1.1 reads 2e-2 as text
+    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
-            return float(value)
-        except ValueError:
+            return float(value)  # also of text: YAML 1.1 reads 2e-2 as such
+        except (OverflowError, ValueError):
             pass
-    if type(value) is not kind:
-        raise ConfigError(f"{name} is {value!r}; expected {kind.__name__}")
+    if type(value) is not kind or (kind is int and not is_number(value)):
+        below = " below 2^63" if kind is int else ""
+        raise ConfigError(f"{name} is {_shown(value)}; expected {kind.__name__}{below}")
     return value
 
 
@@ -416,19 +427,42 @@ def _plain(value: Any) -> Any:
 
 
 def check_positive(settings: Any, *names: str) -> None:
-    """ConfigError unless each named field is a finite number above 0."""
+    """ConfigError unless each named field is a finite number above 0, whole where it counts."""
     for name in names:
         value = getattr(settings, name)
-        if not value > 0 or value == float("inf"):
-            raise ConfigError(f"{name} is {value}; expected a number above 0")
+        if _counts(settings, name):
+            check_whole(name, value, least=1)
+        elif not (is_number(value) and value > 0):
+            raise ConfigError(f"{name} is {_shown(value)}; expected a number above 0")
 
 
 def check_not_negative(settings: Any, *names: str) -> None:
-    """ConfigError unless each named field is a finite number of 0 or more."""
+    """ConfigError unless each named field is a finite number from 0, whole where it counts."""
     for name in names:
         value = getattr(settings, name)
-        if not value >= 0 or value == float("inf"):
-            raise ConfigError(f"{name} is {value}; expected 0 or more")
+        if _counts(settings, name):
+            check_whole(name, value)
+        elif not (is_number(value) and value >= 0):
+            raise ConfigError(f"{name} is {_shown(value)}; expected 0 or more")
+
+
+def check_whole(name: str, value: object, *, least: int = 0) -> None:
+    """ConfigError unless `value` is a whole number from `least` that ledgers can hold."""
+    if not (is_number(value) and isinstance(value, int) and value >= least):
+        raise ConfigError(
+            f"{name} is {_shown(value)}; expected a whole number from {least}, below 2^63"
+        )
+
+
+def _counts(settings: Any, name: str) -> bool:
+    return any(f.name == name and f.type in (int, "int") for f in dataclasses.fields(settings))
+
+
+def _shown(value: object) -> str:
+    """A value for a message: short, also where it has more digits than Python writes."""
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return f"a number of {value.bit_length()} bits"
+    return one_line(repr(value), 60)
 
 
 def _one_slot(text: str, name: str) -> None:

@@ -25,7 +25,7 @@ from nulledit.baselines.adapter import (
     linear_modules,
     refuse_adapted,
 )
-from nulledit.config import ContextSettings
+from nulledit.config import ContextSettings, check_not_negative, check_positive
 from nulledit.data.facts import Fact, quote
 from nulledit.editing.contexts import make_contexts
 from nulledit.editing.values import plan_rows
@@ -71,15 +71,8 @@ class LoraSettings:
     """Of the adapter's start, the order of facts and the contexts."""
 
     def __post_init__(self) -> None:
-        for name in ("rank", "alpha", "epochs", "learning_rate", "batch_size"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected a number above 0")
-        for name in ("stop_loss", "positions"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected 0 or more")
-        for name in ("rank", "epochs", "batch_size", "positions"):
-            if not isinstance(getattr(self, name), int):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected a whole number")
+        check_positive(self, "rank", "alpha", "epochs", "learning_rate", "batch_size")
+        check_not_negative(self, "stop_loss", "positions", "seed")
         unknown = [name for name in self.targets if name not in get_args(Target)]
         if unknown or not self.targets:
             raise ConfigError(

@@ -261,8 +261,10 @@ def seed_option(text: str, *, default: int | None = 0) -> Callable[[F], F]:
     """--seed, of what `text` says."""
 
     def checked(_context: click.Context, _option: click.Parameter, seed: int | None) -> int | None:
-        if seed is not None and not 0 <= seed < 2**63:
-            raise ConfigError(f"--seed {seed}: expected a number from 0, below 2^63")
+        from nulledit.config import check_whole
+
+        if seed is not None:
+            check_whole("--seed", seed)
         return seed
 
     return click.option(

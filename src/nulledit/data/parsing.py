@@ -60,11 +60,40 @@ def parse_text(text: str, *, source: str, suffix: str) -> Parsed:
         parsed = Parsed("csv", *parse_sheet(text, source))
     else:
         document = parse_yaml(text, source=source, error=FactError)
-        rows, notices = _rows(document, source)
-        parsed = Parsed("yaml", rows, notices, lambda: _yaml_lines(text))
+        parsed = _parsed("yaml", document, source, lambda: _yaml_lines(text))
     if not parsed.rows:
         raise FactError(f"{source}: the file holds no facts")
     return parsed
+
+
+def _parsed(
+    container: str, document: Any, source: str, find_lines: Callable[[], list[int]]
+) -> Parsed:
+    if (table := _table(document)) is not None:
+        return Parsed(container, [Row(i, record) for i, record in enumerate(table)])
+    rows, notices = _rows(document, source)
+    return Parsed(container, rows, notices, find_lines)
+
+
+def _table(document: Any) -> list[dict[Any, Any]] | None:
+    """Records of a table by columns, as pandas and datasets write them; None for all else.
+
+    {"subject": {"0": ...}, ...}, {"subject": [...], ...}, {"columns": [...], "data": [[...], ...]}.
+    """
+    if not isinstance(document, dict):
+        return None
+    names, data = document.get("columns"), document.get("data")
+    if isinstance(names, list) and isinstance(data, list):
+        whole = all(isinstance(row, list) and len(row) == len(names) for row in data)
+        return [dict(zip(names, row, strict=True)) for row in data] if whole else None
+    columns = list(document.values())
+    if len(columns) < 2 or not KNOWN_NAMES & set(document):
+        return None
+    if all(isinstance(c, dict) and c.keys() == columns[0].keys() for c in columns):
+        return [{n: c[i] for n, c in document.items()} for i in columns[0]]
+    if all(isinstance(c, list) and len(c) == len(columns[0]) for c in columns):
+        return [dict(zip(document, row, strict=True)) for row in zip(*columns, strict=True)]
+    return None
 
 
 def _rows(document: Any, source: str) -> tuple[list[Row], tuple[str, ...]]:
@@ -82,6 +111,9 @@ def _rows(document: Any, source: str) -> tuple[list[Row], tuple[str, ...]]:
             notices += [f"{source}: {quote(key)} beside {name!r} was not read" for key in others]
         elif "facts" in document:
             records = document["facts"]
+        elif len(document) > 1 and all(map(_is_list_of_records, document.values())):
+            names = quote(", ".join(map(str, document)))
+            raise FactError(f"{source}: holds several lists of records ({names}): give one alone")
         elif _is_by_id(document):
             records = [{"id": str(key), **record} for key, record in document.items()]
         elif len(document) > 1 or KNOWN_NAMES & set(document):
@@ -93,6 +125,10 @@ def _rows(document: Any, source: str) -> tuple[list[Row], tuple[str, ...]]:
             f"(found {type(records).__name__} {quote(records)}){hint}"
         )
     return [Row(i, record) for i, record in enumerate(records)], tuple(notices)
+
+
+def _is_list_of_records(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
 
 
 def _is_by_id(document: dict[Any, Any]) -> bool:
@@ -107,8 +143,7 @@ def _is_by_id(document: dict[Any, Any]) -> bool:
 
 def _parse_json(text: str, source: str) -> Parsed:
     try:
-        rows, notices = _rows(_load_json(text), source)
-        return Parsed("json", rows, notices, lambda: _json_lines(text))
+        return _parsed("json", _load_json(text), source, lambda: _json_lines(text))
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
             return Parsed("jsonl", list(_parse_jsonl(text)))

@@ -27,7 +27,7 @@ def make_contexts(
     """
     if settings.texts:
         return settings.texts
-    contexts = ["{}"]
+    contexts, most = ["{}"], model.context
     tokenizer, device = model.tokenizer, model.device
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
@@ -40,6 +40,11 @@ def make_contexts(
                 raise ConfigError(
                     f"contexts.starts: {start!r} gives no token, and this tokenizer has none of a "
                     "beginning: give a word"
+                )
+            if (length := len(begun) + settings.tokens) > most:
+                raise ConfigError(
+                    f"contexts.tokens is {settings.tokens}: a text of {length} tokens is longer "
+                    f"than the model's context of {most}"
                 )
             coded = torch.tensor([begun], device=device)
             ids: Tensor = model.model.generate(  # type: ignore[operator]

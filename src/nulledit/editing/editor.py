@@ -17,6 +17,7 @@ from nulledit.config import (
     Placement,
     Recipe,
     ValueSettings,
+    check_whole,
     layers_by_depth,
     load_recipe,
     shipped_recipes,
@@ -126,6 +127,7 @@ class Editor:
         """
         check_model(model)
         check_tokenizer(tokenizer)
+        check_whole("seed", seed)
         self.ranks = ranks or Ranks()
         self.model, self.tokenizer = model, tokenizer
         recipe = _read_recipe(recipe, name)
@@ -179,6 +181,7 @@ class Editor:
 
         `device`, `dtype` and `quantize` are as for `load_model`.
         """
+        check_whole("seed", seed)
         model, tokenizer = load_model(
             name,
             device=device,
@@ -289,7 +292,6 @@ class Editor:
             tokenizer,
             recipe=Recipe.recorded(history.base.recipe),
             name=history.base.model,
-            seed=history.base.seed,
             value_cache=value_cache,
             quantize=history.base.quantized.replace("own", ""),
             ranks=ranks,
@@ -300,9 +302,9 @@ class Editor:
                 f"{source}: its weights without the edits have hash {found[:12]}, the ledger's "
                 f"base has {history.base.hash[:12]}: this is another model, or one changed by hand"
             )
-        latest = history.epochs[-1].recipe if history.epochs else history.base.recipe
-        cache = editor._changes.cache
-        recipe = editor._with_template(Recipe.recorded(latest))
+        recipe, cache = editor.recipe, editor._changes.cache
+        if history.epochs:
+            recipe = editor._with_template(Recipe.recorded(history.epochs[-1].recipe))
         kept = store if editor.ranks.first else None
         editor._work(Journal(history, kept), recipe, None, cache)
         return editor
@@ -418,8 +420,7 @@ class Editor:
         the same call goes on from there with the same result.
         """
         size = self.recipe.batch_size if batch_size is None else batch_size
-        if size < 1:
-            raise ConfigError(f"batch_size is {size}; expected 1 or more")
+        check_whole("batch_size", size, least=1)
         run, given = Run(progress), as_facts(facts)
         run.notices += given.notices
         queue = self._admit(given.facts, run)
@@ -742,7 +743,8 @@ def _read_recipe(recipe: Recipe | str | Path | None, name: str) -> Recipe:
 def resolve_recipe(
     recipe: Recipe | str | Path | None, name: str, model: PartialModel, base_hash: str
 ) -> Recipe:
-    """The recipe to use on `model`, with layers, whose matrices are made ready to be written.
+    """The recipe to use on `model`, with all of its constants and with layers, whose matrices are
+    made ready to be written.
 
     `base_hash`: of the model without edits. ModelError where the layers don't fit the model.
     """
@@ -763,10 +765,11 @@ def resolve_recipe(
             f"layer {top} is the model's last: nothing above it would read the edit; "
             f"choose layers up to {top - 1}"
         )
-    find_method(recipe.method.name).check(recipe)
+    method = find_method(recipe.method.name)
+    method.check(recipe)
     for layer in recipe.layers:
         model.mlp_out(layer)
     make_editable(model.model, model.layout, recipe.layers, base_hash)
     for layer in recipe.layers:
         as_out_in(model.mlp_out(layer))
-    return recipe
+    return method.filled(recipe)

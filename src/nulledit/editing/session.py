@@ -17,7 +17,7 @@ from nulledit.editing.batch import BatchWriter, Given, Run, Written
 from nulledit.editing.contexts import make_contexts
 from nulledit.editing.epochs import open_epoch
 from nulledit.editing.stronger import differences
-from nulledit.editing.undo import Plan, facts_of, with_groups
+from nulledit.editing.undo import Plan, check_id, facts_of, with_groups
 from nulledit.editing.value_cache import ValueCache
 from nulledit.editing.values import plan_rows
 from nulledit.editing.weights import EditedWeights
@@ -48,7 +48,7 @@ class Changes:
         """`recipe` and `statistics` are those of the current epoch, or of the next one to open."""
         self._plain = self._asked = model
         self.journal, self.recipe, self.cache = journal, recipe, cache
-        self.statistics, self.ranks = statistics, ranks or Ranks()
+        self.statistics, self.ranks = _accepted(statistics), ranks or Ranks()
         self.weights = EditedWeights(model, journal.history)
         self._opens = not journal.history.epochs  # whether the next batch begins an epoch
 
@@ -74,7 +74,7 @@ class Changes:
 
     def next_epoch(self, recipe: Recipe, statistics: Statistics | str | Path | None) -> None:
         """Have the next batch begin an epoch with these."""
-        self.recipe, self.statistics, self._opens = recipe, statistics, True
+        self.recipe, self.statistics, self._opens = recipe, _accepted(statistics), True
 
     def near(self, columns: Sequence[Column], others: Sequence[Column]) -> list[Column]:
         """Those of `others` on the same key as one of `columns`, whose values must be one."""
@@ -374,10 +374,21 @@ def _same(a: Epoch, b: Epoch) -> bool:
     return replace(a, id=0, tensors="") == replace(b, id=0, tensors="")
 
 
+def _accepted(statistics: Statistics | str | Path | None) -> Statistics | str | Path | None:
+    """`statistics`, where they can be any; StatisticsError at the door else."""
+    if not isinstance(statistics, Statistics | str | Path | None):
+        raise StatisticsError(
+            f"statistics is a {type(statistics).__name__}; expected Statistics or their folder "
+            "(make them by `nulledit stats make`)"
+        )
+    return statistics
+
+
 def check_in_model(ids: Iterable[str], history: History) -> None:
     """LedgerError if one of `ids` is of no fact in the model; names a near one."""
     active = dict.fromkeys(c.fact.id for c in history.active)
     for id_ in ids:
+        check_id(id_)
         if id_ not in active:
             near = suggest(id_, active)
             raise LedgerError(f"no fact {id_!r} in the model{near}; in it are: {some(active)}")

@@ -78,8 +78,15 @@ def last_undone(history: History) -> Event:
     )
 
 
+def check_id(id_: object) -> None:
+    """LedgerError for what is no fact's id, such as the fact itself."""
+    if not isinstance(id_, str):
+        raise LedgerError(f"expected the ids of facts, as text (found a {type(id_).__name__})")
+
+
 def newest(history: History, id_: str) -> list[Column]:
     """The latest columns of the fact `id_`; LedgerError if it is unknown or in the model."""
+    check_id(id_)
     columns = [c for c in history.columns if c.fact.id == id_]
     if not columns:
         raise LedgerError(f"no fact {id_!r} in the ledger")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from nulledit.config import check_whole
 from nulledit.errors import ConfigError, FactError
 from nulledit.evaluation.queries import Query
 from nulledit.evaluation.runner import _plain
@@ -108,6 +109,7 @@ def capability(
     model loses examples first, then the beginning of its passage. `positions` bounds the tokens
     that run together; `seed` is the bootstrap's; `progress` is told of answers done and in all.
     """
+    check_whole("seed", seed)
     asked, examples = _split(items, shots)
     prompts = [_fit(model.encoder, item, examples[item.task.name]) for item in asked]
     queries = [

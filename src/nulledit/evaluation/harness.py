@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nulledit.config import check_whole
 from nulledit.data.facts import quote, suggest
 from nulledit.errors import ConfigError
 from nulledit.models.layouts import frozen
@@ -41,6 +42,7 @@ def harness_results(
     installed, for an unknown task, one whose data can't be had, or settings out of range.
     """
     _check(tasks, limit, num_fewshot, batch_size)
+    check_whole("seed", seed)
     if include_path is not None and not Path(include_path).is_dir():
         raise ConfigError(f"{include_path}: no such folder: expected one with tasks in YAML files")
     lm_eval = _module("lm_eval")

@@ -137,6 +137,7 @@ class Stage:
         self.recipe = Recipe.recorded(epoch.recipe)
         self.method = find_method(self.recipe.method.name)
         self.settings = self.method.read(self.recipe.method)
+        self.keeps = self.method.keeps(self.settings)
         spectrum, threshold = read_spectrum(history.tensors[epoch.tensors], layer, device)
         self.metrics = LayerMetrics.of(self.recipe, spectrum, threshold)
 
@@ -161,7 +162,11 @@ class Stage:
     @property
     def recursive(self) -> bool:
         """Whether the joint solve can go on from batch to batch."""
-        return self.method.joint and self.method.projection(self.recipe.method) != "after"
+        return (
+            self.method.joint
+            and self.keeps
+            and self.method.projection(self.recipe.method) != "after"
+        )
 
     def fold(
         self, state: LayerState, before: Sequence[Column], columns: Sequence[Column]
@@ -169,7 +174,7 @@ class Stage:
         """`columns` of this epoch on a `state` at its beginning, which holds `before`."""
         if not columns:
             return state
-        if self.method.history and not self.recursive:
+        if self.keeps and not self.recursive:
             return self.add(state, before, (), *recorded(self.history, columns, self.layer))
         batches: dict[int, list[Column]] = {}
         for column in columns:
@@ -201,7 +206,7 @@ class Stage:
             return self._continued(state, before, K, V)
         past = self._past(K, before)
         own_keys, own_targets = self._past(K, own), self._targets(V, own)
-        if self.method.history:
+        if self.keeps:
             start, weight = torch.zeros_like(state.total), state.start
             K, V = torch.cat([own_keys, K], dim=1), torch.cat([own_targets, V], dim=1)
             residual = torch.cat([V.new_zeros(len(V), past.shape[1]), V - weight @ K], dim=1)

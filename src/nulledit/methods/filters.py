@@ -48,6 +48,14 @@ class MomentRidgeSettings:
 
 
 @dataclass(frozen=True)
+class EncoreSettings(MomentRidgeSettings):
+    """RLSEdit's, and whether earlier edits count."""
+
+    history: bool = True
+    """Whether the keys of earlier batches stay in the solve (`add_prev_edits`, published: true)."""
+
+
+@dataclass(frozen=True)
 class BetaSettings:
     """Second moment and ridge inside the null space."""
 
@@ -136,7 +144,7 @@ FILTERS = (
         name="encore",
         about="MEMIT with history and a Frobenius term; its early stop is a setting of values",
         paper="arXiv:2502.01636",
-        settings=MomentRidgeSettings,
+        settings=EncoreSettings,
         gains=moment_ridge_gains,
         history=True,
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -65,9 +65,18 @@ class Method:
         """Whether batches are one joint solve of the family's closed form and nothing else."""
         return self.history and self.solve is solve_filter and self.finish is None
 
+    def keeps(self, settings: Any) -> bool:
+        """Whether it has history with these constants, one of which may turn it off."""
+        return self.history and bool(getattr(settings, "history", True))
+
     def read(self, settings: MethodSettings) -> Any:
         """The constants of a recipe as this method's settings; ConfigError for unknown ones."""
         return read_settings(self.settings, settings.constants, "method.")
+
+    def filled(self, recipe: Recipe) -> Recipe:
+        """`recipe` with all constants written out, so that other defaults leave it as it is."""
+        constants = asdict(self.read(recipe.method))
+        return replace(recipe, method=replace(recipe.method, constants=constants))
 
     def check(self, recipe: Recipe) -> None:
         """ConfigError for constants or options of `recipe` that the method can't use."""

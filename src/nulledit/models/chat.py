@@ -29,8 +29,12 @@ TODAY = (
 day that Llama 3's templates write where they know none. A function can't be given to a template."""
 QUESTION_MARKS = ("?", "？", "؟")
 _PROBE = "nulleditprobe"
-_THOUGHT = re.compile(r"<([\w:]*(?:think|thought|reason)\w*)>\s*\Z", re.IGNORECASE)
-"""What begins a thought, where a template ends with one for the model to go on with."""
+_THOUGHT = re.compile(
+    r"(<\|?|\[|◁)([\w:]*(?:think|thought|reason)\w*)(\|?>|\]|▷)\s*\Z", re.IGNORECASE
+)
+"""What begins a thought, where a template ends with one for the model to go on with: `<think>`,
+`[THINK]`, `◁think▷`, `<|START_THINKING|>`."""
+_BEGINS = re.compile(r"start|begin", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ class ChatForm:
         opened = _THOUGHT.search(begun)
         if opened is None:
             return ""
-        between, end = self._between(messages, begun), f"</{opened[1]}>"
+        between, end = self._between(messages, begun), _end_of_thought(*opened.groups())
         return between if between.strip() == end else f"\n{end}\n\n"
 
     def _between(self, messages: list[dict[str, str]], begun: str) -> str:
@@ -205,6 +209,15 @@ class ChatForm:
             enable_thinking=False,  # templates that don't know it pass it over
         )
         return str(text)
+
+
+def _end_of_thought(left: str, name: str, right: str) -> str:
+    """What ends the thought that begins with `left`, `name`, `right`."""
+    word = _BEGINS.search(name)
+    if word is None:
+        return f"{left}/{name}{right}"
+    end = "END" if word[0].isupper() else "end"
+    return left + name[: word.start()] + end + name[word.end() :] + right
 
 
 def _user(content: str) -> dict[str, str]:

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from nulledit.errors import ModelError
+from nulledit.io.untrusted import one_line
 from nulledit.models.accepted import refuse_adapters
 from nulledit.models.placement import declared_ties, is_offloaded, tensor_of, tied_by_hand
 
@@ -32,6 +33,8 @@ def save_weights(model: PreTrainedModel, folder: Path, **options: Any) -> None:
         vars(model)["hf_device_map"] = {"": "cpu"}
     try:
         model.save_pretrained(folder, **options)
+    except SafetensorError as error:  # it names no file
+        raise ModelError(f"{folder}: can't be written: {one_line(error)}") from error
     finally:
         if unlisted:
             del vars(model)["hf_device_map"]

@@ -63,7 +63,7 @@ class TraceSettings:
 
     def __post_init__(self) -> None:
         check_positive(self, "draws", "noise", "positions")
-        check_not_negative(self, "window")
+        check_not_negative(self, "window", "seed")
 
     def size(self, depth: int) -> int:
         """Blocks of a whole window in a model of `depth` blocks."""

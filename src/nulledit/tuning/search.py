@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from nulledit.config import Recipe
+from nulledit.config import Recipe, check_whole
 from nulledit.data.facts import Fact
 from nulledit.errors import ConfigError, NoRoomError, SolveError, StatisticsError
 from nulledit.io.untrusted import one_line
@@ -52,8 +52,8 @@ class TuneSettings:
     def __post_init__(self) -> None:
         if not 0 < self.seconds < float("inf"):
             raise ConfigError(f"the time budget is {self.seconds} s; expected more than 0")
-        if self.candidates is not None and self.candidates < 0:
-            raise ConfigError(f"candidates are {self.candidates}; expected 0 or more")
+        if self.candidates is not None:
+            check_whole("candidates", self.candidates)
         if not 0 <= self.weight < float("inf"):
             raise ConfigError(f"the weight of KL is {self.weight}; expected 0 or more")
 
