@@ -14,7 +14,7 @@ from nulledit.evaluation import evaluate, perplexity, read
 from nulledit.evaluation.reading import _divergences, divergence
 from nulledit.models.layouts import as_out_in, write_weight
 from nulledit.models.partial import PartialModel
-from nulledit.report.tables import rates_table
+from nulledit.runs.tables import rates_table
 
 FACT = Fact(id="ada", subject="Ada Byron", prompt="{} lives in", target="Velm", old_answer="London")
 

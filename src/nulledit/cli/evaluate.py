@@ -68,7 +68,8 @@ def evaluate(run: str, as_json: bool, quiet: bool, **given: Any) -> None:
     from nulledit.evaluation.runner import evaluate as ask_all
     from nulledit.evaluation.tasks import read_tasks
     from nulledit.io.text import count
-    from nulledit.report.tables import as_text, rates_table
+    from nulledit.report.tables import as_text
+    from nulledit.runs.tables import rates_table
 
     references = rest.read_references(given["references"])
     items = read_tasks(given["capability"], limit=given["items"]) if given["capability"] else []

@@ -58,7 +58,8 @@ def preview(
     from nulledit.cli.measure import check_lengths, read_text
     from nulledit.evaluation.reading import read
     from nulledit.evaluation.runner import evaluate
-    from nulledit.report.tables import as_text, rates_table
+    from nulledit.report.tables import as_text
+    from nulledit.runs.tables import rates_table
 
     quiet = given["quiet"]
     editor = _editor(run, given)
@@ -161,7 +162,7 @@ def _answers(facts: Sequence[Fact], before: Evaluation, after: Evaluation) -> Ta
 
 
 def _held_table(sides: dict[str, dict[str, Any]]) -> Table:
-    from nulledit.report.tables import rates_table
+    from nulledit.runs.tables import rates_table
 
     head, rows = rates_table(sides)
     measured = [row for row in rows if any(cell[:1].isdigit() for cell in row[1:])]

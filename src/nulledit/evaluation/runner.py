@@ -60,6 +60,12 @@ class Evaluation:
         """TF-IDF cosine of longer texts with references, over facts that have them."""
         return _rate(self.writing.consistency) if self.writing else None
 
+    def by_fact(self) -> dict[str, Mapping[str, float]]:
+        """Measure -> fact id -> value, of those that no query of an answer gives."""
+        if self.writing is None:
+            return {}
+        return {"fluency": self.writing.fluency, "consistency": self.writing.consistency}
+
     def summary(self) -> dict[str, Any]:
         """Rates, generation, perplexity and KL as plain data for JSON; nan and infinity are None.
 
@@ -71,9 +77,7 @@ class Evaluation:
             "perplexity": _plain(self.perplexity),
             "kl": _plain(self.kl),
         }
-        if self.writing:
-            told["fluency"], told["consistency"] = _plain(self.fluency), _plain(self.consistency)
-        return told
+        return told | {name: _plain(_rate(held)) for name, held in self.by_fact().items()}
 
     def to_dict(self) -> dict[str, Any]:
         """The summary, every answer, text and score as plain data for JSON."""
@@ -93,8 +97,7 @@ class Evaluation:
         generation was not asked for; "fluency" and "consistency" are there if they were.
         """
         values: dict[str, Mapping[str, float]] = dict(per_fact(self.scores))
-        if self.writing:
-            values |= {"fluency": self.writing.fluency, "consistency": self.writing.consistency}
+        values |= self.by_fact()
         rows: dict[str, dict[str, Any]] = {}
         for fact_id in dict.fromkeys(item.query.fact_id for item in self.scores):
             row: dict[str, Any] = {measure: held.get(fact_id) for measure, held in values.items()}

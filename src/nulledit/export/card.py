@@ -19,7 +19,8 @@ from nulledit.editing.editor import Editor
 from nulledit.export.updates import Export, LayerExport
 from nulledit.io.text import count, markdown, plain, shorten
 from nulledit.models.load import EMBEDDED
-from nulledit.report.tables import as_markdown, number, rates_table
+from nulledit.report.tables import as_markdown, number
+from nulledit.runs.tables import rates_table
 
 SHOWN = 50  # facts in the table
 LONGEST = 80  # columns of a cell

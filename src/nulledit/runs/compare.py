@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nulledit.evaluation.measures import find, measured
 from nulledit.evaluation.stats import Rate, paired_bootstrap
 from nulledit.report.document import Cell, Column, FigureSpec, Study, StudyTable, Value
 from nulledit.report.points import Point
-from nulledit.runs import measures
 from nulledit.runs.document import RunFolder, kl, pairs, perplexity, signed
 from nulledit.runs.holding import after_row
 
@@ -54,7 +54,7 @@ def _rows(run: RunFolder) -> dict[Key, Mapping[str, Any]]:
 
 
 def _measures(runs: Sequence[RunFolder]) -> list[str]:
-    return measures.measured(run.evaluated[-1]["after"] for run in runs)
+    return measured(run.evaluated[-1]["after"] for run in runs)
 
 
 def _table(
@@ -67,22 +67,21 @@ def _table(
         for run in runs
     ]
     for name in _measures(runs):
-        column = measures.column(name)
+        column = Column(**find(name).head())
         better = column.better if shared else None
         columns.append(Column(name, column.title, better, column.unit, column.digits))
         for row, held in zip(table, rows, strict=True):
             keys = shared or list(held)
-            row[name] = _mean([held[key].get(name) for key in keys], measures.scale(name))
+            row[name] = _mean([held[key].get(name) for key in keys], find(name).scale)
     texts = {run.evaluated[-1]["text"] for run in runs}
     if len(texts) == 1 and any(perplexity(run.evaluated[-1]["after"]) for run in runs):
-        columns.append(Column("perplexity", "perplexity", "low", "", 2))
+        columns.append(Column(**find("perplexity").head()))
         for row, run in zip(table, runs, strict=True):
             found = perplexity(run.evaluated[-1]["after"])
             row["perplexity"] = found and Value(found.mean, found.standard_error)
         moved = [kl(run.evaluated[-1]["after"]) for run in runs]
         if any(moved):
-            columns.append(Column("kl", "KL per token", "low", "mnat", 2))
-            columns.append(Column("kl_worst", "KL in the worst 1 %", None, "%"))
+            columns += [Column(**find(name).head(short=True)) for name in ("kl", "kl_worst")]
             for row, told in zip(table, moved, strict=True):
                 row["kl"] = told and Value(told[0].mean, told[0].standard_error)
                 row["kl_worst"] = told and told[1]
@@ -106,14 +105,14 @@ def _points(
     for run, held in zip(runs[1:], rows[1:], strict=True):
         keys = [key for key in rows[0] if key in held]
         for name in _measures(runs):
-            if measures.column(name).unit != "%":
+            if find(name).unit != "%":
                 continue
             a, b = pairs([rows[0][key] for key in keys], [held[key] for key in keys], name)
             if a:
                 mean, low, high = paired_bootstrap(a, b)
                 points.append(
                     Point(
-                        x=measures.label(name),
+                        x=find(name).title,
                         y=mean,
                         n=len(a),
                         series=run.name,

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from nulledit.errors import ReportError
+from nulledit.evaluation.measures import find, measured
 from nulledit.evaluation.stats import paired_bootstrap
 from nulledit.io.text import count
 from nulledit.io.untrusted import MAX_SETTINGS, parse_yaml, read_text
 from nulledit.report.document import Cell, Column, Example, FigureSpec, Study, StudyTable, Value
-from nulledit.runs import measures
 from nulledit.runs.folder import read_json, read_lines
 from nulledit.runs.holding import after_row, held
 from nulledit.runs.rates import rates_spec
@@ -125,8 +125,8 @@ def pairs(
     for one, other in zip(first, second, strict=True):
         left, right = one.get(measure), other.get(measure)
         if left is not None and right is not None:
-            a.append(measures.scale(measure) * float(left))
-            b.append(measures.scale(measure) * float(right))
+            a.append(find(measure).scale * float(left))
+            b.append(find(measure).scale * float(right))
     return a, b
 
 
@@ -163,15 +163,15 @@ def _sides(
     sides = (part["before"], part["after"])
     rates: list[dict[str, Cell]] = []
     text: list[dict[str, Cell]] = []
-    for name in measures.measured(sides):
-        column = measures.column(name)
+    for name in measured(sides):
+        measure = find(name)
         a, b = pairs([x["before"] for x in lines], [after_row(x) for x in lines], name)
-        rates_here = column.unit == "%"
+        rates_here = measure.unit == "%"
         row: dict[str, Cell] = {
-            "measure": column.title + ("" if rates_here else f" ({column.unit})"),
-            "before": measures.value(sides[0], name),
-            "after": measures.value(sides[1], name),
-            "difference": difference(a, b, column.digits),
+            "measure": measure.title if rates_here else measure.label,
+            "before": _value(sides[0], name),
+            "after": _value(sides[1], name),
+            "difference": difference(a, b, measure.digits),
         }
         (rates if rates_here else text).append(row)
     if any(side.get("perplexity") for side in sides):
@@ -179,8 +179,8 @@ def _sides(
         text.append({"measure": "perplexity", "before": before, "after": after})
     if moved := kl(sides[1]):
         zero = Value(0.0, None, moved[0].n)
-        text.append({"measure": "KL per token (mnat)", "before": zero, "after": moved[0]})
-        text.append({"measure": "KL, share of the worst 1 % (%)", "after": moved[1]})
+        text.append({"measure": find("kl").label, "before": zero, "after": moved[0]})
+        text.append({"measure": find("kl_worst").label, "after": moved[1]})
     caption = (
         "Means over facts. Preference: the answer is likelier than the other one; strict: every "
         "token of it is the likeliest"
@@ -204,6 +204,14 @@ def _sides(
         StudyTable(f"text-{number}", f"Other text{which}", other, _columns(2, text), _t(text)),
     ]
     return [table for table in found if table.rows]
+
+
+def _value(summary: Mapping[str, Any], name: str) -> Value | None:
+    """The measure of a summary, in its unit; None where the data can't give it."""
+    rate = summary["rates"].get(name) or summary.get(name)
+    if not rate or not rate["n"]:
+        return None
+    return Value.percent(rate) if find(name).unit == "%" else Value(**rate)
 
 
 def perplexity(side: Mapping[str, Any] | None) -> Value | None:

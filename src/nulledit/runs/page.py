@@ -6,16 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nulledit.io.text import count, markdown
-from nulledit.report.tables import (
-    ABSENT,
-    Table,
-    as_markdown,
-    number,
-    preservation_table,
-    rates_table,
-    spoken,
-)
+from nulledit.report.tables import ABSENT, Table, as_markdown, number, spoken
 from nulledit.runs.holding import headline, legend, mark, reasons
+from nulledit.runs.tables import preservation_table, rates_table
 
 SHOWN = 25  # facts whose answers stand on the page
 

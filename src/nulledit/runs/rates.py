@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nulledit.evaluation.measures import PREFERENCE
 from nulledit.report.document import FigureSpec
 from nulledit.report.points import Point
-from nulledit.report.tables import METRICS
 
 PANELS = {"preference": "by preference", "strict": "strict: every token is the likeliest"}
 
@@ -15,7 +15,7 @@ PANELS = {"preference": "by preference", "strict": "strict: every token is the l
 def rate_rows(sides: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row per metric, score and side (`before`, `after`) that the data has."""
     rows = []
-    for metric in METRICS:
+    for metric in PREFERENCE:
         for score, key in (("preference", metric), ("strict", f"{metric}_strict")):
             for side, evaluation in sides.items():
                 if rate := evaluation["rates"].get(key):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nulledit.evaluation.measures import OF_FACTS
 from nulledit.io.shapes import (
     has,
     is_bool,
@@ -95,7 +96,7 @@ def _is_side(value: Any) -> bool:
     text = has(value=is_measured, standard_error=is_measured, tokens=is_whole)
     shares = dict.fromkeys(("value", "standard_error", "worst_share"), is_measured)
     kl = has(**shares, tokens=is_whole)
-    names = ("generation", "fluency", "consistency")
+    names = [measure.name for measure in OF_FACTS]
     return (
         has(rates=rates)(value)
         and "answer" not in value["rates"]

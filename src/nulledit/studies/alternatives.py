@@ -12,13 +12,12 @@ from nulledit.config import ContextSettings
 from nulledit.data.facts import Fact
 from nulledit.editing.editor import Editor
 from nulledit.errors import ConfigError
+from nulledit.evaluation.measures import PREFERENCE, STRICT
 from nulledit.evaluation.runner import evaluate
 from nulledit.report.document import Column, StudyTable
 from nulledit.studies.context import Lab, hash_of, told
 from nulledit.studies.methods_table import follow, unedited
 from nulledit.studies.results import (
-    PREFERENCE,
-    STRICT,
     Outcome,
     StudySpec,
     Work,

@@ -7,15 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from nulledit.data.facts import Fact
+from nulledit.evaluation.measures import PREFERENCE, STRICT, TOKENS, find
 from nulledit.evaluation.stats import Rate
 from nulledit.report.document import Column, FigureSpec, StudyTable, Value
 from nulledit.report.points import Point
 from nulledit.studies.context import Lab
 from nulledit.studies.results import (
-    PREFERENCE,
-    STRICT,
-    TITLES,
-    TOKENS,
     Outcome,
     Rows,
     StudySpec,
@@ -205,7 +202,7 @@ def along_figures(
             values: list[Rate | float | None] = [
                 rate(arm.rows[at], measure) for at in arm.checkpoints
             ]
-            points += curve(arm.label, arm.checkpoints, values, TITLES[measure])
+            points += curve(arm.label, arm.checkpoints, values, find(measure).short)
     figures = [
         FigureSpec(
             f"{prefix}-rates",
@@ -304,7 +301,7 @@ def run_projection(lab: Lab) -> Outcome:
             moved = difference(plain, projected, measure)
             if moved:
                 parts.append(
-                    f"{TITLES[measure]} {moved[0]:+.1f} [{moved[1]:+.1f}, {moved[2]:+.1f}]"
+                    f"{find(measure).short} {moved[0]:+.1f} [{moved[1]:+.1f}, {moved[2]:+.1f}]"
                 )
         both = (label.partition("+")[0], label)
         grown = [growth(arms[name].text[end[0]], before[1]) for name in both]
@@ -330,7 +327,7 @@ def _leaders(arms: Sequence[Followed], base: Any) -> str:
     for measure in ("efficacy_strict", "specificity"):
         found = {arm.label: 100 * r.mean for arm in arms if (r := rate(arm.end, measure))}
         if found:
-            parts.append(f"{TITLES[measure]}: {extremes(found)}")
+            parts.append(f"{find(measure).short}: {extremes(found)}")
     grown = {arm.label: growth(arm.text[arm.checkpoints[-1]], base) for arm in arms}
     known = {name: value for name, value in grown.items() if value is not None}
     if known:

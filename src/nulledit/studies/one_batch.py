@@ -10,6 +10,7 @@ from typing import Any
 from nulledit.config import StatisticsSettings
 from nulledit.data.corpus import open_corpus
 from nulledit.data.facts import Fact
+from nulledit.evaluation.measures import PREFERENCE
 from nulledit.linalg.blocks import AnySpectrum
 from nulledit.linalg.spectrum import RULES
 from nulledit.report.document import Column, FigureSpec, StudyTable
@@ -18,7 +19,6 @@ from nulledit.statistics.collect import collect
 from nulledit.studies.context import Lab, hash_of
 from nulledit.studies.methods_table import Followed, follow, stream_work, unedited
 from nulledit.studies.results import (
-    PREFERENCE,
     Outcome,
     StudySpec,
     extremes,

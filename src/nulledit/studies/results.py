@@ -8,29 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nulledit.data.facts import Fact
+from nulledit.evaluation.measures import find
 from nulledit.evaluation.stats import Rate, paired_bootstrap
 from nulledit.report.document import Column, Example, FigureSpec, StudyTable, Value
 from nulledit.report.points import Point
 from nulledit.studies.context import Lab, Sources
 
 Rows = Mapping[str, Mapping[str, Any]]
-
-PREFERENCE = ("efficacy", "generalization", "specificity")
-STRICT = tuple(f"{name}_strict" for name in PREFERENCE)
-TOKENS = tuple(f"{name}_tokens" for name in PREFERENCE)
-TITLES = {
-    "efficacy": "efficacy",
-    "generalization": "generaliz.",
-    "specificity": "specificity",
-    "efficacy_strict": "efficacy, strict",
-    "generalization_strict": "generaliz., strict",
-    "specificity_strict": "specificity, strict",
-    "efficacy_tokens": "efficacy, tokens",
-    "generalization_tokens": "generaliz., tokens",
-    "specificity_tokens": "specificity, tokens",
-    "generation": "says it freely",
-    "fluency": "fluency",
-}
 
 
 @dataclass
@@ -106,9 +90,11 @@ def rate_cells(rows: Rows, measures: Sequence[str]) -> dict[str, Value | None]:
 
 def rate_columns(measures: Sequence[str]) -> list[Column]:
     """Columns of `rate_cells`."""
-    return [
-        Column(name, TITLES[name], "high", "" if name == "fluency" else "%") for name in measures
-    ]
+    columns = []
+    for name in measures:
+        head = find(name).head(short=True, digits=1)
+        columns.append(Column(**{**head, "unit": "%" if head["unit"] == "%" else ""}))
+    return columns
 
 
 def present(measures: Sequence[str], *all_rows: Rows) -> list[str]:
@@ -125,12 +111,8 @@ def growth(now: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> flo
 
 def text_columns(digits: int = 1) -> list[Column]:
     """Columns of `text_cells`; growth of perplexity is told with `digits`."""
-    return [
-        Column("perplexity", "perplexity", "low", "", 2),
-        Column("growth", "growth", "low", "%", digits),
-        Column("kl", "KL per token", "low", "mnat", 2),
-        Column("kl_worst", "KL in the worst 1 %", None, "%", 0),
-    ]
+    shown = {"perplexity": 2, "growth": digits, "kl": 2, "kl_worst": 0}
+    return [Column(**find(name).head(short=True, digits=n)) for name, n in shown.items()]
 
 
 def text_cells(
@@ -185,7 +167,15 @@ def intervals(
             if found:
                 mean, low, high, n = found
                 points.append(
-                    Point(label, mean, n=n, series=label, panel=TITLES[measure], low=low, high=high)
+                    Point(
+                        label,
+                        mean,
+                        n=n,
+                        series=label,
+                        panel=find(measure).short,
+                        low=low,
+                        high=high,
+                    )
                 )
     return FigureSpec(
         name, caption, "intervals", "arm", what, panel="measure", points=tuple(points)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from nulledit.data.facts import Fact
+from nulledit.evaluation.measures import PREFERENCE
 from nulledit.linalg.moments import SecondMoment
 from nulledit.linalg.solve import solve_update
 from nulledit.linalg.spectrum import Spectrum
@@ -26,7 +27,6 @@ from nulledit.studies.methods_table import (
     unedited,
 )
 from nulledit.studies.results import (
-    PREFERENCE,
     Outcome,
     StudySpec,
     Work,
