@@ -34,18 +34,30 @@ def with_base_answers(editor: Editor, facts: Sequence[Fact]) -> list[Fact]:
     ]
 
 
+def says_old_answer(fact: Fact, answer_text: str) -> bool | None:
+    """Whether the old answer of `fact` is in what the base says; None where there is none to say.
+
+    Control characters, which no fact may hold, don't count.
+    """
+    if fact.old_answer is None or fact.forget:
+        return None
+    return contains(_printable(answer_text), fact.old_answer)
+
+
 def disagreements(facts: Sequence[Fact], base: Evaluation) -> list[str]:
     """A notice where the old answers of `facts` are not what the base says; else nothing."""
+    named = [
+        (f, said) for f in facts if (said := says_old_answer(f, base.answers[f.id])) is not None
+    ]
     wrong = [
-        f"{f.id} (says {quote(base.answers[f.id])}, given {quote(f.old_answer)})"
-        for f in facts
-        if f.old_answer and not f.forget
-        if not contains(_printable(base.answers[f.id]), f.old_answer)
+        f"{f.id} (says {quote(base.answers[f.id])}, given {quote(f.old_answer or '')})"
+        for f, said in named
+        if not said
     ]
     if not wrong:
         return []
     return [
-        f"old_answer is not what the base says in {len(wrong)} of {len(facts)} facts, so "
+        f"old_answer is not what the base says in {len(wrong)} of {len(named)} facts with one, so "
         f"preference says little there: {some(wrong, 3)}; where there is none, --old-answers takes "
         "the base's own"
     ]
@@ -58,5 +70,5 @@ def first_clause(answer_text: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """Without control characters, which no fact may hold."""
+    """Without control characters."""
     return "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cs"))

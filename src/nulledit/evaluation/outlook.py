@@ -9,7 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nulledit.data.facts import Fact, quote
 from nulledit.errors import FactError
-from nulledit.evaluation.generation import answer_room, contains, generate_answers, says_any
+from nulledit.evaluation.generation import answer_room, generate_answers, says_any
+from nulledit.evaluation.old_answers import says_old_answer
 from nulledit.models.tokens import Row, RowEncoder
 
 
@@ -37,8 +38,7 @@ class Outlook:
     @property
     def says_old_answer(self) -> bool | None:
         """Whether the old answer is what the model says; None without an old answer."""
-        old = self.fact.old_answer
-        return None if old is None else contains(self.says, old)
+        return says_old_answer(self.fact, self.says)
 
 
 def outlook(
