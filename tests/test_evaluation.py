@@ -328,12 +328,12 @@ def test_an_answer_that_fits_the_context_once_is_let_in(tokenizer):
 
 def test_a_long_target_can_be_said_whole(tokenizer):
     """And so can an old answer, or another one that is accepted."""
-    encoder, long = RowEncoder(tokenizer, max_length=128), "river and valley " * 12
+    encoder, long = RowEncoder(tokenizer, max_length=128), ("river and valley " * 12).strip()
     own = tokenizer(" " + long, add_special_tokens=False)["input_ids"]
     fact = Fact(subject="Velm", prompt="{} is a", target="river")
     assert answer_room(encoder, fact) == 12
     for longer in ({"target": long}, {"old_answer": long}, {"target_aliases": (long,)}):
-        assert answer_room(encoder, replace(fact, **longer)) > len(own) > 12
+        assert answer_room(encoder, replace(fact, **longer)) >= len(own) > 12
 
 
 def test_generation_is_greedy_whatever_the_checkpoint_asks_for(tiny_model, tokenizer):

@@ -242,6 +242,8 @@ def test_old_answers_are_compared_with_the_base_and_taken_from_it(make, facts):
     assert not disagreements(taken[1:], base)
     assert first_clause("Paris. It is a city") == "Paris"
     assert first_clause("3.5 kg, or so") == "3.5 kg"
+    assert first_clause("中国的首\ufffd") == "中国的首"
+    assert first_clause("\ufffd") == ""
 
 
 def test_a_long_old_answer_is_heard_whole(make, monkeypatch):

@@ -13,6 +13,7 @@ from nulledit.editor import Editor
 from nulledit.evaluation.generation import contains, generate_answers
 from nulledit.evaluation.runner import Evaluation
 
+NO_TEXT = "\ufffd"  # stands for bytes that are no character
 _CLAUSE = re.compile(r"(?:[^.,;:!?。、，！？]|[.,:](?=\w))+")
 
 
@@ -64,11 +65,16 @@ def disagreements(facts: Sequence[Fact], base: Evaluation) -> list[str]:
 
 
 def first_clause(answer_text: str) -> str:
-    """An answer up to the first mark that ends a clause: "Paris" of "Paris. It is a city"."""
-    found = _CLAUSE.match(_printable(answer_text).strip())
+    """An answer up to the first mark that ends a clause: "Paris" of "Paris. It is a city".
+
+    Or up to the first bytes that are no character.
+    """
+    whole = answer_text.partition(NO_TEXT)[0]  # it may be cut within a character
+    found = _CLAUSE.match(_printable(whole).strip())
     return found[0].strip() if found else ""
 
 
 def _printable(text: str) -> str:
-    """Without control characters."""
-    return "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cs"))
+    """Without control characters, and with spaces for bytes that are no text."""
+    shown = (c for c in text if unicodedata.category(c) not in ("Cc", "Cs"))
+    return "".join(shown).replace(NO_TEXT, " ")
