@@ -111,6 +111,7 @@ LINES = [
 def pytest_addoption(parser):
     parser.addoption("--world-seed", type=int, default=0, help="seed of the trained worlds")
     parser.addoption("--threads", type=int, default=1, help="of torch, in the tests' own process")
+    parser.addoption("--write-contract", action="store_true", help="write tests/contract.json")
 
 
 @pytest.fixture(scope="session", autouse=True)

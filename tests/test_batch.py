@@ -9,10 +9,11 @@ from conftest import FAMILIES, RECIPE, build_model, statistics_of
 
 from nulledit import Editor, Fact
 from nulledit.editing.chunks import chunks_of
+from nulledit.editing.descent import Value
 from nulledit.editing.keys import Walk
 from nulledit.editing.target_loss import WeightLoss
 from nulledit.editing.value_cache import ValueCache
-from nulledit.editing.values import Value, bare_leads, optimise_values
+from nulledit.editing.values import bare_leads, optimise_values
 from nulledit.errors import ConfigError, StatisticsError
 from nulledit.ledger.fold import recorded
 from nulledit.methods import METHODS

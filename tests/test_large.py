@@ -24,12 +24,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from nulledit import Editor
 from nulledit.cli.common import own_device
-from nulledit.config import Placement, ValueSettings
+from nulledit.config import Placement
 from nulledit.distributed import Ranks
 from nulledit.editing.contexts import make_contexts
+from nulledit.editing.kept_rows import Job, KeptRows
 from nulledit.editing.keys import Walk
+from nulledit.editing.reads import Reads
 from nulledit.editing.statistics import key_moments
-from nulledit.editing.values import _Chunk, _Job, _Reads, plan_rows
+from nulledit.editing.values import plan_rows
 from nulledit.errors import ConfigError, ModelError
 from nulledit.evaluation.generation import generate_answers
 from nulledit.ledger.fold import Stage
@@ -411,16 +413,16 @@ def test_no_tensor_meets_one_of_another_device(family, tokenizer, facts, monkeyp
             assert str(walk.keys().device) == "cpu"
             walk.advance()
         jobs = [
-            _Job(fact.id, plan_rows(fact, encoder, ("{}", "Then. {}")), (), (0, 1), None, i)
+            Job(fact.id, plan_rows(fact, encoder, ("{}", "Then. {}")), (), (0, 1), None, i)
             for i, fact in enumerate(facts)
         ]
-        chunk = _Chunk(partial, jobs, 1, ValueSettings(), 0)
-        width = chunk.start.shape[-1]
-        deltas = [torch.zeros(width, device=chunk.start.device, requires_grad=True) for _ in jobs]
-        nll, drift, *_ = _Reads(chunk, [0, 2]).losses(deltas, {})
+        kept = KeptRows(partial, jobs, 1, 0)
+        width = kept.start.shape[-1]
+        deltas = [torch.zeros(width, device=kept.start.device, requires_grad=True) for _ in jobs]
+        nll, drift, *_ = Reads(kept, [0, 2]).losses(deltas, {})
         used = [deltas[0], deltas[2]]
         gradients = torch.autograd.grad((nll + drift).sum(), used)
-        assert {str(g.device) for g in gradients} == {str(chunk.start.device)}
+        assert {str(g.device) for g in gradients} == {str(kept.start.device)}
 
 
 # -- two-byte weights ------------------------------------------------------------------------

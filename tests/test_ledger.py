@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from nulledit import Editor, Fact
 from nulledit.config import Recipe
-from nulledit.editing.values import Value
+from nulledit.editing.descent import Value
 from nulledit.errors import ConfigError, FactError, LedgerError, NoRoomError
 from nulledit.ledger.fold import LayerFold, LayerMetrics, read_spectrum
 from nulledit.ledger.merging import conflicts, newest

@@ -17,6 +17,7 @@ from nulledit.config import Recipe
 from nulledit.data.facts import SLOT, Fact
 from nulledit.distributed import Message, Ranks, shares
 from nulledit.editing.chunks import chunks_of
+from nulledit.editing.descent import Value
 from nulledit.editing.keys import Walk
 from nulledit.editing.norm_anchor import (
     TOO_LONG,
@@ -28,7 +29,7 @@ from nulledit.editing.norm_anchor import (
 )
 from nulledit.editing.target_loss import WeightLoss
 from nulledit.editing.value_cache import ValueCache
-from nulledit.editing.values import Value, bare_leads, measure_values, optimise_values
+from nulledit.editing.values import bare_leads, measure_values, optimise_values
 from nulledit.ledger.entries import Column
 from nulledit.ledger.weights import EditedWeights
 from nulledit.linalg.angles import same_key_groups

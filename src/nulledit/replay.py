@@ -9,7 +9,7 @@ import torch
 from nulledit.batch import Run
 from nulledit.changes import Changes
 from nulledit.data.facts import Fact
-from nulledit.editing.values import Value
+from nulledit.editing.descent import Value
 from nulledit.ledger.entries import Column, History
 from nulledit.ledger.plans import facts_of
 from nulledit.methods import find_method

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from nulledit.config import ChatSettings, ValueSettings
 from nulledit.data.facts import Fact
-from nulledit.editing.values import Value
+from nulledit.editing.descent import Value
 from nulledit.files import replacing
 
 FORMAT = 3  # raise it when the same inputs come to give other values

@@ -1,0 +1,290 @@
+"""The values of facts that run together: one δ per group by Adam, until each group is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nulledit.config import ValueSettings
+from nulledit.editing.kept_rows import KeptRows
+from nulledit.editing.reads import Losses, Reads
+from nulledit.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Value:
+    """The optimised value of one fact and how it was reached."""
+
+    z: Tensor
+    """h + δ [d], at the subject's last token behind the last edited block; where a norm stands
+    between W and the stream, h is W's output."""
+    loss: float
+    """Last loss seen: NLL + KL + decay."""
+    nll: float
+    """Mean negative log-likelihood of the target per token over the rewriting rows, nats; of a fact
+    to forget, the distance from what it should say (`ignorance.unlearned`)."""
+    steps: int
+    """Updates of δ made."""
+    delta_share: float
+    """‖δ‖/‖h‖; of several rounds, their sum."""
+    known: bool
+    """Whether the model already said the target by strict argmax before any step."""
+    ended: str = ""
+    """Why the descent ended: `done`, `likeliest` (ENCORE's early stop), `patience`, or `steps`,
+    which were used up. Empty in ledgers that are older than this field."""
+    lead: float | None = None
+    """Nats by which the target's weakest token leads its strongest rival, over all rows; below 0:
+    somewhere a rival stands in its place. None for a fact to forget."""
+    clamped: bool = False
+    """Whether δ is as long as the clamp lets it be."""
+    shared: int = 1
+    """Facts on the same key that this δ must say together."""
+
+    @classmethod
+    def recorded(cls, z: Tensor, outcome: Mapping[str, Any]) -> Value:
+        """The value `z` of a ledger, with the `outcome` that stands beside it."""
+        known = {f.name for f in fields(cls)}
+        return cls(z=z, **{name: held for name, held in outcome.items() if name in known})
+
+    def moved(self, rest: Value, now: Tensor) -> Value:
+        """This value and what `rest`, optimised where the model stands at `now` [d], adds."""
+        return replace(
+            rest,
+            z=self.z + (rest.z.double() - now).to(self.z),
+            steps=self.steps + rest.steps,
+            delta_share=self.delta_share + rest.delta_share,
+            known=self.known,
+        )
+
+
+class _Outcome(NamedTuple):
+    """What was last seen of one fact."""
+
+    loss: float
+    nll: float
+    lead: float
+
+
+@dataclass(frozen=True)
+class _Best:
+    """The best that a group has come to: Adam swings, and its last step may be a bad one."""
+
+    score: tuple[bool, float]
+    """Whether every row says what it should, then minus the loss."""
+    delta: Tensor
+    outcomes: dict[int, _Outcome]
+    """By fact."""
+    clamped: bool
+
+
+@dataclass
+class _Group:
+    """The facts that share a δ, and how far it has come."""
+
+    facts: list[int]
+    delta: Tensor
+    norm: Tensor
+    """‖h‖ of its first fact."""
+    losses: list[float] = field(default_factory=list)
+    """Of its worst fact, step by step."""
+    likeliest: int = 0
+    """Steps, not always in a row, at which each of its facts led in all its contexts."""
+    updates: int = 0
+    clamped: bool = False
+    ended: str = "steps"
+    """As `Value.ended` says it; steps: not yet."""
+    best: _Best | None = None
+
+
+class Descent:
+    """Adam on the δ of each group; a group that is done leaves."""
+
+    def __init__(self, kept: KeptRows, settings: ValueSettings):
+        """Nothing has moved yet."""
+        self.kept, self.settings = kept, settings
+        self.hidden = kept.start[kept.bare]  # h [facts, d]
+        self.groups = [
+            _Group(
+                [f for f, g in enumerate(kept.group_of) if g == number],
+                torch.zeros_like(self.hidden[0], requires_grad=True),
+                norm,
+            )
+            for number, norm in enumerate(kept.norms)
+        ]
+        self.optimiser = torch.optim.Adam(
+            [group.delta for group in self.groups], lr=settings.learning_rate
+        )
+        self.outcomes: dict[int, _Outcome] = {}  # by fact
+        self.known: dict[int, bool] = {}  # by fact
+
+    def run(self) -> list[Value]:
+        """Descend until each group is done; the values of the facts in order."""
+        steps = self.settings.steps
+        active = list(range(len(self.groups)))
+        reads = Reads(self.kept, active)
+        drift_start: dict[int, Tensor] = {}
+        for step in range(steps):
+            found = reads.losses([group.delta for group in self.groups], drift_start)
+            each = found.nll + self.settings.kl_weight * found.drift  # [facts]
+            decay = {g: self._decay(self.groups[g]) for g in active}
+            self._note(reads.facts, found, each, decay, step)
+            self._judge(reads.facts, found, active)
+            staying = [g for g in active if self.groups[g].ended == "steps"]
+            if not staying or step == steps - 1:
+                break
+            self._update(reads.facts, each, decay, staying)
+            if staying != active:
+                active = staying
+                reads = Reads(self.kept, active)
+        if self.settings.stop_margin is not None:
+            self._return_to_best()
+        return [self._value(f) for f in range(len(self.kept.group_of))]
+
+    def _decay(self, group: _Group) -> Tensor:
+        return self.settings.weight_decay * group.delta.norm() / group.norm.square()
+
+    def _note(
+        self,
+        facts: Sequence[int],
+        found: Losses,
+        each: Tensor,
+        decay: Mapping[int, Tensor],
+        step: int,
+    ) -> None:
+        """Keep the outcomes of `facts`, whose losses without decay are `each`.
+
+        ModelError where one is not finite.
+        """
+        total = each + torch.stack([decay[self.kept.group_of[f]] for f in facts])
+        if not torch.isfinite(total).all():
+            broken = facts[int((~torch.isfinite(total)).nonzero()[0])]
+            raise ModelError(
+                f"fact {self.kept.jobs[broken].fact_id}: the loss is not finite at step {step}; "
+                "load the model in float32 or bfloat16, or use a smaller learning rate"
+            )
+        seen = zip(total.tolist(), found.nll.tolist(), found.lead.tolist(), strict=True)
+        self.outcomes |= {f: _Outcome(*told) for f, told in zip(facts, seen, strict=True)}
+        if step == 0:
+            bare = found.bare_lead.tolist()
+            self.known = {f: lead > 0 for f, lead in zip(facts, bare, strict=True)}
+
+    def _judge(self, facts: Sequence[int], found: Losses, active: Sequence[int]) -> None:
+        """Whether each of the `active` groups ends here, and whether this is its best step."""
+        in_context = dict(zip(facts, found.context_lead.tolist(), strict=True))
+        for group in (self.groups[g] for g in active):
+            outcomes = {f: self.outcomes[f] for f in group.facts}
+            worst = max(outcome.loss for outcome in outcomes.values())
+            says = all(self._says(f, outcome.lead) for f, outcome in outcomes.items())
+            group.losses.append(worst)
+            group.likeliest += all(in_context[f] > 0 for f in group.facts)
+            group.ended = self._end(group, says=says) or "steps"
+            if group.best is None or (says, -worst) > group.best.score:
+                delta = group.delta.detach().clone()
+                group.best = _Best((says, -worst), delta, outcomes, group.clamped)
+
+    def _end(self, group: _Group, *, says: bool) -> str:
+        """Why `group` ends here, as `Value.ended` says it; empty: it goes on.
+
+        A flat distribution is near another one also where the answer to forget is its peak, so a
+        fact to forget is not done before some other token is likelier in every row.
+        """
+        s, losses = self.settings, group.losses
+        if 0 < s.stop_when_likeliest <= group.likeliest:
+            return "likeliest"
+        if losses[-1] < s.stop_loss and says:
+            return "done"
+        flat = (
+            s.patience > 0
+            and len(losses) > s.patience
+            and min(losses[-s.patience :]) > 0.99 * min(losses[: -s.patience])
+        )
+        return "patience" if flat else ""
+
+    def _says(self, fact: int, lead: float) -> bool:
+        if self.kept.jobs[fact].lessons:
+            return lead > 0
+        return self.settings.stop_margin is None or lead > self.settings.stop_margin
+
+    def _update(
+        self,
+        facts: Sequence[int],
+        each: Tensor,
+        decay: Mapping[int, Tensor],
+        staying: Sequence[int],
+    ) -> None:
+        """One step of Adam for the groups `staying`, whose facts' losses are summed."""
+        nothing = each.new_zeros(())
+        mine = (x for x, f in zip(each, facts, strict=True) if self.kept.group_of[f] in staying)
+        loss = sum(mine, start=nothing) + sum((decay[g] for g in staying), start=nothing)
+        groups = [self.groups[g] for g in staying]
+        for group in self.groups:
+            group.delta.grad = None
+        gradients = torch.autograd.grad(loss, [group.delta for group in groups])
+        for group, gradient in zip(groups, gradients, strict=True):
+            group.delta.grad = gradient
+        self.optimiser.step()  # those without a gradient stay as they are
+        for group in groups:
+            group.updates += 1
+            group.clamped = _clamp(group.delta, self.settings.clamp * float(group.norm))
+
+    def _return_to_best(self) -> None:
+        """Where steps ran out or gained too little, the best step counts rather than the last."""
+        for group in self.groups:
+            if group.best is not None and group.ended in ("steps", "patience"):
+                group.delta, group.clamped = group.best.delta, group.best.clamped
+                self.outcomes |= group.best.outcomes
+
+    def _value(self, fact: int) -> Value:
+        number = self.kept.group_of[fact]
+        group, outcome, h = self.groups[number], self.outcomes[fact], self.hidden[fact]
+        unit, delta = self.kept.units[number], group.delta.detach()
+        return Value(
+            z=h + unit * delta,
+            loss=outcome.loss,
+            nll=outcome.nll,
+            steps=group.updates,
+            delta_share=float(unit * delta.norm() / h.norm()),
+            known=self.known[fact],
+            ended=group.ended,
+            lead=None if self.kept.jobs[fact].lessons else outcome.lead,
+            clamped=group.clamped,
+            shared=len(group.facts),
+        )
+
+
+@torch.no_grad()
+def _clamp(delta: Tensor, limit: float) -> bool:
+    """Shorten `delta` to `limit`; whether it was longer."""
+    norm = float(delta.norm())
+    if norm > limit:
+        delta.mul_(limit / norm)
+    return norm > limit
+
+
+@torch.no_grad()
+def measured(kept: KeptRows, settings: ValueSettings, values: Sequence[Value]) -> list[Value]:
+    """`values` of the rows' facts, each with a δ of its own, with the outcomes of their z."""
+    h = kept.start[kept.bare]  # [facts, d]
+    moved = torch.stack([value.z for value in values]).to(h) - h
+    deltas = list(moved / kept.units[:, None])
+    reads = Reads(kept, range(len(values)))
+    drift_start: dict[int, Tensor] = {}
+    reads.losses([torch.zeros_like(delta) for delta in deltas], drift_start)
+    nll, drift, lead, *_ = reads.losses(deltas, drift_start)
+    decay = settings.weight_decay * torch.stack(deltas).norm(dim=1) / kept.norms.square()
+    loss = nll + settings.kl_weight * drift + decay.to(nll)
+    shares = moved.norm(dim=1) / h.norm(dim=1)
+    return [
+        replace(
+            value,
+            loss=float(loss[f]),
+            nll=float(nll[f]),
+            delta_share=float(shares[f]),
+            lead=None if value.lead is None else float(lead[f]),
+        )
+        for f, value in enumerate(values)
+    ]

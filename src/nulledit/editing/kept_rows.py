@@ -1,0 +1,124 @@
+"""Rows of the facts that run together, with all that no δ changes computed once and kept.
+
+- states up to the block of the values are constant, so they are computed once; what the rows of a
+  prefix context have in common, the context as a rule, is run once for all of them;
+- positions before the subject's last token never see δ, so of the blocks above only their
+  attention keys and values are kept; where a model can't be run behind these (recurrent blocks),
+  whole rows are run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from nulledit.editing.ignorance import Lesson
+from nulledit.models.partial import PartialModel
+from nulledit.models.tokens import Batch, Row, collate, share_beginnings
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one fact needs: rewriting rows, and where the drift of its subject's meaning is read."""
+
+    fact_id: str
+    """Its fact."""
+    rows: tuple[Row, ...]
+    """Rewriting rows; the first is the bare prompt."""
+    lessons: tuple[Lesson, ...]
+    """Of the rows, where a fact is to be forgotten; else none."""
+    labels: tuple[int, ...]
+    """The rows' contexts, by number."""
+    drift_row: Row | None
+    """None: read at the bare row, whose tokens up to the subject are the same."""
+    group: int
+    """Facts of one group share δ."""
+
+
+class KeptRows:
+    """The rows of some jobs, split at their subject's last token, with states and prefixes."""
+
+    def __init__(self, model: PartialModel, jobs: Sequence[Job], layer: int, pad_id: int):
+        """`layer`: the block whose values are asked. The groups of `jobs` are numbered anew."""
+        self.model, self.jobs, self.layer = model, jobs, layer
+        self.device = model.device
+        names = list(dict.fromkeys(job.group for job in jobs))
+        self.group_of = [names.index(job.group) for job in jobs]  # fact -> group
+        self.rows: list[Row] = []
+        self.labels: list[int] = []  # row -> its context
+        self.owner: list[int] = []  # row -> fact
+        self.bare: list[int] = []  # fact -> row
+        self.drift: list[int] = []  # fact -> row
+        for i, job in enumerate(jobs):
+            self._add(i, job)
+        self.taught = {  # row -> what to say in its target's places [target tokens, vocabulary]
+            self.bare[i] + k: lesson.teacher(model)
+            for i, job in enumerate(jobs)
+            for k, lesson in enumerate(job.lessons)
+        }
+        self._keep_states(pad_id)
+        first = [self.bare[self.group_of.index(g)] for g in range(len(names))]
+        at = [self.rows[r].subject_last - self.begins[r] for r in first]
+        self.norms = self.states[first, at].norm(dim=1).to(self.start)  # ‖h‖ [groups]
+        self.units = torch.ones_like(self.norms)  # length of a δ of 1 [groups]
+        if model.values_at_output:
+            self.units = self.start[first].norm(dim=1) / self.norms
+
+    def _add(self, fact: int, job: Job) -> None:
+        """Append the rows of `job`, which is number `fact`."""
+        self.bare.append(len(self.rows))
+        self.rows += job.rows
+        self.labels += job.labels
+        if job.drift_row is not None:
+            self.rows.append(job.drift_row)
+            self.labels.append(-1)
+        self.drift.append(self.bare[fact] if job.drift_row is None else len(self.rows) - 1)
+        self.owner += [fact] * (len(self.rows) - len(self.owner))
+
+    @torch.no_grad()
+    def _keep_states(self, pad_id: int) -> None:
+        """Run the blocks up to `layer` once; split each row at its subject's last token.
+
+        Or at its start, where that is more than the model can keep in front of rows.
+        """
+        inputs = [row.ids[: len(row.ids) - (len(row.target_ids) > 0)] for row in self.rows]
+        ends = [row.subject_last for row in self.rows]
+        behind = max(len(ids) - end for ids, end in zip(inputs, ends, strict=True))
+        fits = max(ends) + behind <= self.model.columns
+        self.begins = ends if fits else [0] * len(ends)  # row -> its first token that is run again
+        shared = share_beginnings(
+            inputs,
+            self.labels,
+            self.begins,
+            columns=self.model.columns,
+            pad_id=pad_id,
+            device=self.device,
+        )
+        stems = self.model.record_prefix(shared.stems).select(shared.stem)
+        states, standing = self.model.run_to_values(
+            stems.before(shared.rests), layer=self.layer, prefix=stems
+        )  # [rows, length, d]
+        cuts = [begin - cut for begin, cut in zip(self.begins, shared.cuts, strict=True)]
+        rests = [ids[cut:] for ids, cut in zip(inputs, shared.cuts, strict=True)]
+        heads = [ids[:cut] for ids, cut in zip(rests, cuts, strict=True)]
+        tails = [ids[cut:] for ids, cut in zip(rests, cuts, strict=True)]
+        head = collate(heads, pad_id=pad_id, device=self.device)
+        tail = collate(tails, pad_id=pad_id, device=self.device)
+        width = head.ids.shape[1]
+        head = replace(head, positions=shared.rests.positions[:, :width])
+        start = torch.tensor(cuts, device=self.device)[:, None]
+        first = torch.tensor(self.begins, device=self.device)[:, None]
+        self.tail = Batch(tail.ids, tail.mask, tail.positions + first)
+        where = (start + torch.arange(tail.ids.shape[1], device=self.device)).clamp_max(
+            states.shape[1] - 1
+        )
+        d = states.shape[-1]
+        self.states = states.gather(1, where.to(states.device)[..., None].expand(-1, -1, d))
+        self.prefix = stems.then(
+            self.model.record_prefix(head, states[:, :width], first=self.layer + 1, prefix=stems)
+        )
+        last = [end - cut for end, cut in zip(ends, shared.cuts, strict=True)]
+        at_subject = standing[torch.arange(len(last)), last]  # where δ is added [rows, d]
+        self.start = at_subject.float() if at_subject.dtype.itemsize < 4 else at_subject

@@ -1,0 +1,182 @@
+"""Where the loss of values reads logits, and what it reads there.
+
+Logits are computed only at these places; no weight has a gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nulledit.editing.ignorance import unlearned
+from nulledit.editing.kept_rows import KeptRows
+from nulledit.models.partial import Prefix
+from nulledit.models.tokens import Batch
+
+
+class Losses(NamedTuple):
+    """What one pass of the rows gives, per fact.
+
+    A lead is the least one of a target token over its strongest rival, in nats; of a fact to forget
+    it is 1 where another token is likelier, else -1.
+    """
+
+    nll: Tensor  # of the target, or what `unlearned` says
+    drift: Tensor  # KL
+    lead: Tensor  # over all rows
+    bare_lead: Tensor  # at the bare prompt
+    context_lead: Tensor  # in the prefix contexts; at all rows where there is none
+
+
+class Reads:
+    """The rows of the groups still at work, and where the loss reads logits in them."""
+
+    def __init__(self, kept: KeptRows, active: Sequence[int]):
+        """`active`: numbers of the groups."""
+        self.kept = kept
+        self.facts = [f for f, g in enumerate(kept.group_of) if g in active]
+        self.rows = [r for r, f in enumerate(kept.owner) if kept.group_of[f] in active]
+        self._choose_rows()
+        self._choose_places()
+
+    def _choose_rows(self) -> None:
+        """Of all that is kept, what belongs to the rows."""
+        kept, rows, device = self.kept, self.rows, self.kept.device
+        index = torch.tensor(rows, device=device)
+        longest = max(
+            len(kept.rows[r].ids) - kept.begins[r] - (len(kept.rows[r].target_ids) > 0)
+            for r in rows
+        )
+        everything = len(rows) == len(kept.rows)
+        self.prefix: Prefix = kept.prefix if everything else kept.prefix.select(index)
+        self.states = kept.states[index.to(kept.states.device), :longest]
+        self.start = kept.start[index.to(kept.start.device)]
+        subjects = torch.tensor([kept.rows[r].subject_last - kept.begins[r] for r in rows])
+        self.subjects = subjects.to(self.states.device)[:, None, None].expand(
+            -1, -1, self.states.shape[-1]
+        )  # place of each row's subject [rows, 1, d]
+        self.batch = Batch(
+            kept.tail.ids[index, :longest],
+            torch.cat([self.prefix.mask, kept.tail.mask[index, :longest]], dim=1),
+            kept.tail.positions[index, :longest],
+        )
+        self.delta_of_row = torch.tensor([kept.group_of[kept.owner[r]] for r in rows])
+
+    def _choose_places(self) -> None:
+        """Each target token of each rewriting row; behind them, one place a fact for the drift."""
+        kept, device = self.kept, self.kept.device
+        place = {row: i for i, row in enumerate(self.rows)}
+        at_row: list[int] = []
+        at_position: list[int] = []
+        target: list[int] = []
+        fact: list[int] = []
+        weight: list[float] = []
+        taught: list[int] = []  # places in `target` that are taught otherwise
+        banned: list[int] = []
+        for i, f in enumerate(self.facts):
+            for k, row in enumerate(kept.jobs[f].rows):
+                r, n = kept.bare[f] + k, len(row.target_ids)
+                if kept.jobs[f].lessons:
+                    taught += range(len(target), len(target) + n)
+                    banned += kept.jobs[f].lessons[k].banned
+                begin = row.target_start - 1 - kept.begins[r]
+                at_row += [place[r]] * n
+                at_position += range(begin, begin + n)
+                target += row.target_ids
+                fact += [i] * n
+                weight += [1 / (n * len(kept.jobs[f].rows))] * n
+        self.n_nll = len(target)
+        self._choose_leads(at_row, fact)
+        self.teacher = [told for r, told in kept.taught.items() if r in place]
+        self.taught = torch.tensor(taught, dtype=torch.long, device=device)
+        self.banned = torch.tensor(banned, dtype=torch.long, device=device)
+        at_row += [place[kept.drift[f]] for f in self.facts]
+        drift = [kept.drift[f] for f in self.facts]
+        at_position += [kept.rows[r].subject_last - kept.begins[r] for r in drift]
+        self.at = (
+            torch.tensor(at_row, device=device),
+            torch.tensor(at_position, device=device),
+        )
+        self.target = torch.tensor(target, device=device)
+        self.fact = torch.tensor(fact, device=device)
+        self.weight = torch.tensor(weight, device=device)
+
+    def _choose_leads(self, at_row: Sequence[int], fact: Sequence[int]) -> None:
+        """Places of target tokens at bare prompts, and in contexts; `at_row` and `fact` of each.
+
+        Places, not yes and no: to count those, every step would wait for the device.
+        """
+        kept, device = self.kept, self.kept.device
+        bare = {kept.bare[f] for f in self.facts}
+        there = [kept.labels[self.rows[r]] > 0 for r in at_row]
+        with_contexts = {i for i, yes in zip(fact, there, strict=True) if yes}
+        at_bare = [k for k, r in enumerate(at_row) if self.rows[r] in bare]
+        in_context = [
+            k
+            for k, (i, yes) in enumerate(zip(fact, there, strict=True))
+            if yes or i not in with_contexts
+        ]
+        self.at_bare = torch.tensor(at_bare, dtype=torch.long, device=device)
+        self.in_context = torch.tensor(in_context, dtype=torch.long, device=device)
+
+    def losses(self, deltas: Sequence[Tensor], drift_start: dict[int, Tensor]) -> Losses:
+        """What `deltas`, one per group, give; `drift_start` is filled in at the first call."""
+        logits = self._logits(deltas)
+        device = logits.device
+        says, drifts = logits[: self.n_nll], logits[self.n_nll :]
+        each = F.cross_entropy(says, self.target.to(device), reduction="none")
+        lead = leads_of(says.detach(), self.target.to(device))
+        if self.teacher:
+            each, lead = self._as_taught(says, each, lead)
+        fact = self.fact.to(device)
+        nll = each.new_zeros(len(self.facts)).index_add(0, fact, each * self.weight.to(each))
+        most = lead.new_full((len(self.facts),), math.inf)
+        least, bare_least, context_least = (
+            most.scatter_reduce(0, fact[at], lead[at], "amin")
+            for at in (slice(None), self.at_bare.to(device), self.in_context.to(device))
+        )
+        log_p = F.log_softmax(drifts, dim=1)
+        for i, f in enumerate(self.facts):
+            drift_start.setdefault(f, log_p[i].detach().clone())
+        start = torch.stack([drift_start[f] for f in self.facts])
+        kl = F.kl_div(start, log_p, log_target=True, reduction="none").sum(1)
+        return Losses(nll, kl, least, bare_least, context_least)
+
+    def _logits(self, deltas: Sequence[Tensor]) -> Tensor:
+        """At the places that are read, with each row's δ added [places, vocabulary]."""
+        model, layer = self.kept.model, self.kept.layer
+        scaled = torch.stack(list(deltas)) * self.kept.units[:, None]
+        stacked = scaled[self.delta_of_row.to(scaled.device)]  # [rows, d]
+        moved = model.with_value(
+            layer,
+            self.states.gather(1, self.subjects),
+            self.start[:, None],
+            stacked[:, None],
+        )
+        states = self.states.scatter(1, self.subjects, moved)
+        normed = model.run_normed(self.batch, states=states, first=layer + 1, prefix=self.prefix)
+        row, position = (index.to(normed.device) for index in self.at)
+        logits = model.logits(normed[row, position])
+        return logits.float() if logits.dtype.itemsize < 4 else logits
+
+    def _as_taught(self, says: Tensor, each: Tensor, lead: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses `each` and leads [positions], with those of the teacher where one is."""
+        at, banned = self.taught.to(says.device), self.banned.to(says.device)
+        loss, slip = unlearned(says[at], torch.cat(self.teacher).to(says), banned)
+        gone = torch.where(slip, -1.0, 1.0).to(lead)
+        return each.index_copy(0, at, loss), lead.index_copy(0, at, gone)
+
+
+def leads_of(logits: Tensor, target: Tensor) -> Tensor:
+    """Nats by which each token of `target` [n] leads its strongest rival.
+
+    `logits` are [n, vocabulary].
+    """
+    own = target[:, None]
+    rival = logits.scatter(1, own, -math.inf).amax(1)
+    return logits.gather(1, own)[:, 0] - rival
