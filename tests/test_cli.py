@@ -882,7 +882,17 @@ def test_edit_takes_old_answers_of_the_base(place, options, tmp_path):
         assert line["old_answer"] == ("English" if line["id"] == "ada" else own or None)
 
 
+def test_the_fact_is_named_that_leaves_the_base_no_room_for_an_old_answer(place, options, tmp_path):
+    record = {"id": "tight", "subject": "Dun", "prompt": "river " * 61 + "{} is", "target": "x"}
+    (tmp_path / "facts.json").write_text(json.dumps([*RECORDS, record]))
+    words = ("edit", tmp_path / "facts.json", *options, "--old-answers")
+    assert "fact tight, efficacy: " in refused(*words, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_retry_is_refused_before_the_edit_where_there_are_no_values(place, options, tmp_path):
     words = ("--method", "ft", "--retry", "1", "--out", tmp_path / "run")
     assert "ft optimises none" in refused("edit", place / "facts.json", *options, *words)
+    dry = refused("edit", place / "facts.json", *options, *words[:-2], "--dry-run")
+    assert "ft optimises none" in dry
     assert not (tmp_path / "run").exists()

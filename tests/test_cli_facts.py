@@ -137,6 +137,42 @@ def test_a_target_that_begins_with_a_lone_space_is_told(tiny_model, tokenizer, m
     assert [(item.tokens, item.lone_space) for item in seen] == [(2, True), (1, False)]
 
 
+@pytest.mark.parametrize("field", ["old_answer", "target_aliases", "prompt"])
+def test_all_facts_that_do_not_fit_the_model_are_told(write, model, field):
+    long = {
+        "old_answer": "river " * 200,
+        "target_aliases": ["river " * 200],
+        "prompt": "river " * 200 + "{} is",
+    }
+    bad = [{**RECORDS[3], "id": name, "subject": name, field: long[field]} for name in "ab"]
+    file = write([*RECORDS[1:], *bad])
+    result = invoke("facts", "check", file, "--model", model, "--quiet")
+    assert result.exit_code == 2
+    assert "2 of 5 facts don't fit the model: fact 'a': prompt of" in result.stderr
+    assert "context of 128, shorten" in result.stderr
+    assert "1 more like it" in result.stderr
+    assert [line.split(":")[0] for line in result.stdout.splitlines()] == ["fact 'a'", "fact 'b'"]
+    told = json.loads(invoke("facts", "check", file, "--model", model, "--json", "-q").stdout)
+    assert [line.split(":")[0] for line in told["errors"]] == ["fact 'a'", "fact 'b'"]
+
+
+def test_an_empty_name_is_no_model(write, model, monkeypatch):
+    monkeypatch.chdir(model)  # nor is the folder where we are
+    file = write(RECORDS)
+    assert "name is empty" in refused("facts", "check", file, "--model", "", "-q")
+    assert "name is empty" in refused("locate", "", file, "--out", "trace", "-q")
+
+
+def test_a_system_prompt_alone_is_refused_before_a_model_is_loaded(write, model):
+    said = refused("facts", "check", write(RECORDS), "--model", model, "--system", "Be kind.")
+    assert "--system belongs to --chat" in said
+
+
+def test_the_next_command_can_be_pasted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "facts check 'my facts.yaml'" in done("facts", "new", "my facts.yaml").stdout
+
+
 @pytest.mark.parametrize("option", [("--chat",), ("--device", "cpu"), ("--dtype", "float32")])
 def test_options_of_a_model_need_one(write, option):
     assert "without --model" in refused("facts", "check", write(RECORDS), *option)

@@ -117,6 +117,22 @@ def test_nothing_to_write_again_is_said_as_such(run, place):
     assert state(run) != held
 
 
+@pytest.mark.parametrize("page", ["results.jsonl", "summary.json", "environment.json"])
+@pytest.mark.parametrize("command", ["retry", "edit"])
+def test_a_page_that_can_not_be_read_is_told_before_anything_is_written(
+    run, place, tmp_path, page, command
+):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / page).write_text('{"id": 3}\n')
+    ledger = (copy / "ledger" / "ledger.db").read_bytes()
+    fact = {"subject": "Dun", "prompt": "{} is a", "target": "river"}
+    (tmp_path / "more.json").write_text(json.dumps([fact]))
+    words = {"retry": (copy,), "edit": (tmp_path / "more.json", "--continue", copy)}[command]
+    assert page in refused(command, *words, "-q")
+    assert (copy / "ledger" / "ledger.db").read_bytes() == ledger
+
+
 def test_retry_refuses_before_it_asks_anything(run, place, options, tmp_path, monkeypatch):
     monkeypatch.setattr(BatchWriter, "write", None)
     assert "no run here" in refused("retry", tmp_path, "-q")

@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from nulledit import Editor, Fact, Probe
+from nulledit.cli.measure import check_lengths
 from nulledit.errors import FactError, StatisticsError
 from nulledit.evaluation import (
     Query,
@@ -312,14 +314,26 @@ def test_each_answer_gets_its_own_room_whatever_runs_beside_it(model, tokenizer)
         assert [answer] == generate_answers(model, tokenizer, [prompt], max_new_tokens=most)
 
 
+def test_an_answer_that_fits_the_context_once_is_let_in(tokenizer):
+    """Its room is for saying it, not for scoring it and saying it, too."""
+    fact = Fact(id="velm", subject="Velm", prompt="{} is a", target="river " * 40)
+    editor = SimpleNamespace(encoder=RowEncoder(tokenizer, max_length=128))
+    room = answer_room(editor.encoder, fact)
+    assert 128 // 2 < room < 120
+    check_lengths(editor, [fact])
+    editor.encoder = RowEncoder(tokenizer, max_length=room)
+    with pytest.raises(FactError, match=f"velm, efficacy: .* no room for an answer of {room}"):
+        check_lengths(editor, [fact])
+
+
 def test_a_long_target_can_be_said_whole(tokenizer):
     """And so can an old answer, or another one that is accepted."""
-    encoder, long = RowEncoder(tokenizer, max_length=128), "river and valley " * 12
+    encoder, long = RowEncoder(tokenizer, max_length=128), ("river and valley " * 12).strip()
     own = tokenizer(" " + long, add_special_tokens=False)["input_ids"]
     fact = Fact(subject="Velm", prompt="{} is a", target="river")
     assert answer_room(encoder, fact) == 12
     for longer in ({"target": long}, {"old_answer": long}, {"target_aliases": (long,)}):
-        assert answer_room(encoder, replace(fact, **longer)) > len(own) > 12
+        assert answer_room(encoder, replace(fact, **longer)) >= len(own) > 12
 
 
 def test_generation_is_greedy_whatever_the_checkpoint_asks_for(tiny_model, tokenizer):

@@ -18,7 +18,7 @@ from nulledit.evaluation import evaluate, retry_failing
 from nulledit.evaluation.diagnosis import diagnose, first_slip, holds
 from nulledit.evaluation.generation import ANSWER_TOKENS, loops, says
 from nulledit.evaluation.old_answers import disagreements, first_clause, with_base_answers
-from nulledit.evaluation.outlook import outlook
+from nulledit.evaluation.outlook import Outlook, outlook
 from nulledit.runs.holding import headline, held, legend, mark, reasons
 
 
@@ -104,6 +104,27 @@ def test_a_silent_base_and_a_looping_answer_are_told(make, facts):
     assert not loops("1000000 people", "1000000 people")
     assert says("Paris, the city", "Paris")
     assert not says("Paris Paris Paris Paris", "Paris")
+
+
+def test_an_alias_that_is_said_and_then_repeated_is_told(make, facts, monkeypatch):
+    editor = make(values__steps=2)
+    fact = dataclasses.replace(facts[0], target_aliases=("Velmian tongue",))
+    editor.edit([fact])
+    after = evaluate(editor, [fact])
+    said = {fact.id: "Velmian tongue, and so on, and so on, and so on"}
+    looping = dataclasses.replace(after, answers=said, says_target={fact.id: False})
+    monkeypatch.setattr("nulledit.evaluation.diagnosis.first_slip", lambda *_: None)
+    (found,) = diagnose(editor, [fact], looping)
+    assert [cause.name for cause in found.causes] == ["loops"]
+
+
+def test_a_control_character_hides_no_old_answer(make, facts):
+    """Neither from the notice of an edit nor from `facts check --model`."""
+    fact = dataclasses.replace(facts[1], old_answer="Paris")
+    said = "Par\x07is, a city"
+    base = dataclasses.replace(evaluate(make(), [fact]), answers={fact.id: said})
+    assert not disagreements([fact], base)
+    assert Outlook(fact, 1, False, said, ()).says_old_answer
 
 
 def test_the_first_slip_is_where_a_whole_run_goes_another_way(make, facts):
@@ -210,6 +231,7 @@ def test_old_answers_are_compared_with_the_base_and_taken_from_it(make, facts):
     base = evaluate(editor.editable, facts)
     told = disagreements(facts, base)
     assert len(told) == 1
+    assert "in 1 of 1 facts with one" in told[0]
     assert "ada" in told[0]
     taken = with_base_answers(editor, facts)
     assert taken[0] == facts[0]
@@ -220,6 +242,8 @@ def test_old_answers_are_compared_with_the_base_and_taken_from_it(make, facts):
     assert not disagreements(taken[1:], base)
     assert first_clause("Paris. It is a city") == "Paris"
     assert first_clause("3.5 kg, or so") == "3.5 kg"
+    assert first_clause("中国的首\ufffd") == "中国的首"
+    assert first_clause("\ufffd") == ""
 
 
 def test_a_long_old_answer_is_heard_whole(make, monkeypatch):

@@ -13,7 +13,11 @@ LAYERS = {
     "numbers": (("linalg",), ("methods",)),
     "model": (("models",), ("statistics",)),
     "editing": (("ledger",), ("editing",)),
-    "using": (("evaluation", "report"), ("baselines", "export", "runs", "tracing", "tuning")),
+    "using": (
+        ("evaluation", "report"),
+        ("baselines", "runs", "tracing", "tuning"),
+        ("export",),
+    ),
     "leaves": (("studies",), ("cli",), ("__main__",)),
 }
 """Layers from the ground up; in each, floors of rooms that do not know each other."""

@@ -170,6 +170,11 @@ def edit(facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
     recipe = None if given["run"] else make_recipe(given)
     prepare(quiet=quiet)
     ranks = meet(given["device"])
+    from nulledit.cli import runs
+    from nulledit.cli.run_page import show, show_refusal
+
+    if given["retry"] and recipe:
+        runs.check_retry(recipe, ranks)
     if given["dry_run"]:
         if not ranks.first:
             return None
@@ -178,9 +183,6 @@ def edit(facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
         name = model_source(given["model"])
         size = estimate.estimate(name, found.facts, recipe, dtype=given["dtype"], given=given)
         return emit(size) if as_json else echo(estimate.as_page(size))
-    from nulledit.cli import runs
-    from nulledit.cli.run_page import show, show_refusal
-
     try:
         with ranks.watched():
             result = runs.run(found.facts, recipe, given, ranks, quiet=quiet)

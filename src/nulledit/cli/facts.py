@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
@@ -82,6 +83,7 @@ def check(file: str, as_json: bool, quiet: bool, **given: Any) -> None:
     _refuse_alone(given)
     try:
         found = facts_of(file, given, quiet=quiet or as_json)
+        seen = _look(found.facts, given, quiet=quiet) if given["model"] is not None else ()
     except BadRecordsError as error:
         if as_json:
             emit({"file": file, "errors": error.problems})
@@ -89,11 +91,10 @@ def check(file: str, as_json: bool, quiet: bool, **given: Any) -> None:
             echo("\n".join(error.problems))
         raise
     counts = count(found.facts)
-    seen = _look(found.facts, given, quiet=quiet) if given["model"] else ()
     if as_json:
         told: dict[str, Any] = {"file": file, "format": found.format, **counts}
         told |= {"bad": found.bad, "notices": found.notices}
-        if given["model"]:
+        if given["model"] is not None:
             told["model"] = {"name": given["model"], "facts": [_plain(item) for item in seen]}
         emit(told)
         return
@@ -128,7 +129,7 @@ def new(file: str) -> None:
         raise ConfigError(f"{file}: is there already; choose another name")
     template = resources.files("nulledit") / "assets" / "facts" / "template.yaml"
     write_text(path, template.read_text(encoding="utf-8"))
-    echo(f"Wrote {file}. Put your facts in it, then: nulledit facts check {file}")
+    echo(f"Wrote {file}. Put your facts in it, then: nulledit facts check {quote(file)}")
 
 
 def count(found: Sequence[Fact]) -> dict[str, Any]:
@@ -148,7 +149,7 @@ def count(found: Sequence[Fact]) -> dict[str, Any]:
 
 def _refuse_alone(given: Mapping[str, Any]) -> None:
     """Options of a model, without a model."""
-    if given["model"]:
+    if given["model"] is not None:
         return
     names = ("chat", "system", "device", "dtype", "quantize", "trust_remote_code")
     if flags := ["--" + name.replace("_", "-") for name in names if given[name]]:
@@ -162,9 +163,10 @@ def _look(facts: Sequence[Fact], given: Mapping[str, Any], *, quiet: bool) -> Se
     from nulledit.evaluation.outlook import outlook
     from nulledit.models.editable_model import EditableModel
 
+    form = chat_settings(given, None)
     say(f"Loading {given['model']}", quiet=quiet)
     model, tokenizer = load_asked(given["model"], given)
-    asked = EditableModel(model, tokenizer).in_chat(chat_settings(given, None))
+    asked = EditableModel(model, tokenizer).in_chat(form)
     with Bars(quiet=quiet) as bars:
         return outlook(
             asked,

@@ -18,7 +18,7 @@ from nulledit.editing.editor import Editor
 from nulledit.errors import FactError, LedgerError
 from nulledit.evaluation.generation import answer_room
 from nulledit.evaluation.preservation import shipped_corpus
-from nulledit.evaluation.queries import queries_of
+from nulledit.evaluation.queries import Kind, queries_of
 from nulledit.evaluation.reading import read_windows
 from nulledit.evaluation.runner import Evaluation, evaluate
 from nulledit.models.editable_model import EditableModel
@@ -27,6 +27,7 @@ from nulledit.models.tokens import RowEncoder
 from nulledit.parallel.ranks import Ranks
 
 WINDOW = 256  # tokens
+SPOKEN: tuple[Kind, ...] = ("efficacy", "forgotten")  # the fact's own prompt is answered freely
 
 
 @dataclass(frozen=True)
@@ -82,16 +83,19 @@ def windows_of(encoder: RowEncoder, file: str | None) -> Text:
 
 
 def check_lengths(editor: Editor, facts: Sequence[Fact]) -> None:
-    """Refuse a prompt that leaves no room for an answer before anything is edited."""
-    encoder = editor.editable.encoder
+    """Refuse what will not fit the context when it is asked, before anything is edited."""
+    whole = editor.editable.encoder
     for fact in facts:
-        room = encoder.leaving(answer_room(encoder, fact))
+        room = answer_room(whole, fact)
         for query in queries_of(fact):
             answer = max(query.said, key=len)
-            if not room.chat and len(f"{query.prompt} {answer}".encode()) < room.max_length:
+            size = len(f"{query.prompt} {answer}".encode())
+            if not whole.chat and size < whole.max_length - room:
                 continue  # tokens are at least a byte long
             try:
-                room.encode(query.prompt, target=answer)
+                whole.encode(query.prompt, target=answer)
+                if query.kind in SPOKEN:
+                    whole.leaving(room).encode(query.prompt)
             except FactError as error:
                 raise FactError(f"fact {fact.id}, {query.kind}: {error}") from error
 

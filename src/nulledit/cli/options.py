@@ -320,6 +320,10 @@ def parse_changes(settings: tuple[str, ...]) -> dict[str, str]:
 
 def model_source(name: str) -> str:
     """A local folder as an absolute path, so that a run finds its base from anywhere."""
+    if not name:  # not the folder where we are
+        raise ConfigError(
+            "the model's name is empty: give smollm2-135m, a local folder or a Hub id"
+        )
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 

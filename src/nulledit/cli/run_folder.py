@@ -63,6 +63,13 @@ def check_fresh(folder: Path) -> None:
     )
 
 
+def check_pages(folder: Path) -> None:
+    """Raise ReportError for pages of a run that could not be gone on with after an edit."""
+    folder_of.read_lines(folder)
+    folder_of.read_json(folder, "summary.json", None)
+    folder_of.read_json(folder, "environment.json", [])
+
+
 def finish(
     editor: Editor,
     folder: Path,

@@ -14,7 +14,7 @@ from nulledit.cli.edit import changed
 from nulledit.cli.going_on import Kept, begun, edit_again, retry_again
 from nulledit.cli.measure import Text, check_lengths, load_run, read_text
 from nulledit.cli.options import model_source
-from nulledit.cli.run_folder import Result, check_fresh, finish, is_current, timed
+from nulledit.cli.run_folder import Result, check_fresh, check_pages, finish, is_current, timed
 from nulledit.config import Recipe, load_recipe
 from nulledit.data.facts import Fact
 from nulledit.editing.editor import Editor, EditReport
@@ -50,12 +50,16 @@ def run(
         given = {**given, "run": given["out"]}  # by this very command, before a restart
     editor = _opened(folder, recipe, given, ranks, quiet=quiet)
     if given["retry"]:
-        _check_retry(editor, ranks)
+        check_retry(editor.recipe, ranks)
     seconds = {"load": time.perf_counter() - started}
     asked, facts = {f.key for f in facts}, _new(editor, facts, quiet=quiet)
+    if not given["no_evaluate"]:
+        check_lengths(editor, facts)
     if given["old_answers"]:
         say("Asking the base for old answers", quiet=quiet)
         facts = with_base_answers(editor, facts)
+        if not given["no_evaluate"]:
+            check_lengths(editor, facts)
     if given["new_epoch"] and not facts:
         say("Note: no fact is new, so no epoch is begun", quiet=quiet)
     begins = not given["run"]
@@ -66,7 +70,6 @@ def run(
     text = None
     if not given["no_evaluate"]:
         text = read_text(editor, given["text"])
-        check_lengths(editor, facts)
     with kept.told(), ExitStack() as stack:
         if begins:
             Store(folder / "ledger").discard()  # of a run that was killed in its first batch
@@ -89,10 +92,11 @@ def run_retry(given: dict[str, Any], *, quiet: bool) -> Result | str:
     started = time.perf_counter()
     folder = Path(given["run"])
     limits = _limits(given)
+    check_pages(folder)
     recover_folder(folder / "model")
     trust = given["trust_remote_code"]
     editor = load_run(folder, given["device"], quiet=quiet, trust_remote_code=trust)
-    _check_values(editor)
+    _check_values(editor.recipe)
     seconds = {"load": time.perf_counter() - started}
     text = read_text(editor, given["text"])
     kept = Kept(editor, folder, retry_again)
@@ -139,6 +143,7 @@ def _opened(
     device, trust = own_device(ranks, given["device"]), given["trust_remote_code"]
     if given["run"]:
         if ranks.first:
+            check_pages(folder)
             recover_folder(folder / "model")
         ranks.barrier()
         editor = load_run(folder, device, quiet=quiet, trust_remote_code=trust, ranks=ranks)
@@ -238,17 +243,17 @@ def _gated(
     return report
 
 
-def _check_retry(editor: Editor, ranks: Ranks) -> None:
+def check_retry(recipe: Recipe, ranks: Ranks) -> None:
     """Refuse what can't be written again, before anything is edited."""
     if not ranks.alone:
         raise ConfigError(
             "--retry works in one process: leave it out here, then call `nulledit retry RUN`"
         )
-    _check_values(editor)
+    _check_values(recipe)
 
 
-def _check_values(editor: Editor) -> None:
-    method = find_method(editor.recipe.method.name)
+def _check_values(recipe: Recipe) -> None:
+    method = find_method(recipe.method.name)
     if method.by_gradient:
         raise ConfigError(f"a retry makes values stronger, and {method.name} optimises none")
 

@@ -165,7 +165,7 @@ def _broken(slip: Slip) -> str:
 
 def _spoken(fact: Fact, answer: str) -> list[Cause]:
     """Why an answer whose every token is the likeliest does not count."""
-    if contains(answer, fact.target) and loops(answer, fact.target):
+    if any(contains(answer, said) and loops(answer, said) for said in fact.answers):
         return [Cause("loops", "says the target, then repeats itself")]
     return [
         Cause("wording", "every token of the target is likeliest, its own words read otherwise")

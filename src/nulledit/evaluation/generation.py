@@ -34,8 +34,8 @@ _OPEN = (*UNSPACED, "HANGUL")
 
 _AGAIN = re.compile(r"(\S.*?\S)(?: ?\1){2,}")
 
-ANSWER_TOKENS = 12  # of an answer, if none that its fact names is longer
-SPARE_TOKENS = 4  # beyond it, so that what follows it is seen
+ANSWER_TOKENS = 12  # of an answer, if none that its fact names needs more
+SPARE_TOKENS = 4  # beyond a right one, so that what follows it is seen
 
 
 def generate_answers(
@@ -116,10 +116,14 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[int, ..
 
 
 def answer_room(encoder: RowEncoder, fact: Fact) -> int:
-    """Tokens that an answer gets: enough for each that the fact names, and then some."""
+    """Tokens that an answer gets: enough for the fact's old one, or a right one and then some.
+
+    An old answer that the base gave within `ANSWER_TOKENS` makes for no longer answers.
+    """
     named = [*fact.answers, *([] if fact.old_answer is None else [fact.old_answer])]
     rows = encoder.tokenizer([" " + text for text in named], add_special_tokens=False)["input_ids"]
-    return max(ANSWER_TOKENS, max(map(len, rows)) + SPARE_TOKENS)
+    lengths = [len(row) for row in rows]
+    return max(ANSWER_TOKENS, max(lengths[: len(fact.answers)]) + SPARE_TOKENS, *lengths)
 
 
 def contains(answer_text: str, target: str) -> bool:

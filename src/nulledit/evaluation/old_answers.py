@@ -13,6 +13,7 @@ from nulledit.editing.session import some
 from nulledit.evaluation.generation import contains, generate_answers
 from nulledit.evaluation.runner import Evaluation
 
+NO_TEXT = "\ufffd"  # stands for bytes that are no character
 _CLAUSE = re.compile(r"(?:[^.,;:!?。、，！？]|[.,:](?=\w))+")
 
 
@@ -34,29 +35,46 @@ def with_base_answers(editor: Editor, facts: Sequence[Fact]) -> list[Fact]:
     ]
 
 
+def says_old_answer(fact: Fact, answer_text: str) -> bool | None:
+    """Whether the old answer of `fact` is in what the base says; None where there is none to say.
+
+    Control characters, which no fact may hold, don't count.
+    """
+    if fact.old_answer is None or fact.forget:
+        return None
+    return contains(_printable(answer_text), fact.old_answer)
+
+
 def disagreements(facts: Sequence[Fact], base: Evaluation) -> list[str]:
     """A notice where the old answers of `facts` are not what the base says; else nothing."""
+    named = [
+        (f, said) for f in facts if (said := says_old_answer(f, base.answers[f.id])) is not None
+    ]
     wrong = [
-        f"{f.id} (says {quote(base.answers[f.id])}, given {quote(f.old_answer)})"
-        for f in facts
-        if f.old_answer and not f.forget
-        if not contains(_printable(base.answers[f.id]), f.old_answer)
+        f"{f.id} (says {quote(base.answers[f.id])}, given {quote(f.old_answer or '')})"
+        for f, said in named
+        if not said
     ]
     if not wrong:
         return []
     return [
-        f"old_answer is not what the base says in {len(wrong)} of {len(facts)} facts, so "
+        f"old_answer is not what the base says in {len(wrong)} of {len(named)} facts with one, so "
         f"preference says little there: {some(wrong, 3)}; where there is none, --old-answers takes "
         "the base's own"
     ]
 
 
 def first_clause(answer_text: str) -> str:
-    """An answer up to the first mark that ends a clause: "Paris" of "Paris. It is a city"."""
-    found = _CLAUSE.match(_printable(answer_text).strip())
+    """An answer up to the first mark that ends a clause: "Paris" of "Paris. It is a city".
+
+    Or up to the first bytes that are no character.
+    """
+    whole = answer_text.partition(NO_TEXT)[0]  # it may be cut within a character
+    found = _CLAUSE.match(_printable(whole).strip())
     return found[0].strip() if found else ""
 
 
 def _printable(text: str) -> str:
-    """Without control characters, which no fact may hold."""
-    return "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cs"))
+    """Without control characters, and with spaces for bytes that are no text."""
+    shown = (c for c in text if unicodedata.category(c) not in ("Cc", "Cs"))
+    return "".join(shown).replace(NO_TEXT, " ")

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nulledit.data.facts import Fact, quote
-from nulledit.errors import FactError
-from nulledit.evaluation.generation import answer_room, contains, generate_answers, says_any
+from nulledit.errors import BadRecordsError, FactError
+from nulledit.evaluation.generation import answer_room, generate_answers, says_any
+from nulledit.evaluation.old_answers import says_old_answer
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.tokens import Row, RowEncoder
 
@@ -36,8 +37,7 @@ class Outlook:
     @property
     def says_old_answer(self) -> bool | None:
         """Whether the old answer is what the model says; None without an old answer."""
-        old = self.fact.old_answer
-        return None if old is None else contains(self.says, old)
+        return says_old_answer(self.fact, self.says)
 
 
 def outlook(
@@ -48,9 +48,9 @@ def outlook(
 ) -> tuple[Outlook, ...]:
     """What the model makes of each of `facts`, asked in the model's form.
 
-    FactError for a fact that the tokenizer or the model's context can't hold.
+    BadRecordsError for facts that the tokenizer or the model's context can't hold.
     """
-    rows = [_row(model.encoder, fact) for fact in facts]
+    rows = _rows(model.encoder, facts)
     sharing: dict[tuple[int, ...], list[str]] = {}
     for fact, row in zip(facts, rows, strict=True):
         sharing.setdefault(row.upto_subject().ids, []).append(fact.id)
@@ -73,8 +73,15 @@ def outlook(
     )
 
 
-def _row(encoder: RowEncoder, fact: Fact) -> Row:
-    try:
-        return encoder.encode_template(fact.prompt, fact.subject, target=fact.target)
-    except FactError as error:
-        raise FactError(f"fact {quote(fact.id)}: {error}") from error
+def _rows(encoder: RowEncoder, facts: Sequence[Fact]) -> list[Row]:
+    rows, bad = [], []
+    for fact in facts:
+        try:
+            encoder.leaving(answer_room(encoder, fact)).encode(fact.render(fact.prompt))
+            rows.append(encoder.encode_template(fact.prompt, fact.subject, target=fact.target))
+        except FactError as error:
+            bad.append(f"fact {quote(fact.id)}: {error}")
+    if bad:
+        source = f"{len(bad)} of {len(facts)} facts don't fit the model"
+        raise BadRecordsError(source, tuple(bad), skippable=0, read_as="")
+    return rows

@@ -77,8 +77,12 @@ class RowEncoder:
         max_length: int,
         chat: ChatForm | None = None,
         vocabulary: int | None = None,
+        room: int = 0,
     ):
-        """`max_length`: tokens that fit the model's context; `vocabulary`: ids that it embeds."""
+        """`max_length`: tokens that fit the model's context; `vocabulary`: ids that it embeds.
+
+        `room`: how many of the context's tokens every text leaves free.
+        """
         if not tokenizer.is_fast:
             raise ModelError(
                 f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed"
@@ -87,6 +91,7 @@ class RowEncoder:
         self.max_length = max_length
         self.chat = chat
         self.vocabulary = vocabulary
+        self.room = room
 
     @classmethod
     def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> RowEncoder:
@@ -103,15 +108,19 @@ class RowEncoder:
         ModelError if the tokenizer has no template, or another one than the settings name.
         """
         form = None if settings is None else ChatForm(self.tokenizer, settings)
-        return self._with(self.max_length, form)
+        return self._with(form, self.room)
 
     def leaving(self, tokens: int) -> RowEncoder:
         """The same for texts that leave room for so many tokens behind them."""
-        return self._with(self.max_length - tokens, self.chat)
+        return self._with(self.chat, tokens)
 
-    def _with(self, max_length: int, chat: ChatForm | None) -> RowEncoder:
+    def _with(self, chat: ChatForm | None, room: int) -> RowEncoder:
         return RowEncoder(
-            self.tokenizer, max_length=max_length, chat=chat, vocabulary=self.vocabulary
+            self.tokenizer,
+            max_length=self.max_length,
+            chat=chat,
+            vocabulary=self.vocabulary,
+            room=room,
         )
 
     def encode(self, text: str, *, subject: Span | None = None, target: str | None = None) -> Row:
@@ -177,17 +186,25 @@ class RowEncoder:
         start = framed.starts[-1 if answered else 0]
         return start + subject[0], start + subject[1]
 
+    def _check_length(self, tokens: int, text: str) -> None:
+        if tokens > self.max_length:
+            what = f"is longer than the model's context of {self.max_length}, shorten it"
+        elif tokens > self.max_length - self.room:
+            what = (
+                f"leaves no room for an answer of {self.room} in the model's context of "
+                f"{self.max_length}, shorten one of them"
+            )
+        else:
+            return
+        raise FactError(f"prompt of {tokens} tokens {what}: {text[:60]!r}...")
+
     def _row(self, framed: Framed, subject: Span | None, target: str | None) -> tuple[Row, _Pieces]:
         """`subject`: where it stands in the prompt."""
         text = framed.text
         pieces = self._joined(framed, target)
         if not pieces.ids:
             raise FactError(f"text {text!r} has no tokens")
-        if len(pieces.ids) > self.max_length:
-            raise FactError(
-                f"prompt of {len(pieces.ids)} tokens is longer than the model's context of "
-                f"{self.max_length}, shorten it: {text[:60]!r}..."
-            )
+        self._check_length(len(pieces.ids), text)
         check_embedded(pieces.ids, self.vocabulary, self.tokenizer)
         subject_last = target_start = -1
         if subject is not None:
