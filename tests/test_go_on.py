@@ -6,7 +6,8 @@ from pathlib import Path
 import click
 import pytest
 
-from nulledit.cli.edit import FIXED, OF_EPOCH, edit
+from nulledit.cli.edit import edit
+from nulledit.cli.recipe_options import FIXED, OF_EPOCH
 from nulledit.cli.going_on import edit_again
 
 OPTIONS = [p for p in edit.params if isinstance(p, click.Option) and p.name != "run"]

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nulledit.cli.common import Interrupted, say
-from nulledit.cli.edit import FIXED, OF_EPOCH
 from nulledit.cli.options import given_words
+from nulledit.cli.recipe_options import FIXED, OF_EPOCH
 from nulledit.editing.editor import Editor
 from nulledit.errors import LedgerError, RankError
 from nulledit.io.text import count

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from nulledit.cli.common import Bars, convert_once, own_device, say
-from nulledit.cli.edit import changed
 from nulledit.cli.going_on import Kept, begun, edit_again, retry_again
 from nulledit.cli.measure import Text, check_lengths, load_run, read_text
 from nulledit.cli.options import model_source
+from nulledit.cli.recipe_options import changed
 from nulledit.cli.run_folder import Result, check_fresh, check_pages, finish, is_current, timed
 from nulledit.config import Recipe, load_recipe
 from nulledit.data.facts import Fact
