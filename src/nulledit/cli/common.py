@@ -45,7 +45,7 @@ def facts_of(file: str, given: Mapping[str, Any], *, quiet: bool, known: bool = 
 
 def emit(data: Any) -> None:
     """One JSON document on stdout."""
-    from nulledit.runs.folder import as_json
+    from nulledit.io.jsonfiles import as_json
 
     click.echo(as_json(data), nl=False)
 

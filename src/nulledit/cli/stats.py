@@ -33,7 +33,7 @@ from nulledit.parallel.launch import Launch
 if TYPE_CHECKING:
     from nulledit.config import NullSpaceSettings, Recipe, StatisticsSettings
     from nulledit.parallel.ranks import Ranks
-    from nulledit.statistics.collect import Statistics
+    from nulledit.statistics.spectra import Statistics
 
 null_space_option = click.option(
     "--null-space",
@@ -228,8 +228,8 @@ def show(source: str, as_json: bool, quiet: bool, **given: Any) -> None:
 def find(source: str) -> Statistics:
     """Statistics at a path, or a model's by the name they were made under: the largest."""
     from nulledit.models.load import cache_folder
-    from nulledit.statistics.collect import Statistics
     from nulledit.statistics.manifest import read_manifest
+    from nulledit.statistics.spectra import Statistics
 
     path = Path(source)
     if path.is_file() or (path / "manifest.json").is_file():

@@ -123,7 +123,7 @@ def tune(model: str, facts: str, as_json: bool, quiet: bool, **given: Any) -> No
     from nulledit.editing.editor import Editor
     from nulledit.evaluation.preservation import shipped_corpus
     from nulledit.evaluation.reading import read_windows
-    from nulledit.statistics.collect import Statistics
+    from nulledit.statistics.spectra import Statistics
     from nulledit.tuning import Bench, Search, split_facts
     from nulledit.tuning.report import beside, outline, summary_of, write_tuning
 

@@ -55,7 +55,7 @@ from nulledit.models.load import QUANTIZE, load_model, model_hash
 from nulledit.models.partial import PartialModel
 from nulledit.models.quantized import has_dense, make_editable
 from nulledit.parallel.ranks import Ranks
-from nulledit.statistics.collect import Statistics
+from nulledit.statistics.spectra import Statistics
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from nulledit.linalg.spectrum import RULES
 from nulledit.methods import find_method
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import as_out_in
-from nulledit.statistics.collect import Statistics
+from nulledit.statistics.spectra import Statistics
 
 logger = logging.getLogger(__name__)
 

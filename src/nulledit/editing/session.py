@@ -29,7 +29,8 @@ from nulledit.methods import Method, find_method
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.load import model_hash
 from nulledit.parallel.ranks import Ranks
-from nulledit.statistics.collect import Statistics, find_statistics
+from nulledit.statistics.collect import find_statistics
+from nulledit.statistics.spectra import Statistics
 
 
 class Changes:

@@ -53,7 +53,7 @@ class _PrefixLayer(DynamicLayer):
     """
 
     def __init__(self, keys: Tensor | None, values: Tensor | None, length: int, *, recording: bool):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.keys, self.values, self.length = keys, values, length
         self.recording = recording
         self.new: tuple[Tensor, Tensor] | None = None

@@ -16,6 +16,7 @@ from nulledit.report.figures import figure_of
 from nulledit.report.images import as_image
 from nulledit.report.markup import Markup, escape, join, tag
 from nulledit.report.points import points_csv
+from nulledit.report.tables import ABSENT
 from nulledit.report.words import chosen_examples, figure_caption, flat
 
 GENERATOR = '<meta name="generator" content="nulledit '
@@ -129,7 +130,7 @@ def _cell(cell: cells.Shown, numeric: bool, error_width: int, marked: bool) -> M
     """A cell; its parts keep their widths so that numbers stand under each other."""
     if not numeric:
         return tag("td", cell.text)
-    if cell.text == cells.ABSENT:
+    if cell.text == ABSENT:
         return tag("td", cell.text, class_="num absent")
     parts: list[Markup] = [tag("span", cell.text, class_="best" if cell.mark == cells.BEST else "")]
     if marked:

@@ -9,14 +9,9 @@ from pathlib import Path
 
 from nulledit._version import __version__
 from nulledit.errors import StatisticsError
-from nulledit.statistics.collect import (
-    Statistics,
-    default_folder,
-    finished,
-    read_moments,
-    ready,
-)
+from nulledit.statistics.collect import default_folder, finished, read_moments, ready
 from nulledit.statistics.manifest import Manifest, Source
+from nulledit.statistics.spectra import Statistics
 
 
 def merge_statistics(folders: Sequence[str | Path], folder: str | Path | None = None) -> Statistics:

@@ -21,7 +21,7 @@ from nulledit.evaluation.reading import Reading, read, read_windows
 from nulledit.evaluation.runner import evaluate
 from nulledit.evaluation.tasks import Item, read_tasks
 from nulledit.io.files import write_text
-from nulledit.runs.folder import as_json
+from nulledit.io.jsonfiles import as_json
 from nulledit.studies.scale import Scale
 from nulledit.studies.stream import MEASURES, Progress, Stream, StreamPlan, Workbench, shuffled
 

@@ -24,8 +24,8 @@ from nulledit.data.facts import Fact
 from nulledit.editing.editor import Editor
 from nulledit.errors import ConfigError
 from nulledit.io.files import replacing_folder, write_text
+from nulledit.io.jsonfiles import as_json
 from nulledit.ledger.store import Store
-from nulledit.runs.folder import as_json
 
 FORMAT = 1  # raise it when the same plan comes to give another stream
 MEASURES = 1  # raise it when the same question comes to get another answer

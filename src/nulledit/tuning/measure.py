@@ -13,7 +13,7 @@ from nulledit.editing.editor import Editor
 from nulledit.evaluation.reading import Divergence, divergence, read
 from nulledit.evaluation.runner import evaluate
 from nulledit.evaluation.stats import perplexity_growth
-from nulledit.statistics.collect import Statistics
+from nulledit.statistics.spectra import Statistics
 from nulledit.tuning.objective import Outcome, shares
 
 Progress = Callable[[str, int, int], None]
