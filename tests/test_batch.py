@@ -347,8 +347,8 @@ def test_early_stop_ends_as_soon_as_every_row_says_the_target(known):
     early = in_the_world(known, values__stop_when_likeliest=1, **changes)
     report = early.edit(edits)
     for stopped, went_on in zip(report.columns, late.columns, strict=True):
-        steps = stopped.outcome["steps"]
-        assert 0 < steps < went_on.outcome["steps"]
+        steps = stopped.outcome.steps
+        assert 0 < steps < went_on.outcome.steps
 
 
 def leads_in(editor, facts):
@@ -378,10 +378,10 @@ def test_rounds_give_what_does_not_hold_the_rest_that_it_lacks(known):
     assert min(after) > min(before)
     found = bare_leads(often.partial, often.encoder, edits, positions=30, pad_id=0)
     assert found == pytest.approx(after, abs=1e-4)
-    steps = {c.fact.id: c.outcome["steps"] for c in report.columns}
+    steps = {c.fact.id: c.outcome.steps for c in report.columns}
     for fact, lead, column in zip(edits, before, once.history.active, strict=True):
-        assert steps[fact.id] >= column.outcome["steps"]
-        assert lead <= 0.5 or steps[fact.id] >= column.outcome["steps"]
+        assert steps[fact.id] >= column.outcome.steps
+        assert lead <= 0.5 or steps[fact.id] >= column.outcome.steps
 
 
 def test_rounds_are_recorded_like_any_other_value(known):

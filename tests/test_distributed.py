@@ -111,7 +111,7 @@ def same_run(found, expected):
         x, y = (h.column_tensor(h.active, name) for h in (first, second))
         assert (x - y).norm() < 1e-10 * y.norm(), name
     for x, y in zip(first.active, second.active, strict=True):
-        assert x.outcome["steps"] == y.outcome["steps"]
+        assert x.outcome.steps == y.outcome.steps
 
 
 def said_once(ranks, speaker, *words):

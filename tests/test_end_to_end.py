@@ -138,7 +138,7 @@ def test_an_edit_holds_whatever_the_rounding(make_editor):
     for seed in range(3):
         editor = make_editor(edited=EDITS, by=1e-3, seed=seed)
         report = editor.edit(facts)
-        assert all(column.outcome["lead"] > 0.5 for column in report.columns)
+        assert all(column.outcome.lead > 0.5 for column in report.columns)
         for fact in facts:
             assert ask(editor, fact.render(fact.prompt)) == fact.target
 
@@ -188,7 +188,7 @@ def test_a_fact_the_model_holds_is_kept_and_marked(make_editor):
         old_answer=None,
     )
     report = editor.edit([held])
-    assert report.columns[0].outcome["known"]
+    assert report.columns[0].outcome.known
     assert "said by the model already" in report.notices[-1]
     assert editor.facts == [held]
     assert everything(editor) == 1.0

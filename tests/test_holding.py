@@ -60,7 +60,7 @@ def test_what_ran_out_of_steps_or_met_the_clamp_is_told(make, facts):
 def test_a_value_that_the_solve_did_not_take_up_is_told(known, edits):
     editor = in_the_world(known, method__l2=1e6)
     editor.edit(edits)
-    assert all(c.outcome["lead"] > 0 for c in editor.history.active)
+    assert all(c.outcome.lead > 0 for c in editor.history.active)
     assert causes(editor, edits) == {fact.id: ["solve"] for fact in edits}
 
 
@@ -159,7 +159,7 @@ def test_retry_writes_what_does_not_hold(known, edits):
     kinds = [event.kind for event in editor.history.events]
     assert kinds == ["edit", *["retry"] * (len(kinds) - 1)]
     for column in editor.history.active:
-        changed = column.outcome.get("settings")
+        changed = column.outcome.settings
         assert (changed is not None) == (column.batch > 1)
         assert changed is None or changed["values.steps"] in [2**n for n in range(2, 7)]
 

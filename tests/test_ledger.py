@@ -51,7 +51,7 @@ def slow_fold(history, layer):
     W = history.original(layer).double()
     past = []
     for epoch in history.epochs:
-        if layer not in epoch.recipe["layers"]:
+        if layer not in epoch.recipe.layers:
             continue
         recipe = Recipe.from_dict(epoch.recipe)
         metrics = LayerMetrics.of(recipe, *read_spectrum(history.tensors[epoch.tensors], layer))
@@ -256,7 +256,7 @@ def test_undo_stays_in_its_epoch_though_another_is_due(make_editor, tokenizer, t
     editor.save(tmp_path)
     assert same(weights(Editor.load(tmp_path)), weights(editor))
     editor.edit([answered("Greek", id="new")])
-    assert [e.recipe["layers"] for e in editor.history.epochs] == [[1, 2], [0, 1]]
+    assert [list(e.recipe.layers) for e in editor.history.epochs] == [[1, 2], [0, 1]]
 
 
 @pytest.mark.parametrize("change", ["undo", "edit"])
@@ -461,7 +461,7 @@ def fresh_run(make_editor, batches, values, monkeypatch, recipe=RECIPE):
 
 def values_of(*histories):
     return {
-        c.fact.key: Value.recorded(z, c.outcome)
+        c.fact.key: Value(z, c.outcome)
         for h in histories
         for c in h.active
         for z in h.column_tensor([c], "z")

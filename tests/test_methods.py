@@ -16,7 +16,7 @@ from nulledit import Fact
 from nulledit.cli.main import cli
 from nulledit.config import MethodSettings, Recipe
 from nulledit.errors import ConfigError, LedgerError, NoRoomError
-from nulledit.ledger.records import Base, Batch, Column, Epoch, History
+from nulledit.ledger.records import Base, Column, Epoch, History, ValueOutcome
 from nulledit.ledger.solver import LayerFold, LayerMetrics, recorded, spectrum_tensors
 from nulledit.linalg.postprocess import keep_largest, restrain
 from nulledit.linalg.solve import solve_update
@@ -77,10 +77,9 @@ class Stream:
         recipe = find_method(name).filled(Recipe.from_dict({"layers": [0], "method": method}))
         spectrum = Spectrum.of(C)
         tensors = spectrum_tensors(spectrum, THRESHOLD, 0, torch.float64) | {"base.0": W0}
-        self.history = History(Base("", "0", "float64", {}, 0))
-        self.history.epochs.append(Epoch(1, recipe.to_dict(), 0, ("{}",), {}, "epoch"))
-        self.history.tensors["epoch"] = tensors
-        self.fold = LayerFold(self.history, 0, torch.device("cpu"))
+        epoch = Epoch(1, recipe.to_dict(), 0, ("{}",), {}, "epoch")
+        self.history = History(Base("", "0", "float64", {}, 0)).with_epoch(epoch, tensors)
+        self.fold = LayerFold(self, 0, torch.device("cpu"))
         self.state = self.fold.fold([])
         for i in range(batches):
             self.write(draw(D, N, seed=10 + i) if keys is None else keys[i], seed=20 + i)
@@ -95,12 +94,12 @@ class Stream:
         rows = {"keys.0": keys.mT, "targets.0": targets.mT}
         if self.fold.stage.method.by_gradient:
             rows["update.0"] = self.state.total - before.total
-        self.history.batches.append(Batch(id_, 1, f"batch{id_}"))
-        self.history.tensors[f"batch{id_}"] = rows
+        made = []
         for row in range(keys.shape[1]):
-            number = len(self.history.columns) + 1
+            number = len(self.history.columns) + 1 + row
             fact = Fact(id=str(number), subject="x", prompt="{} is", target="y")
-            self.history.columns.append(Column(number, id_, row, number, fact, True, {}))
+            made.append(Column(number, id_, row, number, fact, ValueOutcome(0.0)))
+        self.history = self.history.after("edit", made, digest=f"batch{id_}", tensors=rows)
 
     def batches(self, columns=None):
         """(K, absolute V) of each batch, of `columns` only."""

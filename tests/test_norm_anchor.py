@@ -130,10 +130,10 @@ def test_only_what_w_gives_is_scaled_and_outcomes_are_of_what_is_written(make, f
         z = editor.history.column_tensor([column], "z")[0]
         assert torch.allclose(z, expected, atol=1e-8)
         delta = z - h
-        assert math.isclose(column.outcome["delta_share"], delta.norm() / h.norm(), rel_tol=1e-6)
-        assert math.isclose(column.outcome["nll"], plain_nll(twin, fact, delta), rel_tol=1e-6)
-        assert abs(column.outcome["nll"] - value.nll) > 1e-4
-        assert column.outcome["loss"] > column.outcome["nll"]
+        assert math.isclose(column.outcome.delta_share, delta.norm() / h.norm(), rel_tol=1e-6)
+        assert math.isclose(column.outcome.nll, plain_nll(twin, fact, delta), rel_tol=1e-6)
+        assert abs(column.outcome.nll - value.nll) > 1e-4
+        assert column.outcome.loss > column.outcome.nll
 
 
 def test_the_sample_is_of_the_unedited_model_and_v_of_the_edited_one(make, few, facts):
@@ -163,7 +163,7 @@ def test_where_v_is_too_long_nothing_is_written(make, few, facts, monkeypatch):
     report = editor.edit(facts[:2], shuffle=False)
     assert any(note.startswith("norm anchor: 2 of 2 values") for note in report.notices)
     for column in editor.history.active:
-        assert column.outcome["delta_share"] < 1e-12
+        assert column.outcome.delta_share < 1e-12
     for layer in editor.recipe.layers:
         written = editor._changes.weights.exact(layer) - editor._changes.weights.base(layer)
         assert written.norm() < 1e-9
@@ -184,7 +184,7 @@ def test_every_way_to_values_can_be_anchored(make, few, facts, changes):
     editor = make(recipe=ANCHORED.with_fields(changes))
     editor.edit(facts[:2])
     editor.edit(facts[2:])
-    assert all(math.isfinite(c.outcome["nll"]) for c in editor.history.active)
+    assert all(math.isfinite(c.outcome.nll) for c in editor.history.active)
 
 
 def test_the_length_is_measured_once_and_kept_with_what_it_depends_on(

@@ -79,7 +79,7 @@ def test_an_unknown_family_is_used_with_a_notice(tokenizer, facts, caplog, make_
     assert "mlp.c_proj, which enters the residual stream plain" in told[0]
     before = {k: v.clone() for k, v in model.state_dict().items()}
     report = editor.edit(facts)
-    assert all(c.outcome["loss"] > 0 for c in report.columns)
+    assert all(c.outcome.loss > 0 for c in report.columns)
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert changed == {f"model.layers.{i}.mlp.c_proj.weight" for i in RECIPE.layers}
     editor.undo(*[fact.id for fact in facts])

@@ -108,7 +108,7 @@ def test_a_hybrid_is_edited_and_undone(tokenizer, facts):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     editor = Editor(model, tokenizer, recipe=RECIPE, statistics=statistics_of(model, tokenizer))
     report = editor.edit(facts)
-    assert all(c.outcome["steps"] for c in report.columns)
+    assert all(c.outcome.steps for c in report.columns)
     editor.undo(*[fact.id for fact in facts])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 

@@ -199,7 +199,7 @@ def _state(editor: Editor) -> dict[str, Any]:
     return {
         "version": __version__,
         "state": editor.history.state_id,
-        "base": asdict(editor.history.base),
+        "base": editor.history.base.to_dict(),
         "facts": len(editor.facts),
         "batches": len(editor.history.batches),
     }
@@ -208,13 +208,13 @@ def _state(editor: Editor) -> dict[str, Any]:
 def _recipe(editor: Editor) -> Recipe:
     """Of the current epoch, whatever is to come next; before the first, of the one to open."""
     epochs = editor.history.epochs
-    return Recipe.recorded(epochs[-1].recipe) if epochs else editor.recipe
+    return epochs[-1].recipe if epochs else editor.recipe
 
 
 def _known(columns: Sequence[Column]) -> int | None:
     """How many facts the model said before; None where the method never asked it."""
-    told = [c.outcome["known"] for c in columns]
-    return None if None in told else sum(told)
+    told = [c.outcome.known for c in columns]
+    return None if None in told else told.count(True)
 
 
 def _error(kept: Preservation | None) -> dict[str, Any]:

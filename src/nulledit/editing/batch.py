@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ from nulledit.editing.target_loss import WeightLoss
 from nulledit.editing.value_cache import ValueCache
 from nulledit.editing.values import bare_leads, measure_values, optimise_values
 from nulledit.editing.weights import EditedWeights
-from nulledit.ledger.records import Column
+from nulledit.ledger.records import Column, ValueOutcome
 from nulledit.linalg.angles import same_key_groups
 from nulledit.methods import find_method
 from nulledit.models.editable_model import EditableModel
@@ -97,7 +96,7 @@ class Written:
 
     tensors: dict[str, Tensor]
     """Keys, targets and values, one row per request."""
-    outcomes: list[dict[str, Any]]
+    outcomes: list[ValueOutcome]
     """How each request's value was reached."""
     groups: list[int]
     """Requests that stand or fall together have one number, that of the first of them."""
@@ -148,8 +147,7 @@ class BatchWriter:
         wordings = [request.wording for request in self.requests]
         if self.method.by_gradient:
             found, tensors = self._descend(staying)
-            found, tensors = self.ranks.from_first(found, tensors)
-            return Written(tensors, found, [0] * len(wordings))
+            return self._agreed(tensors, found, [0] * len(wordings))
         shared = same_key_groups(self.first_keys, self.recipe.same_key)
         values: dict[int, list[Value]] = {}  # by layer
         find = given or (lambda layer: self._values(layer, shared))
@@ -157,9 +155,14 @@ class BatchWriter:
         if not given and self.recipe.values.rounds > 1:
             values, tensors = self._in_rounds(staying, values, tensors, shared)
         last = values[max(values)]
-        outcomes = [{k: v for k, v in vars(value).items() if k != "z"} for value in last]
-        outcomes, tensors = self.ranks.from_first(outcomes, tensors)
-        return Written(tensors, outcomes, self._joined(shared))
+        return self._agreed(tensors, [value.outcome for value in last], self._joined(shared))
+
+    def _agreed(
+        self, tensors: dict[str, Tensor], outcomes: Sequence[ValueOutcome], groups: list[int]
+    ) -> Written:
+        """What rank 0 has: other machines may round otherwise."""
+        told, tensors = self.ranks.from_first([o.to_dict() for o in outcomes], tensors)
+        return Written(tensors, [ValueOutcome.from_dict(o) for o in told], groups)
 
     def _pass(
         self,
@@ -263,7 +266,7 @@ class BatchWriter:
         _, found = self.ranks.from_first(None, {"keys": keys, "missing": missing})
         return found["keys"].to(keys), found["missing"].to(missing)
 
-    def _descend(self, staying: Sequence[Column]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    def _descend(self, staying: Sequence[Column]) -> tuple[list[ValueOutcome], dict[str, Tensor]]:
         """Each layer by gradient descent on the targets' loss."""
         tensors: dict[str, Tensor] = {}
         loss = None
@@ -281,7 +284,7 @@ class BatchWriter:
         assert loss is not None
         with differentiating():
             end = loss(loss.current())[0]
-        return [{"loss": end, "known": None} for _ in self.requests], tensors
+        return [ValueOutcome(end) for _ in self.requests], tensors
 
     def _upwards(self) -> Iterator[int]:
         """The edited layers; the walk is at each one's input, and runs it once it is written."""
@@ -478,13 +481,13 @@ class BatchWriter:
 
 def _message_of(values: Mapping[int, Value]) -> Message:
     """Values by request, for other ranks."""
-    notes = {str(i): {k: v for k, v in vars(x).items() if k != "z"} for i, x in values.items()}
+    notes = {str(i): x.outcome.to_dict() for i, x in values.items()}
     return notes, {str(i): x.z for i, x in values.items()}
 
 
 def _values_of(message: Message) -> dict[int, Value]:
     notes, tensors = message
-    return {int(i): Value(z=tensors[i], **note) for i, note in notes.items()}
+    return {int(i): Value(tensors[i], ValueOutcome.from_dict(note)) for i, note in notes.items()}
 
 
 def _stacked(values: Sequence[Value]) -> Tensor:

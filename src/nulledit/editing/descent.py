@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from nulledit.config import ValueSettings
 from nulledit.editing.kept_rows import KeptRows
 from nulledit.editing.reads import Losses, Reads
 from nulledit.errors import ModelError
+from nulledit.ledger.records import ValueOutcome
 
 
 @dataclass(frozen=True)
@@ -20,44 +21,22 @@ class Value:
     """The optimised value of one fact and how it was reached."""
 
     z: Tensor
-    """h + δ [d], at the subject's last token behind the last edited block; where a norm stands
-    between W and the stream, h is W's output."""
-    loss: float
-    """Last loss seen: NLL + KL + decay."""
-    nll: float
-    """Mean negative log-likelihood of the target per token over the rewriting rows, nats; of a fact
-    to forget, the distance from what it should say (`ignorance.unlearned`)."""
-    steps: int
-    """Updates of δ made."""
-    delta_share: float
-    """‖δ‖/‖h‖; of several rounds, their sum."""
-    known: bool
-    """Whether the model already said the target by strict argmax before any step."""
-    ended: str = ""
-    """Why the descent ended: `done`, `likeliest` (ENCORE's early stop), `patience`, or `steps`,
-    which were used up. Empty in ledgers that are older than this field."""
-    lead: float | None = None
-    """Nats by which the target's weakest token leads its strongest rival, over all rows; below 0:
-    somewhere a rival stands in its place. None for a fact to forget."""
-    clamped: bool = False
-    """Whether δ is as long as the clamp lets it be."""
-    shared: int = 1
-    """Facts on the same key that this δ must say together."""
-
-    @classmethod
-    def recorded(cls, z: Tensor, outcome: Mapping[str, Any]) -> Value:
-        """The value `z` of a ledger, with the `outcome` that stands beside it."""
-        known = {f.name for f in fields(cls)}
-        return cls(z=z, **{name: held for name, held in outcome.items() if name in known})
+    """h + δ [d], at the subject's last token after the last edited block; where a norm follows W,
+    h is W's output."""
+    outcome: ValueOutcome
+    """How it was reached."""
 
     def moved(self, rest: Value, now: Tensor) -> Value:
-        """This value and what `rest`, optimised where the model stands at `now` [d], adds."""
-        return replace(
-            rest,
-            z=self.z + (rest.z.double() - now).to(self.z),
-            steps=self.steps + rest.steps,
-            delta_share=self.delta_share + rest.delta_share,
-            known=self.known,
+        """This value and what `rest`, optimised where the model is at `now` [d], adds."""
+        own, more = self.outcome, rest.outcome
+        return Value(
+            self.z + (rest.z.double() - now).to(self.z),
+            replace(
+                more,
+                steps=(own.steps or 0) + (more.steps or 0),
+                delta_share=(own.delta_share or 0.0) + (more.delta_share or 0.0),
+                known=own.known,
+            ),
         )
 
 
@@ -242,8 +221,7 @@ class Descent:
         number = self.kept.group_of[fact]
         group, outcome, h = self.groups[number], self.outcomes[fact], self.hidden[fact]
         unit, delta = self.kept.units[number], group.delta.detach()
-        return Value(
-            z=h + unit * delta,
+        reached = ValueOutcome(
             loss=outcome.loss,
             nll=outcome.nll,
             steps=group.updates,
@@ -254,6 +232,7 @@ class Descent:
             clamped=group.clamped,
             shared=len(group.facts),
         )
+        return Value(h + unit * delta, reached)
 
 
 @torch.no_grad()
@@ -279,12 +258,15 @@ def measured(kept: KeptRows, settings: ValueSettings, values: Sequence[Value]) -
     loss = nll + settings.kl_weight * drift + decay.to(nll)
     shares = moved.norm(dim=1) / h.norm(dim=1)
     return [
-        replace(
-            value,
-            loss=float(loss[f]),
-            nll=float(nll[f]),
-            delta_share=float(shares[f]),
-            lead=None if value.lead is None else float(lead[f]),
+        Value(
+            value.z,
+            replace(
+                value.outcome,
+                loss=float(loss[f]),
+                nll=float(nll[f]),
+                delta_share=float(shares[f]),
+                lead=None if value.outcome.lead is None else float(lead[f]),
+            ),
         )
         for f, value in enumerate(values)
     ]

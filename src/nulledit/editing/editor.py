@@ -125,32 +125,41 @@ class Editor:
         Of a quantised model the edited matrices are made dense in memory; the others stay as they
         are. Offloaded ones are brought to where they work.
         """
-        check_model(model)
-        check_tokenizer(tokenizer)
         check_whole("seed", seed)
-        self.ranks = ranks or Ranks()
-        self.model, self.tokenizer = model, tokenizer
-        recipe = _read_recipe(recipe, name)
-        digest = model_hash(model)  # first: some quantised matrices are packed anew when they work
-        self._plain = EditableModel(model, tokenizer, recipe.layout)
-        resolved = self._with_template(resolve_recipe(recipe, name, self._plain, digest))
+        recipe = self._take(model, tokenizer, _read_recipe(recipe, name), name, ranks)
         base = Base(
             model=name,
-            hash=digest,
+            hash=self._hash,
             dtype=str(model.dtype).removeprefix("torch."),
-            recipe=resolved.to_dict(),
+            stored=recipe.to_dict(),
             seed=seed,
             quantized=(quantize or "own") if has_dense(model) else "",
         )
-        cache = None if value_cache is None else ValueCache(Path(value_cache))
-        self._work(Journal(History(base)), resolved, statistics, cache)
+        self._work(Journal(History(base)), recipe, statistics, value_cache)
+
+    def _take(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        recipe: Recipe,
+        name: str,
+        ranks: Ranks | None,
+    ) -> Recipe:
+        """Take up the base; the recipe to use on it."""
+        check_model(model)
+        check_tokenizer(tokenizer)
+        self.ranks = ranks or Ranks()
+        self.model, self.tokenizer = model, tokenizer
+        self._hash = model_hash(model)  # first: some quantised matrices are packed as they work
+        self._plain = EditableModel(model, tokenizer, recipe.layout)
+        return self._with_template(resolve_recipe(recipe, name, self._plain, self._hash))
 
     def _work(
         self,
         journal: Journal,
         recipe: Recipe,
         statistics: Statistics | str | Path | None,
-        cache: ValueCache | None,
+        value_cache: str | Path | None,
     ) -> None:
         self._journal = journal
         self._changes = Changes(
@@ -158,7 +167,7 @@ class Editor:
             journal,
             recipe=recipe,
             statistics=statistics,
-            cache=cache,
+            cache=None if value_cache is None else ValueCache(Path(value_cache)),
             ranks=self.ranks,
         )
 
@@ -259,9 +268,9 @@ class Editor:
         """
         check_model(model)
         store = Store(Path(folder) / "ledger")
-        editor = cls._resumed(store, store.load(), model, tokenizer, "the given model", value_cache)
-        editor._changes.statistics = statistics
-        return editor
+        return cls._resumed(
+            store, store.load(), model, tokenizer, "the given model", value_cache, None, statistics
+        )
 
     @classmethod
     def _resumed(
@@ -273,8 +282,9 @@ class Editor:
         source: str,
         value_cache: str | Path | None,
         ranks: Ranks | None = None,
+        statistics: Statistics | str | Path | None = None,
     ) -> Self:
-        layout = Recipe.recorded(history.base.recipe).layout
+        layout = history.base.recipe.layout
         layout = find_layout(model) if layout is None else check_layout(model, layout)
         packed = model_hash(model) if history.base.quantized else ""
         make_editable(model, layout, history.layers, packed)
@@ -287,26 +297,18 @@ class Editor:
                     f"{source}: its matrix of layer {layer} is not the ledger's W₀: this is "
                     "another model, or one changed by hand"
                 )
-        editor = cls(
-            model,
-            tokenizer,
-            recipe=Recipe.recorded(history.base.recipe),
-            name=history.base.model,
-            value_cache=value_cache,
-            quantize=history.base.quantized.replace("own", ""),
-            ranks=ranks,
-        )
-        found = editor.history.base.hash
-        if found != history.base.hash:
+        editor = cls.__new__(cls)
+        recipe = editor._take(model, tokenizer, history.base.recipe, history.base.model, ranks)
+        if editor._hash != history.base.hash:
             raise LedgerError(
-                f"{source}: its weights without the edits have hash {found[:12]}, the ledger's "
-                f"base has {history.base.hash[:12]}: this is another model, or one changed by hand"
+                f"{source}: its weights without the edits have hash {editor._hash[:12]}, the "
+                f"ledger's base has {history.base.hash[:12]}: this is another model, or one changed "
+                "by hand"
             )
-        recipe, cache = editor.recipe, editor._changes.cache
         if history.epochs:
-            recipe = editor._with_template(Recipe.recorded(history.epochs[-1].recipe))
+            recipe = editor._with_template(history.epochs[-1].recipe)
         kept = store if editor.ranks.first else None
-        editor._work(Journal(history, kept), recipe, None, cache)
+        editor._work(Journal(history, kept), recipe, statistics, value_cache)
         return editor
 
     def _with_template(self, recipe: Recipe) -> Recipe:
@@ -427,7 +429,7 @@ class Editor:
         self._agree(queue)
         if queue:
             changes = self._changes
-            with frozen(self.model), changes.guarded():
+            with frozen(self.model), changes.transaction():
                 changes.open_epoch(self.seed)
                 changes.check_rows(queue, run)
                 done = 0
@@ -451,7 +453,7 @@ class Editor:
         """Write facts that are in the model again, with stronger settings of their values.
 
         `values`: those settings; left out, `stronger` than the recipe's. The solve stays the
-        epoch's. `column.outcome["settings"]` says what was changed; undo takes a retried fact out
+        epoch's. `column.outcome.settings` says what was changed; undo takes a retried fact out
         as a whole. LedgerError if an id is not in the model, FactError for one to forget.
         """
         check_in_model(ids, self.history)
@@ -464,7 +466,7 @@ class Editor:
         run, changes = Run(progress), self._changes
         queue = [facts[id_] for id_ in dict.fromkeys(ids)]
         self._agree(queue)
-        with frozen(self.model), changes.current_epoch(), changes.guarded():
+        with frozen(self.model), changes.current_epoch(), changes.transaction():
             if changes.method.by_gradient:
                 raise ConfigError(f"{changes.method.name} optimises no values: retry can't help")
             found = values or stronger(self.recipe.values)
@@ -502,7 +504,7 @@ class Editor:
         enter with what their layers give at their keys now. Undo works across epochs.
         """
         found = _read_recipe(recipe, "")
-        layout = found.layout or Recipe.recorded(self.history.base.recipe).layout
+        layout = found.layout or self.history.base.recipe.layout
         recipe = self._with_template(
             resolve_recipe(replace(found, layout=layout), "", self._plain, self.history.base.hash)
         )
@@ -519,7 +521,7 @@ class Editor:
         if not ids:
             raise LedgerError("no fact to undo was named")
         gone = [c for c in self.history.active if c.fact.id in ids]
-        with self._changed(gone) as (report, run), self._changes.guarded():
+        with self._changed(gone) as (report, run), self._changes.transaction():
             plan = plan_undo(self.history, gone, self._changes.near)
             self._changes.carry_out(plan, "undo", run)
             whole = {c.batch for c in gone if self._by_gradient(c)}
@@ -542,7 +544,7 @@ class Editor:
         LedgerError if there is nothing to redo, or an id is unknown or in the model.
         """
         changes, history = self._changes, self.history
-        with self._changed([]) as (report, run), changes.guarded():
+        with self._changed([]) as (report, run), changes.transaction():
             if not ids:
                 event = last_undone(history)
                 by_id = {c.id: c for c in history.columns}
@@ -553,9 +555,9 @@ class Editor:
                 )
                 return report()
             wanted = [column for id_ in dict.fromkeys(ids) for column in newest(history, id_)]
-            with changes.together("redo") as trial:
+            with changes.transaction("redo") as trial:
                 for group in by_group(wanted):
-                    changes.carry_out(plan_redo(history, group, changes.near), "redo", run)
+                    changes.carry_out(plan_redo(self.history, group, changes.near), "redo", run)
                 trial.keep()
         return report()
 
@@ -563,7 +565,7 @@ class Editor:
         """Take out everything: the base, bit for bit. `redo` brings it all back."""
         if not self.history.active:
             raise LedgerError("no fact is in the model: it is the base already")
-        with self._changed(self.history.active) as (report, _), self._changes.guarded():
+        with self._changed(self.history.active) as (report, _), self._changes.transaction():
             self._changes.activate("restore", on=(), off=self.history.active)
         return report()
 
@@ -576,7 +578,7 @@ class Editor:
         columns = self.history.active
         if not columns:
             raise LedgerError("no fact is in the model: there is nothing to rebuild")
-        together = self._changes.together("rebuild")
+        together = self._changes.transaction("rebuild")
         with self._changed([], progress) as (report, run), together as trial:
             self._journal.commit("rebuild", [], deactivated=columns)
             self.weights.refresh()
@@ -606,7 +608,10 @@ class Editor:
             for c in other.active
             if choice.get(c.fact.key, "first" if c.fact.key in here else "second") == "second"
         ]
-        with self._changed([], progress) as (report, run), self._changes.together("merge") as trial:
+        with (
+            self._changed([], progress) as (report, run),
+            self._changes.transaction("merge") as trial,
+        ):
             names = with_own_ids(self.history, facts_of(theirs))
             run.notices += [f"{a.id}: named {b.id}, the id is taken" for a, b in names.items()]
             self._journal.commit("merge", [], deactivated=held)
@@ -623,7 +628,7 @@ class Editor:
         Else model, history and ledger are as before: edit, look, decide. `writing=False` for a mere
         look, which no other process at work on the ledger need hinder.
         """
-        with self._changes.together(writing=writing) as trial:
+        with self._changes.transaction("", writing=writing) as trial:
             yield trial
 
     @contextmanager
@@ -647,7 +652,7 @@ class Editor:
         near = self.weights.near(gone, staying, cosine=NEAR_KEY) if gone and staying else []
 
         def report() -> ChangeReport:
-            now = {c.id: c for c in history.active}
+            now = {c.id: c for c in self.history.active}
             lost = facts_of(c for i, c in before.items() if i not in now)
             there = {c.fact.id for c in now.values()}
             fresh = facts_of(c for i, c in now.items() if i > known)
@@ -682,7 +687,7 @@ class Editor:
 
     def _by_gradient(self, column: Column) -> bool:
         epoch = self.history.epochs[self.history.epoch_of(column) - 1]
-        return find_method(epoch.recipe["method"]["name"]).by_gradient
+        return find_method(epoch.recipe.method.name).by_gradient
 
     def _admit(self, facts: Iterable[Fact], run: Run) -> list[Fact]:
         """Facts that are not in the model yet, one per question.

@@ -40,7 +40,7 @@ def conflicts(first: History, second: History) -> list[Conflict]:
             f"the ledgers have different bases: {first.base.hash[:12]} and "
             f"{second.base.hash[:12]}; only edits of one model can be merged"
         )
-    if first.base.recipe.get("layout") != second.base.recipe.get("layout"):
+    if first.base.recipe.layout != second.base.recipe.layout:
         raise LedgerError("the ledgers' recipes give different layouts: they edit other matrices")
     theirs = {fact.key: fact for fact in facts_of(second.active)}
     both = [(f, theirs[f.key]) for f in facts_of(first.active) if f.key in theirs]

@@ -68,7 +68,7 @@ class _Stored:
     def __call__(self, layer: int) -> list[Value]:
         name = f"z.{layer}" if f"z.{layer}" in self.held else "z"
         rows: torch.Tensor = self.source.column_tensor(self.columns, name)
-        return [Value.recorded(z, c.outcome) for z, c in zip(rows, self.columns, strict=True)]
+        return [Value(z, c.outcome) for z, c in zip(rows, self.columns, strict=True)]
 
 
 def _clear(

@@ -50,7 +50,7 @@ class Changes:
         self._plain = self._asked = model
         self.journal, self.recipe, self.cache = journal, recipe, cache
         self.statistics, self.ranks = _accepted(statistics), ranks or Ranks()
-        self.weights = EditedWeights(model, journal.history)
+        self.weights = EditedWeights(model, journal)
         self._opens = not journal.history.epochs  # whether the next batch begins an epoch
 
     @property
@@ -89,7 +89,7 @@ class Changes:
         """The recipe of the epoch there is inside, though `next_epoch` asked for another one."""
         due = (self.recipe, self._opens) if self._opens and self.history.epochs else None
         if due:
-            self.recipe, self._opens = Recipe.recorded(self.history.epoch.recipe), False
+            self.recipe, self._opens = self.history.epoch.recipe, False
         try:
             yield
         finally:
@@ -99,40 +99,33 @@ class Changes:
     # -- whole or not at all -----------------------------------------------------------------
 
     @contextmanager
-    def guarded(self) -> Iterator[None]:
-        """One writer; whatever ends the inside early, model and history are as before the batch.
+    def transaction(self, kind: str | None = None, *, writing: bool = True) -> Iterator[Trial]:
+        """On any exit but success, model and history are as before.
 
-        LedgerError, before anything is done, if something else wrote to the model.
+        Without a `kind` each change inside reaches the ledger as it is made, and those that were
+        made stay where a later one fails. With one all are one event of that kind, or, where it is
+        empty, the events they are; they are made at the end, and only if the trial is kept.
+
+        `writing`: no other process may write in the meantime. LedgerError, before anything is done,
+        if something else wrote to the model.
         """
         self.weights.check_unchanged()
-        opens, epochs = self._opens, len(self.history.epochs)
-        with self.journal.writing():
-            try:
-                yield
-            except BaseException:
-                self.weights.refresh()
-                self.journal.drop_empty_epoch()
-                self.weights.refresh()
-                self._opens = opens and len(self.history.epochs) == epochs
-                raise
-
-    @contextmanager
-    def together(self, kind: str = "", *, writing: bool = True) -> Iterator[Trial]:
-        """All changes inside are one for the ledger, if the trial is kept; else none was made.
-
-        `writing`: no other process may write in the meantime.
-        """
-        self.weights.check_unchanged()
-        states, before = self.weights.states(), (self.recipe, self.statistics, self._opens)
-        trial = None
+        before, states = self.history.counts, self.weights.states()
+        settings = self.recipe, self.statistics, self._opens
+        trial = Trial()
         with self.journal.writing() if writing else nullcontext():
             try:
-                with self.journal.together(kind) as trial:
+                with nullcontext(trial) if kind is None else self.journal.together(kind) as trial:
                     yield trial
+                    trial.kept = trial.kept or kind is None
             finally:
-                if trial is None or not trial.kept:
-                    self.weights.return_to(states)
-                    self.recipe, self.statistics, self._opens = before
+                if not trial.kept:
+                    self.journal.drop_empty_epoch()
+                    if self.history.counts == before:
+                        self.weights.return_to(states)
+                        self.recipe, self.statistics, self._opens = settings
+                    else:  # changes that were made stay
+                        self.weights.refresh()
 
     # -- epochs ------------------------------------------------------------------------------
 
@@ -166,11 +159,11 @@ class Changes:
         if self.history.epochs and not self._opens and _same(self.history.epoch, epoch):
             return
         tensors = dict(source.tensors[epoch.tensors])
-        for layer in epoch.recipe["layers"]:
+        for layer in epoch.recipe.layers:
             if layer not in self.history.layers:
                 tensors[f"base.{layer}"] = source.original(layer)
         copy = replace(epoch, id=len(self.history.epochs) + 1, tensors=tensor_bytes(tensors)[0])
-        self.recipe = Recipe.recorded(epoch.recipe)
+        self.recipe = epoch.recipe
         self._begin(copy, tensors)
 
     def _begin(self, epoch: Epoch, tensors: dict[str, Tensor]) -> None:
@@ -214,7 +207,7 @@ class Changes:
         """
         back, gone = {c.id for c in on}, {c.id for c in off}
         self.weights.refresh(
-            [c for c in self.history.columns if c.id in back or (c.active and c.id not in gone)]
+            [c for c in self.history.columns if c.id in (self.history.active_ids | back) - gone]
         )
         self.journal.commit(kind, [], activated=on, deactivated=off)
 
@@ -274,10 +267,10 @@ class Changes:
         stand_in = {**(behind or {}), **{c.fact.key: c for c in touched}}
         if values:
             changed = differences(self.recipe.values, values)
-            for outcome in written.outcomes:
-                outcome["settings"] = changed
+            outcomes = [replace(outcome, settings=changed) for outcome in written.outcomes]
+            written = replace(written, outcomes=outcomes)
         made = self._columns(writer, written, stand_in)
-        unknown = {c.fact.id for c in made if not c.outcome["known"]}
+        unknown = {c.fact.id for c in made if not c.outcome.known}
         known = facts_of(c for c in made if c.fact.id not in unknown)
         without = " once the edits that are made anew were taken out" * bool(leaving)
         told = (
@@ -352,7 +345,6 @@ class Changes:
                     row=i,
                     group=first + written.groups[i],
                     fact=fact,
-                    active=True,
                     outcome=written.outcomes[i],
                     replaces=stand_in[fact.key].id if fact.key in stand_in else 0,
                     part=request.part,

@@ -90,7 +90,7 @@ def newest(history: History, id_: str) -> list[Column]:
     columns = [c for c in history.columns if c.fact.id == id_]
     if not columns:
         raise LedgerError(f"no fact {id_!r} in the ledger")
-    if any(c.active for c in columns):
+    if any(map(history.is_active, columns)):
         raise LedgerError(f"fact {id_!r} is in the model")
     last = columns[-1]
     return [c for c in columns if (c.batch, c.fact) == (last.batch, last.fact)]
@@ -126,7 +126,7 @@ def stored_version(
     by_id = {c.id: c for c in history.columns}
     wanted = {(c.fact, _origin(c, by_id)) for c in behind}
     for columns in reversed(by_group(history.columns)):
-        if {c.fact for c in columns} != set(facts) or any(c.active for c in columns):
+        if {c.fact for c in columns} != set(facts) or any(map(history.is_active, columns)):
             continue
         if wanted <= {(c.fact, _origin(c, by_id)) for c in columns}:
             return columns

@@ -17,6 +17,7 @@ from nulledit.config import ChatSettings, ValueSettings
 from nulledit.data.facts import Fact
 from nulledit.editing.descent import Value
 from nulledit.io.files import replacing
+from nulledit.ledger.records import ValueOutcome
 
 FORMAT = 3  # raise it when the same inputs come to give other values
 
@@ -67,12 +68,14 @@ class ValueCache:
                 notes = json.loads(opened.metadata()["values"])
         except (SafetensorError, OSError, KeyError, ValueError):
             return None
-        return [Value(z=row, **note) for row, note in zip(z, notes, strict=True)]
+        return [
+            Value(row, ValueOutcome.from_dict(note)) for row, note in zip(z, notes, strict=True)
+        ]
 
     def put(self, name: str, values: Sequence[Value]) -> None:
         """Keep a group's values."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        notes = [{k: v for k, v in vars(value).items() if k != "z"} for value in values]
+        notes = [value.outcome.to_dict() for value in values]
         z = torch.stack([value.z.detach().cpu() for value in values])
         with replacing(self.folder / f"{name}.safetensors") as partial:
             save_file({"z": z}, partial, metadata={"values": json.dumps(notes)})

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nulledit.errors import LedgerError
-from nulledit.ledger.records import Column, History
+from nulledit.ledger.records import Column, History, Ledger
 from nulledit.ledger.solver import LayerFold, LayerState, recorded
 from nulledit.linalg.angles import unit_columns
 from nulledit.linalg.blocks import AnyMetric
@@ -51,18 +51,23 @@ class LayerReport:
 class EditedWeights:
     """Keeps a model's edited matrices in step with a history."""
 
-    def __init__(self, model: EditableModel, history: History):
-        """`history` may have no epoch yet; then nothing is edited."""
-        self.model, self.history = model, history
+    def __init__(self, model: EditableModel, ledger: Ledger):
+        """`ledger` may have no epoch yet; then nothing is edited."""
+        self.model, self.ledger = model, ledger
         self._folds: dict[int, LayerFold] = {}
         self._states: dict[int, LayerState] = {}
         self._sums = bit_sums(model.model)
         self.refresh()
 
     @property
+    def history(self) -> History:
+        """Everything recorded so far."""
+        return self.ledger.history
+
+    @property
     def first(self) -> int:
         """The first block that the current epoch edits."""
-        return int(self.history.epoch.recipe["layers"][0])
+        return self.history.epoch.recipe.layers[0]
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -190,7 +195,7 @@ class EditedWeights:
 
     def _fold(self, layer: int) -> LayerFold:
         if layer not in self._folds:
-            self._folds[layer] = LayerFold(self.history, layer, self._solve_device(layer))
+            self._folds[layer] = LayerFold(self.ledger, layer, self._solve_device(layer))
         return self._folds[layer]
 
     @property

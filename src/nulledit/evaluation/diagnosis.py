@@ -189,23 +189,23 @@ def _shared(editor: Editor, columns: Sequence[Column]) -> list[Cause]:
 
 def _value(editor: Editor, columns: Sequence[Column]) -> list[Cause]:
     """What the value itself lacked, by the recorded outcome of the weakest of `columns`."""
-    told = [c.outcome for c in columns if c.outcome.get("lead") is not None]
+    told = [c.outcome for c in columns if c.outcome.lead is not None]
     if not told:
         return []
-    outcome = min(told, key=lambda o: o["lead"])
-    lead, steps = outcome["lead"], outcome["steps"] + 1
+    outcome = min(told, key=lambda o: o.lead or 0.0)
+    lead, steps = outcome.lead or 0.0, (outcome.steps or 0) + 1
     if lead > 0:
         return [Cause("solve", "its value says it, the weights took up too little of it")]
     short = f"its value is {-lead:.1f} nats short"
-    if outcome.get("clamped"):
-        share = outcome["delta_share"]
+    if outcome.clamped:
+        share = outcome.delta_share or 0.0
         return [Cause("clamp", f"{short} at the clamp (‖δ‖ = {share:.2f}‖h‖, {steps} steps)")]
     reasons = {
         "steps": Cause("steps", f"{short} when all {steps} steps were used"),
         "patience": Cause("patience", f"{short} and gained too little to go on (values.patience)"),
         "done": Cause("mean", f"{short} though its mean loss was small (values.stop_margin)"),
     }
-    return [reasons[outcome["ended"]]] if outcome.get("ended") in reasons else []
+    return [reasons[outcome.ended]] if outcome.ended in reasons else []
 
 
 def _remedy(causes: set[str]) -> str:

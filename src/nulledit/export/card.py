@@ -82,7 +82,7 @@ def _front_matter(editor: Editor, library: str, relation: str) -> str:
     if base:
         data |= {"base_model": base, "base_model_relation": relation}
     epochs = [epoch.recipe for epoch in editor.history.epochs]
-    methods = dict.fromkeys(plain(recipe["method"]["name"]) for recipe in epochs)
+    methods = dict.fromkeys(plain(recipe.method.name) for recipe in epochs)
     data |= {
         "library_name": library,
         "pipeline_tag": "text-generation",
@@ -143,7 +143,7 @@ def _method(editor: Editor) -> list[str]:
     epochs = editor.history.epochs
     parts = ["## Method"]
     for epoch in epochs:
-        recipe = yaml.safe_dump(epoch.recipe, sort_keys=False, allow_unicode=False)
+        recipe = yaml.safe_dump(epoch.stored, sort_keys=False, allow_unicode=False)
         known = {k: epoch.statistics[k] for k in STATISTICS if k in epoch.statistics}
         statistics = yaml.safe_dump(_plain(known), sort_keys=False, allow_unicode=False)
         if len(epochs) > 1:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
 from nulledit.errors import LedgerError
-from nulledit.ledger.records import Batch, Column, Epoch, Event, History
+from nulledit.ledger.records import Column, Epoch, History
 from nulledit.ledger.store import Store, tensor_bytes
 
 
@@ -29,7 +28,7 @@ class Trial:
 
 
 class Journal:
-    """Writes a history: in memory, and to a store once there is one."""
+    """The history as it is now: in memory, and in a store once there is one."""
 
     def __init__(self, history: History, store: Store | None = None):
         """Go on with `history`; `store` holds exactly that, or nothing is kept on disk."""
@@ -64,44 +63,32 @@ class Journal:
 
     @contextmanager
     def together(self, kind: str = "") -> Iterator[Trial]:
-        """Changes inside reach the store in one step, if `keep` was called; else they are undone.
+        """Changes inside reach the store in one step, if `keep` was called; else none was made.
 
         With `kind` they become one event of that kind.
         """
-        h, store, trial = self.history, self.store, Trial()
-        before = _copy(h)
-        active = {c.id for c in h.active}
+        before, store, trial = self.history, self.store, Trial()
         self.store = None
         try:
             yield trial
+            self.store = store
             if trial.kept:
-                if kind:
-                    now = {c.id for c in h.active}
-                    del h.events[len(before.events) :]
-                    if now != active:
-                        h.events.append(_event(h, kind, now - active, active - now))
-                if store is not None and h.counts != self._stored:
-                    self.store = store
-                    self._commit_to(store)
+                self._change(self.history.as_one_event(kind, before) if kind else self.history)
         except BaseException:
-            trial.kept = self._stored == h.counts and store is not None
+            trial.kept = store is not None and self.history.counts == self._stored
             raise
         finally:
             self.store = store
             if not trial.kept:
-                _put_back(h, before)
+                self.history = before
 
-    def begin(self, epoch: Epoch, tensors: dict[str, Tensor]) -> None:
+    def begin(self, epoch: Epoch, tensors: Mapping[str, Tensor]) -> None:
         """Open an epoch; it is stored together with its first batch."""
-        self.history.tensors[epoch.tensors] = tensors
-        self.history.epochs.append(epoch)
+        self.history = self.history.with_epoch(epoch, tensors)
 
     def drop_empty_epoch(self) -> None:
         """Take back an epoch that got no batch."""
-        h = self.history
-        used = {b.epoch for b in h.batches}
-        while h.epochs and h.epochs[-1].id not in used:
-            h.epochs.pop()
+        self.history = self.history.without_empty_epochs()
 
     def commit(
         self,
@@ -116,57 +103,28 @@ class Journal:
 
         Whatever error the store raises, the history is as before then, unless the store has it.
         """
-        h = self.history
-        before = _copy(h)
-        on, off = {c.id for c in activated}, {c.id for c in deactivated}
-        h.columns[:] = [
-            replace(c, active=c.id in on or (c.active and c.id not in off)) for c in h.columns
-        ]
-        h.columns += made
-        if tensors is not None:
-            digest, _ = tensor_bytes(tensors)
-            h.batches.append(Batch(len(h.batches) + 1, len(h.epochs), digest))
-            h.tensors[digest] = tensors
-        h.events.append(_event(h, kind, on | {c.id for c in made}, off))
-        if self.store is None:
-            return
-        try:
-            self._commit_to(self.store)
-        except BaseException:
-            if self._stored != h.counts:
-                _put_back(h, before)
-            raise
+        digest = "" if tensors is None else tensor_bytes(tensors)[0]
+        self._change(
+            self.history.after(
+                kind, made, on=activated, off=deactivated, digest=digest, tensors=tensors
+            )
+        )
 
-    def _commit_to(self, store: Store) -> None:
-        try:
-            store.commit(self.history, self._stored)
-        except BaseException:
-            if self._reached(store):  # interrupted just as the transaction had ended
-                self._stored = self.history.counts
-            raise
-        self._stored = self.history.counts
+    def _change(self, history: History) -> None:
+        """Take `history` for the one that is, once the store has it."""
+        if self.store is not None and history.counts != self._stored:
+            try:
+                self.store.commit(history, self._stored)
+            except BaseException:
+                if self._reached(self.store, history):  # interrupted just as the commit had ended
+                    self.history, self._stored = history, history.counts
+                raise
+            self._stored = history.counts
+        self.history = history
 
-    def _reached(self, store: Store) -> bool:
+    @staticmethod
+    def _reached(store: Store, history: History) -> bool:
         try:
-            return store.events() == len(self.history.events)
+            return store.events() == len(history.events)
         except (sqlite3.Error, OSError, LedgerError):
             return False
-
-
-def _event(history: History, kind: str, on: set[int], off: set[int]) -> Event:
-    time = datetime.now(UTC).isoformat(timespec="seconds")
-    number = len(history.events) + 1
-    return Event(number, kind, time, tuple(sorted(on)), tuple(sorted(off)))
-
-
-def _copy(h: History) -> History:
-    return History(
-        h.base, list(h.epochs), list(h.batches), list(h.columns), list(h.events), dict(h.tensors)
-    )
-
-
-def _put_back(history: History, before: History) -> None:
-    for name in ("epochs", "batches", "columns", "events"):
-        getattr(history, name)[:] = getattr(before, name)
-    history.tensors.clear()
-    history.tensors.update(before.tensors)

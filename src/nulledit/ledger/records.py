@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
+from nulledit.config import Recipe
 from nulledit.data.facts import Fact
 from nulledit.errors import LedgerError
 
@@ -28,14 +31,28 @@ class Base:
     """Hash of its weights."""
     dtype: str
     """Its dtype."""
-    recipe: dict[str, Any]
-    """The recipe that its first epoch is to have."""
+    stored: dict[str, Any]
+    """The recipe that its first epoch is to have, as it was stored."""
     seed: int
     """The seed that its first epoch is to have."""
     quantized: str = ""
     """How its edited matrices were quantised: "4bit" or "8bit" as it was loaded, "own" in the
     checkpoint itself; empty where they are plain. A quantised base is kept by reference: the run
     holds the ledger and no model."""
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The recipe that its first epoch is to have."""
+        return Recipe.recorded(self.stored)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """From what `to_dict` gives."""
+        return cls(**{"stored" if k == "recipe" else k: v for k, v in data.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"recipe" if k == "stored" else k: v for k, v in asdict(self).items()}
 
 
 @dataclass(frozen=True)
@@ -44,8 +61,8 @@ class Epoch:
 
     id: int
     """Counted from 1."""
-    recipe: dict[str, Any]
-    """The recipe as resolved."""
+    stored: dict[str, Any]
+    """The recipe as resolved, as it was stored: the state's id is made of it."""
     seed: int
     """Seed of contexts and queues."""
     contexts: tuple[str, ...]
@@ -54,6 +71,11 @@ class Epoch:
     """Manifest of the statistics."""
     tensors: str
     """SHA-256 of the file with the spectrum of each layer, and W₀ of those edited first here."""
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The recipe as resolved."""
+        return Recipe.recorded(self.stored)
 
 
 @dataclass(frozen=True)
@@ -66,6 +88,49 @@ class Batch:
     """Its epoch."""
     tensors: str
     """SHA-256 of the file with keys, targets and z, one row per column in order."""
+
+
+@dataclass(frozen=True)
+class ValueOutcome:
+    """How the value of a fact was reached. None: a method by gradient optimises none."""
+
+    loss: float
+    """Last loss seen: NLL + KL + decay; by gradient the targets' loss."""
+    nll: float | None = None
+    """Mean negative log-likelihood of the target per token over the rewriting rows, nats; of a fact
+    to forget, the distance from what it should say (`unlearning.unlearned`)."""
+    steps: int | None = None
+    """Updates of δ made."""
+    delta_share: float | None = None
+    """‖δ‖/‖h‖; of several rounds, their sum."""
+    known: bool | None = None
+    """Whether the model already said the target by strict argmax before any step; None: not
+    asked."""
+    ended: str = ""
+    """Why the descent ended: `done`, `likeliest` (ENCORE's early stop), `patience`, or `steps`,
+    which were used up. Empty in ledgers that are older than this field."""
+    lead: float | None = None
+    """Nats by which the target's weakest token leads its strongest rival, over all rows; below 0:
+    somewhere a rival is in its place. None for a fact to forget."""
+    clamped: bool = False
+    """Whether δ is as long as the clamp lets it be."""
+    shared: int = 1
+    """Facts on the same key that this δ must say together."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of values that were not the recipe's, in a retry."""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """From what a ledger holds; names that it does not know are left out."""
+        known = {f.name for f in fields(cls)}
+        return cls(**{name: held for name, held in data.items() if name in known})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        if self.steps is None:
+            return {"loss": self.loss, "known": self.known}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "settings"}
+        return plain | ({"settings": dict(self.settings)} if self.settings else {})
 
 
 @dataclass(frozen=True)
@@ -83,10 +148,8 @@ class Column:
     have one group, the id of its first column."""
     fact: Fact
     """The request."""
-    active: bool
-    """Whether it is part of the model now."""
-    outcome: dict[str, Any]
-    """How the value was reached: loss, steps, ‖δ‖/‖h‖, whether the model knew it already."""
+    outcome: ValueOutcome
+    """How the value was reached."""
     replaces: int = 0
     """The column that this one stands in for: an older answer to the same question, or the same
     fact's before it was optimised again; else 0. Undoing it brings an answer behind it back."""
@@ -110,33 +173,92 @@ class Event:
     """Columns that no longer are."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class History:
-    """Everything recorded, in memory. Tensors by the SHA-256 of the file that holds them."""
+    """Everything recorded, in memory; a change makes another one.
+
+    Tensors are named by the SHA-256 of the file that holds them, and are never changed.
+    """
 
     base: Base
     """The model before any edit."""
-    epochs: list[Epoch] = field(default_factory=list)
+    epochs: tuple[Epoch, ...] = ()
     """In order."""
-    batches: list[Batch] = field(default_factory=list)
+    batches: tuple[Batch, ...] = ()
     """In order."""
-    columns: list[Column] = field(default_factory=list)
+    columns: tuple[Column, ...] = ()
     """In order."""
-    events: list[Event] = field(default_factory=list)
+    events: tuple[Event, ...] = ()
     """In order."""
-    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     """SHA-256 -> named tensors."""
 
-    @property
-    def active(self) -> list[Column]:
-        """Columns that are part of the model now, in the order they were made."""
-        return [c for c in self.columns if c.active]
+    def with_epoch(self, epoch: Epoch, tensors: Mapping[str, Tensor]) -> History:
+        """This history with another epoch, which has no batch yet."""
+        named = {**self.tensors, epoch.tensors: tensors}
+        return replace(self, epochs=(*self.epochs, epoch), tensors=named)
 
-    def active_as_of(self, event: int) -> list[Column]:
-        """Columns that were part of the model behind event number `event`; 0: none."""
+    def without_empty_epochs(self) -> History:
+        """This history without epochs at its end that got no batch."""
+        used = max((batch.epoch for batch in self.batches), default=0)
+        return replace(self, epochs=self.epochs[:used])
+
+    def after(
+        self,
+        kind: str,
+        made: Sequence[Column] = (),
+        *,
+        on: Sequence[Column] = (),
+        off: Sequence[Column] = (),
+        digest: str = "",
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> History:
+        """This history and one event: columns `made` and `on` become active, `off` inactive.
+
+        With `tensors`, whose file has the hash `digest`, those made are a batch of the last epoch.
+        """
+        changed = replace(self, columns=(*self.columns, *made))
+        if tensors is not None:
+            batch = Batch(len(self.batches) + 1, len(self.epochs), digest)
+            named = {**self.tensors, digest: tensors}
+            changed = replace(changed, batches=(*self.batches, batch), tensors=named)
+        active = {c.id for c in (*on, *made)}
+        return changed._with_event(kind, active, {c.id for c in off})
+
+    def as_one_event(self, kind: str, before: History) -> History:
+        """This history, with all events since `before` as one; none if nothing changed."""
+        joined = replace(self, events=before.events)
+        now, then = self.active_ids, before.active_ids
+        return joined if now == then else joined._with_event(kind, now - then, then - now)
+
+    def _with_event(self, kind: str, on: Set[int], off: Set[int]) -> History:
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        made = Event(len(self.events) + 1, kind, time, tuple(sorted(on)), tuple(sorted(off)))
+        return replace(self, events=(*self.events, made))
+
+    @cached_property
+    def active_ids(self) -> frozenset[int]:
+        """Ids of the columns that are part of the model now: what the events leave."""
+        return self._active_after(len(self.events))
+
+    def _active_after(self, event: int) -> frozenset[int]:
         on: set[int] = set()
         for entry in self.events[:event]:
             on = (on - set(entry.deactivated)) | set(entry.activated)
+        return frozenset(on)
+
+    @cached_property
+    def active(self) -> list[Column]:
+        """Columns that are part of the model now, in the order they were made."""
+        return [c for c in self.columns if c.id in self.active_ids]
+
+    def is_active(self, column: Column) -> bool:
+        """Whether `column` is part of the model now."""
+        return column.id in self.active_ids
+
+    def active_as_of(self, event: int) -> list[Column]:
+        """Columns that were part of the model after event number `event`; 0: none."""
+        on = self._active_after(event)
         return [c for c in self.columns if c.id in on]
 
     @property
@@ -158,17 +280,17 @@ class History:
     @property
     def layers(self) -> tuple[int, ...]:
         """Blocks that some epoch edits, in order."""
-        return tuple(sorted({layer for e in self.epochs for layer in e.recipe["layers"]}))
+        return tuple(sorted({layer for e in self.epochs for layer in e.recipe.layers}))
 
     def at_layer(self, layer: int, columns: Sequence[Column]) -> list[Column]:
         """Those of `columns` that have a key at `layer`: their epoch edits it."""
-        has = {e.id for e in self.epochs if layer in e.recipe["layers"]}
+        has = {e.id for e in self.epochs if layer in e.recipe.layers}
         return [c for c in columns if self.epoch_of(c) in has]
 
     def original(self, layer: int) -> Tensor:
         """W₀ [d_out, d_in] of `layer`, in the base's dtype."""
         for epoch in self.epochs:
-            if layer in epoch.recipe["layers"]:
+            if layer in epoch.recipe.layers:
                 return self.tensors[epoch.tensors][f"base.{layer}"]
         raise LedgerError(f"no epoch edits layer {layer}")
 
@@ -185,7 +307,7 @@ class History:
         for epoch in self.epochs:
             mine = [c for c in self.active if self.epoch_of(c) == epoch.id]
             if mine:  # an epoch without an active column leaves no trace in the weights
-                recipe = json.dumps(epoch.recipe, sort_keys=True)
+                recipe = json.dumps(epoch.stored, sort_keys=True)
                 digest.update(f"{epoch.tensors} {recipe}\n".encode())
             for column in mine:
                 digest.update(f"{hashes[column.batch]} {column.row}\n".encode())
@@ -195,3 +317,11 @@ class History:
         """Rows `name` (`keys.4`, `targets.4`, `z`) of `columns`, stacked [n, d]."""
         hashes = {b.id: b.tensors for b in self.batches}
         return torch.stack([self.tensors[hashes[c.batch]][name][c.row] for c in columns])
+
+
+class Ledger(Protocol):
+    """Whatever has the history as it is now."""
+
+    @property
+    def history(self) -> History:
+        """Everything recorded so far."""

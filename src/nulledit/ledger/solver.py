@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nulledit.config import Recipe
 from nulledit.errors import LedgerError
-from nulledit.ledger.records import Column, Epoch, History
+from nulledit.ledger.records import Column, Epoch, History, Ledger
 from nulledit.linalg.blocks import (
     AnyMetric,
     AnySpectrum,
@@ -71,11 +71,16 @@ class LayerMetrics:
 class LayerFold:
     """Makes columns into the weight of one layer, epoch after epoch."""
 
-    def __init__(self, history: History, layer: int, device: torch.device):
-        """Of `history`; solves run on `device`."""
-        self.history, self.layer, self.device = history, layer, device
-        self.base = history.original(layer).to(device).double()  # W₀
+    def __init__(self, ledger: Ledger, layer: int, device: torch.device):
+        """Of `ledger`, whose history may go on; solves run on `device`."""
+        self.ledger, self.layer, self.device = ledger, layer, device
+        self.base = self.history.original(layer).to(device).double()  # W₀
         self._stages: dict[int, Stage] = {}
+
+    @property
+    def history(self) -> History:
+        """Everything recorded so far."""
+        return self.ledger.history
 
     @property
     def stage(self) -> Stage:
@@ -112,11 +117,11 @@ class LayerFold:
         return stage.add(state, before, own, keys, targets, target_loss=target_loss)
 
     def _epochs(self) -> list[Epoch]:
-        return [e for e in self.history.epochs if self.layer in e.recipe["layers"]]
+        return [e for e in self.history.epochs if self.layer in e.recipe.layers]
 
     def _stage(self, epoch: Epoch) -> Stage:
         if epoch.id not in self._stages or self._stages[epoch.id].epoch != epoch:
-            self._stages[epoch.id] = Stage(self.history, epoch, self.layer, self.device)
+            self._stages[epoch.id] = Stage(self.ledger, epoch, self.layer, self.device)
         return self._stages[epoch.id]
 
 
@@ -131,17 +136,22 @@ class Stage:
     its turn on the weight that the batches before left.
     """
 
-    def __init__(self, history: History, epoch: Epoch, layer: int, device: torch.device):
-        """`epoch` of `history` at `layer`; solves run on `device`."""
-        self.history, self.epoch, self.layer, self.device = history, epoch, layer, device
-        self.recipe = Recipe.recorded(epoch.recipe)
+    def __init__(self, ledger: Ledger, epoch: Epoch, layer: int, device: torch.device):
+        """`epoch` of `ledger` at `layer`; solves run on `device`."""
+        self.ledger, self.epoch, self.layer, self.device = ledger, epoch, layer, device
+        self.recipe = epoch.recipe
         self.method = find_method(self.recipe.method.name)
         self.settings = self.method.read(self.recipe.method)
         self.keeps = self.method.keeps(self.settings)
-        spectrum, threshold = read_spectrum(history.tensors[epoch.tensors], layer, device)
+        spectrum, threshold = read_spectrum(self.history.tensors[epoch.tensors], layer, device)
         self.metrics = LayerMetrics.of(self.recipe, spectrum, threshold)
 
         self._shares: dict[tuple[str, int], float] = {}  # by tensors and row, as keys don't change
+
+    @property
+    def history(self) -> History:
+        """Everything recorded so far."""
+        return self.ledger.history
 
     @property
     def confining(self) -> AnyMetric:
@@ -304,7 +314,7 @@ def spectrum_tensors(
 
 
 def read_spectrum(
-    tensors: dict[str, Tensor], layer: int, device: torch.device | None = None
+    tensors: Mapping[str, Tensor], layer: int, device: torch.device | None = None
 ) -> tuple[AnySpectrum, float]:
     """The spectrum of `layer` in an epoch's tensors, float64, and its τ.
 

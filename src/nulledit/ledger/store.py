@@ -17,9 +17,9 @@ import re
 import shutil
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import replace
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from torch import Tensor
 from nulledit.data.facts import Fact
 from nulledit.errors import LedgerError, NullEditError
 from nulledit.io.files import replacing, sha256_of, write_text
-from nulledit.ledger.records import Base, Batch, Column, Epoch, Event, History
+from nulledit.ledger.records import Base, Batch, Column, Epoch, Event, History, ValueOutcome
 
 LOCK_SECONDS = 1.0  # how long a writer waits for another one
 LARGEST_DATABASE = 1 << 30  # bytes; 500 facts take about one million
@@ -65,7 +65,7 @@ CREATE TABLE events (
 """
 
 
-def tensor_bytes(tensors: dict[str, Tensor]) -> tuple[str, bytes]:
+def tensor_bytes(tensors: Mapping[str, Tensor]) -> tuple[str, bytes]:
     """SHA-256 and content of the file that holds `tensors`."""
     raw = save({name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)})
     return hashlib.sha256(raw).hexdigest(), raw
@@ -146,12 +146,15 @@ class Store:
             self._sweep(set(history.tensors))
             for digest, tensors in history.tensors.items():
                 self._write_tensors(digest, tensors)
-            meta = {"schema_version": str(SCHEMA_VERSION), "base": json.dumps(asdict(history.base))}
+            meta = {
+                "schema_version": str(SCHEMA_VERSION),
+                "base": json.dumps(history.base.to_dict()),
+            }
             with replacing(self.database) as partial:
                 with closing(_writable(partial)) as db, db:
                     db.executescript(f"BEGIN; {SCHEMA}")
                     db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
-                    _insert(db, history.epochs, history.batches, history.columns, history.events)
+                    _insert(db, history, (0, 0, 0, 0))
                 self._list(sha256_of(partial))
 
     def commit(self, history: History, stored: tuple[int, int, int, int]) -> None:
@@ -172,12 +175,9 @@ class Store:
                     self._sweep(_digests(db) | set(history.tensors))
                     for digest in _named(new_epochs, new_batches):
                         self._write_tensors(digest, history.tensors[digest])
-                    changed = [(int(c.active), c.id) for c in history.columns[:columns]]
+                    changed = [(int(history.is_active(c)), c.id) for c in history.columns[:columns]]
                     db.executemany("UPDATE columns SET active = ? WHERE id = ?", changed)
-                    _insert(
-                        *(db, new_epochs, new_batches),
-                        *(history.columns[columns:], history.events[events:]),
-                    )
+                    _insert(db, history, stored)
                 new = sha256_of(partial)
                 self._list(old, new)
             self._list(new)
@@ -207,9 +207,8 @@ class Store:
     def load(self) -> History:
         """Read everything; LedgerError where something is missing or has another hash."""
         history = self.read()
-        for digest in _named(history.epochs, history.batches):
-            history.tensors[digest] = self._read_tensors(digest)
-        return history
+        named = _named(history.epochs, history.batches)
+        return replace(history, tensors={digest: self._read_tensors(digest) for digest in named})
 
     def read(self) -> History:
         """Everything but the tensors, from a database whose hash is the one listed."""
@@ -258,13 +257,17 @@ class Store:
                 f"{self.folder}: ledger of schema {meta['schema_version']}, this version "
                 f"reads schema {SCHEMA_VERSION}"
             )
-        return History(
-            Base(**json.loads(meta["base"])),
-            [_epoch(r) for r in db.execute("SELECT * FROM epochs ORDER BY id")],
-            [Batch(*r) for r in db.execute("SELECT * FROM batches ORDER BY id")],
-            [_column(r) for r in db.execute("SELECT * FROM columns ORDER BY id")],
-            [_event(r) for r in db.execute("SELECT * FROM events ORDER BY id")],
+        history = History(
+            Base.from_dict(json.loads(meta["base"])),
+            tuple(_epoch(r) for r in db.execute("SELECT * FROM epochs ORDER BY id")),
+            tuple(Batch(*r) for r in db.execute("SELECT * FROM batches ORDER BY id")),
+            tuple(_column(r) for r in db.execute("SELECT * FROM columns ORDER BY id")),
+            tuple(_event(r) for r in db.execute("SELECT * FROM events ORDER BY id")),
         )
+        marked = {row[0] for row in db.execute("SELECT id FROM columns WHERE active")}
+        if marked != history.active_ids:
+            raise LedgerError(f"{self.database}: its active columns are not what its events leave")
+        return history
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -370,7 +373,7 @@ class Store:
                 found.append(file)
         return found
 
-    def _write_tensors(self, digest: str, tensors: dict[str, Tensor]) -> None:
+    def _write_tensors(self, digest: str, tensors: Mapping[str, Tensor]) -> None:
         file = self.tensor_file(digest)
         if file.is_file() and sha256_of(file) == digest:
             return
@@ -414,36 +417,36 @@ def _digests(db: sqlite3.Connection) -> set[str]:
     return {row[0] for row in db.execute(query)}
 
 
-def _insert(
-    db: sqlite3.Connection,
-    epochs: Iterable[Epoch],
-    batches: Iterable[Batch],
-    columns: Iterable[Column],
-    events: Iterable[Event],
-) -> None:
+def _insert(db: sqlite3.Connection, history: History, stored: tuple[int, int, int, int]) -> None:
+    """What `history` holds beyond the counts `stored`."""
+    epochs, batches, columns, events = stored
     db.executemany(
         "INSERT INTO epochs VALUES (?, ?, ?, ?, ?, ?)",
         [
-            (e.id, _dump(e.recipe), e.seed, _dump(e.contexts), _dump(e.statistics), e.tensors)
-            for e in epochs
+            (e.id, _dump(e.stored), e.seed, _dump(e.contexts), _dump(e.statistics), e.tensors)
+            for e in history.epochs[epochs:]
         ],
     )
     db.executemany(
-        "INSERT INTO batches VALUES (?, ?, ?)", [(b.id, b.epoch, b.tensors) for b in batches]
+        "INSERT INTO batches VALUES (?, ?, ?)",
+        [(b.id, b.epoch, b.tensors) for b in history.batches[batches:]],
     )
     db.executemany(
         "INSERT INTO columns VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         [
             (
                 *(c.id, c.batch, c.row, c.group, c.fact.id, _dump(c.fact.to_dict())),
-                *(int(c.active), _dump(c.outcome), c.replaces, c.part),
+                *(int(history.is_active(c)), _dump(c.outcome.to_dict()), c.replaces, c.part),
             )
-            for c in columns
+            for c in history.columns[columns:]
         ],
     )
     db.executemany(
         "INSERT INTO events VALUES (?, ?, ?, ?, ?)",
-        [(e.id, e.kind, e.time, _dump(e.activated), _dump(e.deactivated)) for e in events],
+        [
+            (e.id, e.kind, e.time, _dump(e.activated), _dump(e.deactivated))
+            for e in history.events[events:]
+        ],
     )
 
 
@@ -459,10 +462,10 @@ def _epoch(row: tuple[Any, ...]) -> Epoch:
 
 
 def _column(row: tuple[Any, ...]) -> Column:
-    id_, batch, place, group, _fact_id, fact, active, outcome, replaces, part = row
+    id_, batch, place, group, _fact_id, fact, _active, outcome, replaces, part = row
     request = Fact.from_dict(json.loads(fact))
-    found = json.loads(outcome)
-    return Column(id_, batch, place, group, request, bool(active), found, replaces, part)
+    found = ValueOutcome.from_dict(json.loads(outcome))
+    return Column(id_, batch, place, group, request, found, replaces, part)
 
 
 def _event(row: tuple[Any, ...]) -> Event:

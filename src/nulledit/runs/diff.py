@@ -16,6 +16,7 @@ from nulledit.editing.weights import EditedWeights
 from nulledit.errors import LedgerError
 from nulledit.evaluation.queries import Query
 from nulledit.evaluation.scores import score
+from nulledit.ledger.journal import Journal
 from nulledit.ledger.records import Column, History
 
 
@@ -89,7 +90,7 @@ def difference(
         weights = {i: editor.weights.exact(i).cpu() for i in editor.weights.layers}
         said = _probabilities(editor, queries)
     with editor.weights.holding([]):  # the base, which the other's edits stand on
-        beside = EditedWeights(editor.editable, other)
+        beside = EditedWeights(editor.editable, Journal(other))
         try:
             beside.refresh(theirs)
             others = {i: beside.exact(i).cpu() for i in beside.layers}

@@ -67,8 +67,9 @@ def fact_line(
     says_target: bool | None,
     diagnosis: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """One line of `results.jsonl`; `before` and `after` are rows of an evaluation, or None.
+    """One line of `results.jsonl`, of an active column.
 
+    `before` and `after` are rows of an evaluation, or None.
     `diagnosis`: why the fact does not hold; None where it does.
     """
     fact = column.fact
@@ -77,7 +78,7 @@ def fact_line(
         "run": run,
         "batch": column.batch,
         "column": column.id,
-        "active": column.active,
+        "active": True,
         "subject": fact.subject,
         "prompt": fact.render(fact.prompt),
         "target": fact.target,
@@ -86,7 +87,7 @@ def fact_line(
         "after": after,
         "says_target": says_target,
         "diagnosis": diagnosis,
-        "outcome": column.outcome,
+        "outcome": column.outcome.to_dict(),
     }
 
 

@@ -33,7 +33,7 @@ def events_of(history: History) -> list[dict[str, Any]]:
                 "event": event.id,
                 "time": event.time,
                 "kind": event.kind,
-                "methods": [history.epochs[e - 1].recipe["method"]["name"] for e in epochs],
+                "methods": [history.epochs[e - 1].recipe.method.name for e in epochs],
                 "batches": sorted({c.batch for c in on}),
                 "in": [f.id for f in facts_of(on) if f.id not in before],
                 "out": [f.id for f in facts_of(off) if f.id not in after],
@@ -82,10 +82,10 @@ def story_of(history: History, id_: str) -> dict[str, Any]:
         known = [c.fact.id for c in history.columns]
         raise LedgerError(f"no fact {id_!r} in the ledger{suggest(id_, known)}")
     by_id = {c.id: c for c in history.columns}
-    last = next((c for c in reversed(mine) if c.active), mine[-1])
+    last = next((c for c in reversed(mine) if history.is_active(c)), mine[-1])
     return {
         "id": id_,
-        "in_the_model": any(c.active for c in mine),
+        "in_the_model": any(map(history.is_active, mine)),
         "fact": last.fact.to_dict(),
         "versions": [_version(history, c, by_id) for c in mine],
         "events": [
@@ -99,7 +99,7 @@ def story_of(history: History, id_: str) -> dict[str, Any]:
 
 def near_of(history: History, column: Column) -> list[tuple[str, float]]:
     """Other facts in the model on nearly the same first-layer key: (id, cosine), nearest first."""
-    layer = history.epochs[history.epoch_of(column) - 1].recipe["layers"][0]
+    layer = history.epochs[history.epoch_of(column) - 1].recipe.layers[0]
     others = [c for c in history.at_layer(layer, history.active) if c.fact.id != column.fact.id]
     if not others:
         return []
@@ -156,16 +156,16 @@ def _version(history: History, column: Column, by_id: dict[int, Column]) -> dict
         "column": column.id,
         "batch": column.batch,
         "epoch": epoch.id,
-        "method": epoch.recipe["method"]["name"],
-        "layers": list(epoch.recipe["layers"]),
-        "active": column.active,
+        "method": epoch.recipe.method.name,
+        "layers": list(epoch.recipe.layers),
+        "active": history.is_active(column),
         "answer": answer_of(column.fact),
         "replaces": None if older is None else {"id": older.fact.id, "column": older.id},
         "replaced_by": [
             {"id": c.fact.id, "column": c.id, "answer": answer_of(c.fact)} for c in newer
         ],
         "with": list(dict.fromkeys(mates)),
-        "outcome": column.outcome,
+        "outcome": column.outcome.to_dict(),
     }
 
 

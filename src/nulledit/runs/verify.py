@@ -173,10 +173,6 @@ def _check_ledger(
             f"{file}: no batch names it; the next write removes it"
             for file in store.unnamed(history)
         ]
-        on = {c.id for c in history.active_as_of(len(history.events))}
-        if on != {c.id for c in history.active}:
-            problem = f"{store.database}: its active columns are not what its events leave"
-            found.checks.append(Check(DATABASE, name, problem))
     for digest in dict.fromkeys(digests):
         problem = ""
         try:

@@ -83,7 +83,7 @@ class Bench:
             asked = evaluate(editor.editable, facts, generate=False, progress=self.progress)
             text = read(editor.editable, self.base.windows, base=self.base)
         apart = text.apart or ()
-        passes = sum(column.outcome.get("steps", 0) + 1 for column in report.columns)
+        passes = sum((column.outcome.steps or 0) + 1 for column in report.columns)
         return Measured(
             outcome=Outcome(shares(asked.scores), tuple(float(part.mean()) for part in apart)),
             growth=perplexity_growth(self.base.losses, text.losses).percent / 100,
