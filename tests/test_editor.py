@@ -169,7 +169,7 @@ def test_a_ledger_without_constants_keeps_its_weights_and_goes_on_as_it_began(
     with monkeypatch.context() as earlier:
         earlier.setattr(Method, "filled", lambda self, recipe: recipe)
         old = begin()
-    assert set(old.history.epochs[0].recipe["method"]) == {"name", "projection"}
+    assert set(old.history.epochs[0].stored["method"]) == {"name", "projection"}
     old.save(tmp_path / "run")
     assert verify(tmp_path / "run", Editor.load).passed
     loaded = Editor.load(tmp_path / "run")
@@ -294,8 +294,8 @@ def test_subjects_of_all_kinds(make_editor, subject, prompt):
     editor = make_editor()
     report = editor.edit([Fact(id="f", subject=subject, prompt=prompt, target="London")])
     value = report.columns[0].outcome
-    assert value["steps"] > 0
-    assert 0 < value["delta_share"] <= editor.recipe.values.clamp + 1e-9
+    assert value.steps > 0
+    assert 0 < value.delta_share <= editor.recipe.values.clamp + 1e-9
 
 
 def test_a_queue_has_an_order_of_its_own_by_seed(make_editor, facts):
@@ -621,7 +621,7 @@ def test_independent_editors_share_nothing(make_editor, facts):
     one.edit(facts)
     two = make_editor()
     assert isinstance(two.history, History)
-    assert two.history.columns == []
+    assert two.history.columns == ()
     two.edit(facts)
     assert same(weights(one), weights(two))
     assert issubclass(LedgerError, NullEditError)

@@ -7,8 +7,8 @@ import click
 import pytest
 
 from nulledit.cli.edit import edit
-from nulledit.cli.recipe_options import FIXED, OF_EPOCH
 from nulledit.cli.going_on import edit_again
+from nulledit.cli.recipe_options import FIXED, OF_EPOCH
 
 OPTIONS = [p for p in edit.params if isinstance(p, click.Option) and p.name != "run"]
 

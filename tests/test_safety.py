@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from nulledit import Editor, Fact
 from nulledit.cli.verify import verify as command
-from nulledit.errors import CheckFailed, LedgerError
+from nulledit.errors import CheckFailed, LedgerError, ModelError
 from nulledit.ledger import model_folder as checkpoint
 from nulledit.ledger import store as store_module
 from nulledit.ledger.model_folder import FolderState, read_header, read_state
@@ -493,7 +493,7 @@ def with_room_for(size, work):
             sys.stdout = sys.stderr = open(os.devnull, "w")  # under pytest they are files, too
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
             work()
-        except (OSError, sqlite3.Error, SafetensorError):
+        except (OSError, sqlite3.Error, SafetensorError, ModelError):
             said = b"refused"
         except BaseException as error:
             said = f"{type(error).__name__}: {error}".encode()

@@ -302,8 +302,8 @@ class Editor:
         if editor._hash != history.base.hash:
             raise LedgerError(
                 f"{source}: its weights without the edits have hash {editor._hash[:12]}, the "
-                f"ledger's base has {history.base.hash[:12]}: this is another model, or one changed "
-                "by hand"
+                f"ledger's base has {history.base.hash[:12]}: this is another model, or one "
+                "changed by hand"
             )
         if history.epochs:
             recipe = editor._with_template(history.epochs[-1].recipe)
