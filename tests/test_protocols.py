@@ -99,7 +99,10 @@ def test_an_alias_that_the_model_says_counts_as_the_target(editor):
     fact = replace(ADA, target="nothing of the kind")
     said = evaluate(editor.editable, [fact]).answers["ada"].split()[0]
     for aliases, wanted in (((), 0.0), (("nor this", said), 1.0)):
-        assert evaluate(editor.editable, [replace(fact, target_aliases=aliases)]).generation.mean == wanted
+        assert (
+            evaluate(editor.editable, [replace(fact, target_aliases=aliases)]).generation.mean
+            == wanted
+        )
 
 
 def test_the_same_prompts_are_asked_again_behind_other_texts():
