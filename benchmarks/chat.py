@@ -20,9 +20,8 @@ from nulledit.editing.editor import Editor
 from nulledit.evaluation.generation import contains, generate_answers
 from nulledit.evaluation.queries import queries_of
 from nulledit.evaluation.scores import score
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.load import load_model
-from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import RowEncoder, collate, context_length, pad_id
 
 DEFAULT = ChatSettings()
 EDITED = {
@@ -60,18 +59,17 @@ def main() -> None:
         if given.only and str(number) not in given.only.split(","):
             continue
         model, tokenizer = load_model(given.model)
-        encoder = RowEncoder(tokenizer, max_length=context_length(model.config))
         start = time.process_time()
         if settings is not False:
             recipe = replace(load_recipe(given.model), chat=settings)
             Editor(model, tokenizer, recipe=recipe, name=given.model).edit(facts)
         spent = time.process_time() - start
+        editable = EditableModel(model, tokenizer)
         for asked, form in ASKED.items():
-            encoder = encoder.in_chat(form)
-            rates = ask(PartialModel(model), encoder, facts)
-            free = encoder.in_chat(form and replace(form, assistant=""))
+            rates = ask(editable.in_chat(form), facts)
+            free = editable.in_chat(form and replace(form, assistant=""))
             prompts = [fact.render(fact.prompt) for fact in facts]
-            answers = generate_answers(model, tokenizer, prompts, max_new_tokens=24, encoder=free)
+            answers = generate_answers(free, prompts, max_new_tokens=24)
             rates.append(sum(contains(a, f.target) for a, f in zip(answers, facts, strict=True)))
             said[f"{name} / {asked}"] = dict(zip(prompts, answers, strict=True))
             cells = " | ".join(f"{rate:g}" for rate in rates)
@@ -81,20 +79,16 @@ def main() -> None:
             json.dump(said, file, indent=1, ensure_ascii=False)
 
 
-def ask(model: PartialModel, encoder: RowEncoder, facts: list) -> list[float]:
+def ask(model: EditableModel, facts: list) -> list[float]:
     """Facts whose target's first token, or all its tokens, come first; shares of prompts."""
-    pad = pad_id(encoder.tokenizer)
-    rows = [encoder.encode(f.render(f.prompt), target=f.target) for f in facts]
+    rows = [model.encoder.encode(f.render(f.prompt), target=f.target) for f in facts]
     first = 0
     for row in rows:
-        ids = row.ids[: row.target_start]
-        batch = collate([ids], pad_id=pad, device=model.device)
+        batch = model.collate([row.ids[: row.target_start]])
         with torch.no_grad():
             logits = model.logits(model.run_normed(batch)[0, -1:])
         first += int(logits.argmax()) == row.target_ids[0]
-    scores = score(
-        model, encoder, [q for f in facts for q in queries_of(f)], pad_id=pad, positions=512
-    )
+    scores = score(model, [q for f in facts for q in queries_of(f)], positions=512)
     strict = {
         kind: [s.strict for s in scores if s.query.kind == kind]
         for kind in ("efficacy", "generalization", "specificity")

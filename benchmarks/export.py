@@ -28,7 +28,7 @@ from nulledit.export.ranks import served_rank
 from nulledit.export.updates import update_of
 from nulledit.linalg.solve import solve_update
 from nulledit.linalg.spectrum import Metric
-from nulledit.models.layouts import mlp_out, write_weight
+from nulledit.models.layouts import find_layout, mlp_out, write_weight
 from nulledit.models.load import load_model
 
 WINDOW = 64  # tokens of a text
@@ -98,12 +98,13 @@ def differences(editor, scratch, texts):
         rows.append(row_of(f"the same, merged, {dtype}", logits(merged, ids), edited))
     double, _ = load_model(name, dtype=editor.history.base.dtype)
     double = double.double()
+    layout = find_layout(double)
     for layer in editor.weights.layers:
-        write_weight(mlp_out(double, layer), editor.weights.exact(layer))
+        write_weight(mlp_out(double, layout, layer), editor.weights.exact(layer))
     exact = logits(double, ids)
     rows.append(row_of("the edited model against W₀ + Δ in float64", edited, exact))
     for layer in editor.weights.layers:
-        write_weight(mlp_out(double, layer), editor.weights.base(layer))
+        write_weight(mlp_out(double, layout, layer), editor.weights.base(layer))
     adapted = peft.PeftModel.from_pretrained(double, scratch / "LoRA-float64").eval()
     rows.append(row_of("all in float64: base + LoRA against W₀ + Δ", logits(adapted, ids), exact))
     std = float(edited.std())

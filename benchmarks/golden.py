@@ -24,10 +24,9 @@ from nulledit.evaluation.scores import per_fact, rates, score
 from nulledit.evaluation.stats import paired_bootstrap
 from nulledit.linalg.solve import solve_update
 from nulledit.linalg.spectrum import Spectrum
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import frozen, write_weight
 from nulledit.models.load import load_model, model_hash
-from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import RowEncoder, pad_id
 from nulledit.statistics.collect import collect
 
 LAYERS = (4, 5, 6, 7, 8)
@@ -51,35 +50,24 @@ def main():
     golden = load_file(options.data / "golden/smollm2-alphaedit-100.safetensors")
     contexts = json.loads((options.data / "counterfact/derived-100-contexts.json").read_text())
     facts = read_facts(options.data / "counterfact/derived-100.json").facts
-    model, tokenizer = load_model("smollm2-135m")
-    partial, padding = PartialModel(model), pad_id(tokenizer)
-    encoder = RowEncoder(tokenizer, max_length=8192)
+    model = EditableModel(*load_model("smollm2-135m"))
 
     print("| quantity | agreement |\n| --- | --- |", flush=True)
-    with frozen(model):
+    with frozen(model.model):
         statistics = collect(
-            partial,
-            tokenizer,
+            model,
             open_corpus(options.data / "golden/paragraphs.txt"),
             StatisticsSettings(packing="lines", window=2048),
             layers=LAYERS,
             name="smollm2-135m",
-            model_hash=model_hash(model),
+            model_hash=model_hash(model.model),
         )
         for layer in LAYERS:
             found = statistics.spectra[layer].eigenvalues.flip(0)
             expected = golden[f"eigenvalues.{layer}"].double()
             worst = float(((found - expected).abs() / expected).max())
             print(f"| eigenvalues, layer {layer}: worst relative difference | {worst:.1e} |")
-        walk = Walk(
-            partial,
-            encoder,
-            facts,
-            first=4,
-            contexts=contexts,
-            bare_weight=0.5,
-            pad_id=padding,
-        )
+        walk = Walk(model, facts, first=4, contexts=contexts, bare_weight=0.5)
         print(f"| keys, layer 4 | {relative(walk.keys().mT, golden['keys.4']):.1e} |")
         residual = (golden["values"].double().mT - walk.hidden(8)) / len(LAYERS)
         print(f"| residuals, layer 4 | {relative(residual.mT, golden['residual.4']):.1e} |")
@@ -90,15 +78,13 @@ def main():
         print(f"| update, layer 4, from the given | {relative(update, expected):.1e} |", flush=True)
         start = time.process_time()
         values = optimise_values(
-            partial,
-            encoder,
+            model,
             facts[: options.facts],
             list(range(options.facts)),
             layer=8,
             contexts=contexts,
             settings=ValueSettings(steps=15, stop_margin=None),
             positions=200,
-            pad_id=padding,
         )
         seconds = time.process_time() - start
     each = torch.tensor([relative(v.z, golden["values"][i]) for i, v in enumerate(values)])
@@ -113,30 +99,28 @@ def main():
         {"layers": list(LAYERS), "values": {"steps": 15}, "contexts": {"texts": contexts}}
     )
     valid = collect(
-        partial,
-        tokenizer,
+        model,
         open_corpus(options.data / "wikitext-2/valid.txt"),
         StatisticsSettings(),
         layers=(3, *LAYERS),
         name="smollm2-135m",
-        model_hash=model_hash(model),
+        model_hash=model_hash(model.model),
     )
     queries = [query for fact in facts for query in queries_of(fact)]
 
     def judge():
-        with frozen(model):
-            scores = score(partial, encoder, queries, pad_id=padding, positions=512)
+        with frozen(model.model):
+            scores = score(model, queries, positions=512)
         return rates(scores), per_fact(scores)
 
     rows = {"before": judge()}
     for layer in LAYERS:
         update = golden[f"update.{layer}.left"] @ golden[f"update.{layer}.right"]
-        weight = partial.mlp_out(layer).weight
-        write_weight(partial.mlp_out(layer), weight.data.double() + update.double())
+        weight = model.mlp_out(layer).weight
+        write_weight(model.mlp_out(layer), weight.data.double() + update.double())
     rows["published"] = judge()
-    model, tokenizer = load_model("smollm2-135m")
-    editor = Editor(model, tokenizer, recipe=recipe, statistics=valid)
-    partial, encoder = editor.editable, editor.editable.encoder
+    editor = Editor(*load_model("smollm2-135m"), recipe=recipe, statistics=valid)
+    model = editor.editable
     editor.edit(facts)
     rows[OURS] = judge()
 

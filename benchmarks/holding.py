@@ -22,7 +22,6 @@ from nulledit.data.readers import read_facts
 from nulledit.evaluation import evaluate, read_windows, retry_failing
 from nulledit.evaluation.reading import read
 from nulledit.evaluation.stats import Rate
-from nulledit.models.tokens import pad_id
 
 WINDOW = 256
 HEAD = (
@@ -73,8 +72,7 @@ def main():
     text = options.data / "wikitext-2" / "test.txt"
     first = FIRST[options.text]
     windows = read_windows(text, editor.tokenizer, windows=first + options.windows)[first:]
-    padding = pad_id(editor.tokenizer)
-    base = read(editor.editable, windows, padding, keep=True)
+    base = read(editor.editable, windows, keep=True)
     size = options.batch_size
     print(f"| {' | '.join(HEAD)} |\n{'| --- ' * len(HEAD)}|", flush=True)
     stages, spent = [], 0.0

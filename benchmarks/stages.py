@@ -18,10 +18,10 @@ from nulledit.ledger.store import tensor_bytes
 from nulledit.linalg.moments import SecondMoment
 from nulledit.linalg.solve import solve_update
 from nulledit.linalg.spectrum import Spectrum
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import as_out_in, write_weight
 from nulledit.models.load import model_hash
-from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import RowEncoder, chunks_by_length, collate, pad_id
+from nulledit.models.tokens import chunks_by_length
 from nulledit.statistics.collect import Manifest, Statistics, find_statistics, key_moments
 
 RANDOM_THRESHOLD = 1.0  # made-up spectra: directions below it are free
@@ -35,17 +35,15 @@ class Setup:
     def __init__(self, model, tokenizer, recipe, facts, contexts, texts, free):
         self.model, self.tokenizer, self.recipe = model, tokenizer, recipe
         self.facts, self.contexts, self.texts = facts, contexts, texts
-        self.partial, self.padding = PartialModel(model), pad_id(tokenizer)
-        self.encoder = RowEncoder(tokenizer, max_length=8192)
+        self.editable = EditableModel(model, tokenizer)
         self.layers = recipe.layers
         self.free = free
 
     def positions(self, options):
-        on_cpu = self.partial.device.type == "cpu"
-        return options.positions or (200 if on_cpu else 16384)
+        return options.positions or self.editable.positions(200, 16384)
 
     def matrix(self, layer):
-        return as_out_in(self.partial.mlp_out(layer))
+        return as_out_in(self.editable.mlp_out(layer))
 
     def statistics(self):
         """The model's own, or made-up ones where its weights are random."""
@@ -54,33 +52,30 @@ class Setup:
         if found:
             return found
         spectra = {
-            i: made_up(self.matrix(i).shape[1], self.free, self.partial.device) for i in self.layers
+            i: made_up(self.matrix(i).shape[1], self.free, self.editable.device)
+            for i in self.layers
         }
         manifest = Manifest("random", own, self.layers, "none", "0", StatisticsSettings(), "none")
         return Statistics(manifest, {i: s for i, s in spectra.items()})
 
     def walk(self, facts=None):
         return Walk(
-            self.partial,
-            self.encoder,
+            self.editable,
             facts or self.facts,
             first=self.layers[0],
             contexts=self.contexts,
             bare_weight=0.5,
-            pad_id=self.padding,
         )
 
     def ours(self, settings, facts, positions):
         return optimise_values(
-            self.partial,
-            self.encoder,
+            self.editable,
             facts,
             list(range(len(facts))),
             layer=self.layers[-1],
             contexts=self.contexts,
             settings=settings,
             positions=positions,
-            pad_id=self.padding,
         )
 
     def theirs(self, settings, facts):
@@ -176,9 +171,9 @@ def said_after(setup, zs, statistics):
         for kind, prompts in (("efficacy", [f.prompt]), ("paraphrases", f.paraphrases))
         for prompt in prompts
     ]
-    found = score(setup.partial, setup.encoder, asked, pad_id=setup.padding, positions=2048)
+    found = score(setup.editable, asked, positions=2048)
     for i, weight in before.items():
-        write_weight(setup.partial.mlp_out(i), weight)
+        write_weight(setup.editable.mlp_out(i), weight)
     rates = {}
     for kind in ("efficacy", "paraphrases"):
         mine = [s.strict for s in found if s.query.kind == kind]
@@ -208,7 +203,7 @@ def update(clock, setup, options, *, zs=None, statistics=None):
             keys = walk.keys().to(base[layer].device)
             missing = (zs.double().cpu().mT - walk.hidden(last).cpu()) / (len(layers) - i)
             change = solve_update(keys, missing.to(keys.device), metrics[layer])
-            write_weight(setup.partial.mlp_out(layer), base[layer].double() + change)
+            write_weight(setup.editable.mlp_out(layer), base[layer].double() + change)
             for _ in range(layer, layers[i + 1] if i + 1 < len(layers) else layer):
                 walk.advance()
 
@@ -248,7 +243,7 @@ def update(clock, setup, options, *, zs=None, statistics=None):
 
 def restore(setup, base):
     for layer, weight in base.items():
-        write_weight(setup.partial.mlp_out(layer), weight)
+        write_weight(setup.editable.mlp_out(layer), weight)
 
 
 def statistics(clock, setup, options):
@@ -269,13 +264,13 @@ def statistics(clock, setup, options):
     )
     tokens = sum(map(len, rows))
     chunks = chunks_by_length([len(row) for row in rows], 2048)
-    device = setup.partial.device
+    device = setup.editable.device
 
     def bare():
         for chunk in chunks:
-            batch = collate([rows[i] for i in chunk], pad_id=setup.padding, device=device)
+            batch = setup.editable.collate([rows[i] for i in chunk])
             with torch.no_grad():
-                setup.partial.run(batch, last=top)
+                setup.editable.run(batch, last=top)
 
     width = setup.matrix(top).shape[1]
     keys = torch.randn(tokens, width, device=device)
@@ -288,7 +283,7 @@ def statistics(clock, setup, options):
 
     one = "statistics"
     for _ in range(options.repeats):
-        clock.time(one, OURS, lambda: key_moments(setup.partial, setup.tokenizer, rows, layers))
+        clock.time(one, OURS, lambda: key_moments(setup.editable, rows, layers))
         clock.time("forward alone", OURS, bare)
         clock.time("products alone", OURS, products)
         clock.time(
@@ -421,7 +416,7 @@ def growth(clock, setup, options):
     history = History(Base("", "0", "float32", recipe.to_dict(), 0))
     history.epochs.append(Epoch(1, recipe.to_dict(), 0, ("{}",), {}, "epoch"))
     history.tensors["epoch"] = tensors
-    weights = EditedWeights(setup.partial, history)
+    weights = EditedWeights(setup.editable, history)
     generator = torch.Generator().manual_seed(4)
     noise = torch.randn(len(setup.facts), setup.model.config.hidden_size, generator=generator)
 

@@ -13,9 +13,8 @@ from importlib import resources
 import reference_tracing
 
 from nulledit import read_facts
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.load import load_model
-from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import RowEncoder, pad_id
 from nulledit.tracing import TraceSettings, ask, trace
 from nulledit.tracing.trace import noise_of, spread_of
 
@@ -26,23 +25,21 @@ def main():
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--window", type=int, default=6)
     args = parser.parse_args()
-    model, tokenizer = load_model("smollm2-135m")
-    partial = PartialModel(model)
+    model = EditableModel(*load_model("smollm2-135m"))
     with resources.as_file(resources.files("nulledit") / "assets/facts/examples.yaml") as file:
         facts = read_facts(file, limit=args.facts).facts
-    encoder = RowEncoder(tokenizer, max_length=2048)
-    known = ask(partial, encoder, facts, pad_id=pad_id(tokenizer)).known
-    spread = spread_of(partial, known)
+    known = ask(model, facts).known
+    spread = spread_of(model, known)
     settings = TraceSettings(draws=args.draws, window=args.window)
-    width = model.config.hidden_size
+    width = model.model.config.hidden_size
     print("| fact | tokens restored | reference, CPU s | nulledit, CPU s | ratio | apart |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for question in known:
         start = time.process_time()
-        ours = trace(partial, question, settings, spread=spread)
+        ours = trace(model, question, settings, spread=spread)
         middle = time.process_time()
         _, _, theirs = reference_tracing.trace(
-            model,
+            model.model,
             question.ids,
             question.answer,
             subject=slice(question.first, question.last + 1),

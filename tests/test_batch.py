@@ -18,7 +18,6 @@ from nulledit.errors import ConfigError, StatisticsError
 from nulledit.ledger.solver import recorded
 from nulledit.methods import METHODS
 from nulledit.models.layouts import as_out_in, frozen
-from nulledit.models.tokens import pad_id
 
 # Small models: constants of about the size of their second moments.
 CONSTANTS = {
@@ -115,15 +114,7 @@ def test_a_gradient_batch_is_undone_as_a_whole_and_the_rest_edited_anew(make, fa
 def test_the_loss_of_a_weight_and_its_gradient(family, tokenizer, facts):
     editor = Editor(build_model(family), tokenizer, recipe=RECIPE)
     losses = [
-        WeightLoss(
-            editor.editable,
-            editor.editable.encoder,
-            facts,
-            layer=1,
-            pad_id=pad_id(tokenizer),
-            positions=positions,
-        )
-        for positions in (16, 4096)
+        WeightLoss(editor.editable, facts, layer=1, positions=positions) for positions in (16, 4096)
     ]
     with frozen(editor.model):
         weight = losses[0].current()
@@ -175,27 +166,17 @@ def test_a_value_at_each_layer_is_written_whole(make, facts):
     fresh = make(recipe)
     with frozen(fresh.model):
         found = optimise_values(
-            fresh.partial,
-            fresh.encoder,
+            fresh.editable,
             facts[:2],
             [0, 1],
             layer=first,
             contexts=("{}",),
             settings=recipe.values,
             positions=4096,
-            pad_id=0,
         )
     z_first = editor.history.column_tensor(columns, f"z.{first}")
     assert torch.allclose(z_first, torch.stack([v.z for v in found]), atol=1e-9)
-    walk = Walk(
-        editor.editable,
-        editor.editable.encoder,
-        facts[:2],
-        first=first,
-        contexts=("{}",),
-        bare_weight=1.0,
-        pad_id=0,
-    )
+    walk = Walk(editor.editable, facts[:2], first=first, contexts=("{}",), bare_weight=1.0)
     for layer in (first, last):
         z = editor.history.column_tensor(columns, f"z.{layer}")
         assert torch.allclose(walk.hidden(layer).mT, z, atol=1e-5)
@@ -376,7 +357,7 @@ def test_rounds_give_what_does_not_hold_the_rest_that_it_lacks(known):
     after = leads_in(often, edits)
     assert sum(lead > 0.5 for lead in after) > sum(lead > 0.5 for lead in before)
     assert min(after) > min(before)
-    found = bare_leads(often.partial, often.encoder, edits, positions=30, pad_id=0)
+    found = bare_leads(often.editable, edits, positions=30)
     assert found == pytest.approx(after, abs=1e-4)
     steps = {c.fact.id: c.outcome.steps for c in report.columns}
     for fact, lead, column in zip(edits, before, once.history.active, strict=True):

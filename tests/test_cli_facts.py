@@ -126,14 +126,17 @@ def test_the_table_of_a_model(write, model):
 def test_a_target_that_begins_with_a_lone_space_is_told(tiny_model, tokenizer, monkeypatch):
     from nulledit import Fact
     from nulledit.evaluation import outlook as module
-    from nulledit.models.tokens import Row, RowEncoder
+    from nulledit.models.editable_model import EditableModel
+    from nulledit.models.tokens import Row
 
-    encoder = RowEncoder(tokenizer, max_length=64)
+    model = EditableModel(tiny_model("llama").float(), tokenizer)
     space, town = (tokenizer(text)["input_ids"][0] for text in (" ", "town"))
     rows = {"1969": (1, 2, space, town), "town": (1, 2, town)}
-    monkeypatch.setattr(encoder, "encode_template", lambda *_, target: Row(rows[target], 1, 2))
+    monkeypatch.setattr(
+        model.encoder, "encode_template", lambda *_, target: Row(rows[target], 1, 2)
+    )
     facts = [Fact("Velm", "{} is", t, id=t, relation=t) for t in rows]
-    seen = module.outlook(tiny_model("llama").float(), tokenizer, facts, encoder)
+    seen = module.outlook(model, facts)
     assert [(item.tokens, item.lone_space) for item in seen] == [(2, True), (1, False)]
 
 

@@ -11,9 +11,9 @@ import world
 from nulledit.config import Recipe, ValueSettings
 from nulledit.editing.values import optimise_values, plan_rows
 from nulledit.errors import ConfigError
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import frozen
-from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import RowEncoder, pad_id
+from nulledit.models.tokens import RowEncoder
 
 LAYER = 1
 CONTEXTS = ("{}", "then he said . {}", "she said . {}")
@@ -89,15 +89,13 @@ def ours(known, facts, settings, *, groups=None, contexts=CONTEXTS):
     model, tokenizer = known
     with frozen(model):
         return optimise_values(
-            PartialModel(model),
-            RowEncoder(tokenizer, max_length=64),
+            EditableModel(model, tokenizer),
             facts,
             groups or range(len(facts)),
             layer=LAYER,
             contexts=contexts,
             settings=settings,
             positions=400,
-            pad_id=pad_id(tokenizer),
         )
 
 

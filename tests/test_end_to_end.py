@@ -204,7 +204,7 @@ def test_the_projection_protects(make_editor):
         space = dataclasses.replace(RECIPE.null_space, value=value)
         editor = make_editor(edited=world.PEOPLE[:4], null_space=space)
         rows = [editor.tokenizer(s)["input_ids"] for s in world.sentences()]
-        moments = key_moments(editor.editable, editor.tokenizer, rows, [1])
+        moments = key_moments(editor.editable, rows, [1])
         editor.edit(facts)
         tensors = editor.history.tensors[editor.history.epochs[0].tensors]
         update = editor.weights.exact(1) - tensors["base.1"].double()

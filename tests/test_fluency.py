@@ -11,6 +11,7 @@ from nulledit.errors import FactError
 from nulledit.evaluation import evaluate, generate_texts, generation_entropy, write_texts
 from nulledit.evaluation.fluency import TfIdf, ngram_entropy, words
 from nulledit.evaluation.generation import TopK
+from nulledit.models.editable_model import EditableModel
 
 ADA = Fact(
     id="ada",
@@ -25,8 +26,8 @@ PROMPTS = ["The river", "Because the harbour of Velm lies on the", "Ada Byron", 
 
 
 @pytest.fixture
-def model(tiny_model, family):
-    return tiny_model(family)
+def model(tiny_model, tokenizer, family):
+    return EditableModel(tiny_model(family), tokenizer)
 
 
 # --- Entropy --------------------------------------------------------------------------------
@@ -125,42 +126,43 @@ def test_the_cosine_is_the_textbooks():
 # --- Texts ----------------------------------------------------------------------------------
 
 
-def test_a_text_depends_on_its_prompt_and_the_seed_alone(model, tokenizer):
+def test_a_text_depends_on_its_prompt_and_the_seed_alone(model):
     state = torch.get_rng_state()
-    alone = [generate_texts(model, tokenizer, [p], length=30)[0] for p in PROMPTS]
+    alone = [generate_texts(model, [p], length=30)[0] for p in PROMPTS]
     ends = []
     together = generate_texts(
-        model, tokenizer, PROMPTS, length=30, batch_size=3, progress=lambda *n: ends.append(n)
+        model, PROMPTS, length=30, batch_size=3, progress=lambda *n: ends.append(n)
     )
     assert together == alone
     assert ends == [(3, 4), (4, 4)]
-    assert generate_texts(model, tokenizer, PROMPTS[::-1], length=30) == alone[::-1]
-    assert generate_texts(model, tokenizer, PROMPTS, length=30, seed=1) != alone
+    assert generate_texts(model, PROMPTS[::-1], length=30) == alone[::-1]
+    assert generate_texts(model, PROMPTS, length=30, seed=1) != alone
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_texts_begin_with_their_prompt_and_have_the_length(tiny_model, tokenizer):
-    model = tiny_model("llama")
+    model = EditableModel(tiny_model("llama"), tokenizer)
     chosen = []
     decode = tokenizer.decode
     tokenizer.decode = lambda ids, **more: (chosen.append(ids), decode(ids, **more))[1]
     try:
-        texts = generate_texts(model, tokenizer, PROMPTS, length=40)
-        endless = generate_texts(model, tokenizer, PROMPTS[:1], length=10**6)
+        texts = generate_texts(model, PROMPTS, length=40)
+        endless = generate_texts(model, PROMPTS[:1], length=10**6)
     finally:
         del tokenizer.decode
     assert [len(ids) for ids in chosen] == [40, 40, 40, 40, 128]  # the model's context
     prompts = [*PROMPTS, PROMPTS[0]]
     assert all(t.startswith(p) for t, p in zip([*texts, *endless], prompts, strict=True))
     with pytest.raises(FactError, match=r"prompt of \d+ tokens leaves no room in a text of 2"):
-        generate_texts(model, tokenizer, PROMPTS, length=2)
+        generate_texts(model, PROMPTS, length=2)
 
 
 def test_an_end_of_text_token_does_not_end_the_text(tiny_model, tokenizer):
     model = tiny_model("llama")
     with torch.no_grad():
         model.lm_head.weight.zero_()  # all alike: the first id, the end of text, comes up often
-    text = generate_texts(model, tokenizer, ["The river"], length=60, top_k=2)[0]
+    asked = EditableModel(model, tokenizer)
+    text = generate_texts(asked, ["The river"], length=60, top_k=2)[0]
     other = tokenizer.decode([1])
     drawn = text.removeprefix("The river")
     assert set(drawn) == set(other)
@@ -172,9 +174,9 @@ def test_one_candidate_is_greedy(model, tokenizer):
         ids = tokenizer(prompt)["input_ids"]
         while len(ids) < 20:
             with torch.no_grad():
-                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+                ids.append(int(model.model(torch.tensor([ids])).logits[0, -1].argmax()))
         expected = tokenizer.decode(ids, skip_special_tokens=True)
-        assert generate_texts(model, tokenizer, [prompt], length=20, top_k=1) == [expected]
+        assert generate_texts(model, [prompt], length=20, top_k=1) == [expected]
 
 
 def test_tokens_are_drawn_by_their_probability_among_the_likeliest():
@@ -192,10 +194,10 @@ def test_tokens_are_drawn_by_their_probability_among_the_likeliest():
 
 
 def test_each_prompt_of_a_fact_is_written_on_once(tiny_model, tokenizer):
-    model = tiny_model("llama")
-    found = write_texts(model, tokenizer, [ADA, KARO], length=40)
+    model = EditableModel(tiny_model("llama"), tokenizer)
+    found = write_texts(model, [ADA, KARO], length=40)
     prompts = ["The mother tongue of Ada Byron is", "Ada Byron speaks the language"]
-    expected = generate_texts(model, tokenizer, [*prompts, "Karo Dun works as a"], length=40)
+    expected = generate_texts(model, [*prompts, "Karo Dun works as a"], length=40)
     assert found.texts == {"ada": tuple(expected[:2]), "karo": tuple(expected[2:])}
     bits = [generation_entropy(text) for text in expected]
     assert found.fluency == {"ada": pytest.approx(sum(bits[:2]) / 2), "karo": bits[2]}
@@ -203,31 +205,29 @@ def test_each_prompt_of_a_fact_is_written_on_once(tiny_model, tokenizer):
 
 
 def test_a_prompt_that_fills_half_of_the_text_is_left_out(tiny_model, tokenizer):
-    model = tiny_model("llama")
+    model = EditableModel(tiny_model("llama"), tokenizer)
     own, other = "The mother tongue of Ada Byron is", "Ada Byron speaks the language"
     tokens = len(tokenizer(own)["input_ids"])
     assert tokens < len(tokenizer(other)["input_ids"])
-    found = write_texts(model, tokenizer, [ADA], length=2 * tokens)
+    found = write_texts(model, [ADA], length=2 * tokens)
     assert [text[: len(own)] for text in found.texts["ada"]] == [own]
-    none = write_texts(model, tokenizer, [ADA], length=2 * tokens - 1)
+    none = write_texts(model, [ADA], length=2 * tokens - 1)
     assert (none.texts, none.fluency, none.consistency) == ({}, {}, {})
 
 
 def test_references_are_found_by_id_or_by_relation_and_target(tiny_model, tokenizer):
-    model = tiny_model("llama")
+    model = EditableModel(tiny_model("llama"), tokenizer)
     about = {"tongue/Velmish": ["People in Velm speak.", "The river"], "nobody": ["the sea"]}
-    found = write_texts(model, tokenizer, [ADA, KARO], references=about, length=40)
+    found = write_texts(model, [ADA, KARO], references=about, length=40)
     rare = TfIdf.of(["People in Velm speak.", "The river", "the sea"])
     expected = rare.cosine(" ".join(found.texts["ada"]), "People in Velm speak. The river")
     assert found.consistency == {"ada": expected}
     assert expected > 0
     by_id = about | {"ada": ["no such words"]}
-    assert write_texts(model, tokenizer, [ADA], references=by_id, length=40).consistency != {
-        "ada": expected
-    }
+    assert write_texts(model, [ADA], references=by_id, length=40).consistency != {"ada": expected}
     for bad in ("one text", ["..."], [3]):
         with pytest.raises(FactError, match="references of 'ada' must be a list of texts"):
-            write_texts(model, tokenizer, [ADA], references={"ada": bad})
+            write_texts(model, [ADA], references={"ada": bad})
 
 
 def test_an_evaluation_writes_on_request(tiny_model, tokenizer, recipe, make_statistics):
@@ -242,7 +242,7 @@ def test_an_evaluation_writes_on_request(tiny_model, tokenizer, recipe, make_sta
         seed=3,
         progress=lambda *told: stages.append(told),
     )
-    writing = write_texts(model, tokenizer, [ADA, KARO], seed=3)
+    writing = write_texts(editor.editable, [ADA, KARO], seed=3)
     assert found.writing == writing
     assert ("texts", 3, 3) in stages
     values = list(writing.fluency.values())

@@ -23,9 +23,9 @@ from nulledit.errors import ConfigError, FactError
 from nulledit.evaluation.forgetting import Recall, Said, doubts, find_answer, recall_of, summary
 from nulledit.evaluation.queries import queries_of
 from nulledit.evaluation.scores import rates, score
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import frozen
-from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import RowEncoder, pad_id
+from nulledit.models.tokens import RowEncoder
 
 CONTEXTS = ["{}", "Then, he said. {}", "The river. {}"]
 SETTINGS = ValueSettings(
@@ -37,15 +37,13 @@ LAYER = 2
 def ours(model, tokenizer, facts, *, groups=None, settings=SETTINGS, positions=400):
     with frozen(model):
         return optimise_values(
-            PartialModel(model),
-            RowEncoder(tokenizer, max_length=128),
+            EditableModel(model, tokenizer),
             facts,
             groups or list(range(len(facts))),
             layer=LAYER,
             contexts=CONTEXTS,
             settings=settings,
             positions=positions,
-            pad_id=pad_id(tokenizer),
         )
 
 
@@ -187,11 +185,9 @@ def slow_value(model, tokenizer, fact, place, settings=SETTINGS):
 
 def test_the_value_equals_a_slow_one(family, tiny_model, tokenizer, facts):
     model = tiny_model(family)
-    encoder = RowEncoder(tokenizer, max_length=128)
+    asked = EditableModel(model, tokenizer)
     for fact in (facts[0].forgotten(), facts[3].forgotten()):
-        partial = PartialModel(model)
-        asked = ignorance.blinded(encoder, fact, fact.prompt)
-        place = ignorance.telling(partial, encoder, *asked)
+        place = ignorance.telling(asked, *ignorance.blinded(asked.encoder, fact, fact.prompt))
         (value,) = ours(model, tokenizer, [fact])
         z, loss = slow_value(model, tokenizer, fact, place)
         assert distance(value.z, z) < 1e-5
@@ -200,27 +196,25 @@ def test_the_value_equals_a_slow_one(family, tiny_model, tokenizer, facts):
 
 def test_the_telling_token_is_the_one_that_knowledge_brings(tiny_model, tokenizer, facts):
     """Against each token's chance with and without the subject, read off whole runs."""
-    model, fact = tiny_model("llama"), facts[3].forgotten()
-    encoder = RowEncoder(tokenizer, max_length=128)
+    model, fact = EditableModel(tiny_model("llama"), tokenizer), facts[3].forgotten()
     answer = tokenizer(" " + fact.target)["input_ids"]
     assert len(answer) > 3
     ids = tokenizer(fact.render(fact.prompt) + " " + fact.target, return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        knows = model(ids).logits[0].softmax(-1)[-1 - len(answer) : -1]
-    row, hidden = ignorance.blinded(encoder, fact, fact.prompt)
+        knows = model.model(ids).logits[0].softmax(-1)[-1 - len(answer) : -1]
+    row, hidden = ignorance.blinded(model.encoder, fact, fact.prompt)
     gains = []
     for place, token in enumerate(answer):
         cut = dataclasses.replace(row, ids=row.ids[: row.target_start + place + 1])
-        blind = ignorance.uninformed(PartialModel(model), cut, hidden)[-1]
+        blind = ignorance.uninformed(model, cut, hidden)[-1]
         gains.append(float(knows[place, token] / blind[token]))
-    assert ignorance.telling(PartialModel(model), encoder, row, hidden) == gains.index(max(gains))
+    assert ignorance.telling(model, row, hidden) == gains.index(max(gains))
 
 
 def test_chances_of_nothing_are_no_nan(tiny_model, tokenizer, facts, monkeypatch):
     """Softmax in float32 gives 0 some 100 nats down."""
-    model, fact = PartialModel(tiny_model("llama")), facts[3].forgotten()
-    encoder = RowEncoder(tokenizer, max_length=128)
-    row, hidden = ignorance.blinded(encoder, fact, fact.prompt)
+    model, fact = EditableModel(tiny_model("llama"), tokenizer), facts[3].forgotten()
+    row, hidden = ignorance.blinded(model.encoder, fact, fact.prompt)
     size = len(row.target_ids)
 
     def chances(_, row, where):
@@ -231,7 +225,7 @@ def test_chances_of_nothing_are_no_nan(tiny_model, tokenizer, facts, monkeypatch
 
     monkeypatch.setattr(ignorance, "uninformed", chances)
     assert size > 3
-    assert ignorance.telling(model, encoder, row, hidden) == 2
+    assert ignorance.telling(model, row, hidden) == 2
 
     def certain(_, row, __):
         return torch.eye(500)[list(row.target_ids)]
@@ -247,8 +241,7 @@ def test_a_broken_model_has_forgotten_nothing(tiny_model, tokenizer, facts):
     model = tiny_model("llama")
     model.model.norm.weight.data.fill_(math.nan)
     queries = queries_of(facts[0].forgotten())[:1]
-    encoder = RowEncoder(tokenizer, max_length=128)
-    (found,) = score(PartialModel(model), encoder, queries, pad_id=0)
+    (found,) = score(EditableModel(model, tokenizer), queries)
     assert (found.strict, found.tokens) == (False, 0.0)
 
 
@@ -290,15 +283,13 @@ def test_it_has_not_converged_while_the_answer_is_the_likeliest(worlds):
     with frozen(model):
         plain, gone = (
             optimise_values(
-                PartialModel(model),
-                RowEncoder(words, max_length=64),
+                EditableModel(model, words),
                 [asked],
                 [0],
                 layer=1,
                 contexts=("{}", "then he said . {}"),
                 settings=near,
                 positions=400,
-                pad_id=pad_id(words),
             )[0]
             for asked in (fact, fact.forgotten())
         )
@@ -342,7 +333,7 @@ def test_the_answer_is_gone_and_the_neighbours_stay(editor):
     assert before[0].own.chance > world.MARGIN
     assert not after.own.leaks
     assert after.own.chance < before[0].own.chance / 2
-    others = [s for s in score(editor.editable, queries_of(fact), pad_id=0)]
+    others = [s for s in score(editor.editable, queries_of(fact))]
     assert all(s.strict for s in others if s.query.kind == "specificity")
 
 
@@ -433,11 +424,11 @@ def test_rates_count_what_is_no_longer_said(editor):
     told = {f.id: queries_of(f) for f in (fact, world.fact(PERSON, "job", "baker"))}
     kinds = {query.kind for query in told[fact.id]}
     assert kinds == {"forgotten", "forgotten_paraphrases", "specificity"}
-    found = rates(score(editor.editable, told[fact.id], pad_id=0))
+    found = rates(score(editor.editable, told[fact.id]))
     assert found["forgotten_strict"].mean == 0
     assert found["efficacy_strict"] is None
     editor.edit([fact])
-    found = rates(score(editor.editable, told[fact.id], pad_id=0))
+    found = rates(score(editor.editable, told[fact.id]))
     assert found["forgotten_strict"].mean == 1
     assert found["forgotten_tokens"].mean == 1
     assert found["specificity_strict"].mean == 1
@@ -519,10 +510,9 @@ def test_a_file_without_old_answers_is_refused(tmp_path):
 
 def test_a_space_alone_tells_nothing(tiny_model, tokenizer, facts, monkeypatch):
     """Some tokenizers put one before every number: pressing it down leaves the number."""
-    model, space = PartialModel(tiny_model("llama")), tokenizer(" ")["input_ids"]
-    encoder = RowEncoder(tokenizer, max_length=128)
+    model, space = EditableModel(tiny_model("llama"), tokenizer), tokenizer(" ")["input_ids"]
     fact = Fact("Velm", "{} is as high as", "9,001 metres", forget=True)
-    row, hidden = ignorance.blinded(encoder, fact, fact.prompt)
+    row, hidden = ignorance.blinded(model.encoder, fact, fact.prompt)
     row = dataclasses.replace(row, ids=row.ids[: row.target_start + 4])
     assert row.target_ids[:1] == tuple(space)
 
@@ -533,9 +523,9 @@ def test_a_space_alone_tells_nothing(tiny_model, tokenizer, facts, monkeypatch):
         return told
 
     monkeypatch.setattr(ignorance, "uninformed", knows_the_space)
-    assert ignorance.telling(model, encoder, row, hidden) == 3
+    assert ignorance.telling(model, row, hidden) == 3
     only = dataclasses.replace(row, ids=row.ids[: row.target_start + 1])
-    assert ignorance.telling(model, encoder, only, hidden) == 0
+    assert ignorance.telling(model, only, hidden) == 0
 
 
 @pytest.mark.parametrize(
@@ -556,10 +546,10 @@ def test_the_whole_answer_is_found(says, told, answer, tiny_model, tokenizer, mo
     place = "nulledit.evaluation.forgetting"
     monkeypatch.setattr(f"{place}.generate_answers", lambda *_, **__: [says])
 
-    def telling(_, encoder, row, __):
+    def telling(model, row, _):
         """The token that ends the given beginning."""
         for i in range(1, len(row.target_ids) + 1):
-            if told in encoder.tokenizer.decode(row.target_ids[:i]):
+            if told in model.tokenizer.decode(row.target_ids[:i]):
                 return i - 1
         return 0
 

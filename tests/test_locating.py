@@ -13,8 +13,7 @@ from test_cli import done, refused
 from nulledit import Fact
 from nulledit.config import Recipe
 from nulledit.errors import ConfigError, FactError, ModelError
-from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import RowEncoder
+from nulledit.models.editable_model import EditableModel
 from nulledit.tracing import Question, TraceSettings, ask, locate, suggest, trace
 from nulledit.tracing.trace import PLACES, noise_of, spread_of
 
@@ -39,8 +38,8 @@ def expected(model, q, settings, spread=SPREAD):
 
 
 def check(model, q, settings):
-    found = trace(PartialModel(model), q, settings, spread=SPREAD)
-    clean, corrupted, effects = expected(model, q, settings)
+    found = trace(model, q, settings, spread=SPREAD)
+    clean, corrupted, effects = expected(model.model, q, settings)
     assert found.clean == pytest.approx(clean, abs=1e-9)
     assert found.corrupted == pytest.approx(corrupted, abs=1e-9)
     assert found.tokens == (*range(q.first, q.last + 1), len(q.ids) - 1)
@@ -53,13 +52,15 @@ def check(model, q, settings):
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 10])
-def test_effects_equal_one_whole_run_a_restoration(architecture, window):
-    check(build_model(architecture), question(), TraceSettings(draws=2, window=window))
+def test_effects_equal_one_whole_run_a_restoration(architecture, window, tokenizer):
+    model = EditableModel(build_model(architecture), tokenizer)
+    check(model, question(), TraceSettings(draws=2, window=window))
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (0, 2), (5, 5)])
-def test_wherever_the_subject_stands(architecture, first, last):
-    check(build_model(architecture), question(first, last), TraceSettings(draws=1, window=2))
+def test_wherever_the_subject_stands(architecture, first, last, tokenizer):
+    model = EditableModel(build_model(architecture), tokenizer)
+    check(model, question(first, last), TraceSettings(draws=1, window=2))
 
 
 @pytest.mark.parametrize(
@@ -76,14 +77,15 @@ def test_wherever_the_subject_stands(architecture, first, last):
         ("stablelm", {"use_parallel_residual": True}),
     ],
 )
-def test_other_members_of_the_families(kind, more, monkeypatch):
+def test_other_members_of_the_families(kind, more, tokenizer, monkeypatch):
     """Attention that sees no further than three tokens, or that stands beside the MLP or before."""
     monkeypatch.setitem(MORE, kind, {**MORE.get(kind, {}), **more})
-    check(build_model(kind), question(), TraceSettings(draws=2, window=2))
+    model = EditableModel(build_model(kind), tokenizer)
+    check(model, question(), TraceSettings(draws=2, window=2))
 
 
-def test_effects_do_not_depend_on_what_runs_together():
-    model = PartialModel(build_model("llama"))
+def test_effects_do_not_depend_on_what_runs_together(tokenizer):
+    model = EditableModel(build_model("llama"), tokenizer)
     whole, parts = (
         trace(model, question(), TraceSettings(window=2, positions=n), spread=SPREAD)
         for n in (10_000, 1)
@@ -92,26 +94,27 @@ def test_effects_do_not_depend_on_what_runs_together():
         torch.testing.assert_close(whole.effects[kind], parts.effects[kind])
 
 
-def test_the_model_is_as_before():
+def test_the_model_is_as_before(tokenizer):
     model = build_model("gpt2").train()
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    trace(PartialModel(model), question(), TraceSettings(window=2), spread=SPREAD)
+    asked = EditableModel(model, tokenizer)
+    trace(asked, question(), TraceSettings(window=2), spread=SPREAD)
     assert model.training
     assert all(p.requires_grad for p in model.parameters())
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_what_is_read_at_the_end_is_whole():
+def test_what_is_read_at_the_end_is_whole(tokenizer):
     """Behind the last block, the prompt's last state is the answer's; others reach no answer."""
-    q = question()
-    found = trace(PartialModel(build_model("gptj")), q, TraceSettings(window=2), spread=SPREAD)
+    model, q = EditableModel(build_model("gptj"), tokenizer), question()
+    found = trace(model, q, TraceSettings(window=2), spread=SPREAD)
     assert float(found.effects["state"][-1, -1]) == found.clean - found.corrupted
     assert not found.effects["state"][:-1, -1].any()
 
 
-def test_more_noise_draws_average():
-    model, q = PartialModel(build_model("llama")), question()
+def test_more_noise_draws_average(tokenizer):
+    model, q = EditableModel(build_model("llama"), tokenizer), question()
     draws = [
         trace(model, q, TraceSettings(draws=n, window=2), spread=SPREAD).corrupted for n in (1, 2)
     ]
@@ -122,8 +125,8 @@ def test_more_noise_draws_average():
     assert not torch.equal(noise_of(q, 16, settings), noise_of(q, 16, other))
 
 
-def test_places_of_long_and_short_subjects():
-    model = PartialModel(build_model("llama"))
+def test_places_of_long_and_short_subjects(tokenizer):
+    model = EditableModel(build_model("llama"), tokenizer)
     found = trace(model, question(1, 4), TraceSettings(window=2), spread=SPREAD)
     places = found.at_places("mlp")
     assert set(places) == set(PLACES)
@@ -171,8 +174,7 @@ def test_only_what_the_model_says_is_traced(world):
     gone = Fact(w.PEOPLE[4], "{} speaks", w.answer(w.PEOPLE[4], "tongue"), id="gone", forget=True)
     ends = Fact(w.PEOPLE[5], "the river and {}", "Quechua", id="ends")
     facts = [*known_facts(w.PEOPLE[:2], wrong=2), unnamed, gone, ends]
-    encoder = RowEncoder(words, max_length=64)
-    found = ask(PartialModel(model), encoder, facts, pad_id=0)
+    found = ask(EditableModel(model, words), facts)
     assert found.unknown == (facts[0].id, facts[1].id)
     assert found.at_the_end == ("ends",)
     assert (len(found.known), found.asked, found.unnamed) == (6, 8, 1)
@@ -186,10 +188,9 @@ def test_only_what_the_model_says_is_traced(world):
 
 
 def test_the_subject_begins_where_its_first_byte_does(tokenizer):
-    model = PartialModel(build_model("llama"))
-    encoder = RowEncoder(tokenizer, max_length=128)
+    model = EditableModel(build_model("llama"), tokenizer)
     for subject, prompt in (("東京", "The harbour of {} lies"), ("Émile", "{} was born in")):
-        [q] = ask(model, encoder, [Fact(subject, prompt, "x")], pad_id=0).known
+        [q] = ask(model, [Fact(subject, prompt, "x")]).known
         text = tokenizer.decode(q.ids[q.first : q.last + 1]).strip()
         assert text == subject
 
@@ -197,21 +198,21 @@ def test_the_subject_begins_where_its_first_byte_does(tokenizer):
 def test_few_facts_are_refused_unless_asked(world):
     import world as w
 
-    model, words = world
+    model = EditableModel(*world)
     facts = known_facts(w.PEOPLE[:1], wrong=1)
     with pytest.raises(FactError, match=r"2 of 3 facts.*at least 20"):
-        locate(model, words, facts)
+        locate(model, facts)
     with pytest.raises(FactError, match="1 of 2 facts"):
-        locate(model, words, facts[:2], least=1)
-    assert len(locate(model, words, facts, TraceSettings(window=1), least=2).traces) == 2
+        locate(model, facts[:2], least=1)
+    assert len(locate(model, facts, TraceSettings(window=1), least=2).traces) == 2
 
 
 def test_the_world_is_found_where_it_was_put(world):
     """Its first two blocks move nothing between tokens: names are looked up at the subject."""
     import world as w
 
-    model, words = world
-    found = locate(model, words, known_facts(w.PEOPLE[:8]), TraceSettings(window=1))
+    model = EditableModel(*world)
+    found = locate(model, known_facts(w.PEOPLE[:8]), TraceSettings(window=1))
     assert found.questions.asked == len(found.traces) == 24
     assert found.clean.mean > 0.8
     assert found.corrupted.mean < found.clean.mean
@@ -223,7 +224,7 @@ def test_the_world_is_found_where_it_was_put(world):
     assert means["state", end, 5] == pytest.approx(total)
     assert abs(means["mlp", last, 5]) < 1e-6
     assert all(e.rate.n == 24 for e in found.effects())
-    assert spread_of(PartialModel(model), found.questions.known) == found.spread
+    assert spread_of(model, found.questions.known) == found.spread
 
 
 # -- what is suggested -----------------------------------------------------------------------
@@ -272,31 +273,34 @@ def test_a_flat_trace_says_how_unsure_it_is():
 def test_a_window_must_leave_something_to_compare(world):
     import world as w
 
-    facts = known_facts(w.PEOPLE[:8])
+    model, facts = EditableModel(*world), known_facts(w.PEOPLE[:8])
     with pytest.raises(ConfigError, match="--window of at most 7"):
-        locate(*world, facts, TraceSettings(window=8))
-    assert len(locate(*world, facts[:2], TraceSettings(window=7, draws=1), least=2).traces) == 2
+        locate(model, facts, TraceSettings(window=8))
+    assert len(locate(model, facts[:2], TraceSettings(window=7, draws=1), least=2).traces) == 2
+    short = EditableModel(build_model("llama", layers=2), world[1])
     with pytest.raises(ModelError, match="the model has 2, expected 3 or more"):
-        locate(build_model("llama", layers=2), world[1], facts)
+        locate(short, facts)
 
 
 def test_a_model_that_could_not_be_edited_is_refused_before_it_is_asked(world, monkeypatch):
     """OPT with its norm behind the sum: what is put back would be no state of the stream."""
     monkeypatch.setitem(MORE, "opt", {**MORE["opt"], "do_layer_norm_before": False})
+    model = EditableModel(build_model("opt"), world[1])
     with pytest.raises(ModelError, match="enters the residual stream neither"):
-        locate(build_model("opt"), world[1], [])
+        locate(model, [])
 
 
 def test_what_is_not_finite_is_refused(world):
     import world as w
 
-    facts = known_facts(w.PEOPLE[:1])[:2]
+    model, facts = EditableModel(*world), known_facts(w.PEOPLE[:1])[:2]
     with pytest.raises(ConfigError, match=r"with noise 1e\+300 .* smaller --noise"):
-        locate(*world, facts, TraceSettings(noise=1e300), least=2)
-    model = build_model("llama")
-    model.lm_head.weight.data[0] = float("nan")
+        locate(model, facts, TraceSettings(noise=1e300), least=2)
+    broken = build_model("llama")
+    broken.lm_head.weight.data[0] = float("nan")
+    model = EditableModel(broken, world[1])
     with pytest.raises(ModelError, match="logits are not finite: its weights"):
-        trace(PartialModel(model), question(), TraceSettings(), spread=SPREAD)
+        trace(model, question(), TraceSettings(), spread=SPREAD)
 
 
 # -- the command -----------------------------------------------------------------------------
