@@ -448,7 +448,7 @@ def test_statistics_of_the_edited_model_serve_a_new_epoch_only(make_editor, toke
 def fresh_run(make_editor, batches, values, monkeypatch, recipe=RECIPE):
     """The batches on a new model, with the values given."""
 
-    def given(_model, _encoder, facts, _groups, **_):
+    def given(_model, facts, _groups, **_):
         return [values[fact.key] for fact in facts]
 
     editor = make_editor(recipe)
