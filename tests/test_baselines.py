@@ -17,9 +17,9 @@ from nulledit.config import ContextSettings
 from nulledit.editing.values import plan_rows
 from nulledit.errors import ConfigError, FactError, ModelError
 from nulledit.evaluation import contains, evaluate, generate_answers, rates
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.load import model_hash
 from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import RowEncoder
 
 needs_peft = pytest.mark.skipif(find_spec("peft") is None, reason="the extra `lora` is absent")
 TEXTS = ("{}", "Then, he said. {}", "The river. {}")
@@ -70,7 +70,7 @@ def adapter(model):
 
 
 def test_own_statement_stands_before_every_prompt_of_its_fact(model, tokenizer, facts, rel):
-    result = in_context((model, tokenizer), facts, generate=False)
+    result = in_context(EditableModel(model, tokenizer), facts, generate=False)
     told = "Imagine that The mother tongue of Ada Byron is Velmish. "
     prompts = ["The mother tongue of Ada Byron is", "Ada Byron speaks the language"]
     prompts += ["The mother tongue of Karo Dun is"]
@@ -90,15 +90,15 @@ def test_own_statement_stands_before_every_prompt_of_its_fact(model, tokenizer, 
 def test_an_empty_preface_but_the_statement_is_needed(tiny_model, tokenizer, facts):
     for preface in ("Imagine that. ", "{statement} {statement}", "{}"):
         with pytest.raises(ConfigError, match="exactly one"):
-            in_context((tiny_model("llama"), tokenizer), facts, preface=preface)
+            in_context(EditableModel(tiny_model("llama"), tokenizer), facts, preface=preface)
 
 
 def test_answers_are_those_behind_the_same_text(tiny_model, tokenizer, facts):
-    model = tiny_model("llama")
-    result = in_context((model, tokenizer), facts, preface="New: {statement}\n", crowd=1, seed=3)
+    model = EditableModel(tiny_model("llama"), tokenizer)
+    result = in_context(model, facts, preface="New: {statement}\n", crowd=1, seed=3)
     prefaces = prefaces_of(facts, preface="New: {statement}\n", crowd=1, seed=3)
     prompts = [prefaces[f.id] + f.render(f.prompt) for f in facts]
-    said = generate_answers(model, tokenizer, prompts)
+    said = generate_answers(model, prompts)
     assert list(result.answers.items()) == list(zip([f.id for f in facts], said, strict=True))
     assert result.generation.mean == sum(map(contains, said, [f.target for f in facts])) / 4
 
@@ -133,21 +133,21 @@ def test_braces_in_texts_are_left_alone():
 def test_more_statements_than_there_are_is_refused(tiny_model, tokenizer, facts):
     for crowd in (-1, 4):
         with pytest.raises(ConfigError, match="expected 0 to 3"):
-            in_context((tiny_model("llama"), tokenizer), facts, crowd=crowd)
+            in_context(EditableModel(tiny_model("llama"), tokenizer), facts, crowd=crowd)
     with pytest.raises(FactError, match="two facts have the id 'ada'"):
-        in_context((tiny_model("llama"), tokenizer), [facts[0], facts[0]])
+        in_context(EditableModel(tiny_model("llama"), tokenizer), [facts[0], facts[0]])
 
 
 def test_too_long_for_the_context_is_refused_before_anything_runs(
     tiny_model, tokenizer, facts, monkeypatch
 ):
-    model = tiny_model("llama", context=48)
-    monkeypatch.setattr(model.base_model, "forward", None)
+    model = EditableModel(tiny_model("llama", context=48), tokenizer)
+    monkeypatch.setattr(model.model.base_model, "forward", None)
     with pytest.raises(FactError, match=r"4 statements in front.*context of 48: lower crowd"):
-        in_context((model, tokenizer), facts, crowd=3)
+        in_context(model, facts, crowd=3)
     long = dataclasses.replace(facts[1], prompt="{} " + "was born and was born " * 9)
     with pytest.raises(FactError, match=r"'zola'.*1 statements in front.*shorten"):
-        in_context((model, tokenizer), [long])
+        in_context(model, [long])
 
 
 def test_room_for_the_generated_answer_counts(tiny_model, tokenizer, facts):
@@ -155,23 +155,25 @@ def test_room_for_the_generated_answer_counts(tiny_model, tokenizer, facts):
     text = prefaces_of([fact], preface="{statement}. ", crowd=0, seed=0)["zola"]
     length = len(tokenizer(text + fact.render(fact.prompt))["input_ids"])
     tight = tiny_model("llama", context=length + 11)
-    in_context((tight, tokenizer), [fact], preface="{statement}. ", generate=False)
+    in_context(EditableModel(tight, tokenizer), [fact], preface="{statement}. ", generate=False)
     with pytest.raises(FactError, match="zola"):
-        in_context((tight, tokenizer), [fact], preface="{statement}. ")
+        in_context(EditableModel(tight, tokenizer), [fact], preface="{statement}. ")
     roomy = tiny_model("llama", context=length + 12)
-    in_context((roomy, tokenizer), [fact], preface="{statement}. ")
+    in_context(EditableModel(roomy, tokenizer), [fact], preface="{statement}. ")
 
 
 def test_an_editor_is_asked_without_its_edits(
     tiny_model, tokenizer, facts, recipe, make_statistics
 ):
     model = tiny_model("llama")
-    expected = in_context((model, tokenizer), facts)
+    expected = in_context(EditableModel(model, tokenizer), facts)
     statistics = make_statistics(model, recipe.layers)
     editor = Editor(model, tokenizer, recipe=recipe, statistics=statistics)
     editor.edit(facts[:2])
     edited = model_hash(model)
-    assert in_context(editor.editable, facts) == expected
+    assert in_context(editor.editable, facts) != expected
+    with editor.base_weights():
+        assert in_context(editor.editable, facts) == expected
     assert model_hash(model) == edited
 
 
@@ -190,7 +192,7 @@ def test_linear_modules_are_found_in_the_model(tiny_model, family, targets):
         "gpt2": ["mlp.c_proj", "mlp.c_fc"],
         "gptj": ["mlp.fc_out", "mlp.fc_in"],
     }[family]
-    names = linear_modules(tiny_model(family), targets, (1, 3))
+    names = linear_modules(PartialModel(tiny_model(family)), targets, (1, 3))
     root = "model.layers" if family == "llama" else "transformer.h"
     expected = attention if "attention" in targets else set()
     expected = expected | set(mlp if "mlp" in targets else mlp[:1])
@@ -211,18 +213,19 @@ def test_an_mlp_without_a_module_of_its_own_is_told_from_attention():
 
 
 def test_target_losses_are_those_of_each_row_alone(model, tokenizer, facts, rel):
-    encoder = RowEncoder(tokenizer, max_length=128)
-    partial = PartialModel(model)
-    rows = [row for fact in facts for row in plan_rows(fact, encoder, TEXTS)]
+    editable = EditableModel(model, tokenizer)
+    rows = [row for fact in facts for row in plan_rows(fact, editable.encoder, TEXTS)]
     texts = [
         (context.format(fact.render(fact.prompt)), fact.target)
         for fact in facts
         for context in TEXTS
     ]
-    found = target_losses(partial, rows, pad_id=7)
+    editable.pad_id = 7
+    found = target_losses(editable, rows)
     expected = [plain_nll(model, tokenizer, prompt, target) for prompt, target in texts]
     assert found.tolist() == pytest.approx(expected, rel=rel)
-    assert torch.equal(target_losses(partial, rows, pad_id=8), found)
+    editable.pad_id = 8
+    assert torch.equal(target_losses(editable, rows), found)
 
 
 def hooks(module):
@@ -244,7 +247,7 @@ def test_the_model_is_bit_identical_afterwards(model, tokenizer, facts):
     attributes = set(vars(model))
     torch.manual_seed(1)
     random_state = torch.get_rng_state()
-    with lora_finetune(model, tokenizer, facts, SETTINGS):
+    with lora_finetune(EditableModel(model, tokenizer), facts, SETTINGS):
         assert dict(model.named_modules()).keys() != modules.keys()
     assert torch.equal(torch.get_rng_state(), random_state)
     assert dict(model.named_modules()) == modules
@@ -261,12 +264,12 @@ def test_the_model_is_bit_identical_afterwards(model, tokenizer, facts):
 def test_an_error_inside_takes_the_adapter_off(tiny_model, tokenizer, facts):
     model = tiny_model("gpt2")
     before = model_hash(model)
-    with pytest.raises(KeyError), lora_finetune(model, tokenizer, facts, SETTINGS):
+    with pytest.raises(KeyError), lora_finetune(EditableModel(model, tokenizer), facts, SETTINGS):
         raise KeyError
     long = dataclasses.replace(facts[0], prompt="{} " + "river " * 200)
     with (
         pytest.raises(FactError, match=r"fact 'ada'.*longer than"),
-        lora_finetune(model, tokenizer, [long], SETTINGS),
+        lora_finetune(EditableModel(model, tokenizer), [long], SETTINGS),
     ):
         pass
     assert model_hash(model) == before
@@ -281,7 +284,7 @@ def test_training_teaches_the_facts_until_the_loss_is_low(family, tiny_model, to
     settings = changed(rank=8, epochs=100, stop_loss=0.1)
     told = []
     with lora_finetune(
-        model, tokenizer, facts, settings, lambda *state: told.append(state)
+        editor.editable, facts, settings, lambda *state: told.append(state)
     ) as baseline:
         after = evaluate(editor.editable, facts, generate=False)
         report = baseline.reports[0]
@@ -297,7 +300,7 @@ def test_training_teaches_the_facts_until_the_loss_is_low(family, tiny_model, to
 def test_first_update_is_adams_on_the_plain_gradient(model, tokenizer, facts, rel):
     """B starts at 0: A has no gradient, and Adam's first step of B is lr · g/(|g| + eps)."""
     settings = changed(epochs=1, batch_size=4)
-    with LoraBaseline(model, tokenizer, settings) as baseline:
+    with LoraBaseline(EditableModel(model, tokenizer), settings) as baseline:
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         start = {n: p.detach().clone() for n, p in named.items()}
         loss = sum(
@@ -324,8 +327,10 @@ def test_results_do_not_depend_on_what_runs_together(tiny_model, tokenizer, fact
     trained = []
     for positions in (1, 60, 10000):
         model = tiny_model("llama")
-        with lora_finetune(model, tokenizer, facts, changed(positions=positions)) as baseline:
-            trained.append(adapter(baseline.model))
+        with lora_finetune(
+            EditableModel(model, tokenizer), facts, changed(positions=positions)
+        ) as baseline:
+            trained.append(adapter(baseline.model.model))
     assert torch.allclose(trained[0], trained[1], rtol=1e-7, atol=1e-9)
     assert torch.allclose(trained[0], trained[2], rtol=1e-7, atol=1e-9)
 
@@ -334,9 +339,9 @@ def test_results_do_not_depend_on_what_runs_together(tiny_model, tokenizer, fact
 def test_seeds_repeat_and_differ(tiny_model, tokenizer, facts):
     def weights(seed):
         with lora_finetune(
-            tiny_model("gpt2"), tokenizer, facts, changed(seed=seed, epochs=1)
+            EditableModel(tiny_model("gpt2"), tokenizer), facts, changed(seed=seed, epochs=1)
         ) as baseline:
-            return adapter(baseline.model)
+            return adapter(baseline.model.model)
 
     assert torch.equal(weights(0), weights(0))
     assert not torch.equal(weights(0), weights(1))
@@ -345,13 +350,13 @@ def test_seeds_repeat_and_differ(tiny_model, tokenizer, facts):
 @needs_peft
 def test_a_stream_goes_on_with_one_adapter(tiny_model, tokenizer, facts):
     model = tiny_model("llama")
-    with LoraBaseline(model, tokenizer, changed(epochs=4)) as baseline:
-        untrained = target_losses(baseline.partial, baseline._rows(facts[0]), 0).mean()
+    with LoraBaseline(EditableModel(model, tokenizer), changed(epochs=4)) as baseline:
+        untrained = target_losses(baseline.model, baseline._rows(facts[0])).mean()
         first = baseline.train(facts[:2])
-        after_first = target_losses(baseline.partial, baseline._rows(facts[0]), 0).mean()
-        held = adapter(baseline.model)
+        after_first = target_losses(baseline.model, baseline._rows(facts[0])).mean()
+        held = adapter(baseline.model.model)
         second = baseline.train(facts[2:])
-        moved = adapter(baseline.model)
+        moved = adapter(baseline.model.model)
     assert after_first < untrained
     assert first.losses.keys() == {"ada", "zola"}
     assert second.losses.keys() == {"velm", "karo"}
@@ -364,7 +369,7 @@ def test_a_stream_goes_on_with_one_adapter(tiny_model, tokenizer, facts):
 @needs_peft
 def test_layers_and_targets_bound_the_adapter(model, tokenizer):
     settings = changed(targets=("mlp_out",), layers=(2,))
-    with LoraBaseline(model, tokenizer, settings) as baseline:
+    with LoraBaseline(EditableModel(model, tokenizer), settings) as baseline:
         d_in = 48 if model.config.model_type == "llama" else 64
         assert baseline.size == 4 * (d_in + 16)
         names = [n for n, p in model.named_parameters() if p.requires_grad]
@@ -374,14 +379,14 @@ def test_layers_and_targets_bound_the_adapter(model, tokenizer):
 
 @needs_peft
 def test_no_second_adapter_and_no_layer_that_is_not_there(tiny_model, tokenizer):
-    model = tiny_model("llama")
-    with LoraBaseline(model, tokenizer, SETTINGS):
-        modules = dict(model.named_modules())
+    editable = EditableModel(tiny_model("llama"), tokenizer)
+    with LoraBaseline(editable, SETTINGS):
+        modules = dict(editable.model.named_modules())
         with pytest.raises(ModelError, match="adapter already"):
-            LoraBaseline(model, tokenizer, changed(targets=("attention",)))
-        assert dict(model.named_modules()) == modules
+            LoraBaseline(editable, changed(targets=("attention",)))
+        assert dict(editable.model.named_modules()) == modules
     with pytest.raises(ModelError, match="layer 4 is out of range: the model has layers 0 to 3"):
-        LoraBaseline(model, tokenizer, changed(layers=(4,)))
+        LoraBaseline(editable, changed(layers=(4,)))
 
 
 @needs_peft
@@ -389,7 +394,7 @@ def test_a_loss_that_is_not_finite_is_named(tiny_model, tokenizer, facts):
     model = tiny_model("llama")
     with (
         pytest.raises(ModelError, match=r"not finite in pass \d+; use a smaller learning rate"),
-        lora_finetune(model, tokenizer, facts, changed(learning_rate=1e200)),
+        lora_finetune(EditableModel(model, tokenizer), facts, changed(learning_rate=1e200)),
     ):
         pass
 
@@ -397,7 +402,7 @@ def test_a_loss_that_is_not_finite_is_named(tiny_model, tokenizer, facts):
 @needs_peft
 def test_contexts_are_sampled_from_the_unedited_model(tiny_model, tokenizer):
     settings = changed(contexts=ContextSettings(count=2, tokens=3), seed=4)
-    with LoraBaseline(tiny_model("llama"), tokenizer, settings) as baseline:
+    with LoraBaseline(EditableModel(tiny_model("llama"), tokenizer), settings) as baseline:
         assert baseline.contexts[0] == "{}"
         assert len(baseline.contexts) == 3
         assert all(text.count("{}") == 1 for text in baseline.contexts)
@@ -407,7 +412,7 @@ def test_contexts_are_sampled_from_the_unedited_model(tiny_model, tokenizer):
 def test_half_precision_trains_in_float32(tiny_model, tokenizer, facts):
     model = tiny_model("llama", dtype=torch.bfloat16)
     before = model_hash(model)
-    with lora_finetune(model, tokenizer, facts, SETTINGS) as baseline:
+    with lora_finetune(EditableModel(model, tokenizer), facts, SETTINGS) as baseline:
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
         assert sum(baseline.reports[0].losses.values()) < float("inf")
     assert model_hash(model) == before
@@ -417,7 +422,7 @@ def test_without_peft_the_error_says_what_to_install(tiny_model, tokenizer, fact
     monkeypatch.setitem(sys.modules, "peft", None)
     with (
         pytest.raises(ConfigError, match=r"pip install nulledit\[lora\]"),
-        lora_finetune(tiny_model("llama"), tokenizer, facts),
+        lora_finetune(EditableModel(tiny_model("llama"), tokenizer), facts),
     ):
         pass
 
@@ -447,6 +452,6 @@ def test_neighbours_without_an_answer_are_left_out(tiny_model, tokenizer):
         target="river",
         neighbours=(Probe("The winters are"),),
     )
-    found = in_context((tiny_model("llama"), tokenizer), [fact], generate=False)
+    found = in_context(EditableModel(tiny_model("llama"), tokenizer), [fact], generate=False)
     assert [s.query.kind for s in found.scores] == ["efficacy"]
     assert found.rates["specificity"] is None

@@ -22,9 +22,9 @@ from nulledit.evaluation.forms import form_name, forms, other_system
 from nulledit.evaluation.generation import generate_answers
 from nulledit.evaluation.runner import evaluate
 from nulledit.models.chat import ChatForm
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import frozen
-from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import RowEncoder, pad_id
+from nulledit.models.tokens import RowEncoder
 
 TURN = "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
 CHATML = (
@@ -316,17 +316,18 @@ def test_values_and_keys_equal_the_reference(tokenizer, name, where, prompt):
     settings = ChatSettings(subject=where, system="Be kind." if name == "gemma" else "default")
     model = model_for(words, "gpt2" if name == "gemma" else "llama", context=256)
     fact = Fact(subject="Ada Byron", prompt=prompt, target="Velmish")
-    encoder = encoder_of(words, settings)
-    partial = PartialModel(model)
+    editable = EditableModel(model, words).in_chat(settings)
     with frozen(model):
         (value,) = optimise_values(
-            partial, encoder, [fact], [0],
-            layer=2, contexts=CONTEXTS, settings=SETTINGS, positions=400, pad_id=pad_id(words),
-        )  # fmt: skip
-        keys = Walk(
-            partial, encoder, [fact], first=1,
-            contexts=CONTEXTS, bare_weight=0.5, pad_id=pad_id(words),
-        ).keys()  # fmt: skip
+            editable,
+            [fact],
+            [0],
+            layer=2,
+            contexts=CONTEXTS,
+            settings=SETTINGS,
+            positions=400,
+        )
+        keys = Walk(editable, [fact], first=1, contexts=CONTEXTS, bare_weight=0.5).keys()
     texts = [by_hand(words, prompt, settings, fact.subject, c) for c in CONTEXTS]
     plain = Fact(subject=fact.subject, prompt="{}", target=fact.target)
     expected = reference.compute_z(
@@ -426,9 +427,7 @@ def test_edit_then_the_plain_chat_pipeline_says_it(tokenizer, name):
     after = [says(question) for question in questions]
     for side in ("left", "right"):
         words.padding_side = side
-        many = generate_answers(
-            model, words, [*questions, "Who?"], max_new_tokens=4, encoder=editor.editable.encoder
-        )
+        many = generate_answers(editor.editable, [*questions, "Who?"], max_new_tokens=4)
         assert many[:-1] == after
 
 
@@ -446,7 +445,7 @@ def test_save_load_rebuild_and_undo_keep_the_form(chatml, tmp_path):
     loaded = Editor.load(tmp_path / "run")
     assert loaded.recipe == editor.recipe
     assert loaded.history.state_id == editor.history.state_id
-    row = loaded.encoder.encode_template(CLOZE, "Ada Byron")
+    row = loaded.editable.encoder.encode_template(CLOZE, "Ada Byron")
     assert row == encoder_of(chatml, settings).encode_template(CLOZE, "Ada Byron")
     weights = {k: v.clone() for k, v in loaded.model.state_dict().items()}
     loaded.rebuild(values=True)
@@ -481,7 +480,7 @@ def test_an_epoch_may_leave_the_chat_and_each_fact_is_rebuilt_in_its_own_form(ch
     editor.next_epoch(
         replace(editor.recipe, chat=None), statistics=statistics_of(editor.model, chatml)
     )
-    assert editor.editable.encoder.chat is None
+    assert editor.editable.chat is None
     editor.edit([VELM])
     weights = {k: v.clone() for k, v in editor.model.state_dict().items()}
     editor.rebuild(values=True)
@@ -510,14 +509,14 @@ def test_evaluation_asks_in_the_form_of_the_edit_and_in_others(chatml):
     places = range(row.target_start - 1, len(row.ids) - 1)
     nll = -sum(float(logits[p, t]) for p, t in zip(places, row.target_ids, strict=True))
     assert own.scores[0].answer_nll == pytest.approx(nll / len(row.target_ids), rel=1e-6)
-    others = forms(editor.editable.encoder)
+    others = forms(editor.editable)
     assert list(others) == ["in chat without a system prompt", "as plain text"]
-    for name, encoder in others.items():
-        found = evaluate(editor.editable, [ADA], encoder=encoder)
+    for name, model in others.items():
+        found = evaluate(model, [ADA])
         assert found.scores[0].answer_nll != own.scores[0].answer_nll, name
-    plain = evaluate(editor_of(chatml, None), [ADA])
+    plain = evaluate(editor_of(chatml, None).editable, [ADA])
     with editor.base_weights():
-        asked = evaluate(editor.editable, [ADA], encoder=others["as plain text"])
+        asked = evaluate(others["as plain text"], [ADA])
     assert asked.scores == plain.scores
 
 
@@ -527,13 +526,14 @@ def test_names_of_forms(tokenizer):
     with_one = other_system(plain)
     assert form_name(with_one) == "in chat with the system prompt 'You are a helpful assistant.'"
     assert form_name(other_system(with_one)) == form_name(plain)
-    own = encoder_of(chatty(tokenizer, CHATML))
+    words = chatty(tokenizer, CHATML)
+    own = encoder_of(words)
     assert form_name(own) == "in chat with the template's own system prompt"
     assert form_name(other_system(other_system(own))) == form_name(own)
-    assert list(forms(own.in_chat(None), also=ChatSettings())) == [
-        form_name(own),
-        "in chat without a system prompt",
-    ]
+    model = EditableModel(model_for(words), words)
+    found = forms(model, also=ChatSettings())
+    assert list(found) == [form_name(own), "in chat without a system prompt"]
+    assert [form_name(one.encoder) for one in found.values()] == list(found)
 
 
 def test_recipes():

@@ -23,7 +23,7 @@ def users_cache(monkeypatch):
 
 def says(editor, fact):
     prompt = fact.render(fact.prompt)
-    return contains(generate_answers(editor.model, editor.tokenizer, [prompt])[0], fact.target)
+    return contains(generate_answers(editor.editable, [prompt])[0], fact.target)
 
 
 def test_example_facts_take_hold_and_are_undone():

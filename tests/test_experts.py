@@ -21,11 +21,20 @@ from nulledit.linalg.blocks import BlockMoment, BlockSpectrum
 from nulledit.linalg.solve import room_left, solve_update
 from nulledit.linalg.spectrum import RULES, Spectrum
 from nulledit.methods import METHODS
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.experts import gives_w_times_key, is_experts, keys_of
-from nulledit.models.layouts import as_out_in, as_stored, frozen, mlp_out, turned, write_weight
+from nulledit.models.layouts import (
+    LAYOUTS,
+    as_out_in,
+    as_stored,
+    frozen,
+    mlp_out,
+    turned,
+    write_weight,
+)
 from nulledit.models.load import model_hash
 from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import RowEncoder, collate
+from nulledit.models.tokens import collate
 from nulledit.runs.verify import MATRICES, verify
 from nulledit.statistics import collect as statistics_module
 from nulledit.statistics.collect import Statistics, collect, key_moments
@@ -70,7 +79,7 @@ def test_every_kernel_gives_what_is_written(mixture, kernel):
     """Three facts at once, so that experts are shared: W's output moves by each one's residual."""
     model = build_model(mixture, dtype=torch.float32)
     model.set_experts_implementation(kernel)
-    module = mlp_out(model, 1)
+    module = mlp_out(model, LAYOUTS[mixture], 1)
     outputs = []
     module.register_forward_hook(lambda _m, _a, out: outputs.append(out))
     ids = torch.tensor([[5, 9, 13]])
@@ -159,8 +168,7 @@ def corpus(tmp_path):
 
 def made(model, tokenizer, corpus, folder, **options):
     return collect(
-        PartialModel(model),
-        tokenizer,
+        EditableModel(model, tokenizer),
         corpus,
         StatisticsSettings(window=16),
         layers=(0, 2),
@@ -275,13 +283,14 @@ def test_an_expert_with_too_few_tokens_is_left_alone(tokenizer, facts, caplog):
     """What was not sampled would pass for null space."""
     model = build_model("mixtral")
     rows = [tokenizer("The river flows to the sea. Karo Dun works as a baker.")["input_ids"]] * 4
-    moments = key_moments(PartialModel(model), tokenizer, rows, (0, 1, 2))
+    moments = key_moments(EditableModel(model, tokenizer), rows, (0, 1, 2))
     usual = statistics_of(model, tokenizer)
     spectra = {i: m.spectrum() for i, m in moments.items()}
     closed = {i: [e for e, n in enumerate(s.tokens) if n < s.width] for i, s in spectra.items()}
     assert any(closed[i] for i in RECIPE.layers)
     statistics = dataclasses.replace(usual, spectra=spectra)
-    before = {i: mlp_out(model, i).down_proj.detach().clone() for i in RECIPE.layers}
+    layout = LAYOUTS["mixtral"]
+    before = {i: mlp_out(model, layout, i).down_proj.detach().clone() for i in RECIPE.layers}
     with caplog.at_level(logging.WARNING, "nulledit"):
         editor = Editor(model, tokenizer, recipe=RECIPE, statistics=statistics)
         editor.edit(facts)
@@ -289,7 +298,7 @@ def test_an_expert_with_too_few_tokens_is_left_alone(tokenizer, facts, caplog):
         told = f"layer {i}: {len(closed[i])} of 4 experts are left alone"
         assert (told in caplog.text) == bool(closed[i])
         for expert in range(4):
-            kept = torch.equal(mlp_out(model, i).down_proj[expert], before[i][expert])
+            kept = torch.equal(mlp_out(model, layout, i).down_proj[expert], before[i][expert])
             assert kept == (expert in closed[i])
 
 
@@ -397,21 +406,20 @@ def test_every_method_works_or_says_why_not(method, tokenizer, facts):
 def test_only_experts_that_the_subject_is_routed_to_change(mixture, tokenizer, facts):
     model = build_model(mixture)
     recipe = dataclasses.replace(RECIPE, layers=(1,)).with_fields({"contexts.texts": ["{}"]})
-    before = mlp_out(model, 1).down_proj.detach().clone()
+    before = mlp_out(model, LAYOUTS[mixture], 1).down_proj.detach().clone()
     row = tokenizer("The mother tongue of Ada Byron")["input_ids"]
     routed = keys_from(model, [row])[0][-1].unflatten(0, (len(before), -1)).any(1)
     assert int(routed.sum()) == model.config.num_experts_per_tok
     editor = Editor(model, tokenizer, recipe=recipe, statistics=statistics_of(model, tokenizer))
     editor.edit(facts[:1])
-    for expert, weight in enumerate(mlp_out(model, 1).down_proj):
+    for expert, weight in enumerate(editor.editable.matrix(1).down_proj):
         assert torch.equal(weight, before[expert]) == (not routed[expert])
 
 
 def test_the_gradient_of_targets_is_that_of_the_whole_matrix(tokenizer, facts):
     model = build_model("qwen3_moe")
     with frozen(model):
-        encoder = RowEncoder(tokenizer, max_length=128)
-        loss = WeightLoss(PartialModel(model), encoder, facts, layer=1, pad_id=0, positions=10_000)
+        loss = WeightLoss(EditableModel(model, tokenizer), facts, layer=1, positions=10_000)
         weight = loss.current()
         _, gradient = loss(weight)
         step = 1e-4 * torch.randn_like(weight)  # norms and routers run in float32

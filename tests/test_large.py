@@ -34,17 +34,19 @@ from nulledit.errors import ConfigError, ModelError
 from nulledit.evaluation.generation import generate_answers
 from nulledit.ledger.solver import Stage
 from nulledit.linalg.moments import SecondMoment
-from nulledit.models.layouts import as_out_in, mlp_out, parameter_name
+from nulledit.models.editable_model import EditableModel
+from nulledit.models.layouts import LAYOUTS, as_out_in, mlp_out, parameter_name
 from nulledit.models.load import load_model, model_hash
 from nulledit.models.partial import PartialModel
 from nulledit.models.placement import devices_of, is_offloaded, make_resident
-from nulledit.models.tokens import RowEncoder, collate
+from nulledit.models.tokens import collate
 from nulledit.parallel.ranks import Ranks
 from nulledit.statistics.collect import key_moments
 from nulledit.tracing import TraceSettings, trace
 
 ROWS = [[5, 9, 13, 20, 7], [8, 3], [30, 31, 32]]
 CPU = torch.device("cpu")
+LLAMA = LAYOUTS["llama"]
 
 
 def parts_of(model, *, disk):
@@ -160,14 +162,14 @@ def test_edits_of_a_split_model_are_the_plain_one_s(
     (one, first, hash_of_one), (other, second, hash_of_other) = found
     assert [c.outcome for c in first.columns] == [c.outcome for c in second.columns]
     for layer in RECIPE.layers:
-        mine, theirs = (as_out_in(mlp_out(e.model, layer)) for e in (one, other))
+        mine, theirs = (as_out_in(e.editable.matrix(layer)) for e in (one, other))
         assert not torch.equal(mine, one.weights.base(layer))
         assert torch.equal(mine, theirs)
     assert hash_of_one == hash_of_other
     assert one.history.base.hash == other.history.base.hash
     assert is_offloaded(other.model)
     said = [
-        generate_answers(editor.model, tokenizer, ["The river flows to the"], max_new_tokens=4)
+        generate_answers(editor.editable, ["The river flows to the"], max_new_tokens=4)
         for editor in (one, other)
     ]
     assert said[0] == said[1]
@@ -181,7 +183,7 @@ def test_descent_on_a_weight_of_a_split_model(tiny_model, tokenizer, facts, tmp_
     for model in (plain, way(plain, tmp_path / "off")):
         editor = Editor(model, tokenizer, recipe=recipe, statistics=statistics)
         editor.edit(facts[:2])
-        found.append(as_out_in(mlp_out(model, 1)).clone())
+        found.append(as_out_in(editor.editable.matrix(1)).clone())
     assert torch.equal(*found)
 
 
@@ -189,12 +191,12 @@ def test_statistics_contexts_and_traces_of_a_split_model(tiny_model, tokenizer, 
     plain = tiny_model("llama")
     found = []
     for model in (plain, way(plain, tmp_path / "off")):
-        make_resident(model, parameter_name(model, 1).removesuffix(".weight"))
-        partial = PartialModel(model)
-        moments = key_moments(partial, tokenizer, ROWS, [1])
+        make_resident(model, parameter_name(model, LLAMA, 1).removesuffix(".weight"))
+        editable = EditableModel(model, tokenizer)
+        moments = key_moments(editable, ROWS, [1])
         settings = replace(RECIPE.contexts, texts=(), count=2, tokens=4)
-        texts = make_contexts(model, tokenizer, settings, seed=1)
-        told = trace(partial, question(), TraceSettings(draws=2), spread=0.3)
+        texts = make_contexts(editable, settings, seed=1)
+        told = trace(editable, question(), TraceSettings(draws=2), spread=0.3)
         found.append((moments[1].value, texts, told))
     assert torch.equal(found[0][0], found[1][0])
     assert found[0][1] == found[1][1]
@@ -251,18 +253,18 @@ def test_only_blocks_that_run_are_brought_in(tiny_model):
 def test_an_edited_matrix_stays(tiny_model):
     """Brought in once; what is written is neither lost nor written through to the map."""
     model, weights = counted(tiny_model("llama"))
-    name = parameter_name(model, 1)
+    name = parameter_name(model, LLAMA, 1)
     make_resident(model, name.removesuffix(".weight"))
     before = weights.weights[name].clone()
-    view = as_out_in(mlp_out(model, 1))
+    view = as_out_in(mlp_out(model, LLAMA, 1))
     view += 1.0
     weights.asked.clear()
     with torch.no_grad():
         model(input_ids=torch.tensor([ROWS[0]]))
     assert name not in weights.asked
-    assert torch.equal(as_out_in(mlp_out(model, 1)), before + 1.0)
+    assert torch.equal(as_out_in(mlp_out(model, LLAMA, 1)), before + 1.0)
     assert torch.equal(weights.weights[name], before)
-    other = parameter_name(model, 2)
+    other = parameter_name(model, LLAMA, 2)
     assert other in weights.asked
 
 
@@ -280,8 +282,8 @@ def test_an_edited_matrix_stays_with_what_is_brought_in_together(tiny_model):
     ids = torch.tensor([ROWS[0]])
     with torch.no_grad():
         assert torch.equal(model(ids).logits, plain(ids).logits)
-        as_out_in(mlp_out(model, 1)).add_(1.0)
-        as_out_in(mlp_out(plain, 1)).add_(1.0)
+        as_out_in(mlp_out(model, LLAMA, 1)).add_(1.0)
+        as_out_in(mlp_out(plain, LLAMA, 1)).add_(1.0)
         assert torch.equal(model(ids).logits, plain(ids).logits)
 
 
@@ -351,12 +353,12 @@ class Placing(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def spread(model):
+def spread(model, tokenizer):
     """Fake `model`: no data, but each tensor has a device and refuses to meet another's.
 
     The embedding and the head are on one device, the blocks on three, none as its neighbour.
     """
-    partial = PartialModel(model)  # looks at numbers, so before
+    partial = EditableModel(model, tokenizer)  # looks at numbers, so before
     partial.vocabulary = None  # to compare ids with
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         body = partial.layout.blocks.rpartition(".")[0]
@@ -389,8 +391,7 @@ def test_no_tensor_meets_one_of_another_device(family, tokenizer, facts, monkeyp
     # A fake mask has no numbers to look at: prefixes are always put in order.
     monkeypatch.setattr("nulledit.models.partial._padded_behind", lambda _mask: True)
     model = build_model(family, dtype=torch.float32).requires_grad_(False)
-    encoder = RowEncoder(tokenizer, max_length=64)
-    partial, mode = spread(model)
+    partial, mode = spread(model, tokenizer)
     with mode, Placing():
         assert str(partial.device) == "cpu:1"
         batch = collate(ROWS, pad_id=0, device=partial.device)
@@ -403,20 +404,18 @@ def test_no_tensor_meets_one_of_another_device(family, tokenizer, facts, monkeyp
             partial.logits(normed)
             walk = Walk(
                 partial,
-                encoder,
                 facts,
                 first=1,
                 contexts=("{}", "Then. {}"),
                 bare_weight=0.5,
-                pad_id=0,
             )
             assert str(walk.keys().device) == "cpu"
             walk.advance()
         jobs = [
-            Job(fact.id, plan_rows(fact, encoder, ("{}", "Then. {}")), (), (0, 1), None, i)
+            Job(fact.id, plan_rows(fact, partial.encoder, ("{}", "Then. {}")), (), (0, 1), None, i)
             for i, fact in enumerate(facts)
         ]
-        kept = KeptRows(partial, jobs, 1, 0)
+        kept = KeptRows(partial, jobs, 1)
         width = kept.start.shape[-1]
         deltas = [torch.zeros(width, device=kept.start.device, requires_grad=True) for _ in jobs]
         nll, drift, *_ = Reads(kept, [0, 2]).losses(deltas, {})
@@ -432,13 +431,12 @@ def test_no_tensor_meets_one_of_another_device(family, tokenizer, facts, monkeyp
 def test_solves_are_exact_and_round_once(dtype, tokenizer, facts, tmp_path, monkeypatch):
     """Keys come in two bytes; sums and solves are float64; W = round(W₀ + Δ)."""
     model = build_model("llama", dtype=dtype)
-    partial = PartialModel(model)
     read = []
     real = SecondMoment.update
     monkeypatch.setattr(
         SecondMoment, "update", lambda self, keys: (read.append(keys.clone()), real(self, keys))
     )
-    moment = key_moments(partial, tokenizer, ROWS, [1])[1]
+    moment = key_moments(EditableModel(model, tokenizer), ROWS, [1])[1]
     keys = torch.cat([k.reshape(-1, k.shape[-1]) for k in read])
     assert keys.dtype == dtype
     assert moment.value.dtype == torch.float64
@@ -462,7 +460,7 @@ def test_solves_are_exact_and_round_once(dtype, tokenizer, facts, tmp_path, monk
         assert not torch.equal(state.total.float().double(), state.total)
     for layer, told in zip(RECIPE.layers, report.layers, strict=True):
         exact, base = editor.weights.exact(layer), editor.weights.base(layer)
-        stored = as_out_in(mlp_out(model, layer))
+        stored = as_out_in(editor.editable.matrix(layer))
         assert stored.dtype == dtype
         assert torch.equal(stored, exact.to(dtype))
         assert not torch.equal(stored.double(), exact)

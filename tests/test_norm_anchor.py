@@ -87,14 +87,12 @@ def plain_values(editor, facts, contexts):
     with frozen(editor.model):
         return optimise_values(
             editor.editable,
-            editor.editable.encoder,
             facts,
             range(len(facts)),
             layer=LAYER,
             contexts=contexts,
             settings=RECIPE.values,
             positions=4096,
-            pad_id=0,
         )
 
 

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, RECIPE
+from conftest import ARCHITECTURES, LINES, RECIPE
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nulledit import Editor
@@ -13,9 +13,11 @@ from nulledit.config import Layout, Recipe
 from nulledit.editing.merge import conflicts
 from nulledit.errors import ConfigError, LedgerError, ModelError, StatisticsError
 from nulledit.models import layouts
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.layout_tracing import probe
-from nulledit.models.layouts import LAYOUTS, find_layout, parameter_name, use_layout
+from nulledit.models.layouts import LAYOUTS, check_layout, find_layout, parameter_name
 from nulledit.models.partial import PartialModel
+from nulledit.statistics.collect import key_moments
 
 SIZES = {
     "vocab_size": 400,
@@ -47,8 +49,8 @@ def test_nothing_is_traced_without_weights():
         model = untabled("starcoder2")
     with pytest.raises(ModelError, match=r"can't be traced without its weights; .* in the recipe"):
         find_layout(model)
-    use_layout(model, Layout("model.layers", "mlp.c_proj"))
-    assert find_layout(model).mlp_out == "mlp.c_proj"
+    layout = check_layout(model, Layout("model.layers", "mlp.c_proj"))
+    assert parameter_name(model, layout, 1) == "model.layers.1.mlp.c_proj.weight"
 
 
 def test_every_architecture_of_the_table_is_tested():
@@ -69,9 +71,10 @@ def test_the_entry_is_seen_in_two_byte_dtypes(architecture, dtype, tiny_model):
 def test_an_unknown_family_is_used_with_a_notice(tokenizer, facts, caplog, make_statistics):
     """Starcoder2 is not in the table: biases on W, GELU, grouped queries."""
     model = untabled("starcoder2", num_key_value_heads=1)
+    assert find_layout(model) == Layout("model.layers", "mlp.c_proj")
+    statistics = make_statistics(model)
+    caplog.clear()
     with caplog.at_level(logging.WARNING, "nulledit"):
-        assert find_layout(model) == Layout("model.layers", "mlp.c_proj")
-        statistics = make_statistics(model)
         editor = Editor(model, tokenizer, recipe=RECIPE, statistics=statistics)
     told = [r.getMessage() for r in caplog.records if "not in the table" in r.getMessage()]
     assert len(told) == 1
@@ -177,20 +180,26 @@ def test_a_recipes_layout_goes_before_table_and_tracing(
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     assert "layout" not in RECIPE.to_dict(), "recipes recorded before are as they were"
     model = tiny_model("llama", dtype=torch.float32)
+    given = dict(vars(model))
     usual = make_statistics(model)
     with pytest.raises(StatisticsError, match="keys of the usual matrix"):
         Editor(model, tokenizer, recipe=recipe, statistics=usual).edit(facts)
-    use_layout(model, recipe.layout)
-    own = make_statistics(model)
+    editable = EditableModel(model, tokenizer, recipe.layout)
+    moments = key_moments(editable, [tokenizer(line)["input_ids"] for line in LINES], (1, 2))
     own = dataclasses.replace(
-        own, manifest=dataclasses.replace(own.manifest, mlp_out="self_attn.o_proj")
+        usual,
+        spectra={layer: moment.spectrum() for layer, moment in moments.items()},
+        manifest=dataclasses.replace(usual.manifest, layers=(1, 2), mlp_out=editable.named_matrix),
     )
+    assert own.manifest.mlp_out == "self_attn.o_proj"
     editor = Editor(model, tokenizer, recipe=recipe, statistics=own)
     editor.edit(facts)
-    assert parameter_name(model, 1) == "model.layers.1.self_attn.o_proj.weight"
+    assert editor.editable.parameter_name(1) == "model.layers.1.self_attn.o_proj.weight"
+    assert vars(model) == given, "the model object is told nothing"
+    assert PartialModel(model).parameter_name(1) == "model.layers.1.mlp.down_proj.weight"
     editor.save(tmp_path / "run")
     again = Editor.load(tmp_path / "run")
-    assert again.partial.layout == recipe.layout
+    assert again.editable.layout == recipe.layout
     assert again.undo(facts[0].id).removed == (facts[0].id,)
     with pytest.raises(ConfigError, match="layout is another"):
         again.next_epoch(dataclasses.replace(recipe, layout=LAYOUTS["llama"]))

@@ -12,7 +12,8 @@ from nulledit import Editor
 from nulledit.errors import LedgerError, ModelError
 from nulledit.export import put_delta, write_checkpoint, write_delta, write_lora
 from nulledit.models.dense import Dense, dense_of
-from nulledit.models.layouts import as_out_in, mlp_out
+from nulledit.models.editable_model import EditableModel
+from nulledit.models.layouts import LAYOUTS, as_out_in, mlp_out
 from nulledit.models.load import model_hash
 from nulledit.models.partial import PartialModel
 from nulledit.models.quantized import make_editable
@@ -21,6 +22,7 @@ from nulledit.runs.verify import verify
 from nulledit.statistics.collect import collect
 
 CPU = torch.device("cpu")
+LLAMA = LAYOUTS["llama"]
 
 
 class Int8(nn.Module):
@@ -87,16 +89,17 @@ def kind(request):
 def test_the_matrix_is_read_from_how_it_acts(kind, family):
     model, twin = quantised(kind, family)
     kept = {n: t.clone() for n, t in model.state_dict().items()}
-    make_editable(model, [1, 2], model_hash(model))
+    layout = LAYOUTS[family]
+    make_editable(model, layout, [1, 2], model_hash(model))
     for layer in (1, 2):
-        new, old = mlp_out(model, layer), mlp_out(twin, layer)
+        new, old = mlp_out(model, layout, layer), mlp_out(twin, layout, layer)
         assert type(new) is Dense
         torch.testing.assert_close(as_out_in(new), as_out_in(old), rtol=1e-14, atol=1e-16)
         if old.bias is not None and old.bias.any():
             assert torch.equal(new.bias, old.bias)
     mine = {n: t for n, t in model.state_dict().items() if n in kept and t.dtype == kept[n].dtype}
     assert all(torch.equal(t, kept[n]) for n, t in mine.items())
-    assert type(mlp_out(model, 0)) is kind
+    assert type(mlp_out(model, layout, 0)) is kind
 
 
 def test_a_large_bias_costs_no_bits():
@@ -130,7 +133,7 @@ def edited(kind, tokenizer, facts, tmp_path):
     made = []
     for each in (model, twin):
         statistics_model = copy.deepcopy(each)
-        make_editable(statistics_model, [1, 2], model_hash(each))
+        make_editable(statistics_model, LLAMA, [1, 2], model_hash(each))
         statistics = statistics_of(statistics_model, tokenizer, (1, 2))
         editor = Editor(each, tokenizer, recipe=RECIPE, statistics=statistics)
         editor.edit(facts)
@@ -139,7 +142,7 @@ def edited(kind, tokenizer, facts, tmp_path):
 
 
 def weights(editor):
-    return {i: as_out_in(mlp_out(editor.model, i)).clone() for i in RECIPE.layers}
+    return {i: as_out_in(editor.editable.matrix(i)).clone() for i in RECIPE.layers}
 
 
 def test_edits_are_those_of_the_same_numbers_kept_plain(edited):
@@ -191,7 +194,7 @@ def test_another_base_is_refused(edited, tokenizer, tmp_path, kind):
     with pytest.raises(LedgerError, match="another model"):
         Editor.resume(tmp_path, changed, tokenizer)
     changed = base()
-    mlp_out(changed, 1).scale *= 1.5
+    mlp_out(changed, LLAMA, 1).scale *= 1.5
     with pytest.raises(LedgerError, match="not the ledger's W₀"):
         Editor.resume(tmp_path, changed, tokenizer)
 
@@ -234,7 +237,7 @@ def test_exports_lie_beside_it(edited, tmp_path):
     for layer in RECIPE.layers:
         name = f"base_model.model.model.layers.{layer}.mlp.down_proj.lora"
         a, b = factors[f"{name}_A.weight"], factors[f"{name}_B.weight"]
-        mlp_out(model, layer).register_forward_hook(
+        mlp_out(model, LLAMA, layer).register_forward_hook(
             lambda _m, args, out, a=a, b=b: out + args[0] @ a.mT @ b.mT
         )
     with torch.no_grad():
@@ -246,7 +249,7 @@ def test_a_delta_gives_the_run_s_model_to_the_bit(kind, tokenizer, facts, tmp_pa
     model, _ = quantised(kind, dtype=torch.float32)
     base = copy.deepcopy(model)
     dense = copy.deepcopy(model)
-    make_editable(dense, [1, 2], model_hash(model))
+    make_editable(dense, LLAMA, [1, 2], model_hash(model))
     statistics = statistics_of(dense, tokenizer, (1, 2))
     editor = Editor(model, tokenizer, recipe=RECIPE, statistics=statistics)
     editor.edit(facts)
@@ -270,7 +273,7 @@ def test_a_model_folder_is_refused_in_one_line(edited, tmp_path):
 def test_a_quantised_matrix_is_not_written_in_place(kind):
     model, _ = quantised(kind)
     with pytest.raises(ModelError, match=r"quantised|no weight matrix"):
-        as_out_in(mlp_out(model, 1))
+        as_out_in(mlp_out(model, LLAMA, 1))
 
 
 class Packed(torch.Tensor):
@@ -298,7 +301,7 @@ def test_tensors_made_of_others_are_quantised_and_hashed():
     for add in (0, 1):
         model = build_model("llama", dtype=torch.float32)
         inner = torch.arange(16 * 48, dtype=torch.int32).reshape(16, 48) + add
-        module = mlp_out(model, 1)
+        module = mlp_out(model, LLAMA, 1)
         module.weight = nn.Parameter(Packed(inner), requires_grad=False)
         with pytest.raises(ModelError, match="stored as Packed: a quantised matrix"):
             as_out_in(module)
@@ -319,8 +322,7 @@ def test_statistics_are_of_what_an_editor_edits(kind, tokenizer, tmp_path):
         digest = model_hash(each)
         made.append(
             collect(
-                PartialModel(each),
-                tokenizer,
+                EditableModel(each, tokenizer),
                 corpus,
                 StatisticsSettings(window=32),
                 layers=[1, 2],

@@ -16,9 +16,9 @@ from nulledit.cli.main import cli
 from nulledit.config import StatisticsSettings
 from nulledit.data.corpus import open_corpus, windows
 from nulledit.errors import StatisticsError
-from nulledit.models.layouts import mlp_out
+from nulledit.models.editable_model import EditableModel
+from nulledit.models.layouts import LAYOUTS, mlp_out
 from nulledit.models.load import model_hash
-from nulledit.models.partial import PartialModel
 from nulledit.statistics import collect as module
 from nulledit.statistics.collect import Manifest, Statistics, collect, find_statistics
 from nulledit.statistics.merge import merge_statistics
@@ -40,8 +40,7 @@ def run(tiny_model, tokenizer, corpus, tmp_path):
     def run(settings=SETTINGS, family="llama", folder="out", **options):
         model = tiny_model(family)
         return model, collect(
-            PartialModel(model),
-            tokenizer,
+            EditableModel(model, tokenizer),
             options.pop("corpus", corpus),
             settings,
             layers=(0, 2),
@@ -58,7 +57,7 @@ def run(tiny_model, tokenizer, corpus, tmp_path):
 def plain_moment(model, rows, layer, *, first=0):
     """E[k kᵀ], one window after the other through the whole model."""
     keys = []
-    hook = mlp_out(model, layer).register_forward_pre_hook(
+    hook = mlp_out(model, LAYOUTS[model.config.model_type], layer).register_forward_pre_hook(
         lambda _m, a: keys.append(a[0][0, first:])
     )
     with torch.no_grad():
@@ -287,8 +286,7 @@ def test_the_cache_finds_them_again(tiny_model, tokenizer, corpus):
     hash_ = model_hash(model)
     assert not list(find_statistics(hash_, [0]))
     made = collect(
-        PartialModel(model),
-        tokenizer,
+        EditableModel(model, tokenizer),
         corpus,
         StatisticsSettings(window=16),
         layers=(0, 2),

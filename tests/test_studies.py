@@ -239,9 +239,9 @@ def test_arms_share_the_values_of_their_first_batch(make_lab, monkeypatch):
     asked = []
     optimise = batch_module.optimise_values
 
-    def counting(model, encoder, facts, *args, **kwargs):
+    def counting(model, facts, *args, **kwargs):
         asked.append(len(facts))
-        return optimise(model, encoder, facts, *args, **kwargs)
+        return optimise(model, facts, *args, **kwargs)
 
     monkeypatch.setattr(batch_module, "optimise_values", counting)
     lab = make_lab("projection", work="values")
@@ -257,9 +257,9 @@ def test_a_longer_stream_goes_on_from_a_shorter_one(make_lab, monkeypatch):
     asked = []
     optimise = batch_module.optimise_values
 
-    def counting(model, encoder, facts, *args, **kwargs):
+    def counting(model, facts, *args, **kwargs):
         asked.extend(fact.id for fact in facts)
-        return optimise(model, encoder, facts, *args, **kwargs)
+        return optimise(model, facts, *args, **kwargs)
 
     monkeypatch.setattr(batch_module, "optimise_values", counting)
     lab = make_lab("table1", work="fork")

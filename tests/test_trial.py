@@ -17,6 +17,7 @@ from nulledit.cli.main import cli
 from nulledit.config import Layout, Recipe, ValueSettings
 from nulledit.errors import ModelError
 from nulledit.models import trial
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import find_layout, listed
 from nulledit.models.partial import PartialModel
 from nulledit.tracing.trace import TraceSettings, trace
@@ -113,12 +114,12 @@ def test_a_hybrid_is_edited_and_undone(tokenizer, facts):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_restorations_run_from_the_start_are_the_same(tiny_model):
-    partial = PartialModel(tiny_model("llama"))
+def test_restorations_run_from_the_start_are_the_same(tiny_model, tokenizer):
+    model = EditableModel(tiny_model("llama"), tokenizer)
     settings = TraceSettings(draws=2, window=2)
-    expected = trace(partial, question(), settings, spread=SPREAD)
-    partial.columns = 0
-    found = trace(partial, question(), settings, spread=SPREAD)
+    expected = trace(model, question(), settings, spread=SPREAD)
+    model.columns = 0
+    found = trace(model, question(), settings, spread=SPREAD)
     for kind, effects in expected.effects.items():
         torch.testing.assert_close(found.effects[kind], effects)
 
