@@ -22,7 +22,9 @@ from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import as_out_in, write_weight
 from nulledit.models.load import model_hash
 from nulledit.models.tokens import chunks_by_length
-from nulledit.statistics.collect import Manifest, Statistics, find_statistics, key_moments
+from nulledit.statistics.collect import find_statistics, key_moments
+from nulledit.statistics.manifest import Manifest
+from nulledit.statistics.spectra import Statistics
 
 RANDOM_THRESHOLD = 1.0  # made-up spectra: directions below it are free
 BOTH = (REFERENCE, OURS)

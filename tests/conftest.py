@@ -14,7 +14,9 @@ from nulledit import Fact, Probe
 from nulledit.config import Recipe, StatisticsSettings
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.load import model_hash
-from nulledit.statistics.collect import Manifest, Statistics, key_moments
+from nulledit.statistics.collect import key_moments
+from nulledit.statistics.manifest import Manifest
+from nulledit.statistics.spectra import Statistics
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 settings.register_profile("untimed", deadline=None)  # a busy machine is no fault

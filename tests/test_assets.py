@@ -9,7 +9,7 @@ from nulledit.config import load_recipe, shipped_recipes
 from nulledit.evaluation.preservation import shipped_text
 from nulledit.ledger.solver import LayerMetrics
 from nulledit.linalg.spectrum import RULES
-from nulledit.statistics.collect import Statistics
+from nulledit.statistics.spectra import Statistics
 
 ASSETS = resources.files("nulledit") / "assets"
 

@@ -84,7 +84,7 @@ def test_corpus_takes_windows_that_the_model_has_room_for(make_lab, tmp_path):  
 
 def test_corpus_says_what_the_rule_protects(make_lab, tmp_path):  # noqa: F811
     from nulledit.linalg.spectrum import RULES
-    from nulledit.statistics.collect import Statistics
+    from nulledit.statistics.spectra import Statistics
 
     lab = make_lab("corpus", tokens=[300])
     study = run_study(find_study("corpus"), lab, tmp_path / "out")

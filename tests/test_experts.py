@@ -37,9 +37,10 @@ from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import collate
 from nulledit.runs.verify import MATRICES, verify
 from nulledit.statistics import collect as statistics_module
-from nulledit.statistics.collect import Statistics, collect, key_moments
+from nulledit.statistics.collect import collect, key_moments
 from nulledit.statistics.manifest import read_manifest, write_manifest
 from nulledit.statistics.merge import merge_statistics
+from nulledit.statistics.spectra import Statistics
 
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 TEXT = (

@@ -18,8 +18,9 @@ from nulledit.errors import ConfigError, FactError, LedgerError, ModelError
 from nulledit.models.load import load_model, model_hash
 from nulledit.models.saving import save_weights
 from nulledit.models.unchanged import bit_sums
-from nulledit.statistics.collect import Statistics, collect
+from nulledit.statistics.collect import collect
 from nulledit.statistics.merge import merge_statistics
+from nulledit.statistics.spectra import Statistics
 
 
 def edited(model, tokenizer, facts=()):

@@ -48,6 +48,7 @@ from nulledit.evaluation.drift import read_texts
 from nulledit.evaluation.tasks import read_tasks
 from nulledit.io import untrusted as reading
 from nulledit.io.files import replacing, replacing_folder
+from nulledit.io.jsonfiles import as_json, read_json, read_lines
 from nulledit.io.text import markdown, plain
 from nulledit.linalg.spectrum import Spectrum
 from nulledit.models.load import load_model
@@ -56,12 +57,11 @@ from nulledit.report.html import Part, html_page
 from nulledit.report.markdown import study_page
 from nulledit.report.points import Point
 from nulledit.report.study import read_study, write_study
-from nulledit.runs.folder import as_json, read_json, read_lines
 from nulledit.runs.limits import load_limits
 from nulledit.runs.page import report_page
 from nulledit.runs.report import collect
-from nulledit.statistics.collect import Manifest, Statistics
-from nulledit.statistics.manifest import HASHES
+from nulledit.statistics.manifest import HASHES, Manifest
+from nulledit.statistics.spectra import Statistics
 from nulledit.statistics.tensor_files import save_alone
 from nulledit.studies.scale import load_scale
 from nulledit.studies.stream import StreamPlan
