@@ -13,7 +13,7 @@ from test_study import BAD, lines, spec, study, table
 from nulledit.cli.main import cli
 from nulledit.errors import ReportError
 from nulledit.evaluation.stats import paired_bootstrap
-from nulledit.io.jsonfiles import as_json, write_run
+from nulledit.io.jsonfiles import as_json
 from nulledit.report.document import Example, Value
 from nulledit.report.html import Part, html_page
 from nulledit.report.markup import Markup, join, tag
@@ -21,6 +21,7 @@ from nulledit.report.study import write_study
 from nulledit.report.words import chosen_examples, duration, flat
 from nulledit.runs.compare import comparison
 from nulledit.runs.document import read_run, run_study
+from nulledit.runs.folder import write_run
 from nulledit.runs.report import collect
 
 RECIPE = "method: {name: alphaedit}\nlayers: [3, 4]\n"

@@ -4,11 +4,12 @@ import json
 
 import pytest
 
-from nulledit.io.jsonfiles import as_json, read_lines, write, write_run
+from nulledit.io.jsonfiles import as_json, write
 from nulledit.io.text import markdown, plain, shorten, width
 from nulledit.report.figures import figure_of
 from nulledit.report.images import as_png, as_svg
 from nulledit.report.tables import as_markdown, as_text, percent
+from nulledit.runs.folder import read_lines, write_run
 from nulledit.runs.page import report_page
 from nulledit.runs.rates import rate_rows, rates_spec
 from nulledit.runs.tables import preservation_table, rates_table

@@ -48,7 +48,7 @@ from nulledit.evaluation.drift import read_texts
 from nulledit.evaluation.tasks import read_tasks
 from nulledit.io import untrusted as reading
 from nulledit.io.files import replacing, replacing_folder
-from nulledit.io.jsonfiles import as_json, read_json, read_lines
+from nulledit.io.jsonfiles import as_json
 from nulledit.io.text import markdown, plain
 from nulledit.linalg.spectrum import Spectrum
 from nulledit.models.load import load_model
@@ -57,6 +57,7 @@ from nulledit.report.html import Part, html_page
 from nulledit.report.markdown import study_page
 from nulledit.report.points import Point
 from nulledit.report.study import read_study, write_study
+from nulledit.runs.folder import read_json, read_lines
 from nulledit.runs.limits import load_limits
 from nulledit.runs.page import report_page
 from nulledit.runs.report import collect
