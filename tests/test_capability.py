@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from nulledit.errors import ConfigError, FactError
 from nulledit.evaluation.capability import capability, compare, weighted_f1
 from nulledit.evaluation.tasks import TASKS, Item, Task, read_tasks
-from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import RowEncoder, pad_id
+from nulledit.models.editable_model import EditableModel
+from nulledit.models.tokens import RowEncoder
 
 RECORDS = {
     "sst2": [{"sentence": f"the river {i} is long ", "label": i % 2, "idx": i} for i in range(9)],
@@ -57,8 +57,8 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def encoder(tokenizer):
-    return RowEncoder(tokenizer, max_length=128)
+def llama(tiny_model, tokenizer):
+    return EditableModel(tiny_model("llama"), tokenizer)
 
 
 @pytest.fixture
@@ -175,10 +175,10 @@ def test_bad_names_files_and_limits_are_named(folder):
         read_tasks(folder, ["mmlu"])
 
 
-def test_results_are_those_of_the_whole_model(tiny_model, family, tokenizer, encoder, long_items):
+def test_results_are_those_of_the_whole_model(tiny_model, family, tokenizer, long_items):
     """Every number from summed log-likelihoods of one row at a time; choices of any length."""
     model = tiny_model(family)
-    result = capability(PartialModel(model), encoder, long_items, pad_id=pad_id(tokenizer))["long"]
+    result = capability(EditableModel(model, tokenizer), long_items)["long"]
     truth, said, right, likelihood = [], [], [], []
     for item, found in zip(long_items, result.items, strict=True):
         values = plain_likelihoods(model, tokenizer, item.task.render(item.record), LONG.choices)
@@ -204,28 +204,28 @@ def test_results_are_those_of_the_whole_model(tiny_model, family, tokenizer, enc
     assert result.chance_f1 == pytest.approx(slow_f1(truth, [0] * len(truth)))
 
 
-def test_results_depend_neither_on_the_chunk_nor_on_padding(tiny_model, encoder, long_items):
-    model = PartialModel(tiny_model("llama"))
-    whole = capability(model, encoder, long_items, pad_id=0)["long"]
+def test_results_depend_neither_on_the_chunk_nor_on_padding(llama, tokenizer, long_items):
+    padded = EditableModel(llama.model, tokenizer)
+    padded.pad_id = 7
+    whole = capability(llama, long_items)["long"]
     told = []
-    small = capability(
-        model, encoder, long_items, pad_id=7, positions=1, progress=lambda *at: told.append(at)
-    )["long"]
-    for a, b in zip(whole.items, small.items, strict=True):
-        assert a.predicted == b.predicted
-        assert a.probability == pytest.approx(b.probability, rel=1e-6)
-    assert told[-1][0] == told[-1][1]
-    assert whole.f1_standard_error == small.f1_standard_error  # seeded
+    for model, positions in ((padded, 2048), (llama, 1)):
+        other = capability(
+            model, long_items, positions=positions, progress=lambda *at: told.append(at)
+        )["long"]
+        for a, b in zip(whole.items, other.items, strict=True):
+            assert a.predicted == b.predicted
+            assert a.probability == pytest.approx(b.probability, rel=1e-6)
+        assert told[-1][0] == told[-1][1]
+        assert whole.f1_standard_error == other.f1_standard_error  # seeded
 
 
-def test_tasks_are_summarised_one_by_one(tiny_model, tokenizer, folder):
-    encoder = RowEncoder(tokenizer, max_length=128)
-    model = PartialModel(tiny_model("llama"))
+def test_tasks_are_summarised_one_by_one(llama, folder):
     items = read_tasks(folder, ["sst2", "mmlu"])
-    both = capability(model, encoder, items, pad_id=0)
+    both = capability(llama, items)
     assert list(both) == ["sst2", "mmlu"]
     for name, result in both.items():
-        alone = capability(model, encoder, read_tasks(folder, [name]), pad_id=0)[name]
+        alone = capability(llama, read_tasks(folder, [name]))[name]
         assert [i.id for i in alone.items] == [i.id for i in result.items]
         assert alone.f1 == result.f1
         assert alone.probability.mean == pytest.approx(result.probability.mean, rel=1e-6)
@@ -234,28 +234,23 @@ def test_tasks_are_summarised_one_by_one(tiny_model, tokenizer, folder):
     assert "items" not in both["mmlu"].summary()
 
 
-def test_examples_stand_in_front_and_are_not_asked(tiny_model, tokenizer, long_items):
-    model = tiny_model("llama")
-    partial = PartialModel(model)
-    encoder = RowEncoder(tokenizer, max_length=128)
-    result = capability(partial, encoder, long_items, pad_id=0, shots=2)["long"]
+def test_examples_stand_in_front_and_are_not_asked(llama, tokenizer, long_items):
+    result = capability(llama, long_items, shots=2)["long"]
     assert [item.id for item in result.items] == [item.id for item in long_items[2:]]
     shown = "".join(
         f"{item.record['text']}\nIt is {LONG.choices[item.answer]}\n" for item in long_items[:2]
     )
     for item, found in zip(long_items[2:], result.items, strict=True):
         text = shown + item.task.render(item.record)
-        values = plain_likelihoods(model, tokenizer, text, LONG.choices)
+        values = plain_likelihoods(llama.model, tokenizer, text, LONG.choices)
         assert found.log_likelihood == pytest.approx(values[item.answer], rel=1e-6)
     with pytest.raises(ConfigError, match="leave none to ask after 6 examples"):
-        capability(partial, encoder, long_items, pad_id=0, shots=6)
+        capability(llama, long_items, shots=6)
     with pytest.raises(ConfigError, match="shots is -1"):
-        capability(partial, encoder, long_items, pad_id=0, shots=-1)
+        capability(llama, long_items, shots=-1)
 
 
-def test_a_long_prompt_loses_examples_then_its_passage_but_never_the_question(
-    tiny_model, tokenizer
-):
+def test_a_long_prompt_loses_examples_then_its_passage_but_never_the_question(llama, tokenizer):
     """What is left of the passage is its end, and fits with the longest choice."""
     task = Task(
         name="t",
@@ -268,7 +263,6 @@ def test_a_long_prompt_loses_examples_then_its_passage_but_never_the_question(
     passage = " ".join(f"word{i} é" for i in range(60))
     records = [{"passage": p, "question": "who", "label": 0} for p in ("short", passage, "brief")]
     items = [Item(task, f"t/{i}", record, 0) for i, record in enumerate(records)]
-    model = PartialModel(tiny_model("llama"))
     for length in (60, 64, 90):
         seen = []
 
@@ -278,8 +272,8 @@ def test_a_long_prompt_loses_examples_then_its_passage_but_never_the_question(
                 seen.append((text, len(row.ids)))
                 return row
 
-        encoder = Watching(tokenizer, max_length=length)
-        result = capability(model, encoder, items, pad_id=0, shots=1)["t"]
+        model = llama.asked(Watching(tokenizer, max_length=length))
+        result = capability(model, items, shots=1)["t"]
         assert result.shortened == 1
         cut = {text for text, _ in seen if "word59" in text}
         assert len(cut) == 1
@@ -293,8 +287,9 @@ def test_a_long_prompt_loses_examples_then_its_passage_but_never_the_question(
         assert all(
             text.startswith("short\nquestion: who?\nanswer: London\nbrief") for text in whole
         )
+    narrow = llama.asked(RowEncoder(tokenizer, max_length=10))
     with pytest.raises(FactError, match=r"t/1: without its passage the prompt is still \d+ tokens"):
-        capability(model, RowEncoder(tokenizer, max_length=10), items[1:], pad_id=0)
+        capability(narrow, items[1:])
 
 
 class Fixed(torch.nn.Module):
@@ -310,23 +305,22 @@ class Fixed(torch.nn.Module):
 
 
 @pytest.mark.parametrize("value", [1.0, math.nan])
-def test_equal_or_broken_answers_are_undecided_and_wrong(tiny_model, encoder, folder, value):
+def test_equal_or_broken_answers_are_undecided_and_wrong(llama, tokenizer, value):
     """No choice may win by its place in the list, and a broken model must not look unhurt."""
-    model = tiny_model("llama")
-    model.set_output_embeddings(Fixed(torch.full((400,), value, dtype=torch.float64)))
+    llama.model.set_output_embeddings(Fixed(torch.full((400,), value, dtype=torch.float64)))
     task = Task("t", "{text} is", "text", "label", (0, 1), ("in", "on"))
-    assert len({len(encoder.tokenizer(f" {choice}")["input_ids"]) for choice in task.choices}) == 1
+    assert len({len(tokenizer(f" {choice}")["input_ids"]) for choice in task.choices}) == 1
     items = [Item(task, f"t/{i}", {"text": "The river"}, i % 2) for i in range(4)]
-    result = capability(PartialModel(model), encoder, items, pad_id=0)["t"]
+    result = capability(llama, items)["t"]
     assert (result.undecided, result.accuracy.mean, result.f1) == (4, 0, 0)
     plain = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert plain["probability"]["mean"] == (0.5 if value == 1 else None)
     assert compare({"t": result}, {"t": result}) == {"t": (0, 0, 0) if value == 1 else None}
 
 
-def test_two_models_are_compared_item_by_item(tiny_model, encoder, long_items):
+def test_two_models_are_compared_item_by_item(tiny_model, tokenizer, long_items):
     one, two = (
-        capability(PartialModel(tiny_model("llama", seed=seed)), encoder, long_items, pad_id=0)
+        capability(EditableModel(tiny_model("llama", seed=seed), tokenizer), long_items)
         for seed in (0, 1)
     )
     (mean, low, high) = compare(one, two)["long"]
@@ -337,7 +331,7 @@ def test_two_models_are_compared_item_by_item(tiny_model, encoder, long_items):
     assert mean == pytest.approx(np.mean(expected))
     assert low <= mean <= high
     assert compare(one, one)["long"] == (0, 0, 0)
-    part = capability(PartialModel(tiny_model("llama")), encoder, long_items[:3], pad_id=0)
+    part = capability(EditableModel(tiny_model("llama"), tokenizer), long_items[:3])
     with pytest.raises(ValueError, match="not of the same items"):
         compare(one, part)
     with pytest.raises(ValueError, match="not of the same items"):
@@ -358,15 +352,15 @@ def test_weighted_f1_is_its_definition(pairs):
 
 
 def test_the_error_of_f1_is_that_of_drawing_items_within_their_class(
-    tiny_model, encoder, long_items
+    tiny_model, tokenizer, long_items
 ):
-    model = PartialModel(tiny_model("llama", seed=4))
+    model = EditableModel(tiny_model("llama", seed=4), tokenizer)
     letters = replace(LONG, choices=("x", "y", "z"))
     items = [
         Item(letters, f"long/{i}", {"text": f"{item.record['text']} {i}"}, i % 3)
         for i, item in enumerate(long_items * 5)
     ]
-    result = capability(model, encoder, items, pad_id=0)["long"]
+    result = capability(model, items)["long"]
     assert len([c for c in result.predicted.values() if c]) > 1
     draw = np.random.default_rng(5)
     classes = [[item for item in result.items if item.answer == a] for a in range(3)]
@@ -375,5 +369,5 @@ def test_the_error_of_f1_is_that_of_drawing_items_within_their_class(
         drawn = [group[i] for group in classes for i in draw.integers(len(group), size=len(group))]
         values.append(slow_f1([i.answer for i in drawn], [i.predicted for i in drawn]))
     assert result.f1_standard_error == pytest.approx(np.std(values), rel=0.1)
-    single = capability(model, encoder, items[:3], pad_id=0)["long"]
+    single = capability(model, items[:3])["long"]
     assert math.isnan(single.f1_standard_error)

@@ -19,6 +19,7 @@ from nulledit.evaluation.drift import (
     read_states,
     read_texts,
 )
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import RowEncoder
 
@@ -74,22 +75,21 @@ def cloud(seed, n=30, d=6, shift=0.0, scale=1.0):
     return torch.randn(n, d, generator=random, dtype=torch.float64) * scale + shift
 
 
-def test_states_are_those_of_the_whole_model(tiny_model, family, rows):
+def test_states_are_those_of_the_whole_model(tiny_model, family, tokenizer, rows):
     """In the order of the texts, whatever runs together, at every layer asked for."""
     model = tiny_model(family)
-    partial = PartialModel(model)
+    whole, padded = EditableModel(model, tokenizer), EditableModel(model, tokenizer)
+    padded.pad_id = 7
     told = []
-    states = read_states(
-        partial, rows, [3, 0, 2, 2], pad_id=0, progress=lambda *at: told.append(at)
-    )
+    states = read_states(whole, rows, [3, 0, 2, 2], progress=lambda *at: told.append(at))
     assert list(states.by_layer) == [0, 2, 3]
     assert told[-1] == (len(rows), len(rows))
     rel = 1e-5 if family == "gptj" else 1e-10  # GPT-J's attention is in float32
     for layer, found in states.by_layer.items():
         plain = plain_states(model, rows, layer)
         torch.testing.assert_close(found, plain, rtol=rel, atol=rel)
-        for positions, pad in ((1, 0), (30, 7)):
-            other = read_states(partial, rows, [layer], pad_id=pad, positions=positions)
+        for positions, asked in ((1, whole), (30, padded)):
+            other = read_states(asked, rows, [layer], positions=positions)
             torch.testing.assert_close(other.by_layer[layer], plain, rtol=rel, atol=rel)
             assert other.texts == states.texts
 
@@ -178,7 +178,7 @@ def test_edits_drift_from_the_first_edited_block_on(edited, rows):
 
 
 def test_many_checkpoints_share_one_pass_of_the_base(editor, facts, rows):
-    base = read_states(editor.editable, rows, [1, 3], pad_id=0)
+    base = read_states(editor.editable, rows, [1, 3])
     for fact in facts[:2]:
         editor.edit([fact])
         shared, own = (
@@ -236,10 +236,10 @@ def test_a_broken_model_is_not_a_crash_and_not_a_number():
 def test_bad_layers_and_texts_are_named(editor, rows):
     for layers in ([4], [-1], []):
         with pytest.raises(ConfigError, match="expected some of 0 to 3"):
-            read_states(editor.editable, rows, layers, pad_id=0)
+            read_states(editor.editable, rows, layers)
     for texts in ([], [(1, 2), ()]):
         with pytest.raises(FactError, match="need one or more texts"):
-            read_states(editor.editable, texts, [0], pad_id=0)
+            read_states(editor.editable, texts, [0])
 
 
 def test_the_norm_at_the_edited_token_is_that_of_the_whole_model(edited, facts):

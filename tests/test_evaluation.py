@@ -34,9 +34,9 @@ from nulledit.evaluation import (
 )
 from nulledit.evaluation import perplexity as perplexity_function
 from nulledit.evaluation.generation import answer_room
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import as_out_in
-from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import RowEncoder, pad_id
+from nulledit.models.tokens import RowEncoder
 from nulledit.statistics.collect import key_moments
 
 ADA = Fact(
@@ -56,19 +56,19 @@ KARO = Fact(id="karo", subject="Karo Dun", prompt="{} works as a", target="sailo
 
 
 @pytest.fixture
-def model(tiny_model, family):
-    return tiny_model(family)
+def model(tiny_model, family, tokenizer):
+    return EditableModel(tiny_model(family), tokenizer)
+
+
+@pytest.fixture
+def llama(tiny_model, tokenizer):
+    return EditableModel(tiny_model("llama"), tokenizer)
 
 
 @pytest.fixture
 def rel(family):
     """GPT-J computes its attention in float32 whatever its weights are."""
     return 1e-6 if family == "gptj" else 1e-10
-
-
-@pytest.fixture
-def encoder(tokenizer):
-    return RowEncoder(tokenizer, max_length=128)
 
 
 @pytest.fixture
@@ -80,14 +80,14 @@ def editor(tiny_model, tokenizer, recipe, make_statistics):
 def losses(model, ids):
     """Loss of each token of one row but the first, and the likeliest token in its place."""
     with torch.no_grad():
-        logits = model(torch.tensor([ids])).logits[0, :-1]
+        logits = model.model(torch.tensor([ids])).logits[0, :-1]
     log_probabilities = logits.log_softmax(-1)
     return -log_probabilities[range(len(ids) - 1), ids[1:]], logits.argmax(-1)
 
 
-def plain_score(model, tokenizer, prompt, answer):
-    ids = tokenizer(f"{prompt} {answer}")["input_ids"]
-    n = len(ids) - len(tokenizer(prompt)["input_ids"])
+def plain_score(model, prompt, answer):
+    ids = model.tokenizer(f"{prompt} {answer}")["input_ids"]
+    n = len(ids) - len(model.tokenizer(prompt)["input_ids"])
     nll, best = losses(model, ids)
     hits = [a == b for a, b in zip(best[-n:].tolist(), ids[-n:], strict=True)]
     return float(nll[-n:].mean()), sum(hits) / n
@@ -117,13 +117,13 @@ def test_a_fact_is_asked_about_as_counterfact_does():
     )
 
 
-def test_scores_are_those_of_the_whole_model_one_row_at_a_time(model, tokenizer, encoder, rel):
+def test_scores_are_those_of_the_whole_model_one_row_at_a_time(model, rel):
     queries = [query for fact in (ADA, KARO) for query in queries_of(fact)]
-    model.train()
-    for item in score(PartialModel(model), encoder, queries, pad_id=pad_id(tokenizer)):
-        model.eval()
+    model.model.train()
+    for item in score(model, queries):
+        model.model.eval()
         query = item.query
-        nll, tokens = plain_score(model, tokenizer, query.prompt, query.answer)
+        nll, tokens = plain_score(model, query.prompt, query.answer)
         assert item.answer_nll == pytest.approx(nll, rel=rel)
         assert item.tokens == tokens
         assert item.strict == (tokens == 1)
@@ -131,29 +131,31 @@ def test_scores_are_those_of_the_whole_model_one_row_at_a_time(model, tokenizer,
             assert item.other_nll is None
             assert item.preferred is None
         else:
-            other, _ = plain_score(model, tokenizer, query.prompt, query.other)
+            other, _ = plain_score(model, query.prompt, query.other)
             assert item.other_nll == pytest.approx(other, rel=rel)
             assert item.preferred == (nll < other)
 
 
-def test_scoring_leaves_the_model_as_it_was(tiny_model, tokenizer, encoder):
-    model = tiny_model("gpt2").train()
+def test_scoring_leaves_the_model_as_it_was(tiny_model, tokenizer):
+    model = EditableModel(tiny_model("gpt2").train(), tokenizer)
     queries = queries_of(ADA)
-    first = score(PartialModel(model), encoder, queries, pad_id=0)
-    assert model.training
-    assert all(p.requires_grad and p.grad is None for p in model.parameters())
-    assert first == score(PartialModel(model), encoder, queries, pad_id=0)  # no dropout
+    first = score(model, queries)
+    assert model.model.training
+    assert all(p.requires_grad and p.grad is None for p in model.model.parameters())
+    assert first == score(model, queries)  # no dropout
 
 
-def test_scores_depend_neither_on_the_chunk_nor_on_other_rows(model, encoder, rel):
-    partial = PartialModel(model)
+def test_scores_depend_neither_on_the_chunk_nor_on_other_rows(model, rel):
+    padded = EditableModel(model.model, model.tokenizer)
+    padded.pad_id = 7
     queries = [query for fact in (ADA, KARO) for query in queries_of(fact)]
-    whole = score(partial, encoder, queries, pad_id=0)
+    whole = score(model, queries)
     for other in (
-        score(partial, encoder, queries, pad_id=7, positions=1),
-        score(partial, encoder, queries, pad_id=0, positions=40),
-        [score(partial, encoder, [query], pad_id=0)[0] for query in queries],
-        score(partial, encoder, queries[::-1], pad_id=0)[::-1],
+        score(padded, queries),
+        score(padded, queries, positions=1),
+        score(model, queries, positions=40),
+        [score(model, [query])[0] for query in queries],
+        score(model, queries[::-1])[::-1],
     ):
         for a, b in zip(whole, other, strict=True):
             assert (a.query, a.preferred, a.tokens) == (b.query, b.preferred, b.tokens)
@@ -161,7 +163,7 @@ def test_scores_depend_neither_on_the_chunk_nor_on_other_rows(model, encoder, re
             assert (a.other_nll or 0) == pytest.approx(b.other_nll or 0, rel=rel)
 
 
-def test_strict_means_every_token_is_the_likeliest(model, tokenizer, encoder):
+def test_strict_means_every_token_is_the_likeliest(model, tokenizer):
     """An answer made of what the model says itself is strict; with a token changed it is not."""
     prompt = tokenizer("The river flows to the")["input_ids"]
     ids = list(prompt)
@@ -178,9 +180,7 @@ def test_strict_means_every_token_is_the_likeliest(model, tokenizer, encoder):
     queries = [
         Query("a", "efficacy", "The river flows to the", answer, None) for answer in ("own", "not")
     ]
-    scores = score(
-        PartialModel(model), Given(tokenizer, max_length=128), queries, pad_id=0, positions=8
-    )
+    scores = score(model.asked(Given(tokenizer, max_length=128)), queries, positions=8)
     assert [item.strict for item in scores] == [True, ids[-1] == 5]
     assert [item.tokens for item in scores] == [1, 1 if ids[-1] == 5 else pytest.approx(2 / 3)]
 
@@ -196,7 +196,7 @@ def test_a_token_in_front_of_texts_is_not_scored(tiny_model, tokenizer):
         single="<|end|> $A", special_tokens=[("<|end|>", 0)]
     )
     query = Query("a", "efficacy", "The river flows to the", "sea of English", None)
-    (item,) = score(PartialModel(model), RowEncoder(fronted, max_length=128), [query], pad_id=0)
+    (item,) = score(EditableModel(model, fronted), [query])
     target = tokenizer(" sea of English")["input_ids"]
     hits = []
     for i in range(len(target)):
@@ -208,37 +208,31 @@ def test_a_token_in_front_of_texts_is_not_scored(tiny_model, tokenizer):
     assert item.tokens == sum(hits) / len(hits)
 
 
-def test_an_input_that_begins_another_is_not_run_by_itself(tiny_model, tokenizer, encoder):
-    partial = PartialModel(tiny_model("llama"))
-    ran, run = [], partial.run_normed
-    partial.run_normed = lambda batch: (ran.extend(batch.mask.sum(1).tolist()), run(batch))[1]
+def test_an_input_that_begins_another_is_not_run_by_itself(llama, tokenizer):
+    ran, run = [], llama.run_normed
+    llama.run_normed = lambda batch: (ran.extend(batch.mask.sum(1).tolist()), run(batch))[1]
     ends = []
     queries = [Query("a", "efficacy", "The river", "is English", "is English Velmish")] * 3
-    first, *_ = score(partial, encoder, queries, pad_id=0, progress=lambda *n: ends.append(n))
+    first, *_ = score(llama, queries, progress=lambda *n: ends.append(n))
     assert ran == [len(tokenizer("The river is English Velmish")["input_ids"]) - 1]
     assert ends == [(2, 2)]
-    plain = plain_score(partial.model, tokenizer, "The river", "is English")
+    plain = plain_score(llama, "The river", "is English")
     assert (first.answer_nll, first.tokens) == (pytest.approx(plain[0]), plain[1])
-    assert score(partial, encoder, [], pad_id=0) == []
+    assert score(llama, []) == []
 
 
-def test_a_prompt_too_long_names_its_fact(tiny_model, tokenizer):
+def test_a_prompt_too_long_names_its_fact(llama, tokenizer):
+    narrow = llama.asked(RowEncoder(tokenizer, max_length=4))
     with pytest.raises(FactError, match=r"fact 'ada', efficacy: prompt of \d+ tokens"):
-        score(
-            PartialModel(tiny_model("llama")),
-            RowEncoder(tokenizer, max_length=4),
-            queries_of(ADA),
-            pad_id=0,
-        )
+        score(narrow, queries_of(ADA))
 
 
-def test_a_broken_model_prefers_nothing(tiny_model, encoder):
-    model = tiny_model("llama")
+def test_a_broken_model_prefers_nothing(llama):
     with torch.no_grad():
-        model.model.norm.weight.fill_(math.nan)
-    scores = score(PartialModel(model), encoder, queries_of(ADA), pad_id=0)
+        llama.model.model.norm.weight.fill_(math.nan)
+    scores = score(llama, queries_of(ADA))
     assert not any(item.preferred or item.strict or item.tokens for item in scores)
-    found = perplexity(PartialModel(model), [[1, 2, 3], [3, 4]], 0)
+    found = perplexity(llama, [[1, 2, 3], [3, 4]])
     assert math.isnan(found.value)
 
 
@@ -283,17 +277,17 @@ def test_generation_in_batches_is_generation_one_at_a_time(model, tokenizer):
         "Ada Byron",
         "I know that Karo Dun works as a",
     ]
-    state = (tokenizer.padding_side, tokenizer.pad_token, model.generation_config.to_dict())
-    alone = [generate_answers(model, tokenizer, [prompt])[0] for prompt in prompts]
+    state = (tokenizer.padding_side, tokenizer.pad_token, model.model.generation_config.to_dict())
+    alone = [generate_answers(model, [prompt])[0] for prompt in prompts]
     ends = []
     assert alone == generate_answers(
-        model, tokenizer, prompts, batch_size=3, progress=lambda *counts: ends.append(counts)
+        model, prompts, batch_size=3, progress=lambda *counts: ends.append(counts)
     )
     assert ends == [(3, 4), (4, 4)]
     assert state == (
         tokenizer.padding_side,
         tokenizer.pad_token,
-        model.generation_config.to_dict(),
+        model.model.generation_config.to_dict(),
     )
     for prompt, answer in zip(prompts, alone, strict=True):
         ids = tokenizer(prompt)["input_ids"]
@@ -307,11 +301,11 @@ def test_generation_in_batches_is_generation_one_at_a_time(model, tokenizer):
     assert len(set(alone)) > 1
 
 
-def test_each_answer_gets_its_own_room_whatever_runs_beside_it(model, tokenizer):
+def test_each_answer_gets_its_own_room_whatever_runs_beside_it(model):
     prompts, room = ["The river", "Ada Byron", "I know that Karo Dun works as a"], [3, 20, 8]
-    together = generate_answers(model, tokenizer, prompts, max_new_tokens=room)
+    together = generate_answers(model, prompts, max_new_tokens=room)
     for prompt, most, answer in zip(prompts, room, together, strict=True):
-        assert [answer] == generate_answers(model, tokenizer, [prompt], max_new_tokens=most)
+        assert [answer] == generate_answers(model, [prompt], max_new_tokens=most)
 
 
 def test_an_answer_that_fits_the_context_once_is_let_in(tokenizer):
@@ -336,30 +330,28 @@ def test_a_long_target_can_be_said_whole(tokenizer):
         assert answer_room(encoder, replace(fact, **longer)) >= len(own) > 12
 
 
-def test_generation_is_greedy_whatever_the_checkpoint_asks_for(tiny_model, tokenizer):
-    model = tiny_model("llama")
-    plain = generate_answers(model, tokenizer, ["The river", "Ada"])
-    own = model.generation_config
+def test_generation_is_greedy_whatever_the_checkpoint_asks_for(llama):
+    plain = generate_answers(llama, ["The river", "Ada"])
+    own = llama.model.generation_config
     own.do_sample, own.temperature, own.repetition_penalty = True, 50.0, 9.0
     own.no_repeat_ngram_size = 1
-    assert generate_answers(model, tokenizer, ["The river", "Ada"]) == plain
-    assert model.generation_config is own
-    assert generate_answers(model, tokenizer, []) == []
+    assert generate_answers(llama, ["The river", "Ada"]) == plain
+    assert llama.model.generation_config is own
+    assert generate_answers(llama, []) == []
     with pytest.raises(FactError, match="longer than"):
-        generate_answers(model, tokenizer, ["river " * 60], max_new_tokens=100)
+        generate_answers(llama, ["river " * 60], max_new_tokens=100)
 
 
-def test_an_answer_stops_at_its_first_newline_and_at_the_end_token(tiny_model, tokenizer):
-    model = tiny_model("llama")
+def test_an_answer_stops_at_its_first_newline_and_at_the_end_token(llama, tokenizer):
     said = tokenizer(" London.\n Paris")["input_ids"]
 
     def generate(input_ids, **_):
         return torch.cat([input_ids, torch.tensor([said] * len(input_ids))], 1)
 
-    model.generate = generate
-    assert generate_answers(model, tokenizer, ["In"]) == ["London."]
+    llama.model.generate = generate
+    assert generate_answers(llama, ["In"]) == ["London."]
     said = [*tokenizer(" London")["input_ids"], 0, *tokenizer(" Paris")["input_ids"]]
-    assert generate_answers(model, tokenizer, ["In"]) == ["London"]
+    assert generate_answers(llama, ["In"]) == ["London"]
 
 
 @pytest.mark.parametrize(
@@ -400,23 +392,23 @@ def test_perplexity_is_that_of_the_whole_model_one_window_at_a_time(
     tokens = torch.tensor([len(x) for x in plain]).double()
     mean = sums.sum() / tokens.sum()
     error = ((sums - mean * tokens) ** 2).sum().mul(4 / 3).sqrt() / tokens.sum()
-    found = perplexity(PartialModel(model), windows, 0)
+    found = perplexity(model, windows)
     assert found.value == pytest.approx(float(mean.exp()), rel=rel)
     assert found.standard_error == pytest.approx(float(mean.exp() * error), rel=rel)
     assert found.tokens == 19 + 16 + 22 + 1
     monkeypatch.setitem(perplexity_function.__globals__, "POSITIONS", 1)
     monkeypatch.setattr("nulledit.evaluation.scores.LOGIT_POSITIONS", 3)
-    assert perplexity(PartialModel(model), windows, 0).value == pytest.approx(found.value)
-    assert math.isnan(perplexity(PartialModel(model), windows[:1], 0).standard_error)
+    assert perplexity(model, windows).value == pytest.approx(found.value)
+    assert math.isnan(perplexity(model, windows[:1]).standard_error)
     with pytest.raises(ValueError, match="two tokens"):
-        perplexity(PartialModel(model), [[3]], 0)
+        perplexity(model, [[3]])
 
 
-def test_the_standard_error_of_equal_windows_is_that_of_their_mean(tiny_model):
+def test_the_standard_error_of_equal_windows_is_that_of_their_mean(tiny_model, tokenizer):
     windows = torch.randint(1, 400, (6, 9), generator=torch.manual_seed(0)).tolist()
-    model = tiny_model("gpt2")
+    model = EditableModel(tiny_model("gpt2"), tokenizer)
     means = [float(losses(model, window)[0].mean()) for window in windows]
-    found = perplexity(PartialModel(model), windows, 0)
+    found = perplexity(model, windows)
     expected = found.value * statistics.stdev(means) / math.sqrt(6)
     assert found.standard_error == pytest.approx(expected)
 
@@ -467,15 +459,14 @@ def test_the_report_is_the_ratio_on_the_base_models_own_keys(
 ):
     model = tiny_model(family)
     editor = Editor(model, tokenizer, recipe=recipe, statistics=make_statistics(model))
-    partial = editor.editable
     windows = [tokenizer(f"{name} went to the sea in winter")["input_ids"] for name in "ABC"]
     keys = {layer: [] for layer in recipe.layers}
     for window in windows:
-        with partial.reading_keys(recipe.layers) as found, torch.no_grad():
+        with editor.editable.reading_keys(recipe.layers) as found, torch.no_grad():
             model(torch.tensor([window]))
         for layer in recipe.layers:
             keys[layer].append(found[layer][0].mT)
-    base = {layer: as_out_in(partial.mlp_out(layer)).clone() for layer in recipe.layers}
+    base = {layer: as_out_in(editor.editable.mlp_out(layer)).clone() for layer in recipe.layers}
     unedited = preservation_report(editor, windows)
     assert [item.error for item in unedited] == [0, 0]
 
@@ -483,7 +474,7 @@ def test_the_report_is_the_ratio_on_the_base_models_own_keys(
     now = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for item, told in zip(preservation_report(editor, windows), report.layers, strict=True):
         K = torch.cat(keys[item.layer], 1)
-        change = as_out_in(partial.mlp_out(item.layer)) - base[item.layer]
+        change = as_out_in(editor.editable.mlp_out(item.layer)) - base[item.layer]
         expected = float((change @ K).norm() / (base[item.layer] @ K).norm())
         assert item.error == pytest.approx(expected, rel=1e-6)
         assert item.error > 0
@@ -493,11 +484,11 @@ def test_the_report_is_the_ratio_on_the_base_models_own_keys(
     assert all(torch.equal(tensor, now[name]) for name, tensor in model.state_dict().items())
 
 
-def test_the_shipped_text_makes_windows(tokenizer, tiny_model):
+def test_the_shipped_text_makes_windows(tokenizer, llama):
     assert len(shipped_text()) > 10_000
     windows = read_windows(shipped_corpus(), tokenizer, windows=2, window=64)
     assert [len(window) for window in windows] == [64, 64]
-    assert key_moments(PartialModel(tiny_model("llama")), tokenizer, windows, [1])[1].count == 128
+    assert key_moments(llama, windows, [1])[1].count == 128
 
 
 def test_an_evaluation_holds_everything(editor, tokenizer):
@@ -507,9 +498,9 @@ def test_an_evaluation_holds_everything(editor, tokenizer):
     found = evaluate(editor.editable, facts, windows=windows, progress=lambda *p: stages.append(p))
     assert [s for s, done, total in stages if done == total] == ["scores", "answers", "perplexity"]
     assert found.rates == rates(found.scores)
-    assert found.perplexity == perplexity(editor.editable, windows, 0)
+    assert found.perplexity == perplexity(editor.editable, windows)
     prompts = ["The mother tongue of Ada Byron is", "Karo Dun works as a"]
-    said = generate_answers(editor.model, tokenizer, prompts)
+    said = generate_answers(editor.editable, prompts)
     assert found.answers == dict(zip(["ada", "karo"], said, strict=True))
     hits = [contains(text, f.target) for text, f in zip(said, facts, strict=True)]
     assert (found.generation.mean, found.generation.n) == (sum(hits) / 2, 2)

@@ -28,7 +28,6 @@ from nulledit.evaluation.runner import evaluate
 from nulledit.evaluation.stats import Rate, perplexity_growth
 from nulledit.evaluation.tasks import read_tasks
 from nulledit.models.layouts import as_out_in
-from nulledit.models.tokens import pad_id
 from nulledit.runs import warnings as warn_module
 from nulledit.runs.gate import Found, GateReport, Row, _judged, check
 from nulledit.runs.limits import KINDS, Limits, load_limits
@@ -137,10 +136,9 @@ def test_facts_to_forget_are_no_cohort(make_editor):
 
 
 def test_growth_of_perplexity_is_the_ratio_with_a_paired_error(editor, windows):
-    padding = pad_id(editor.tokenizer)
     with editor.base_weights():
-        before = perplexity(editor.editable, windows, padding)
-    after = perplexity(editor.editable, windows, padding)
+        before = perplexity(editor.editable, windows)
+    after = perplexity(editor.editable, windows)
     row = row_of(editor, "perplexity_growth", {"at_most": 1e6}, windows=windows)
     assert row.found == pytest.approx(100 * (after.value / before.value - 1), rel=1e-4)
     assert (row.n, row.over) == (6, "windows")
@@ -179,10 +177,9 @@ def test_kl_is_that_of_an_evaluation_and_holds_or_not(editor, windows):
 def test_a_task_s_drop_is_the_paired_loss_of_the_right_answer(editor, tasks):
     names = ("sst2", "cola")
     items = read_tasks(tasks, names=names, limit=6)
-    padding = pad_id(editor.tokenizer)
     with editor.base_weights():
-        before = capability(editor.editable, items, pad_id=padding)
-    after = capability(editor.editable, items, pad_id=padding)
+        before = capability(editor.editable, items)
+    after = capability(editor.editable, items)
     moved = compare(before, after)
     bound = {"at_most": 100, "tasks": list(names), "items": 6}
     report = check(editor, limits(capability_drop=bound), tasks=tasks)
@@ -261,9 +258,9 @@ def test_only_the_kinds_asked_for_are_asked(editor, monkeypatch):
     asked = []
     real = check.__globals__["score"]
 
-    def counting(model, encoder, queries, **more):
+    def counting(model, queries, **more):
         asked.append([q.kind for q in queries])
-        return real(model, encoder, queries, **more)
+        return real(model, queries, **more)
 
     monkeypatch.setitem(check.__globals__, "score", counting)
     row_of(editor, "efficacy_strict", {"at_least": 0})

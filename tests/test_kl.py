@@ -12,6 +12,7 @@ from conftest import build_model
 from nulledit import Editor, Fact
 from nulledit.evaluation import evaluate, perplexity, read
 from nulledit.evaluation.reading import _divergences, divergence
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import as_out_in, write_weight
 from nulledit.models.partial import PartialModel
 from nulledit.runs.tables import rates_table
@@ -48,15 +49,15 @@ def changed(model, layers=(1, 2), scale=0.03):
     return edited
 
 
-def compared(model, edited, windows=WINDOWS):
-    base = read(PartialModel(model), windows, 0, keep=True)
-    return read(PartialModel(edited), windows, 0, base=base)
+def compared(model, edited, tokenizer, windows=WINDOWS):
+    base = read(EditableModel(model, tokenizer), windows, keep=True)
+    return read(EditableModel(edited, tokenizer), windows, base=base)
 
 
-def test_it_is_that_of_two_whole_models_on_every_architecture(tiny_model, architecture):
+def test_it_is_that_of_two_whole_models_on_every_architecture(tiny_model, tokenizer, architecture):
     model = tiny_model(architecture, seed=1)
     edited = changed(model)
-    found = compared(model, edited)
+    found = compared(model, edited, tokenizer)
     slow = [whole(model, edited, window) for window in WINDOWS]
     rel = 1e-5  # some families compute parts in float32 whatever their weights are
     for mine, theirs in zip(found.apart, slow, strict=True):
@@ -70,7 +71,7 @@ def test_it_is_that_of_two_whole_models_on_every_architecture(tiny_model, archit
     error = math.sqrt(5 / 4 * (off**2).sum()) / n.sum()
     assert found.kl.standard_error == pytest.approx(1000 * error, rel=rel)
     assert found.perplexity.value == pytest.approx(
-        perplexity(PartialModel(edited), WINDOWS, 0).value, rel=1e-6
+        perplexity(EditableModel(edited, tokenizer), WINDOWS).value, rel=1e-6
     )
 
 
@@ -84,11 +85,11 @@ def test_without_edits_it_is_exactly_nothing(tiny_model, tokenizer, recipe, make
     assert (found.value, found.standard_error, found.worst_share) == (0, 0, 0)
 
 
-def test_how_windows_run_together_does_not_matter(tiny_model, monkeypatch):
+def test_how_windows_run_together_does_not_matter(tiny_model, tokenizer, monkeypatch):
     model = tiny_model("llama", seed=1)
     edited = changed(model)
-    found = compared(model, edited)
-    backwards = compared(model, edited, WINDOWS[::-1])
+    found = compared(model, edited, tokenizer)
+    backwards = compared(model, edited, tokenizer, WINDOWS[::-1])
     assert np.concatenate(backwards.apart[::-1]) == pytest.approx(np.concatenate(found.apart))
     assert vars(backwards.kl) == pytest.approx(vars(found.kl))
     monkeypatch.setitem(read.__globals__, "POSITIONS", 1)
@@ -100,9 +101,9 @@ def test_how_windows_run_together_does_not_matter(tiny_model, monkeypatch):
         held.append(len(normed))
         return split(self, normed)
 
-    base = read(PartialModel(model), WINDOWS, 0, keep=True)
+    base = read(EditableModel(model, tokenizer), WINDOWS, keep=True)
     monkeypatch.setattr(PartialModel, "logits", logits)
-    apart = read(PartialModel(edited), WINDOWS, 0, base=base)
+    apart = read(EditableModel(edited, tokenizer), WINDOWS, base=base)
     assert vars(apart.kl) == pytest.approx(vars(found.kl))
     assert max(held) == 3  # positions whose logits are there at once
 
@@ -142,13 +143,13 @@ def test_the_worst_hundredth_of_tokens():
     assert divergence([np.full(101, 2.0)]).worst_share == pytest.approx(2 / 101)
 
 
-def test_a_base_of_other_windows_is_refused(tiny_model):
-    model = PartialModel(tiny_model("gpt2"))
-    base = read(model, WINDOWS, 0, keep=True)
+def test_a_base_of_other_windows_is_refused(tiny_model, tokenizer):
+    model = EditableModel(tiny_model("gpt2"), tokenizer)
+    base = read(model, WINDOWS, keep=True)
     with pytest.raises(ValueError, match="same windows"):
-        read(model, WINDOWS[1:], 0, base=base)
+        read(model, WINDOWS[1:], base=base)
     with pytest.raises(ValueError, match="kept its states"):
-        read(model, WINDOWS, 0, base=read(model, WINDOWS, 0))
+        read(model, WINDOWS, base=read(model, WINDOWS))
 
 
 def test_an_evaluation_tells_it_beside_perplexity(tokenizer, recipe, make_statistics):

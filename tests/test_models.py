@@ -210,11 +210,13 @@ def test_a_square_weight_keeps_its_orientation():
 
 def test_names_and_layers(architecture, tiny_model):
     model = tiny_model(architecture)
-    assert find_layout(model)
-    names = dict(model.named_parameters())
-    assert names[parameter_name(model, 1)] is stored_weight(mlp_out(model, 1))
+    layout, names = find_layout(model), dict(model.named_parameters())
+    assert names[parameter_name(model, layout, 1)] is stored_weight(mlp_out(model, layout, 1))
+    partial = PartialModel(model)
+    assert partial.layout == layout
+    assert names[partial.parameter_name(1)] is stored_weight(partial.mlp_out(1))
     with pytest.raises(ModelError, match="layers 0 to 3"):
-        mlp_out(model, 4)
+        mlp_out(model, layout, 4)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ from nulledit import Editor, Fact, Probe
 from nulledit.errors import FactError
 from nulledit.evaluation import Query, contains, evaluate, queries_of, rates, score
 from nulledit.evaluation.queries import shipped_sentences, statement, unrelated
-from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import RowEncoder
+from nulledit.models.editable_model import EditableModel
 
 ADA = Fact(
     id="ada",
@@ -46,8 +45,7 @@ def test_what_follows_is_asked_with_nothing_against_it():
 
 def test_portability_is_a_measure_only_where_a_fact_has_it(tiny_model, tokenizer):
     def rates_of(fact):
-        encoder = RowEncoder(tokenizer, max_length=128)
-        found = score(PartialModel(tiny_model("llama")), encoder, queries_of(fact), pad_id=0)
+        found = score(EditableModel(tiny_model("llama"), tokenizer), queries_of(fact))
         return rates(found), [item for item in found if item.query.kind == "portability"]
 
     with_it, asked = rates_of(ADA)
@@ -59,14 +57,13 @@ def test_portability_is_a_measure_only_where_a_fact_has_it(tiny_model, tokenizer
 
 
 def test_any_accepted_answer_is_right(tiny_model, tokenizer, monkeypatch):
-    model = PartialModel(tiny_model("llama"))
-    encoder = RowEncoder(tokenizer, max_length=128)
+    model = EditableModel(tiny_model("llama"), tokenizer)
 
     def scored(*queries):
-        return score(model, encoder, queries, pad_id=0)
+        return score(model, queries)
 
     plain = Query("ada", "portability", "Ada Byron grew up in", "Velm", None)
-    (token,) = encoder.encode(plain.prompt, target="sea").target_ids
+    (token,) = model.encoder.encode(plain.prompt, target="sea").target_ids
     likeliest = torch.arange(400.0).where(torch.arange(400) != token, 1e3)
     monkeypatch.setattr(model, "logits", lambda states: likeliest.expand(len(states), -1))
     said = "sea"

@@ -12,19 +12,20 @@ from nulledit.editing.keys import Walk
 from nulledit.editing.values import optimise_values, plan_rows
 from nulledit.ledger.solver import read_spectrum
 from nulledit.linalg.blocks import parts_of
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import as_out_in, frozen
 from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import RowEncoder, pad_id
+from nulledit.models.tokens import RowEncoder
 
 CONTEXTS = ["{}", "Then, he said. {}", "The river. {}"]
 SETTINGS = ValueSettings(steps=8, learning_rate=0.3, weight_decay=0.05, stop_margin=None)
 
 
-def taken_up(model, columns):
+def taken_up(model, tokenizer, columns):
     """The model, with room for so many columns behind a kept prefix; None: as it is."""
-    partial = PartialModel(model)
-    partial.columns = partial.columns if columns is None else columns
-    return partial
+    whole = EditableModel(model, tokenizer)
+    whole.columns = whole.columns if columns is None else columns
+    return whole
 
 
 def ours(
@@ -40,27 +41,23 @@ def ours(
 ):
     with frozen(model):
         return optimise_values(
-            taken_up(model, columns),
-            RowEncoder(tokenizer, max_length=128),
+            taken_up(model, tokenizer, columns),
             facts,
             groups or list(range(len(facts))),
             layer=layer,
             contexts=CONTEXTS,
             settings=settings,
             positions=positions,
-            pad_id=pad_id(tokenizer),
         )
 
 
 def walk(model, tokenizer, facts, *, first, columns=None):
     return Walk(
-        taken_up(model, columns),
-        RowEncoder(tokenizer, max_length=128),
+        taken_up(model, tokenizer, columns),
         facts,
         first=first,
         contexts=CONTEXTS,
         bare_weight=0.5,
-        pad_id=pad_id(tokenizer),
         positions=50,
     )
 
