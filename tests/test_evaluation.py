@@ -12,7 +12,6 @@ from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from nulledit import Editor, Fact, Probe
-from nulledit.cli.measure import check_lengths
 from nulledit.errors import FactError, StatisticsError
 from nulledit.evaluation import (
     Query,
@@ -37,6 +36,7 @@ from nulledit.evaluation.generation import answer_room
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import as_out_in
 from nulledit.models.tokens import RowEncoder
+from nulledit.runs.measure import check_lengths
 from nulledit.statistics.collect import key_moments
 
 ADA = Fact(

@@ -31,7 +31,6 @@ from test_report import summary
 from nulledit.cli.common import echo, emit, say
 from nulledit.cli.evaluation_tables import read_references
 from nulledit.cli.main import _describe, cli
-from nulledit.cli.run_folder import Result
 from nulledit.cli.run_page import as_page
 from nulledit.config import Recipe, StatisticsSettings, load_recipe, shipped_recipes
 from nulledit.data import Fact, corpus, read_facts
@@ -60,6 +59,7 @@ from nulledit.report.study import read_study, write_study
 from nulledit.runs.folder import read_json, read_lines
 from nulledit.runs.limits import load_limits
 from nulledit.runs.page import report_page
+from nulledit.runs.pages import Result
 from nulledit.runs.report import collect
 from nulledit.statistics.manifest import HASHES, Manifest
 from nulledit.statistics.spectra import Statistics

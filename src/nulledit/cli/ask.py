@@ -55,7 +55,7 @@ def ask(
     if plain and (given["chat"] or given["system"] is not None):
         raise ConfigError("--plain can't be given with --chat or --system")
     prepare(quiet=quiet)
-    from nulledit.cli.measure import load_run
+    from nulledit.cli.loading import load_run
     from nulledit.evaluation.generation import generate_answers
     from nulledit.io.text import plain as shown
 

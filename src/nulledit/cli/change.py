@@ -115,8 +115,8 @@ def rebuild(run: str, values: bool, **given: Any) -> None:
 def _carry_out(run: str, change: Callable[[Editor], ChangeReport], given: dict[str, Any]) -> None:
     """Load, change and write; one writer all the while."""
     prepare(quiet=given["quiet"])
-    from nulledit.cli.measure import load_run
-    from nulledit.cli.run_folder import keep
+    from nulledit.cli.going_on import keep
+    from nulledit.cli.loading import load_run
 
     quiet, folder = given["quiet"], Path(run)
     trust = given["trust_remote_code"]

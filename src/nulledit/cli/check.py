@@ -49,9 +49,10 @@ def check(
 
     asked = load_limits(limits)
     prepare(quiet=quiet)
-    from nulledit.cli.measure import load_run, windows_of
+    from nulledit.cli.loading import load_run
     from nulledit.report.tables import as_text
     from nulledit.runs.gate import check as measure
+    from nulledit.runs.measure import windows_of
 
     editor = load_run(run, device, quiet=quiet, trust_remote_code=trust_remote_code)
     windows = None

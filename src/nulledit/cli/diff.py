@@ -44,7 +44,7 @@ def diff(
     $ nulledit diff run@3 run
     """
     prepare(quiet=quiet)
-    from nulledit.cli.measure import load_run
+    from nulledit.cli.loading import load_run
     from nulledit.ledger.store import Store
     from nulledit.report.tables import as_text
     from nulledit.runs.diff import difference

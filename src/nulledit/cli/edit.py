@@ -132,9 +132,10 @@ def edit(facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
     ranks = meet(given["device"])
     from nulledit.cli import runs
     from nulledit.cli.run_page import show, show_refusal
+    from nulledit.runs.run import Refused, check_retry
 
     if given["retry"] and recipe:
-        runs.check_retry(recipe, ranks)
+        check_retry(recipe, ranks)
     if given["dry_run"]:
         if not ranks.first:
             return None
@@ -145,10 +146,10 @@ def edit(facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
         return emit(size) if as_json else echo(estimate.as_page(size))
     try:
         with ranks.watched():
-            result = runs.run(found.facts, recipe, given, ranks, quiet=quiet)
+            result = runs.edit(found.facts, recipe, given, ranks, quiet=quiet)
     except RankError as error:  # before the first batch began
         raise error.advised("start the same command again") from error
-    except runs.Refused as error:
+    except Refused as error:
         show_refusal(error.report, as_json=as_json)
         raise
     if result:

@@ -31,7 +31,6 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from nulledit.cli.measure import windows_of
 from nulledit.config import Layout, Recipe, ValueSettings, layers_by_depth
 from nulledit.data.facts import Fact
 from nulledit.editing.batch import ACCELERATOR_POSITIONS, CPU_POSITIONS
@@ -52,6 +51,7 @@ from nulledit.models.layouts import (
 from nulledit.models.load import EMBEDDED, embedded_folder
 from nulledit.models.tokens import RowEncoder
 from nulledit.report.tables import as_text
+from nulledit.runs.measure import windows_of
 
 OVERHEAD = 2.0  # a block's time over its matrix products' alone
 DECODING = 4.0  # a token made one at a time over one of many read together

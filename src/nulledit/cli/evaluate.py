@@ -62,13 +62,15 @@ def evaluate(run: str, as_json: bool, quiet: bool, **given: Any) -> None:
         chosen = list(facts_of(given["facts"], given, quiet=quiet).facts)
     prepare(quiet=quiet)
     from nulledit.cli import evaluation_tables as rest
-    from nulledit.cli.measure import check_lengths, in_other_forms, load_run, read_text
+    from nulledit.cli.loading import load_run
+    from nulledit.cli.runs import Terminal
     from nulledit.evaluation.forms import form_name, forms
     from nulledit.evaluation.preservation import preservation_report
     from nulledit.evaluation.runner import evaluate as ask_all
     from nulledit.evaluation.tasks import read_tasks
     from nulledit.io.text import count
     from nulledit.report.tables import as_text
+    from nulledit.runs.measure import check_lengths, in_other_forms, read_text
     from nulledit.runs.tables import rates_table
 
     references = rest.read_references(given["references"])
@@ -106,7 +108,7 @@ def evaluate(run: str, as_json: bool, quiet: bool, **given: Any) -> None:
         with editor.base_weights():
             ask("base")
     ask("edited")
-    others = in_other_forms(editor, facts, asked, base=given["base"], quiet=quiet)
+    others = in_other_forms(editor, facts, asked, Terminal(quiet=quiet), base=given["base"])
     kept = preservation_report(editor, text.windows) if editor.history.epochs else []
     drift = rest.drift_of(editor, given["prompts"], facts) if given["prompts"] else None
     if as_json:

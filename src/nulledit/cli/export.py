@@ -60,7 +60,7 @@ def export(run: str, kind: str, out: str, as_json: bool, quiet: bool, **given: A
     if refused:
         raise ConfigError(f"{', '.join(refused)} can't be given with --as {kind}")
     prepare(quiet=quiet)
-    from nulledit.cli.measure import load_run
+    from nulledit.cli.loading import load_run
     from nulledit.export import write_checkpoint, write_delta, write_lora
     from nulledit.export.updates import check_shard_size, refuse_existing
     from nulledit.report.tables import as_text

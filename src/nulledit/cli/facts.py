@@ -159,7 +159,7 @@ def _refuse_alone(given: Mapping[str, Any]) -> None:
 def _look(facts: Sequence[Fact], given: Mapping[str, Any], *, quiet: bool) -> Sequence[Outlook]:
     """What the model of the options makes of the facts."""
     prepare(quiet=quiet)
-    from nulledit.cli.measure import load_asked
+    from nulledit.cli.loading import load_asked
     from nulledit.evaluation.outlook import outlook
     from nulledit.models.editable_model import EditableModel
 

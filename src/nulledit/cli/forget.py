@@ -79,10 +79,11 @@ def forget(run: str, facts: str | None, as_json: bool, quiet: bool, **given: Any
     prepare(quiet=quiet)
     from pathlib import Path
 
-    from nulledit.cli.measure import check_lengths, load_run
-    from nulledit.cli.run_folder import keep
+    from nulledit.cli.going_on import keep
+    from nulledit.cli.loading import load_run
     from nulledit.evaluation.forgetting import doubts, recall_of, summary
     from nulledit.report.tables import as_text
+    from nulledit.runs.measure import check_lengths
 
     editor = load_run(
         run, given["device"], quiet=quiet, trust_remote_code=given["trust_remote_code"]

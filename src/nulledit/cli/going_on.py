@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ from nulledit.cli.common import Interrupted, say
 from nulledit.cli.options import given_words
 from nulledit.cli.recipe_options import FIXED, OF_EPOCH
 from nulledit.editing.editor import Editor
-from nulledit.errors import LedgerError, RankError
+from nulledit.errors import RankError
 from nulledit.io.text import count
 from nulledit.ledger.store import Store
 from nulledit.parallel.ranks import Ranks
+from nulledit.runs.pages import write_derived
+from nulledit.runs.run import Run
 
 NONE = "no batch was finished"
 
@@ -23,27 +25,9 @@ NONE = "no batch was finished"
 class Kept:
     """The batches that one call commits to the ledger of a run."""
 
-    def __init__(
-        self, editor: Editor, folder: Path, again: Callable[[int], str], *, begins: bool = False
-    ):
-        """Made before the first batch. `again`: batches kept -> the command that goes on then.
-
-        `begins`: the call makes the run.
-        """
-        self.editor, self.folder, self.again, self.begins = editor, folder, again, begins
-        self.held = len(editor.history.events)
-        self.created, self.attached = not folder.exists(), False
-
-    def attach(self) -> None:
-        """Begin the run's ledger; removed again if no batch comes into it."""
-        self.attached = True
-        self.editor.attach(self.folder)
-
-    @property
-    def batches(self) -> int:
-        """How many were committed so far; with a gate none is before the end."""
-        there = Store(self.folder / "ledger").exists
-        return len(self.editor.history.events) - self.held if there else 0
+    def __init__(self, run: Run, again: Callable[[int], str]):
+        """`again`: batches kept -> the command that goes on then."""
+        self.run, self.again = run, again
 
     @contextmanager
     def told(self) -> Iterator[None]:
@@ -51,45 +35,52 @@ class Kept:
         try:
             yield
         except KeyboardInterrupt as error:
-            kept = self._settled()
-            if self.begins and not kept:
+            kept = self.run.batches
+            if self.run.begins and not kept:
                 raise Interrupted(
                     "interrupted before the first batch was finished: nothing was kept"
                 ) from error
             again = self.again(kept)
             raise Interrupted(f"interrupted: {self._line(kept)}; go on with: {again}") from error
         except RankError as error:
-            self._settled()
-            raise error.advised(self.advice()) from error
+            raise error.advised(self._advice()) from error
         except Exception:
-            kept = self._settled()
+            kept = self.run.batches
             if kept:
                 say(f"Note: {self._line(kept)}; go on with: {self.again(kept)}", quiet=False)
             raise
 
-    def advice(self) -> str:
+    def _advice(self) -> str:
         """What to do after a rank was lost."""
-        kept = self.batches
-        if kept or not self.begins:
+        kept = self.run.batches
+        if kept or not self.run.begins:
             return f"{self._line(kept)}; go on, started as before, with: {self.again(kept)}"
         return f"{NONE}: start the same command again"
-
-    def _settled(self) -> int:
-        """How many batches are kept; if none, what the call made in the folder is removed."""
-        kept = self.batches
-        if self.attached and not kept:
-            with suppress(LedgerError):  # another one is making something there
-                Store(self.folder / "ledger").discard()
-            if self.created and self.folder.is_dir() and not any(self.folder.iterdir()):
-                self.folder.rmdir()
-        return kept
 
     def _line(self, kept: int) -> str:
         if not kept:
             return NONE
-        return (
-            f"{count(kept, 'finished batch')} {'is' if kept == 1 else 'are'} kept in {self.folder}"
-        )
+        verb, folder = "is" if kept == 1 else "are", self.run.folder
+        return f"{count(kept, 'finished batch')} {verb} kept in {folder}"
+
+
+def keep(editor: Editor, folder: Path) -> None:
+    """Bring the model and the pages of a run to its ledger, after a change that edits nothing.
+
+    The ledger has the change already: an error says so, lest the command be given again.
+    """
+    last = editor.history.events[-1]
+    there = (
+        f"the {last.kind} is in the ledger, as event {last.id}; the model and the report of "
+        f"{folder} follow with the next change, the model also by `nulledit verify`"
+    )
+    try:
+        write_derived(editor, folder)
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"interrupted: {there}") from error
+    except Exception:
+        say(f"Note: {there}", quiet=False)
+        raise
 
 
 def begun(folder: Path, ranks: Ranks) -> bool:

@@ -96,7 +96,7 @@ def locate(model: str, facts: str, as_json: bool, quiet: bool, **given: Any) -> 
     read = facts_of(facts, given, quiet=quiet, known=True)
     layout = load_recipe(given["recipe"]).layout if given["recipe"] else None
     prepare(quiet=quiet)
-    from nulledit.cli.measure import load_asked
+    from nulledit.cli.loading import load_asked
     from nulledit.models.editable_model import EditableModel
     from nulledit.tracing import TraceSettings
     from nulledit.tracing import locate as trace_all

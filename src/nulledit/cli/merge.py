@@ -58,11 +58,12 @@ def merge(
     choices = _read_choices(decide) if decide else {}
     prepare(quiet=quiet)
     from nulledit.cli.change import change_dict, change_text
-    from nulledit.cli.measure import load_run
-    from nulledit.cli.run_folder import check_fresh, keep
+    from nulledit.cli.going_on import keep
+    from nulledit.cli.loading import load_run
     from nulledit.editing.merge import conflicts, newest
     from nulledit.ledger.store import Store
     from nulledit.report.tables import as_text
+    from nulledit.runs.pages import check_fresh
 
     check_fresh(Path(out))
     mine, theirs = (Store(Path(run) / "ledger").load() for run in (first, second))

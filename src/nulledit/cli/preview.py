@@ -55,10 +55,10 @@ def preview(
         raise ConfigError("give FACTS to edit, or --undo ID")
     found = facts_of(facts, given, quiet=given["quiet"]) if facts else None
     prepare(quiet=given["quiet"])
-    from nulledit.cli.measure import check_lengths, read_text
     from nulledit.evaluation.reading import read
     from nulledit.evaluation.runner import evaluate
     from nulledit.report.tables import as_text
+    from nulledit.runs.measure import check_lengths, read_text
     from nulledit.runs.tables import rates_table
 
     quiet = given["quiet"]
@@ -134,7 +134,7 @@ def preview(
 
 
 def _editor(run: str, given: dict[str, Any]) -> Editor:
-    from nulledit.cli.measure import load_run
+    from nulledit.cli.loading import load_run
     from nulledit.editing.editor import Editor
 
     trust, quiet = given["trust_remote_code"], given["quiet"]

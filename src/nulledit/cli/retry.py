@@ -40,10 +40,11 @@ def retry(as_json: bool, quiet: bool, **given: Any) -> None:
     prepare(quiet=quiet)
     from nulledit.cli import runs
     from nulledit.cli.run_page import show, show_refusal
+    from nulledit.runs.run import Refused
 
     try:
-        result = runs.run_retry(given, quiet=quiet)
-    except runs.Refused as error:
+        result = runs.retry(given, quiet=quiet)
+    except Refused as error:
         show_refusal(error.report, as_json=as_json)
         raise
     if isinstance(result, str):

@@ -6,12 +6,12 @@ import shlex
 
 from nulledit.cli.check import gate_table
 from nulledit.cli.common import echo, emit
-from nulledit.cli.run_folder import Result
 from nulledit.io.text import count
 from nulledit.report.tables import as_text
 from nulledit.runs.gate import GateReport
 from nulledit.runs.holding import headline, legend, reasons
 from nulledit.runs.page import SHOWN, answers_table
+from nulledit.runs.pages import Result
 from nulledit.runs.tables import preservation_table, rates_table
 
 

@@ -138,7 +138,7 @@ def _made(
     quiet: bool,
 ) -> Statistics | None:
     """The statistics, on rank 0."""
-    from nulledit.cli.measure import load_asked
+    from nulledit.cli.loading import load_asked
     from nulledit.data.corpus import find_files, open_corpus
     from nulledit.models.editable_model import EditableModel
     from nulledit.models.load import model_hash

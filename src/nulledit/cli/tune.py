@@ -119,10 +119,10 @@ def tune(model: str, facts: str, as_json: bool, quiet: bool, **given: Any) -> No
     read = facts_of(facts, given, quiet=quiet)
     start = _start(model, given)
     prepare(quiet=quiet)
-    from nulledit.cli.measure import check_lengths
     from nulledit.editing.editor import Editor
     from nulledit.evaluation.preservation import shipped_corpus
     from nulledit.evaluation.reading import read_windows
+    from nulledit.runs.measure import check_lengths
     from nulledit.statistics.spectra import Statistics
     from nulledit.tuning import Bench, Search, split_facts
     from nulledit.tuning.report import beside, outline, summary_of, write_tuning

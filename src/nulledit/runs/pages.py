@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from nulledit._version import __version__
-from nulledit.cli.common import Interrupted, say
-from nulledit.cli.measure import Text, evaluate_both, in_other_forms
 from nulledit.config import Recipe
 from nulledit.editing.editor import Editor, EditReport
 from nulledit.editing.session import some
@@ -25,6 +23,8 @@ from nulledit.ledger.records import Column
 from nulledit.ledger.store import Store
 from nulledit.runs import folder as folder_of
 from nulledit.runs.history import answer_of
+from nulledit.runs.measure import Text, evaluate_both, in_other_forms
+from nulledit.runs.talk import Talk
 from nulledit.runs.warnings import warnings_of
 
 
@@ -76,8 +76,7 @@ def finish(
     report: EditReport,
     text: Text | None,
     seconds: dict[str, float],
-    *,
-    quiet: bool,
+    talk: Talk,
 ) -> Result:
     """Evaluate what has no line in `results.jsonl` yet, and write the folder."""
     present = {c.id for c in editor.history.active}
@@ -93,21 +92,21 @@ def finish(
     others: dict[str, dict[str, Any]] = {}
     if text and columns:
         facts = count(len(columns), "fact")
-        say(f"Evaluating {facts} on the base and the edited model", quiet=quiet)
+        talk.say(f"Evaluating {facts} on the base and the edited model")
         with timed(seconds, "evaluation"):
-            before, after = evaluate_both(editor, [c.fact for c in columns], text, quiet=quiet)
+            before, after = evaluate_both(editor, [c.fact for c in columns], text, talk)
             kept = {p.layer: p for p in preservation_report(editor, text.windows)}
             other = other_system(editor.editable.encoder)
             asked = {form_name(other): editor.editable.asked(other)} if other else {}
-            others = in_other_forms(editor, [c.fact for c in columns], asked, quiet=quiet)
+            others = in_other_forms(editor, [c.fact for c in columns], asked, talk)
     warnings = warnings_of(report.layers)
     for warning in warnings:
-        say(f"Warning: {warning}", quiet=quiet)
+        talk.say(f"Warning: {warning}")
     if answers := _replaced(editor, columns):
-        say(f"Note: {answers}", quiet=quiet)
+        talk.say(f"Note: {answers}")
     notices = disagreements([c.fact for c in columns], before) if before else []
     for notice in notices:
-        say(f"Note: {notice}", quiet=quiet)
+        talk.say(f"Note: {notice}")
     found = diagnose(editor, [c.fact for c in columns], after, before=before) if after else ()
     lines = _lines(columns, number, before, after, found)
     batches = sorted({c.batch for c in columns})
@@ -146,26 +145,8 @@ def is_current(editor: Editor, folder: Path) -> bool:
     return bool(summary) and summary["state"] == editor.history.state_id
 
 
-def keep(editor: Editor, folder: Path) -> None:
-    """Bring the model and the pages of a run to its ledger, after a change that edits nothing.
-
-    The ledger has the change already: an error says so, lest the command be given again.
-    """
-    last = editor.history.events[-1]
-    there = (
-        f"the {last.kind} is in the ledger, as event {last.id}; the model and the report of "
-        f"{folder} follow with the next change, the model also by `nulledit verify`"
-    )
-    try:
-        _write_derived(editor, folder)
-    except KeyboardInterrupt as error:
-        raise Interrupted(f"interrupted: {there}") from error
-    except Exception:
-        say(f"Note: {there}", quiet=False)
-        raise
-
-
-def _write_derived(editor: Editor, folder: Path) -> None:
+def write_derived(editor: Editor, folder: Path) -> None:
+    """Bring the model and the pages of a run to its ledger, after a change that edits nothing."""
     editor.keep_model(folder)
     summary = folder_of.read_json(folder, "summary.json", None)
     if summary is None:

@@ -1,4 +1,4 @@
-"""What `edit`, `evaluate` and `ask` do with a run: load it, and measure base and edited model."""
+"""Base and edited model on the facts of a run, and on other text."""
 
 from __future__ import annotations
 
@@ -7,24 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from nulledit.cli.common import Bars, say
-from nulledit.cli.options import model_source
-from nulledit.config import Placement
 from nulledit.data.corpus import Corpus
 from nulledit.data.facts import Fact
 from nulledit.editing.editor import Editor
-from nulledit.errors import FactError, LedgerError
+from nulledit.errors import FactError
 from nulledit.evaluation.generation import answer_room
 from nulledit.evaluation.preservation import shipped_corpus
 from nulledit.evaluation.queries import Kind, queries_of
 from nulledit.evaluation.reading import read_windows
 from nulledit.evaluation.runner import Evaluation, evaluate
 from nulledit.models.editable_model import EditableModel
-from nulledit.models.load import load_model
 from nulledit.models.tokens import RowEncoder
-from nulledit.parallel.ranks import Ranks
+from nulledit.runs.talk import Talk
 
 WINDOW = 256  # tokens
 SPOKEN: tuple[Kind, ...] = ("efficacy", "forgotten")  # the fact's own prompt is answered freely
@@ -38,35 +32,6 @@ class Text:
     """What they are of."""
     windows: list[list[int]]
     """[windows, tokens]."""
-
-
-def load_asked(
-    name: str, given: Mapping[str, Any]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model and its tokenizer, loaded as `MODEL_OPTIONS` say."""
-    return load_model(
-        model_source(name),
-        device=given["device"],
-        dtype=given["dtype"],
-        quantize=given["quantize"] or "",
-        trust_remote_code=given["trust_remote_code"],
-    )
-
-
-def load_run(
-    folder: str | Path,
-    device: str | Placement | None,
-    *,
-    quiet: bool,
-    trust_remote_code: bool = False,
-    ranks: Ranks | None = None,
-) -> Editor:
-    """The editor of a run folder; LedgerError if there is no run."""
-    folder = Path(folder)
-    if not (folder / "ledger" / "ledger.db").is_file():
-        raise LedgerError(f"{folder}: no run here (expected {folder / 'ledger' / 'ledger.db'})")
-    say(f"Loading the model of {folder}", quiet=quiet)
-    return Editor.load(folder, device=device, trust_remote_code=trust_remote_code, ranks=ranks)
 
 
 def read_text(editor: Editor, file: str | None) -> Text:
@@ -101,15 +66,15 @@ def check_lengths(editor: Editor, facts: Sequence[Fact]) -> None:
 
 
 def evaluate_both(
-    editor: Editor, facts: Sequence[Fact], text: Text | None, *, quiet: bool
+    editor: Editor, facts: Sequence[Fact], text: Text | None, talk: Talk
 ) -> tuple[Evaluation, Evaluation]:
     """The base model and the edited one on the same facts."""
     windows = text.windows if text else None
-    with Bars(quiet=quiet, prefix="before: ") as bars, editor.base_weights():
-        before = evaluate(editor.editable, facts, windows=windows, progress=bars)
-    with Bars(quiet=quiet, prefix="after: ") as bars:
+    with talk.progress("before: ") as tell, editor.base_weights():
+        before = evaluate(editor.editable, facts, windows=windows, progress=tell)
+    with talk.progress("after: ") as tell:
         after = evaluate(
-            editor.editable, facts, windows=windows, base=before.reading, progress=bars
+            editor.editable, facts, windows=windows, base=before.reading, progress=tell
         )
     return before, after
 
@@ -118,9 +83,9 @@ def in_other_forms(
     editor: Editor,
     facts: Sequence[Fact],
     asked: Mapping[str, EditableModel],
+    talk: Talk,
     *,
     base: bool = True,
-    quiet: bool,
 ) -> dict[str, dict[str, Any]]:
     """Name of a form -> "before" and "after": summaries of the same facts asked in it.
 
@@ -128,12 +93,12 @@ def in_other_forms(
     """
     found: dict[str, dict[str, Any]] = {name: {} for name in asked}
     for name, model in asked.items():
-        say(f"Asking {name}", quiet=quiet)
+        talk.say(f"Asking {name}")
         if base:
-            with Bars(quiet=quiet, prefix="before: ") as bars, editor.base_weights():
-                before = evaluate(model, facts, progress=bars)
+            with talk.progress("before: ") as tell, editor.base_weights():
+                before = evaluate(model, facts, progress=tell)
             found[name]["before"] = before.summary()
-        with Bars(quiet=quiet, prefix="after: ") as bars:
-            after = evaluate(model, facts, progress=bars)
+        with talk.progress("after: ") as tell:
+            after = evaluate(model, facts, progress=tell)
         found[name]["after"] = after.summary()
     return found

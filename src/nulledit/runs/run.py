@@ -1,0 +1,379 @@
+"""`Run`: an editor whose ledger, model and pages are kept in a folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Self, TypeVar
+
+from nulledit.config import Placement, Recipe
+from nulledit.data.facts import Fact
+from nulledit.data.readers import Facts, as_facts
+from nulledit.editing.editor import ChangeReport, Editor, EditReport
+from nulledit.errors import CheckFailed, ConfigError, LedgerError
+from nulledit.evaluation.old_answers import with_base_answers
+from nulledit.evaluation.retry import joined, retry_failing
+from nulledit.evaluation.tasks import read_tasks
+from nulledit.io.files import recover_folder
+from nulledit.io.text import count
+from nulledit.ledger.records import History
+from nulledit.ledger.store import Store
+from nulledit.methods import find_method
+from nulledit.parallel.ranks import Ranks
+from nulledit.runs.gate import GateReport, check
+from nulledit.runs.limits import Limits, Tasks
+from nulledit.runs.measure import Text, check_lengths, read_text
+from nulledit.runs.pages import (
+    Result,
+    check_fresh,
+    check_pages,
+    finish,
+    is_current,
+    timed,
+    write_derived,
+)
+from nulledit.runs.talk import Talk
+from nulledit.runs.verify import Verification, verify
+
+Report = TypeVar("Report")
+
+
+class Refused(CheckFailed):
+    """A limit said no; nothing was written."""
+
+    def __init__(self, report: GateReport, folder: Path):
+        """`report`: what was found on the run in `folder`."""
+        broken = ", ".join(report.failed)
+        super().__init__(
+            f"{folder}: {broken} failed; no model was written and the ledger is as before"
+        )
+        self.report = report
+
+
+class Run:
+    """A run folder and its editor. The ledger commits first, batch by batch; pages follow."""
+
+    def __init__(self, folder: Path, editor: Editor, talk: Talk | None = None):
+        """Use `create` or `open`."""
+        self.folder, self.editor, self.talk = Path(folder), editor, talk or Talk()
+        self.seconds: dict[str, float] = {}
+        """Wall time of the next result, by stage: what was spent on loading, for one."""
+        self._held = len(editor.history.events)
+        self._made_folder, self._attached = not self.folder.exists(), False
+
+    @classmethod
+    def create(cls, folder: str | Path, editor: Editor, *, talk: Talk | None = None) -> Self:
+        """Begin a run of `editor` in `folder`; LedgerError if something is there.
+
+        Nothing is written before the first edit.
+        """
+        if editor.ranks.first:
+            cls.check_fresh(folder)
+        return cls(Path(folder), editor, talk)
+
+    @staticmethod
+    def check_fresh(folder: str | Path) -> None:
+        """LedgerError unless a run may begin in `folder`."""
+        check_fresh(Path(folder))
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        *,
+        device: str | Placement | None = None,
+        trust_remote_code: bool = False,
+        ranks: Ranks | None = None,
+        talk: Talk | None = None,
+    ) -> Self:
+        """Take up the run in `folder`; LedgerError if there is none, or it has no batch.
+
+        ReportError for pages that could not be gone on with.
+        """
+        folder, ranks, begun = Path(folder), ranks or Ranks(), time.perf_counter()
+        if not (folder / "ledger" / "ledger.db").is_file():
+            raise LedgerError(f"{folder}: no run here (expected {folder / 'ledger' / 'ledger.db'})")
+        if ranks.first:
+            check_pages(folder)
+            recover_folder(folder / "model")
+        ranks.barrier()
+        editor = Editor.load(
+            folder, device=device, trust_remote_code=trust_remote_code, ranks=ranks
+        )
+        if not editor.history.events:
+            raise LedgerError(
+                f"{folder}: no batch was finished here; begin again with --out {folder}"
+            )
+        run = cls(folder, editor, talk)
+        run.seconds["load"] = time.perf_counter() - begun
+        return run
+
+    @property
+    def history(self) -> History:
+        """Everything recorded so far."""
+        return self.editor.history
+
+    @property
+    def begins(self) -> bool:
+        """Whether nothing was edited before this object was made."""
+        return self._held == 0
+
+    @property
+    def batches(self) -> int:
+        """How many changes were committed since this object was made.
+
+        With limits none is before the end.
+        """
+        there = Store(self.folder / "ledger").exists
+        return len(self.history.events) - self._held if there else 0
+
+    # -- edits -------------------------------------------------------------------------------
+
+    def edit(
+        self,
+        facts: Facts,
+        *,
+        shuffle: bool = True,
+        retry: int = 0,
+        old_answers: bool = False,
+        evaluate: bool = True,
+        text: str | None = None,
+        limits: Limits | None = None,
+        tasks: str | Path | None = None,
+    ) -> Result | None:
+        """Write `facts` that are not in the model yet, evaluate them, and write the folder.
+
+        `retry`: write what does not hold again, so many times at most, each time stronger.
+        `old_answers`: take what the base says as the old answer of facts that name none. `text`: a
+        file for perplexity, KL and preservation, by default the one that comes along. With `limits`
+        all is kept at the end, or, where one is broken, nothing (Refused); `tasks`: their folder.
+        Whatever ends it early, finished batches stay, and one more call goes on. Of several ranks,
+        rank 0 keeps the run; the others take part in its edits, and get None.
+        """
+        editor = self.editor
+        asked = list(as_facts(facts).facts)
+        self.check(limits, tasks)
+        if retry:
+            check_retry(editor.recipe, editor.ranks)
+        new = self.new(asked)
+        if len(new) < len(asked):
+            known = len(asked) - len(new)
+            self.talk.say(f"Note: {known} of {len(asked)} facts are in the model already")
+        if evaluate:
+            check_lengths(editor, new)
+        if old_answers:
+            self.talk.say("Asking the base for old answers")
+            new = with_base_answers(editor, new)
+            if evaluate:
+                check_lengths(editor, new)
+        if not editor.ranks.first:
+            with editor.ranks.watched():
+                editor.edit(new, shuffle=shuffle)
+            return None
+        found = read_text(editor, text) if evaluate else None
+        keys = {fact.key for fact in asked}
+
+        def work() -> EditReport:
+            return self._written(new, keys, shuffle=shuffle, retry=retry)
+
+        with self._kept(), ExitStack() as stack:
+            if self.begins:
+                Store(
+                    self.folder / "ledger"
+                ).discard()  # of a run that was killed in its first batch
+                if limits is None:
+                    self._attach()
+            stack.enter_context(editor.writing())
+            stack.enter_context(editor.ranks.watched())
+            report = self._gated(work, limits, tasks, found, text)
+            if self.begins and limits is not None:
+                self._attach()
+            return self._saved(report, found)
+
+    def retry(
+        self,
+        times: int = 1,
+        *,
+        text: str | None = None,
+        limits: Limits | None = None,
+        tasks: str | Path | None = None,
+    ) -> Result | str:
+        """Write what does not hold again, at most `times`, each time stronger.
+
+        A text says why nothing was written. The other arguments are as for `edit`; Refused leaves
+        run and ledger as they were.
+        """
+        self.check(limits, tasks)
+        check_values(self.editor.recipe)
+        found = read_text(self.editor, text)
+
+        def work() -> EditReport:
+            report = self._again(self.editor.facts, times)
+            self.seconds.update(report.seconds)
+            return report
+
+        with self._kept(), self.editor.writing():
+            report = self._gated(work, limits, tasks, found, text)
+            if not report.columns and is_current(self.editor, self.folder):
+                return self._nothing_written(report)
+            return self._saved(report, found)
+
+    def check(self, limits: Limits | None, tasks: str | Path | None) -> None:
+        """Refuse limits on tasks that could only fail, before hours are spent on edits."""
+        for name, bound in (limits.bounds if limits else {}).items():
+            if not isinstance(bound, Tasks) or bound.optional:
+                continue
+            if not tasks:
+                raise ConfigError(
+                    f"{limits.source if limits else ''}: {name} needs the tasks' files: give "
+                    "--capability DIR, or call it optional"
+                )
+            read_tasks(tasks, names=bound.tasks, limit=bound.items)
+
+    # -- other changes -----------------------------------------------------------------------
+
+    def undo(self, *ids: str) -> ChangeReport:
+        """`Editor.undo`, and the folder with it."""
+        return self.change(lambda: self.editor.undo(*ids))
+
+    def redo(self, *ids: str) -> ChangeReport:
+        """`Editor.redo`, and the folder with it."""
+        return self.change(lambda: self.editor.redo(*ids))
+
+    def restore(self) -> ChangeReport:
+        """`Editor.restore`, and the folder with it."""
+        return self.change(self.editor.restore)
+
+    def rebuild(self, *, values: bool = False) -> ChangeReport:
+        """`Editor.rebuild`, and the folder with it."""
+        with self.talk.progress() as tell:
+            return self.change(lambda: self.editor.rebuild(values=values, progress=tell))
+
+    def forget(self, facts: Facts) -> EditReport:
+        """`Editor.forget`, and the folder with it."""
+        with self.talk.progress() as tell:
+            return self.change(lambda: self.editor.forget(facts, progress=tell))
+
+    def change(self, work: Callable[[], Report]) -> Report:
+        """Do `work` on the editor as the only writer, then bring model and pages to the ledger."""
+        with self.editor.writing():
+            report = work()
+            write_derived(self.editor, self.folder)
+        return report
+
+    def verify(self) -> Verification:
+        """Check every file of the folder, and the weights computed anew (`runs.verify`)."""
+        return verify(self.folder)
+
+    # -- inside ------------------------------------------------------------------------------
+
+    def new(self, facts: Sequence[Fact]) -> list[Fact]:
+        """Those of `facts` that are not in the model yet."""
+        held = {f.key: f for f in self.editor.facts}
+
+        def there(fact: Fact) -> bool:
+            known = held.get(fact.key)
+            if known is None or known.demand != fact.demand:
+                return False
+            return set(fact.prompts) <= set(known.prompts)
+
+        return [f for f in facts if not there(f)]
+
+    def _written(
+        self, facts: Sequence[Fact], keys: set[tuple[str, str]], *, shuffle: bool, retry: int
+    ) -> EditReport:
+        """Write `facts`, then again what does not hold of those with one of `keys`."""
+        editor = self.editor
+        if facts:
+            batches = count(-(-len(facts) // editor.recipe.batch_size), "batch")
+            self.talk.say(f"Editing {count(len(facts), 'fact')} in {batches}")
+        with self.talk.progress() as tell:
+            report = editor.edit(facts, shuffle=shuffle, progress=tell)
+        if retry:
+            there = [f for f in editor.facts if f.key in keys]  # some since before an interruption
+            report = joined(report, self._again(there, retry))
+        self.seconds |= report.seconds
+        return report
+
+    def _again(self, facts: Sequence[Fact], times: int) -> EditReport:
+        with self.talk.progress() as tell:
+            report = retry_failing(self.editor, facts, times, progress=tell)
+        for notice in report.notices:
+            self.talk.say(f"Note: {notice}")
+        return report
+
+    def _gated(
+        self,
+        work: Callable[[], EditReport],
+        limits: Limits | None,
+        tasks: str | Path | None,
+        found: Text | None,
+        text: str | None,
+    ) -> EditReport:
+        """Do the `work`; with limits in memory first, and kept if they hold, else Refused."""
+        if limits is None:
+            return work()
+        windows = None
+        if limits.needs("text"):
+            windows = (found or read_text(self.editor, text)).windows
+        with self.editor.trial() as trial:
+            report = work()
+            self.talk.say(f"Checking the edited model against {limits.source}")
+            with timed(self.seconds, "gate"), self.talk.progress("gate: ") as tell:
+                judged = check(self.editor, limits, windows=windows, tasks=tasks, progress=tell)
+            if not judged.passed:
+                raise Refused(judged, self.folder)
+            trial.keep()
+        return report
+
+    def _saved(self, report: EditReport, text: Text | None) -> Result:
+        """Bring the run's model and its pages to the ledger."""
+        with timed(self.seconds, "save"):
+            self.editor.keep_model(self.folder)
+        result = finish(self.editor, self.folder, report, text, self.seconds, self.talk)
+        self.seconds = {}
+        return result
+
+    def _nothing_written(self, report: EditReport) -> str:
+        """Why a retry left the run as it was."""
+        if all(fact.forget for fact in self.editor.facts):
+            return "no fact in the model has an answer to write: nothing was written"
+        if report.notices:
+            return "no retry made more facts hold: the run is as it was"
+        return "every fact holds: nothing was written"
+
+    def _attach(self) -> None:
+        """Begin the run's ledger; removed again if no batch comes into it."""
+        self._attached = True
+        self.editor.attach(self.folder)
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Where what is inside fails before a batch is kept, nothing is left of the folder."""
+        try:
+            yield
+        except BaseException:
+            if self._attached and not self.batches:
+                with suppress(LedgerError):  # another one is making something there
+                    Store(self.folder / "ledger").discard()
+                if self._made_folder and self.folder.is_dir() and not any(self.folder.iterdir()):
+                    self.folder.rmdir()
+            raise
+
+
+def check_retry(recipe: Recipe, ranks: Ranks) -> None:
+    """Refuse what can't be written again, before anything is edited."""
+    if not ranks.alone:
+        raise ConfigError(
+            "--retry works in one process: leave it out here, then call `nulledit retry RUN`"
+        )
+    check_values(recipe)
+
+
+def check_values(recipe: Recipe) -> None:
+    """ConfigError for a method that optimises no values, which could be made stronger."""
+    method = find_method(recipe.method.name)
+    if method.by_gradient:
+        raise ConfigError(f"a retry makes values stronger, and {method.name} optimises none")
