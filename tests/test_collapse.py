@@ -12,9 +12,14 @@ from conftest import statistics_of
 from nulledit.config import Recipe
 from nulledit.errors import ConfigError
 from nulledit.evaluation.hidden_norms import edit_rows
+<<<<<<< HEAD
 from nulledit.evaluation.reading import perplexity, read
 from nulledit.evaluation.stats import Rate
 from nulledit.models.tokens import pad_id
+=======
+from nulledit.evaluation.reading import perplexity, read
+from nulledit.evaluation.stats import Rate
+>>>>>>> t1
 from nulledit.report.study import read_study
 from nulledit.studies.collapse import (
     COLLAPSE,
@@ -220,16 +225,16 @@ def test_a_checkpoint_says_what_the_model_there_does(make_lab):
     lab = make_lab(arms=["own"])
     (plan,) = plans_of(lab)
     found = follow(lab, plan, Bounds.of({**SETTINGS, **NEVER})).along[1]
-    windows, padding = lab.windows(), pad_id(lab.bench.tokenizer)
+    windows = lab.windows()
     with lab.bench.stream(plan).at(6) as editor:
         with editor.base_weights():
-            before = read(editor.editable, windows, padding, keep=True)
-        after = perplexity(editor.editable, windows, padding).value
-        moved = read(editor.editable, windows, padding, base=before).kl
+            before = read(editor.editable, windows, keep=True)
+        after = perplexity(editor.editable, windows).value
+        moved = read(editor.editable, windows, base=before).kl
         rows = edit_rows(editor.editable, plan.facts[:6])
         now = _norms(editor, rows)
     lab.bench.clear()
-    base = perplexity(lab.bench.partial, windows, padding).value
+    base = perplexity(lab.bench.model, windows).value
     grown = now / _norms(lab.bench.base, rows) - 1
     assert found.perplexity == pytest.approx(100 * (after / base - 1))
     assert found.kl.mean == pytest.approx(moved.value)

@@ -76,7 +76,7 @@ def test_corpus_takes_windows_that_the_model_has_room_for(make_lab, tmp_path):  
 
     lab = make_lab("corpus", tokens=[300])
     run_study(find_study("corpus"), lab, tmp_path / "out")
-    context = lab.bench.model.config.max_position_embeddings
+    context = lab.bench.base.model.config.max_position_embeddings
     (folder,) = (tmp_path / "work" / "statistics").iterdir()
     assert read_manifest(folder)[0].settings.window == context < StatisticsSettings().window
     assert any(f"windows of {context} tokens" in notice for notice in lab.notices)

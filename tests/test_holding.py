@@ -250,7 +250,7 @@ def test_a_long_old_answer_is_heard_whole(make, monkeypatch):
     """By the notice of an edit and by `facts check --model` alike."""
     words = [f"word{n}" for n in range(30)]
 
-    def talk(_model, _tokenizer, prompts, max_new_tokens=(ANSWER_TOKENS,), **_):
+    def talk(_model, prompts, max_new_tokens=(ANSWER_TOKENS,), **_):
         """No word is less than a token."""
         return [" ".join(words[:n]) for _, n in zip(prompts, max_new_tokens, strict=True)]
 
@@ -259,7 +259,7 @@ def test_a_long_old_answer_is_heard_whole(make, monkeypatch):
     editor, old = make(), " ".join(words[:20])
     fact = Fact(subject="Karo Dun", prompt="{} works as a", target="sailor", old_answer=old)
     assert not disagreements([fact], evaluate(editor.editable, [fact]))
-    (seen,) = outlook(editor.model, editor.tokenizer, [fact], editor.editable.encoder)
+    (seen,) = outlook(editor.editable, [fact])
     assert seen.says_old_answer
 
 

@@ -244,7 +244,7 @@ def test_measured_is_what_an_edit_does_and_nothing_of_it_stays(bench, editor, to
         statistics=statistics_of(build_model("llama"), tokenizer),
     )
     plain.edit(FACTS[:6], batch_size=6, shuffle=False)
-    asked = evaluate(plain, FACTS[:6], generate=False).rows()
+    asked = evaluate(plain.editable, FACTS[:6], generate=False).rows()
     for fact in FACTS[:6]:
         row = asked[fact.id]
         for kind, name in (("efficacy", "efficacy"), ("paraphrases", "generalization")):
@@ -492,7 +492,7 @@ def test_the_recipe_reads_back_and_gives_what_the_report_says(place, tmp_path):
     asked = [f for f in FACTS if f.id in told["facts"]["report"]]
     asked.sort(key=lambda f: told["facts"]["report"].index(f.id))
     edited.edit(asked, batch_size=len(asked), shuffle=False)
-    rows = evaluate(edited, asked, generate=False).rows()
+    rows = evaluate(edited.editable, asked, generate=False).rows()
     mean = statistics.fmean(rows[f.id]["specificity"] for f in asked)
     assert told["report"]["chosen"]["neighbours"] == pytest.approx(mean)
     shares = [(rows[f.id]["efficacy"] + rows[f.id]["efficacy_tokens"]) / 2 for f in asked]
