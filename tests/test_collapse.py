@@ -12,14 +12,8 @@ from conftest import statistics_of
 from nulledit.config import Recipe
 from nulledit.errors import ConfigError
 from nulledit.evaluation.hidden_norms import edit_rows
-<<<<<<< HEAD
 from nulledit.evaluation.reading import perplexity, read
 from nulledit.evaluation.stats import Rate
-from nulledit.models.tokens import pad_id
-=======
-from nulledit.evaluation.reading import perplexity, read
-from nulledit.evaluation.stats import Rate
->>>>>>> t1
 from nulledit.report.study import read_study
 from nulledit.studies.collapse import (
     COLLAPSE,
