@@ -292,7 +292,7 @@ def test_the_model_is_as_before_when_a_lab_is_cleared(make_lab, known):
     lab = make_lab("table1")
     lab.edited(lab.plan("alphaedit", lab.facts(6)))
     lab.bench.clear()
-    for name, weight in lab.bench.model.state_dict().items():
+    for name, weight in lab.bench.model.model.state_dict().items():
         assert weight.equal(known.state_dict()[name])
 
 
