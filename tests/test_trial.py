@@ -79,8 +79,8 @@ def test_values_and_keys_of_a_hybrid_equal_the_reference(
     model, facts = hybrid(kind), facts[1:3]
     monkeypatch.setitem(reference.FAMILIES, kind, dataclasses.astuple(find_layout(model)))
     with caplog.at_level(logging.WARNING, "nulledit"):
-        assert PartialModel(model).columns == 0
-        assert PartialModel(model).columns == 0
+        assert EditableModel(model, tokenizer).columns == 0
+        assert EditableModel(model, tokenizer).columns == 0
     told = [r.getMessage() for r in caplog.records if "from its start" in r.getMessage()]
     assert len(told) == 1
     assert f"'{kind}' can't be run behind kept beginnings" in told[0]
@@ -146,12 +146,12 @@ def without_gradient(block):
         (without_gradient, "can't be run a block at a time.*does not require grad"),
     ],
 )
-def test_a_model_that_values_could_not_rely_on_is_refused(spoiled, says, tiny_model):
+def test_a_model_that_values_could_not_rely_on_is_refused(spoiled, says, tiny_model, tokenizer):
     model = tiny_model("llama")
     block = model.model.layers[2]
     block.forward = spoiled(block)
     with pytest.raises(ModelError, match=says) as caught:
-        PartialModel(model)
+        EditableModel(model, tokenizer)
     assert "\n" not in str(caught.value)
 
 

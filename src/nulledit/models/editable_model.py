@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nulledit.config import ChatSettings, Layout
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import Batch, RowEncoder, collate, pad_id
+from nulledit.models.trial import keeps_prefixes
 
 
 class EditableModel(PartialModel):
@@ -26,8 +27,13 @@ class EditableModel(PartialModel):
         tokenizer: PreTrainedTokenizerBase,
         layout: Layout | None = None,
     ):
-        """As for `PartialModel`; asked in plain text."""
+        """As for `PartialModel`; asked in plain text.
+
+        ModelError, too, if the model can't be run in spans, which is tried.
+        """
         super().__init__(model, layout)
+        if not keeps_prefixes(self):
+            self.columns = 0
         self.tokenizer = tokenizer
         self.encoder = RowEncoder.of(model, tokenizer)
         self.pad_id = pad_id(tokenizer)

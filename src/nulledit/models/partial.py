@@ -35,7 +35,6 @@ from nulledit.models.layouts import (
 )
 from nulledit.models.placement import brought_in, input_device, is_moved_to, is_offloaded
 from nulledit.models.tokens import Batch, context_length, vocabulary_of
-from nulledit.models.trial import keeps_prefixes
 
 
 @dataclass
@@ -128,7 +127,7 @@ class PartialModel:
     def __init__(self, model: PreTrainedModel, layout: Layout | None = None):
         """Wraps `model`, read by `layout`, or else by its family's or what tracing finds.
 
-        ModelError if it has no such modules, can't be taken, or can't be run in spans.
+        ModelError if it has no such modules, or can't be taken.
         """
         check_model(model)
         self.model = model
@@ -141,9 +140,9 @@ class PartialModel:
         self._body = model.get_submodule(self.layout.blocks.rpartition(".")[0])  # runs the blocks
         self._entries = entries(model, self._body, list(self.blocks), self.layout.mlp_out)
         self.context, self.vocabulary = context_length(model.config), vocabulary_of(model)
-        self.columns = self.context if keeps_prefixes(self) else 0
-        """Most that a kept prefix and the rows behind it may have together. 0: none can be kept,
-        since recurrent blocks look at more than attention keys and values."""
+        self.columns = self.context
+        """Most that a kept prefix and the rows after it may have together. 0: none can be kept,
+        since recurrent blocks look at more than attention keys and values (`trial.py`)."""
 
     @property
     def depth(self) -> int:

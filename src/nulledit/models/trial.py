@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,10 +20,8 @@ from torch import Tensor, nn
 
 from nulledit.errors import ModelError
 from nulledit.models.layouts import differentiating, frozen
+from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import Batch, collate, share_beginnings
-
-if TYPE_CHECKING:
-    from nulledit.models.partial import PartialModel
 
 logger = logging.getLogger(__name__)
 
