@@ -1,6 +1,8 @@
 """A run folder that version 0.1.0 wrote still opens, verifies, and goes on."""
 
 import json
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -61,3 +63,17 @@ def test_its_story_is_told(run):
     log = json.loads(done("log", run, "--json").stdout)
     assert [event["kind"] for event in log["events"]] == ["edit", "edit", "undo"]
     assert story["fact"]["subject"] == RECORDS[1]["subject"]
+
+
+@pytest.mark.parametrize("command", ["log", "show"])
+def test_the_ledger_is_read_without_torch(run, command):
+    script = (
+        f"import sys; sys.argv = ['nulledit', {command!r}, {str(run)!r}]\n"
+        "from nulledit.cli.main import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'matplotlib', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert "ada" in found.stdout

@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import Any, Protocol, Self
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from nulledit.config import Recipe
 from nulledit.data.facts import Fact
 from nulledit.errors import LedgerError
+
+if TYPE_CHECKING:
+    from torch import Tensor  # reading what was recorded needs no torch
 
 
 @dataclass(frozen=True)
@@ -315,6 +315,8 @@ class History:
 
     def column_tensor(self, columns: Sequence[Column], name: str) -> Tensor:
         """Rows `name` (`keys.4`, `targets.4`, `z`) of `columns`, stacked [n, d]."""
+        import torch
+
         hashes = {b.id: b.tensors for b in self.batches}
         return torch.stack([self.tensors[hashes[c.batch]][name][c.row] for c in columns])
 

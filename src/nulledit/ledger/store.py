@@ -22,17 +22,17 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor
 
 from nulledit.data.facts import Fact
 from nulledit.errors import LedgerError, NullEditError
 from nulledit.io.files import replacing, sha256_of, write_text
 from nulledit.ledger.records import Base, Batch, Column, Epoch, Event, History, ValueOutcome
+
+if TYPE_CHECKING:
+    from torch import Tensor  # reading the database needs no torch
 
 LOCK_SECONDS = 1.0  # how long a writer waits for another one
 LARGEST_DATABASE = 1 << 30  # bytes; 500 facts take about one million
@@ -67,6 +67,8 @@ CREATE TABLE events (
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> tuple[str, bytes]:
     """SHA-256 and content of the file that holds `tensors`."""
+    from safetensors.torch import save
+
     raw = save({name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)})
     return hashlib.sha256(raw).hexdigest(), raw
 
@@ -384,6 +386,9 @@ class Store:
             partial.write_bytes(raw)
 
     def _read_tensors(self, digest: str) -> dict[str, Tensor]:
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
         self.check_tensors(digest)  # before anything of it is in memory
         file = self.tensor_file(digest)
         try:

@@ -9,7 +9,6 @@ from nulledit.data.facts import Fact, suggest
 from nulledit.editing.undo import facts_of
 from nulledit.errors import LedgerError
 from nulledit.ledger.records import Column, Event, History
-from nulledit.linalg.angles import unit_columns
 from nulledit.report.tables import Table
 
 NEAR = 0.9  # cosine of keys above which another edit is named as near
@@ -99,6 +98,8 @@ def story_of(history: History, id_: str) -> dict[str, Any]:
 
 def near_of(history: History, column: Column) -> list[tuple[str, float]]:
     """Other facts in the model on nearly the same first-layer key: (id, cosine), nearest first."""
+    from nulledit.linalg.angles import unit_columns  # with torch
+
     layer = history.epochs[history.epoch_of(column) - 1].recipe.layers[0]
     others = [c for c in history.at_layer(layer, history.active) if c.fact.id != column.fact.id]
     if not others:
