@@ -114,7 +114,7 @@ def test_a_damaged_tensor_is_found_before_it_is_read(store, monkeypatch):
         raise AssertionError("read into memory")
 
     monkeypatch.setattr(Path, "read_bytes", never)
-    monkeypatch.setattr(store_module, "load", never)
+    monkeypatch.setattr("safetensors.torch.load", never)
     epoch = store.tensor_file(history.epochs[0].tensors)
     epoch.unlink()
     with pytest.raises(LedgerError, match="missing"):
@@ -122,7 +122,7 @@ def test_a_damaged_tensor_is_found_before_it_is_read(store, monkeypatch):
     monkeypatch.undo()
     epoch.write_bytes(tensor_bytes({"base.1": torch.eye(3)})[1])
     monkeypatch.setattr(Path, "read_bytes", lambda self: never(self) if self == file else None)
-    monkeypatch.setattr(store_module, "load", lambda raw: {})
+    monkeypatch.setattr("safetensors.torch.load", lambda raw: {})
     for other in (raw[:-1], raw + b"\0" * (1 << 22), b"", raw[:9] + b"x" + raw[10:]):
         with file.open("wb") as opened:
             opened.write(other)
