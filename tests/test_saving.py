@@ -126,7 +126,8 @@ def test_facts_come_in_any_plain_form(tokenizer, tmp_path, facts):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("facts.yaml", "'facts.yaml'; read a file by read_facts first"),
+        ("no-such.yaml", "no-such.yaml"),
+        (b"facts.yaml", "a file's path"),
         (3, "found int 3"),
         (None, "found NoneType"),
         ([3], r"facts\[0\] int 3"),
@@ -142,6 +143,14 @@ def test_what_are_no_facts_is_said_in_one_line(given, said, tokenizer):
             call(given)
         assert "\n" not in str(caught.value)
     assert not editor.history.events
+
+
+def test_facts_may_be_a_file(tokenizer, tmp_path):
+    file = tmp_path / "facts.yaml"
+    file.write_text("- {subject: Velm, prompt: '{} is a', target: town}\n", encoding="utf-8")
+    for given in (file, str(file)):
+        editor = edited(build_model("llama"), tokenizer)
+        assert [c.fact.subject for c in editor.edit(given).columns] == ["Velm"]
 
 
 def test_notices_of_records_are_in_the_report(tokenizer):

@@ -11,28 +11,50 @@ if TYPE_CHECKING:
     from nulledit.config import Recipe, load_recipe
     from nulledit.data.facts import Fact, Probe
     from nulledit.data.readers import read_facts
-    from nulledit.editing.editor import Editor
+    from nulledit.editing.editor import ChangeReport, Editor, EditReport
     from nulledit.errors import NullEditError
+    from nulledit.evaluation.runner import Evaluation, evaluate
+    from nulledit.models.editable_model import EditableModel
+    from nulledit.models.load import load_model
+    from nulledit.runs.limits import load_limits
+    from nulledit.runs.run import Run
+    from nulledit.statistics.spectra import Statistics
 
 _HOME = {
+    "ChangeReport": "nulledit.editing.editor",
+    "EditReport": "nulledit.editing.editor",
+    "EditableModel": "nulledit.models.editable_model",
     "Editor": "nulledit.editing.editor",
+    "Evaluation": "nulledit.evaluation.runner",
     "Fact": "nulledit.data.facts",
     "NullEditError": "nulledit.errors",
     "Probe": "nulledit.data.facts",
     "Recipe": "nulledit.config",
+    "Run": "nulledit.runs.run",
+    "Statistics": "nulledit.statistics.spectra",
+    "evaluate": "nulledit.evaluation.runner",
+    "load_limits": "nulledit.runs.limits",
+    "load_model": "nulledit.models.load",
     "load_recipe": "nulledit.config",
     "read_facts": "nulledit.data.readers",
 }
 __all__ = [
+    "ChangeReport",
+    "EditReport",
+    "EditableModel",
     "Editor",
+    "Evaluation",
     "Fact",
     "NullEditError",
     "Probe",
     "Recipe",
+    "Run",
+    "Statistics",
     "__version__",
+    "evaluate",
+    "load_limits",
+    "load_model",
     "load_recipe",
     "read_facts",
 ]
-
-
 __getattr__, __dir__ = lazily(__name__, _HOME)  # so `nulledit --help` stays without torch

@@ -35,7 +35,7 @@ class FactFile:
     """Why records were left out, one line each."""
 
 
-Facts = Fact | FactFile | Mapping[str, Any] | Iterable[Fact | Mapping[str, Any]]
+Facts = str | Path | Fact | FactFile | Mapping[str, Any] | Iterable[Fact | Mapping[str, Any]]
 """What `as_facts` reads."""
 
 
@@ -95,17 +95,17 @@ def parse_records(
 
 
 def as_facts(given: Facts) -> FactFile:
-    """Facts as a caller has them: one or several, as facts, as records of any known shape, or read.
+    """Facts as a caller has them: one or several, as facts, as records of any known shape, a file.
 
     Repetitions and contradictions stay. FactError, which says what was found, for anything else.
     """
     if isinstance(given, FactFile):
         return given
-    expected = (
-        "expected facts, mappings with subject, prompt and target, or what read_facts returns"
-    )
-    if isinstance(given, str | bytes | Path):
-        raise FactError(f"{expected} (found {quote(given)}; read a file by read_facts first)")
+    if isinstance(given, str | Path):
+        return read_facts(given)
+    expected = "expected facts, mappings with subject, prompt and target, or a file's path"
+    if isinstance(given, bytes):
+        raise FactError(f"{expected} (found {quote(given)})")
     alone = isinstance(given, Fact | Mapping)
     if not alone and not isinstance(given, Iterable):
         raise FactError(f"{expected} (found {type(given).__name__} {quote(given)})")

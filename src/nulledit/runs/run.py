@@ -55,7 +55,7 @@ class Refused(CheckFailed):
 class Run:
     """A run folder and its editor. The ledger commits first, batch by batch; pages follow."""
 
-    def __init__(self, folder: Path, editor: Editor, talk: Talk | None = None):
+    def __init__(self, folder: str | Path, editor: Editor, talk: Talk | None = None):
         """Use `create` or `open`."""
         self.folder, self.editor, self.talk = Path(folder), editor, talk or Talk()
         self.seconds: dict[str, float] = {}
