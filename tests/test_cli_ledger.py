@@ -12,7 +12,7 @@ from test_cli import RECORDS, done, invoke, options, place, refused, results, st
 
 from nulledit import Editor
 from nulledit.cli.change import change_text
-from nulledit.editing.editor import ChangeReport
+from nulledit.editing.reports import ChangeReport
 
 __all__ = ["options", "place"]  # fixtures
 

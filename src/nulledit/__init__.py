@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from nulledit.config import Recipe, load_recipe
     from nulledit.data.facts import Fact, Probe
     from nulledit.data.readers import read_facts
-    from nulledit.editing.editor import ChangeReport, Editor, EditReport
+    from nulledit.editing.editor import Editor
+    from nulledit.editing.reports import ChangeReport, EditReport
     from nulledit.errors import NullEditError
     from nulledit.evaluation.runner import Evaluation, evaluate
     from nulledit.models.editable_model import EditableModel
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from nulledit.statistics.spectra import Statistics
 
 _HOME = {
-    "ChangeReport": "nulledit.editing.editor",
-    "EditReport": "nulledit.editing.editor",
+    "ChangeReport": "nulledit.editing.reports",
+    "EditReport": "nulledit.editing.reports",
     "EditableModel": "nulledit.models.editable_model",
     "Editor": "nulledit.editing.editor",
     "Evaluation": "nulledit.evaluation.runner",

@@ -14,7 +14,8 @@ from nulledit.cli.options import device_option, output_options, trust_option
 from nulledit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from nulledit.editing.editor import ChangeReport, Editor
+    from nulledit.editing.editor import Editor
+    from nulledit.editing.reports import ChangeReport
 
 MOVED = 5  # facts whose movement is shown
 SHOWN = 10  # facts named that came or went

@@ -143,7 +143,7 @@ def _lab(name: str, given: dict[str, Any], spec: Any, *, quiet: bool) -> Any:
     out = Path(given["out"] or Path("studies") / name)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: is a file; give a folder")
-    from nulledit.editing.editor import resolve_recipe
+    from nulledit.editing.recipes import resolve_recipe
     from nulledit.models.load import load_model
     from nulledit.studies.stream import Workbench
 

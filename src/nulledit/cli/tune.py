@@ -192,7 +192,7 @@ def _settings(
     """Bounds of the search; ConfigError or ModelError for layers that the model can't take."""
     from dataclasses import replace
 
-    from nulledit.editing.editor import resolve_recipe
+    from nulledit.editing.recipes import resolve_recipe
     from nulledit.tuning import TuneSettings
 
     for layers in windows:

@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from hashlib import sha256
 
 from nulledit.data.facts import Fact
+from nulledit.errors import FactError
+from nulledit.ledger.records import History
 
 
-def batches(queue: Sequence[Fact], size: int, *, seed: int | None) -> Iterator[list[Fact]]:
-    """`queue` in batches, each in the queue's order.
+def admitted(history: History, facts: Iterable[Fact]) -> tuple[list[Fact], list[str]]:
+    """Facts that are not in the model yet, one per question, and what a reader must know of it.
 
-    With a `seed` the facts are dealt out by a hash of their ids: the batches that are left after
-    an interruption are those that would have come.
+    Several wordings of one question with one answer become one fact with several prompts, also
+    together with an active fact. FactError for contradictions and for an id used twice.
     """
-    dealt = list(range(len(queue)))
-    if seed is not None:
-        dealt.sort(key=lambda i: sha256(f"{seed}/{queue[i].id}".encode()).digest())
-    for start in range(0, len(queue), size):
-        yield [queue[i] for i in sorted(dealt[start : start + size])]
+    held = {c.fact.key: c.fact for c in history.active}
+    owner = {c.fact.id: c.fact.key for c in history.columns}
+    notices: list[str] = []
+    queue: dict[tuple[str, str], Fact] = {}
+    for fact in facts:
+        if owner.setdefault(fact.id, fact.key) != fact.key:
+            raise FactError(
+                f"id {fact.id!r} names two facts, the second about {fact.subject!r}; "
+                "give another id"
+            )
+        other = queue.get(fact.key)
+        if other is not None and other.demand != fact.demand:
+            raise FactError(
+                f"{other.id} and {fact.id} contradict each other on {fact.subject!r}: "
+                f"{other.target!r} and {fact.target!r}; keep one of them"
+            )
+        known = other or held.get(fact.key)
+        if known is None or known.demand != fact.demand:
+            queue[fact.key] = fact
+        elif set(fact.prompts) <= set(known.prompts):
+            notices.append(f"{fact.id}: repeats {known.id}, left out")
+        else:
+            notices.append(f"{fact.id}: another wording of {known.id}, edited as one fact")
+            queue[fact.key] = merged(known, fact)
+    return list(queue.values()), notices
 
 
 def merged(fact: Fact, other: Fact) -> Fact:
@@ -33,3 +55,16 @@ def merged(fact: Fact, other: Fact) -> Fact:
         portability=tuple(dict.fromkeys((*fact.portability, *other.portability))),
         target_aliases=tuple(dict.fromkeys((*fact.target_aliases, *other.answers))),
     )
+
+
+def batches(queue: Sequence[Fact], size: int, *, seed: int | None) -> Iterator[list[Fact]]:
+    """`queue` in batches, each in the queue's order.
+
+    With a `seed` the facts are dealt out by a hash of their ids: the batches that are left after
+    an interruption are those that would have come.
+    """
+    dealt = list(range(len(queue)))
+    if seed is not None:
+        dealt.sort(key=lambda i: sha256(f"{seed}/{queue[i].id}".encode()).digest())
+    for start in range(0, len(queue), size):
+        yield [queue[i] for i in sorted(dealt[start : start + size])]

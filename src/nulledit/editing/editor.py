@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Self
@@ -18,21 +18,20 @@ from nulledit.config import (
     Recipe,
     ValueSettings,
     check_whole,
-    layers_by_depth,
-    load_recipe,
-    shipped_recipes,
 )
 from nulledit.data.facts import Fact
 from nulledit.data.readers import Facts, as_facts
 from nulledit.editing.batch import Progress, Run
-from nulledit.editing.batching import batches, merged
+from nulledit.editing.batching import admitted, batches
 from nulledit.editing.merge import Decide, conflicts, decided, with_own_ids
+from nulledit.editing.recipes import read_recipe, resolve_recipe
 from nulledit.editing.replay import replay
+from nulledit.editing.reports import ChangeReport, EditReport, by_fact
 from nulledit.editing.session import Changes, check_in_model, some
 from nulledit.editing.stronger import stronger
 from nulledit.editing.undo import by_group, facts_of, last_undone, newest, plan_redo, plan_undo
 from nulledit.editing.value_cache import ValueCache
-from nulledit.editing.weights import EditedWeights, LayerReport
+from nulledit.editing.weights import EditedWeights
 from nulledit.errors import ConfigError, FactError, LedgerError, ModelError
 from nulledit.io.files import recover_folder
 from nulledit.ledger.journal import Journal, Trial
@@ -44,7 +43,6 @@ from nulledit.models.accepted import check_model, check_tokenizer
 from nulledit.models.dense import Dense
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import (
-    as_out_in,
     check_layout,
     find_layout,
     frozen,
@@ -52,7 +50,6 @@ from nulledit.models.layouts import (
     write_weight,
 )
 from nulledit.models.load import QUANTIZE, load_model, model_hash
-from nulledit.models.partial import PartialModel
 from nulledit.models.quantized import has_dense, make_editable
 from nulledit.parallel.ranks import Ranks
 from nulledit.statistics.spectra import Statistics
@@ -60,40 +57,6 @@ from nulledit.statistics.spectra import Statistics
 logger = logging.getLogger(__name__)
 
 NEAR_KEY = 0.9  # cosine of keys above which an undo names an edit as near
-
-
-@dataclass(frozen=True)
-class EditReport:
-    """What `Editor.edit` did."""
-
-    columns: tuple[Column, ...]
-    """Those of the facts asked for, as they are now; `column.outcome` says how z was reached."""
-    layers: tuple[LayerReport, ...]
-    """The state after the last batch."""
-    notices: tuple[str, ...]
-    """Facts known, replaced, repeated, or joined with others on one key."""
-    seconds: dict[str, float]
-    """Wall time by stage: values, keys, solve."""
-    optimised: int = 0
-    """Values that were optimised in this call, not taken from a cache."""
-
-
-@dataclass(frozen=True)
-class ChangeReport:
-    """What `undo`, `redo`, `restore`, `rebuild` or `merge` did."""
-
-    removed: tuple[str, ...]
-    """Ids of the facts taken out."""
-    restored: tuple[str, ...]
-    """Ids of facts whose older columns came back."""
-    rebuilt: tuple[str, ...]
-    """Ids of facts that were written anew."""
-    near: tuple[tuple[str, float], ...]
-    """Edits on nearly the same key as those removed: (id, cosine), nearest first."""
-    moved: tuple[tuple[str, float], ...]
-    """How the others moved: (id, ‖change at its key‖/‖what was written there‖), largest first."""
-    notices: tuple[str, ...] = ()
-    """What else is worth knowing."""
 
 
 class Editor:
@@ -126,7 +89,7 @@ class Editor:
         are. Offloaded ones are brought to where they work.
         """
         check_whole("seed", seed)
-        recipe = self._take(model, tokenizer, _read_recipe(recipe, name), name, ranks)
+        recipe = self._take(model, tokenizer, read_recipe(recipe, name), name, ranks)
         base = Base(
             model=name,
             hash=self._hash,
@@ -425,7 +388,8 @@ class Editor:
         check_whole("batch_size", size, least=1)
         run, given = Run(progress), as_facts(facts)
         run.notices += given.notices
-        queue = self._admit(given.facts, run)
+        queue, notices = admitted(self.history, given.facts)
+        run.notices += notices
         self._agree(queue)
         if queue:
             changes = self._changes
@@ -437,7 +401,9 @@ class Editor:
                     size = 1
                 for batch in batches(queue, size, seed=self.seed if shuffle else None):
                     run.tell("batches", done, len(queue))
-                    changes.batch(batch, run, kind=_kind(batch))
+                    changes.batch(
+                        batch, run, kind="forget" if all(f.forget for f in batch) else "edit"
+                    )
                     done += len(batch)
         asked = {fact.id for fact in queue}
         columns = tuple(c for c in self.history.present if c.fact.id in asked)
@@ -503,7 +469,7 @@ class Editor:
         Its base is the weights so far; with a method that keeps history, the facts that are there
         enter with what their layers give at their keys now. Undo works across epochs.
         """
-        found = _read_recipe(recipe, "")
+        found = read_recipe(recipe, "")
         layout = found.layout or self.history.base.recipe.layout
         recipe = self._with_template(
             resolve_recipe(replace(found, layout=layout), "", self._plain, self.history.base.hash)
@@ -662,8 +628,8 @@ class Editor:
                 removed=tuple(f.id for f in lost if f.id not in there),
                 restored=tuple(f.id for f in back),
                 rebuilt=tuple(f.id for f in fresh),
-                near=_by_fact(near),
-                moved=_by_fact(pair for pair in moved if pair[0].id in before),
+                near=by_fact(near),
+                moved=by_fact(pair for pair in moved if pair[0].id in before),
                 notices=tuple(run.notices),
             )
 
@@ -688,93 +654,3 @@ class Editor:
     def _by_gradient(self, column: Column) -> bool:
         epoch = self.history.epochs[self.history.epoch_of(column) - 1]
         return find_method(epoch.recipe.method.name).by_gradient
-
-    def _admit(self, facts: Iterable[Fact], run: Run) -> list[Fact]:
-        """Facts that are not in the model yet, one per question.
-
-        Several wordings of one question with one answer become one fact with several prompts, also
-        together with an active fact. FactError for contradictions and for an id used twice.
-        """
-        held = {c.fact.key: c.fact for c in self.history.active}
-        owner = {c.fact.id: c.fact.key for c in self.history.columns}
-        queue: dict[tuple[str, str], Fact] = {}
-        for fact in facts:
-            if owner.setdefault(fact.id, fact.key) != fact.key:
-                raise FactError(
-                    f"id {fact.id!r} names two facts, the second about {fact.subject!r}; "
-                    "give another id"
-                )
-            other = queue.get(fact.key)
-            if other is not None and other.demand != fact.demand:
-                raise FactError(
-                    f"{other.id} and {fact.id} contradict each other on {fact.subject!r}: "
-                    f"{other.target!r} and {fact.target!r}; keep one of them"
-                )
-            known = other or held.get(fact.key)
-            if known is None or known.demand != fact.demand:
-                queue[fact.key] = fact
-            elif set(fact.prompts) <= set(known.prompts):
-                run.notices.append(f"{fact.id}: repeats {known.id}, left out")
-            else:
-                run.notices.append(f"{fact.id}: another wording of {known.id}, edited as one fact")
-                queue[fact.key] = merged(known, fact)
-        return list(queue.values())
-
-
-def _kind(facts: Sequence[Fact]) -> str:
-    return "forget" if all(fact.forget for fact in facts) else "edit"
-
-
-def _by_fact(found: Iterable[tuple[Column, float]]) -> tuple[tuple[str, float], ...]:
-    """(id, number) with the first number of each fact."""
-    first: dict[str, float] = {}
-    for column, number in found:
-        first.setdefault(column.fact.id, number)
-    return tuple(first.items())
-
-
-def _read_recipe(recipe: Recipe | str | Path | None, name: str) -> Recipe:
-    """The recipe itself, from its file, or the one to use on the model `name`."""
-    if recipe is None:
-        recipe = name if name in shipped_recipes() else Recipe()
-    if not isinstance(recipe, Recipe | str | Path):
-        raise ConfigError(
-            f"recipe is a {type(recipe).__name__}; expected a Recipe (of a mapping: "
-            "Recipe.from_dict), a file or a shipped recipe's name"
-        )
-    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-
-
-def resolve_recipe(
-    recipe: Recipe | str | Path | None, name: str, model: PartialModel, base_hash: str
-) -> Recipe:
-    """The recipe to use on `model`, with all of its constants and with layers, whose matrices are
-    made ready to be written.
-
-    `base_hash`: of the model without edits. ModelError where the layers don't fit the model.
-    """
-    recipe = _read_recipe(recipe, name)
-    if recipe.layout not in (None, model.layout):
-        raise ConfigError("layout is another than the model's first recipe gave; start a new run")
-    top = model.depth - 1
-    if not recipe.layers:
-        chosen = layers_by_depth(model.depth)
-        chosen = tuple(layer for layer in chosen if model.fits(layer)) or chosen
-        logger.warning("the recipe names no layers; chosen by depth: %s", list(chosen))
-        recipe = replace(recipe, layers=chosen)
-    last = recipe.layers[-1]
-    if last > top:
-        raise ModelError(f"layer {last} is out of range: the model has layers 0 to {top}")
-    if last == top:
-        raise ModelError(
-            f"layer {top} is the model's last: nothing above it would read the edit; "
-            f"choose layers up to {top - 1}"
-        )
-    method = find_method(recipe.method.name)
-    method.check(recipe)
-    for layer in recipe.layers:
-        model.mlp_out(layer)
-    make_editable(model.model, model.layout, recipe.layers, base_hash)
-    for layer in recipe.layers:
-        as_out_in(model.mlp_out(layer))
-    return method.filled(recipe)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from nulledit.data.facts import Fact
-from nulledit.editing.editor import Editor, EditReport
+from nulledit.editing.editor import Editor
+from nulledit.editing.reports import EditReport
 from nulledit.editing.session import some
 from nulledit.editing.stronger import differences, stronger
 from nulledit.evaluation.diagnosis import holds

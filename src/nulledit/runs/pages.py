@@ -10,7 +10,8 @@ from typing import Any
 
 from nulledit._version import __version__
 from nulledit.config import Recipe
-from nulledit.editing.editor import Editor, EditReport
+from nulledit.editing.editor import Editor
+from nulledit.editing.reports import EditReport
 from nulledit.editing.session import some
 from nulledit.errors import LedgerError
 from nulledit.evaluation.diagnosis import Diagnosis, diagnose

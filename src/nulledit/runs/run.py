@@ -11,7 +11,8 @@ from typing import Self, TypeVar
 from nulledit.config import Placement, Recipe
 from nulledit.data.facts import Fact
 from nulledit.data.readers import Facts, as_facts
-from nulledit.editing.editor import ChangeReport, Editor, EditReport
+from nulledit.editing.editor import Editor
+from nulledit.editing.reports import ChangeReport, EditReport
 from nulledit.errors import CheckFailed, ConfigError, LedgerError
 from nulledit.evaluation.old_answers import with_base_answers
 from nulledit.evaluation.retry import joined, retry_failing

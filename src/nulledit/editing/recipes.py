@@ -1,0 +1,63 @@
+"""Which recipe an editor uses on a model."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from nulledit.config import Recipe, layers_by_depth, load_recipe, shipped_recipes
+from nulledit.errors import ConfigError, ModelError
+from nulledit.methods import find_method
+from nulledit.models.layouts import as_out_in
+from nulledit.models.partial import PartialModel
+from nulledit.models.quantized import make_editable
+
+logger = logging.getLogger(__name__)
+
+
+def read_recipe(recipe: Recipe | str | Path | None, name: str) -> Recipe:
+    """The recipe itself, from its file, or the one to use on the model `name`."""
+    if recipe is None:
+        recipe = name if name in shipped_recipes() else Recipe()
+    if not isinstance(recipe, Recipe | str | Path):
+        raise ConfigError(
+            f"recipe is a {type(recipe).__name__}; expected a Recipe (of a mapping: "
+            "Recipe.from_dict), a file or a shipped recipe's name"
+        )
+    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+
+
+def resolve_recipe(
+    recipe: Recipe | str | Path | None, name: str, model: PartialModel, base_hash: str
+) -> Recipe:
+    """The recipe to use on `model`, with all of its constants and with layers, whose matrices are
+    made ready to be written.
+
+    `base_hash`: of the model without edits. ModelError where the layers don't fit the model.
+    """
+    recipe = read_recipe(recipe, name)
+    if recipe.layout not in (None, model.layout):
+        raise ConfigError("layout is another than the model's first recipe gave; start a new run")
+    top = model.depth - 1
+    if not recipe.layers:
+        chosen = layers_by_depth(model.depth)
+        chosen = tuple(layer for layer in chosen if model.fits(layer)) or chosen
+        logger.warning("the recipe names no layers; chosen by depth: %s", list(chosen))
+        recipe = replace(recipe, layers=chosen)
+    last = recipe.layers[-1]
+    if last > top:
+        raise ModelError(f"layer {last} is out of range: the model has layers 0 to {top}")
+    if last == top:
+        raise ModelError(
+            f"layer {top} is the model's last: nothing above it would read the edit; "
+            f"choose layers up to {top - 1}"
+        )
+    method = find_method(recipe.method.name)
+    method.check(recipe)
+    for layer in recipe.layers:
+        model.mlp_out(layer)
+    make_editable(model.model, model.layout, recipe.layers, base_hash)
+    for layer in recipe.layers:
+        as_out_in(model.mlp_out(layer))
+    return method.filled(recipe)
