@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,9 +22,8 @@ from nulledit.ledger.solver import LayerFold, LayerMetrics, recorded, spectrum_t
 from nulledit.linalg.postprocess import keep_largest, restrain
 from nulledit.linalg.solve import solve_update
 from nulledit.linalg.spectrum import Spectrum
-from nulledit.methods import METHODS, Method, Registry, find_method
+from nulledit.methods import METHODS, LayerProblem, Method, Registry, find_method, method
 from nulledit.methods.neurons import chosen_neurons
-from nulledit.methods.problem import LayerProblem
 
 D, OUT, N, THRESHOLD = 24, 10, 3, 0.1
 SETTINGS = {
@@ -678,3 +678,71 @@ def test_the_command_tells_one_method_in_detail_or_suggests_a_near_one():
     wrong = invoke("prun")
     assert wrong.exit_code == 2
     assert "did you mean 'prune'" in wrong.stderr
+
+
+# -- methods of one's own --------------------------------------------------------------------
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """What a test registers is gone afterwards."""
+    monkeypatch.setattr(METHODS, "_methods", dict(METHODS._methods))
+    monkeypatch.setattr(METHODS, "_looked", False)
+
+
+def test_a_plain_function_becomes_a_method(registry):
+    @method("least-squares", paper="a textbook")
+    def solve(problem: LayerProblem) -> torch.Tensor:
+        """The shortest update that writes every residual."""
+        return problem.residual @ torch.linalg.pinv(problem.keys)
+
+    found = find_method("least-squares")
+    assert found.about == "The shortest update that writes every residual"
+    stream = Stream("least-squares")
+    K, V = stream.batches()[-1]
+    assert torch.allclose(stream.state.weight @ K, V, atol=1e-8)
+    with pytest.raises(ConfigError, match="registered already"):
+        method("least-squares")(solve)
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch, registry):
+    """Installs a package whose entry point is `value`, with `source` as its module."""
+
+    def install(source, value="offered:METHODS"):
+        (tmp_path / "offered.py").write_text(source, encoding="utf-8")
+        about = tmp_path / "offered-1.0.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text("Metadata-Version: 2.1\nName: offered\nVersion: 1.0\n")
+        (about / "entry_points.txt").write_text(f"[nulledit.methods]\nmine = {value}\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "offered", raising=False)
+
+    return install
+
+
+def test_methods_of_an_installed_package_are_seen_by_the_command_line(package):
+    package(
+        "from dataclasses import replace\n"
+        "from nulledit.methods import find_method\n"
+        "METHODS = [replace(find_method('memit'), name='memit-again')]\n"
+    )
+    assert find_method("memit-again").gains is find_method("memit").gains
+    assert "memit-again" in {row["name"] for row in json.loads(invoke("--json").stdout)}
+
+
+def test_a_module_may_register_its_own(package):
+    package(
+        "from nulledit.methods import method\n"
+        "@method('nothing')\n"
+        "def nothing(problem):\n    return 0 * problem.weight\n",
+        "offered",
+    )
+    assert find_method("nothing").paper == ""
+
+
+def test_a_package_that_fails_is_named_in_one_line(package):
+    package("raise RuntimeError('broken\\nin two lines')")
+    with pytest.raises(ConfigError, match=r"offered:METHODS offers.*broken in two lines") as caught:
+        find_method("no-such-method")
+    assert "\n" not in str(caught.value)

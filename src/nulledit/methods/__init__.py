@@ -1,19 +1,64 @@
 """Methods: functions from a layer's problem to its update."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
 from nulledit.methods.equality import EQUALITY
 from nulledit.methods.evoedit import EVOEDIT
 from nulledit.methods.filters import FILTERS
 from nulledit.methods.finetune import FINETUNE
 from nulledit.methods.neurons import NSE
+from nulledit.methods.problem import LayerProblem
 from nulledit.methods.prune import PRUNE
 from nulledit.methods.rect import RECT
 from nulledit.methods.registry import Method, Registry
 
-METHODS = Registry()
+Solve = Callable[[LayerProblem], Tensor]
+
+METHODS = Registry(group="nulledit.methods")
 for _method in (*FILTERS, *EQUALITY, RECT, PRUNE, NSE, EVOEDIT, FINETUNE):
     METHODS.add(_method)
 
 find_method = METHODS.find
 register = METHODS.add
 
-__all__ = ["METHODS", "Method", "Registry", "find_method", "register"]
+
+@dataclass(frozen=True)
+class NoSettings:
+    """A method without constants."""
+
+
+def method(
+    name: str, *, paper: str = "", settings: type = NoSettings, **traits: Any
+) -> Callable[[Solve], Solve]:
+    """Register the decorated function, LayerProblem → Δ [d_out, d_in], as a method.
+
+    Its first docstring line says what it is. `settings`: a frozen dataclass of its constants.
+    `traits`: other fields of `Method`; without `gains`, its metric is the identity.
+    ConfigError if the name is taken.
+    """
+
+    def made(solve: Solve) -> Solve:
+        about = (solve.__doc__ or "").strip().split("\n")[0].rstrip(".")
+        own = {"gains": lambda eigenvalues, *_: eigenvalues.new_ones(len(eigenvalues)), **traits}
+        register(Method(name, about, paper, settings, solve=solve, **own))
+        return solve
+
+    return made
+
+
+__all__ = [
+    "METHODS",
+    "LayerProblem",
+    "Method",
+    "NoSettings",
+    "Registry",
+    "find_method",
+    "method",
+    "register",
+]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import entry_points
 from typing import Any
 
 from torch import Tensor
@@ -113,9 +114,11 @@ class Method:
 
 
 class Registry:
-    """Methods by name."""
+    """Methods by name: those that were added, and those that installed packages offer."""
 
-    def __init__(self) -> None:
+    def __init__(self, group: str = ""):
+        """`group`: the entry points by which packages offer methods; empty: none are looked for."""
+        self.group, self._looked = group, not group
         self._methods: dict[str, Method] = {}
 
     def add(self, method: Method) -> Method:
@@ -128,6 +131,8 @@ class Registry:
     def find(self, name: str) -> Method:
         """A method by name, or a ConfigError that suggests near ones."""
         if name not in self._methods:
+            self._look()
+        if name not in self._methods:
             raise ConfigError(
                 f"unknown method {name!r}{suggest(name, self._methods)}; "
                 f"known: {', '.join(self._methods)}"
@@ -136,4 +141,25 @@ class Registry:
 
     def __iter__(self) -> Iterator[Method]:
         """All of them, as registered."""
-        return iter(self._methods.values())
+        self._look()
+        return iter(tuple(self._methods.values()))
+
+    def _look(self) -> None:
+        """Add what packages offer: a Method, several, or a module that registers its own."""
+        if self._looked:
+            return
+        self._looked = True
+        for offer in entry_points(group=self.group):
+            try:
+                found = offer.load()
+            except Exception as error:  # anything can go wrong in code that nobody here has seen
+                said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                raise ConfigError(
+                    f"the methods that {offer.value} offers can't be loaded ({said}): mend or "
+                    "uninstall that package"
+                ) from error
+            if isinstance(found, Method):
+                self.add(found)
+            elif isinstance(found, Iterable):
+                for method in found:
+                    self.add(method)
