@@ -5,8 +5,9 @@ import random
 
 import pytest
 import torch
-import world
-from conftest import FAMILIES, RECIPE, build_model, statistics_of
+from support import world
+from support.editors import in_the_world
+from support.models import FAMILIES, RECIPE, build_model, statistics_of
 
 from nulledit import Editor, Fact
 from nulledit.editing.chunks import chunks_of
@@ -416,25 +417,6 @@ def test_compact_statistics_say_what_they_can_not_serve(tokenizer, facts):
 @pytest.fixture(scope="module")
 def known(worlds):
     return worlds("llama")
-
-
-WORLD = RECIPE.from_dict(
-    {
-        "layers": [0, 1],
-        "values": {"steps": 60, "learning_rate": 0.2, "weight_decay": 0.1, "clamp": 6.0},
-        "contexts": {"texts": ["{}", "then he said . {}"]},
-        "null_space": {"rule": "leakage", "value": 0.05},
-        "method": {"l2": 1e-3},
-    }
-)
-
-
-def in_the_world(known, **changes):
-    model = type(known[0])(known[0].config).eval()
-    model.load_state_dict(known[0].state_dict())
-    statistics = statistics_of(model, known[1], layers=(0, 1), lines=world.sentences())
-    recipe = WORLD.with_fields({k.replace("__", "."): v for k, v in changes.items()})
-    return Editor(model, known[1], recipe=recipe, statistics=statistics)
 
 
 def test_the_world_says_a_whole_long_answer_written_in_chunks(known):

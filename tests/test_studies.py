@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import world
-from conftest import statistics_of
+from support import world
+from support.models import statistics_of
 
 from nulledit.config import Recipe, StatisticsSettings
 from nulledit.editing import batch as batch_module
