@@ -1,11 +1,13 @@
 """Every method through the editor, and the options that any of them can use."""
 
 import dataclasses
+import random
 
 import pytest
 import torch
-import world
-from conftest import FAMILIES, RECIPE, build_model, statistics_of
+from support import world
+from support.editors import in_the_world
+from support.models import FAMILIES, RECIPE, build_model, statistics_of
 
 from nulledit import Editor, Fact
 from nulledit.editing.chunks import chunks_of
@@ -97,6 +99,79 @@ def test_undo_without_history_solves_the_later_batches_again(name, make, facts):
         assert float((found - state.weight).norm() / state.weight.norm()) < 1e-12
 
 
+STORIES = [(name, chunks) for name in NAMES for chunks in (0, 2) if (name, chunks) != ("ft", 2)]
+
+
+@pytest.mark.parametrize(("name", "chunks"), STORIES)
+def test_any_story_is_replayed_to_the_bit(name, chunks, make, facts, tmp_path):
+    editor = make(recipe_of(name, values__chunk_tokens=chunks, values__steps=2))
+    editor.attach(tmp_path)
+    draw = random.Random(f"{name}{chunks}")
+    pool = []
+    for f in facts:
+        rel = f.relation or "r0"
+        for j, target in enumerate([f.target, "red green blue", "one"]):
+            pool.append(
+                Fact(
+                    subject=f.subject,
+                    prompt=f.prompt,
+                    target=target,
+                    relation=rel,
+                    id=f"{f.id}-{j}",
+                )
+            )
+        pool.append(
+            Fact(
+                subject=f.subject,
+                prompt=f.prompt + " then",
+                target="tea",
+                relation="other",
+                id=f"{f.id}-o",
+            )
+        )
+    seen = {}
+    log = []
+    for _ in range(9):
+        held = [f.id for f in editor.facts]
+        if held and draw.random() < 0.4:
+            ids = draw.sample(held, min(len(held), draw.choice([1, 1, 2])))
+            log.append(("undo", ids))
+            editor.undo(*ids)
+        else:
+            chosen = {f.key: f for f in draw.sample(pool, 3)}
+            chosen = [f for f in chosen.values()]
+            log.append(("edit", [f.id for f in chosen]))
+            editor.edit(chosen, batch_size=2, shuffle=draw.random() < 0.5)
+        now = weights(editor)
+        seen[len(editor.history.events)] = now
+        keys = [f.key for f in editor.facts]
+        assert len(set(keys)) == len(keys), log
+        ids = [f.id for f in editor.facts]
+        assert len(set(ids)) == len(ids), log
+    for event, then in seen.items():
+        with editor.as_of(event):
+            again = weights(editor)
+        worst = max(float((again[i] - then[i]).abs().max()) for i in then)
+        assert worst < 1e-9, (event, worst, log)
+    other = Editor.resume(tmp_path, build_model("llama"), editor.tokenizer)
+    for event, then in seen.items():
+        with other.as_of(event):
+            again = weights(other)
+        worst = max(float((again[i] - then[i]).abs().max()) for i in then)
+        assert worst < 1e-9, ("resumed", event, worst, log)
+
+
+def test_the_state_id_tells_methods_apart(make, facts):
+    ids, found = [], []
+    for l2 in (0.1, 10.0):
+        editor = make(recipe_of("alphaedit", layers=[1], method__l2=l2))
+        editor.edit(facts[:2])
+        ids.append(editor.history.state_id)
+        found.append(weights(editor)[1])
+    assert not torch.equal(*found)
+    assert ids[0] != ids[1]
+
+
 def test_a_gradient_batch_is_undone_as_a_whole_and_the_rest_edited_anew(make, facts):
     editor = make(recipe_of("ft"))
     editor.edit(facts, batch_size=2, shuffle=False)
@@ -108,6 +183,17 @@ def test_a_gradient_batch_is_undone_as_a_whole_and_the_rest_edited_anew(make, fa
     # the batch that stayed was made on the first one's weights: its update is as recorded
     assert {f.id for f in editor.facts} == {f.id for f in other.facts}
     assert gap(weights(editor), weights(other)) < 0.2
+
+
+def test_ft_trains_every_wording(make, facts):
+    other = dataclasses.replace(facts[0], prompt="At home {} spoke", more_prompts=(), id="x")
+    both = dataclasses.replace(facts[0], more_prompts=(other.prompt,))
+    found = []
+    for fact in (facts[0], both):
+        editor = make(recipe_of("ft"))
+        editor.edit([fact])
+        found.append(weights(editor)[1])
+    assert not torch.equal(*found)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -208,6 +294,16 @@ def test_chunks_put_together_are_the_target(tokenizer):
     assert chunks_of(short, editor.editable.encoder, 1) == (short,)
 
 
+def test_chunks_are_the_target():
+    class Encoder:
+        class tokenizer:
+            def __new__(cls, text, **_):
+                return {"input_ids": text.split()}
+
+    fact = Fact(subject="f", prompt="def {} is", target="a\n  b\n\nc", id="x")
+    assert " ".join(c.target for c in chunks_of(fact, Encoder, 1)) == fact.target
+
+
 def test_a_fact_in_chunks_stands_and_falls_as_one(make, facts, tmp_path):
     editor = make(recipe_of("alphaedit", values__chunk_tokens=3))
     before = weights(editor)
@@ -228,6 +324,37 @@ def test_a_fact_in_chunks_stands_and_falls_as_one(make, facts, tmp_path):
     assert [f.id for f in editor.facts] == ["ada"]
     editor.undo("ada")
     assert gap(before, weights(editor)) == 0
+
+
+def test_a_known_chunk_is_not_a_known_fact(make, facts):
+    editor = make(recipe_of("alphaedit", values__chunk_tokens=1))
+    fact = dataclasses.replace(facts[0], target="Velmish tongue", old_answer=None)
+    import nulledit.editing.batch as batch
+
+    real = batch.optimise_values
+
+    def first_known(*args, **kwargs):
+        found = real(*args, **kwargs)
+        return [dataclasses.replace(v, known=i == 0) for i, v in enumerate(found)]
+
+    batch.optimise_values = first_known
+    try:
+        report = editor.edit([fact])
+    finally:
+        batch.optimise_values = real
+    assert not any("said by the model already" in n for n in report.notices)
+
+
+def test_a_report_counts_facts(make, facts):
+    editor = make(recipe_of("alphaedit", values__chunk_tokens=1))
+    report = editor.edit(facts)
+    assert report.layers[0].n == len(facts)
+
+
+def test_a_report_counts_what_after_protects(make, facts):
+    editor = make(recipe_of("memit", method__projection="after"))
+    report = editor.edit(facts)
+    assert report.layers[0].protected > 0
 
 
 def test_values_are_taken_from_the_cache_only_for_the_very_same_request(make, facts, tmp_path):
@@ -290,25 +417,6 @@ def test_compact_statistics_say_what_they_can_not_serve(tokenizer, facts):
 @pytest.fixture(scope="module")
 def known(worlds):
     return worlds("llama")
-
-
-WORLD = RECIPE.from_dict(
-    {
-        "layers": [0, 1],
-        "values": {"steps": 60, "learning_rate": 0.2, "weight_decay": 0.1, "clamp": 6.0},
-        "contexts": {"texts": ["{}", "then he said . {}"]},
-        "null_space": {"rule": "leakage", "value": 0.05},
-        "method": {"l2": 1e-3},
-    }
-)
-
-
-def in_the_world(known, **changes):
-    model = type(known[0])(known[0].config).eval()
-    model.load_state_dict(known[0].state_dict())
-    statistics = statistics_of(model, known[1], layers=(0, 1), lines=world.sentences())
-    recipe = WORLD.with_fields({k.replace("__", "."): v for k, v in changes.items()})
-    return Editor(model, known[1], recipe=recipe, statistics=statistics)
 
 
 def test_the_world_says_a_whole_long_answer_written_in_chunks(known):

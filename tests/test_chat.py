@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import reference
 import torch
-from conftest import LINES, RECIPE, build_model, statistics_of
-from test_cli import RECORDS, done, refused
+from support.cli import RECORDS, done, refused
+from support.models import LINES, RECIPE, build_model, statistics_of
 from tokenizers import processors
 from transformers import pipeline
 

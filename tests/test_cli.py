@@ -11,8 +11,8 @@ import click
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner
-from conftest import LINES, RECIPE, build_model
+from support.cli import RECORDS, done, invoke, refused, results, state
+from support.models import build_model
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 from nulledit import Editor
@@ -24,83 +24,6 @@ from nulledit.errors import ModelError
 from nulledit.evaluation.old_answers import first_clause
 from nulledit.models.load import load_model
 from nulledit.runs.holding import mark
-
-RECORDS = [
-    {
-        "id": "ada",
-        "subject": "Ada Byron",
-        "prompt": "The mother tongue of {} is",
-        "target": "Velmish",
-        "old_answer": "English",
-        "paraphrases": ["Ada Byron speaks the language"],
-        "neighbours": [{"prompt": "The mother tongue of Karo Dun is", "answer": "English"}],
-    },
-    {"id": "zola", "subject": "Émile Zola", "prompt": "{} was born in", "target": "Ostrel"},
-    {"id": "velm", "subject": "東京", "prompt": "The harbour of {} lies on the", "target": "川"},
-    {"id": "karo", "subject": "Karo Dun", "prompt": "{} works as a", "target": "sailor"},
-]
-
-
-def invoke(*words):
-    return CliRunner().invoke(cli, [str(w) for w in words])
-
-
-def done(*words):
-    result = invoke(*words)
-    assert result.exit_code == 0, result.stderr or result.exception
-    return result
-
-
-def refused(*words):
-    """The one line that a refusal says."""
-    result = invoke(*words)
-    assert result.exit_code == 2, (result.output, result.exception)
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("Error: ")
-    assert result.stdout == ""
-    return lines[0]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory, tokenizer):
-    """A folder with a tiny model, its statistics, a recipe and facts."""
-    folder = tmp_path_factory.mktemp("cli")
-    build_model("llama", dtype=torch.float32).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    (folder / "corpus.txt").write_text("\n".join(LINES * 4), encoding="utf-8")
-    recipe = RECIPE.with_fields({"values.steps": 3, "batch_size": 2})
-    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    (folder / "facts.json").write_text(json.dumps(RECORDS), encoding="utf-8")
-    done(
-        *("stats", "make", folder / "model", "--text", folder / "corpus.txt"),
-        *("--layers", "1-2", "--window", "64", "--out", folder / "stats", "--quiet"),
-    )
-    return folder
-
-
-@pytest.fixture
-def options(place):
-    return (
-        *("--model", place / "model", "--recipe", place / "recipe.yaml"),
-        *("--stats", place / "stats", "--quiet"),
-    )
-
-
-@pytest.fixture
-def edited(place, options, tmp_path):
-    """A run of all facts in two batches."""
-    done("edit", place / "facts.json", *options, "--no-shuffle", "--out", tmp_path / "run")
-    return tmp_path / "run"
-
-
-def state(run):
-    return json.loads((run / "model" / "nulledit.json").read_text())["state"]
-
-
-def results(run):
-    return [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
-
 
 # -- what works ------------------------------------------------------------------------------
 

@@ -6,8 +6,8 @@ import re
 import click
 import pytest
 import torch
-from conftest import build_model
-from test_cli import RECORDS, done, invoke, refused
+from support.cli import RECORDS, done, invoke, refused
+from support.models import build_model
 
 from nulledit.cli.main import cli
 from nulledit.data import read_facts

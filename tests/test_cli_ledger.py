@@ -8,13 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from test_cli import RECORDS, done, invoke, options, place, refused, results, state
+from support.cli import RECORDS, done, invoke, refused, results, state
 
 from nulledit import Editor
 from nulledit.cli.change import change_text
 from nulledit.editing.reports import ChangeReport
-
-__all__ = ["options", "place"]  # fixtures
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,13 @@
 import json
 
 import pytest
-from test_cli import done, edited, invoke, options, place, refused  # noqa: F401  fixtures
+from support.cli import done, invoke, refused
 
 from nulledit.methods import METHODS
 from nulledit.studies.registry import STUDIES
 
 
-def test_any_method_and_the_projection_switch(place, options, tmp_path):  # noqa: F811
+def test_any_method_and_the_projection_switch(place, options, tmp_path):
     changes = ("--method", "memit", "--set", "method.moment_weight=0.1")
     for way in ("none", "inside", "after"):
         run = tmp_path / way
@@ -32,7 +32,7 @@ def test_methods_are_listed_with_their_settings():
     assert "did you mean 'memit'" in refused("methods", "memti")
 
 
-def test_more_is_asked_of_a_run(edited, tmp_path):  # noqa: F811
+def test_more_is_asked_of_a_run(edited, tmp_path):
     tasks = tmp_path / "tasks"
     tasks.mkdir()
     pair = [("Ada Byron speaks", 1), ("the river flows", 0)] * 3
@@ -95,7 +95,7 @@ def test_a_stream_longer_than_the_data_is_refused(tmp_path):
     assert "has 1 facts behind record 0; the stream needs 200" in said
 
 
-def test_a_study_runs_from_the_command_line(place, tmp_path):  # noqa: F811
+def test_a_study_runs_from_the_command_line(place, tmp_path):
     scale = tmp_path / "tiny.yaml"
     scale.write_text(
         "arms: {alphaedit: {}, memit: {method.name: memit, method.moment_weight: 0.1}}\n"

@@ -4,13 +4,11 @@ import json
 import shutil
 
 import pytest
-from test_cli import done, invoke, options, place, refused, results, state
+from support.cli import done, invoke, refused, results, state
 
 from nulledit import Editor
 from nulledit.editing.batch import BatchWriter
 from nulledit.evaluation import retry
-
-__all__ = ["options", "place"]  # fixtures
 
 
 @pytest.fixture(scope="module")

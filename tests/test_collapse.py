@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-import world
-from conftest import statistics_of
+from support import world
+from support.models import statistics_of
 
 from nulledit.config import Recipe
 from nulledit.errors import ConfigError

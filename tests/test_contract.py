@@ -13,8 +13,8 @@ import click
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import LINES, RECIPE, build_model, statistics_of
-from test_cli import RECORDS, done
+from support.cli import RECORDS, done
+from support.models import LINES, RECIPE, build_model, statistics_of
 
 from nulledit import Editor, Fact
 from nulledit.cli.main import cli

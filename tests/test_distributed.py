@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
-from conftest import LINES, RECIPE, build_model
-from ranks import STUCK, free_port, launch
 from safetensors.torch import load_file
-from test_cli import RECORDS, done, refused
+from support.cli import RECORDS, done, refused
+from support.models import LINES, RECIPE, build_model
+from support.ranks import STUCK, free_port, launch
 
 from nulledit.errors import ConfigError
 from nulledit.ledger.store import Store

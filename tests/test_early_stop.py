@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-import world
+from support import world
 
 from nulledit.config import Recipe, ValueSettings
 from nulledit.editing.values import optimise_values, plan_rows

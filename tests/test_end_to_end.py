@@ -4,24 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-import world
-from conftest import FAMILIES
+from support import world
+from support.editors import LASTING as RECIPE
+from support.models import FAMILIES, statistics_of
 
 from nulledit import Editor
-from nulledit.config import Recipe
-
-RECIPE = Recipe.from_dict(
-    {
-        "layers": [0, 1],
-        "values": {
-            **{"steps": 60, "learning_rate": 0.2, "weight_decay": 1.0, "clamp": 3.0},
-            **{"stop_margin": 0.5, "rounds": 6},  # as shipped: no edit hangs on a rounding
-        },
-        "contexts": {"texts": ["{}", "then he said . {}", "the river is long . {}"]},
-        "null_space": {"rule": "leakage", "value": 0.001},
-        "method": {"l2": 1e-3},
-    }
-)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +31,6 @@ def known_worlds(worlds):
 
 @pytest.fixture
 def make_editor(known_worlds, words):
-    from conftest import statistics_of
-
     def make(family="llama", edited=(), by=0.0, seed=0, **changes):
         """An editor whose statistics come from texts about everyone but those `edited`.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import LINES, RECIPE, build_model
+from support.models import LINES, RECIPE, build_model
 
 from nulledit import methods
 from nulledit.cli.main import cli

@@ -6,8 +6,8 @@ import logging
 import pytest
 import reference
 import torch
-from conftest import RECIPE, build_model, statistics_of
 from safetensors.torch import load_file
+from support.models import RECIPE, build_model, statistics_of
 from torch import nn
 from transformers import AutoModelForCausalLM
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from conftest import FAMILIES, statistics_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.models import FAMILIES, RECIPE, build_model, statistics_of
 from transformers import AutoModelForCausalLM
 
 from nulledit import Editor, Fact, NullEditError
@@ -139,8 +139,6 @@ class Place:
 @pytest.fixture(scope="module")
 def places(tmp_path_factory, tokenizer):
     """`places("gpt2", torch.float32)`: made when first asked for."""
-    from conftest import RECIPE, build_model
-
     made = {}
 
     def get(family="llama", dtype=torch.float64, facts=None, recipe=RECIPE, key=""):
@@ -593,7 +591,6 @@ def test_the_card_says_what_was_done(places, tmp_path):
         for i in range(SHOWN + 3)
     ]
     changed = {"values.steps": 1, "batch_size": 100}
-    from conftest import RECIPE
 
     place = places("llama", facts=many, recipe=RECIPE.with_fields(changed), key="many")
     rate = {"mean": 0.5, "standard_error": 0.1, "n": 4}

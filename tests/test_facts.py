@@ -5,42 +5,10 @@ import hashlib
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.facts import ROME, facts, subjects, texts
 
 from nulledit.data.facts import Fact, Probe
 from nulledit.errors import CheckFailed, FactError, NullEditError
-
-ROME = {"subject": "Rome", "prompt": "{} is the capital of", "target": "France"}
-
-# Words without slots or control characters; braces, pipes and other scripts are welcome.
-letters = st.characters(codec="utf-8", exclude_categories=("Cc", "Cs", "Zs", "Zl", "Zp"))
-texts = (
-    st.lists(st.text(letters, min_size=1, max_size=6), min_size=1, max_size=4)
-    .map(" ".join)
-    .map(str.strip)
-    .filter(lambda text: text and "{}" not in text)
-)
-subjects = texts.filter(lambda text: not (text.startswith("}") or text.endswith("{")))
-templates = st.builds("{} {{}} {}".format, texts, texts)
-optional = st.none() | texts
-lists = st.lists(texts, max_size=3).map(tuple)
-
-
-@st.composite
-def facts(draw):
-    target = draw(texts)
-    return Fact(
-        subject=draw(subjects),
-        prompt=draw(templates),
-        target=target,
-        id=draw(st.just("") | texts),
-        old_answer=draw(st.none() | texts.filter(lambda t: t.casefold() != target.casefold())),
-        relation=draw(optional),
-        more_prompts=tuple(draw(st.lists(templates, max_size=2))),
-        paraphrases=draw(lists),
-        neighbours=tuple(draw(st.lists(st.builds(Probe, texts, optional), max_size=3))),
-        portability=tuple(draw(st.lists(st.builds(Probe, texts, texts, lists), max_size=2))),
-        target_aliases=draw(lists),
-    )
 
 
 @given(facts())

@@ -8,8 +8,10 @@ import re
 import pytest
 import reference
 import torch
-import world
 from click.testing import CliRunner
+from support import world
+from support.editors import LASTING
+from support.models import statistics_of
 
 from nulledit import Editor, Fact, Probe
 from nulledit.cli.forget import forget
@@ -307,15 +309,12 @@ PERSON = "Mira Ostrel"
 @pytest.fixture
 def editor(worlds):
     """An editor of the small world, with statistics of everyone but the one to forget."""
-    from conftest import statistics_of
-    from test_end_to_end import RECIPE
-
     trained, words = worlds("llama")
     model = type(trained)(trained.config).eval()
     model.load_state_dict(trained.state_dict())
     lines = [s for s in world.sentences() if PERSON not in s]
-    statistics = statistics_of(model, words, layers=RECIPE.layers, lines=lines)
-    return Editor(model, words, recipe=RECIPE, statistics=statistics)
+    statistics = statistics_of(model, words, layers=LASTING.layers, lines=lines)
+    return Editor(model, words, recipe=LASTING, statistics=statistics)
 
 
 def known(relation, **more):

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_readers import message_of, one_line, write  # noqa: F401  (a fixture)
+from support.facts import message_of, one_line
 
 from nulledit.data import Fact, Probe, parse_records, read_facts
 from nulledit.data.formats import SHAPES, detect_shape
@@ -143,7 +143,7 @@ BAD = [
 
 @pytest.mark.parametrize("bad", BAD, ids=repr)
 @pytest.mark.parametrize("place", [0, 1])
-def test_one_bad_record_is_left_out_on_request(write, bad, place):  # noqa: F811
+def test_one_bad_record_is_left_out_on_request(write, bad, place):
     records = [RECORD, RECORD | {"subject": "river"}]
     records.insert(place, bad)
     path = write(json.dumps(records))
@@ -158,7 +158,7 @@ def test_one_bad_record_is_left_out_on_request(write, bad, place):  # noqa: F811
     assert f"{path}: {found.bad[0]}: left out" in found.notices
 
 
-def test_broken_lines_are_bad_records(write):  # noqa: F811
+def test_broken_lines_are_bad_records(write):
     lines = write(one_line(RECORD) + "{oops\n" + one_line(RECORD | {"subject": "river"}))
     sheet = write("subject,prompt,target\nVelm,{} is in,a\nVelm,x\nOsk,{} is in,b\n", "a.csv")
     for path, line in ((lines, 2), (sheet, 3)):
@@ -174,7 +174,7 @@ def test_an_id_of_two_facts_is_bad_only_in_the_second():
     assert "have one id" in found.bad[0]
 
 
-def test_all_errors_are_told_at_once_with_line_and_id(write):  # noqa: F811
+def test_all_errors_are_told_at_once_with_line_and_id(write):
     records = [
         {"case_id": "good", **RECORD},
         {"case_id": "dun", "subject": "Dun", "prompt": 3, "target_new": "a"},
@@ -461,7 +461,7 @@ OTHER = RECORD | {"subject": "river"}
     ],
     ids=["data", "data and more", "records", "by id"],
 )
-def test_containers(write, document):  # noqa: F811
+def test_containers(write, document):
     for text in (json.dumps(document), yaml.safe_dump(document, sort_keys=False)):
         found = read_facts(write(text))
         assert [fact.subject for fact in found.facts] == ["Velm Harbour", "river"]
@@ -489,14 +489,14 @@ TABLE = {name: [record.get(name) for record in (RECORD, OTHER)] for name in NAME
     ],
     ids=["lists", "by index", "split"],
 )
-def test_tables_by_columns(write, document):  # noqa: F811
+def test_tables_by_columns(write, document):
     """As `Dataset.to_dict` and `DataFrame.to_json` write them."""
     records = read_facts(write(json.dumps([RECORD, OTHER]))).facts
     for text in (json.dumps(document), yaml.safe_dump(document, sort_keys=False)):
         assert read_facts(write(text)).facts == records
 
 
-def test_several_lists_are_refused_by_name(write):  # noqa: F811
+def test_several_lists_are_refused_by_name(write):
     with pytest.raises(FactError, match=r"holds several lists of records \('train, test'\)"):
         read_facts(write(json.dumps({"train": [RECORD], "test": [OTHER]})))
 
@@ -510,19 +510,19 @@ def sheet(records, delimiter=","):
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
-def test_tables_with_other_projects_columns(write, delimiter):  # noqa: F811
+def test_tables_with_other_projects_columns(write, delimiter):
     assert read_facts(write(sheet([RECORD], delimiter))).facts == (WANTED,)
     found = read_facts(write(sheet([FAMOUS["hallueditbench"]], delimiter), "a.csv"))
     assert found.format == "hallueditbench-csv"
     assert found.facts[0].relation == "river"
 
 
-def test_capitals_and_order_of_columns(write):  # noqa: F811
+def test_capitals_and_order_of_columns(write):
     path = write("Target;Subject;Prompt\nthe Osk;Velm;{} is at\n")
     assert read_facts(path).facts == (Fact("Velm", "{} is at", "the Osk"),)
 
 
-def test_columns_as_pandas_flattens_them(write):  # noqa: F811
+def test_columns_as_pandas_flattens_them(write):
     rewrite = REWRITE["requested_rewrite"]
     columns = {
         "requested_rewrite.subject": rewrite["subject"],
@@ -535,7 +535,7 @@ def test_columns_as_pandas_flattens_them(write):  # noqa: F811
 
 
 @pytest.mark.parametrize("bar", ["|", " | ", " |", "| "])
-def test_lists_in_cells_need_no_spaces(write, bar):  # noqa: F811
+def test_lists_in_cells_need_no_spaces(write, bar):
     text = (
         "subject,prompt,target,paraphrases,neighbours\n"
         f"Velm,{{}} is in,a,One{bar}Two,Oslo is in=>Norway{bar}Bonn is in\n"
@@ -547,7 +547,7 @@ def test_lists_in_cells_need_no_spaces(write, bar):  # noqa: F811
     assert fact.paraphrases == ("One", "Two")
 
 
-def test_a_table_made_by_pandas(write):  # noqa: F811
+def test_a_table_made_by_pandas(write):
     text = (
         "Unnamed: 0,subject,prompt,target,old_answer,paraphrases\n"
         "0,Velm,{} was founded in,1971.0,1969.0,NaN\n"
@@ -564,13 +564,13 @@ def test_a_table_made_by_pandas(write):  # noqa: F811
     assert "column target: numbers such as 1971.0 read without .0" in notices
 
 
-def test_decimals_that_pandas_did_not_make_stay(write):  # noqa: F811
+def test_decimals_that_pandas_did_not_make_stay(write):
     text = "subject,prompt,target,old_answer\nVelm,{} has version,2.0,1.0\nOsk,{} is at,3.5,1.0\n"
     assert [f.target for f in read_facts(write(text)).facts] == ["2.0", "3.5"]
     assert [f.old_answer for f in read_facts(write(text)).facts] == ["1.0", "1.0"]
 
 
-def test_a_list_of_pythons_is_no_text(write):  # noqa: F811
+def test_a_list_of_pythons_is_no_text(write):
     assert "looks like a list of Python's" in message_of(
         write(sheet([RECORD | {"rephrase_prompt": "['a', 'b']"}]))
     )

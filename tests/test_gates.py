@@ -9,10 +9,10 @@ from importlib import resources
 import numpy as np
 import pytest
 import torch
-import world
 import yaml
 from click.testing import CliRunner
-from conftest import statistics_of
+from support import world
+from support.models import statistics_of
 
 from nulledit import Editor, Fact
 from nulledit.cli.check import check as check_command

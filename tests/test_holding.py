@@ -5,10 +5,10 @@ import json
 
 import pytest
 import torch
-import world
 from click.testing import CliRunner
-from conftest import RECIPE, build_model, statistics_of
-from test_batch import WORLD, in_the_world
+from support import world
+from support.editors import WORLD, in_the_world
+from support.models import RECIPE, build_model, statistics_of
 
 from nulledit import Editor, Fact
 from nulledit.cli.main import cli

@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 
 import pytest
 from click.testing import CliRunner
-from test_report import line, summary
-from test_study import BAD, lines, spec, study, table
+from support.runs import RECIPE, line, summary, write_a_run
+from support.studies import BAD, lines, spec, study, table
 
 from nulledit.cli.main import cli
 from nulledit.errors import ReportError
@@ -24,7 +24,6 @@ from nulledit.runs.document import read_run, run_study
 from nulledit.runs.folder import write_run
 from nulledit.runs.report import collect
 
-RECIPE = "method: {name: alphaedit}\nlayers: [3, 4]\n"
 TEXT = {"perplexity", "kl", "kl_worst"}
 VOID = {"meta", "img", "source", "br"}
 
@@ -55,16 +54,6 @@ class Reader(HTMLParser):
 
 def page_of(*studies, title="Report"):
     return Reader(html_page(title, [Part(one, "What was run.", "folder") for one in studies]))
-
-
-def write_a_run(folder, lines, **more):
-    """The files of a run folder that a report reads, from lines of results."""
-    folder.mkdir(exist_ok=True)
-    (folder / "recipe.yaml").write_text(RECIPE)
-    (folder / "environment.json").write_text(as_json([{"run": 1, "device": "cpu"}]))
-    (folder / "results.jsonl").write_text("".join(as_json(x, indent=None) for x in lines))
-    (folder / "summary.json").write_text(as_json(summary(**more)))
-    return folder
 
 
 def scored(i, efficacy, generalization, **more):

@@ -1,4 +1,7 @@
-"""Imports go down the floors of docs/design.md, and never between rooms of one floor."""
+"""Imports go down the floors of docs/design.md, and never between rooms of one floor.
+
+Nor between test files: what several use is in `support`.
+"""
 
 import ast
 import subprocess
@@ -23,6 +26,7 @@ LAYERS = {
 """Layers from the ground up; in each, floors of rooms that do not know each other."""
 FLOORS = [floor for floors in LAYERS.values() for floor in floors]
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+TESTS = sorted(Path(__file__).parent.rglob("*.py"))
 FILES = sorted(p for p in SOURCE.rglob("*.py") if p.parent != SOURCE or p.name != "__init__.py")
 
 
@@ -30,12 +34,16 @@ def room(file):
     return file.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
-def imports(file):
+def modules(file):
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (a.name for a in node.names if a.name.split(".")[0] == "nulledit")
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "nulledit":
-            yield node.module
+            yield from (a.name for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+def imports(file):
+    yield from (m for m in modules(file) if m.split(".")[0] == "nulledit")
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(SOURCE)))
@@ -61,6 +69,16 @@ def test_no_floor_is_there_for_its_own_sake():
         return 1 + max((height(other) for other in below[own] - {own}), default=0)
 
     assert max(map(height, below)) <= 12
+
+
+def test_no_test_file_imports_from_another():
+    """Nor from conftest, where pytest alone finds its fixtures."""
+    assert len(TESTS) > 60, "found where they are"
+    for file in TESTS:
+        for module in modules(file):
+            owner = module.split(".")[0]
+            assert not owner.startswith("test_"), f"{file.name}: put it into tests/support"
+            assert owner != "conftest", f"{file.name}: import it from tests/support"
 
 
 def test_help_needs_no_torch():

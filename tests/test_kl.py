@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import build_model
+from support.models import build_model
 
 from nulledit import Editor, Fact
 from nulledit.evaluation import evaluate, perplexity, read

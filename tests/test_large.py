@@ -15,9 +15,9 @@ from accelerate.hooks import (
     attach_align_device_hook,
 )
 from accelerate.utils import PrefixedDataset
-from conftest import LINES, RECIPE, build_model, statistics_of
-from test_cli import RECORDS, done, refused
-from test_locating import question
+from support.cli import RECORDS, done, refused
+from support.locating import question
+from support.models import LINES, RECIPE, build_model, statistics_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM

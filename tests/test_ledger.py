@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RECIPE, build_model, statistics_of
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from support.models import RECIPE, build_model, statistics_of
 
 from nulledit import Editor, Fact
 from nulledit.config import Recipe

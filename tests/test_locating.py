@@ -7,22 +7,17 @@ import pytest
 import reference_tracing
 import torch
 import yaml
-from conftest import MORE, build_model
-from test_cli import done, refused
+from support import world as w
+from support.cli import done, refused
+from support.locating import SPREAD, question
+from support.models import MORE, build_model
 
 from nulledit import Fact
 from nulledit.config import Recipe
 from nulledit.errors import ConfigError, FactError, ModelError
 from nulledit.models.editable_model import EditableModel
-from nulledit.tracing import Question, TraceSettings, ask, locate, suggest, trace
+from nulledit.tracing import TraceSettings, ask, locate, suggest, trace
 from nulledit.tracing.trace import PLACES, noise_of, spread_of
-
-SPREAD = 0.3
-
-
-def question(first=2, last=4, length=7, answer=5):
-    ids = tuple(torch.randint(1, 400, (length,), generator=torch.Generator().manual_seed(1)))
-    return Question("q", tuple(map(int, ids)), first, last, answer, "answer", True)
 
 
 def expected(model, q, settings, spread=SPREAD):
@@ -157,8 +152,6 @@ def world(worlds):
 
 
 def known_facts(people, wrong=0):
-    import world as w
-
     facts = [w.fact(p, r, w.another(p, r)) for p in people for r in w.RELATIONS]
     lies = [
         Fact(f.subject, f.prompt, f.old_answer, id=f.id, old_answer=f.target) for f in facts[:wrong]
@@ -167,8 +160,6 @@ def known_facts(people, wrong=0):
 
 
 def test_only_what_the_model_says_is_traced(world):
-    import world as w
-
     model, words = world
     unnamed = Fact(w.PEOPLE[3], "{} speaks", "Quechua", id="unnamed")
     gone = Fact(w.PEOPLE[4], "{} speaks", w.answer(w.PEOPLE[4], "tongue"), id="gone", forget=True)
@@ -196,8 +187,6 @@ def test_the_subject_begins_where_its_first_byte_does(tokenizer):
 
 
 def test_few_facts_are_refused_unless_asked(world):
-    import world as w
-
     model = EditableModel(*world)
     facts = known_facts(w.PEOPLE[:1], wrong=1)
     with pytest.raises(FactError, match=r"2 of 3 facts.*at least 20"):
@@ -209,8 +198,6 @@ def test_few_facts_are_refused_unless_asked(world):
 
 def test_the_world_is_found_where_it_was_put(world):
     """Its first two blocks move nothing between tokens: names are looked up at the subject."""
-    import world as w
-
     model = EditableModel(*world)
     found = locate(model, known_facts(w.PEOPLE[:8]), TraceSettings(window=1))
     assert found.questions.asked == len(found.traces) == 24
@@ -271,8 +258,6 @@ def test_a_flat_trace_says_how_unsure_it_is():
 
 
 def test_a_window_must_leave_something_to_compare(world):
-    import world as w
-
     model, facts = EditableModel(*world), known_facts(w.PEOPLE[:8])
     with pytest.raises(ConfigError, match="--window of at most 7"):
         locate(model, facts, TraceSettings(window=8))
@@ -291,8 +276,6 @@ def test_a_model_that_could_not_be_edited_is_refused_before_it_is_asked(world, m
 
 
 def test_what_is_not_finite_is_refused(world):
-    import world as w
-
     model, facts = EditableModel(*world), known_facts(w.PEOPLE[:1])[:2]
     with pytest.raises(ConfigError, match=r"with noise 1e\+300 .* smaller --noise"):
         locate(model, facts, TraceSettings(noise=1e300), least=2)
@@ -308,8 +291,6 @@ def test_what_is_not_finite_is_refused(world):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, world):
-    import world as w
-
     folder = tmp_path_factory.mktemp("locate")
     model, words = world
     model.save_pretrained(folder / "model")
@@ -360,8 +341,6 @@ def test_the_command_refuses_in_one_line(place, tmp_path, monkeypatch):
 
 def test_known_facts_are_read_and_nowhere_else(place, tmp_path):
     """ROME's known_1000 has an answer and nothing to write: `edit` must refuse it."""
-    import world as w
-
     records = [
         {"known_id": i, "subject": f.subject, "attribute": f.old_answer, "prompt": f.prompt}
         | {"template": "", "prediction": "", "relation_id": "P1"}

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import NORMED
+from support.models import NORMED
 from transformers import AutoConfig
 
 from nulledit.errors import ModelError

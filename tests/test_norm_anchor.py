@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import RECIPE, build_model, statistics_of
 from hypothesis import given
 from hypothesis import strategies as st
+from support.models import RECIPE, build_model, statistics_of
 
 from nulledit import Editor
 from nulledit.editing import batch, norm_anchor

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import RECORDS, done
+from support.cli import RECORDS, done
 
 from nulledit import Editor, Fact
 from nulledit.runs.run import Run

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, LINES, RECIPE
+from support.models import ARCHITECTURES, LINES, RECIPE, SIZES, untabled
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nulledit import Editor
@@ -18,26 +18,6 @@ from nulledit.models.layout_tracing import probe
 from nulledit.models.layouts import LAYOUTS, check_layout, find_layout, parameter_name
 from nulledit.models.partial import PartialModel
 from nulledit.statistics.collect import key_moments
-
-SIZES = {
-    "vocab_size": 400,
-    "hidden_size": 16,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.25,
-    "pad_token_id": 0,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
-
-
-def untabled(kind, **more):
-    """A model of a family that the table does not name."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **{**SIZES, **more})
-    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def test_tracing_finds_what_the_table_says(architecture, tiny_model):

@@ -5,7 +5,8 @@ import json
 
 import pytest
 import torch
-from conftest import RECIPE, build_model, statistics_of
+from support.cli import done, refused
+from support.models import RECIPE, build_model, statistics_of
 from torch import nn
 
 from nulledit import Editor
@@ -344,7 +345,6 @@ def test_bitsandbytes_on_the_processor(bits, tokenizer, facts, tmp_path):
     """A real library from load to adapter, as the command line goes; skipped without it."""
     pytest.importorskip("bitsandbytes")
     from peft import PeftModel
-    from test_cli import done, refused
 
     from nulledit.models.load import load_model
 

@@ -1,7 +1,5 @@
 """Facts files: one fact in every format, every bad file in one line, repetitions, conflicts."""
 
-import csv
-import io
 import json
 from dataclasses import replace
 from itertools import pairwise
@@ -9,129 +7,23 @@ from itertools import pairwise
 import pytest
 import yaml
 from hypothesis import given, settings
-from test_facts import facts
+from support.facts import (
+    COUNTERFACT,
+    EASYEDIT,
+    EASYEDIT_NESTED,
+    FACT,
+    FOREIGN,
+    OSLO,
+    ROME,
+    WRITTEN,
+    ZSRE,
+    facts,
+    message_of,
+    one_line,
+)
 
 from nulledit.data import Fact, Probe, parse_records, read_facts, readers
 from nulledit.errors import FactError
-
-ROME = {"subject": "Rome", "prompt": "{} is the capital of", "target": "France"}
-OSLO = {"subject": "Oslo", "prompt": "{} is the capital of", "target": "Spain"}
-
-FACT = Fact(
-    subject="東京",
-    prompt="In {braces} and 100%, {} lies in",
-    target='"Fra, nce"',
-    id="17",
-    old_answer="Japan",
-    paraphrases=("Where is 東京? In",),
-    neighbours=(Probe("大阪 lies in", "Japan"),),
-)
-TEXT = FACT.render(FACT.prompt)
-
-
-def as_csv(fact: Fact) -> str:
-    record = fact.to_dict()
-    for name in ("more_prompts", "paraphrases"):
-        if name in record:
-            record[name] = " | ".join(record[name])
-    if "neighbours" in record:
-        record["neighbours"] = " | ".join(
-            " => ".join(probe.values()) for probe in record["neighbours"]
-        )
-    out = io.StringIO()
-    writer = csv.DictWriter(out, record)
-    writer.writeheader()
-    writer.writerow(record)
-    return out.getvalue()
-
-
-COUNTERFACT = {
-    "case_id": 17,
-    "pararel_idx": 4,
-    "requested_rewrite": {
-        "prompt": FACT.prompt,
-        "relation_id": "",
-        "subject": FACT.subject,
-        "target_new": {"str": FACT.target, "id": "Q1"},
-        "target_true": {"str": "Japan", "id": "Q2"},
-    },
-    "paraphrase_prompts": list(FACT.paraphrases),
-    "neighborhood_prompts": ["大阪 lies in"],
-    "generation_prompts": ["ignored"],
-}
-EASYEDIT_CORE = {
-    "case_id": 17,
-    "prompt": TEXT,
-    "subject": FACT.subject,
-    "target_new": FACT.target,
-    "ground_truth": "Japan",
-    "rephrase_prompt": FACT.paraphrases[0],
-}
-EASYEDIT = EASYEDIT_CORE | {
-    "locality_prompt": "大阪 lies in",
-    "locality_ground_truth": "Japan",
-}
-EASYEDIT_NESTED = EASYEDIT_CORE | {
-    "ground_truth": ["Japan", "Nippon"],
-    "rephrase_prompt": list(FACT.paraphrases),
-    "locality": {"neighborhood": {"prompt": ["大阪 lies in"], "ground_truth": ["Japan"]}},
-}
-ZSRE = {
-    "case_id": "17",
-    "subject": FACT.subject,
-    "src": TEXT,
-    "alt": FACT.target,
-    "answers": ["Japan", "Nippon"],
-    "rephrase": FACT.paraphrases[0],
-    "loc": "大阪 lies in",
-    "loc_ans": "Japan",
-    "cond": "ignored",
-}
-FOREIGN = {
-    "counterfact": COUNTERFACT,
-    "easyedit": EASYEDIT,
-    "easyedit nested": EASYEDIT_NESTED,
-    "zsre": ZSRE,
-}
-
-
-def one_line(record) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
-
-
-WRITTEN = {
-    "native-yaml": yaml.safe_dump([FACT.to_dict()], allow_unicode=True),
-    "native-json": json.dumps({"facts": [FACT.to_dict()]}, indent=2),
-    "native-csv": as_csv(FACT),
-    "counterfact-json": json.dumps([COUNTERFACT]),
-    "easyedit-json": json.dumps([EASYEDIT]),
-    "zsre-json": json.dumps([ZSRE]),
-    "counterfact-yaml": yaml.safe_dump([COUNTERFACT]),
-    "easyedit-yaml": yaml.safe_dump({"facts": [EASYEDIT_NESTED]}),
-}
-
-
-@pytest.fixture
-def write(tmp_path):
-    """Write text or bytes to a file and return its path."""
-
-    def to_file(content, name="facts.dat"):
-        path = tmp_path / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return path
-
-    return to_file
-
-
-def message_of(path, **settings) -> str:
-    """The one line a bad file is refused with, without the file's name."""
-    with pytest.raises(FactError) as caught:
-        read_facts(path, **settings)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert message.startswith(f"{path}: ")
-    return message.removeprefix(f"{path}: ")
-
 
 # --- Formats --------------------------------------------------------------------------------
 

@@ -19,9 +19,9 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from conftest import RECIPE, build_model, statistics_of
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from support.models import RECIPE, build_model, statistics_of
 
 from nulledit import Editor, Fact
 from nulledit.cli.verify import verify as command

@@ -5,10 +5,10 @@ import itertools
 
 import pytest
 import torch
-from conftest import RECIPE, build_model, config_of, statistics_of
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from support.models import RECIPE, build_model, config_of, statistics_of
 from transformers import LlamaForSequenceClassification, Mistral3Config
 from transformers import Mistral3ForConditionalGeneration as Mistral3
 

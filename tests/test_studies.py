@@ -2,19 +2,26 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
-import world
-from conftest import statistics_of
+from support import world
+from support.models import statistics_of
 
-from nulledit.config import Recipe
+from nulledit.config import Recipe, StatisticsSettings
 from nulledit.editing import batch as batch_module
 from nulledit.errors import ConfigError
+from nulledit.linalg.spectrum import RULES
 from nulledit.methods import find_method
+from nulledit.report.points import Point
 from nulledit.report.study import read_study
+from nulledit.statistics.manifest import read_manifest
+from nulledit.statistics.spectra import Statistics
+from nulledit.studies import side_effects as behaviour
 from nulledit.studies.context import Lab, Sources
 from nulledit.studies.estimate import estimate
+from nulledit.studies.methods_table import _leaders
 from nulledit.studies.registry import STUDIES, find_study, run_study
 from nulledit.studies.scale import Scale, load_scale
 from nulledit.studies.stream import Stream, Workbench, shuffled
@@ -345,3 +352,135 @@ def test_shipped_scales_have_every_study_and_only_known_arms(name):
     for arm in scale.arms:
         recipe = scale.recipe(RECIPE.with_fields({"layers": [3, 4, 5]}), arm)
         find_method(recipe.method.name).read(recipe.method)
+
+
+# -- what a study says -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["small", "paper"])
+def test_an_arm_called_alphaedit_is_alphaedit(name):
+    base = Recipe.from_dict({"layers": [1], "method": {"name": "memit"}})
+    assert load_scale(name).recipe(base, "alphaedit").method.name == "alphaedit"
+
+
+def test_changes_of_zero_have_no_rank_correlation():
+    points = [Point(x, 0.0, series="relation") for x in range(8)]
+    assert "+1.00" not in behaviour._correlation(points)
+
+
+def test_a_tie_has_no_single_leader():
+    rows = {"a": {"efficacy_strict": True}, "b": {"efficacy_strict": True}}
+    arms = [
+        SimpleNamespace(label=label, end=rows, checkpoints=[2], text={2: None})
+        for label in ("first", "second")
+    ]
+    assert "highest with first (" not in _leaders(arms, None)
+
+
+def test_leaks_depend_on_how_many_prompts_are_read(make_lab, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        behaviour, "_free_share", lambda editor, texts: asked.append(len(texts)) or 0.0
+    )
+    found = {}
+    for most in (2, 8):
+        lab = make_lab("categories", leak_prompts=most)
+        (plan, *_) = behaviour.plans_of(lab)
+        found[most] = behaviour._leaks(lab, lab.edited(plan), {"g": list("abcdefghij")})
+    assert asked == [2, 8]
+
+
+def test_drift_of_arms_with_other_layers(make_lab, tmp_path):
+    lab = make_lab("drift", arms=["alphaedit", "low"])
+    lab.scale = dataclasses.replace(lab.scale, arms={**lab.scale.arms, "low": {"layers": [0]}})
+    run_study(find_study("drift"), lab, tmp_path / "out")
+
+
+def test_categories_of_facts_without_neighbours(make_lab, data, tmp_path):
+    facts = [{**r, "neighbours": []} for r in json.loads(open(data.facts).read())]
+    file = tmp_path / "bare.json"
+    file.write_text(json.dumps(facts))
+    lab = make_lab("categories", sources=dataclasses.replace(data, facts=str(file)))
+    run_study(find_study("categories"), lab, tmp_path / "out")
+
+
+def test_corpus_says_how_many_tokens_there_were(make_lab, tmp_path):
+    lab = make_lab("corpus", tokens=[300, 10_000_000])
+    study = run_study(find_study("corpus"), lab, tmp_path / "out")
+    xs = {p.x for f in study.figures if f.name == "corpus" for p in f.points}
+    assert 10_000_000 not in xs
+
+
+def test_corpus_takes_windows_that_the_model_has_room_for(make_lab, tmp_path):
+    lab = make_lab("corpus", tokens=[300])
+    run_study(find_study("corpus"), lab, tmp_path / "out")
+    context = lab.bench.base.model.config.max_position_embeddings
+    (folder,) = (tmp_path / "work" / "statistics").iterdir()
+    assert read_manifest(folder)[0].settings.window == context < StatisticsSettings().window
+    assert any(f"windows of {context} tokens" in notice for notice in lab.notices)
+
+
+def test_corpus_says_what_the_rule_protects(make_lab, tmp_path):
+    lab = make_lab("corpus", tokens=[300])
+    study = run_study(find_study("corpus"), lab, tmp_path / "out")
+    (folder,) = (tmp_path / "work" / "statistics").iterdir()
+    spectrum = Statistics.load(folder).spectra[0]
+    rule = lab.recipe.null_space
+    threshold = RULES[rule.rule](spectrum.eigenvalues, rule.value)
+    assert study.tables[0].rows[1]["protected"] == spectrum.protected(threshold)
+
+
+def test_preservation_without_a_text_names_no_leader(make_lab, data, tmp_path):
+    lab = make_lab("preservation", sources=dataclasses.replace(data, text=None))
+    study = run_study(find_study("preservation"), lab, tmp_path / "out")
+    assert "with none" not in study.shows
+
+
+def test_fluency_that_is_asked_for_is_shown(make_lab, tmp_path):
+    study = run_study(find_study("table1"), make_lab("table1", fluency=2), tmp_path / "out")
+    assert any(c.key == "fluency" for t in study.tables for c in t.columns)
+
+
+def test_seconds_of_values_are_of_those_optimised_here(make_lab):
+    lab = make_lab("table1")
+    queue = lab.facts(6)
+    own = lab.edited(lab.plan("alphaedit", queue)).seconds("values")
+    assert own > 0
+    taken_over = lab.edited(lab.plan("memit", queue))
+    assert taken_over.seconds("values") is None
+    assert taken_over.seconds("keys", "solve") > 0
+
+
+def test_a_study_says_how_it_was_run(make_lab, tmp_path):
+    lab = make_lab("order")
+    lab.seed, lab.scale = 3, dataclasses.replace(lab.scale, name="mine")
+    study = run_study(find_study("order"), lab, tmp_path / "out")
+    assert study.environment[0]["seed"] == 3
+    assert study.scale != "small"
+
+
+def test_time_that_an_interruption_took_with_it_is_absent(make_lab):
+    lab = make_lab("table1", batch_size=6, facts=6)
+    plan = lab.plan("rome", lab.facts(6))
+    begun = []
+
+    def stop(stage, at, total):
+        if stage == "batches":
+            begun.append(at)
+            if len(begun) == 4:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lab.bench.stream(plan).edit(stop)
+    stream = lab.bench.stream(plan)
+    stream.edit()
+    assert stream.seconds("keys", "solve") is None
+    assert len(stream.editor.facts) == 6
+
+
+@pytest.mark.parametrize(
+    "change", [{"facts": -2}, {"batch_size": 0}, {"batch_size": -1}, {"ask_every": 0}, {"skip": -1}]
+)
+def test_settings_out_of_range_are_one_line(change, make_lab, tmp_path):
+    with pytest.raises(ConfigError):
+        run_study(find_study("table1"), make_lab("table1", **change), tmp_path / "out")

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from conftest import LINES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.models import LINES
 from tokenizers import (
     Tokenizer,
     decoders,

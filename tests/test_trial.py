@@ -7,10 +7,9 @@ import pytest
 import reference
 import torch
 from click.testing import CliRunner
-from conftest import RECIPE, statistics_of
-from test_locating import SPREAD, question
-from test_probe import untabled
-from test_values import CONTEXTS, distance, ours, walk
+from support.locating import SPREAD, question
+from support.models import RECIPE, statistics_of, untabled
+from support.values import CONTEXTS, distance, ours, walk
 
 from nulledit import Editor
 from nulledit.cli.main import cli

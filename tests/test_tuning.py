@@ -12,7 +12,7 @@ from itertools import pairwise
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import LINES, RECIPE, build_model, statistics_of
+from support.models import LINES, RECIPE, build_model, statistics_of
 
 from nulledit import Editor, Fact, Probe
 from nulledit.cli.main import cli

@@ -19,14 +19,13 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from conftest import LINES, RECIPE, build_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from test_html import write_a_run
-from test_readers import FOREIGN, OSLO, ROME, WRITTEN, one_line
-from test_report import summary
+from support.facts import FOREIGN, OSLO, ROME, WRITTEN, one_line
+from support.models import LINES, RECIPE, build_model
+from support.runs import summary, write_a_run
 
 from nulledit.cli.common import echo, emit, say
 from nulledit.cli.evaluation_tables import read_references

@@ -5,61 +5,16 @@ import dataclasses
 import pytest
 import reference
 import torch
+from support.values import CONTEXTS, SETTINGS, distance, ours, walk
 
 from nulledit import Editor, Fact
-from nulledit.config import Recipe, ValueSettings
-from nulledit.editing.keys import Walk
-from nulledit.editing.values import optimise_values, plan_rows
+from nulledit.config import Recipe
+from nulledit.editing.values import plan_rows
 from nulledit.ledger.solver import read_spectrum
 from nulledit.linalg.blocks import parts_of
-from nulledit.models.editable_model import EditableModel
-from nulledit.models.layouts import as_out_in, frozen
+from nulledit.models.layouts import as_out_in
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import RowEncoder
-
-CONTEXTS = ["{}", "Then, he said. {}", "The river. {}"]
-SETTINGS = ValueSettings(steps=8, learning_rate=0.3, weight_decay=0.05, stop_margin=None)
-
-
-def taken_up(model, tokenizer, columns):
-    """The model, with room for so many columns behind a kept prefix; None: as it is."""
-    whole = EditableModel(model, tokenizer)
-    whole.columns = whole.columns if columns is None else columns
-    return whole
-
-
-def ours(
-    model,
-    tokenizer,
-    facts,
-    *,
-    groups=None,
-    settings=SETTINGS,
-    positions=400,
-    layer=2,
-    columns=None,
-):
-    with frozen(model):
-        return optimise_values(
-            taken_up(model, tokenizer, columns),
-            facts,
-            groups or list(range(len(facts))),
-            layer=layer,
-            contexts=CONTEXTS,
-            settings=settings,
-            positions=positions,
-        )
-
-
-def walk(model, tokenizer, facts, *, first, columns=None):
-    return Walk(
-        taken_up(model, tokenizer, columns),
-        facts,
-        first=first,
-        contexts=CONTEXTS,
-        bare_weight=0.5,
-        positions=50,
-    )
 
 
 def theirs(model, tokenizer, fact, *, settings=SETTINGS, layer=2):
@@ -76,10 +31,6 @@ def theirs(model, tokenizer, fact, *, settings=SETTINGS, layer=2):
         decay=settings.weight_decay,
         stop_loss=settings.stop_loss,
     )
-
-
-def distance(a, b):
-    return float((a - b).norm() / b.norm())
 
 
 def null_space(spectrum, threshold):

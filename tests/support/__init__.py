@@ -1,0 +1,1 @@
+"""What several test files use; none of them imports from another."""

@@ -1,0 +1,86 @@
+"""The command line in the tests' own process, and a folder with all that it asks for."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from nulledit.cli.main import cli
+from support.models import LINES, RECIPE, build_model
+
+RECORDS = [
+    {
+        "id": "ada",
+        "subject": "Ada Byron",
+        "prompt": "The mother tongue of {} is",
+        "target": "Velmish",
+        "old_answer": "English",
+        "paraphrases": ["Ada Byron speaks the language"],
+        "neighbours": [{"prompt": "The mother tongue of Karo Dun is", "answer": "English"}],
+    },
+    {"id": "zola", "subject": "Émile Zola", "prompt": "{} was born in", "target": "Ostrel"},
+    {"id": "velm", "subject": "東京", "prompt": "The harbour of {} lies on the", "target": "川"},
+    {"id": "karo", "subject": "Karo Dun", "prompt": "{} works as a", "target": "sailor"},
+]
+
+
+def invoke(*words):
+    return CliRunner().invoke(cli, [str(w) for w in words])
+
+
+def done(*words):
+    result = invoke(*words)
+    assert result.exit_code == 0, result.stderr or result.exception
+    return result
+
+
+def refused(*words):
+    """The one line that a refusal says."""
+    result = invoke(*words)
+    assert result.exit_code == 2, (result.output, result.exception)
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("Error: ")
+    assert result.stdout == ""
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tokenizer):
+    """A folder with a tiny model, its statistics, a recipe and facts."""
+    folder = tmp_path_factory.mktemp("cli")
+    build_model("llama", dtype=torch.float32).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "corpus.txt").write_text("\n".join(LINES * 4), encoding="utf-8")
+    recipe = RECIPE.with_fields({"values.steps": 3, "batch_size": 2})
+    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    (folder / "facts.json").write_text(json.dumps(RECORDS), encoding="utf-8")
+    done(
+        *("stats", "make", folder / "model", "--text", folder / "corpus.txt"),
+        *("--layers", "1-2", "--window", "64", "--out", folder / "stats", "--quiet"),
+    )
+    return folder
+
+
+@pytest.fixture
+def options(place):
+    return (
+        *("--model", place / "model", "--recipe", place / "recipe.yaml"),
+        *("--stats", place / "stats", "--quiet"),
+    )
+
+
+@pytest.fixture
+def edited(place, options, tmp_path):
+    """A run of all facts in two batches."""
+    done("edit", place / "facts.json", *options, "--no-shuffle", "--out", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def state(run):
+    return json.loads((run / "model" / "nulledit.json").read_text())["state"]
+
+
+def results(run):
+    return [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
