@@ -90,7 +90,7 @@ def main():
     each = torch.tensor([relative(v.z, golden["values"][i]) for i, v in enumerate(values)])
     print(f"| values: median of {len(each)} facts | {each.median():.1e} |")
     print(f"| values: worst | {each.max():.1e} |")
-    steps = sum(v.steps + 1 for v in values)
+    steps = sum(v.outcome.steps + 1 for v in values)
     print(f"| values: CPU-seconds a step of a fact | {seconds / steps:.3f} |")
     if options.facts < len(facts):
         return

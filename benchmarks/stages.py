@@ -147,7 +147,7 @@ def ends(clock, setup, options):
     notes = []
     reached = {
         REFERENCE: [(v.losses[-1], float(v.delta.norm() / v.initial.norm()), v.z) for v in slow],
-        OURS: [(v.loss, v.delta_share, v.z) for v in mine],
+        OURS: [(v.outcome.loss, v.outcome.delta_share, v.z) for v in mine],
     }
     spectra = setup.statistics()
     for side, found in reached.items():

@@ -17,6 +17,7 @@ from nulledit.editing.target_loss import WeightLoss
 from nulledit.editing.value_cache import ValueCache
 from nulledit.editing.values import bare_leads, optimise_values
 from nulledit.errors import ConfigError, StatisticsError
+from nulledit.ledger.records import ValueOutcome
 from nulledit.ledger.solver import recorded
 from nulledit.methods import METHODS
 from nulledit.models.layouts import as_out_in, frozen
@@ -335,7 +336,9 @@ def test_a_known_chunk_is_not_a_known_fact(make, facts):
 
     def first_known(*args, **kwargs):
         found = real(*args, **kwargs)
-        return [dataclasses.replace(v, known=i == 0) for i, v in enumerate(found)]
+        return [
+            Value(v.z, dataclasses.replace(v.outcome, known=i == 0)) for i, v in enumerate(found)
+        ]
 
     batch.optimise_values = first_known
     try:
@@ -378,7 +381,7 @@ def test_values_are_taken_from_the_cache_only_for_the_very_same_request(make, fa
 
 def test_a_damaged_cache_file_is_not_used(tmp_path):
     cache = ValueCache(tmp_path)
-    value = Value(torch.ones(3), 1.0, 1.0, 2, 0.5, False)
+    value = Value(torch.ones(3), ValueOutcome(1.0, 1.0, 2, 0.5, False))
     cache.put("a", [value])
     (found,) = cache.get("a")
     assert torch.equal(found.z, value.z)

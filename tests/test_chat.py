@@ -344,7 +344,7 @@ def test_values_and_keys_equal_the_reference(tokenizer, name, where, prompt):
         stop_loss=SETTINGS.stop_loss,
         kl_prompt=by_hand(words, SETTINGS.kl_prompt, settings, fact.subject),
     )
-    assert value.steps > 2
+    assert value.outcome.steps > 2
     assert float((value.z - expected.z).norm() / expected.z.norm()) < 1e-6
     slow = reference.compute_keys(model, Literal(words, None), [plain], 1, texts)
     assert float((keys.mT - slow).norm() / slow.norm()) < 1e-6

@@ -104,7 +104,7 @@ def test_a_value_ends_at_so_many_steps_at_which_every_context_says_the_target(kn
     settings = dataclasses.replace(SETTINGS, stop_when_likeliest=times)
     for fact, value in zip(edits(2), ours(known, edits(2), settings), strict=True):
         z, steps, said = plain(known, fact, settings, times)
-        assert (value.steps, value.ended) == (steps, "likeliest")
+        assert (value.outcome.steps, value.outcome.ended) == (steps, "likeliest")
         assert torch.allclose(value.z, z, atol=1e-5)
         assert sum(all(row[1:]) for row in said) == times
 
@@ -115,17 +115,17 @@ def test_the_bare_prompt_is_not_looked_at(known):
     contexts, fact = ("{}", "she said . {}"), edits(3)[2]
     value = ours(known, [fact], settings, contexts=contexts)[0]
     z, steps, said = plain(known, fact, settings, 1, contexts)
-    assert value.steps == steps
+    assert value.outcome.steps == steps
     assert torch.allclose(value.z, z, atol=1e-5)
     assert said[-1] == [False, True]
-    assert value.lead < 0
+    assert value.outcome.lead < 0
 
 
 def test_without_contexts_the_bare_prompt_decides(known):
     settings = dataclasses.replace(SETTINGS, stop_when_likeliest=2)
     value = ours(known, edits(1), settings, contexts=("{}",))[0]
     _, steps, said = plain(known, edits(1)[0], settings, 2, ("{}",))
-    assert (value.steps, value.ended) == (steps, "likeliest")
+    assert (value.outcome.steps, value.outcome.ended) == (steps, "likeliest")
     assert [row[0] for row in said].count(True) == 2
 
 
@@ -135,8 +135,8 @@ def test_facts_on_one_key_end_together(known):
     facts = [world.fact(person, kind, world.another(person, kind)) for kind in ("home", "tongue")]
     apart = ours(known, facts, settings)
     together = ours(known, facts, settings, groups=[0, 0])
-    assert len({value.steps for value in together}) == 1
-    assert together[0].steps >= max(value.steps for value in apart)
+    assert len({value.outcome.steps for value in together}) == 1
+    assert together[0].outcome.steps >= max(value.outcome.steps for value in apart)
 
 
 def test_recipes_say_how_many_steps():

@@ -193,7 +193,7 @@ def test_the_value_equals_a_slow_one(family, tiny_model, tokenizer, facts):
         (value,) = ours(model, tokenizer, [fact])
         z, loss = slow_value(model, tokenizer, fact, place)
         assert distance(value.z, z) < 1e-5
-        assert value.loss == pytest.approx(loss, rel=1e-5)
+        assert value.outcome.loss == pytest.approx(loss, rel=1e-5)
 
 
 def test_the_telling_token_is_the_one_that_knowledge_brings(tiny_model, tokenizer, facts):
@@ -265,7 +265,7 @@ def test_a_teacher_that_is_certain_is_a_target(tiny_model, tokenizer, facts, mon
     soft = ours(model, tokenizer, [fact.forgotten() for fact in facts])
     for a, b in zip(soft, hard, strict=True):
         assert distance(a.z, b.z) < 1e-12
-        assert a.loss == pytest.approx(b.loss)
+        assert a.outcome.loss == pytest.approx(b.outcome.loss)
 
 
 def test_it_does_not_depend_on_what_runs_beside_it(family, tiny_model, tokenizer, facts):
@@ -275,7 +275,7 @@ def test_it_does_not_depend_on_what_runs_beside_it(family, tiny_model, tokenizer
     for fact, value in zip(mixed, together, strict=True):
         (alone,) = ours(model, tokenizer, [fact], positions=1)
         assert distance(value.z, alone.z) < 1e-6
-        assert value.steps == alone.steps
+        assert value.outcome.steps == alone.outcome.steps
 
 
 def test_it_has_not_converged_while_the_answer_is_the_likeliest(worlds):
@@ -295,10 +295,10 @@ def test_it_has_not_converged_while_the_answer_is_the_likeliest(worlds):
             )[0]
             for asked in (fact, fact.forgotten())
         )
-    assert plain.steps == 0
-    assert gone.steps > 0
-    assert plain.known
-    assert not gone.known
+    assert plain.outcome.steps == 0
+    assert gone.outcome.steps > 0
+    assert plain.outcome.known
+    assert not gone.outcome.known
 
 
 # -- what is then said ---------------------------------------------------------------------------

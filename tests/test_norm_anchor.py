@@ -130,7 +130,7 @@ def test_only_what_w_gives_is_scaled_and_outcomes_are_of_what_is_written(make, f
         delta = z - h
         assert math.isclose(column.outcome.delta_share, delta.norm() / h.norm(), rel_tol=1e-6)
         assert math.isclose(column.outcome.nll, plain_nll(twin, fact, delta), rel_tol=1e-6)
-        assert abs(column.outcome.nll - value.nll) > 1e-4
+        assert abs(column.outcome.nll - value.outcome.nll) > 1e-4
         assert column.outcome.loss > column.outcome.nll
 
 

@@ -48,8 +48,8 @@ def test_values_equal_the_reference(architecture, tiny_model, tokenizer, facts):
     for fact, value in zip(facts, values, strict=True):
         expected = theirs(model, tokenizer, fact)
         assert distance(value.z, expected.z) < 1e-5
-        assert value.loss == pytest.approx(expected.losses[-1], rel=1e-4)
-        assert value.steps > 0
+        assert value.outcome.loss == pytest.approx(expected.losses[-1], rel=1e-4)
+        assert value.outcome.steps > 0
 
 
 LONG = Fact(  # longer than any window of the tiny models, with its subject at the end
@@ -68,7 +68,7 @@ def test_values_and_keys_do_not_depend_on_what_runs_beside_them(
     alone = [ours(model, tokenizer, [f], positions=1)[0] for f in facts]
     for a, b in zip(together, alone, strict=True):
         assert distance(a.z, b.z) < 1e-6
-        assert a.steps == b.steps
+        assert a.outcome.steps == b.outcome.steps
     keys = walk(model, tokenizer, facts, first=1).keys()
     for i, fact in enumerate(facts):
         assert distance(keys[:, i], walk(model, tokenizer, [fact], first=1).keys()[:, 0]) < 1e-6
@@ -85,7 +85,7 @@ def test_rows_run_from_their_start_give_the_same(architecture, tiny_model, token
         again = walk(model, tokenizer, facts, first=1, columns=columns).keys()
         for a, b in zip(found, expected, strict=True):
             assert distance(a.z, b.z) < 1e-6
-            assert a.steps == b.steps
+            assert a.outcome.steps == b.outcome.steps
         assert distance(again, keys) < 1e-6
 
 
@@ -114,12 +114,12 @@ def test_padding_side_of_the_tokenizer_does_not_matter(tiny_model, tokenizer, fa
 
 def test_a_fact_that_converged_leaves_and_the_others_go_on(tiny_model, tokenizer, facts):
     model = tiny_model("llama")
-    losses = [v.loss for v in ours(model, tokenizer, facts)]
+    losses = [v.outcome.loss for v in ours(model, tokenizer, facts)]
     settings = dataclasses.replace(
         SETTINGS, stop_loss=sorted(losses)[1] + 1e-3, stop_margin=None, steps=20
     )
     together = ours(model, tokenizer, facts, settings=settings, positions=10_000)
-    assert len({v.steps for v in together}) > 1, "they should leave at different steps"
+    assert len({v.outcome.steps for v in together}) > 1, "they should leave at different steps"
     for fact, value in zip(facts, together, strict=True):
         assert distance(value.z, theirs(model, tokenizer, fact, settings=settings).z) < 1e-5
 
@@ -174,17 +174,17 @@ def test_a_value_is_done_when_every_token_leads_in_every_row(
     )
     for fact, value in zip(WORDY, ours(model, tokenizer, WORDY, settings=settings), strict=True):
         least = min(lead for row in leads(model, tokenizer, fact, value) for lead in row)
-        assert value.lead == pytest.approx(least, abs=1e-3)
-        assert (value.ended == "done") == (value.lead > margin)
-        assert value.ended == "done" or value.steps == settings.steps - 1
-        assert value.steps > 0
+        assert value.outcome.lead == pytest.approx(least, abs=1e-3)
+        assert (value.outcome.ended == "done") == (value.outcome.lead > margin)
+        assert value.outcome.ended == "done" or value.outcome.steps == settings.steps - 1
+        assert value.outcome.steps > 0
 
 
 def test_the_mean_alone_would_stop_at_once(tiny_model, tokenizer):
     settings = dataclasses.replace(SETTINGS, stop_loss=1e9, stop_margin=None)
     for value in ours(tiny_model("llama"), tokenizer, WORDY, settings=settings):
-        assert (value.steps, value.ended) == (0, "done")
-        assert value.lead < 0
+        assert (value.outcome.steps, value.outcome.ended) == (0, "done")
+        assert value.outcome.lead < 0
 
 
 def test_a_value_says_why_it_ended(tiny_model, tokenizer):
@@ -194,12 +194,13 @@ def test_a_value_says_why_it_ended(tiny_model, tokenizer):
         changed = dataclasses.replace(SETTINGS, **changes)
         return ours(model, tokenizer, WORDY, groups=groups, settings=changed)
 
-    assert {v.ended for v in end(stop_loss=0.0, steps=3)} == {"steps"}
-    assert {v.ended for v in end(stop_loss=0.0, steps=30, patience=3, clamp=0.01)} == {"patience"}
-    assert all(v.clamped for v in end(clamp=0.01, steps=5))
-    assert not any(v.clamped for v in end(clamp=100.0, steps=5))
-    assert {v.shared for v in end()} == {1}
-    assert {v.shared for v in end(groups=[0, 0])} == {2}
+    assert {v.outcome.ended for v in end(stop_loss=0.0, steps=3)} == {"steps"}
+    flat = end(stop_loss=0.0, steps=30, patience=3, clamp=0.01)
+    assert {v.outcome.ended for v in flat} == {"patience"}
+    assert all(v.outcome.clamped for v in end(clamp=0.01, steps=5))
+    assert not any(v.outcome.clamped for v in end(clamp=100.0, steps=5))
+    assert {v.outcome.shared for v in end()} == {1}
+    assert {v.outcome.shared for v in end(groups=[0, 0])} == {2}
 
 
 def test_the_best_step_counts_where_the_steps_run_out(tiny_model, tokenizer):
@@ -214,18 +215,19 @@ def test_the_best_step_counts_where_the_steps_run_out(tiny_model, tokenizer):
     values, courses = end(12, 0.0), zip(*map(end, range(1, 13)), strict=True)
     swings = []
     for value, course in zip(values, courses, strict=True):
-        best = max(course, key=lambda v: (v.lead > 0, -v.loss))
-        assert (value.ended, value.steps) == ("steps", 11)
-        assert (value.loss, value.lead) == (pytest.approx(best.loss), pytest.approx(best.lead))
+        best = max(course, key=lambda v: (v.outcome.lead > 0, -v.outcome.loss))
+        assert (value.outcome.ended, value.outcome.steps) == ("steps", 11)
+        assert value.outcome.loss == pytest.approx(best.outcome.loss)
+        assert value.outcome.lead == pytest.approx(best.outcome.lead)
         assert distance(value.z, best.z) < 1e-9
-        swings.append(course[-1].loss > best.loss)
+        swings.append(course[-1].outcome.loss > best.outcome.loss)
     assert any(swings)
 
 
 def test_delta_stays_in_the_clamp(tiny_model, tokenizer, facts):
     settings = dataclasses.replace(SETTINGS, clamp=0.1, learning_rate=5.0)
     for value in ours(tiny_model("llama"), tokenizer, facts, settings=settings):
-        assert value.delta_share <= 0.1 + 1e-9
+        assert value.outcome.delta_share <= 0.1 + 1e-9
 
 
 def test_one_delta_for_a_group_lowers_every_member_loss(tiny_model, tokenizer):
@@ -238,7 +240,7 @@ def test_one_delta_for_a_group_lowers_every_member_loss(tiny_model, tokenizer):
     shared = ours(model, tokenizer, pair, groups=[0, 0])
     assert torch.equal(shared[0].z, shared[1].z)
     for start, end in zip(before, shared, strict=True):
-        assert end.nll < start.nll
+        assert end.outcome.nll < start.outcome.nll
 
 
 def test_the_model_is_left_as_it_was(tiny_model, tokenizer, facts):
