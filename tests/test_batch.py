@@ -335,7 +335,10 @@ def test_a_known_chunk_is_not_a_known_fact(make, facts):
 
     def first_known(*args, **kwargs):
         found = real(*args, **kwargs)
-        return [dataclasses.replace(v, known=i == 0) for i, v in enumerate(found)]
+        return [
+            dataclasses.replace(v, outcome=dataclasses.replace(v.outcome, known=i == 0))
+            for i, v in enumerate(found)
+        ]
 
     batch.optimise_values = first_known
     try:
