@@ -22,7 +22,6 @@ from nulledit.evaluation import (
     generate_answers,
     paired_bootstrap,
     perplexity,
-    preservation,
     preservation_report,
     queries_of,
     rates,
@@ -311,11 +310,12 @@ def test_each_answer_gets_its_own_room_whatever_runs_beside_it(model):
 def test_an_answer_that_fits_the_context_once_is_let_in(tokenizer):
     """Its room is for saying it, not for scoring it and saying it, too."""
     fact = Fact(id="velm", subject="Velm", prompt="{} is a", target="river " * 40)
-    editor = SimpleNamespace(encoder=RowEncoder(tokenizer, max_length=128))
-    room = answer_room(editor.encoder, fact)
+    asked = SimpleNamespace(encoder=RowEncoder(tokenizer, max_length=128))
+    editor = SimpleNamespace(editable=asked)
+    room = answer_room(asked.encoder, fact)
     assert 128 // 2 < room < 120
     check_lengths(editor, [fact])
-    editor.encoder = RowEncoder(tokenizer, max_length=room)
+    asked.encoder = RowEncoder(tokenizer, max_length=room)
     with pytest.raises(FactError, match=f"velm, efficacy: .* no room for an answer of {room}"):
         check_lengths(editor, [fact])
 
@@ -338,7 +338,7 @@ def test_generation_is_greedy_whatever_the_checkpoint_asks_for(llama):
     assert generate_answers(llama, ["The river", "Ada"]) == plain
     assert llama.model.generation_config is own
     assert generate_answers(llama, []) == []
-    with pytest.raises(FactError, match="longer than"):
+    with pytest.raises(FactError, match="no room for an answer of 100"):
         generate_answers(llama, ["river " * 60], max_new_tokens=100)
 
 
@@ -443,13 +443,13 @@ def test_preservation_is_the_ratio_of_norms_on_explicit_keys():
     W, D = torch.randn(2, 5, 8, dtype=torch.float64, generator=generator)
     windows = list(torch.randn(6, 5, 8, dtype=torch.float64, generator=generator))
     K = torch.cat(windows).mT
-    error, standard_error = preservation(W, W + D, windows)
+    error, standard_error = preservation_error(W, W + D, windows)
     assert error == pytest.approx(float((D @ K).norm() / (W @ K).norm()), rel=1e-12)
-    assert preservation(W, W, windows) == (0, 0)
-    assert all(math.isnan(x) for x in preservation(W, W + D, [torch.zeros(3, 8)]))
-    assert math.isnan(preservation(W, W + D, windows[:1])[1])
+    assert preservation_error(W, W, windows) == (0, 0)
+    assert all(math.isnan(x) for x in preservation_error(W, W + D, [torch.zeros(3, 8)]))
+    assert math.isnan(preservation_error(W, W + D, windows[:1])[1])
     # the delta method against leaving one window out in turn
-    left = [preservation(W, W + D, windows[:i] + windows[i + 1 :])[0] for i in range(6)]
+    left = [preservation_error(W, W + D, windows[:i] + windows[i + 1 :])[0] for i in range(6)]
     spread = 5 / 6 * sum((x - sum(left) / 6) ** 2 for x in left)
     assert standard_error == pytest.approx(spread**0.5, rel=0.2)
 

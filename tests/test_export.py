@@ -298,8 +298,8 @@ def test_a_fact_to_be_forgotten_holds_if_it_is_not_said(places, monkeypatch):
     editor = places().editor
     layers = stored_layers(editor, rank=1, dtype=torch.float64)
     plain = facts_cost(editor, layers)
-    columns = [replace(c, fact=c.fact.forgotten()) for c in editor.history.columns]
-    monkeypatch.setattr(editor.history, "columns", columns)
+    columns = tuple(replace(c, fact=c.fact.forgotten()) for c in editor.history.columns)
+    monkeypatch.setattr(editor._journal, "history", replace(editor.history, columns=columns))
     other = facts_cost(editor, layers)
     assert other.exact_strict == len(FACTS) - plain.exact_strict
     assert other.worst == plain.worst

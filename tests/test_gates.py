@@ -152,9 +152,9 @@ def test_the_error_of_a_growth_is_that_of_its_mean_difference():
     moved = 0.05 * torch.rand(12, generator=draw).double()
     losses = [[np.full(8, float(x)) for x in side] for side in (before, before + moved)]
     found = perplexity_growth(*losses)
-    assert found.value == pytest.approx(100 * (math.exp(moved.mean()) - 1))
+    assert found.percent == pytest.approx(100 * (math.exp(moved.mean()) - 1))
     alone = float(moved.std() / 12**0.5)
-    assert found.error == pytest.approx(100 * math.exp(moved.mean()) * alone)
+    assert found.standard_error == pytest.approx(100 * math.exp(moved.mean()) * alone)
 
 
 def test_kl_is_that_of_an_evaluation_and_holds_or_not(editor, windows):

@@ -110,7 +110,7 @@ def test_an_alias_that_is_said_and_then_repeated_is_told(make, facts, monkeypatc
     editor = make(values__steps=2)
     fact = dataclasses.replace(facts[0], target_aliases=("Velmian tongue",))
     editor.edit([fact])
-    after = evaluate(editor, [fact])
+    after = evaluate(editor.editable, [fact])
     said = {fact.id: "Velmian tongue, and so on, and so on, and so on"}
     looping = dataclasses.replace(after, answers=said, says_target={fact.id: False})
     monkeypatch.setattr("nulledit.evaluation.diagnosis.first_slip", lambda *_: None)
@@ -122,7 +122,7 @@ def test_a_control_character_hides_no_old_answer(make, facts):
     """Neither from the notice of an edit nor from `facts check --model`."""
     fact = dataclasses.replace(facts[1], old_answer="Paris")
     said = "Par\x07is, a city"
-    base = dataclasses.replace(evaluate(make(), [fact]), answers={fact.id: said})
+    base = dataclasses.replace(evaluate(make().editable, [fact]), answers={fact.id: said})
     assert not disagreements([fact], base)
     assert Outlook(fact, 1, False, said, ()).says_old_answer
 
@@ -160,8 +160,8 @@ def test_retry_writes_what_does_not_hold(known, edits):
     assert kinds == ["edit", *["retry"] * (len(kinds) - 1)]
     for column in editor.history.active:
         changed = column.outcome.settings
-        assert (changed is not None) == (column.batch > 1)
-        assert changed is None or changed["values.steps"] in [2**n for n in range(2, 7)]
+        assert bool(changed) == (column.batch > 1)
+        assert not changed or changed["values.steps"] in [2**n for n in range(2, 7)]
 
 
 def test_a_retry_after_which_fewer_facts_hold_is_taken_back(known, edits, monkeypatch):

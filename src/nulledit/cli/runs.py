@@ -55,7 +55,6 @@ def edit(
     if not given["run"] and ranks.from_first(ranks.first and begun(folder, ranks))[0]:
         given = {**given, "run": given["out"]}  # by this very command, before a restart
     run = _opened(folder, recipe, given, ranks, Terminal(quiet=quiet))
-    run.check(limits, given["capability"])
     run.seconds["load"] = time.perf_counter() - started
     if given["new_epoch"] and not run.new(facts):
         say("Note: no fact is new, so no epoch is begun", quiet=quiet)
@@ -88,7 +87,10 @@ def retry(given: dict[str, Any], *, quiet: bool) -> Result | str:
 
 
 def _limits(given: dict[str, Any]) -> Limits | None:
-    return load_limits(given["gate"]) if given["gate"] else None
+    """Those of --gate; ConfigError for some that could only fail."""
+    limits = load_limits(given["gate"]) if given["gate"] else None
+    Run.check(limits, given["capability"])
+    return limits
 
 
 def _opened(

@@ -221,7 +221,8 @@ class Run:
                 return self._nothing_written(report)
             return self._saved(report, found)
 
-    def check(self, limits: Limits | None, tasks: str | Path | None) -> None:
+    @staticmethod
+    def check(limits: Limits | None, tasks: str | Path | None) -> None:
         """Refuse limits on tasks that could only fail, before hours are spent on edits."""
         for name, bound in (limits.bounds if limits else {}).items():
             if not isinstance(bound, Tasks) or bound.optional:
