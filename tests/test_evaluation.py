@@ -22,6 +22,7 @@ from nulledit.evaluation import (
     generate_answers,
     paired_bootstrap,
     perplexity,
+    preservation_error,
     preservation_report,
     queries_of,
     rates,

@@ -42,7 +42,7 @@ def says_old_answer(fact: Fact, answer_text: str) -> bool | None:
     """
     if fact.old_answer is None or fact.forget:
         return None
-    return contains(_printable(answer_text), fact.old_answer)
+    return contains(_printable(answer_text), _printable(fact.old_answer))
 
 
 def disagreements(facts: Sequence[Fact], base: Evaluation) -> list[str]:
