@@ -45,6 +45,9 @@ def arguments():
     parser.add_argument("--every", type=int, default=1, help="take one fact of so many")
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--retry", type=int, default=0)
+    parser.add_argument(
+        "--look-back", action="store_true", help="retry earlier batches' facts, too"
+    )
     parser.add_argument("--text", choices=FIRST, default="choosing")
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--no-answers", action="store_true", help="ask for no free generation")
@@ -81,7 +84,8 @@ def main():
         begun = time.process_time()
         editor.edit(batch, shuffle=False)
         if options.retry:
-            retry_failing(editor, batch, options.retry)
+            again = facts[: start + size] if options.look_back else batch
+            retry_failing(editor, again, options.retry)
         spent += time.process_time() - begun
         last = start + size >= len(facts)
         stages.append(stage(editor, facts[: start + size], windows, base, spent, options, last))
