@@ -1,0 +1,97 @@
+"""`Run` from Python: what the command line does, without it."""
+
+import json
+
+import pytest
+from support.cli import RECORDS, results
+
+from nulledit import Editor, Fact, NullEditError, Run
+from nulledit.config import load_recipe
+from nulledit.runs.limits import Limits
+from nulledit.runs.run import Refused
+from nulledit.runs.talk import Talk
+
+IMPOSSIBLE = Limits.from_dict({"efficacy_strict": {"at_least": 100}}, source="never.yaml")
+EASY = Limits.from_dict({"efficacy_strict": {"at_least": 0}}, source="always.yaml")
+
+
+class Heard(Talk):
+    def __init__(self):
+        self.lines = []
+
+    def say(self, message):
+        self.lines.append(message)
+
+
+@pytest.fixture
+def editor(place):
+    return Editor.from_pretrained(
+        str(place / "model"),
+        recipe=load_recipe(place / "recipe.yaml"),
+        statistics=place / "stats",
+    )
+
+
+def test_a_run_is_made_evaluated_and_taken_up_again(editor, place, tmp_path):
+    talk = Heard()
+    run = Run.create(tmp_path / "run", editor, talk=talk)
+    assert not (tmp_path / "run").exists(), "nothing is written before the first edit"
+    result = run.edit(place / "facts.json", shuffle=False)
+    assert "Editing 4 facts in 2 batches" in talk.lines
+    assert json.loads(json.dumps(result.lines)) == results(tmp_path / "run")
+    assert [line["id"] for line in result.lines] == [record["id"] for record in RECORDS]
+    assert {"keys", "values", "solve", "save", "evaluation"} <= set(
+        result.summary["runs"][0]["seconds"]
+    )
+    again = Run.open(tmp_path / "run")
+    assert again.history.state_id == run.history.state_id
+    assert again.edit(place / "facts.json").lines == [], "all are in the model already"
+    assert again.verify().passed
+
+
+def test_a_broken_limit_leaves_nothing_and_the_next_call_goes_on(editor, place, tmp_path):
+    run = Run.create(tmp_path / "run", editor)
+    with pytest.raises(Refused, match="efficacy_strict failed; no model was written") as caught:
+        run.edit(place / "facts.json", limits=IMPOSSIBLE)
+    assert caught.value.report.failed == ("efficacy_strict",)
+    assert not (tmp_path / "run").exists()
+    assert not editor.history.events
+    assert len(run.edit(place / "facts.json", limits=EASY).lines) == len(RECORDS)
+
+
+def test_changes_reach_model_and_pages(editor, place, tmp_path):
+    run = Run.create(tmp_path / "run", editor)
+    run.edit(place / "facts.json", evaluate=False)
+    full = run.history.state_id
+    assert run.undo("zola").removed == ("zola",)
+    assert [line["id"] for line in results(tmp_path / "run") if not line["active"]] == ["zola"]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["facts"] == 3
+    assert run.redo().restored == ("zola",)
+    assert run.history.state_id == full
+    run.restore()
+    assert Editor.load(tmp_path / "run").facts == []
+    run.redo()
+    run.rebuild()
+    assert len(Run.open(tmp_path / "run").editor.facts) == 4
+    assert run.verify().passed
+
+
+def test_an_error_in_the_first_batch_leaves_no_folder(editor, tmp_path, monkeypatch):
+    run = Run.create(tmp_path / "run", editor)
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nulledit.editing.batch.optimise_values", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run.edit(Fact(id="velm", subject="Velm", prompt="{} is a", target="town"))
+    assert not (tmp_path / "run").exists()
+    assert run.batches == 0
+
+
+def test_a_folder_that_holds_something_is_refused_before_anything_is_edited(editor, tmp_path):
+    (tmp_path / "note.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(NullEditError, match="is not empty"):
+        Run.create(tmp_path, editor)
+    with pytest.raises(NullEditError, match="no run here"):
+        Run.open(tmp_path)
