@@ -53,7 +53,7 @@ def test_a_command_line_has_a_command_and_options_that_exist(page, line):
     assert used <= known, f"{page}: {line}"
 
 
-@pytest.mark.parametrize(("page", "source"), snippets())
+@pytest.mark.parametrize(("page", "source"), list(snippets()))
 def test_what_a_snippet_imports_is_there(page, source):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nulledit"):
