@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from nulledit import Editor, Recipe, read_facts
 from nulledit.config import StatisticsSettings, ValueSettings
 from nulledit.data.corpus import open_corpus
-from nulledit.editing.keys import Walk
+from nulledit.editing.keys import LayerwiseForward
 from nulledit.editing.values import optimise_values
 from nulledit.evaluation.queries import queries_of
 from nulledit.evaluation.scores import per_fact, rates, score
@@ -67,7 +67,7 @@ def main():
             expected = golden[f"eigenvalues.{layer}"].double()
             worst = float(((found - expected).abs() / expected).max())
             print(f"| eigenvalues, layer {layer}: worst relative difference | {worst:.1e} |")
-        walk = Walk(model, facts, first=4, contexts=contexts, bare_weight=0.5)
+        walk = LayerwiseForward(model, facts, first=4, contexts=contexts, bare_weight=0.5)
         print(f"| keys, layer 4 | {relative(walk.keys().mT, golden['keys.4']):.1e} |")
         residual = (golden["values"].double().mT - walk.hidden(8)) / len(LAYERS)
         print(f"| residuals, layer 4 | {relative(residual.mT, golden['residual.4']):.1e} |")

@@ -9,11 +9,11 @@ from timing import OURS, REFERENCE
 from nulledit import Editor, Fact
 from nulledit.config import Recipe, StatisticsSettings, ValueSettings
 from nulledit.data.corpus import windows
-from nulledit.editing.keys import Walk
+from nulledit.editing.keys import LayerwiseForward
 from nulledit.editing.values import optimise_values
 from nulledit.editing.weights import EditedWeights
 from nulledit.ledger.records import Base, Batch, Column, Epoch, History
-from nulledit.ledger.solver import LayerFold, spectrum_tensors
+from nulledit.ledger.solver import LayerSolver, spectrum_tensors
 from nulledit.ledger.store import tensor_bytes
 from nulledit.linalg.moments import SecondMoment
 from nulledit.linalg.solve import solve_update
@@ -61,7 +61,7 @@ class Setup:
         return Statistics(manifest, {i: s for i, s in spectra.items()})
 
     def walk(self, facts=None):
-        return Walk(
+        return LayerwiseForward(
             self.editable,
             facts or self.facts,
             first=self.layers[0],
@@ -364,7 +364,7 @@ def stream(clock, options):
     history.epochs.append(Epoch(1, recipe.to_dict(), 0, ("{}",), {}, "epoch"))
     begun = spectrum_tensors(spectrum, RANDOM_THRESHOLD, 0, torch.float32)
     history.tensors["epoch"] = begun | {"base.0": base}
-    fold = LayerFold(history, 0, torch.device(options.device))
+    fold = LayerSolver(history, 0, torch.device(options.device))
     state = fold.fold([])
     generator = torch.Generator().manual_seed(3)
     seconds, size = [], 0

@@ -12,7 +12,7 @@ from support.models import FAMILIES, RECIPE, build_model, statistics_of
 from nulledit import Editor, Fact
 from nulledit.editing.chunks import chunks_of
 from nulledit.editing.descent import Value
-from nulledit.editing.keys import Walk
+from nulledit.editing.keys import LayerwiseForward
 from nulledit.editing.target_loss import WeightLoss
 from nulledit.editing.value_cache import ValueCache
 from nulledit.editing.values import bare_leads, optimise_values
@@ -263,7 +263,9 @@ def test_a_value_at_each_layer_is_written_whole(make, facts):
         )
     z_first = editor.history.column_tensor(columns, f"z.{first}")
     assert torch.allclose(z_first, torch.stack([v.z for v in found]), atol=1e-9)
-    walk = Walk(editor.editable, facts[:2], first=first, contexts=("{}",), bare_weight=1.0)
+    walk = LayerwiseForward(
+        editor.editable, facts[:2], first=first, contexts=("{}",), bare_weight=1.0
+    )
     for layer in (first, last):
         z = editor.history.column_tensor(columns, f"z.{layer}")
         assert torch.allclose(walk.hidden(layer).mT, z, atol=1e-5)

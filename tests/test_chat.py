@@ -14,7 +14,7 @@ from transformers import pipeline
 
 from nulledit import Editor, Fact
 from nulledit.config import ChatSettings, Recipe, ValueSettings
-from nulledit.editing.keys import Walk
+from nulledit.editing.keys import LayerwiseForward
 from nulledit.editing.unlearning import blinded
 from nulledit.editing.values import optimise_values
 from nulledit.errors import ConfigError, FactError, ModelError
@@ -327,7 +327,9 @@ def test_values_and_keys_equal_the_reference(tokenizer, name, where, prompt):
             settings=SETTINGS,
             positions=400,
         )
-        keys = Walk(editable, [fact], first=1, contexts=CONTEXTS, bare_weight=0.5).keys()
+        keys = LayerwiseForward(
+            editable, [fact], first=1, contexts=CONTEXTS, bare_weight=0.5
+        ).keys()
     texts = [by_hand(words, prompt, settings, fact.subject, c) for c in CONTEXTS]
     plain = Fact(subject=fact.subject, prompt="{}", target=fact.target)
     expected = reference.compute_z(

@@ -701,7 +701,7 @@ import os
 import nulledit.editing.session
 from nulledit.cli.main import main
 
-real, batches = nulledit.editing.session.Changes.batch, 0
+real, batches = nulledit.editing.session.EditSession.batch, 0
 
 def batch(*args, **options):
     global batches
@@ -710,7 +710,7 @@ def batch(*args, **options):
         os.kill(os.getpid(), {})
     return real(*args, **options)
 
-nulledit.editing.session.Changes.batch = batch
+nulledit.editing.session.EditSession.batch = batch
 main()
 """
 """A command that gets a signal as its fourth batch begins."""

@@ -233,7 +233,7 @@ def test_chances_of_nothing_are_no_nan(tiny_model, tokenizer, facts, monkeypatch
         return torch.eye(500)[list(row.target_ids)]
 
     monkeypatch.setattr(ignorance, "uninformed", certain)
-    told = ignorance.Lesson(row, hidden).teacher(model)
+    told = ignorance.ForgetTarget(row, hidden).teacher(model)
     assert told.isfinite().all()
     assert told[:-1].sum(1).tolist() == [1.0] * (size - 1)
     assert told[-1].sum() == 0
@@ -255,9 +255,9 @@ def test_a_teacher_that_is_certain_is_a_target(tiny_model, tokenizer, facts, mon
         told[range(len(told)), lesson.row.target_ids] = 1.0
         return told
 
-    monkeypatch.setattr(ignorance.Lesson, "teacher", certain)
+    monkeypatch.setattr(ignorance.ForgetTarget, "teacher", certain)
     monkeypatch.setattr(
-        ignorance.Lesson, "banned", property(lambda x: (-1,) * len(x.row.target_ids))
+        ignorance.ForgetTarget, "banned", property(lambda x: (-1,) * len(x.row.target_ids))
     )
     monkeypatch.setattr(ignorance, "telling", lambda *_: 99)
     model = tiny_model("llama")

@@ -27,12 +27,12 @@ from nulledit.cli.common import own_device
 from nulledit.config import Placement
 from nulledit.editing.contexts import make_contexts
 from nulledit.editing.kept_rows import Job, KeptRows
-from nulledit.editing.keys import Walk
+from nulledit.editing.keys import LayerwiseForward
 from nulledit.editing.reads import Reads
 from nulledit.editing.values import plan_rows
 from nulledit.errors import ConfigError, ModelError
 from nulledit.evaluation.generation import generate_answers
-from nulledit.ledger.solver import Stage
+from nulledit.ledger.solver import EpochSolver
 from nulledit.linalg.moments import SecondMoment
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import LAYOUTS, as_out_in, mlp_out, parameter_name
@@ -402,7 +402,7 @@ def test_no_tensor_meets_one_of_another_device(family, tokenizer, facts, monkeyp
             assert {keys[i].device.index for i in (1, 2)} == {2, 3}
             normed = partial.run_normed(batch, states=states, first=2)
             partial.logits(normed)
-            walk = Walk(
+            walk = LayerwiseForward(
                 partial,
                 facts,
                 first=1,
@@ -445,13 +445,13 @@ def test_solves_are_exact_and_round_once(dtype, tokenizer, facts, tmp_path, monk
     monkeypatch.undo()
     statistics = statistics_of(model, tokenizer)
     solved = []
-    add = Stage.add
+    add = EpochSolver.add
 
     def adding(self, *args, **kwargs):
         solved.append(add(self, *args, **kwargs))
         return solved[-1]
 
-    monkeypatch.setattr(Stage, "add", adding)
+    monkeypatch.setattr(EpochSolver, "add", adding)
     editor = Editor(model, tokenizer, recipe=RECIPE, statistics=statistics)
     report = editor.edit(facts, batch_size=2)
     assert len(solved) >= 4

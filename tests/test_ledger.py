@@ -16,7 +16,7 @@ from nulledit.config import Recipe
 from nulledit.editing.descent import Value
 from nulledit.editing.merge import conflicts, newest
 from nulledit.errors import ConfigError, FactError, LedgerError, NoRoomError
-from nulledit.ledger.solver import LayerFold, LayerMetrics, read_spectrum
+from nulledit.ledger.solver import LayerMetrics, LayerSolver, read_spectrum
 from nulledit.ledger.store import Store
 
 OTHERS = {
@@ -179,7 +179,7 @@ class Life(RuleBasedStateMachine):
         before, state = weights(self.editor), self.editor.history.state_id
         self.editor.save(self.folder.name)
         self.editor = Editor.load(self.folder.name)
-        self.editor._changes.statistics = self.statistics
+        self.editor._session.statistics = self.statistics
         assert self.editor.history.state_id == state
         assert same(weights(self.editor), before)
 
@@ -290,14 +290,14 @@ def test_what_cannot_be_solved_does_not_reach_the_ledger(
         editor.undo("ada")
     before, state, events = weights(editor), editor.history.state_id, len(editor.history.events)
     held = {c.id for c in editor.history.active}
-    fold = LayerFold.fold
+    fold = LayerSolver.fold
 
     def fails(self, columns):
         if {c.id for c in columns} != held:
             raise NoRoomError("no room left")
         return fold(self, columns)
 
-    monkeypatch.setattr(LayerFold, "fold", fails)
+    monkeypatch.setattr(LayerSolver, "fold", fails)
     with pytest.raises(NoRoomError):
         getattr(editor, change)(*(["ada"] if change == "undo" else []))
     assert editor.history.state_id == state

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nulledit.linalg import solve as solve_module
 from nulledit.linalg.moments import SecondMoment
-from nulledit.linalg.solve import Remaining, room_left, solve_update
+from nulledit.linalg.solve import RecursiveState, room_left, solve_update
 from nulledit.linalg.spectrum import (
     Metric,
     Spectrum,
@@ -224,7 +224,7 @@ def test_batches_behind_one_another_equal_the_joint_solve(kind, sizes, monkeypat
         "wide": lambda: spectrum.metric(1 / s.clamp_min(1e-4 * float(s[-1]))),
     }[kind]()
     monkeypatch.setattr(solve_module, "BLOCK", 4)
-    W, remaining = draw(out, d, seed=5), Remaining(metric)
+    W, remaining = draw(out, d, seed=5), RecursiveState(metric)
     K, V = draw(d, sum(sizes)), draw(out, sum(sizes), seed=3)
     total, done = torch.zeros_like(W), 0
     for n in sizes:

@@ -18,7 +18,7 @@ from nulledit.cli.main import cli
 from nulledit.config import MethodSettings, Recipe
 from nulledit.errors import ConfigError, LedgerError, NoRoomError
 from nulledit.ledger.records import Base, Column, Epoch, History, ValueOutcome
-from nulledit.ledger.solver import LayerFold, LayerMetrics, recorded, spectrum_tensors
+from nulledit.ledger.solver import LayerMetrics, LayerSolver, recorded, spectrum_tensors
 from nulledit.linalg.postprocess import keep_largest, restrain
 from nulledit.linalg.solve import solve_update
 from nulledit.linalg.spectrum import Spectrum
@@ -79,7 +79,7 @@ class Stream:
         tensors = spectrum_tensors(spectrum, THRESHOLD, 0, torch.float64) | {"base.0": W0}
         epoch = Epoch(1, recipe.to_dict(), 0, ("{}",), {}, "epoch")
         self.history = History(Base("", "0", "float64", {}, 0)).with_epoch(epoch, tensors)
-        self.fold = LayerFold(self, 0, torch.device("cpu"))
+        self.fold = LayerSolver(self, 0, torch.device("cpu"))
         self.state = self.fold.fold([])
         for i in range(batches):
             self.write(draw(D, N, seed=10 + i) if keys is None else keys[i], seed=20 + i)

@@ -163,7 +163,7 @@ def test_where_v_is_too_long_nothing_is_written(make, few, facts, monkeypatch):
     for column in editor.history.active:
         assert column.outcome.delta_share < 1e-12
     for layer in editor.recipe.layers:
-        written = editor._changes.weights.exact(layer) - editor._changes.weights.base(layer)
+        written = editor._session.weights.exact(layer) - editor._session.weights.base(layer)
         assert written.norm() < 1e-9
 
 

@@ -195,7 +195,7 @@ IDLE, COMMIT, MODEL = range(3)
 
 
 def child(place, run, watch, stop, channel, slow):
-    """Walk through PLAN; at point number `stop` say so and wait to be killed.
+    """LayerwiseForward through PLAN; at point number `stop` say so and wait to be killed.
 
     Points stand before and behind every rename, sync, write and removal of a commit or a save.
     """

@@ -193,7 +193,7 @@ def test_a_finished_study_is_not_edited_again(make_lab, tmp_path, monkeypatch):
     def refuse(*_args, **_kwargs):
         raise AssertionError("edited again")
 
-    monkeypatch.setattr("nulledit.editing.session.Changes.batch", refuse)
+    monkeypatch.setattr("nulledit.editing.session.EditSession.batch", refuse)
     second = run_study(find_study("table1"), make_lab("table1"), tmp_path / "b")
     assert [t.rows for t in first.tables] == [t.rows for t in second.tables]
     assert [f.points for f in first.figures] == [f.points for f in second.figures]

@@ -1,7 +1,7 @@
 """Values and keys of a tiny model, and how far they are from those expected."""
 
 from nulledit.config import ValueSettings
-from nulledit.editing.keys import Walk
+from nulledit.editing.keys import LayerwiseForward
 from nulledit.editing.values import optimise_values
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import frozen
@@ -43,7 +43,7 @@ def ours(
 
 
 def walk(model, tokenizer, facts, *, first, columns=None):
-    return Walk(
+    return LayerwiseForward(
         taken_up(model, tokenizer, columns),
         facts,
         first=first,

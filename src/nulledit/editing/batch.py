@@ -15,7 +15,7 @@ from nulledit.config import Recipe
 from nulledit.data.facts import SLOT, Fact
 from nulledit.editing.chunks import chunks_of
 from nulledit.editing.descent import Value
-from nulledit.editing.keys import Walk
+from nulledit.editing.keys import LayerwiseForward
 from nulledit.editing.norm_anchor import (
     TOO_LONG,
     LengthRecord,
@@ -39,11 +39,11 @@ CPU_POSITIONS = 200  # small chunks stay in a processor's cache
 ACCELERATOR_POSITIONS = 16384
 
 Progress = Callable[[str, int, int], None]
-Given = Callable[[int], list[Value]]
+KnownValues = Callable[[int], list[Value]]
 """Values that are known, one per request, by the layer that they are for."""
 
 
-class Run:
+class CallLog:
     """What one call gathers on its way: notices, seconds by stage, progress."""
 
     def __init__(self, progress: Progress | None):
@@ -91,7 +91,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Written:
+class BatchResult:
     """What a batch left in the weights."""
 
     tensors: dict[str, Tensor]
@@ -112,7 +112,7 @@ class BatchWriter:
         weights: EditedWeights,
         contexts: tuple[str, ...],
         facts: Sequence[Fact],
-        run: Run,
+        run: CallLog,
         *,
         base_hash: str = "",
         cache: ValueCache | None = None,
@@ -139,7 +139,7 @@ class BatchWriter:
             keys = self.walk.keys()  # [d_in, requests]
             self.first_keys = self.ranks.from_first(None, {"keys": keys})[1]["keys"].to(keys)
 
-    def write(self, staying: Sequence[Column], given: Given | None = None) -> Written:
+    def write(self, staying: Sequence[Column], given: KnownValues | None = None) -> BatchResult:
         """Edit layer after layer; `staying` are the columns in the weights now.
 
         Values are optimised, unless they are `given`.
@@ -159,10 +159,10 @@ class BatchWriter:
 
     def _agreed(
         self, tensors: dict[str, Tensor], outcomes: Sequence[ValueOutcome], groups: list[int]
-    ) -> Written:
+    ) -> BatchResult:
         """What rank 0 has: other machines may round otherwise."""
         told, tensors = self.ranks.from_first([o.to_dict() for o in outcomes], tensors)
-        return Written(tensors, [ValueOutcome.from_dict(o) for o in told], groups)
+        return BatchResult(tensors, [ValueOutcome.from_dict(o) for o in told], groups)
 
     def _pass(
         self,
@@ -295,8 +295,8 @@ class BatchWriter:
             with self.run.timed("keys"):
                 self.walk.advance()
 
-    def _walk(self) -> Walk:
-        return Walk(
+    def _walk(self) -> LayerwiseForward:
+        return LayerwiseForward(
             self.model,
             [request.wording for request in self.requests],
             first=self.recipe.layers[0],

@@ -21,13 +21,13 @@ from nulledit.config import (
 )
 from nulledit.data.facts import Fact
 from nulledit.data.readers import Facts, as_facts
-from nulledit.editing.batch import Progress, Run
+from nulledit.editing.batch import CallLog, Progress
 from nulledit.editing.batching import admitted, batches
 from nulledit.editing.merge import Decide, conflicts, decided, with_own_ids
 from nulledit.editing.recipes import read_recipe, resolve_recipe
 from nulledit.editing.replay import replay
 from nulledit.editing.reports import ChangeReport, EditReport, by_fact
-from nulledit.editing.session import Changes, check_in_model, some
+from nulledit.editing.session import EditSession, check_in_model, some
 from nulledit.editing.stronger import stronger
 from nulledit.editing.undo import by_group, facts_of, last_undone, newest, plan_redo, plan_undo
 from nulledit.editing.value_cache import ValueCache
@@ -125,7 +125,7 @@ class Editor:
         value_cache: str | Path | None,
     ) -> None:
         self._journal = journal
-        self._changes = Changes(
+        self._session = EditSession(
             self._plain,
             journal,
             recipe=recipe,
@@ -284,12 +284,12 @@ class Editor:
     @property
     def editable(self) -> EditableModel:
         """The model and its tokenizer, asked as facts are: plain or in chat, by the recipe."""
-        return self._changes.model
+        return self._session.model
 
     @property
     def recipe(self) -> Recipe:
         """Of the current epoch, or of the next one to open."""
-        return self._changes.recipe
+        return self._session.recipe
 
     @property
     def seed(self) -> int:
@@ -299,7 +299,7 @@ class Editor:
     @property
     def weights(self) -> EditedWeights:
         """The edited matrices."""
-        return self._changes.weights
+        return self._session.weights
 
     @property
     def history(self) -> History:
@@ -386,22 +386,22 @@ class Editor:
         """
         size = self.recipe.batch_size if batch_size is None else batch_size
         check_whole("batch_size", size, least=1)
-        run, given = Run(progress), as_facts(facts)
+        run, given = CallLog(progress), as_facts(facts)
         run.notices += given.notices
         queue, notices = admitted(self.history, given.facts)
         run.notices += notices
         self._agree(queue)
         if queue:
-            changes = self._changes
-            with frozen(self.model), changes.transaction():
-                changes.open_epoch(self.seed)
-                changes.check_rows(queue, run)
+            session = self._session
+            with frozen(self.model), session.transaction():
+                session.open_epoch(self.seed)
+                session.check_rows(queue, run)
                 done = 0
-                if changes.method.one_by_one:
+                if session.method.one_by_one:
                     size = 1
                 for batch in batches(queue, size, seed=self.seed if shuffle else None):
                     run.tell("batches", done, len(queue))
-                    changes.batch(
+                    session.batch(
                         batch, run, kind="forget" if all(f.forget for f in batch) else "edit"
                     )
                     done += len(batch)
@@ -429,16 +429,16 @@ class Editor:
                 raise FactError(f"fact {id_!r} is to be forgotten: there is no answer to write")
         if not ids:
             raise LedgerError("no fact to write again was named")
-        run, changes = Run(progress), self._changes
+        run, session = CallLog(progress), self._session
         queue = [facts[id_] for id_ in dict.fromkeys(ids)]
         self._agree(queue)
-        with frozen(self.model), changes.current_epoch(), changes.transaction():
-            if changes.method.by_gradient:
-                raise ConfigError(f"{changes.method.name} optimises no values: retry can't help")
+        with frozen(self.model), session.current_epoch(), session.transaction():
+            if session.method.by_gradient:
+                raise ConfigError(f"{session.method.name} optimises no values: retry can't help")
             found = values or stronger(self.recipe.values)
-            if changes.method.rewinds:
+            if session.method.rewinds:
                 found = replace(found, rounds=1)  # its values are of the unedited model
-            changes.batch(queue, run, kind="retry", values=found)
+            session.batch(queue, run, kind="retry", values=found)
         columns = tuple(c for c in self.history.present if c.fact.id in ids)
         layers = self.weights.reports()
         return EditReport(columns, layers, tuple(run.notices), run.seconds, run.optimised)
@@ -474,7 +474,7 @@ class Editor:
         recipe = self._with_template(
             resolve_recipe(replace(found, layout=layout), "", self._plain, self.history.base.hash)
         )
-        self._changes.next_epoch(recipe, statistics)
+        self._session.next_epoch(recipe, statistics)
 
     def undo(self, *ids: str) -> ChangeReport:
         """Take facts out again, exactly: the weights become the solve without their columns.
@@ -487,9 +487,9 @@ class Editor:
         if not ids:
             raise LedgerError("no fact to undo was named")
         gone = [c for c in self.history.active if c.fact.id in ids]
-        with self._changed(gone) as (report, run), self._changes.transaction():
-            plan = plan_undo(self.history, gone, self._changes.near)
-            self._changes.carry_out(plan, "undo", run)
+        with self._changed(gone) as (report, run), self._session.transaction():
+            plan = plan_undo(self.history, gone, self._session.near)
+            self._session.carry_out(plan, "undo", run)
             whole = {c.batch for c in gone if self._by_gradient(c)}
             if plan.remade and whole:
                 names = some(f"batch {number}" for number in sorted(whole))
@@ -509,21 +509,21 @@ class Editor:
         back with their stored columns, unless other facts on their keys ask for a new value.
         LedgerError if there is nothing to redo, or an id is unknown or in the model.
         """
-        changes, history = self._changes, self.history
-        with self._changed([]) as (report, run), changes.transaction():
+        session, history = self._session, self.history
+        with self._changed([]) as (report, run), session.transaction():
             if not ids:
                 event = last_undone(history)
                 by_id = {c.id: c for c in history.columns}
-                changes.activate(
+                session.activate(
                     "redo",
                     on=[by_id[i] for i in event.deactivated],
                     off=[by_id[i] for i in event.activated],
                 )
                 return report()
             wanted = [column for id_ in dict.fromkeys(ids) for column in newest(history, id_)]
-            with changes.transaction("redo") as trial:
+            with session.transaction("redo") as trial:
                 for group in by_group(wanted):
-                    changes.carry_out(plan_redo(self.history, group, changes.near), "redo", run)
+                    session.carry_out(plan_redo(self.history, group, session.near), "redo", run)
                 trial.keep()
         return report()
 
@@ -531,8 +531,8 @@ class Editor:
         """Take out everything: the base, bit for bit. `redo` brings it all back."""
         if not self.history.active:
             raise LedgerError("no fact is in the model: it is the base already")
-        with self._changed(self.history.active) as (report, _), self._changes.transaction():
-            self._changes.activate("restore", on=(), off=self.history.active)
+        with self._changed(self.history.active) as (report, _), self._session.transaction():
+            self._session.activate("restore", on=(), off=self.history.active)
         return report()
 
     def rebuild(self, *, values: bool = False, progress: Progress | None = None) -> ChangeReport:
@@ -544,11 +544,11 @@ class Editor:
         columns = self.history.active
         if not columns:
             raise LedgerError("no fact is in the model: there is nothing to rebuild")
-        together = self._changes.transaction("rebuild")
+        together = self._session.transaction("rebuild")
         with self._changed([], progress) as (report, run), together as trial:
             self._journal.commit("rebuild", [], deactivated=columns)
             self.weights.refresh()
-            replay(self._changes, self.history, columns, run, values=values)
+            replay(self._session, self.history, columns, run, values=values)
             trial.keep()
         return report()
 
@@ -576,14 +576,14 @@ class Editor:
         ]
         with (
             self._changed([], progress) as (report, run),
-            self._changes.transaction("merge") as trial,
+            self._session.transaction("merge") as trial,
         ):
             names = with_own_ids(self.history, facts_of(theirs))
             run.notices += [f"{a.id}: named {b.id}, the id is taken" for a, b in names.items()]
             self._journal.commit("merge", [], deactivated=held)
             self.weights.refresh()
-            replay(self._changes, self.history, mine, run)
-            replay(self._changes, other, theirs, run, renamed=names)
+            replay(self._session, self.history, mine, run)
+            replay(self._session, other, theirs, run, renamed=names)
             trial.keep()
         return report()
 
@@ -594,7 +594,7 @@ class Editor:
         Else model, history and ledger are as before: edit, look, decide. `writing=False` for a mere
         look, which no other process at work on the ledger need hinder.
         """
-        with self._changes.transaction("", writing=writing) as trial:
+        with self._session.transaction("", writing=writing) as trial:
             yield trial
 
     @contextmanager
@@ -606,9 +606,9 @@ class Editor:
     @contextmanager
     def _changed(
         self, gone: Sequence[Column], progress: Progress | None = None
-    ) -> Iterator[tuple[Callable[[], ChangeReport], Run]]:
+    ) -> Iterator[tuple[Callable[[], ChangeReport], CallLog]]:
         """Watch a change; the report is asked for when it is made."""
-        history, run = self.history, Run(progress)
+        history, run = self.history, CallLog(progress)
         before = {c.id: c for c in history.active}
         known = len(history.columns)
         layer = max(self.weights.layers, default=-1)
@@ -633,7 +633,7 @@ class Editor:
                 notices=tuple(run.notices),
             )
 
-        with frozen(self.model), self._changes.current_epoch():
+        with frozen(self.model), self._session.current_epoch():
             yield report, run
 
     def _agree(self, queue: Sequence[Fact]) -> None:

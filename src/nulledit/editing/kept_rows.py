@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nulledit.editing.unlearning import Lesson
+from nulledit.editing.unlearning import ForgetTarget
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.tokens import Batch, Row, share_beginnings
 
@@ -27,7 +27,7 @@ class Job:
     """Its fact."""
     rows: tuple[Row, ...]
     """Rewriting rows; the first is the bare prompt."""
-    lessons: tuple[Lesson, ...]
+    lessons: tuple[ForgetTarget, ...]
     """Of the rows, where a fact is to be forgotten; else none."""
     labels: tuple[int, ...]
     """The rows' contexts, by number."""

@@ -29,7 +29,7 @@ class _Chunk:
     stem: Tensor  # index of each row's stem [rows]
 
 
-class Walk:
+class LayerwiseForward:
     """The facts' prompts on their way up through the edited blocks."""
 
     def __init__(

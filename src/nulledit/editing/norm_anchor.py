@@ -24,7 +24,7 @@ from torch import Tensor
 from nulledit.config import ChatSettings, ValueSettings
 from nulledit.data.facts import Fact
 from nulledit.data.readers import read_facts
-from nulledit.editing.keys import Walk
+from nulledit.editing.keys import LayerwiseForward
 from nulledit.editing.values import optimise_values, plan_rows
 from nulledit.errors import FactError, StatisticsError
 from nulledit.io.files import write_text
@@ -89,7 +89,7 @@ def value_lengths(
         positions=positions,
         progress=progress,
     )
-    walk = Walk(model, facts, first=first, contexts=BARE, bare_weight=1.0)
+    walk = LayerwiseForward(model, facts, first=first, contexts=BARE, bare_weight=1.0)
     hidden, added = walk.standing(layer)
     z = torch.stack([value.z.cpu().double() for value in values], dim=1)
     lengths: list[float] = (z - hidden + added).norm(dim=0).tolist()
@@ -105,7 +105,7 @@ def mean_length(lengths: Sequence[float]) -> float:
 def anchored(z: Tensor, hidden: Tensor, added: Tensor, length: float) -> Tensor | None:
     """`z` [d] with its v* scaled to `length`; None where v* is too long.
 
-    `hidden` is h and `added` v₀ [d] each, as `Walk.standing` gives them.
+    `hidden` is h and `added` v₀ [d] each, as `LayerwiseForward.standing` gives them.
     """
     beside = hidden - added
     v = z - beside

@@ -7,19 +7,19 @@ from collections.abc import Sequence
 import torch
 
 from nulledit.data.facts import Fact
-from nulledit.editing.batch import Run
+from nulledit.editing.batch import CallLog
 from nulledit.editing.descent import Value
-from nulledit.editing.session import Changes
+from nulledit.editing.session import EditSession
 from nulledit.editing.undo import facts_of
 from nulledit.ledger.records import Column, History
 from nulledit.methods import find_method
 
 
 def replay(
-    changes: Changes,
+    changes: EditSession,
     source: History,
     columns: Sequence[Column],
-    run: Run,
+    run: CallLog,
     *,
     values: bool = False,
     renamed: dict[Fact, Fact] | None = None,
@@ -28,7 +28,7 @@ def replay(
 
     With their stored z; with `values`, z is optimised again. A fact that meets an older one on its
     key is always optimised again, together with it. `renamed`: facts that take another's place.
-    Call it inside `Changes.together`; the columns of the same history must have left before.
+    Call it inside `EditSession.transaction`; the columns of the same history must have left before.
     """
     done, now = 0, {c.id for c in columns}
     broken = {(c.batch, c.group) for c in source.active if c.id not in now}  # a mate is left out
@@ -72,7 +72,7 @@ class _Stored:
 
 
 def _clear(
-    changes: Changes, columns: Sequence[Column], run: Run, renamed: dict[Fact, Fact]
+    changes: EditSession, columns: Sequence[Column], run: CallLog, renamed: dict[Fact, Fact]
 ) -> list[Column]:
     """Those of `columns` whose keys no fact in the model has."""
     facts = facts_of(columns)

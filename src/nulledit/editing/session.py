@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nulledit.config import Recipe, ValueSettings
 from nulledit.data.facts import Fact, refuse_forgetting, suggest
-from nulledit.editing.batch import BatchWriter, Given, Run, Written
+from nulledit.editing.batch import BatchResult, BatchWriter, CallLog, KnownValues
 from nulledit.editing.contexts import make_contexts
 from nulledit.editing.epochs import open_epoch
 from nulledit.editing.stronger import differences
@@ -33,7 +33,7 @@ from nulledit.statistics.collect import find_statistics
 from nulledit.statistics.spectra import Statistics
 
 
-class Changes:
+class EditSession:
     """Carries out changes of one model and keeps its ledger in step."""
 
     def __init__(
@@ -186,7 +186,7 @@ class Changes:
 
     # -- one batch ---------------------------------------------------------------------------
 
-    def carry_out(self, plan: Plan, kind: str, run: Run) -> None:
+    def carry_out(self, plan: Plan, kind: str, run: CallLog) -> None:
         """Make a planned change, as one event."""
         if plan.remade:
             self.batch(
@@ -214,13 +214,13 @@ class Changes:
     def batch(
         self,
         facts: Sequence[Fact],
-        run: Run,
+        run: CallLog,
         *,
         kind: str = "edit",
         dropped: Sequence[Column] = (),
         restored: Sequence[Column] = (),
         behind: Mapping[tuple[str, str], Column] | None = None,
-        given: Given | None = None,
+        given: KnownValues | None = None,
         values: ValueSettings | None = None,
     ) -> None:
         """Edit `facts` together and commit; `dropped` columns leave first, `restored` come back.
@@ -300,7 +300,7 @@ class Changes:
         return [column for column, _ in found]
 
     def writer(
-        self, facts: Sequence[Fact], run: Run, values: ValueSettings | None = None
+        self, facts: Sequence[Fact], run: CallLog, values: ValueSettings | None = None
     ) -> BatchWriter:
         """Brings `facts` to the first edited layer; `values` as for `batch`."""
         return BatchWriter(
@@ -315,7 +315,7 @@ class Changes:
             ranks=self.ranks,
         )
 
-    def check_rows(self, facts: Sequence[Fact], run: Run) -> None:
+    def check_rows(self, facts: Sequence[Fact], run: CallLog) -> None:
         """Refuse before any work what can't be done: a prompt too long, forgetting by gradient."""
         if self.method.by_gradient:
             refuse_forgetting(facts, self.method.name)
@@ -332,7 +332,7 @@ class Changes:
                 raise FactError(f"fact {fact.id}: {error}") from error
 
     def _columns(
-        self, writer: BatchWriter, written: Written, stand_in: dict[tuple[str, str], Column]
+        self, writer: BatchWriter, written: BatchResult, stand_in: dict[tuple[str, str], Column]
     ) -> list[Column]:
         first = len(self.history.columns) + 1
         columns = []

@@ -30,7 +30,7 @@ CHANCE = 0.005  # of the telling token, below which it costs nothing
 
 
 @dataclass(frozen=True)
-class Lesson:
+class ForgetTarget:
     """A row, and how to ask the uninformed model what it would say at each of its target tokens."""
 
     row: Row
@@ -52,7 +52,9 @@ class Lesson:
         return told / left.clamp_min(torch.finfo(told.dtype).tiny)
 
 
-def lessons_of(model: EditableModel, fact: Fact, contexts: Sequence[str]) -> tuple[Lesson, ...]:
+def lessons_of(
+    model: EditableModel, fact: Fact, contexts: Sequence[str]
+) -> tuple[ForgetTarget, ...]:
     """What to learn so that `fact` is forgotten: one lesson per training prompt and context.
 
     Each row ends with the answer's telling token ("Atlantic" in "the Atlantic Ocean"); what comes
@@ -64,7 +66,7 @@ def lessons_of(model: EditableModel, fact: Fact, contexts: Sequence[str]) -> tup
         for context in contexts
     ]
     most = telling(model, *asked[0])
-    return tuple(Lesson(_cut(row, most), hidden) for row, hidden in asked)
+    return tuple(ForgetTarget(_cut(row, most), hidden) for row, hidden in asked)
 
 
 def blinded(

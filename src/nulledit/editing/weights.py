@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nulledit.errors import LedgerError
 from nulledit.ledger.records import Column, History, Ledger
-from nulledit.ledger.solver import LayerFold, LayerState, recorded
+from nulledit.ledger.solver import LayerSolver, LayerState, recorded
 from nulledit.linalg.angles import unit_columns
 from nulledit.linalg.blocks import AnyMetric
 from nulledit.linalg.solve import room_left
@@ -54,7 +54,7 @@ class EditedWeights:
     def __init__(self, model: EditableModel, ledger: Ledger):
         """`ledger` may have no epoch yet; then nothing is edited."""
         self.model, self.ledger = model, ledger
-        self._folds: dict[int, LayerFold] = {}
+        self._folds: dict[int, LayerSolver] = {}
         self._states: dict[int, LayerState] = {}
         self._sums = bit_sums(model.model)
         self.refresh()
@@ -193,9 +193,9 @@ class EditedWeights:
             return empty.reshape(d_in, 0), empty.reshape(d_out, 0)
         return recorded(self.history, mine, layer)
 
-    def _fold(self, layer: int) -> LayerFold:
+    def _fold(self, layer: int) -> LayerSolver:
         if layer not in self._folds:
-            self._folds[layer] = LayerFold(self.ledger, layer, self._solve_device(layer))
+            self._folds[layer] = LayerSolver(self.ledger, layer, self._solve_device(layer))
         return self._folds[layer]
 
     @property

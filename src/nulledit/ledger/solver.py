@@ -18,7 +18,7 @@ from nulledit.linalg.blocks import (
     part_names,
     parts_of,
 )
-from nulledit.linalg.solve import Remaining
+from nulledit.linalg.solve import RecursiveState
 from nulledit.linalg.spectrum import Spectrum
 from nulledit.methods import find_method
 from nulledit.methods.problem import LayerProblem, TargetLoss
@@ -34,7 +34,7 @@ class LayerState:
     """ΣΔ [d_out, d_in] of the epoch's batches, float64."""
     weight: Tensor
     """The start + the total, or what the method's `finish` makes of it, float64."""
-    remaining: Remaining | None = None
+    remaining: RecursiveState | None = None
     """What the epoch's columns leave of the metric, where the method goes on from it."""
 
 
@@ -68,14 +68,14 @@ class LayerMetrics:
         return cls(kept, spectrum.metric(gains), spectrum.metric(free), leakage)
 
 
-class LayerFold:
+class LayerSolver:
     """Makes columns into the weight of one layer, epoch after epoch."""
 
     def __init__(self, ledger: Ledger, layer: int, device: torch.device):
         """Of `ledger`, whose history may go on; solves run on `device`."""
         self.ledger, self.layer, self.device = ledger, layer, device
         self.base = self.history.original(layer).to(device).double()  # W₀
-        self._stages: dict[int, Stage] = {}
+        self._stages: dict[int, EpochSolver] = {}
 
     @property
     def history(self) -> History:
@@ -83,7 +83,7 @@ class LayerFold:
         return self.ledger.history
 
     @property
-    def stage(self) -> Stage:
+    def stage(self) -> EpochSolver:
         """The latest epoch that edits the layer."""
         return self._stage(self._epochs()[-1])
 
@@ -119,21 +119,21 @@ class LayerFold:
     def _epochs(self) -> list[Epoch]:
         return [e for e in self.history.epochs if self.layer in e.recipe.layers]
 
-    def _stage(self, epoch: Epoch) -> Stage:
+    def _stage(self, epoch: Epoch) -> EpochSolver:
         if epoch.id not in self._stages or self._stages[epoch.id].epoch != epoch:
-            self._stages[epoch.id] = Stage(self.ledger, epoch, self.layer, self.device)
+            self._stages[epoch.id] = EpochSolver(self.ledger, epoch, self.layer, self.device)
         return self._stages[epoch.id]
 
 
-class Stage:
+class EpochSolver:
     """One epoch of one layer: its method on its batches.
 
     With history, a run of batches is one joint solve over all columns: it equals the official
     sequential rule, and without a column it equals that rule without the fact. Columns of epochs
     before join it with what the layer gives at their keys as the epoch begins. For the filter
-    family that solve is done batch by batch (`Remaining`), in a fold as in a run: the same columns
-    give the same bits, and a new batch does nothing again. Without history, each batch is solved in
-    its turn on the weight that the batches before left.
+    family that solve is done batch by batch (`RecursiveState`), in a fold as in a run: the same
+    columns give the same bits, and a new batch does nothing again. Without history, each batch is
+    solved in its turn on the weight that the batches before left.
     """
 
     def __init__(self, ledger: Ledger, epoch: Epoch, layer: int, device: torch.device):
@@ -245,7 +245,7 @@ class Stage:
     ) -> LayerState:
         remaining = state.remaining
         if remaining is None:
-            remaining = Remaining(self.metrics.metric)
+            remaining = RecursiveState(self.metrics.metric)
             if before:
                 past = self._past(K, before)
                 _, remaining = remaining.write(past, V[:, :0].new_zeros(len(V), past.shape[1]))

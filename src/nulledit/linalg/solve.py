@@ -47,7 +47,7 @@ def solve_with(keys: Tensor, residual: Tensor, weighted: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Remaining:
+class RecursiveState:
     """What keys held fast leave of a metric: G' = G − GK (I + KᵀGK)⁻¹ KᵀG = G − ZZᵀ.
 
     The joint solve over all keys so far is a sum over batches, each with the G' that the batches
@@ -79,7 +79,7 @@ class Remaining:
             weighted -= Z @ (Z.mT @ keys)
         return weighted
 
-    def write(self, keys: Tensor, residual: Tensor) -> tuple[Tensor, Remaining]:
+    def write(self, keys: Tensor, residual: Tensor) -> tuple[Tensor, RecursiveState]:
         """Δ [d_out, d_in] that writes `residual` R_b at `keys` K_b, and what is left behind it."""
         weighted = self.apply(keys)
         system = keys.mT @ weighted
@@ -89,7 +89,7 @@ class Remaining:
         Y = torch.linalg.solve_triangular(L, residual.mT, upper=False)
         return Y.mT @ Z.mT, self._without(Z)
 
-    def _without(self, block: Tensor) -> Remaining:
+    def _without(self, block: Tensor) -> RecursiveState:
         """G' less ZZᵀ of a further `block` of Z [d_in, n]."""
         columns = self.columns + block.shape[1]
         taken = self.taken + self.metric.inverse_trace(block)
@@ -97,13 +97,13 @@ class Remaining:
         if dense is None and columns > len(block):
             dense = self.apply(torch.eye(len(block), dtype=block.dtype, device=block.device))
         if dense is not None:
-            return Remaining(self.metric, (), dense - block @ block.mT, columns, taken)
+            return RecursiveState(self.metric, (), dense - block @ block.mT, columns, taken)
         *before, last = self.blocks or (block[:, :0],)
         if last.shape[1] + block.shape[1] > BLOCK:
             blocks = (*self.blocks, block)
         else:  # many batches of few facts would else be as many small products
             blocks = (*before, torch.cat([last, block], dim=1))
-        return Remaining(self.metric, blocks, None, columns, taken)
+        return RecursiveState(self.metric, blocks, None, columns, taken)
 
 
 def room_left(metric: AnyMetric, keys: Tensor) -> float:
