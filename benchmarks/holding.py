@@ -119,17 +119,17 @@ def stage(editor, facts, windows, base, spent, options, last):
     if last and options.show:
         for f in facts:
             mark = "ok  " if rows[f.id]["efficacy_strict"] else "MISS"
-            lead = columns[f.id].get("lead")
-            print(f"{mark} {f.relation or '':10.10s} {f.id:28.28s} {columns[f.id]['ended']:8s} "
+            lead = columns[f.id].lead or 0.0
+            print(f"{mark} {f.relation or '':10.10s} {f.id:28.28s} {columns[f.id].ended:8s} "
                   f"{lead:6.2f} {rows[f.id]['generalization_strict']} {f.target!r} -> "
                   f"{rows[f.id]['answer']!r}")  # fmt: skip
     return {
         "n": len(facts),
         **told,
         "by_kind": {kind: vars(rate) for kind, rate in by_kind.items()},
-        "steps": sum(o["steps"] + 1 for o in columns.values()) / len(columns),
-        "ended": Counter(o["ended"] for o in columns.values()),
-        "delta_share": sum(o["delta_share"] for o in columns.values()) / len(columns),
+        "steps": sum((o.steps or 0) + 1 for o in columns.values()) / len(columns),
+        "ended": Counter(o.ended for o in columns.values()),
+        "delta_share": sum(o.delta_share or 0.0 for o in columns.values()) / len(columns),
         "cpu_seconds_a_fact": spent / len(facts),
         "update": [layer.update_share for layer in editor.weights.reports()],
     }
