@@ -12,7 +12,8 @@ from nulledit.data.corpus import windows
 from nulledit.editing.keys import LayerwiseForward
 from nulledit.editing.values import optimise_values
 from nulledit.editing.weights import EditedWeights
-from nulledit.ledger.records import Base, Batch, Column, Epoch, History
+from nulledit.ledger.journal import Journal
+from nulledit.ledger.records import Base, Column, Epoch, History, ValueOutcome
 from nulledit.ledger.solver import LayerSolver, spectrum_tensors
 from nulledit.ledger.store import tensor_bytes
 from nulledit.linalg.moments import SecondMoment
@@ -360,11 +361,9 @@ def stream(clock, options):
         {"layers": [0], "null_space": {"rule": "absolute", "value": RANDOM_THRESHOLD}}
     )
     base = torch.randn(d_out, d_in, generator=torch.Generator().manual_seed(2)) / d_in**0.5
-    history = History(Base("", "0", "float32", recipe.to_dict(), 0))
-    history.epochs.append(Epoch(1, recipe.to_dict(), 0, ("{}",), {}, "epoch"))
     begun = spectrum_tensors(spectrum, RANDOM_THRESHOLD, 0, torch.float32)
-    history.tensors["epoch"] = begun | {"base.0": base}
-    fold = LayerSolver(history, 0, torch.device(options.device))
+    ledger = Journal(history_of(recipe, begun | {"base.0": base}))
+    fold = LayerSolver(ledger, 0, torch.device(options.device))
     state = fold.fold([])
     generator = torch.Generator().manual_seed(3)
     seconds, size = [], 0
@@ -372,7 +371,7 @@ def stream(clock, options):
         keys = torch.randn(BATCH, d_in, generator=generator) / 30
         targets = torch.randn(BATCH, d_out, generator=generator)
         stage = {1: "first batch", 100: "hundredth batch"}.get(number, "between")
-        held = history.columns
+        held = ledger.history.columns
         before = state
         repeats = options.repeats if stage != "between" else 1
         for _ in range(repeats):
@@ -382,7 +381,7 @@ def stream(clock, options):
                 lambda: fold.add(before, held, keys.mT, targets.mT),  # noqa: B023
             )
         seconds.append(clock.median(stage, OURS))
-        record(history, number, {"keys.0": keys, "targets.0": targets}, keep=False)
+        record(ledger, number, {})
         size = len(tensor_bytes({"keys.0": keys, "targets.0": targets})[1])
     for stage in ("first batch", "hundredth batch"):
         clock.row(stage, f"{d_out} x {d_in}, {BATCH} facts", sides=(OURS,))
@@ -394,16 +393,20 @@ def stream(clock, options):
     ]
 
 
-def record(history, number, tensors, *, keep=True):
-    """Columns of one more batch; their tensors, too, if anything is to read them."""
-    name = f"batch{number}"
-    history.batches.append(Batch(number, 1, name))
-    if keep:
-        history.tensors[name] = tensors
-    for row in range(BATCH):
-        id_ = len(history.columns) + 1
-        fact = Fact(id=str(id_), subject="x", prompt="{} is", target="y")
-        history.columns.append(Column(id_, number, row, id_, fact, True, {}))
+def history_of(recipe, tensors):
+    """One with an epoch of these tensors, and no batch."""
+    epoch = Epoch(1, recipe.to_dict(), 0, ("{}",), {}, "epoch")
+    return History(Base("", "0", "float32", recipe.to_dict(), 0)).with_epoch(epoch, tensors)
+
+
+def record(ledger, number, tensors):
+    """Columns of one more batch, with what is to be read of them."""
+    first = len(ledger.history.columns) + 1
+    made = [
+        Column(id_, number, row, id_, Fact(str(id_), "{} is", "y"), ValueOutcome(0.0))
+        for row, id_ in enumerate(range(first, first + BATCH))
+    ]
+    ledger.history = ledger.history.after("edit", made, digest=f"batch{number}", tensors=tensors)
 
 
 def growth(clock, setup, options):
@@ -415,10 +418,8 @@ def growth(clock, setup, options):
         spectrum = found.spectra[i]
         tensors |= spectrum_tensors(spectrum, recipe.null_space.value, i, torch.float32)
         tensors[f"base.{i}"] = setup.matrix(i).clone()
-    history = History(Base("", "0", "float32", recipe.to_dict(), 0))
-    history.epochs.append(Epoch(1, recipe.to_dict(), 0, ("{}",), {}, "epoch"))
-    history.tensors["epoch"] = tensors
-    weights = EditedWeights(setup.editable, history)
+    ledger = Journal(history_of(recipe, tensors))
+    weights = EditedWeights(setup.editable, ledger)
     generator = torch.Generator().manual_seed(4)
     noise = torch.randn(len(setup.facts), setup.model.config.hidden_size, generator=generator)
 
@@ -427,7 +428,7 @@ def growth(clock, setup, options):
         for i, layer in enumerate(setup.layers):
             keys = walk.keys()
             residual = noise.mT.double() / (len(setup.layers) - i)
-            weights.write(layer, history.columns, keys, residual)
+            weights.write(layer, ledger.history.columns, keys, residual)
             walk.advance()
 
     def timed(stage):
@@ -444,7 +445,7 @@ def growth(clock, setup, options):
             d_out, d_in = setup.matrix(i).shape
             rows[f"keys.{i}"] = torch.randn(BATCH, d_in, generator=generator)
             rows[f"targets.{i}"] = torch.randn(BATCH, d_out, generator=generator)
-        record(history, number, rows)
+        record(ledger, number, rows)
     weights.refresh()
     timed("update, hundredth batch")
     ratio = clock.median("update, hundredth batch", OURS) / clock.median(
