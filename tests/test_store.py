@@ -223,6 +223,25 @@ def test_a_hot_journal_beside_the_database_is_not_played_back(store, tmp_path):
     assert not leftovers(store.folder)
 
 
+def test_what_is_active_is_carried_along_as_the_events_leave_it():
+    """Histories are made of each other without folding all events again."""
+    history, rng = begun(), random.Random(0)
+    for number in range(60):
+        if number % 3 or not history.active:
+            history = add(history)
+        else:
+            off = rng.sample(history.active, rng.randint(1, len(history.active)))
+            out = [c for c in history.columns if not history.is_active(c)]
+            on = rng.sample(out, rng.randint(0, len(out)))
+            history = history.after("undo", on=on, off=off)
+        folded = replace(history)  # nothing is carried into a copy
+        assert "active_ids" not in vars(folded)
+        assert history.active_ids == folded.active_ids
+        assert history.active == history.active_as_of(len(history.events))
+    joined = history.as_one_event("merge", begun())
+    assert joined.active_ids == replace(joined).active_ids == history.active_ids
+
+
 # -- one writer --------------------------------------------------------------------------------
 
 

@@ -223,18 +223,24 @@ class History:
             named = {**self.tensors, digest: tensors}
             changed = replace(changed, batches=(*self.batches, batch), tensors=named)
         active = {c.id for c in (*on, *made)}
-        return changed._with_event(kind, active, {c.id for c in off})
+        return changed._with_event(kind, active, {c.id for c in off}, self.active_ids)
 
     def as_one_event(self, kind: str, before: History) -> History:
         """This history, with all events since `before` as one; none if nothing changed."""
         joined = replace(self, events=before.events)
         now, then = self.active_ids, before.active_ids
-        return joined if now == then else joined._with_event(kind, now - then, then - now)
+        return joined if now == then else joined._with_event(kind, now - then, then - now, then)
 
-    def _with_event(self, kind: str, on: Set[int], off: Set[int]) -> History:
+    def _with_event(
+        self, kind: str, on: Set[int], off: Set[int], before: frozenset[int]
+    ) -> History:
+        """`before`: ids of the columns that are active without the event."""
         time = datetime.now(UTC).isoformat(timespec="seconds")
         made = Event(len(self.events) + 1, kind, time, tuple(sorted(on)), tuple(sorted(off)))
-        return replace(self, events=(*self.events, made))
+        changed = replace(self, events=(*self.events, made))
+        # What folding all events again would give; a stream of n facts would fold n²/2 of them.
+        vars(changed)["active_ids"] = (before - off) | on
+        return changed
 
     @cached_property
     def active_ids(self) -> frozenset[int]:
@@ -244,7 +250,8 @@ class History:
     def _active_after(self, event: int) -> frozenset[int]:
         on: set[int] = set()
         for entry in self.events[:event]:
-            on = (on - set(entry.deactivated)) | set(entry.activated)
+            on.difference_update(entry.deactivated)
+            on.update(entry.activated)
         return frozenset(on)
 
     @cached_property
