@@ -597,6 +597,18 @@ def test_a_trial_leaves_no_trace_unless_it_is_kept(make_editor, facts, tmp_path)
     assert Store(tmp_path / "run" / "ledger").load().state_id == editor.history.state_id
 
 
+def test_a_trial_that_an_error_ends_leaves_no_other_recipe(make_editor, facts, tmp_path):
+    """Though nothing reached the history, which then equals what is stored."""
+    editor = make_editor()
+    editor.edit(facts[:1])
+    editor.save(tmp_path / "run")
+    before = editor.recipe
+    with pytest.raises(RuntimeError, match="stop"), editor.trial():
+        editor.next_epoch(changed(before, {"batch_size": 7}))
+        raise RuntimeError("stop")
+    assert editor.recipe == before
+
+
 def test_a_trial_of_the_first_edit_leaves_the_base(make_editor, facts):
     editor = make_editor()
     before = weights(editor)

@@ -75,7 +75,8 @@ class Journal:
             if trial.kept:
                 self._change(self.history.as_one_event(kind, before) if kind else self.history)
         except BaseException:
-            trial.kept = store is not None and self.history.counts == self._stored
+            reached = store is not None and self.history.counts == self._stored
+            trial.kept = trial.kept and reached
             raise
         finally:
             self.store = store
