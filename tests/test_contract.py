@@ -11,10 +11,9 @@ from pathlib import Path
 
 import click
 import pytest
-import torch
 from click.testing import CliRunner
 from support.cli import RECORDS, done
-from support.models import LINES, RECIPE, build_model, statistics_of
+from support.models import RECIPE, build_model, statistics_of
 
 from nulledit import Editor, Fact
 from nulledit.cli.main import cli
@@ -56,25 +55,12 @@ def joined(first, second):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, tokenizer):
-    """A tiny model, facts, and a run of them with everything that an evaluation can have."""
-    folder = tmp_path_factory.mktemp("contract")
-    build_model("llama", dtype=torch.float32).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    (folder / "corpus.txt").write_text("\n".join(LINES * 4), encoding="utf-8")
-    recipe = RECIPE.with_fields({"values.steps": 3, "batch_size": 2})
-    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    (folder / "facts.json").write_text(json.dumps(RECORDS), encoding="utf-8")
-    (folder / "others.json").write_text(json.dumps(OTHERS), encoding="utf-8")
-    (folder / "gate.yaml").write_text("efficacy: {at_least: 0}\n", encoding="utf-8")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def said(place):
     """The JSON of each command, in one life of a run."""
     model, run, text = place / "model", place / "run", ("--text", place / "corpus.txt")
-    given = ("--model", model, "--recipe", place / "recipe.yaml", "--stats", place / "stats")
+    given = ("--model", model, "--recipe", place / "recipe.yaml", "--stats", place / "made-here")
+    (place / "others.json").write_text(json.dumps(OTHERS), encoding="utf-8")
+    (place / "gate.yaml").write_text("efficacy: {at_least: 0}\n", encoding="utf-8")
     found = {}
 
     def say(name, *words):
@@ -83,8 +69,8 @@ def said(place):
         found[name] = keys(json.loads(result.stdout))
 
     layers = ("--layers", "1-2", "--window", "64")
-    say("stats make", model, *text, *layers, "--out", place / "stats")
-    say("stats show", place / "stats")
+    say("stats make", model, *text, *layers, "--out", place / "made-here")
+    say("stats show", place / "made-here")
     say("facts check", place / "facts.json", "--model", model)
     say("info")
     say("methods")
