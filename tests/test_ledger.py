@@ -603,9 +603,14 @@ def test_a_trial_that_an_error_ends_leaves_no_other_recipe(make_editor, facts, t
     editor.edit(facts[:1])
     editor.save(tmp_path / "run")
     before = editor.recipe
-    with pytest.raises(RuntimeError, match="stop"), editor.trial():
-        editor.next_epoch(changed(before, {"batch_size": 7}))
-        raise RuntimeError("stop")
+
+    def stopped():
+        with editor.trial():
+            editor.next_epoch(changed(before, {"batch_size": 7}))
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        stopped()
     assert editor.recipe == before
 
 
