@@ -23,8 +23,16 @@ settings.load_profile("untimed")
 
 def pytest_addoption(parser):
     parser.addoption("--world-seed", type=int, default=0, help="seed of the trained worlds")
+    parser.addoption("--worlds", action="store_true", help="only what rests on trained worlds")
     parser.addoption("--threads", type=int, default=1, help="of torch, in the tests' own process")
     parser.addoption("--write-contract", action="store_true", help="write tests/contract.json")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--worlds"):
+        kept = [item for item in items if "worlds" in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
 
 
 @pytest.fixture(scope="session", autouse=True)
