@@ -26,11 +26,11 @@ from support.models import RECIPE, build_model, statistics_of
 from nulledit import Editor, Fact
 from nulledit.cli.verify import verify as command
 from nulledit.errors import CheckFailed, LedgerError, ModelError
+from nulledit.io.files import sha256_of
 from nulledit.ledger import model_folder as checkpoint
 from nulledit.ledger import store as store_module
 from nulledit.ledger.model_folder import FolderState, read_header, read_state
 from nulledit.ledger.store import Store
-from nulledit.models.load import sha256_of
 from nulledit.runs.verify import verify
 
 QUICK = RECIPE.with_fields({"values.steps": 2})

@@ -27,10 +27,9 @@ from nulledit.data.readers import read_facts
 from nulledit.editing.keys import LayerwiseForward
 from nulledit.editing.values import optimise_values, plan_rows
 from nulledit.errors import FactError, StatisticsError
-from nulledit.io.files import write_text
+from nulledit.io.files import cache_folder, write_text
 from nulledit.io.untrusted import MAX_SETTINGS, parse_json, read_text
 from nulledit.models.editable_model import EditableModel
-from nulledit.models.load import cache_folder
 from nulledit.models.tokens import RowEncoder
 
 FORMAT = 1  # raise it when the same inputs come to give another length

@@ -19,13 +19,12 @@ from tqdm import tqdm
 from nulledit.config import StatisticsSettings
 from nulledit.data.corpus import Corpus, windows
 from nulledit.errors import StatisticsError
-from nulledit.io.files import replacing
+from nulledit.io.files import cache_folder, replacing
 from nulledit.linalg.blocks import AnyMoment, AnySpectrum, BlockMoment
 from nulledit.linalg.moments import SecondMoment
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.experts import count_and_width, is_experts
 from nulledit.models.layouts import as_out_in, stored_weight
-from nulledit.models.load import cache_folder
 from nulledit.models.quantized import make_editable
 from nulledit.models.tokens import (
     beginning,
