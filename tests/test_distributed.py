@@ -189,7 +189,7 @@ def test_an_edit_goes_on_after_a_rank_was_killed(place, alone, edit, tmp_path, a
     same_run(run, alone)
 
 
-WRITES = "nulledit.runs.run:finish"
+WRITES = "nulledit.api.run:finish"
 ENDS = "nulledit.cli.main:_end_with_others"
 
 

@@ -244,9 +244,9 @@ def child(place, run, watch, stop, channel, slow):
         for name in names:
             around(owner, name)
     staged(Store, "commit", COMMIT)
-    import nulledit.editing.editor
+    import nulledit.editing.saved
 
-    staged(nulledit.editing.editor, "write_model", MODEL)
+    staged(nulledit.editing.saved, "write_model", MODEL)
     act(place.load(run), run, PLAN)
 
 

@@ -130,7 +130,7 @@ class LengthRecord:
     @property
     def file(self) -> Path:
         """Its place by a hash of all of it and of the sample."""
-        content = json.dumps([FORMAT, asdict(self), [repr(fact) for fact in sample()]])
+        content = json.dumps([FORMAT, asdict(self), [fact.to_dict() for fact in sample()]])
         name = hashlib.sha256(content.encode()).hexdigest()[:16]
         return cache_folder() / "statistics" / self.model_hash[:16] / f"value-length-{name}.json"
 

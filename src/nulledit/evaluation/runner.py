@@ -6,17 +6,23 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nulledit.data.facts import Fact, quote
 from nulledit.errors import FactError
 from nulledit.evaluation.fluency import Writing, write_texts
 from nulledit.evaluation.generation import answer_room, generate_answers, says
+from nulledit.evaluation.measures import find, measured
 from nulledit.evaluation.queries import queries_of, shipped_sentences
 from nulledit.evaluation.reading import Divergence, Perplexity, Reading, read
 from nulledit.evaluation.scores import Score, per_fact, rates, score
 from nulledit.evaluation.stats import Rate
+from nulledit.io.notebook import frame, html_table
+from nulledit.io.text import count
 from nulledit.models.editable_model import EditableModel
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CPU_POSITIONS = 512  # small chunks stay in a processor's cache
 ACCELERATOR_POSITIONS = 8192
@@ -26,7 +32,7 @@ Judge = Callable[[str, str, str], bool]
 """Prompt, what the model said, an accepted answer -> whether that says it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
     """What a model, as it was, made of some facts."""
 
@@ -89,6 +95,11 @@ class Evaluation:
             "scores": [_plain(item) for item in self.scores],
         }
 
+    def values(self) -> dict[str, Mapping[str, float]]:
+        """Measure -> fact id -> value, 0 to 1 but for fluency; what was not asked is left out."""
+        said = {"generation": {i: float(x) for i, x in self.says_target.items()}}
+        return dict(per_fact(self.scores)) | (said if self.says_target else {}) | self.by_fact()
+
     def rows(self) -> dict[str, dict[str, Any]]:
         """Fact id -> one value per measure, and "answer".
 
@@ -106,6 +117,29 @@ class Evaluation:
             row["generation"] = self.says_target.get(fact_id)
             rows[fact_id] = {**row, "answer": self.answers.get(fact_id)}
         return rows
+
+    def to_frame(self) -> pd.DataFrame:
+        """`rows` as a pandas frame; ConfigError where pandas is missing."""
+        return frame(self.rows(), "fact")
+
+    def _measures(self) -> list[tuple[str, str, str, str]]:
+        """Label, value and standard error as they are shown, and n, of what was measured."""
+        told, shown = self.summary(), []
+        for name in [*measured([told]), *(n for n in ("perplexity", "kl") if told[n])]:
+            rate, measure = told.get(name) or told["rates"][name], find(name)
+            mean = (rate.get("mean", rate.get("value")), rate["standard_error"])
+            size = str(rate["n"]) if "n" in rate else f"{rate['tokens']} tokens"
+            ends = ["" if x is None else f"{measure.scale * x:.{measure.digits}f}" for x in mean]
+            shown.append((measure.label, ends[0], ends[1], size))
+        return shown
+
+    def __repr__(self) -> str:
+        facts = count(len({item.query.fact_id for item in self.scores}), "fact")
+        shown = "; ".join(f"{label} {value}" for label, value, *_ in self._measures()[:4])
+        return f"<Evaluation of {facts}: {shown}>"
+
+    def _repr_html_(self) -> str:
+        return html_table("Evaluation", ("measure", "", "± standard error", "n"), self._measures())
 
 
 def evaluate(

@@ -77,7 +77,7 @@ class FactsCost:
     """The same with the stored factors."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Export:
     """What an export wrote."""
 
@@ -99,6 +99,10 @@ class Export:
     """Whether the delta gives the run's model to the bit; None for other kinds."""
     differing: int | None = None
     """Weights that base + delta has otherwise than the run's model; None for other kinds."""
+
+    def __repr__(self) -> str:
+        layers = ", ".join(str(layer.layer) for layer in self.layers)
+        return f"<Export {self.kind} in {self.folder}: layers {layers}, {self.bytes:,} bytes>"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

@@ -23,3 +23,17 @@ class Talk:
     def progress(self, prefix: str = "") -> Iterator[Progress | None]:
         """Who is told of progress inside, each stage named with `prefix`."""
         yield None
+
+
+class Told(Talk):
+    """Notices go to the log, progress to a function."""
+
+    def __init__(self, progress: Progress | None):
+        """`progress`: called with a stage, what is done, and what there is in all."""
+        self.told = progress
+
+    @contextmanager
+    def progress(self, prefix: str = "") -> Iterator[Progress | None]:
+        """The function, told of each stage by its name with `prefix` in front."""
+        told = self.told
+        yield None if told is None else lambda stage, *done: told(prefix + stage, *done)
