@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate.hooks import (
@@ -27,7 +27,7 @@ from nulledit.config import SPREADS, Placement
 from nulledit.errors import ConfigError, ModelError
 from nulledit.parallel.accelerators import accelerators
 
-Device = str | torch.device | Placement | None
+Device: TypeAlias = str | torch.device | Placement | None
 """Where a model is to be: None and "auto" leave it to `chosen`."""
 
 
