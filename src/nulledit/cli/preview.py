@@ -60,7 +60,7 @@ def preview(
 
     quiet = given["quiet"]
     editor = _editor(run, given)
-    done = look(editor, found or (), undone, text=text, talk=Terminal(quiet=quiet))
+    done = look(editor, found.facts if found else (), undone, text=text, talk=Terminal(quiet=quiet))
     for notice in done.notices:
         say(f"Note: {notice}", quiet=quiet)
     if given["as_json"]:

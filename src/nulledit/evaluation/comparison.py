@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nulledit.evaluation.measures import Measure, find, measured
+from nulledit.evaluation.measures import entry, find, measured, shown
 from nulledit.evaluation.preservation import Preservation
 from nulledit.evaluation.runner import Evaluation
 from nulledit.evaluation.stats import Interval, paired_bootstrap
@@ -15,8 +15,6 @@ from nulledit.io.notebook import frame, html_table
 
 if TYPE_CHECKING:
     import pandas as pd
-
-HEAD = ("measure", "before", "after", "± standard error", "change", "95 % interval", "n")
 
 
 @dataclass(frozen=True, repr=False)
@@ -66,50 +64,23 @@ class Comparison:
     def _sides(self) -> dict[str, Evaluation]:
         return ({"before": self.before} if self.before else {}) | {"after": self.after}
 
-    def _rates(self) -> dict[str, tuple[Measure, Mapping[str, Any], Mapping[str, Any]]]:
-        """Measure -> what it is, before and after; empty where there is nothing."""
-        sides = self.summary()
-        names = [*measured(sides.values()), "perplexity", "kl"]
-        found = {}
-        for name in names:
-            then, now = (
-                (sides.get(side) or {}).get(name)
-                or (sides.get(side) or {"rates": {}})["rates"].get(name)
-                or {}
-                for side in ("before", "after")
-            )
-            if now and not name.endswith("_tokens"):
-                found[name] = find(name), then, now
-        return found
-
     def __repr__(self) -> str:
-        shown = [
-            f"{measure.title} {_number(measure, then)} → {_number(measure, now)}"
-            for measure, then, now in self._rates().values()
-        ]
-        return f"<Comparison of {len(self.after.rows())} facts: {'; '.join(shown[:4])}>"
+        said = [f"{row[0]} {row[1]} → {row[2]}" for row in self._table({})[:4]]
+        return f"<Comparison of {len(self.after.rows())} facts: {'; '.join(said)}>"
 
     def _repr_html_(self) -> str:
-        changes = self.changes()
-        rows = []
-        for name, (measure, then, now) in self._rates().items():
-            moved = changes.get(name)
-            ends = [f"{measure.scale * x:+.{measure.digits}f}" for x in moved or ()]
-            rows.append(
-                [
-                    measure.label,
-                    _number(measure, then),
-                    _number(measure, now),
-                    _number(measure, now, "standard_error"),
-                    ends[0] if ends else "",
-                    f"{ends[1]} to {ends[2]}" if ends else "",
-                    now.get("n") or f"{now.get('tokens')} tokens",
-                ]
-            )
-        return html_table(f"{len(self.after.rows())} facts", HEAD, rows)
+        head = ("measure", "before", "after", "± standard error", "n", "change", "95 % interval")
+        title = f"{len(self.after.rows())} facts"
+        return html_table(title, head, self._table(self.changes()))
 
-
-def _number(measure: Measure, found: Mapping[str, Any], name: str = "") -> str:
-    """A mean or value in the measure's unit; empty where there is none."""
-    value = found.get(name) if name else found.get("mean", found.get("value"))
-    return "" if value is None else f"{measure.scale * value:.{measure.digits}f}"
+    def _table(self, changes: Mapping[str, Interval]) -> list[tuple[str, ...]]:
+        sides, rows = self.summary(), list[tuple[str, ...]]()
+        for name in [*measured(sides.values()), "perplexity", "kl"]:
+            now, measure = entry(sides["after"], name), find(name)
+            if not now:
+                continue
+            then = shown(name, entry(sides.get("before"), name))[0]
+            ends = [f"{measure.scale * x:+.{measure.digits}f}" for x in changes.get(name, ())]
+            moved = (ends[0], f"{ends[1]} to {ends[2]}") if ends else ("", "")
+            rows.append((measure.label, then, *shown(name, now), *moved))
+        return rows

@@ -12,7 +12,7 @@ from nulledit.data.facts import Fact, quote
 from nulledit.errors import FactError
 from nulledit.evaluation.fluency import Writing, write_texts
 from nulledit.evaluation.generation import answer_room, generate_answers, says
-from nulledit.evaluation.measures import find, measured
+from nulledit.evaluation.measures import entry, find, measured, shown
 from nulledit.evaluation.queries import queries_of, shipped_sentences
 from nulledit.evaluation.reading import Divergence, Perplexity, Reading, read
 from nulledit.evaluation.scores import Score, per_fact, rates, score
@@ -122,24 +122,19 @@ class Evaluation:
         """`rows` as a pandas frame; ConfigError where pandas is missing."""
         return frame(self.rows(), "fact")
 
-    def _measures(self) -> list[tuple[str, str, str, str]]:
-        """Label, value and standard error as they are shown, and n, of what was measured."""
-        told, shown = self.summary(), []
-        for name in [*measured([told]), *(n for n in ("perplexity", "kl") if told[n])]:
-            rate, measure = told.get(name) or told["rates"][name], find(name)
-            mean = (rate.get("mean", rate.get("value")), rate["standard_error"])
-            size = str(rate["n"]) if "n" in rate else f"{rate['tokens']} tokens"
-            ends = ["" if x is None else f"{measure.scale * x:.{measure.digits}f}" for x in mean]
-            shown.append((measure.label, ends[0], ends[1], size))
-        return shown
-
     def __repr__(self) -> str:
         facts = count(len({item.query.fact_id for item in self.scores}), "fact")
-        shown = "; ".join(f"{label} {value}" for label, value, *_ in self._measures()[:4])
-        return f"<Evaluation of {facts}: {shown}>"
+        return (
+            f"<Evaluation of {facts}: {'; '.join(' '.join(row[:2]) for row in self._table()[:4])}>"
+        )
 
     def _repr_html_(self) -> str:
-        return html_table("Evaluation", ("measure", "", "± standard error", "n"), self._measures())
+        return html_table("Evaluation", ("measure", "", "± standard error", "n"), self._table())
+
+    def _table(self) -> list[tuple[str, str, str, str]]:
+        told = self.summary()
+        names = [*measured([told]), *(n for n in ("perplexity", "kl") if told[n])]
+        return [(find(name).label, *shown(name, entry(told, name))) for name in names]
 
 
 def evaluate(

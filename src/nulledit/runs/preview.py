@@ -37,7 +37,7 @@ class Preview:
     after: tuple[LayerReport, ...]
     """The layers then."""
     notices: tuple[str, ...]
-    """Facts known, replaced, or joined with others on one key."""
+    """Records dropped; facts known, replaced, or joined with others on one key."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -82,7 +82,8 @@ def preview(
     `text`: a file for perplexity and KL, by default the one that comes along. ConfigError where
     nothing is asked for.
     """
-    new, talk = list(as_facts(facts).facts), talk or Talk()
+    given, talk = as_facts(facts), talk or Talk()
+    new = list(given.facts)
     if not new and not undo:
         raise ConfigError("nothing to preview: expected facts to write, or ids to take out")
     check_lengths(editor, new)
@@ -101,7 +102,7 @@ def preview(
         return mine, others
 
     now, layers = measure("before"), editor.weights.reports()
-    notices: list[str] = []
+    notices = list(given.notices)
     with editor.trial(writing=False), talk.progress() as tell:
         if undo:
             notices += editor.undo(*undo).notices
