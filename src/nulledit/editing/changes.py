@@ -9,8 +9,8 @@ from dataclasses import replace
 from nulledit.config import ValueSettings, check_whole
 from nulledit.data.facts import Fact
 from nulledit.data.readers import FactFile
-from nulledit.editing.batch import CallLog, Progress
 from nulledit.editing.batching import admitted, batches
+from nulledit.editing.call_log import CallLog, Progress
 from nulledit.editing.merge import Decide, conflicts, decided, with_own_ids
 from nulledit.editing.replay import replay
 from nulledit.editing.reports import ChangeReport, EditReport, by_fact

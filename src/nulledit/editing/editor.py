@@ -17,7 +17,7 @@ from nulledit.config import Recipe, ValueSettings, check_whole
 from nulledit.data.facts import Fact
 from nulledit.data.readers import Facts, as_facts
 from nulledit.editing import changes
-from nulledit.editing.batch import Progress
+from nulledit.editing.call_log import Progress
 from nulledit.editing.merge import Decide
 from nulledit.editing.recipes import read_recipe, resolve_recipe
 from nulledit.editing.reports import ChangeReport, EditReport

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from nulledit.config import Recipe, ValueSettings
 from nulledit.data.facts import Fact, refuse_forgetting, suggest
-from nulledit.editing.batch import BatchResult, BatchWriter, CallLog, KnownValues
+from nulledit.editing.batch import BatchResult, BatchWriter, KnownValues
+from nulledit.editing.call_log import CallLog
 from nulledit.editing.contexts import make_contexts
 from nulledit.editing.epochs import open_epoch
 from nulledit.editing.stronger import differences
