@@ -12,6 +12,7 @@ from typing import Any
 from nulledit.config import ChatSettings
 from nulledit.data.readers import Facts, as_facts
 from nulledit.editing import editor as engine
+from nulledit.editing.call_log import Progress
 from nulledit.errors import LedgerError
 from nulledit.evaluation.asking import MOST_TOKENS, Answer
 from nulledit.evaluation.asking import ask as ask_both
@@ -29,7 +30,7 @@ from nulledit.runs.limits import Limits, load_limits
 from nulledit.runs.measure import check_lengths, evaluate_both, read_text
 from nulledit.runs.preview import Preview
 from nulledit.runs.preview import preview as preview_of
-from nulledit.runs.talk import Progress, Told
+from nulledit.runs.talk import Told
 from nulledit.runs.verify import Verification
 from nulledit.runs.verify import verify as verify_folder
 

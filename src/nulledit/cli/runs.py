@@ -17,10 +17,11 @@ from nulledit.cli.options import model_source
 from nulledit.cli.recipe_options import changed
 from nulledit.config import Recipe, load_recipe
 from nulledit.data.facts import Fact
+from nulledit.editing.call_log import Progress
 from nulledit.parallel.ranks import Ranks
 from nulledit.runs.limits import Limits, load_limits
 from nulledit.runs.pages import Result
-from nulledit.runs.talk import Progress, Talk
+from nulledit.runs.talk import Talk
 
 
 class Terminal(Talk):

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from nulledit.data.facts import Fact, quote
+from nulledit.editing.call_log import Progress
 from nulledit.errors import FactError
 from nulledit.evaluation.fluency import Writing, write_texts
 from nulledit.evaluation.generation import answer_room, generate_answers, says
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 CPU_POSITIONS = 512  # small chunks stay in a processor's cache
 ACCELERATOR_POSITIONS = 8192
 
-Progress = Callable[[str, int, int], None]
 Judge = Callable[[str, str, str], bool]
 """Prompt, what the model said, an accepted answer -> whether that says it."""
 

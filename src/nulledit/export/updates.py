@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from nulledit.editing.call_log import Progress
 from nulledit.editing.editor import Editor
 from nulledit.errors import ConfigError, LedgerError
 from nulledit.evaluation.queries import queries_of
@@ -24,7 +25,6 @@ from nulledit.export.factors import factorise, ordered_sum, relative_error
 from nulledit.models.layouts import as_out_in, write_weight
 
 ORIGIN_FILE = "nulledit-export.json"
-Progress = Callable[[str, int, int], None]
 MOST_RANK = 512
 """Dimensions that a full-rank update is cut to, unless another number is asked for."""
 MEASURED_ABOVE = 1e-6

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from nulledit.editing.call_log import Progress
 from nulledit.editing.editor import Editor
 from nulledit.errors import ConfigError
 from nulledit.export.checkpoint import write_checkpoint
 from nulledit.export.delta import write_delta
 from nulledit.export.lora import write_lora
-from nulledit.export.updates import Export, Progress
+from nulledit.export.updates import Export
 from nulledit.runs.folder import read_json
 
 Kind = Literal["checkpoint", "lora", "delta"]

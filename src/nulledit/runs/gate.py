@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from nulledit.data.facts import Fact
+from nulledit.editing.call_log import Progress
 from nulledit.editing.editor import Editor
 from nulledit.errors import FactError
 from nulledit.evaluation.capability import TaskResult, capability
@@ -30,8 +31,6 @@ SURE = 1.645  # standard errors of a one-sided 95 %
 DOUBT = 0.05  # chance of a sample like this that `confident` accepts
 NO_TEXT = "no window of text with two tokens or more"
 FAILED, OK, UNMEASURED = "FAILED", "ok", "not measured"
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-logger = logging.getLogger(__name__)
+from nulledit.editing.call_log import Progress
 
-Progress = Callable[[str, int, int], None]
-"""Called with a stage, what is done, and what there is in all."""
+logger = logging.getLogger(__name__)
 
 
 class Talk:
