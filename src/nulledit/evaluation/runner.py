@@ -12,7 +12,7 @@ from nulledit.data.facts import Fact, quote
 from nulledit.editing.call_log import Progress
 from nulledit.errors import FactError
 from nulledit.evaluation.fluency import Writing, write_texts
-from nulledit.evaluation.generation import answer_room, generate_answers, says
+from nulledit.evaluation.generation import fact_answers, says
 from nulledit.evaluation.measures import entry, find, measured, shown
 from nulledit.evaluation.queries import queries_of, shipped_sentences
 from nulledit.evaluation.reading import Divergence, Perplexity, Reading, read
@@ -175,7 +175,8 @@ def evaluate(
         positions=model.positions(CPU_POSITIONS, ACCELERATOR_POSITIONS),
         progress=_stage(progress, "scores"),
     )
-    answers = _answers(model, facts, _stage(progress, "answers")) if generate else {}
+    said = fact_answers(model, facts, _stage(progress, "answers")) if generate else []
+    answers = dict(zip((fact.id for fact in facts), said, strict=generate))
     says = _judged(facts, answers, judge or _contained)
     writing = None
     if fluency or references is not None:
@@ -204,21 +205,6 @@ def _refuse_twins(facts: Sequence[Fact]) -> None:
     if len(set(ids)) < len(ids):
         twice = next(i for i in ids if ids.count(i) > 1)
         raise FactError(f"two facts have the id {quote(twice)}: results are kept by id")
-
-
-def _answers(
-    model: EditableModel,
-    facts: Sequence[Fact],
-    progress: Callable[[int, int], None] | None,
-) -> dict[str, str]:
-    prompts = [fact.render(fact.prompt) for fact in facts]
-    said = generate_answers(
-        model,
-        prompts,
-        max_new_tokens=[answer_room(model.encoder, fact) for fact in facts],
-        progress=progress,
-    )
-    return {fact.id: answer for fact, answer in zip(facts, said, strict=True)}
 
 
 def _judged(facts: Sequence[Fact], answers: Mapping[str, str], judge: Judge) -> dict[str, bool]:
