@@ -238,7 +238,7 @@ def child(place, run, watch, stop, channel, slow):
     for owner, names in (
         (os, ("replace", "fsync", "unlink")),
         (Path, ("unlink", "touch", "write_bytes", "write_text", "open")),
-        (store_module, ("_writable", "_insert", "sha256_of", "tensor_bytes")),
+        (store_module, ("_writable", "insert", "sha256_of", "tensor_bytes")),
         (checkpoint, ("_copy", "sha256_of")),
     ):
         for name in names:
