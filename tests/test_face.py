@@ -15,6 +15,7 @@ from support.cli import RECORDS, done
 import nulledit
 from nulledit import Editor, Fact, Recipe, Run, read_facts
 from nulledit.errors import ConfigError, LedgerError, NullEditError
+from nulledit.models.load import load_model
 from nulledit.runs.limits import Limits
 
 PROMPT = "The mother tongue of Ada Byron is"
@@ -191,6 +192,35 @@ def test_a_run_gives_and_takes_this_editor(run, fresh, tmp_path):
     assert opened.editor.folder == run
     assert opened.editor.ask(PROMPT).edited
     assert type(Run.create(tmp_path / "new", fresh()).editor) is Editor
+
+
+def test_the_revision_is_kept_for_a_base_that_is_loaded_again(place, tmp_path):
+    editor = Editor.from_pretrained(
+        str(place / "model"),
+        recipe=nulledit.load_recipe(place / "recipe.yaml"),
+        statistics=place / "stats",
+        revision="v2",
+        device_map="sequential",
+    )
+    editor.edit(RECORDS[0])
+    editor.attach(tmp_path / "run")  # the ledger alone, as an interrupted first run leaves it
+    asked = []
+
+    def loading(source, **given):
+        asked.append((source, given["revision"], given["device_map"]))
+        return load_model(source, **given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nulledit.editing.saved.load_model", loading)
+        again = Editor.load(tmp_path / "run", device_map="cpu")
+    assert asked == [(str(place / "model"), "v2", "cpu")]
+    assert again.history.state_id == editor.history.state_id
+    assert again.history.base.revision == "v2"
+
+
+def test_a_base_without_a_revision_is_recorded_as_before(editor):
+    assert editor.history.base.revision == ""
+    assert "revision" not in editor.history.base.to_dict()
 
 
 # -- what edit takes -------------------------------------------------------------------------
