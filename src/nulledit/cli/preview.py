@@ -13,8 +13,8 @@ from nulledit.cli.options import device_option, facts_options, output_options, t
 from nulledit.errors import ConfigError
 
 if TYPE_CHECKING:
+    from nulledit.api.editor import Editor
     from nulledit.data.facts import Fact
-    from nulledit.editing.editor import Editor
     from nulledit.editing.weights import LayerReport
     from nulledit.evaluation.runner import Evaluation
     from nulledit.report.tables import Table
@@ -77,8 +77,8 @@ def preview(
 
 
 def _editor(run: str, given: dict[str, Any]) -> Editor:
+    from nulledit.api.editor import Editor
     from nulledit.cli.loading import load_run
-    from nulledit.editing.editor import Editor
 
     trust, quiet = given["trust_remote_code"], given["quiet"]
     if (Path(run) / "ledger").is_dir() or (
