@@ -406,7 +406,7 @@ def test_a_merge_that_ends_early_leaves_nothing(run, other, tmp_path, monkeypatc
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr("nulledit.editing.editor.replay", ends)
+        patch.setattr("nulledit.editing.changes.replay", ends)
         assert invoke(*merge).exit_code in (2, 130)
     assert not both.exists()
     done(*merge)

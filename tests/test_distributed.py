@@ -189,7 +189,7 @@ def test_an_edit_goes_on_after_a_rank_was_killed(place, alone, edit, tmp_path, a
     same_run(run, alone)
 
 
-WRITES = "nulledit.runs.run:finish"
+WRITES = "nulledit.api.run:finish"
 ENDS = "nulledit.cli.main:_end_with_others"
 
 
@@ -282,17 +282,17 @@ def test_shares_are_even_and_lose_nothing():
 
 
 def test_each_rank_takes_the_accelerator_of_its_number(monkeypatch):
-    monkeypatch.setattr("nulledit.parallel.ranks._accelerator", lambda: ("cuda", 2))
+    monkeypatch.setattr("nulledit.parallel.ranks.accelerators", lambda: ("cuda", 2))
     second = Ranks(Launch(1, 4, 1, 4, "host", 1))
     last = Ranks(Launch(3, 4, 3, 4, "host", 1))
     assert (second.device(None), second.device("cuda")) == ("cuda:1", "cuda:1")
     assert (second.device("cpu"), last.device("cuda")) == ("cpu", "cuda:1")
     assert Ranks().device("auto") == "auto"
-    for asked in ("auto", "cuda:0"):
-        with pytest.raises(ConfigError, match="can't be given to several ranks"):
-            second.device(asked)
-    monkeypatch.setattr("nulledit.parallel.ranks._accelerator", lambda: None)
-    assert second.device(None) is None
+    assert second.device("auto") == "cuda:1"
+    with pytest.raises(ConfigError, match="can't be given to several ranks"):
+        second.device("cuda:0")
+    monkeypatch.setattr("nulledit.parallel.ranks.accelerators", lambda: None)
+    assert second.device(None) is second.device("auto") is None
 
 
 def test_one_process_shares_nothing():

@@ -77,7 +77,8 @@ def test_the_readme_s_python_runs_as_written(tmp_path, monkeypatch):
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     code = readme.split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "facts.yaml").write_text(readme.split("```yaml\n")[1].split("```")[0])
     names: dict[str, object] = {}
     exec(code, names)
-    assert [fact.id for fact in names["editor"].facts] == ["sushi"]
+    assert [fact.id for fact in names["editor"].facts] == ["france", "sushi"]
     assert says(names["editor"], names["editor"].facts[0])

@@ -734,7 +734,7 @@ def test_a_comparison_that_fails_leaves_the_model_as_it_was(places, monkeypatch,
             raise KeyboardInterrupt
         return [0.0] * 9
 
-    monkeypatch.setattr(module, "_probabilities", fails)
+    monkeypatch.setattr(module, "probabilities", fails)
     with pytest.raises(KeyboardInterrupt):
         module.difference(editor, other.history)
     assert model_hash(editor.model) == held

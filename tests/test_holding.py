@@ -254,8 +254,7 @@ def test_a_long_old_answer_is_heard_whole(make, monkeypatch):
         """No word is less than a token."""
         return [" ".join(words[:n]) for _, n in zip(prompts, max_new_tokens, strict=True)]
 
-    for module in ("runner", "outlook"):
-        monkeypatch.setattr(f"nulledit.evaluation.{module}.generate_answers", talk)
+    monkeypatch.setattr("nulledit.evaluation.generation.generate_answers", talk)
     editor, old = make(), " ".join(words[:20])
     fact = Fact(subject="Karo Dun", prompt="{} works as a", target="sailor", old_answer=old)
     assert not disagreements([fact], evaluate(editor.editable, [fact]))

@@ -21,6 +21,7 @@ LAYERS = {
         ("baselines", "runs", "tracing", "tuning"),
         ("export",),
     ),
+    "face": (("api",),),
     "leaves": (("studies",), ("cli",), ("__main__",)),
 }
 """Layers from the ground up; in each, floors of rooms that do not know each other."""

@@ -8,7 +8,8 @@ import torch
 from support.models import NORMED
 from transformers import AutoConfig
 
-from nulledit.errors import ModelError
+from nulledit.config import Placement
+from nulledit.errors import ConfigError, ModelError
 from nulledit.models.layouts import (
     as_out_in,
     find_layout,
@@ -20,6 +21,7 @@ from nulledit.models.layouts import (
 )
 from nulledit.models.load import load_model, model_hash
 from nulledit.models.partial import PartialModel
+from nulledit.models.placement import chosen
 from nulledit.models.tokens import Batch, collate, context_length, share_beginnings
 
 ROWS = [[5, 9, 13, 20, 7], [8, 3], [30, 31, 32]]
@@ -279,3 +281,27 @@ def test_hash_sees_one_changed_weight_and_ignores_order(tiny_model):
     with torch.no_grad():
         model.transformer.h[0].mlp.c_fc.weight[0, 0] += 1e-6
     assert model_hash(model) != before
+
+
+def test_an_accelerator_is_taken_unless_another_device_is_named(monkeypatch):
+    monkeypatch.setattr("nulledit.models.placement.accelerators", lambda: ("cuda", 2))
+    assert chosen(None, None) == chosen("auto", None) == Placement("sequential")
+    assert chosen("cpu", None) == "cpu"
+    assert chosen(Placement("balanced"), None) == Placement("balanced")
+    assert chosen(None, "auto") == Placement("auto")
+    assert chosen(None, {"": "cpu"}) == Placement({"": "cpu"})
+    with pytest.raises(ConfigError, match="device or device_map, not both"):
+        chosen("cpu", "auto")
+    monkeypatch.setattr("nulledit.models.placement.accelerators", lambda: None)
+    assert chosen(None, None) is chosen("auto", None) is None
+
+
+def test_where_a_model_is_loaded_changes_none_of_its_weights(tiny_model, tokenizer, tmp_path):
+    model = tiny_model("llama", dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    ways = ({}, {"device": "auto"}, {"device_map": "sequential"}, {"device_map": {"": "cpu"}})
+    for way in ways:
+        loaded, _ = load_model(str(tmp_path), revision="main", **way)
+        assert model_hash(loaded) == model_hash(model)
+        assert all("_hf_hook" not in vars(m) for m in loaded.modules()), "on one device"

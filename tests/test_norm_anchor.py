@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.models import RECIPE, build_model, statistics_of
 
 from nulledit import Editor
-from nulledit.editing import batch, norm_anchor
+from nulledit.editing import norm_anchor
 from nulledit.editing.norm_anchor import anchored, mean_length, sample
 from nulledit.editing.values import optimise_values
 from nulledit.errors import StatisticsError
@@ -157,7 +157,7 @@ def test_a_value_does_not_depend_on_its_neighbours(make, few, facts):
 
 def test_where_v_is_too_long_nothing_is_written(make, few, facts, monkeypatch):
     editor = make()
-    monkeypatch.setattr(batch, "mean_length", lambda lengths: 0.4 * min(lengths))
+    monkeypatch.setattr(norm_anchor, "mean_length", lambda lengths: 0.4 * min(lengths))
     report = editor.edit(facts[:2], shuffle=False)
     assert any(note.startswith("norm anchor: 2 of 2 values") for note in report.notices)
     for column in editor.history.active:
@@ -197,7 +197,7 @@ def test_the_length_is_measured_once_and_kept_with_what_it_depends_on(
         raise AssertionError("measured again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(batch, "value_lengths", refuse)
+        patch.setattr(norm_anchor, "value_lengths", refuse)
         make().edit(facts[:1])
         with pytest.raises(AssertionError):
             make(recipe=ANCHORED.with_fields({"values.steps": 3})).edit(facts[:1])

@@ -11,7 +11,7 @@ import torch
 from support.cli import RECORDS, done
 
 from nulledit import Editor, Fact
-from nulledit.runs.run import Run
+from nulledit.api.run import Run
 
 OLD = Path(__file__).parent / "data" / "run-0.1.0.tar.xz"
 STATE = "dab74face25c354f3d1058bcfaac4fa8e3c9eb950e45f52e27c5d12d77deb47f"

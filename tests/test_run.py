@@ -6,9 +6,9 @@ import pytest
 from support.cli import RECORDS, results
 
 from nulledit import Editor, Fact, NullEditError, Run
+from nulledit.api.run import Refused
 from nulledit.config import load_recipe
 from nulledit.runs.limits import Limits
-from nulledit.runs.run import Refused
 from nulledit.runs.talk import Talk
 
 IMPOSSIBLE = Limits.from_dict({"efficacy_strict": {"at_least": 100}}, source="never.yaml")

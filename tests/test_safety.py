@@ -26,11 +26,11 @@ from support.models import RECIPE, build_model, statistics_of
 from nulledit import Editor, Fact
 from nulledit.cli.verify import verify as command
 from nulledit.errors import CheckFailed, LedgerError, ModelError
+from nulledit.io.files import sha256_of
 from nulledit.ledger import model_folder as checkpoint
 from nulledit.ledger import store as store_module
 from nulledit.ledger.model_folder import FolderState, read_header, read_state
 from nulledit.ledger.store import Store
-from nulledit.models.load import sha256_of
 from nulledit.runs.verify import verify
 
 QUICK = RECIPE.with_fields({"values.steps": 2})
@@ -238,15 +238,15 @@ def child(place, run, watch, stop, channel, slow):
     for owner, names in (
         (os, ("replace", "fsync", "unlink")),
         (Path, ("unlink", "touch", "write_bytes", "write_text", "open")),
-        (store_module, ("_writable", "_insert", "sha256_of", "tensor_bytes")),
+        (store_module, ("_writable", "insert", "sha256_of", "tensor_bytes")),
         (checkpoint, ("_copy", "sha256_of")),
     ):
         for name in names:
             around(owner, name)
     staged(Store, "commit", COMMIT)
-    import nulledit.editing.editor
+    import nulledit.editing.saved
 
-    staged(nulledit.editing.editor, "write_model", MODEL)
+    staged(nulledit.editing.saved, "write_model", MODEL)
     act(place.load(run), run, PLAN)
 
 

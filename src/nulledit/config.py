@@ -228,7 +228,7 @@ class ChatSettings:
             raise ConfigError("chat.subject is assistant, but chat.assistant is empty")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Recipe:
     """Everything that decides what an edit computes, beside the model, the facts and the seed."""
 
@@ -268,6 +268,10 @@ class Recipe:
                 "values.chunk_tokens can't be used with chat: a chunk stands in the assistant's "
                 "turn, where no prompt can; set it to 0"
             )
+
+    def __repr__(self) -> str:
+        layers = ", ".join(map(str, self.layers)) or "by depth"
+        return f"<Recipe {self.method.name}: layers {layers}, batches of {self.batch_size}>"
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:

@@ -8,11 +8,12 @@ there can be.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 from nulledit.data.facts import Fact, quote
+from nulledit.editing.call_log import Progress
 from nulledit.errors import ConfigError, FactError
 from nulledit.evaluation.generation import answer_room, generate_answers, says_any
 from nulledit.evaluation.queries import Query, queries_of
@@ -25,8 +26,6 @@ from nulledit.models.tokens import RowEncoder, join_target
 SLOT = "{statement}"
 CPU_POSITIONS = 512  # small chunks stay in a processor's cache
 ACCELERATOR_POSITIONS = 8192
-
-Progress = Callable[[str, int, int], None]
 
 
 def in_context(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Self, get_args
@@ -27,6 +27,7 @@ from nulledit.baselines.adapter import (
 )
 from nulledit.config import ContextSettings, check_not_negative, check_positive
 from nulledit.data.facts import Fact, quote
+from nulledit.editing.call_log import Progress
 from nulledit.editing.contexts import make_contexts
 from nulledit.editing.values import plan_rows
 from nulledit.errors import ConfigError, FactError, ModelError
@@ -39,8 +40,6 @@ from nulledit.models.tokens import (
 
 CPU_POSITIONS = 512  # small chunks stay in a processor's cache
 ACCELERATOR_POSITIONS = 8192
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -56,21 +56,15 @@ def ask(
         raise ConfigError("--plain can't be given with --chat or --system")
     prepare(quiet=quiet)
     from nulledit.cli.loading import load_run
-    from nulledit.evaluation.generation import generate_answers
+    from nulledit.evaluation.asking import ask as ask_both
     from nulledit.io.text import plain as shown
 
     editor = load_run(run, device, quiet=quiet, trust_remote_code=trust_remote_code)
 
     settings = None if plain else chat_settings(given, editor.recipe.chat)
     model = editor.editable.in_chat(settings)
-
-    def answer() -> str:
-        return generate_answers(model, [prompt], max_new_tokens=max_tokens)[0]
-
-    edited = answer()
-    with editor.base_weights():
-        base = answer()
+    found = ask_both(editor, prompt, max_tokens=max_tokens, model=model)
     if as_json:
-        emit({"prompt": prompt, "base": base, "edited": edited})
+        emit(found.to_dict())
     else:
-        click.echo(f"base    {shown(base)}\nedited  {shown(edited)}")
+        click.echo(f"base    {shown(found.base)}\nedited  {shown(found.edited)}")

@@ -69,15 +69,15 @@ def own_device(ranks: Ranks, device: str | Placement | None) -> str | Placement 
         return ranks.device(device)
     if not ranks.alone:
         raise ConfigError(
-            "a model can't be spread by several ranks (--device-map, --device auto): each takes "
-            "the accelerator of its number"
+            "a model can't be spread by several ranks (--device-map): each takes the "
+            "accelerator of its number"
         )
     return device
 
 
 def convert_once(name: str, ranks: Ranks) -> None:
     """Have rank 0 convert the embedded model, before all read it."""
-    from nulledit.models.load import EMBEDDED, embedded_folder, is_installed
+    from nulledit.models.embedded import EMBEDDED, embedded_folder, is_installed
 
     if not ranks.alone and name in EMBEDDED:
         if ranks.first and is_installed(name):

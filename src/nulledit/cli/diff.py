@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from nulledit.cli.common import echo, emit, prepare
 from nulledit.cli.options import device_option, output_options, trust_option
-from nulledit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from nulledit.ledger.records import Column, History
     from nulledit.runs.diff import Difference, FactDifference
 
 SHOWN = 50  # facts in the table
-MOST_DIGITS = 18  # of an event's number
 
 
 @click.command(short_help="Two runs, or two states of one: facts, norms, probabilities.")
@@ -47,16 +43,16 @@ def diff(
     from nulledit.cli.loading import load_run
     from nulledit.ledger.store import Store
     from nulledit.report.tables import as_text
-    from nulledit.runs.diff import difference
+    from nulledit.runs.diff import columns_at, difference, read_state
 
-    (a, at_a), (b, at_b) = _place(first), _place(second)
-    other = Store(Path(b) / "ledger").load()
+    (a, at_a), (b, at_b) = read_state(first), read_state(second)
+    other = Store(b / "ledger").load()
     editor = load_run(a, device, quiet=quiet, trust_remote_code=trust_remote_code)
     found = difference(
         editor,
         other,
-        first=_columns(editor.history, first, at_a),
-        second=_columns(other, second, at_b),
+        first=columns_at(editor.history, at_a, first),
+        second=columns_at(other, at_b, second),
     )
     if as_json:
         return emit(_plain(found, first, second))
@@ -74,24 +70,6 @@ def diff(
         head = ["layer", f"‖Δ‖/‖W₀‖, {first}", second, "apart"]
         parts.append(as_text((head, rows)))
     return echo("\n\n".join(parts))
-
-
-def _place(text: str) -> tuple[str, int | None]:
-    """`run@3` as folder and event; a folder of that very name comes first."""
-    folder, at, event = text.rpartition("@")
-    if not at or Path(text).is_dir():
-        return text, None
-    if not event.isdecimal() or len(event) > MOST_DIGITS:
-        raise ConfigError(f"{text}: expected RUN or RUN@N, N the number of an event")
-    return folder, int(event)
-
-
-def _columns(history: History, name: str, event: int | None) -> list[Column] | None:
-    if event is None:
-        return None
-    if event > len(history.events):
-        raise ConfigError(f"{name}: the ledger has {len(history.events)} events")
-    return history.active_as_of(event)
 
 
 def _facts_table(found: Difference, first: str, second: str) -> tuple[Sequence[str], Any]:

@@ -130,9 +130,9 @@ def edit(facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
     recipe = None if given["run"] else make_recipe(given)
     prepare(quiet=quiet)
     ranks = meet(given["device"])
+    from nulledit.api.run import Refused, check_retry
     from nulledit.cli import runs
     from nulledit.cli.run_page import show, show_refusal
-    from nulledit.runs.run import Refused, check_retry
 
     if given["retry"] and recipe:
         check_retry(recipe, ranks)

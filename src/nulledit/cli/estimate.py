@@ -39,6 +39,7 @@ from nulledit.errors import ModelError, NullEditError
 from nulledit.evaluation.forms import other_system
 from nulledit.evaluation.queries import queries_of
 from nulledit.io.text import count
+from nulledit.models.embedded import EMBEDDED, embedded_folder
 from nulledit.models.experts import count_and_width, is_experts
 from nulledit.models.layouts import (
     as_out_in,
@@ -48,8 +49,8 @@ from nulledit.models.layouts import (
     holding,
     mlp_out,
 )
-from nulledit.models.load import EMBEDDED, embedded_folder
 from nulledit.models.tokens import RowEncoder
+from nulledit.parallel.accelerators import default_device
 from nulledit.report.tables import as_text
 from nulledit.runs.measure import windows_of
 
@@ -131,7 +132,8 @@ def estimate(
 ) -> dict[str, Any]:
     """Seconds per stage and peak bytes of `nulledit edit` on these facts; loads no weights."""
     recipe = recipe or Recipe()
-    device = given["device"] if isinstance(given["device"], str) else "cpu"
+    device = given["device"]
+    device = device if isinstance(device, str) and device != "auto" else default_device()
     shape, encoder, depth = _shape(name, dtype, given["trust_remote_code"], recipe.layout)
     encoder = encoder.in_chat(recipe.chat)
     layers = recipe.layers or layers_by_depth(depth)

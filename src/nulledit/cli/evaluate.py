@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
 import click
 
-from nulledit.cli.common import Bars, echo, emit, facts_of, prepare, say
+from nulledit.cli.common import echo, emit, facts_of, prepare, say
 from nulledit.cli.options import (
     chat_options,
     chat_settings,
@@ -65,12 +66,10 @@ def evaluate(run: str, as_json: bool, quiet: bool, **given: Any) -> None:
     from nulledit.cli.loading import load_run
     from nulledit.cli.runs import Terminal
     from nulledit.evaluation.forms import form_name, forms
-    from nulledit.evaluation.preservation import preservation_report
-    from nulledit.evaluation.runner import evaluate as ask_all
     from nulledit.evaluation.tasks import read_tasks
     from nulledit.io.text import count
     from nulledit.report.tables import as_text
-    from nulledit.runs.measure import check_lengths, in_other_forms, read_text
+    from nulledit.runs.measure import check_lengths, evaluate_both, in_other_forms, read_text
     from nulledit.runs.tables import rates_table
 
     references = rest.read_references(given["references"])
@@ -82,34 +81,29 @@ def evaluate(run: str, as_json: bool, quiet: bool, **given: Any) -> None:
     text = read_text(editor, given["text"])
     check_lengths(editor, facts)
     say(f"Evaluating {count(len(facts), 'fact')}, perplexity on {text.name}", quiet=quiet)
-    sides: dict[str, Any] = {}
+    asked = forms(editor.editable, also=chat_settings(given, editor.recipe.chat))
+    both = evaluate_both(
+        editor,
+        facts,
+        text,
+        Terminal(quiet=quiet),
+        base=given["base"],
+        distract=given["distract"],
+        fluency=given["fluency"],
+        references=references,
+    )
+    sides: dict[str, Any] = {"base": both.before} if both.before else {}
+    sides["edited"] = both.after
     tasks: dict[str, Any] = {}
     harness: dict[str, Any] = {}
-
-    def ask(side: str) -> None:
-        with Bars(quiet=quiet, prefix=f"{side}: ") as bars:
-            sides[side] = ask_all(
-                editor.editable,
-                facts,
-                windows=text.windows,
-                base=sides["base"].reading if "base" in sides else None,
-                distract=given["distract"],
-                fluency=given["fluency"],
-                references=references,
-                progress=bars,
-            )
-        if items:
-            tasks[side] = rest.tasks_of(editor, items)
-        if given["harness"]:
-            harness[side] = rest.harness_of(editor, given["harness"])
-
-    asked = forms(editor.editable, also=chat_settings(given, editor.recipe.chat))
-    if given["base"]:
-        with editor.base_weights():
-            ask("base")
-    ask("edited")
+    for side in sides if items or given["harness"] else ():
+        with editor.base_weights() if side == "base" else nullcontext():
+            if items:
+                tasks[side] = rest.tasks_of(editor, items)
+            if given["harness"]:
+                harness[side] = rest.harness_of(editor, given["harness"])
     others = in_other_forms(editor, facts, asked, Terminal(quiet=quiet), base=given["base"])
-    kept = preservation_report(editor, text.windows) if editor.history.epochs else []
+    kept = both.preservation
     drift = rest.drift_of(editor, given["prompts"], facts) if given["prompts"] else None
     if as_json:
         emit(

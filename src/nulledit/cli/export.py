@@ -15,8 +15,8 @@ from nulledit.errors import ConfigError
 
 if TYPE_CHECKING:
     from nulledit.export.updates import Export, FactsCost
+    from nulledit.export.write import Kind
 
-DEFAULT_SHARD = "50GB"
 REFUSED = {
     "checkpoint": {"rank": "--rank", "dtype": "--dtype"},
     "lora": {"max_shard_size": "--max-shard-size"},
@@ -44,7 +44,7 @@ REFUSED = {
 @device_option
 @trust_option
 @output_options
-def export(run: str, kind: str, out: str, as_json: bool, quiet: bool, **given: Any) -> None:
+def export(run: str, kind: Kind, out: str, as_json: bool, quiet: bool, **given: Any) -> None:
     """Write the edits of RUN to FOLDER. RUN is only read, FOLDER must not exist.
 
     By a closed-form method, n facts change a matrix by a product of two factors of rank n: adapter
@@ -61,27 +61,19 @@ def export(run: str, kind: str, out: str, as_json: bool, quiet: bool, **given: A
         raise ConfigError(f"{', '.join(refused)} can't be given with --as {kind}")
     prepare(quiet=quiet)
     from nulledit.cli.loading import load_run
-    from nulledit.export import write_checkpoint, write_delta, write_lora
     from nulledit.export.updates import check_shard_size, refuse_existing
+    from nulledit.export.write import SHARD, write_export
     from nulledit.report.tables import as_text
-    from nulledit.runs.folder import read_json
 
     refuse_existing(Path(out))
-    check_shard_size(given["max_shard_size"] or DEFAULT_SHARD)
+    check_shard_size(given["max_shard_size"] or SHARD)
     editor = load_run(
         run, given["device"], quiet=quiet, trust_remote_code=given["trust_remote_code"]
     )
     say(f"Writing {out}", quiet=quiet)
-    dtype, name = given["dtype"] or "float32", Path(run).resolve().name
+    asked = {name: given[name] for name in ("rank", "dtype", "max_shard_size")}
     with Bars(quiet=quiet) as bars:
-        if kind == "lora":
-            done = write_lora(editor, out, rank=given["rank"], dtype=dtype, run=name, progress=bars)
-        elif kind == "delta":
-            done = write_delta(editor, out, rank=given["rank"], dtype=dtype, progress=bars)
-        else:
-            summary = read_json(Path(run), "summary.json", None)
-            size = given["max_shard_size"] or DEFAULT_SHARD
-            done = write_checkpoint(editor, out, max_shard_size=size, run=name, summary=summary)
+        done = write_export(editor, out, kind, run=run, progress=bars, **asked)
     if as_json:
         emit(done.to_dict())
         return

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nulledit.api.run import Run
 from nulledit.cli.common import Interrupted, say
 from nulledit.cli.options import given_words
 from nulledit.cli.recipe_options import FIXED, OF_EPOCH
@@ -17,7 +18,6 @@ from nulledit.io.text import count
 from nulledit.ledger.store import Store
 from nulledit.parallel.ranks import Ranks
 from nulledit.runs.pages import write_derived
-from nulledit.runs.run import Run
 
 NONE = "no batch was finished"
 

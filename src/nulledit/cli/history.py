@@ -52,14 +52,13 @@ def show(run: str, id_: str | None, as_json: bool, quiet: bool) -> None:
     del quiet
     history = _history(run, tensors=id_ is not None)
     from nulledit.report.tables import as_text
-    from nulledit.runs.history import facts_table, story_of, story_text
+    from nulledit.runs.history import facts_in, facts_table, story_of, story_text
 
     if id_ is not None:
         story = story_of(history, id_)
         return emit({"run": run, **story}) if as_json else echo(story_text(story))
     if as_json:
-        facts = [{**c.fact.to_dict(), "batch": c.batch} for c in history.present]
-        return emit({"run": run, "facts": facts})
+        return emit({"run": run, "facts": facts_in(history)})
     return echo(as_text(facts_table(history), left=3))
 
 

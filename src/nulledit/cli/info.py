@@ -41,9 +41,10 @@ def collect() -> dict[str, Any]:
 
     from nulledit._version import __version__
     from nulledit.config import shipped_recipes
+    from nulledit.io.files import cache_folder
     from nulledit.methods import METHODS
+    from nulledit.models.embedded import EMBEDDED
     from nulledit.models.layouts import LAYOUTS
-    from nulledit.models.load import EMBEDDED, cache_folder
 
     cache = cache_folder()
     devices = {"cpu": f"{torch.get_num_threads()} threads"}

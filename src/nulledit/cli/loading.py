@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nulledit.api.editor import Editor
 from nulledit.cli.common import say
 from nulledit.cli.options import model_source
 from nulledit.config import Placement
-from nulledit.editing.editor import Editor
 from nulledit.errors import LedgerError
 from nulledit.models.load import load_model
 from nulledit.parallel.ranks import Ranks

@@ -71,7 +71,10 @@ def device_option(command: F) -> F:
             metavar="MAP",
             help="auto, balanced or sequential; a device; or a JSON file, part to device.",
         ),
-        click.option("--device", help="cpu, cuda, cuda:1, mps.  [default: cpu]"),
+        click.option(
+            "--device",
+            help="auto (a GPU if there is one), cpu, cuda:1, mps.  [default: auto]",
+        ),
     ):
         found = option(found)
     return cast(F, found)
@@ -86,8 +89,6 @@ def placed(
     """The device, or what the options beside it say about several."""
     from nulledit.config import Placement
 
-    if device_map is None and device == "auto":
-        device_map, device = "auto", None
     if device_map is None:
         if max_memory or offload_folder:
             raise ConfigError("--max-memory and --offload-folder go with --device-map")

@@ -8,18 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nulledit.cli.common import Bars, echo, emit, facts_of, prepare, say
+from nulledit.cli.common import echo, emit, facts_of, prepare, say
 from nulledit.cli.options import device_option, facts_options, output_options, trust_option
 from nulledit.errors import ConfigError
 
 if TYPE_CHECKING:
+    from nulledit.api.editor import Editor
     from nulledit.data.facts import Fact
-    from nulledit.editing.editor import Editor
     from nulledit.editing.weights import LayerReport
     from nulledit.evaluation.runner import Evaluation
     from nulledit.report.tables import Table
-
-HELD = 20  # facts in the model that are asked again
 
 
 @click.command(short_help="What an edit or an undo would change; writes nothing.")
@@ -55,87 +53,32 @@ def preview(
         raise ConfigError("give FACTS to edit, or --undo ID")
     found = facts_of(facts, given, quiet=given["quiet"]) if facts else None
     prepare(quiet=given["quiet"])
-    from nulledit.evaluation.reading import read
-    from nulledit.evaluation.runner import evaluate
+    from nulledit.cli.runs import Terminal
     from nulledit.report.tables import as_text
-    from nulledit.runs.measure import check_lengths, read_text
+    from nulledit.runs.preview import preview as look
     from nulledit.runs.tables import rates_table
 
     quiet = given["quiet"]
     editor = _editor(run, given)
-    new: list[Fact] = list(found.facts) if found else []
-    check_lengths(editor, new)
-    windows = read_text(editor, text)
-    gone = [f for f in editor.facts if f.id in undone]
-    asked = [*new, *gone]
-    keys = {f.key for f in asked}
-    held = [f for f in editor.facts if f.key not in keys][-HELD:]
-
-    with editor.base_weights():
-        base = read(editor.editable, windows.windows, keep=True)
-
-    def measure(name: str) -> tuple[Evaluation, Evaluation | None]:
-        with Bars(quiet=quiet, prefix=f"{name}: ") as bars:
-            mine = evaluate(
-                editor.editable, asked, windows=windows.windows, base=base, progress=bars
-            )
-            others = (
-                evaluate(editor.editable, held, generate=False, progress=bars) if held else None
-            )
-        return mine, others
-
-    before, layers = measure("before"), editor.weights.reports()
-    notices: list[str] = []
-    with editor.trial(writing=False), Bars(quiet=quiet) as bars:
-        if undone:
-            notices += editor.undo(*undone).notices
-        if new:
-            notices += editor.edit(new, progress=bars).notices
-        after, would_be = measure("after"), editor.weights.reports()
-    for notice in notices:
+    done = look(editor, found.facts if found else (), undone, text=text, talk=Terminal(quiet=quiet))
+    for notice in done.notices:
         say(f"Note: {notice}", quiet=quiet)
-    sides = {"before": before[0].summary(), "after": after[0].summary()}
-    others = {
-        name: e.summary()
-        for name, e in (("before", before[1]), ("after", after[1]))
-        if e is not None
-    }
     if given["as_json"]:
-        return emit(
-            {
-                "run": run,
-                "asked": sides,
-                "held": others,
-                "answers": [
-                    {
-                        "id": f.id,
-                        "prompt": f.render(f.prompt),
-                        "target": f.target,
-                        "before": before[0].answers.get(f.id),
-                        "after": after[0].answers.get(f.id),
-                    }
-                    for f in asked
-                ],
-                "layers": {
-                    "before": [vars(r) for r in layers],
-                    "after": [vars(r) for r in would_be],
-                },
-                "notices": notices,
-            }
-        )
-    parts = [as_text(_answers(asked, before[0], after[0]), left=4, most=40)]
-    parts.append(as_text(rates_table(sides)))
-    if others:
-        parts.append(f"The last {len(held)} facts in the model:")
-        parts.append(as_text(_held_table(others)))
-    parts.append(as_text(_norms(layers, would_be)))
-    parts.append(f"Perplexity and KL are on {windows.name}. Nothing was written.")
+        return emit({"run": run, **done.to_dict()})
+    before, after = done.asked.before, done.asked.after
+    parts = [as_text(_answers(done.facts, before or after, after), left=4, most=40)]
+    parts.append(as_text(rates_table(done.asked.summary())))
+    if done.held:
+        parts.append(f"The last {len(done.held.after.rows())} facts in the model:")
+        parts.append(as_text(_held_table(done.held.summary())))
+    parts.append(as_text(_norms(done.before, done.after)))
+    parts.append(f"Perplexity and KL are on {done.asked.text}. Nothing was written.")
     return echo("\n\n".join(parts))
 
 
 def _editor(run: str, given: dict[str, Any]) -> Editor:
+    from nulledit.api.editor import Editor
     from nulledit.cli.loading import load_run
-    from nulledit.editing.editor import Editor
 
     trust, quiet = given["trust_remote_code"], given["quiet"]
     if (Path(run) / "ledger").is_dir() or (

@@ -38,9 +38,9 @@ def retry(as_json: bool, quiet: bool, **given: Any) -> None:
     $ nulledit retry run --times 2 --gate default
     """
     prepare(quiet=quiet)
+    from nulledit.api.run import Refused
     from nulledit.cli import runs
     from nulledit.cli.run_page import show, show_refusal
-    from nulledit.runs.run import Refused
 
     try:
         result = runs.retry(given, quiet=quiet)

@@ -9,18 +9,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nulledit.api.editor import Editor
+from nulledit.api.run import Run
 from nulledit.cli.common import Bars, convert_once, own_device, say
 from nulledit.cli.going_on import Kept, begun, edit_again, retry_again
 from nulledit.cli.options import model_source
 from nulledit.cli.recipe_options import changed
 from nulledit.config import Recipe, load_recipe
 from nulledit.data.facts import Fact
-from nulledit.editing.editor import Editor
+from nulledit.editing.call_log import Progress
 from nulledit.parallel.ranks import Ranks
 from nulledit.runs.limits import Limits, load_limits
 from nulledit.runs.pages import Result
-from nulledit.runs.run import Run
-from nulledit.runs.talk import Progress, Talk
+from nulledit.runs.talk import Talk
 
 
 class Terminal(Talk):

@@ -227,7 +227,7 @@ def show(source: str, as_json: bool, quiet: bool, **given: Any) -> None:
 
 def find(source: str) -> Statistics:
     """Statistics at a path, or a model's by the name they were made under: the largest."""
-    from nulledit.models.load import cache_folder
+    from nulledit.io.files import cache_folder
     from nulledit.statistics.manifest import read_manifest
     from nulledit.statistics.spectra import Statistics
 

@@ -27,7 +27,7 @@ def verify(run: str, device: Any, trust_remote_code: bool, as_json: bool, quiet:
     $ nulledit verify run
     """
     prepare(quiet=quiet)
-    from nulledit.editing.editor import Editor
+    from nulledit.api.editor import Editor
     from nulledit.errors import CheckFailed
     from nulledit.io.text import count
     from nulledit.report.tables import as_text

@@ -133,7 +133,7 @@ class Probe:
         return record
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Fact:
     """Subject, prompt and target: after the edit the model answers the prompt with the target.
 
@@ -206,6 +206,10 @@ class Fact:
             "portability": _probes(self.portability, "portability", answered=True),
             "target_aliases": _aliases(self.target_aliases, "target_aliases", self.target),
         }
+
+    def __repr__(self) -> str:
+        sign = "not " if self.forget else ""
+        return f"<Fact {self.id}: {quote(self.render(self.prompt))} {sign}{quote(self.target)}>"
 
     @property
     def prompts(self) -> tuple[str, ...]:

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from nulledit.config import Recipe
 from nulledit.data.facts import SLOT, Fact
+from nulledit.editing.call_log import CallLog
 from nulledit.editing.chunks import chunks_of
 from nulledit.editing.descent import Value
 from nulledit.editing.keys import LayerwiseForward
-from nulledit.editing.norm_anchor import (
-    TOO_LONG,
-    LengthRecord,
-    anchored,
-    mean_length,
-    usable,
-    value_lengths,
-)
+from nulledit.editing.norm_anchor import TOO_LONG, LengthRecord, anchored, usual_length
 from nulledit.editing.target_loss import WeightLoss
 from nulledit.editing.value_cache import ValueCache
 from nulledit.editing.values import bare_leads, measure_values, optimise_values
@@ -38,44 +32,8 @@ from nulledit.parallel.ranks import Message, Ranks, shares
 CPU_POSITIONS = 200  # small chunks stay in a processor's cache
 ACCELERATOR_POSITIONS = 16384
 
-Progress = Callable[[str, int, int], None]
 KnownValues = Callable[[int], list[Value]]
 """Values that are known, one per request, by the layer that they are for."""
-
-
-class CallLog:
-    """What one call gathers on its way: notices, seconds by stage, progress."""
-
-    def __init__(self, progress: Progress | None):
-        self.notices: list[str] = []
-        self.seconds: dict[str, float] = {}
-        self.optimised = 0  # values that were not in a cache
-        self.progress = progress
-
-    def tell(self, stage: str, done: int, total: int) -> None:
-        """Report progress, if anybody listens."""
-        if self.progress:
-            self.progress(stage, done, total)
-
-    def counter(self, stage: str, total: int) -> Callable[[int], None]:
-        """Called with a number of things just done."""
-        done = 0
-
-        def count(n: int) -> None:
-            nonlocal done
-            done += n
-            self.tell(stage, done, total)
-
-        return count
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Add the wall seconds inside to `seconds[stage]`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
 @dataclass(frozen=True)
@@ -352,22 +310,15 @@ class BatchWriter:
         known = self.ranks.from_first(record.read() if self.ranks.first else None)[0]
         if known is not None:
             return float(known)
-        facts = usable(self.model.encoder)
-        mine = facts[self.ranks.rank :: self.ranks.size]
         with self.weights.holding([]):
-            lengths = value_lengths(
+            return usual_length(
+                record,
                 self.model,
-                mine,
-                layer=layer,
+                self.ranks,
                 first=self.recipe.layers[0],
-                settings=self.recipe.values,
                 positions=self._positions(1),
-                progress=self.run.counter("norm anchor", len(mine)),
+                counter=partial(self.run.counter, "norm anchor"),
             )
-        length = mean_length([x for note, _ in self.ranks.gather(lengths) for x in note])
-        if self.ranks.first:
-            record.write(length, len(facts))
-        return length
 
     def _optimised(
         self, layer: int, shared: Sequence[int], chosen: Sequence[int] | None = None

@@ -1,62 +1,42 @@
-"""The driver: facts in batches, through keys, values and solves, into weights and ledger."""
+"""The driver: facts in batches, through keys, values and solves, into weights and ledger.
+
+`nulledit.Editor` is this one with what needs evaluation, runs and exports (`nulledit.api`).
+"""
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Self
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nulledit.config import (
-    Placement,
-    Recipe,
-    ValueSettings,
-    check_whole,
-)
+from nulledit.config import Recipe, ValueSettings, check_whole
 from nulledit.data.facts import Fact
 from nulledit.data.readers import Facts, as_facts
-from nulledit.editing.batch import CallLog, Progress
-from nulledit.editing.batching import admitted, batches
-from nulledit.editing.merge import Decide, conflicts, decided, with_own_ids
+from nulledit.editing import changes
+from nulledit.editing.call_log import Progress
+from nulledit.editing.merge import Decide
 from nulledit.editing.recipes import read_recipe, resolve_recipe
-from nulledit.editing.replay import replay
-from nulledit.editing.reports import ChangeReport, EditReport, by_fact
-from nulledit.editing.session import EditSession, check_in_model, some
-from nulledit.editing.stronger import stronger
-from nulledit.editing.undo import by_group, facts_of, last_undone, newest, plan_redo, plan_undo
+from nulledit.editing.reports import ChangeReport, EditReport
+from nulledit.editing.saved import SavedEdits, check_base, put_back, write_edited
+from nulledit.editing.session import EditSession
+from nulledit.editing.undo import facts_of
 from nulledit.editing.value_cache import ValueCache
 from nulledit.editing.weights import EditedWeights
-from nulledit.errors import ConfigError, FactError, LedgerError, ModelError
-from nulledit.io.files import recover_folder
+from nulledit.io.text import count
 from nulledit.ledger.journal import Journal, Trial
-from nulledit.ledger.model_folder import as_listed, write_model
-from nulledit.ledger.records import Base, Column, History
+from nulledit.ledger.records import Base, History
 from nulledit.ledger.store import Store
-from nulledit.methods import find_method
 from nulledit.models.accepted import check_model, check_tokenizer
-from nulledit.models.dense import Dense
 from nulledit.models.editable_model import EditableModel
-from nulledit.models.layouts import (
-    check_layout,
-    find_layout,
-    frozen,
-    mlp_out,
-    write_weight,
-)
-from nulledit.models.load import QUANTIZE, load_model, model_hash
-from nulledit.models.quantized import has_dense, make_editable
+from nulledit.models.load import load_model, model_hash
+from nulledit.models.placement import Device
+from nulledit.models.quantized import has_dense
 from nulledit.parallel.ranks import Ranks
 from nulledit.statistics.spectra import Statistics
-
-logger = logging.getLogger(__name__)
-
-NEAR_KEY = 0.9  # cosine of keys above which an undo names an edit as near
 
 
 class Editor:
@@ -73,6 +53,7 @@ class Editor:
         seed: int = 0,
         value_cache: str | Path | None = None,
         quantize: str = "",
+        revision: str = "",
         ranks: Ranks | None = None,
     ):
         """Take a `model` as the base of edits; its weights are changed in place.
@@ -81,9 +62,9 @@ class Editor:
         `name`, else the published settings on five layers chosen by depth. `statistics`: of this
         model's keys; left out, shipped or cached ones are looked for at the first edit.
         `value_cache`: a folder that keeps optimised values for any editor that asks for the same.
-        `quantize`: 4bit or 8bit if `load_model` quantised it, so that it can be loaded so again.
-        `ranks`: processes that edit together, each with an editor of its own; all must make the
-        same calls, only rank 0's may attach or save.
+        `quantize`, `revision`: as given to `load_model`, for it to be loaded so again. `ranks`:
+        processes that edit together, each with an editor of its own; all must make the same calls,
+        only rank 0's may attach or save.
 
         Of a quantised model the edited matrices are made dense in memory; the others stay as they
         are. Offloaded ones are brought to where they work.
@@ -97,6 +78,7 @@ class Editor:
             stored=recipe.to_dict(),
             seed=seed,
             quantized=(quantize or "own") if has_dense(model) else "",
+            revision=revision,
         )
         self._work(Journal(History(base)), recipe, statistics, value_cache)
 
@@ -141,9 +123,11 @@ class Editor:
         *,
         recipe: Recipe | str | Path | None = None,
         statistics: Statistics | str | Path | None = None,
-        device: str | Placement | None = None,
+        device: Device = None,
+        device_map: str | Mapping[str, str | int] | None = None,
         dtype: str | None = None,
         quantize: str = "",
+        revision: str | None = None,
         seed: int = 0,
         value_cache: str | Path | None = None,
         trust_remote_code: bool = False,
@@ -151,14 +135,16 @@ class Editor:
     ) -> Self:
         """Load a model by name (`smollm2-135m`), folder or Hub id and make an editor of it.
 
-        `device`, `dtype` and `quantize` are as for `load_model`.
+        `device`, `device_map`, `dtype`, `quantize` and `revision` are as for `load_model`.
         """
         check_whole("seed", seed)
         model, tokenizer = load_model(
             name,
             device=device,
+            device_map=device_map,
             dtype=dtype,
             quantize=quantize,
+            revision=revision,
             trust_remote_code=trust_remote_code,
         )
         return cls(
@@ -170,6 +156,7 @@ class Editor:
             seed=seed,
             value_cache=value_cache,
             quantize=quantize,
+            revision=revision or "",
             ranks=ranks,
         )
 
@@ -178,7 +165,8 @@ class Editor:
         cls,
         folder: str | Path,
         *,
-        device: str | Placement | None = None,
+        device: Device = None,
+        device_map: str | Mapping[str, str | int] | None = None,
         value_cache: str | Path | None = None,
         trust_remote_code: bool = False,
         ranks: Ranks | None = None,
@@ -189,31 +177,13 @@ class Editor:
         model in it (an interrupted first run, or a quantised base), from where it was first loaded.
         Either must have the recorded hash.
         """
-        folder = Path(folder)
-        store = Store(folder / "ledger")
-        history = store.load()
-        saved = folder / "model"
-        recover_folder(saved)
-        quantized = history.base.quantized
-        source = str(saved) if (saved / "config.json").is_file() else history.base.model
-        if not source:
-            raise LedgerError(f"{folder}: has no model, and its base was an object in memory")
-        try:
-            model, tokenizer = load_model(
-                source,
-                device=device,
-                dtype=history.base.dtype,
-                quantize=quantized if quantized in QUANTIZE else "",
-                trust_remote_code=trust_remote_code,
+        saved = SavedEdits(Path(folder))
+        with saved.explained():
+            model, tokenizer = saved.load_model(
+                device=device, device_map=device_map, trust_remote_code=trust_remote_code
             )
-            return cls._resumed(store, history, model, tokenizer, source, value_cache, ranks)
-        except (ModelError, LedgerError) as error:
-            if source != str(saved) or not history.base.model or as_listed(saved):
-                raise
-            raise type(error)(
-                f"{error}; move {saved} away to have it written anew from the base "
-                f"({history.base.model}) and the ledger"
-            ) from error
+            known = saved.store, saved.history, saved.source
+            return cls._resumed(*known, model, tokenizer, value_cache=value_cache, ranks=ranks)
 
     @classmethod
     def resume(
@@ -231,8 +201,9 @@ class Editor:
         """
         check_model(model)
         store = Store(Path(folder) / "ledger")
+        known = store, store.load(), "the given model"
         return cls._resumed(
-            store, store.load(), model, tokenizer, "the given model", value_cache, None, statistics
+            *known, model, tokenizer, value_cache=value_cache, statistics=statistics
         )
 
     @classmethod
@@ -240,39 +211,28 @@ class Editor:
         cls,
         store: Store,
         history: History,
+        source: str,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        source: str,
+        *,
         value_cache: str | Path | None,
         ranks: Ranks | None = None,
         statistics: Statistics | str | Path | None = None,
     ) -> Self:
-        layout = history.base.recipe.layout
-        layout = find_layout(model) if layout is None else check_layout(model, layout)
-        packed = model_hash(model) if history.base.quantized else ""
-        make_editable(model, layout, history.layers, packed)
-        for layer in history.layers:
-            module = mlp_out(model, layout, layer)
-            if not isinstance(module, Dense):
-                write_weight(module, history.original(layer))
-            elif not module.begin_from(history.original(layer)):
-                raise LedgerError(
-                    f"{source}: its matrix of layer {layer} is not the ledger's W₀: this is "
-                    "another model, or one changed by hand"
-                )
+        put_back(model, history, source)
         editor = cls.__new__(cls)
         recipe = editor._take(model, tokenizer, history.base.recipe, history.base.model, ranks)
-        if editor._hash != history.base.hash:
-            raise LedgerError(
-                f"{source}: its weights without the edits have hash {editor._hash[:12]}, the "
-                f"ledger's base has {history.base.hash[:12]}: this is another model, or one "
-                "changed by hand"
-            )
+        check_base(editor._hash, history, source)
         if history.epochs:
             recipe = editor._with_template(history.epochs[-1].recipe)
         kept = store if editor.ranks.first else None
         editor._work(Journal(history, kept), recipe, statistics, value_cache)
         return editor
+
+    def __repr__(self) -> str:
+        name = self.history.base.model or type(self.model).__name__
+        method = self.recipe.method.name
+        return f"<Editor of {name}: {count(len(self.facts), 'fact')} by {method}>"
 
     def _with_template(self, recipe: Recipe) -> Recipe:
         """The recipe with the hash of the tokenizer's chat template, if it asks for one.
@@ -311,6 +271,12 @@ class Editor:
         """The facts that are in the model now, in the order they were edited."""
         return facts_of(self.history.active)
 
+    @property
+    def folder(self) -> Path | None:
+        """Where the ledger is kept, as `attach`, `save` or `load` said; None: in memory alone."""
+        store = self._journal.store
+        return store.folder.parent if store else None
+
     def attach(self, folder: str | Path) -> None:
         """Keep the ledger in `folder`/ledger from now on: every batch is committed as it ends."""
         self._journal.keep_in(Path(folder) / "ledger")
@@ -347,20 +313,11 @@ class Editor:
         """
         self.weights.check_unchanged()
         with self._journal.writing():
-            write_model(
-                self.model,
-                self.tokenizer,
-                Path(folder),
-                state_id=self.history.state_id,
-                base_hash=self.history.base.hash,
-                edited=[self._plain.parameter_name(layer) for layer in self.weights.layers],
-            )
+            write_edited(self._plain, self.history, Path(folder))
 
-    @contextmanager
-    def base_weights(self) -> Iterator[PreTrainedModel]:
+    def base_weights(self) -> AbstractContextManager[PreTrainedModel]:
         """The model without its edits inside; as before afterwards."""
-        with self.weights.holding([]):
-            yield self.model
+        return self.as_of(0)
 
     @contextmanager
     def as_of(self, event: int) -> Iterator[PreTrainedModel]:
@@ -378,37 +335,15 @@ class Editor:
     ) -> EditReport:
         """Write `facts` into the model, in batches of `batch_size` (the recipe's by default).
 
-        One or several, as `Fact`s, as mappings of the same fields, or as `read_facts` returns them.
-        A queue is put in an order of its own, fixed by the seed, since order decides what survives
-        (`shuffle=False`: the given one). Every fact is checked before the first batch. After an
-        error or an interruption the model and the ledger are as after the last finished batch, and
+        `facts`: one or several, as `Fact`s or mappings of the same fields; a file's path; or what
+        `read_facts` returns. They are put in an order fixed by the seed, since order decides what
+        survives (`shuffle=False`: the given one). Every fact is checked before the first batch.
+        After an error or an interruption model and ledger are as after the last finished batch, and
         the same call goes on from there with the same result.
         """
-        size = self.recipe.batch_size if batch_size is None else batch_size
-        check_whole("batch_size", size, least=1)
-        run, given = CallLog(progress), as_facts(facts)
-        run.notices += given.notices
-        queue, notices = admitted(self.history, given.facts)
-        run.notices += notices
-        self._agree(queue)
-        if queue:
-            session = self._session
-            with frozen(self.model), session.transaction():
-                session.open_epoch(self.seed)
-                session.check_rows(queue, run)
-                done = 0
-                if session.method.one_by_one:
-                    size = 1
-                for batch in batches(queue, size, seed=self.seed if shuffle else None):
-                    run.tell("batches", done, len(queue))
-                    session.batch(
-                        batch, run, kind="forget" if all(f.forget for f in batch) else "edit"
-                    )
-                    done += len(batch)
-        asked = {fact.id for fact in queue}
-        columns = tuple(c for c in self.history.present if c.fact.id in asked)
-        layers = self.weights.reports()
-        return EditReport(columns, layers, tuple(run.notices), run.seconds, run.optimised)
+        return changes.edit(
+            self._session, as_facts(facts), batch_size, shuffle=shuffle, progress=progress
+        )
 
     def retry(
         self,
@@ -422,26 +357,7 @@ class Editor:
         epoch's. `column.outcome.settings` says what was changed; undo takes a retried fact out
         as a whole. LedgerError if an id is not in the model, FactError for one to forget.
         """
-        check_in_model(ids, self.history)
-        facts = {fact.id: fact for fact in self.facts}
-        for id_ in ids:
-            if facts[id_].forget:
-                raise FactError(f"fact {id_!r} is to be forgotten: there is no answer to write")
-        if not ids:
-            raise LedgerError("no fact to write again was named")
-        run, session = CallLog(progress), self._session
-        queue = [facts[id_] for id_ in dict.fromkeys(ids)]
-        self._agree(queue)
-        with frozen(self.model), session.current_epoch(), session.transaction():
-            if session.method.by_gradient:
-                raise ConfigError(f"{session.method.name} optimises no values: retry can't help")
-            found = values or stronger(self.recipe.values)
-            if session.method.rewinds:
-                found = replace(found, rounds=1)  # its values are of the unedited model
-            session.batch(queue, run, kind="retry", values=found)
-        columns = tuple(c for c in self.history.present if c.fact.id in ids)
-        layers = self.weights.reports()
-        return EditReport(columns, layers, tuple(run.notices), run.seconds, run.optimised)
+        return changes.retry(self._session, ids, values=values, progress=progress)
 
     def forget(
         self,
@@ -483,24 +399,7 @@ class Editor:
         rebuilt without it. A batch by gradient is taken out whole, and the rest of it descended
         anew. LedgerError if an id is not in the model.
         """
-        check_in_model(ids, self.history)
-        if not ids:
-            raise LedgerError("no fact to undo was named")
-        gone = [c for c in self.history.active if c.fact.id in ids]
-        with self._changed(gone) as (report, run), self._session.transaction():
-            plan = plan_undo(self.history, gone, self._session.near)
-            self._session.carry_out(plan, "undo", run)
-            whole = {c.batch for c in gone if self._by_gradient(c)}
-            if plan.remade and whole:
-                names = some(f"batch {number}" for number in sorted(whole))
-                run.notices.append(f"{names}: one update by gradient, undone as a whole")
-            left = [f.id for f in self.facts if f.id in ids]
-            if left:
-                run.notices.append(
-                    f"{some(left)}: an earlier answer or wording of this id is back in the model; "
-                    "undo again to take it out as well"
-                )
-        return report()
+        return changes.undo(self._session, ids)
 
     def redo(self, *ids: str) -> ChangeReport:
         """Bring facts back that were taken out; without ids, all that the last undo took.
@@ -509,31 +408,11 @@ class Editor:
         back with their stored columns, unless other facts on their keys ask for a new value.
         LedgerError if there is nothing to redo, or an id is unknown or in the model.
         """
-        session, history = self._session, self.history
-        with self._changed([]) as (report, run), session.transaction():
-            if not ids:
-                event = last_undone(history)
-                by_id = {c.id: c for c in history.columns}
-                session.activate(
-                    "redo",
-                    on=[by_id[i] for i in event.deactivated],
-                    off=[by_id[i] for i in event.activated],
-                )
-                return report()
-            wanted = [column for id_ in dict.fromkeys(ids) for column in newest(history, id_)]
-            with session.transaction("redo") as trial:
-                for group in by_group(wanted):
-                    session.carry_out(plan_redo(self.history, group, session.near), "redo", run)
-                trial.keep()
-        return report()
+        return changes.redo(self._session, ids)
 
     def restore(self) -> ChangeReport:
         """Take out everything: the base, bit for bit. `redo` brings it all back."""
-        if not self.history.active:
-            raise LedgerError("no fact is in the model: it is the base already")
-        with self._changed(self.history.active) as (report, _), self._session.transaction():
-            self._session.activate("restore", on=(), off=self.history.active)
-        return report()
+        return changes.restore(self._session)
 
     def rebuild(self, *, values: bool = False, progress: Progress | None = None) -> ChangeReport:
         """Write the facts in the model anew, batch by batch, as if the others had never been.
@@ -541,16 +420,7 @@ class Editor:
         Keys and residuals are taken again, so that no trace of undone facts is left in them; the
         stored values stay, or with `values` are optimised again. A batch by gradient descends anew.
         """
-        columns = self.history.active
-        if not columns:
-            raise LedgerError("no fact is in the model: there is nothing to rebuild")
-        together = self._session.transaction("rebuild")
-        with self._changed([], progress) as (report, run), together as trial:
-            self._journal.commit("rebuild", [], deactivated=columns)
-            self.weights.refresh()
-            replay(self._session, self.history, columns, run, values=values)
-            trial.keep()
-        return report()
+        return changes.rebuild(self._session, values=values, progress=progress)
 
     def merge(
         self,
@@ -565,92 +435,16 @@ class Editor:
         taken again, stored values stay but where two facts share a key. `decide`: what to do about
         each of `conflicts(other)`: first, second or neither. LedgerError if one is not decided.
         """
-        choice = decided(conflicts(self.history, other), decide)
-        held = self.history.active
-        mine = [c for c in held if choice.get(c.fact.key, "first") == "first"]
-        here = {c.fact.key for c in held}
-        theirs = [
-            c
-            for c in other.active
-            if choice.get(c.fact.key, "first" if c.fact.key in here else "second") == "second"
-        ]
-        with (
-            self._changed([], progress) as (report, run),
-            self._session.transaction("merge") as trial,
-        ):
-            names = with_own_ids(self.history, facts_of(theirs))
-            run.notices += [f"{a.id}: named {b.id}, the id is taken" for a, b in names.items()]
-            self._journal.commit("merge", [], deactivated=held)
-            self.weights.refresh()
-            replay(self._session, self.history, mine, run)
-            replay(self._session, other, theirs, run, renamed=names)
-            trial.keep()
-        return report()
+        return changes.merge(self._session, other, decide=decide, progress=progress)
 
-    @contextmanager
-    def trial(self, *, writing: bool = True) -> Iterator[Trial]:
+    def trial(self, *, writing: bool = True) -> AbstractContextManager[Trial]:
         """Changes inside are kept, all at once, only if `trial.keep()` is called.
 
         Else model, history and ledger are as before: edit, look, decide. `writing=False` for a mere
         look, which no other process at work on the ledger need hinder.
         """
-        with self._session.transaction("", writing=writing) as trial:
-            yield trial
+        return self._session.transaction("", writing=writing)
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
+    def writing(self) -> AbstractContextManager[None]:
         """No other process writes to the ledger inside; LedgerError if one does already."""
-        with self._journal.writing():
-            yield
-
-    @contextmanager
-    def _changed(
-        self, gone: Sequence[Column], progress: Progress | None = None
-    ) -> Iterator[tuple[Callable[[], ChangeReport], CallLog]]:
-        """Watch a change; the report is asked for when it is made."""
-        history, run = self.history, CallLog(progress)
-        before = {c.id: c for c in history.active}
-        known = len(history.columns)
-        layer = max(self.weights.layers, default=-1)
-        exact = self.weights.exact(layer) if layer >= 0 else None
-        out = {c.id for c in gone}
-        staying = [c for c in history.active if c.id not in out]
-        near = self.weights.near(gone, staying, cosine=NEAR_KEY) if gone and staying else []
-
-        def report() -> ChangeReport:
-            now = {c.id: c for c in self.history.active}
-            lost = facts_of(c for i, c in before.items() if i not in now)
-            there = {c.fact.id for c in now.values()}
-            fresh = facts_of(c for i, c in now.items() if i > known)
-            moved = self.weights.moved(exact) if exact is not None else []
-            back = facts_of(c for i, c in now.items() if i not in before and i <= known)
-            return ChangeReport(
-                removed=tuple(f.id for f in lost if f.id not in there),
-                restored=tuple(f.id for f in back),
-                rebuilt=tuple(f.id for f in fresh),
-                near=by_fact(near),
-                moved=by_fact(pair for pair in moved if pair[0].id in before),
-                notices=tuple(run.notices),
-            )
-
-        with frozen(self.model), self._session.current_epoch():
-            yield report, run
-
-    def _agree(self, queue: Sequence[Fact]) -> None:
-        """RankError unless all ranks are to do the same to the same."""
-        if self.ranks.alone:
-            return
-        recipe = json.dumps(self.recipe.to_dict(), sort_keys=True)
-        self.ranks.agree(
-            {
-                "model": self.history.base.hash,
-                "recipe": sha256(recipe.encode()).hexdigest(),
-                "seed": str(self.seed),
-                "ledger": self.history.state_id,
-                "list of facts": sha256(repr(queue).encode()).hexdigest(),
-            }
-        )
-
-    def _by_gradient(self, column: Column) -> bool:
-        epoch = self.history.epochs[self.history.epoch_of(column) - 1]
-        return find_method(epoch.recipe.method.name).by_gradient
+        return self._journal.writing()

@@ -27,11 +27,11 @@ from nulledit.data.readers import read_facts
 from nulledit.editing.keys import LayerwiseForward
 from nulledit.editing.values import optimise_values, plan_rows
 from nulledit.errors import FactError, StatisticsError
-from nulledit.io.files import write_text
+from nulledit.io.files import cache_folder, write_text
 from nulledit.io.untrusted import MAX_SETTINGS, parse_json, read_text
 from nulledit.models.editable_model import EditableModel
-from nulledit.models.load import cache_folder
 from nulledit.models.tokens import RowEncoder
+from nulledit.parallel.ranks import Ranks
 
 FORMAT = 1  # raise it when the same inputs come to give another length
 LONGEST_LEFT_OUT = 0.05
@@ -131,7 +131,7 @@ class LengthRecord:
     @property
     def file(self) -> Path:
         """Its place by a hash of all of it and of the sample."""
-        content = json.dumps([FORMAT, asdict(self), [repr(fact) for fact in sample()]])
+        content = json.dumps([FORMAT, asdict(self), [fact.to_dict() for fact in sample()]])
         name = hashlib.sha256(content.encode()).hexdigest()[:16]
         return cache_folder() / "statistics" / self.model_hash[:16] / f"value-length-{name}.json"
 
@@ -153,3 +153,33 @@ class LengthRecord:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         content = {"length": length, "facts": facts, **asdict(self)}
         write_text(self.file, json.dumps(content, indent=2) + "\n")
+
+
+def usual_length(
+    record: LengthRecord,
+    model: EditableModel,
+    ranks: Ranks,
+    *,
+    first: int,
+    positions: int,
+    counter: Callable[[int], Callable[[int], None]],
+) -> float:
+    """Mean ‖v*‖ of the sample in `model`, which has no edits now; it is kept in `record`.
+
+    `first`: the first edited block. `counter` is asked for what is told of facts done.
+    """
+    facts = usable(model.encoder)
+    mine = facts[ranks.rank :: ranks.size]
+    lengths = value_lengths(
+        model,
+        mine,
+        layer=record.layer,
+        first=first,
+        settings=record.settings,
+        positions=positions,
+        progress=counter(len(mine)),
+    )
+    length = mean_length([x for note, _ in ranks.gather(lengths) for x in note])
+    if ranks.first:
+        record.write(length, len(facts))
+    return length

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from nulledit.data.facts import Fact
-from nulledit.editing.batch import CallLog
+from nulledit.editing.call_log import CallLog
 from nulledit.editing.descent import Value
 from nulledit.editing.session import EditSession
 from nulledit.editing.undo import facts_of

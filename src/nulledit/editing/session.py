@@ -13,7 +13,8 @@ from torch import Tensor
 
 from nulledit.config import Recipe, ValueSettings
 from nulledit.data.facts import Fact, refuse_forgetting, suggest
-from nulledit.editing.batch import BatchResult, BatchWriter, CallLog, KnownValues
+from nulledit.editing.batch import BatchResult, BatchWriter, KnownValues
+from nulledit.editing.call_log import CallLog
 from nulledit.editing.contexts import make_contexts
 from nulledit.editing.epochs import open_epoch
 from nulledit.editing.stronger import differences
@@ -57,6 +58,11 @@ class EditSession:
     def history(self) -> History:
         """Everything recorded so far."""
         return self.journal.history
+
+    @property
+    def seed(self) -> int:
+        """Of contexts and queues."""
+        return self.history.base.seed
 
     @property
     def method(self) -> Method:
@@ -129,7 +135,7 @@ class EditSession:
 
     # -- epochs ------------------------------------------------------------------------------
 
-    def open_epoch(self, seed: int) -> None:
+    def open_epoch(self) -> None:
         """Begin the epoch that is due, if one is; StatisticsError where statistics are missing."""
         if not self._opens:
             return
@@ -141,11 +147,11 @@ class EditSession:
                 refusal = refusal or error  # full ones in the cache may serve what shipped don't
                 continue
             with self.weights.holding([]):  # the base's own words, whatever was edited
-                contexts = make_contexts(self.model, self.recipe.contexts, seed=seed)
+                contexts = make_contexts(self.model, self.recipe.contexts, seed=self.seed)
             manifest = json.dumps(asdict(statistics.manifest), sort_keys=True)
             self.ranks.agree({"set of statistics": sha256(manifest.encode()).hexdigest()})
             contexts = tuple(self.ranks.from_first(contexts)[0])
-            self._begin(*opening(contexts, seed))
+            self._begin(*opening(contexts, self.seed))
             return
         base, layers = self.history.base, ",".join(map(str, self.recipe.layers))
         dtype = "" if base.dtype == "float64" else f" --dtype {base.dtype}"  # part of its hash
@@ -313,6 +319,22 @@ class EditSession:
             base_hash=self.history.base.hash,
             cache=self.cache,
             ranks=self.ranks,
+        )
+
+    def agree(self, facts: Sequence[Fact]) -> None:
+        """RankError unless all ranks are to do the same to the same."""
+        if self.ranks.alone:
+            return
+        recipe = json.dumps(self.recipe.to_dict(), sort_keys=True)
+        listed = json.dumps([fact.to_dict() for fact in facts])
+        self.ranks.agree(
+            {
+                "model": self.history.base.hash,
+                "recipe": sha256(recipe.encode()).hexdigest(),
+                "seed": str(self.seed),
+                "ledger": self.history.state_id,
+                "list of facts": sha256(listed.encode()).hexdigest(),
+            }
         )
 
     def check_rows(self, facts: Sequence[Fact], run: CallLog) -> None:

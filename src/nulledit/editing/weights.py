@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nulledit.errors import LedgerError
+from nulledit.io.text import count
 from nulledit.ledger.records import Column, History, Ledger
 from nulledit.ledger.solver import LayerSolver, LayerState, recorded
 from nulledit.linalg.angles import unit_columns
@@ -23,7 +24,7 @@ from nulledit.models.layouts import as_out_in, holds_weight, write_weight
 from nulledit.models.unchanged import bit_sums
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LayerReport:
     """What the edits do to one layer."""
 
@@ -46,6 +47,10 @@ class LayerReport:
     room: float
     """1 − tr(KᵀGK (I + KᵀGK)⁻¹) / rank G: the share of the usable directions that no edit has
     taken yet; 1 without edits, nan where no direction is usable."""
+
+    def __repr__(self) -> str:
+        moved = f"‖Δ‖/‖W₀‖ {self.update_share:.3g}, room left {self.room:.3g}"
+        return f"<LayerReport of layer {self.layer}, {count(self.n, 'fact')}: {moved}>"
 
 
 class EditedWeights:

@@ -115,6 +115,17 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[int, ..
     return RowEncoder(tokenizer, max_length=sys.maxsize).encode(prompt).ids
 
 
+def fact_answers(
+    model: EditableModel,
+    facts: Sequence[Fact],
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """What the model says by itself to each fact's own prompt, with room for its answers."""
+    prompts = [fact.render(fact.prompt) for fact in facts]
+    room = [answer_room(model.encoder, fact) for fact in facts]
+    return generate_answers(model, prompts, max_new_tokens=room, progress=progress)
+
+
 def answer_room(encoder: RowEncoder, fact: Fact) -> int:
     """Tokens that an answer gets: enough for the fact's old one, or a right one and then some.
 

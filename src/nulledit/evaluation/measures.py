@@ -103,3 +103,16 @@ def measured(summaries: Iterable[Mapping[str, Any] | None]) -> list[str]:
             found |= {k: None for k in own if (summary.get(k) or {}).get("n")}
     order = [kind + ending for kind in PREFERENCE for ending in ("", "_strict", "_tokens")]
     return sorted(found, key=lambda k: order.index(k) if k in order else len(order))
+
+
+def entry(summary: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:
+    """What a summary says of the measure `name`: mean or value, error, size; empty for nothing."""
+    return (summary or {}).get(name) or (summary or {"rates": {}})["rates"].get(name) or {}
+
+
+def shown(name: str, found: Mapping[str, Any]) -> tuple[str, str, str]:
+    """An `entry` for a reader, in the measure's unit: value, standard error, and over how many."""
+    measure = find(name)
+    numbers = found.get("mean", found.get("value")), found.get("standard_error")
+    value, error = ("" if x is None else f"{measure.scale * x:.{measure.digits}f}" for x in numbers)
+    return value, error, f"{found['tokens']} tokens" if "tokens" in found else f"{found.get('n')}"

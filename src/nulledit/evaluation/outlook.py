@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from nulledit.data.facts import Fact, quote
 from nulledit.errors import BadRecordsError, FactError
-from nulledit.evaluation.generation import answer_room, generate_answers, says_any
+from nulledit.evaluation.generation import answer_room, fact_answers, says_any
 from nulledit.evaluation.old_answers import says_old_answer
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.tokens import Row, RowEncoder
@@ -54,13 +54,7 @@ def outlook(
     sharing: dict[tuple[int, ...], list[str]] = {}
     for fact, row in zip(facts, rows, strict=True):
         sharing.setdefault(row.upto_subject().ids, []).append(fact.id)
-    prompts = [fact.render(fact.prompt) for fact in facts]
-    said = generate_answers(
-        model,
-        prompts,
-        max_new_tokens=[answer_room(model.encoder, fact) for fact in facts],
-        progress=progress,
-    )
+    said = fact_answers(model, facts, progress)
     return tuple(
         Outlook(
             fact=fact,

@@ -84,7 +84,7 @@ def read_windows(
     return found
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Reading:
     """What a model, as it was, made of windows of text."""
 
@@ -96,6 +96,9 @@ class Reading:
     """By window, each predicted token's KL(base ‖ this model), nats; None without a base."""
     states: tuple[Tensor, ...] | None = None
     """By window, the normed states that predict [tokens, d], on the CPU; None if not kept."""
+
+    def __repr__(self) -> str:
+        return f"<Reading of {len(self.windows)} windows: {self.perplexity!r}>"
 
     @property
     def perplexity(self) -> Perplexity:

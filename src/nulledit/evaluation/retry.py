@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from nulledit.data.facts import Fact
+from nulledit.editing.call_log import Progress
 from nulledit.editing.editor import Editor
 from nulledit.editing.reports import EditReport
 from nulledit.editing.session import some
 from nulledit.editing.stronger import differences, stronger
 from nulledit.evaluation.diagnosis import holds
-from nulledit.evaluation.runner import Progress, evaluate
+from nulledit.evaluation.runner import evaluate
 
 
 def retry_failing(

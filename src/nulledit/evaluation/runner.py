@@ -6,27 +6,33 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nulledit.data.facts import Fact, quote
+from nulledit.editing.call_log import Progress
 from nulledit.errors import FactError
 from nulledit.evaluation.fluency import Writing, write_texts
-from nulledit.evaluation.generation import answer_room, generate_answers, says
+from nulledit.evaluation.generation import fact_answers, says
+from nulledit.evaluation.measures import entry, find, measured, shown
 from nulledit.evaluation.queries import queries_of, shipped_sentences
 from nulledit.evaluation.reading import Divergence, Perplexity, Reading, read
 from nulledit.evaluation.scores import Score, per_fact, rates, score
 from nulledit.evaluation.stats import Rate
+from nulledit.io.notebook import frame, html_table
+from nulledit.io.text import count
 from nulledit.models.editable_model import EditableModel
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CPU_POSITIONS = 512  # small chunks stay in a processor's cache
 ACCELERATOR_POSITIONS = 8192
 
-Progress = Callable[[str, int, int], None]
 Judge = Callable[[str, str, str], bool]
 """Prompt, what the model said, an accepted answer -> whether that says it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
     """What a model, as it was, made of some facts."""
 
@@ -89,6 +95,11 @@ class Evaluation:
             "scores": [_plain(item) for item in self.scores],
         }
 
+    def values(self) -> dict[str, Mapping[str, float]]:
+        """Measure -> fact id -> value, 0 to 1 but for fluency; what was not asked is left out."""
+        said = {"generation": {i: float(x) for i, x in self.says_target.items()}}
+        return dict(per_fact(self.scores)) | (said if self.says_target else {}) | self.by_fact()
+
     def rows(self) -> dict[str, dict[str, Any]]:
         """Fact id -> one value per measure, and "answer".
 
@@ -106,6 +117,24 @@ class Evaluation:
             row["generation"] = self.says_target.get(fact_id)
             rows[fact_id] = {**row, "answer": self.answers.get(fact_id)}
         return rows
+
+    def to_frame(self) -> pd.DataFrame:
+        """`rows` as a pandas frame; ConfigError where pandas is missing."""
+        return frame(self.rows(), "fact")
+
+    def __repr__(self) -> str:
+        facts = count(len({item.query.fact_id for item in self.scores}), "fact")
+        return (
+            f"<Evaluation of {facts}: {'; '.join(' '.join(row[:2]) for row in self._table()[:4])}>"
+        )
+
+    def _repr_html_(self) -> str:
+        return html_table("Evaluation", ("measure", "", "± standard error", "n"), self._table())
+
+    def _table(self) -> list[tuple[str, str, str, str]]:
+        told = self.summary()
+        names = [*measured([told]), *(n for n in ("perplexity", "kl") if told[n])]
+        return [(find(name).label, *shown(name, entry(told, name))) for name in names]
 
 
 def evaluate(
@@ -146,7 +175,8 @@ def evaluate(
         positions=model.positions(CPU_POSITIONS, ACCELERATOR_POSITIONS),
         progress=_stage(progress, "scores"),
     )
-    answers = _answers(model, facts, _stage(progress, "answers")) if generate else {}
+    said = fact_answers(model, facts, _stage(progress, "answers")) if generate else []
+    answers = dict(zip((fact.id for fact in facts), said, strict=generate))
     says = _judged(facts, answers, judge or _contained)
     writing = None
     if fluency or references is not None:
@@ -175,21 +205,6 @@ def _refuse_twins(facts: Sequence[Fact]) -> None:
     if len(set(ids)) < len(ids):
         twice = next(i for i in ids if ids.count(i) > 1)
         raise FactError(f"two facts have the id {quote(twice)}: results are kept by id")
-
-
-def _answers(
-    model: EditableModel,
-    facts: Sequence[Fact],
-    progress: Callable[[int, int], None] | None,
-) -> dict[str, str]:
-    prompts = [fact.render(fact.prompt) for fact in facts]
-    said = generate_answers(
-        model,
-        prompts,
-        max_new_tokens=[answer_room(model.encoder, fact) for fact in facts],
-        progress=progress,
-    )
-    return {fact.id: answer for fact, answer in zip(facts, said, strict=True)}
 
 
 def _judged(facts: Sequence[Fact], answers: Mapping[str, str], judge: Judge) -> dict[str, bool]:

@@ -84,6 +84,11 @@ def score(
     return scores
 
 
+def probabilities(model: EditableModel, queries: Sequence[Query]) -> list[float]:
+    """Each query's answer's probability per token (geometric mean), in their order."""
+    return [math.exp(-item.answer_nll) for item in score(model, queries)]
+
+
 def per_fact(scores: Iterable[Score]) -> dict[str, dict[str, float]]:
     """For each measure ("efficacy", "efficacy_strict", ...), fact id -> mean over its queries.
 

@@ -18,7 +18,7 @@ from nulledit.data.facts import Fact
 from nulledit.editing.editor import Editor
 from nulledit.export.updates import Export, LayerExport
 from nulledit.io.text import count, markdown, plain, shorten
-from nulledit.models.load import EMBEDDED
+from nulledit.models.embedded import EMBEDDED
 from nulledit.report.tables import as_markdown, number
 from nulledit.runs.tables import rates_table
 

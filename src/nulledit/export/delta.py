@@ -12,12 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nulledit.editing.call_log import Progress
 from nulledit.editing.editor import Editor
 from nulledit.errors import ConfigError, LedgerError
 from nulledit.export.updates import (
     MEASURED_ABOVE,
     Export,
-    Progress,
     StoredLayer,
     facts_cost,
     refuse_existing,

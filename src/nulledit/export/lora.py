@@ -9,6 +9,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nulledit.editing.call_log import Progress
 from nulledit.editing.editor import Editor
 from nulledit.errors import ConfigError
 from nulledit.export.card import adapter_card
@@ -17,7 +18,6 @@ from nulledit.export.ranks import SERVED, padded, served_rank
 from nulledit.export.updates import (
     MEASURED_ABOVE,
     Export,
-    Progress,
     StoredLayer,
     facts_cost,
     refuse_existing,

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from nulledit.editing.call_log import Progress
 from nulledit.editing.editor import Editor
 from nulledit.errors import ConfigError, LedgerError
 from nulledit.evaluation.queries import queries_of
@@ -24,7 +25,6 @@ from nulledit.export.factors import factorise, ordered_sum, relative_error
 from nulledit.models.layouts import as_out_in, write_weight
 
 ORIGIN_FILE = "nulledit-export.json"
-Progress = Callable[[str, int, int], None]
 MOST_RANK = 512
 """Dimensions that a full-rank update is cut to, unless another number is asked for."""
 MEASURED_ABOVE = 1e-6
@@ -77,7 +77,7 @@ class FactsCost:
     """The same with the stored factors."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Export:
     """What an export wrote."""
 
@@ -99,6 +99,10 @@ class Export:
     """Whether the delta gives the run's model to the bit; None for other kinds."""
     differing: int | None = None
     """Weights that base + delta has otherwise than the run's model; None for other kinds."""
+
+    def __repr__(self) -> str:
+        layers = ", ".join(str(layer.layer) for layer in self.layers)
+        return f"<Export {self.kind} in {self.folder}: layers {layers}, {self.bytes:,} bytes>"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

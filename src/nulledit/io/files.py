@@ -142,3 +142,9 @@ def _alive(process: str) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def cache_folder() -> Path:
+    """Where converted models and statistics are kept: $NULLEDIT_CACHE or ~/.cache/nulledit."""
+    given = os.environ.get("NULLEDIT_CACHE")
+    return Path(given) if given else Path.home() / ".cache" / "nulledit"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor  # reading what was recorded needs no torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Base:
     """The model before any edit."""
 
@@ -39,11 +39,16 @@ class Base:
     """How its edited matrices were quantised: "4bit" or "8bit" as it was loaded, "own" in the
     checkpoint itself; empty where they are plain. A quantised base is kept by reference: the run
     holds the ledger and no model."""
+    revision: str = ""
+    """Branch, tag or commit on the Hub that was asked for; empty: none was."""
 
     @cached_property
     def recipe(self) -> Recipe:
         """The recipe that its first epoch is to have."""
         return Recipe.recorded(self.stored)
+
+    def __repr__(self) -> str:
+        return f"<Base {self.model or 'in memory'}, {self.dtype}: {self.hash[:12]}>"
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -52,10 +57,13 @@ class Base:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {"recipe" if k == "stored" else k: v for k, v in asdict(self).items()}
+        plain = {"recipe" if k == "stored" else k: v for k, v in asdict(self).items()}
+        if not self.revision:  # as in ledgers that are older than this field
+            del plain["revision"]
+        return plain
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Epoch:
     """A run of batches with one method, one filter and one set of statistics."""
 
@@ -76,6 +84,9 @@ class Epoch:
     def recipe(self) -> Recipe:
         """The recipe as resolved."""
         return Recipe.recorded(self.stored)
+
+    def __repr__(self) -> str:
+        return f"<Epoch {self.id}: {self.recipe!r}>"
 
 
 @dataclass(frozen=True)
@@ -133,7 +144,7 @@ class ValueOutcome:
         return plain | ({"settings": dict(self.settings)} if self.settings else {})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Column:
     """One fact's key and target value in every edited layer, as one batch made them."""
 
@@ -156,6 +167,9 @@ class Column:
     part: int = 0
     """Number of the chunk that a long target was cut into, from 0; one column holds each."""
 
+    def __repr__(self) -> str:
+        return f"<Column {self.id}, batch {self.batch}: {self.fact!r}>"
+
 
 @dataclass(frozen=True)
 class Event:
@@ -173,7 +187,7 @@ class Event:
     """Columns that no longer are."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class History:
     """Everything recorded, in memory; a change makes another one.
 
@@ -192,6 +206,10 @@ class History:
     """In order."""
     tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     """SHA-256 -> named tensors."""
+
+    def __repr__(self) -> str:
+        counts = f"{len(self.events)} events, {len(self.active)} active columns"
+        return f"<History of {self.base!r}: {counts}>"
 
     def with_epoch(self, epoch: Epoch, tensors: Mapping[str, Tensor]) -> History:
         """This history with another epoch, which has no batch yet."""

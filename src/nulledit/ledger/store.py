@@ -22,14 +22,14 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from nulledit.data.facts import Fact
 from nulledit.errors import LedgerError, NullEditError
 from nulledit.io.files import replacing, sha256_of, write_text
-from nulledit.ledger.records import Base, Batch, Column, Epoch, Event, History, ValueOutcome
+from nulledit.ledger.records import Base, Batch, Epoch, History
+from nulledit.ledger.rows import SCHEMA, SCHEMA_VERSION, column_of, epoch_of, event_of, insert
 
 if TYPE_CHECKING:
     from torch import Tensor  # reading the database needs no torch
@@ -46,23 +46,6 @@ UNREADABLE = (
     *(sqlite3.Error, NullEditError, KeyError, ValueError, TypeError, AttributeError),
     *(OverflowError, RecursionError),
 )
-
-SCHEMA_VERSION = 2
-SCHEMA = """
-CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
-CREATE TABLE epochs (
-    id INTEGER PRIMARY KEY, recipe TEXT NOT NULL, seed INTEGER NOT NULL, contexts TEXT NOT NULL,
-    statistics TEXT NOT NULL, tensors TEXT NOT NULL) STRICT;
-CREATE TABLE batches (
-    id INTEGER PRIMARY KEY, epoch INTEGER NOT NULL REFERENCES epochs, tensors TEXT NOT NULL) STRICT;
-CREATE TABLE columns (
-    id INTEGER PRIMARY KEY, batch INTEGER NOT NULL REFERENCES batches, row INTEGER NOT NULL,
-    "group" INTEGER NOT NULL, fact_id TEXT NOT NULL, fact TEXT NOT NULL, active INTEGER NOT NULL,
-    outcome TEXT NOT NULL, replaces INTEGER NOT NULL, part INTEGER NOT NULL) STRICT;
-CREATE TABLE events (
-    id INTEGER PRIMARY KEY, kind TEXT NOT NULL, time TEXT NOT NULL, activated TEXT NOT NULL,
-    deactivated TEXT NOT NULL) STRICT;
-"""
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> tuple[str, bytes]:
@@ -156,7 +139,7 @@ class Store:
                 with closing(_writable(partial)) as db, db:
                     db.executescript(f"BEGIN; {SCHEMA}")
                     db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
-                    _insert(db, history, (0, 0, 0, 0))
+                    insert(db, history, (0, 0, 0, 0))
                 self._list(sha256_of(partial))
 
     def commit(self, history: History, stored: tuple[int, int, int, int]) -> None:
@@ -179,7 +162,7 @@ class Store:
                         self._write_tensors(digest, history.tensors[digest])
                     changed = [(int(history.is_active(c)), c.id) for c in history.columns[:columns]]
                     db.executemany("UPDATE columns SET active = ? WHERE id = ?", changed)
-                    _insert(db, history, stored)
+                    insert(db, history, stored)
                 new = sha256_of(partial)
                 self._list(old, new)
             self._list(new)
@@ -261,10 +244,10 @@ class Store:
             )
         history = History(
             Base.from_dict(json.loads(meta["base"])),
-            tuple(_epoch(r) for r in db.execute("SELECT * FROM epochs ORDER BY id")),
+            tuple(epoch_of(r) for r in db.execute("SELECT * FROM epochs ORDER BY id")),
             tuple(Batch(*r) for r in db.execute("SELECT * FROM batches ORDER BY id")),
-            tuple(_column(r) for r in db.execute("SELECT * FROM columns ORDER BY id")),
-            tuple(_event(r) for r in db.execute("SELECT * FROM events ORDER BY id")),
+            tuple(column_of(r) for r in db.execute("SELECT * FROM columns ORDER BY id")),
+            tuple(event_of(r) for r in db.execute("SELECT * FROM events ORDER BY id")),
         )
         marked = {row[0] for row in db.execute("SELECT id FROM columns WHERE active")}
         if marked != history.active_ids:
@@ -420,59 +403,3 @@ def _count_events(db: sqlite3.Connection) -> int:
 def _digests(db: sqlite3.Connection) -> set[str]:
     query = "SELECT tensors FROM epochs UNION SELECT tensors FROM batches"
     return {row[0] for row in db.execute(query)}
-
-
-def _insert(db: sqlite3.Connection, history: History, stored: tuple[int, int, int, int]) -> None:
-    """What `history` holds beyond the counts `stored`."""
-    epochs, batches, columns, events = stored
-    db.executemany(
-        "INSERT INTO epochs VALUES (?, ?, ?, ?, ?, ?)",
-        [
-            (e.id, _dump(e.stored), e.seed, _dump(e.contexts), _dump(e.statistics), e.tensors)
-            for e in history.epochs[epochs:]
-        ],
-    )
-    db.executemany(
-        "INSERT INTO batches VALUES (?, ?, ?)",
-        [(b.id, b.epoch, b.tensors) for b in history.batches[batches:]],
-    )
-    db.executemany(
-        "INSERT INTO columns VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        [
-            (
-                *(c.id, c.batch, c.row, c.group, c.fact.id, _dump(c.fact.to_dict())),
-                *(int(history.is_active(c)), _dump(c.outcome.to_dict()), c.replaces, c.part),
-            )
-            for c in history.columns[columns:]
-        ],
-    )
-    db.executemany(
-        "INSERT INTO events VALUES (?, ?, ?, ?, ?)",
-        [
-            (e.id, e.kind, e.time, _dump(e.activated), _dump(e.deactivated))
-            for e in history.events[events:]
-        ],
-    )
-
-
-def _dump(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _epoch(row: tuple[Any, ...]) -> Epoch:
-    id_, recipe, seed, contexts, statistics, tensors = row
-    return Epoch(
-        id_, json.loads(recipe), seed, tuple(json.loads(contexts)), json.loads(statistics), tensors
-    )
-
-
-def _column(row: tuple[Any, ...]) -> Column:
-    id_, batch, place, group, _fact_id, fact, _active, outcome, replaces, part = row
-    request = Fact.from_dict(json.loads(fact))
-    found = ValueOutcome.from_dict(json.loads(outcome))
-    return Column(id_, batch, place, group, request, found, replaces, part)
-
-
-def _event(row: tuple[Any, ...]) -> Event:
-    id_, kind, time, activated, deactivated = row
-    return Event(id_, kind, time, tuple(json.loads(activated)), tuple(json.loads(deactivated)))

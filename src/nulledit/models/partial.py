@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
@@ -22,7 +21,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from nulledit.config import Layout
 from nulledit.errors import ModelError
 from nulledit.models.accepted import check_model
-from nulledit.models.experts import is_experts, keys_of
+from nulledit.models.hooks import (
+    again,
+    collect,
+    collect_copy,
+    collect_input,
+    hooked,
+    inject,
+    passing,
+    read_key,
+    replaced_forward,
+)
 from nulledit.models.layout_tracing import entries
 from nulledit.models.layouts import (
     blocks_of,
@@ -33,7 +42,7 @@ from nulledit.models.layouts import (
     mlp_out,
     parameter_name,
 )
-from nulledit.models.placement import brought_in, input_device, is_moved_to, is_offloaded
+from nulledit.models.placement import input_device, is_offloaded
 from nulledit.models.tokens import Batch, context_length, vocabulary_of
 
 
@@ -272,7 +281,7 @@ class PartialModel:
         rows = normed.reshape(1, -1, normed.shape[-1])
         output = _BodyOutput(last_hidden_state=rows)
         one = torch.zeros(rows.shape[:2], dtype=torch.long, device=self.device)
-        with _replaced_forward(self._body, lambda *_args, **_kwargs: output):
+        with replaced_forward(self._body, lambda *_args, **_kwargs: output):
             logits: Tensor = self.model(input_ids=one, use_cache=False).logits
         return logits.reshape(*normed.shape[:-1], -1)
 
@@ -312,15 +321,15 @@ class PartialModel:
             for layer in layers:
                 shapes: list[Tensor] = []
                 block, module = self.blocks[layer], self.mlp_out(layer)
-                stack.enter_context(_hooked(block, _collect_input(shapes), before=True))
-                stack.enter_context(_hooked(module, _read_key(found, layer, shapes), before=True))
+                stack.enter_context(hooked(block, collect_input(shapes), before=True))
+                stack.enter_context(hooked(module, read_key(found, layer, shapes), before=True))
             yield found
 
     @contextmanager
     def reading_output(self, layer: int) -> Iterator[list[Tensor]]:
         """Collect a copy of what W of `layer` gives in each run inside."""
         found: list[Tensor] = []
-        with _hooked(self.mlp_out(layer), _collect_copy(found)):
+        with hooked(self.mlp_out(layer), collect_copy(found)):
             yield found
 
     def _top(self, last: int | None) -> int:
@@ -369,16 +378,16 @@ class PartialModel:
         with ExitStack() as stack:
             for i, block in enumerate(self.blocks):
                 if not first <= i <= last:
-                    passing = _passing(self._entries[i].as_tuple)
-                    stack.enter_context(_replaced_forward(block, passing))
+                    unchanged = passing(self._entries[i].as_tuple)
+                    stack.enter_context(replaced_forward(block, unchanged))
                 elif torch.is_grad_enabled() and is_offloaded(block):
-                    stack.enter_context(_replaced_forward(block, _again(block.forward)))
+                    stack.enter_context(replaced_forward(block, again(block.forward)))
             if states is not None:
-                stack.enter_context(_hooked(self.blocks[first], _inject(states), before=True))
+                stack.enter_context(hooked(self.blocks[first], inject(states), before=True))
             if last < 0:  # nothing but the embedding
-                stack.enter_context(_hooked(self.blocks[0], _collect_input(found), before=True))
+                stack.enter_context(hooked(self.blocks[0], collect_input(found), before=True))
             else:
-                stack.enter_context(_hooked(self.blocks[last], _collect(found)))
+                stack.enter_context(hooked(self.blocks[last], collect(found)))
             yield
 
 
@@ -401,94 +410,3 @@ def _in_order(held: Tensor, order: Tensor) -> Tensor:
 
 def _shown(prefix: Prefix | None) -> Cache | None:
     return prefix.cache() if prefix is not None and prefix.mask.shape[1] else None
-
-
-@contextmanager
-def _hooked(module: nn.Module, hook: Any, *, before: bool = False) -> Iterator[None]:
-    """`hook` is called behind `module`, or `before` it with its keyword arguments, inside."""
-    handle = (
-        module.register_forward_pre_hook(hook, with_kwargs=True)
-        if before
-        else module.register_forward_hook(hook)
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
-    """`module` works by `forward` inside; as before afterwards."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            vars(module)["forward"] = before
-
-
-def _passing(as_tuple: bool) -> Any:
-    def forward(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
-        return (hidden_states, None) if as_tuple else hidden_states
-
-    return forward
-
-
-def _again(forward: Any) -> Any:
-    """`forward`, run once more for the gradient: its graph would keep all weights brought in."""
-
-    def checkpointed(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-    return checkpointed
-
-
-def _inject(states: Tensor) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = args[0] if args else kwargs["hidden_states"]
-        own = states if is_moved_to(module) else states.to(given.device)
-        if args:
-            return (own, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": own}
-
-    return hook
-
-
-def _read_key(found: dict[int, Tensor], layer: int, states: list[Tensor]) -> Any:
-    """`states`: what the block was given last; some join its rows before they come to W."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if is_experts(module):
-            with brought_in(module):
-                keys = keys_of(module, args, kwargs)
-        else:
-            keys = args[0].detach()
-        found[layer] = keys.view(*states[-1].shape[:2], -1)
-        states.clear()
-
-    return hook
-
-
-def _collect(found: list[Tensor]) -> Any:
-    def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-        found.append(output[0] if isinstance(output, tuple) else output)
-
-    return hook
-
-
-def _collect_copy(found: list[Tensor]) -> Any:
-    def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-        found.append(output.clone())  # some models add to it in place
-
-    return hook
-
-
-def _collect_input(found: list[Tensor]) -> Any:
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(args[0] if args else kwargs["hidden_states"])
-
-    return hook

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate.hooks import (
@@ -25,6 +25,25 @@ from transformers import PreTrainedModel
 
 from nulledit.config import SPREADS, Placement
 from nulledit.errors import ConfigError, ModelError
+from nulledit.parallel.accelerators import accelerators
+
+Device: TypeAlias = str | torch.device | Placement | None
+"""Where a model is to be: None and "auto" leave it to `chosen`."""
+
+
+def chosen(device: Device, device_map: str | Mapping[str, str | int] | None) -> Device:
+    """One placement from the two ways of asking for it; ConfigError for both at once.
+
+    Asked for neither, or "auto": the first accelerator, and what it has no room for on the next
+    ones and on the CPU. None, so the CPU, where there is none.
+    """
+    if device_map is not None:
+        if device is not None:
+            raise ConfigError("give device or device_map, not both")
+        return Placement(device_map)
+    if device in (None, "auto"):
+        return Placement("sequential") if accelerators() else None
+    return device
 
 
 def loading_options(placement: Placement) -> dict[str, Any]:

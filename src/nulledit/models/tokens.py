@@ -13,15 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nulledit.config import ChatSettings
 from nulledit.errors import FactError, ModelError
 from nulledit.models.chat import ChatForm, Framed
+from nulledit.models.pieces import Pieces, Span, overlaps, untrimmed
 
 # Scripts written without spaces between words: a target in them joins its prompt directly.
 UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
 # What a target is tokenised after, where it can't be tokenised after its prompt: the first that
 # stays a piece of its own.
 LEADS = ("\n", ".", ",", "x")
-
-Span = tuple[int, int]
-"""Indices of a first character and of the one after the last."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,7 @@ class RowEncoder:
         framed = self._framed(text, context)
         row, pieces = self._row(framed, span, target)
         held = [
-            i for i, piece in enumerate(pieces.spans) if _overlaps(piece, self._at(framed, span))
+            i for i, piece in enumerate(pieces.spans) if overlaps(piece, self._at(framed, span))
         ]
         if all(i in pieces.unknown for i in held):
             raise FactError(
@@ -171,7 +169,7 @@ class RowEncoder:
         return tuple(
             i
             for i, piece in enumerate(self._joined(framed, target).spans)
-            if any(_overlaps(piece, place) for place in places)
+            if any(overlaps(piece, place) for place in places)
         )
 
     def _framed(self, text: str, context: str = "{}") -> Framed:
@@ -198,7 +196,7 @@ class RowEncoder:
             return
         raise FactError(f"prompt of {tokens} tokens {what}: {text[:60]!r}...")
 
-    def _row(self, framed: Framed, subject: Span | None, target: str | None) -> tuple[Row, _Pieces]:
+    def _row(self, framed: Framed, subject: Span | None, target: str | None) -> tuple[Row, Pieces]:
         """`subject`: where it stands in the prompt."""
         text = framed.text
         pieces = self._joined(framed, target)
@@ -221,7 +219,7 @@ class RowEncoder:
                 )
         return Row(tuple(pieces.ids), subject_last, target_start), pieces
 
-    def _joined(self, framed: Framed, target: str | None) -> _Pieces:
+    def _joined(self, framed: Framed, target: str | None) -> Pieces:
         """The framed prompt and the target."""
         text = framed.text
         if target is None:
@@ -236,13 +234,13 @@ class RowEncoder:
         # A token across the border would ask the model for half of what it has already read.
         after = self._continued(full[len(text) :])
         count = len(before.ids)
-        return _Pieces(
+        return Pieces(
             before.ids + after.ids,
             before.spans + [(len(text), len(full))] * len(after.ids),
             before.unknown | {i + count for i in after.unknown},
         )
 
-    def _continued(self, text: str) -> _Pieces:
+    def _continued(self, text: str) -> Pieces:
         """`text` as it is tokenised inside a longer one: without the mark of a beginning."""
         for lead in LEADS:
             count = len(self._pieces(lead, special=False).ids)
@@ -253,7 +251,7 @@ class RowEncoder:
                 return pieces.behind(count)
         return self._pieces(text, special=False)
 
-    def _pieces(self, text: str, *, special: bool | None = None) -> _Pieces:
+    def _pieces(self, text: str, *, special: bool | None = None) -> Pieces:
         """`text` without an end-of-text token behind it.
 
         `special`: whether the tokenizer adds its special tokens; left out, where no chat template
@@ -267,7 +265,7 @@ class RowEncoder:
             verbose=False,
         )
         ids, added = list(coded["input_ids"]), coded["special_tokens_mask"]
-        spans = _untrimmed(text, coded["offset_mapping"], added)
+        spans = untrimmed(text, coded["offset_mapping"], added)
         while ids and added[len(ids) - 1] and spans[-1][0] == spans[-1][1]:
             ids.pop()
             spans.pop()
@@ -278,57 +276,7 @@ class RowEncoder:
             for i, (found, (a, b)) in enumerate(zip(ids, spans, strict=True))
             if found == mark and not added[i] and text[a:b].strip() != name
         }
-        return _Pieces(ids, spans, unknown)
-
-
-@dataclass(frozen=True)
-class _Pieces:
-    """Tokens of a text, and which of its characters they hold."""
-
-    ids: list[int]
-    spans: list[Span]
-    unknown: set[int]
-    """Indices of those that only say that there is no piece for these characters."""
-
-    def last_of(self, place: Span) -> int:
-        """The last token of the last character at `place` that is in any; -1 if none is.
-
-        Tokenizers that compose accents give a composed character the place of its first part.
-        """
-        for character in range(place[1] - 1, place[0] - 1, -1):
-            covering = [i for i, (a, b) in enumerate(self.spans) if a <= character < b]
-            if covering:
-                return covering[-1]
-        return -1
-
-    def first_behind(self, end: int) -> int:
-        """The first token that reaches past `end`; -1 if none does."""
-        return next((i for i, (a, b) in enumerate(self.spans) if b > end and a < b), -1)
-
-    def behind(self, count: int) -> _Pieces:
-        """Without the first `count` tokens."""
-        unknown = {i - count for i in self.unknown if i >= count}
-        return _Pieces(self.ids[count:], self.spans[count:], unknown)
-
-
-def _overlaps(a: Span, b: Span) -> bool:
-    return a[0] < b[1] and b[0] < a[1]
-
-
-def _untrimmed(text: str, spans: Sequence[Span], added: Sequence[int]) -> list[Span]:
-    """`spans` with the spaces that some tokenizers leave out of them (`trim_offsets`) back in.
-
-    A space belongs to the token it begins, or is: without its place, a lone space in front of a
-    target would count as the prompt's.
-    """
-    found, end = [], 0
-    for (a, b), special in zip(spans, added, strict=True):
-        if not special:
-            if text[end:a].isspace():
-                a = end
-            end = max(end, b)
-        found.append((a, b))
-    return found
+        return Pieces(ids, spans, unknown)
 
 
 def vocabulary_of(model: PreTrainedModel) -> int | None:

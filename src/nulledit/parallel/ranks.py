@@ -32,6 +32,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from nulledit.errors import ConfigError, RankError
+from nulledit.parallel.accelerators import accelerators
 from nulledit.parallel.launch import Launch
 
 BEAT = 0.5  # seconds
@@ -196,10 +197,10 @@ class Ranks:
         """
         if self.alone:
             return asked
-        found = _accelerator()
-        if asked is None:
+        found = accelerators()
+        if asked in (None, "auto"):
             return None if found is None else f"{found[0]}:{self.launch.local_rank % found[1]}"
-        if asked == "auto" or ":" in asked:
+        if ":" in asked:
             raise ConfigError(
                 f"--device {asked} can't be given to several ranks: each takes the accelerator of "
                 "its number; give the kind alone, or cpu"
@@ -392,7 +393,7 @@ class Ranks:
         return None
 
     def _sharing(self) -> bool:
-        found = _accelerator()
+        found = accelerators()
         return found is not None and self.launch.local_size > found[1]
 
 
@@ -427,16 +428,6 @@ def _patience() -> float:
     if not QUIET <= seconds < float("inf"):
         raise ConfigError(f"NULLEDIT_RANK_TIMEOUT is {given!r}: expected {QUIET} seconds or more")
     return seconds
-
-
-def _accelerator() -> tuple[str, int] | None:
-    """Kind and number of this machine's accelerators."""
-    kind = getattr(torch, "accelerator", None)  # from torch 2.6
-    if kind is None:
-        return ("cuda", torch.cuda.device_count()) if torch.cuda.is_available() else None
-    if not kind.is_available():
-        return None
-    return kind.current_accelerator().type, kind.device_count()
 
 
 def _packed(note: Any, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,11 +13,15 @@ from nulledit.data.facts import Fact
 from nulledit.editing.editor import Editor
 from nulledit.editing.undo import facts_of
 from nulledit.editing.weights import EditedWeights
-from nulledit.errors import LedgerError
+from nulledit.errors import ConfigError, LedgerError
 from nulledit.evaluation.queries import Query
-from nulledit.evaluation.scores import score
+from nulledit.evaluation.scores import probabilities
+from nulledit.io.notebook import html_table
+from nulledit.io.text import count
 from nulledit.ledger.journal import Journal
 from nulledit.ledger.records import Column, History
+
+MOST_DIGITS = 18  # of an event's number
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class LayerDifference:
     """‖W₂ − W₁‖/‖W₀‖."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Difference:
     """What differs between two states."""
 
@@ -56,6 +60,44 @@ class Difference:
     """Facts that both have."""
     layers: tuple[LayerDifference, ...]
     """Layers that either edits."""
+
+    def __repr__(self) -> str:
+        return f"<Difference: {count(len(self.facts), 'fact')} differ, {self.common} in both>"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (_question(item), answer, f"{p:.3f}", f"{q:.3f}")
+            for item in self.facts
+            for answer, (p, q) in item.probabilities.items()
+        ]
+        return html_table(repr(self)[1:-1], ("prompt", "answer", "p, first", "p, second"), rows)
+
+
+def _question(item: FactDifference) -> str:
+    fact = item.first or item.second
+    return fact.render(fact.prompt) if fact else ""
+
+
+def read_state(text: str) -> tuple[Path, int | None]:
+    """`run@3` as folder and event; a folder of that very name comes first.
+
+    ConfigError where what follows the @ is no event's number.
+    """
+    folder, at, event = text.rpartition("@")
+    if not at or Path(text).is_dir():
+        return Path(text), None
+    if not event.isdecimal() or len(event) > MOST_DIGITS:
+        raise ConfigError(f"{text}: expected RUN or RUN@N, N the number of an event")
+    return Path(folder), int(event)
+
+
+def columns_at(history: History, event: int | None, name: str) -> list[Column]:
+    """Those in the model after `event`, or now; ConfigError for one that never was."""
+    if event is None:
+        return history.active
+    if not 0 <= event <= len(history.events):
+        raise ConfigError(f"{name}: the ledger has {len(history.events)} events")
+    return history.active_as_of(event)
 
 
 def difference(
@@ -88,7 +130,7 @@ def difference(
     layers = sorted({*editor.history.layers, *other.layers})
     with editor.weights.holding(mine):
         weights = {i: editor.weights.exact(i).cpu() for i in editor.weights.layers}
-        said = _probabilities(editor, queries)
+        said = probabilities(editor.editable, queries)
     with editor.weights.holding([]):  # the base, which the other's edits stand on
         beside = EditedWeights(editor.editable, Journal(other))
         try:
@@ -97,7 +139,7 @@ def difference(
             base = {i: beside.base(i) for i in beside.layers} | {
                 i: editor.weights.base(i) for i in editor.weights.layers
             }
-            says = _probabilities(editor, queries)
+            says = probabilities(editor.editable, queries)
         finally:
             beside.return_to({})
     found: list[dict[str, tuple[float, float]]] = [{} for _ in questions]
@@ -117,11 +159,6 @@ def _layer(
     scale = torch.linalg.norm(base)
     shares = (float(torch.linalg.norm(x) / scale) for x in (a - base, b - base, b - a))
     return LayerDifference(layer, *shares)
-
-
-def _probabilities(editor: Editor, queries: Sequence[Query]) -> list[float]:
-    found = score(editor.editable, queries)
-    return [math.exp(-item.answer_nll) for item in found]
 
 
 def _demand(fact: Fact | None) -> tuple[str, bool] | None:

@@ -10,27 +10,27 @@ from pathlib import Path
 from typing import Any, cast
 
 from nulledit.data.facts import Fact
+from nulledit.editing.call_log import Progress
 from nulledit.editing.editor import Editor
 from nulledit.errors import FactError
 from nulledit.evaluation.capability import TaskResult, capability
 from nulledit.evaluation.hidden_norms import edit_rows, hidden_growth, text_rows
-from nulledit.evaluation.preservation import shipped_corpus
 from nulledit.evaluation.queries import KINDS as ASKED
 from nulledit.evaluation.queries import queries_of
-from nulledit.evaluation.reading import Reading, read, read_windows
+from nulledit.evaluation.reading import Reading, read
 from nulledit.evaluation.runner import ACCELERATOR_POSITIONS, CPU_POSITIONS
 from nulledit.evaluation.scores import Score, per_fact, score
 from nulledit.evaluation.stats import Rate, perplexity_growth
 from nulledit.evaluation.tasks import read_tasks
+from nulledit.io.notebook import html_table
+from nulledit.io.text import count
 from nulledit.runs.limits import KINDS, Bound, Least, Limits, Most, Oldest, Tasks
+from nulledit.runs.measure import read_text
 
 SURE = 1.645  # standard errors of a one-sided 95 %
 DOUBT = 0.05  # chance of a sample like this that `confident` accepts
-WINDOW = 256  # tokens
 NO_TEXT = "no window of text with two tokens or more"
 FAILED, OK, UNMEASURED = "FAILED", "ok", "not measured"
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Row:
     """% or points of %; mnat for KL per token."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GateReport:
     """What became of each limit."""
 
@@ -95,6 +95,23 @@ class GateReport:
             "limits": self.source,
             "rows": rows,
         }
+
+    def __repr__(self) -> str:
+        found = f"failed: {', '.join(self.failed)}" if self.failed else "all hold"
+        return f"<GateReport of {count(len(self.rows), 'limit')} ({self.source}): {found}>"
+
+    def _repr_html_(self) -> str:
+        head = ("limit", "", "found", "± standard error", "n", "allowed", "unit", "")
+        rows = []
+        for r in self.rows:
+            found = (_short(x) for x in (r.found, r.error))
+            allowed = f"{r.side.replace('_', ' ')} {r.limit:g}" + " at 95 %" * r.confident
+            rows.append([r.name, r.verdict, *found, r.n or "", allowed, r.unit, r.note])
+        return html_table(f"Limits: {self.source}", head, rows)
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
 
 
 @dataclass(frozen=True)
@@ -319,9 +336,7 @@ class _Measuring:
 
     def _windows(self) -> Sequence[Sequence[int]]:
         if self._given_windows is None:
-            encoder = self.editor.editable.encoder
-            window = min(WINDOW, encoder.max_length)
-            self._given_windows = read_windows(shipped_corpus(), encoder.tokenizer, window=window)
+            self._given_windows = read_text(self.editor, None).windows
         return self._given_windows
 
     def _perplexity(self) -> Outcome:

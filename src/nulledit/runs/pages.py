@@ -17,7 +17,7 @@ from nulledit.errors import LedgerError
 from nulledit.evaluation.diagnosis import Diagnosis, diagnose
 from nulledit.evaluation.forms import form_name, other_system
 from nulledit.evaluation.old_answers import disagreements
-from nulledit.evaluation.preservation import Preservation, preservation_report
+from nulledit.evaluation.preservation import Preservation
 from nulledit.evaluation.runner import Evaluation
 from nulledit.io.text import count
 from nulledit.ledger.records import Column
@@ -29,7 +29,7 @@ from nulledit.runs.talk import Talk
 from nulledit.runs.warnings import warnings_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """What one run did."""
 
@@ -39,6 +39,9 @@ class Result:
     """The content of `summary.json`."""
     lines: list[dict[str, Any]]
     """This run's lines of `results.jsonl`."""
+
+    def __repr__(self) -> str:
+        return f"<Result in {self.folder}: {count(len(self.lines), 'fact')}>"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for --json."""
@@ -95,8 +98,9 @@ def finish(
         facts = count(len(columns), "fact")
         talk.say(f"Evaluating {facts} on the base and the edited model")
         with timed(seconds, "evaluation"):
-            before, after = evaluate_both(editor, [c.fact for c in columns], text, talk)
-            kept = {p.layer: p for p in preservation_report(editor, text.windows)}
+            both = evaluate_both(editor, [c.fact for c in columns], text, talk)
+            before, after = both.before, both.after
+            kept = {p.layer: p for p in both.preservation}
             other = other_system(editor.editable.encoder)
             asked = {form_name(other): editor.editable.asked(other)} if other else {}
             others = in_other_forms(editor, [c.fact for c in columns], asked, talk)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-logger = logging.getLogger(__name__)
+from nulledit.editing.call_log import Progress
 
-Progress = Callable[[str, int, int], None]
-"""Called with a stage, what is done, and what there is in all."""
+logger = logging.getLogger(__name__)
 
 
 class Talk:
@@ -23,3 +22,17 @@ class Talk:
     def progress(self, prefix: str = "") -> Iterator[Progress | None]:
         """Who is told of progress inside, each stage named with `prefix`."""
         yield None
+
+
+class Told(Talk):
+    """Notices go to the log, progress to a function."""
+
+    def __init__(self, progress: Progress | None):
+        """`progress`: called with a stage, what is done, and what there is in all."""
+        self.told = progress
+
+    @contextmanager
+    def progress(self, prefix: str = "") -> Iterator[Progress | None]:
+        """The function, told of each stage by its name with `prefix` in front."""
+        told = self.told
+        yield None if told is None else lambda stage, *done: told(prefix + stage, *done)

@@ -17,8 +17,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nulledit.editing.editor import Editor
+from nulledit.editing.saved import write_edited
 from nulledit.errors import LedgerError, NullEditError
 from nulledit.io.files import recover_folder, sha256_of
+from nulledit.io.text import count
 from nulledit.ledger.model_folder import (
     STATE_FILE,
     FolderState,
@@ -26,7 +28,6 @@ from nulledit.ledger.model_folder import (
     files_in,
     files_with,
     read_state,
-    write_model,
 )
 from nulledit.ledger.records import History
 from nulledit.ledger.store import DIGEST, Store
@@ -60,7 +61,7 @@ class Check:
     """What is worth saying although nothing is wrong."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Verification:
     """What `verify` found."""
 
@@ -82,6 +83,10 @@ class Verification:
     def passed(self) -> bool:
         """Whether nothing is."""
         return not self.problems
+
+    def __repr__(self) -> str:
+        found = "; ".join(self.problems) or "nothing is wrong"
+        return f"<Verification of {count(len(self.checks), 'thing')}: {found}>"
 
     def of(self, kind: str) -> list[Check]:
         """The checks of one kind."""
@@ -243,15 +248,7 @@ def _finish(
         problem = f"{folder}: behind the ledger, and the folder can't be written"
         found.checks.append(Check(FILES, _name(run, folder), problem))
         return
-    history = editor.history
-    write_model(
-        editor.model,
-        editor.tokenizer,
-        folder,
-        state_id=history.state_id,
-        base_hash=history.base.hash,
-        edited=[editor.editable.parameter_name(layer) for layer in history.layers],
-    )
+    write_edited(editor.editable, editor.history, folder)
     found.finished.append(
         f"{folder}: was behind the ledger (its write was interrupted, or is yet to come): the "
         "edited matrices were rewritten"

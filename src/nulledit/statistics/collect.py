@@ -19,13 +19,12 @@ from tqdm import tqdm
 from nulledit.config import StatisticsSettings
 from nulledit.data.corpus import Corpus, windows
 from nulledit.errors import StatisticsError
-from nulledit.io.files import replacing
+from nulledit.io.files import cache_folder, replacing
 from nulledit.linalg.blocks import AnyMoment, AnySpectrum, BlockMoment
 from nulledit.linalg.moments import SecondMoment
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.experts import count_and_width, is_experts
 from nulledit.models.layouts import as_out_in, stored_weight
-from nulledit.models.load import cache_folder
 from nulledit.models.quantized import make_editable
 from nulledit.models.tokens import (
     beginning,
@@ -116,11 +115,7 @@ def collect_together(
     one process would run; so only the order of the float64 sums differs. RankError where ranks have
     other models, corpora or settings.
     """
-    context = context_length(model.model.config)
-    if settings.window > context:
-        raise StatisticsError(
-            f"windows of {settings.window} tokens are longer than the model's context of {context}"
-        )
+    _check_window(model, settings)
     make_editable(model.model, model.layout, layers, model_hash)
     manifest = Manifest(
         model=name,
@@ -146,13 +141,7 @@ def collect_together(
     moments, done = _resume(folder, manifest, model) if ranks.first else (_empty(model, layers), 0)
     counted = next(iter(moments.values())).count
     done, counted = ranks.from_first([done, counted])[0]
-    stream = windows(
-        corpus.texts(),
-        lambda text: model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
-        window=settings.window,
-        packed=settings.packing == "packed",
-        first=beginning(model.tokenizer),
-    )
+    stream = _within_budget(_windows(model, corpus, settings), settings)
     bar = tqdm(
         total=settings.tokens or None,
         initial=counted,
@@ -164,7 +153,7 @@ def collect_together(
     read = hashlib.sha256()
     rounds = 1 if ranks.alone else ROUND * ranks.size
     with bar:
-        for number, group in enumerate(_groups(_within_budget(stream, settings), done, positions)):
+        for number, group in enumerate(_groups(stream, done, positions)):
             if number % ranks.size == ranks.rank:
                 _add(model, moments, group, settings)
             done += len(group)
@@ -180,6 +169,35 @@ def collect_together(
     if not ranks.first:
         return None
     count = next(iter(moments.values())).count
+    _check_sampled(corpus, moments)
+    if not ranks.alone:
+        _save_partial(folder, manifest, moments, done)  # a rank that dies now costs nothing
+    manifest = replace(manifest, tokens=count, windows=done)
+    return finished(folder, manifest, moments)
+
+
+def _windows(
+    model: EditableModel, corpus: Corpus, settings: StatisticsSettings
+) -> Iterator[list[int]]:
+    return windows(
+        corpus.texts(),
+        lambda text: model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
+        window=settings.window,
+        packed=settings.packing == "packed",
+        first=beginning(model.tokenizer),
+    )
+
+
+def _check_window(model: EditableModel, settings: StatisticsSettings) -> None:
+    context = context_length(model.model.config)
+    if settings.window > context:
+        raise StatisticsError(
+            f"windows of {settings.window} tokens are longer than the model's context of {context}"
+        )
+
+
+def _check_sampled(corpus: Corpus, moments: dict[int, AnyMoment]) -> None:
+    """StatisticsError where a layer's keys are wider than the tokens that were seen are many."""
     least = min(moments.values(), key=lambda moment: moment.sampled - moment.width)
     if least.sampled < least.width:
         whom = " to the expert with most of them" if isinstance(least, BlockMoment) else ""
@@ -187,10 +205,6 @@ def collect_together(
             f"{corpus.name} gives {least.sampled} tokens{whom}; the keys are {least.width} wide, "
             "and fewer tokens than that leave directions unsampled: use a larger corpus"
         )
-    if not ranks.alone:
-        _save_partial(folder, manifest, moments, done)  # a rank that dies now costs nothing
-    manifest = replace(manifest, tokens=count, windows=done)
-    return finished(folder, manifest, moments)
 
 
 def finished(folder: Path, manifest: Manifest, moments: dict[int, AnyMoment]) -> Statistics:

@@ -26,7 +26,7 @@ from nulledit.statistics.tensor_files import (
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Statistics:
     """Spectra of the preserved keys' second moment, by layer, and where they come from."""
 
@@ -36,6 +36,10 @@ class Statistics:
     """By layer."""
     checked: bool = True
     """Whether what was read has the hashes written with it; False: of before there were any."""
+
+    def __repr__(self) -> str:
+        m, layers = self.manifest, ", ".join(map(str, self.spectra))
+        return f"<Statistics of {m.model}: layers {layers}, {m.tokens} tokens of {m.corpus}>"
 
     def check(self, model_hash: str, layers: Sequence[int], mlp_out: str = "") -> None:
         """Raise StatisticsError unless these are of that model and its W, and cover `layers`."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Self, TypeVar
 
-from nulledit.config import Placement, Recipe
+from nulledit.api.editor import Editor
+from nulledit.config import Recipe
 from nulledit.data.facts import Fact
 from nulledit.data.readers import Facts, as_facts
-from nulledit.editing.editor import Editor
 from nulledit.editing.reports import ChangeReport, EditReport
 from nulledit.errors import CheckFailed, ConfigError, LedgerError
 from nulledit.evaluation.old_answers import with_base_answers
@@ -22,6 +22,7 @@ from nulledit.io.text import count
 from nulledit.ledger.records import History
 from nulledit.ledger.store import Store
 from nulledit.methods import find_method
+from nulledit.models.placement import Device
 from nulledit.parallel.ranks import Ranks
 from nulledit.runs.gate import GateReport, check
 from nulledit.runs.limits import Limits, Tasks
@@ -84,7 +85,8 @@ class Run:
         cls,
         folder: str | Path,
         *,
-        device: str | Placement | None = None,
+        device: Device = None,
+        device_map: str | Mapping[str, str | int] | None = None,
         trust_remote_code: bool = False,
         ranks: Ranks | None = None,
         talk: Talk | None = None,
@@ -101,7 +103,11 @@ class Run:
             recover_folder(folder / "model")
         ranks.barrier()
         editor = Editor.load(
-            folder, device=device, trust_remote_code=trust_remote_code, ranks=ranks
+            folder,
+            device=device,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+            ranks=ranks,
         )
         if not editor.history.events:
             raise LedgerError(
@@ -110,6 +116,9 @@ class Run:
         run = cls(folder, editor, talk)
         run.seconds["load"] = time.perf_counter() - begun
         return run
+
+    def __repr__(self) -> str:
+        return f"<Run {self.folder}: {count(len(self.editor.facts), 'fact')}>"
 
     @property
     def history(self) -> History:

@@ -1,0 +1,119 @@
+"""What a change of a model would do, written nowhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nulledit.data.facts import Fact
+from nulledit.data.readers import Facts, as_facts
+from nulledit.editing.editor import Editor
+from nulledit.editing.weights import LayerReport
+from nulledit.errors import ConfigError
+from nulledit.evaluation.comparison import Comparison
+from nulledit.evaluation.reading import read
+from nulledit.evaluation.runner import Evaluation, evaluate
+from nulledit.io.text import count
+from nulledit.runs.measure import check_lengths, read_text
+from nulledit.runs.talk import Talk
+
+HELD = 20  # facts in the model that are asked again
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The model as it is and as it would be."""
+
+    facts: tuple[Fact, ...]
+    """Those to write, then those to take out."""
+    asked: Comparison
+    """The model now and then on these facts; KL is from the base."""
+    held: Comparison | None
+    """The same on the last facts that are in the model and would stay; None if there are none."""
+    before: tuple[LayerReport, ...]
+    """The layers now."""
+    after: tuple[LayerReport, ...]
+    """The layers then."""
+    notices: tuple[str, ...]
+    """Records dropped; facts known, replaced, or joined with others on one key."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        now, then = self.asked.before, self.asked.after
+        return {
+            "asked": self.asked.summary(),
+            "held": self.held.summary() if self.held else {},
+            "answers": [
+                {
+                    "id": f.id,
+                    "prompt": f.render(f.prompt),
+                    "target": f.target,
+                    "before": now.answers.get(f.id) if now else None,
+                    "after": then.answers.get(f.id),
+                }
+                for f in self.facts
+            ],
+            "layers": {
+                "before": [vars(r) for r in self.before],
+                "after": [vars(r) for r in self.after],
+            },
+            "notices": list(self.notices),
+        }
+
+    def __repr__(self) -> str:
+        return f"<Preview of {count(len(self.facts), 'fact')}: {self.asked!r}>"
+
+    def _repr_html_(self) -> str:
+        return self.asked._repr_html_()
+
+
+def preview(
+    editor: Editor,
+    facts: Facts = (),
+    undo: Sequence[str] = (),
+    *,
+    text: str | Path | None = None,
+    talk: Talk | None = None,
+) -> Preview:
+    """Take the facts `undo` out and write `facts`, in memory; the editor is as before afterwards.
+
+    `text`: a file for perplexity and KL, by default the one that comes along. ConfigError where
+    nothing is asked for.
+    """
+    given, talk = as_facts(facts), talk or Talk()
+    new = list(given.facts)
+    if not new and not undo:
+        raise ConfigError("nothing to preview: expected facts to write, or ids to take out")
+    check_lengths(editor, new)
+    found = read_text(editor, text)
+    asked = [*new, *(f for f in editor.facts if f.id in undo)]
+    keys = {f.key for f in asked}
+    held = [f for f in editor.facts if f.key not in keys][-HELD:]
+    with editor.base_weights():
+        base = read(editor.editable, found.windows, keep=True)
+
+    def measure(name: str) -> tuple[Evaluation, Evaluation | None]:
+        model = editor.editable
+        with talk.progress(f"{name}: ") as tell:
+            mine = evaluate(model, asked, windows=found.windows, base=base, progress=tell)
+            others = evaluate(model, held, generate=False, progress=tell) if held else None
+        return mine, others
+
+    now, layers = measure("before"), editor.weights.reports()
+    notices = list(given.notices)
+    with editor.trial(writing=False), talk.progress() as tell:
+        if undo:
+            notices += editor.undo(*undo).notices
+        if new:
+            notices += editor.edit(new, progress=tell).notices
+        then, would_be = measure("after"), editor.weights.reports()
+    return Preview(
+        facts=tuple(asked),
+        asked=Comparison(now[0], then[0], found.name),
+        held=Comparison(now[1], then[1]) if then[1] else None,
+        before=layers,
+        after=would_be,
+        notices=tuple(notices),
+    )
