@@ -18,11 +18,11 @@ from nulledit.cli.main import cli
 from nulledit.config import MethodSettings, Recipe
 from nulledit.errors import ConfigError, LedgerError, NoRoomError
 from nulledit.ledger.records import Base, Column, Epoch, History, ValueOutcome
-from nulledit.ledger.solver import LayerMetrics, LayerSolver, recorded, spectrum_tensors
+from nulledit.ledger.solver import LayerPreconditioners, LayerSolver, recorded, spectrum_tensors
 from nulledit.linalg.postprocess import keep_largest, restrain
 from nulledit.linalg.solve import solve_update
-from nulledit.linalg.spectrum import Spectrum
-from nulledit.methods import METHODS, LayerProblem, Method, Registry, find_method, method
+from nulledit.linalg.spectrum import Block, Spectrum
+from nulledit.methods import METHODS, LayerProblem, Registry, Solve, find_method, method
 from nulledit.methods.neurons import chosen_neurons
 
 D, OUT, N, THRESHOLD = 24, 10, 3, 0.1
@@ -92,7 +92,7 @@ class Stream:
             before, self.history.columns, keys, targets, target_loss=quadratic(keys, targets)
         )
         rows = {"keys.0": keys.mT, "targets.0": targets.mT}
-        if self.fold.stage.method.by_gradient:
+        if self.fold.latest.method.by_gradient:
             rows["update.0"] = self.state.total - before.total
         made = []
         for row in range(keys.shape[1]):
@@ -200,13 +200,13 @@ def test_every_method_is_its_papers_formula(name):
     assert gap(stream.state.weight, paper(name, stream.batches())) < 1e-8
     folded = stream.fold.fold(stream.history.columns)
     assert gap(folded.weight, stream.state.weight) < 1e-10
-    if find_method(name).joint:  # goes on from batch to batch in a fold as in the run
+    if stream.fold.latest.recursive:  # goes on from batch to batch in a fold as in the run
         assert torch.equal(folded.weight, stream.state.weight)
 
 
 def test_every_method_of_the_table_is_tested_here():
     assert {m.name for m in METHODS} >= set(NAMES)
-    ours = {m.name for m in METHODS if m.solve.__module__.startswith("nulledit.")}
+    ours = {m.name for m in METHODS if m.settings.__module__.startswith("nulledit.")}
     assert ours == set(NAMES)
 
 
@@ -244,10 +244,10 @@ def test_inside_is_the_method_in_the_null_spaces_own_coordinates(name):
     stream = Stream(name, 1, projection="inside")
     (K, V), free = stream.batches()[0], BASIS[:, VALUES < THRESHOLD]
     method = find_method(name)
-    settings = stream.fold.stage.settings
+    settings = stream.fold.latest.settings
     values = VALUES[VALUES < THRESHOLD]
-    small = Spectrum(values, torch.eye(len(values), dtype=torch.float64))
-    metric = small.metric(method.gains(values, THRESHOLD, settings))
+    small = Spectrum.dense(Block(values, torch.eye(len(values), dtype=torch.float64)))
+    metric = small.preconditioner(method.gains(values, THRESHOLD, settings))
     problem = LayerProblem(
         layer=0,
         weight=W0 @ free,
@@ -256,7 +256,7 @@ def test_inside_is_the_method_in_the_null_spaces_own_coordinates(name):
         residual=V - W0 @ K,
         past_keys=K[: len(values), :0],
         spectrum=small,
-        metric=metric,
+        preconditioner=metric,
         projector=metric,
         projection="none",
         settings=settings,
@@ -308,11 +308,11 @@ def problem_of(stream, keys=None, residual=None, past=None, **changes):
         keys=keys,
         residual=3 * draw(OUT, keys.shape[1], seed=30) if residual is None else residual,
         past_keys=keys[:, :0] if past is None else past,
-        spectrum=fold.stage.metrics.spectrum,
-        metric=fold.stage.metrics.metric,
-        projector=fold.stage.metrics.projector,
-        projection=fold.stage.method.projection(fold.stage.recipe.method),
-        settings=fold.stage.settings,
+        spectrum=fold.latest.preconditioners.spectrum,
+        preconditioner=fold.latest.preconditioners.own,
+        projector=fold.latest.preconditioners.projector,
+        projection=fold.latest.method.projection(fold.latest.recipe.method),
+        settings=fold.latest.settings,
         **changes,
     )
 
@@ -474,7 +474,7 @@ def test_nse_refuses_a_compact_spectrum_at_the_start(projection):
     recipe = Recipe.from_dict({"layers": [0], "method": method})
     compact = Spectrum.of(C).compact(THRESHOLD, dtype=torch.float64)
     with pytest.raises(LookupError, match="eigenvectors"):
-        LayerMetrics.of(recipe, compact, THRESHOLD)
+        LayerPreconditioners.of(recipe, compact, THRESHOLD)
 
 
 # -- evoedit ---------------------------------------------------------------------------------
@@ -583,13 +583,13 @@ def test_the_table_suggests_near_names_and_takes_each_once():
 
 def test_a_method_of_ones_own_is_a_row():
     """An update of half size: what any function of a problem can do, projection included."""
-    half = Method(
+    half = Solve(
         name="half",
         about="half of MEMIT",
         paper="-",
         settings=find_method("memit").settings,
         gains=find_method("memit").gains,
-        solve=lambda p: solve_update(p.keys, p.residual, p.metric) / 2,
+        solve=lambda p: solve_update(p.keys, p.residual, p.preconditioner) / 2,
     )
     problem = replace(problem_of(Stream("memit", 0)), projection="after")
     torch.testing.assert_close(half.update(problem), find_method("memit").update(problem) / 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -32,7 +31,7 @@ from nulledit.ledger.records import Column, ValueOutcome
 from nulledit.linalg.angles import same_key_groups
 from nulledit.methods import find_method
 from nulledit.models.editable_model import EditableModel
-from nulledit.models.layouts import as_out_in, differentiating
+from nulledit.models.layouts import differentiating
 from nulledit.parallel.ranks import Message, Ranks, shares
 
 CPU_POSITIONS = 200  # small chunks stay in a processor's cache
@@ -384,7 +383,7 @@ class BatchWriter:
         names: dict[int, str] = {}
         values: dict[int, Value] = {}
         if self.cache is not None:
-            weights = self._weights_hash()
+            weights = self.weights.digest(self.base_hash)
             for group, mine in members.items():
                 names[group] = self.cache.name(
                     weights,
@@ -444,20 +443,6 @@ class BatchWriter:
             for message in self.ranks.gather(*_message_of(mine))
             for i, value in _values_of(message).items()
         }
-
-    def _weights_hash(self) -> str:
-        """Of the model as it is: the base, and the edited matrices that differ from it.
-
-        Values of W's own output are of one W, which a recipe may name.
-        """
-        digest = hashlib.sha256(self.base_hash.encode())
-        if self.model.values_at_output:
-            digest.update(self.model.layout.mlp_out.encode())
-        for layer in self.weights.layers:
-            weight = as_out_in(self.model.mlp_out(layer)).cpu().contiguous()
-            if not torch.equal(weight.double(), self.weights.base(layer)):
-                digest.update(f"{layer}".encode() + weight.view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
 
     def _joined(self, shared: Sequence[int]) -> list[int]:
         """Requests that share a key or a fact, with all that these share in turn."""

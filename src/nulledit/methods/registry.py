@@ -1,12 +1,13 @@
-"""The table of methods, and the one place where a method meets the projection."""
+"""The kinds of methods, and the table of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import entry_points
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nulledit.config import MethodSettings, Recipe, read_settings
@@ -16,16 +17,12 @@ from nulledit.linalg.solve import solve_update
 from nulledit.methods.problem import LayerProblem
 
 Gains = Callable[[Tensor, float, Any], Tensor]
+Finish = Callable[[Tensor, Tensor, Any], Tensor]
 
 
-def solve_filter(problem: LayerProblem) -> Tensor:
-    """The family's closed form: Δ = R (I + Kᵀ G K)⁻¹ Kᵀ G."""
-    return solve_update(problem.keys, problem.residual, problem.metric)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Method:
-    """One method and its traits; the driver reads traits, never names."""
+    """What every method has. Its kind is a class below: `Filter`, `Solve` or `Descent`."""
 
     name: str
     """As in recipes."""
@@ -35,36 +32,37 @@ class Method:
     """Where it is from."""
     settings: type
     """A frozen dataclass of its constants, with defaults."""
-    gains: Gains
-    """The spectral filter: (eigenvalues [d_in], τ, settings) → g [d_in], before any projection."""
-    solve: Callable[[LayerProblem], Tensor] = solve_filter
-    """The update Δ [d_out, d_in], float64."""
-    finish: Callable[[Tensor, Tensor, Any], Tensor] | None = None
-    """(ΣΔ of all batches, W₀, settings) → what is added to W₀ in its stead."""
-    history: bool = False
-    """Whether past facts stay in the system, so that batches equal one joint solve."""
     projected: bool = False
     """Whether it projects inside as published."""
-    one_by_one: bool = False
-    """Whether facts are edited one at a time, each on the model that the one before left."""
-    rewinds: bool = False
-    """Whether values are optimised on the unedited model."""
-    by_gradient: bool = False
-    """Whether Δ comes from the targets' loss in the model: no values are optimised, the ledger
-    keeps the update itself, and a batch can only be undone as a whole (the rest is edited anew)."""
-    linear: bool = True
-    """Whether what is added to W₀ is linear in R for given keys."""
-    reads_moment: bool = False
-    """Whether it reads C itself off the spectrum, so that every eigenvector is kept."""
+    finish: Finish | None = None
+    """(ΣΔ of all batches, W₀, settings) → what is added to W₀ in its stead."""
     cost: str = "n × n solve"
-    """What a batch of n facts costs beside values and keys."""
+    """What a batch of n facts costs besides values and keys."""
     page: str = ""
     """Its page in docs/methods/, if it is not the name's own."""
 
+    # What the driver asks of every method; a kind that can be so has a field of that name.
+    history = one_by_one = rewinds = reads_moment = by_gradient = False
+
     @property
-    def joint(self) -> bool:
-        """Whether batches are one joint solve of the family's closed form and nothing else."""
-        return self.history and self.solve is solve_filter and self.finish is None
+    def linear(self) -> bool:
+        """Whether what is added to W₀ is linear in R for given keys."""
+        return self.finish is None
+
+    @staticmethod
+    def gains(eigenvalues: Tensor, threshold: float, settings: Any, /) -> Tensor:
+        """Ones: the preconditioner is the identity, or P if projected inside."""
+        del threshold, settings
+        return torch.ones_like(eigenvalues)
+
+    def unprojected(self, problem: LayerProblem) -> Tensor:
+        """Δ [d_out, d_in], float64, before `projection: after`."""
+        raise NotImplementedError
+
+    def update(self, problem: LayerProblem) -> Tensor:
+        """Δ [d_out, d_in], projected as the problem asks."""
+        update = self.unprojected(problem)
+        return problem.projector.apply(update.mT).mT if problem.projection == "after" else update
 
     def keeps(self, settings: Any) -> bool:
         """Whether it has history with these constants, one of which may turn it off."""
@@ -103,14 +101,71 @@ class Method:
             return settings.projection
         return "inside" if self.projected else "none"
 
-    def update(self, problem: LayerProblem) -> Tensor:
-        """Δ [d_out, d_in], projected as the problem asks."""
-        update = self.solve(problem)
-        return problem.projector.apply(update.mT).mT if problem.projection == "after" else update
-
     def constants(self) -> dict[str, Any]:
         """The settings' names and defaults."""
         return {f.name: f.default for f in fields(self.settings)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filter(Method):
+    """A spectral filter: Δ = R (I + Kᵀ G K)⁻¹ Kᵀ G, G = Q diag(g(s)) Qᵀ.
+
+    With history the solve over all facts so far goes on from batch to batch, which costs no more
+    than the new batch (`linalg.solve.RecursiveState`).
+    """
+
+    gains: Gains = field()
+    """g: (eigenvalues [d_in], τ, settings) → gains [d_in], before any projection."""
+    history: bool = False
+    """Whether past facts stay in the system, so that batches equal one joint solve."""
+
+    def unprojected(self, problem: LayerProblem) -> Tensor:
+        """The closed form."""
+        return solve_update(problem.keys, problem.residual, problem.preconditioner)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solve(Method):
+    """A function from a layer's problem to its update."""
+
+    solve: Callable[[LayerProblem], Tensor]
+    """The update Δ [d_out, d_in], float64."""
+    gains: Gains = Method.gains
+    """Those of the problem's preconditioner, as a filter's."""
+    history: bool = False
+    """Whether the problem has all facts so far, and W₀: they are solved anew with every batch,
+    which takes ever longer. What is a filter should be a `Filter`."""
+    one_by_one: bool = False
+    """Whether facts are edited one at a time, each on the model that the one before left."""
+    rewinds: bool = False
+    """Whether values are optimised on the unedited model."""
+    reads_moment: bool = False
+    """Whether it reads C itself off the spectrum, so that every eigenvector is kept."""
+    linear: bool = True
+    """Whether what is added to W₀ is linear in R for given keys."""
+
+    def unprojected(self, problem: LayerProblem) -> Tensor:
+        """As `solve` finds it."""
+        return self.solve(problem)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Descent(Method):
+    """A function from a layer's problem with the targets' loss in the model to its update.
+
+    No values are optimised, the ledger keeps the update itself, and a batch can only be undone as
+    a whole (the rest is edited anew).
+    """
+
+    solve: Callable[[LayerProblem], Tensor]
+    """The update Δ [d_out, d_in], float64, of a problem whose `target_loss` is there."""
+
+    linear = False
+    by_gradient = True
+
+    def unprojected(self, problem: LayerProblem) -> Tensor:
+        """As `solve` finds it."""
+        return self.solve(problem)
 
 
 class Registry:
