@@ -375,7 +375,8 @@ def test_what_is_left_out_is_bounded():
     keys = torch.zeros(50, 6, 4, dtype=torch.float64)
     for token in keys:
         token[torch.randperm(6)[:2]] = torch.randn(2, 4, dtype=torch.float64)
-    K, moment = keys.flatten(1), SecondMoment(4, 6).update(keys)
+    K = keys.flatten(1)
+    moment = SecondMoment(4, 6).update(K)
     blocks = torch.block_diag(*(moment.sum / moment.count))
     update = torch.randn(3, 24, dtype=torch.float64)
     true = (K @ update.mT).square().sum() / len(K)
