@@ -108,7 +108,7 @@ def made_up(width, free, device="cpu", dtype=torch.float32):
     count = int(width * free)
     values = torch.cat([torch.full((count,), 0.01), torch.full((width - count,), 2.0)]).double()
     start = 0 if thin == count else width - thin
-    return Spectrum.dense(Block(values, vectors.to(dtype), start))
+    return Spectrum.joined({0: Block(values, vectors.to(dtype), start)})
 
 
 # -- of a model ----------------------------------------------------------------------------------
@@ -378,7 +378,7 @@ def stream(clock, options):
             state = clock.time(
                 stage,
                 OURS,
-                lambda: fold.add(before, held, keys.mT, targets.mT),  # noqa: B023
+                lambda: fold.latest.add(before, held, keys.mT, targets.mT),  # noqa: B023
             )
         seconds.append(clock.median(stage, OURS))
         record(ledger, number, {})

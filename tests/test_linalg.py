@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nulledit.linalg import solve as solve_module
 from nulledit.linalg.moments import SecondMoment
-from nulledit.linalg.preconditioner import SpectralPreconditioner
+from nulledit.linalg.preconditioner import BlockGains, SpectralPreconditioner
 from nulledit.linalg.solve import RecursiveState, room_left, solve_update
 from nulledit.linalg.spectrum import (
     Spectrum,
@@ -191,9 +191,8 @@ def test_solve_does_not_depend_on_the_order_of_facts_and_survives_equal_keys():
 
 
 def test_no_room_left_gives_no_update():
-    metric = SpectralPreconditioner(
-        torch.empty(20, 0, dtype=torch.float64), torch.empty(0, dtype=torch.float64), 0.0
-    )
+    none = torch.empty(20, 0, dtype=torch.float64)
+    metric = SpectralPreconditioner({0: BlockGains(none, none[0], 0.0)}, 20)
     assert metric.rank == 0
     assert solve_update(draw(20, 3), draw(6, 3), metric).norm() == 0
 

@@ -88,7 +88,7 @@ class Stream:
         residual = 3 * draw(OUT, keys.shape[1], seed=seed)
         targets = self.state.weight @ keys + residual
         before, id_ = self.state, len(self.history.batches) + 1
-        self.state = self.fold.add(
+        self.state = self.fold.latest.add(
             before, self.history.columns, keys, targets, target_loss=quadratic(keys, targets)
         )
         rows = {"keys.0": keys.mT, "targets.0": targets.mT}
@@ -246,7 +246,7 @@ def test_inside_is_the_method_in_the_null_spaces_own_coordinates(name):
     method = find_method(name)
     settings = stream.fold.latest.settings
     values = VALUES[VALUES < THRESHOLD]
-    small = Spectrum.dense(Block(values, torch.eye(len(values), dtype=torch.float64)))
+    small = Spectrum.joined({0: Block(values, torch.eye(len(values)).double())})
     metric = small.preconditioner(method.gains(values, THRESHOLD, settings))
     problem = LayerProblem(
         layer=0,
@@ -495,9 +495,9 @@ def test_evoedit_says_when_no_room_is_left_and_goes_on_after_an_undo():
     taken = stream.history.columns
     fresh = draw(D, 2, seed=91)
     with pytest.raises(NoRoomError, match=f"edits before have taken all {room} free directions"):
-        stream.fold.add(stream.state, taken, fresh, draw(OUT, 2, seed=92))
+        stream.fold.latest.add(stream.state, taken, fresh, draw(OUT, 2, seed=92))
     state = stream.fold.fold(taken[1:])
-    assert stream.fold.add(state, taken[1:], fresh, draw(OUT, 2, seed=92)).total.norm() > 0
+    assert stream.fold.latest.add(state, taken[1:], fresh, draw(OUT, 2, seed=92)).total.norm() > 0
 
 
 def test_evoedit_refuses_a_key_that_earlier_edits_use_up():
@@ -505,14 +505,14 @@ def test_evoedit_refuses_a_key_that_earlier_edits_use_up():
     mix = stream.batches()[0][0] @ draw(N, 1, seed=3)
     keys = torch.cat([draw(D, 1, seed=4), mix], 1)
     with pytest.raises(NoRoomError, match="taken all that 1 of 2 new keys could use"):
-        stream.fold.add(stream.state, stream.history.columns, keys, draw(OUT, 2, seed=92))
+        stream.fold.latest.add(stream.state, stream.history.columns, keys, draw(OUT, 2, seed=92))
 
 
 def test_evoedit_does_not_blame_earlier_edits_for_a_protected_key():
     """Nothing in the null space to begin with: a void edit, as AlphaEdit's; reports show it."""
     stream = Stream("evoedit", 1)
     key = PROTECTED[:, :1]
-    state = stream.fold.add(stream.state, stream.history.columns, key, draw(OUT, 1, seed=92))
+    state = stream.fold.latest.add(stream.state, stream.history.columns, key, draw(OUT, 1, seed=92))
     assert (state.total - stream.state.total).norm() < 1e-9
 
 

@@ -16,7 +16,6 @@ from nulledit.ledger.records import Column, History, Ledger
 from nulledit.ledger.solver import LayerSolver, LayerState, recorded
 from nulledit.linalg.angles import unit_columns
 from nulledit.linalg.preconditioner import Preconditioner
-from nulledit.linalg.solve import room_left
 from nulledit.methods.problem import TargetLoss
 from nulledit.models.accepted import refuse_adapters
 from nulledit.models.editable_model import EditableModel
@@ -183,9 +182,8 @@ class EditedWeights:
         recorded, in the dtype that it is stored in.
         """
         before, keys = self._states[layer], keys.to(self.record_dtype)
-        state, rows = self._solver(layer).write(
-            before, columns, keys, residual, target_loss=target_loss
-        )
+        solver = self._solver(layer).latest
+        state, rows = solver.write(before, columns, keys, residual, target_loss)
         if not state.edit.finite:
             raise LedgerError(
                 f"the update of layer {layer} is not finite and was not kept: load the model in "
@@ -196,12 +194,7 @@ class EditedWeights:
 
     def recorded(self, columns: Sequence[Column], layer: int) -> tuple[Tensor, Tensor]:
         """Keys [d_in, n] and absolute targets [d_out, n] of those of `columns` that have them."""
-        mine = self.history.at_layer(layer, columns)
-        if not mine:
-            d_out, d_in = self._solver(layer).base.shape
-            empty = torch.empty(0, dtype=self.record_dtype)
-            return empty.reshape(d_in, 0), empty.reshape(d_out, 0)
-        return recorded(self.history, mine, layer)
+        return recorded(self.history, self.history.at_layer(layer, columns), layer)
 
     def _solver(self, layer: int) -> LayerSolver:
         if layer not in self._solvers:
@@ -279,16 +272,5 @@ class EditedWeights:
             n=n,
             update_share=norm / float(edit.base.norm()),
             rounding_share=edit.rounding(self.model, layer) / norm if norm else 0.0,
-            room=self._room(layer, columns),
+            room=solver.room(self._states[layer], columns),
         )
-
-    def _room(self, layer: int, columns: Sequence[Column]) -> float:
-        if not columns:
-            return 1.0
-        own, recursion = (
-            self._solver(layer).latest.preconditioners.own,
-            self._states[layer].recursion,
-        )
-        if recursion is not None:
-            return 1 - recursion.taken / own.rank if own.rank else math.nan
-        return room_left(own, self.recorded(columns, layer)[0].to(own.device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from nulledit.config import Recipe
 from nulledit.errors import LedgerError
 from nulledit.ledger.records import Column, Epoch, History, Ledger
 from nulledit.linalg.preconditioner import Preconditioner
-from nulledit.linalg.solve import RecursiveState
+from nulledit.linalg.solve import RecursiveState, room_left
 from nulledit.linalg.spectrum import Block, Spectrum, part_names
 from nulledit.methods import Descent, Filter, Method, Solve, find_method
 from nulledit.methods.problem import LayerProblem, TargetLoss
@@ -64,11 +65,9 @@ class LayerPreconditioners:
         written = gains * free if projection == "after" else gains
         energy = spectrum.eigenvalues * written / written.max().clamp_min(1e-300)
         leakage = float(energy.sum() / spectrum.eigenvalues.sum())
-        kept = spectrum
         if method.reads_moment:
             spectrum.whole()
-        else:
-            kept = spectrum.reduced(gains, free)
+        kept = spectrum if method.reads_moment else spectrum.reduced(gains, free)
         return cls(kept, spectrum.preconditioner(gains), spectrum.preconditioner(free), leakage)
 
 
@@ -100,44 +99,6 @@ class LayerSolver:
             state = self._solver(epoch).fold(edit, before, mine)
             edit, before = state.edit, before + mine
         return state
-
-    def add(
-        self,
-        state: LayerState,
-        columns: Sequence[Column],
-        keys: Tensor,
-        targets: Tensor,
-        *,
-        target_loss: TargetLoss | None = None,
-    ) -> LayerState:
-        """Go on from `state`, which holds `columns`, to new `keys` [d_in, n] with absolute
-        `targets` [d_out, n], in the latest epoch.
-        """
-        return self.latest.add(state, *self._held(columns), keys, targets, target_loss=target_loss)
-
-    def write(
-        self,
-        state: LayerState,
-        columns: Sequence[Column],
-        keys: Tensor,
-        residual: Tensor | None,
-        *,
-        target_loss: TargetLoss | None = None,
-    ) -> tuple[LayerState, dict[str, Tensor]]:
-        """Go on from `state`, which holds `columns`, to `residual` [d_out, n] at new `keys`
-        [d_in, n], and what is to be recorded: one row per key, in the dtype of `keys`, so that a
-        reloaded ledger solves with the same numbers.
-
-        Without a residual the method finds the update by `target_loss`.
-        """
-        held = self._held(columns)
-        return self.latest.write(state, *held, keys, residual, target_loss=target_loss)
-
-    def _held(self, columns: Sequence[Column]) -> tuple[list[Column], list[Column]]:
-        """Those of epochs before the latest, and its own."""
-        held, latest = self.history.at_layer(self.layer, columns), self.latest.epoch.id
-        own = [c for c in held if self.history.epoch_of(c) == latest]
-        return [c for c in held if self.history.epoch_of(c) != latest], own
 
     def _epochs(self) -> list[Epoch]:
         return [e for e in self.history.epochs if self.layer in e.recipe.layers]
@@ -196,37 +157,83 @@ class EpochSolver:
             self._shares.update(zip((names[i] for i in new), shares, strict=True))
         return torch.tensor([self._shares[name] for name in names], dtype=torch.float64)
 
+    def room(self, state: LayerState, columns: Sequence[Column]) -> float:
+        """Share of the usable directions that `columns`, which `state` holds, have not taken.
+
+        nan where no direction is usable.
+        """
+        own = self.preconditioners.own
+        if not columns:
+            return 1.0
+        if state.recursion is None:
+            return room_left(own, self._recorded(columns)[0])
+        return 1 - state.recursion.taken / own.rank if own.rank else math.nan
+
     def fold(
         self, edit: LayerEdit, before: Sequence[Column], columns: Sequence[Column]
     ) -> LayerState:
         """`columns` of this epoch on the `edit` that epochs before left, with columns `before`."""
         state = LayerState(edit, edit.weight, torch.zeros_like(edit.weight))
         if self.keeps and not self.recursive and columns:
-            return self.add(state, before, (), *recorded(self.history, columns, self.layer))
+            return self._add(state, before, (), *self._recorded(columns))
         own: list[Column] = []
         for batch in by_batch(columns).values():
-            pair = recorded(self.history, batch, self.layer)
-            state = self.add(state, before, own, *pair)
+            state = self._add(state, before, own, *self._recorded(batch))
             own += batch
         return state
 
     def add(
         self,
         state: LayerState,
-        before: Sequence[Column],
-        own: Sequence[Column],
+        columns: Sequence[Column],
         keys: Tensor,
         targets: Tensor,
-        *,
+        target_loss: TargetLoss | None = None,
+    ) -> LayerState:
+        """Go on from `state`, which holds `columns`, to new `keys` [d_in, n] with absolute
+        `targets` [d_out, n].
+        """
+        held = self.history.at_layer(self.layer, columns)
+        own = [c for c in held if self.history.epoch_of(c) == self.epoch.id]
+        before = [c for c in held if self.history.epoch_of(c) != self.epoch.id]
+        return self._add(state, before, own, self._exact(keys), self._exact(targets), target_loss)
+
+    def write(
+        self,
+        state: LayerState,
+        columns: Sequence[Column],
+        keys: Tensor,
+        residual: Tensor | None,
+        target_loss: TargetLoss | None = None,
+    ) -> tuple[LayerState, dict[str, Tensor]]:
+        """Go on from `state`, which holds `columns`, to `residual` [d_out, n] at new `keys`.
+
+        Without a residual the method finds the update by `target_loss`. Also returns what is to be
+        recorded: one row per key, in the dtype of `keys`, so that a reloaded ledger solves with
+        the same numbers.
+        """
+        now = state.edit.answer(keys)
+        targets = (now if residual is None else now + residual).to(keys.dtype)
+        after = self.add(state, columns, keys, targets, target_loss)
+        return after, self._rows(keys, targets)
+
+    def _rows(self, keys: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        named = {"keys": keys, "targets": targets}
+        return {f"{name}.{self.layer}": t.mT.contiguous() for name, t in named.items()}
+
+    def _add(
+        self,
+        state: LayerState,
+        before: Sequence[Column],
+        own: Sequence[Column],
+        K: Tensor,
+        V: Tensor,
         target_loss: TargetLoss | None = None,
     ) -> LayerState:
         """Go on from `state`, which holds the columns `before` this epoch and its `own`."""
-        # One memory layout, whatever the caller's: the same columns must give the same bits.
-        K, V = self._exact(keys), self._exact(targets)
         if self.recursive:
             return self._continued(state, before, K, V)
-        past = self._past(K, before)
-        own_keys, own_targets = self._past(K, own), self._targets(V, own)
+        past, (own_keys, own_targets) = self._recorded(before)[0], self._recorded(own)
         if self.keeps:
             start, weight = torch.zeros_like(state.total), state.start
             K, V = torch.cat([own_keys, K], dim=1), torch.cat([own_targets, V], dim=1)
@@ -251,28 +258,6 @@ class EpochSolver:
         )
         return self._state(state, start + self.method.update(problem))
 
-    def write(
-        self,
-        state: LayerState,
-        before: Sequence[Column],
-        own: Sequence[Column],
-        keys: Tensor,
-        residual: Tensor | None,
-        *,
-        target_loss: TargetLoss | None = None,
-    ) -> tuple[LayerState, dict[str, Tensor]]:
-        """As `LayerSolver.write`; `before` and `own` as for `add`."""
-        now = state.edit.answer(keys)
-        targets = (now if residual is None else now + residual).to(keys.dtype)
-        after = self.add(state, before, own, keys, targets, target_loss=target_loss)
-        return after, self._rows(keys, targets)
-
-    def _rows(self, keys: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        return {
-            f"keys.{self.layer}": keys.mT.contiguous(),
-            f"targets.{self.layer}": targets.mT.contiguous(),
-        }
-
     def _continued(
         self, state: LayerState, before: Sequence[Column], K: Tensor, V: Tensor
     ) -> LayerState:
@@ -280,8 +265,8 @@ class EpochSolver:
         if recursion is None:
             recursion = RecursiveState(self.preconditioners.own)
             if before:
-                past = self._past(K, before)
-                _, recursion = recursion.write(past, V[:, :0].new_zeros(len(V), past.shape[1]))
+                past = self._recorded(before)[0]
+                _, recursion = recursion.write(past, V.new_zeros(len(V), past.shape[1]))
         plain = self.method.finish is None and self.projection != "after"
         weight = state.weight if plain else state.start + state.total
         update, recursion = recursion.write(K, V - weight @ K)
@@ -299,17 +284,12 @@ class EpochSolver:
         edit = WeightUpdate(before.edit.base, start + added)
         return LayerState(edit, start, total, recursion)
 
-    def _past(self, like: Tensor, columns: Sequence[Column]) -> Tensor:
-        """Recorded keys of `columns` [d_in, n]."""
-        keys = recorded(self.history, columns, self.layer)[0] if columns else like[:, :0]
-        return self._exact(keys)
-
-    def _targets(self, like: Tensor, columns: Sequence[Column]) -> Tensor:
-        """Recorded targets of `columns` [d_out, n]."""
-        targets = recorded(self.history, columns, self.layer)[1] if columns else like[:, :0]
-        return self._exact(targets)
+    def _recorded(self, columns: Sequence[Column]) -> tuple[Tensor, Tensor]:
+        keys, targets = recorded(self.history, columns, self.layer)
+        return self._exact(keys), self._exact(targets)
 
     def _exact(self, tensor: Tensor) -> Tensor:
+        """In one memory layout, whatever it has: the same columns must give the same bits."""
         return tensor.to(self.device).double().contiguous()
 
 
@@ -334,15 +314,13 @@ class DescentSolver(EpochSolver):
     def write(
         self,
         state: LayerState,
-        before: Sequence[Column],
-        own: Sequence[Column],
+        columns: Sequence[Column],
         keys: Tensor,
         residual: Tensor | None,
-        *,
         target_loss: TargetLoss | None = None,
     ) -> tuple[LayerState, dict[str, Tensor]]:
         """As `EpochSolver.write`; the targets recorded are what the update gives at the keys."""
-        found, _ = super().write(state, before, own, keys, residual, target_loss=target_loss)
+        found, _ = super().write(state, columns, keys, residual, target_loss)
         update = (found.total - state.total).to(keys.dtype)
         after = self._moved(state, update)
         rows = self._rows(keys, after.edit.answer(keys).to(keys.dtype))
@@ -370,6 +348,9 @@ def by_batch(columns: Sequence[Column]) -> dict[int, list[Column]]:
 
 def recorded(history: History, columns: Sequence[Column], layer: int) -> tuple[Tensor, Tensor]:
     """Keys [d_in, n] and absolute targets [d_out, n] of `columns` at `layer`, as stored."""
+    if not columns:
+        d_out, d_in = history.original(layer).shape
+        return torch.empty(d_in, 0), torch.empty(d_out, 0)
     return (
         history.column_tensor(columns, f"keys.{layer}").mT,
         history.column_tensor(columns, f"targets.{layer}").mT,

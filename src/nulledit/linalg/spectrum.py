@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from nulledit.errors import StatisticsError
-from nulledit.linalg.preconditioner import BlockDiagonal, SpectralPreconditioner
+from nulledit.linalg.preconditioner import BlockGains, SpectralPreconditioner
 
 MASSIVE_SHARE = (
     0.2  # a direction with more of all energy than this is always protected by `leakage`
@@ -66,29 +66,20 @@ class Block:
         """One past the index of the last eigenvector held."""
         return self.start + self.eigenvectors.shape[1]
 
-    def preconditioner(self, gains: Tensor) -> SpectralPreconditioner:
-        """The one with `gains` [width] along the eigenvectors; LookupError if it needs others."""
+    def filtered(self, gains: Tensor) -> BlockGains:
+        """`gains` [width] along its eigenvectors; LookupError if that needs others than it has."""
         odd, rest = _odd_gains(gains)
         if len(odd) and (int(odd[0]) < self.start or int(odd[-1]) >= self.stop):
             raise LookupError(
                 f"needs eigenvectors {int(odd[0])} to {int(odd[-1])} of {self.width}; "
                 f"held are {self.start} to {self.stop - 1}"
             )
-        return SpectralPreconditioner(self.eigenvectors[:, odd - self.start], gains[odd], rest)
+        return BlockGains(self.eigenvectors[:, odd - self.start], gains[odd], rest)
 
     def reduced(self, *gains: Tensor) -> Block:
         """Without the eigenvectors that no preconditioner of these `gains` needs."""
         odd = torch.cat([_odd_gains(g)[0] for g in gains])
         start, stop = (int(odd.min()), int(odd.max()) + 1) if len(odd) else (self.start, self.start)
-        return self._between(start, stop)
-
-    def compact(self, threshold: float, dtype: torch.dtype) -> Block:
-        """The thinner side of the null space at `threshold`, rounded to `dtype`."""
-        cut = int((self.eigenvalues < threshold).sum())
-        kept = self._between(*((cut, self.width) if self.width - cut <= cut else (0, cut)))
-        return replace(kept, eigenvectors=kept.eigenvectors.to(dtype))
-
-    def _between(self, start: int, stop: int) -> Block:
         kept = self.eigenvectors[:, start - self.start : stop - self.start]
         return Block(self.eigenvalues, kept, start)
 
@@ -139,19 +130,14 @@ class Spectrum:
 
     @classmethod
     def joined(cls, blocks: dict[int, Block], tokens: Iterable[int] = ()) -> Spectrum:
-        """Of blocks that were read by their `part_names`."""
+        """Of blocks that all have one width; without `tokens` of the one of a dense layer."""
         width = next(iter(blocks.values())).width if blocks else 0
         return cls(blocks, width, tuple(map(int, tokens)))
 
     @classmethod
-    def dense(cls, block: Block) -> Spectrum:
-        """Of a layer whose C is one block."""
-        return cls.joined({0: block})
-
-    @classmethod
     def of(cls, moment: Tensor) -> Spectrum:
         """Decompose the second moment C [d_in, d_in] of a dense layer."""
-        return cls.dense(Block.of(moment))
+        return cls.joined({0: Block.of(moment)})
 
     def parts(self, name: str) -> dict[str, Block]:
         """Its blocks under the names that files keep them by."""
@@ -196,15 +182,14 @@ class Spectrum:
         s = self.eigenvalues
         return float(s[s < threshold].sum() / s.sum())
 
-    def preconditioner(self, gains: Tensor) -> BlockDiagonal:
+    def preconditioner(self, gains: Tensor) -> SpectralPreconditioner:
         """The one with `gains` g(s) along the eigenvectors, in the order of `eigenvalues`.
 
         LookupError if it needs eigenvectors that a compact spectrum lacks.
         """
         parts = self._split(gains)
-        return BlockDiagonal(
-            {i: block.preconditioner(parts[i]) for i, block in self.blocks.items()}, self.width
-        )
+        filtered = {i: block.filtered(parts[i]) for i, block in self.blocks.items()}
+        return SpectralPreconditioner(filtered, self.width)
 
     def whole(self) -> Block:
         """C as one block, for those who need it itself.
@@ -229,7 +214,8 @@ class Spectrum:
 
     def compact(self, threshold: float, *, dtype: torch.dtype = torch.float16) -> Spectrum:
         """Keep only the thinner side of each block's null space, rounded to `dtype`."""
-        kept = {i: block.compact(threshold, dtype) for i, block in self.blocks.items()}
+        thin = self.reduced((self.eigenvalues < threshold).double()).blocks
+        kept = {i: replace(b, eigenvectors=b.eigenvectors.to(dtype)) for i, b in thin.items()}
         return replace(self, blocks=kept)
 
 

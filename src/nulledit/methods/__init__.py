@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from nulledit.methods.equality import EQUALITY
 from nulledit.methods.evoedit import EVOEDIT
 from nulledit.methods.filters import FILTERS
@@ -16,9 +14,7 @@ from nulledit.methods.neurons import NSE
 from nulledit.methods.problem import LayerProblem
 from nulledit.methods.prune import PRUNE
 from nulledit.methods.rect import RECT
-from nulledit.methods.registry import Descent, Filter, Method, Registry, Solve
-
-Function = Callable[[LayerProblem], Tensor]
+from nulledit.methods.registry import Descent, Filter, Function, Method, Registry, Solve
 
 METHODS = Registry(group="nulledit.methods")
 for _method in (*FILTERS, *EQUALITY, RECT, PRUNE, NSE, EVOEDIT, FINETUNE):

@@ -9,10 +9,9 @@ from torch import Tensor
 from nulledit.config import check_positive
 from nulledit.errors import ConfigError
 from nulledit.linalg.postprocess import keep_largest
-from nulledit.linalg.solve import solve_update
 from nulledit.methods.filters import MomentSettings, moment_gains
 from nulledit.methods.problem import LayerProblem
-from nulledit.methods.registry import Solve
+from nulledit.methods.registry import Solve, closed_form
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,7 @@ def solve_rect(problem: LayerProblem) -> Tensor:
     Leaving out entries leaves the null space. Projected inside, what stays is projected once more:
     the null space has the last word, and zeros are no longer exact.
     """
-    update = solve_update(problem.keys, problem.residual, problem.preconditioner)
-    kept = keep_largest(update, problem.weight, problem.settings.keep)
+    kept = keep_largest(closed_form(problem), problem.weight, problem.settings.keep)
     return problem.projector.apply(kept.mT).mT if problem.projection == "inside" else kept
 
 

@@ -17,12 +17,23 @@ from nulledit.linalg.solve import solve_update
 from nulledit.methods.problem import LayerProblem
 
 Gains = Callable[[Tensor, float, Any], Tensor]
-Finish = Callable[[Tensor, Tensor, Any], Tensor]
+Function = Callable[[LayerProblem], Tensor]
+
+
+def ones(eigenvalues: Tensor, threshold: float, settings: Any) -> Tensor:
+    """The gains of an identity, or of P if projected inside."""
+    del threshold, settings
+    return torch.ones_like(eigenvalues)
+
+
+def closed_form(problem: LayerProblem) -> Tensor:
+    """What every filter solves: Δ = R (I + Kᵀ G K)⁻¹ Kᵀ G."""
+    return solve_update(problem.keys, problem.residual, problem.preconditioner)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What every method has. Its kind is a class below: `Filter`, `Solve` or `Descent`."""
+    """What every method has; each is of one kind: `Filter`, `Solve` or `Descent`."""
 
     name: str
     """As in recipes."""
@@ -32,10 +43,15 @@ class Method:
     """Where it is from."""
     settings: type
     """A frozen dataclass of its constants, with defaults."""
+    solve: Function
+    """The update Δ [d_out, d_in], float64."""
+    gains: Gains = ones
+    """g: (eigenvalues [d_in], τ, settings) → gains [d_in] of the problem's preconditioner
+    G = Q diag(g(s)) Qᵀ, before any projection."""
+    finish: Callable[[Tensor, Tensor, Any], Tensor] | None = None
+    """(ΣΔ of all batches, W₀, settings) → what is added to W₀ in its stead."""
     projected: bool = False
     """Whether it projects inside as published."""
-    finish: Finish | None = None
-    """(ΣΔ of all batches, W₀, settings) → what is added to W₀ in its stead."""
     cost: str = "n × n solve"
     """What a batch of n facts costs besides values and keys."""
     page: str = ""
@@ -49,19 +65,9 @@ class Method:
         """Whether what is added to W₀ is linear in R for given keys."""
         return self.finish is None
 
-    @staticmethod
-    def gains(eigenvalues: Tensor, threshold: float, settings: Any, /) -> Tensor:
-        """Ones: the preconditioner is the identity, or P if projected inside."""
-        del threshold, settings
-        return torch.ones_like(eigenvalues)
-
-    def unprojected(self, problem: LayerProblem) -> Tensor:
-        """Δ [d_out, d_in], float64, before `projection: after`."""
-        raise NotImplementedError
-
     def update(self, problem: LayerProblem) -> Tensor:
         """Δ [d_out, d_in], projected as the problem asks."""
-        update = self.unprojected(problem)
+        update = self.solve(problem)
         return problem.projector.apply(update.mT).mT if problem.projection == "after" else update
 
     def keeps(self, settings: Any) -> bool:
@@ -108,33 +114,25 @@ class Method:
 
 @dataclass(frozen=True, kw_only=True)
 class Filter(Method):
-    """A spectral filter: Δ = R (I + Kᵀ G K)⁻¹ Kᵀ G, G = Q diag(g(s)) Qᵀ.
+    """A function of the spectrum: its gains, which `closed_form` solves with.
 
-    With history the solve over all facts so far goes on from batch to batch, which costs no more
-    than the new batch (`linalg.solve.RecursiveState`).
+    With history the solve over all facts so far goes on from batch to batch, so that a batch costs
+    itself alone (`linalg.solve.RecursiveState`).
     """
 
     gains: Gains = field()
-    """g: (eigenvalues [d_in], τ, settings) → gains [d_in], before any projection."""
+    solve: Function = field(init=False, default_factory=lambda: closed_form)
     history: bool = False
     """Whether past facts stay in the system, so that batches equal one joint solve."""
-
-    def unprojected(self, problem: LayerProblem) -> Tensor:
-        """The closed form."""
-        return solve_update(problem.keys, problem.residual, problem.preconditioner)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Solve(Method):
     """A function from a layer's problem to its update."""
 
-    solve: Callable[[LayerProblem], Tensor]
-    """The update Δ [d_out, d_in], float64."""
-    gains: Gains = Method.gains
-    """Those of the problem's preconditioner, as a filter's."""
     history: bool = False
-    """Whether the problem has all facts so far, and W₀: they are solved anew with every batch,
-    which takes ever longer. What is a filter should be a `Filter`."""
+    """Whether the problem is of all facts so far, on W₀. They are solved anew with every batch,
+    which takes ever longer; a `Filter` does not."""
     one_by_one: bool = False
     """Whether facts are edited one at a time, each on the model that the one before left."""
     rewinds: bool = False
@@ -142,30 +140,18 @@ class Solve(Method):
     reads_moment: bool = False
     """Whether it reads C itself off the spectrum, so that every eigenvector is kept."""
     linear: bool = True
-    """Whether what is added to W₀ is linear in R for given keys."""
-
-    def unprojected(self, problem: LayerProblem) -> Tensor:
-        """As `solve` finds it."""
-        return self.solve(problem)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Descent(Method):
-    """A function from a layer's problem with the targets' loss in the model to its update.
+    """A function from a problem that has the targets' loss in the model to its update.
 
     No values are optimised, the ledger keeps the update itself, and a batch can only be undone as
     a whole (the rest is edited anew).
     """
 
-    solve: Callable[[LayerProblem], Tensor]
-    """The update Δ [d_out, d_in], float64, of a problem whose `target_loss` is there."""
-
     linear = False
     by_gradient = True
-
-    def unprojected(self, problem: LayerProblem) -> Tensor:
-        """As `solve` finds it."""
-        return self.solve(problem)
 
 
 class Registry:
