@@ -22,8 +22,19 @@ from nulledit.ledger.solver import LayerPreconditioners, LayerSolver, recorded, 
 from nulledit.linalg.postprocess import keep_largest, restrain
 from nulledit.linalg.solve import solve_update
 from nulledit.linalg.spectrum import Block, Spectrum
-from nulledit.methods import METHODS, LayerProblem, Registry, Solve, find_method, method
+from nulledit.methods import (
+    METHODS,
+    Filter,
+    LayerProblem,
+    Method,
+    NoSettings,
+    Registry,
+    Solve,
+    find_method,
+    method,
+)
 from nulledit.methods.neurons import chosen_neurons
+from nulledit.methods.registry import closed_form, ones
 
 D, OUT, N, THRESHOLD = 24, 10, 3, 0.1
 SETTINGS = {
@@ -593,6 +604,49 @@ def test_a_method_of_ones_own_is_a_row():
     )
     problem = replace(problem_of(Stream("memit", 0)), projection="after")
     torch.testing.assert_close(half.update(problem), find_method("memit").update(problem) / 2)
+
+
+def test_a_filter_cant_have_a_solve_of_its_own_and_a_method_needs_a_kind():
+    """So that a history of one's own never takes the slow way unless it is declared a `Solve`."""
+    row = {"about": "-", "paper": "-", "settings": NoSettings}
+    with pytest.raises(TypeError, match="solve"):
+        Filter(name="own", gains=ones, solve=closed_form, history=True, **row)
+    with pytest.raises(TypeError, match="gains"):
+        Filter(name="own", **row)
+    with pytest.raises(ConfigError, match="own: make it a Filter, a Solve or a Descent"):
+        Registry().add(Method(name="own", solve=closed_form, **row))
+
+
+def test_a_solve_with_history_is_the_joint_solve_that_a_filter_does_batch_by_batch(registry):
+    alphaedit = find_method("alphaedit")
+    asked = []
+
+    @method(
+        "anew", settings=alphaedit.settings, gains=alphaedit.gains, projected=True, history=True
+    )
+    def solve(problem):
+        asked.append(problem.keys.shape[1])
+        return closed_form(problem)
+
+    anew, filtered = Stream("anew", l2=0.3), Stream("alphaedit")
+    assert (anew.fold.latest.recursive, filtered.fold.latest.recursive) == (False, True)
+    assert gap(anew.state.weight, filtered.state.weight) < 1e-10
+    assert asked == [N, 2 * N, 3 * N], "all facts so far, with every batch"
+    assert "anew with every batch" in invoke("anew").stdout
+
+
+@pytest.mark.parametrize("projection", ["own", "after"])
+def test_a_filter_with_history_and_a_finish_is_the_finish_of_the_joint_solve(registry, projection):
+    def clip(total, original, settings):
+        return total * (0.05 * original.norm() / total.norm())
+
+    METHODS.add(replace(find_method("memit-history"), name="clipped", finish=clip))
+    clipped = Stream("clipped", moment_weight=20.0, projection=projection)
+    K, V = (torch.cat(found, dim=1) for found in zip(*clipped.batches(), strict=True))
+    joint = solve_update(K, V - W0 @ K, clipped.fold.latest.preconditioners.own)
+    joint = joint @ P if projection == "after" else joint
+    assert gap(clipped.state.weight, W0 + clip(joint, W0, None)) < 1e-10
+    assert torch.equal(clipped.fold.fold(clipped.history.columns).weight, clipped.state.weight)
 
 
 # -- documents and the command line ----------------------------------------------------------

@@ -114,14 +114,12 @@ class BatchWriter:
         facts: Sequence[Fact],
         run: CallLog,
         *,
-        base_hash: str = "",
         cache: ValueCache | None = None,
         ranks: Ranks | None = None,
     ):
         """Brings `facts` to the first edited layer; nothing is changed yet."""
         self.model, self.recipe = model, recipe
         self.weights, self.contexts, self.run, self.cache = weights, contexts, run, cache
-        self.base_hash = base_hash
         self.ranks = ranks or Ranks()
         self.method = find_method(recipe.method.name)
         self.facts = list(facts)
@@ -343,7 +341,7 @@ class BatchWriter:
     def _usual_length(self, layer: int) -> float:
         """Mean ‖v*‖ of a fixed sample in the unedited model: measured once, then kept."""
         record = LengthRecord(
-            model_hash=self.base_hash,
+            model_hash=self.weights.history.base.hash,
             layer=layer,
             settings=self.recipe.values,
             chat=self.recipe.chat,
@@ -384,7 +382,7 @@ class BatchWriter:
         names: dict[int, str] = {}
         values: dict[int, Value] = {}
         if self.cache is not None:
-            weights = self.weights.digest(self.base_hash)
+            weights = self.weights.digest()
             for group, mine in members.items():
                 names[group] = self.cache.name(
                     weights,

@@ -310,7 +310,6 @@ class EditSession:
             self.history.epoch.contexts,
             facts,
             run,
-            base_hash=self.history.base.hash,
             cache=self.cache,
             ranks=self.ranks,
         )

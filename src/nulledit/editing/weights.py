@@ -95,12 +95,12 @@ class EditedWeights:
         """Share of the preserved keys' energy that edits of `layer` may disturb, 0 to 1."""
         return self._solver(layer).latest.preconditioners.leakage
 
-    def digest(self, base_hash: str) -> str:
-        """Hash of the model as it is: `base_hash`, and what differs from the base.
+    def digest(self) -> str:
+        """Hash of the model as it is: the base's, and what differs from it.
 
         Values of W's own output are of one W, which a recipe may name.
         """
-        digest = sha256(base_hash.encode())
+        digest = sha256(self.history.base.hash.encode())
         if self.model.values_at_output:
             digest.update(self.model.layout.mlp_out.encode())
         for layer in self.layers:

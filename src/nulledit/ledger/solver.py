@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -281,7 +281,7 @@ class EpochSolver:
             added = self.preconditioners.projector.apply(added.mT).mT
         if self.method.finish:
             added = self.method.finish(added, start, self.settings)
-        edit = WeightUpdate(before.edit.base, start + added)
+        edit = replace(before.edit, weight=start + added)
         return LayerState(edit, start, total, recursion)
 
     def _recorded(self, columns: Sequence[Column]) -> tuple[Tensor, Tensor]:

@@ -57,8 +57,11 @@ class SpectralPreconditioner:
         found = torch.zeros_like(K)
         for rows, (vectors, gains, r) in self._rows():
             part, U = K[rows], vectors.double()
-            if part.any():  # a fact is routed to few of many
-                found[rows] = r * part + U @ ((gains.double() - r)[:, None] * (U.mT @ part))
+            if len(self.blocks) > 1 and not part.any():  # a fact is routed to few of many
+                continue
+            torch.mm(U, (gains.double() - r)[:, None] * (U.mT @ part), out=found[rows])
+            if r > 0:
+                found[rows] += r * part
         return found
 
     def null_space_share(self, keys: Tensor) -> Tensor:

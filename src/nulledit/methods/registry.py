@@ -140,6 +140,7 @@ class Solve(Method):
     reads_moment: bool = False
     """Whether it reads C itself off the spectrum, so that every eigenvector is kept."""
     linear: bool = True
+    cost: str = "its own solve; with history of all facts so far, anew with every batch"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +164,9 @@ class Registry:
         self._methods: dict[str, Method] = {}
 
     def add(self, method: Method) -> Method:
-        """Make `method` known to recipes; ConfigError if its name is taken."""
+        """Make `method` known to recipes; ConfigError if its name is taken or it has no kind."""
+        if type(method) is Method:
+            raise ConfigError(f"{method.name}: make it a Filter, a Solve or a Descent")
         if method.name in self._methods:
             raise ConfigError(f"a method {method.name!r} is registered already")
         self._methods[method.name] = method
