@@ -54,14 +54,13 @@ class SpectralPreconditioner:
     def apply(self, keys: Tensor) -> Tensor:
         """G K for `keys` K [d_in, n], in float64."""
         K = keys.double()
-        found = torch.zeros_like(K)
+        found = K.new_zeros(K.shape)
         for rows, (vectors, gains, r) in self._rows():
             part, U = K[rows], vectors.double()
             if len(self.blocks) > 1 and not part.any():  # a fact is routed to few of many
                 continue
-            torch.mm(U, (gains.double() - r)[:, None] * (U.mT @ part), out=found[rows])
-            if r > 0:
-                found[rows] += r * part
+            inside = U @ ((gains.double() - r)[:, None] * (U.mT @ part))
+            torch.add(r * part, inside, out=found[rows])
         return found
 
     def null_space_share(self, keys: Tensor) -> Tensor:
@@ -70,9 +69,10 @@ class SpectralPreconditioner:
         energy = K.new_zeros(K.shape[1])
         for rows, (vectors, gains, r) in self._rows():
             inside = (vectors.double().mT @ K[rows]).square()  # [m, n]
-            energy += inside[gains > 0].sum(0)
+            free = inside[gains > 0].sum(0)
             if r > 0:
-                energy += (K[rows].square().sum(0) - inside.sum(0)).clamp_min(0)
+                free = free + (K[rows].square().sum(0) - inside.sum(0)).clamp_min(0)
+            energy += free
         return energy / K.square().sum(0)
 
     def inverse_trace(self, columns: Tensor) -> float:

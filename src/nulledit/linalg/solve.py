@@ -27,6 +27,13 @@ def solve_update(keys: Tensor, residual: Tensor, preconditioner: Preconditioner)
     return solve_with(K, R, preconditioner.apply(K))
 
 
+def factor(keys: Tensor, weighted: Tensor) -> Tensor:
+    """The lower factor of I + KᵀGK [n, n] for `keys` K and GK = `weighted`, [d_in, n] each."""
+    system = keys.mT @ weighted
+    system.diagonal().add_(1.0)  # symmetric, eigenvalues >= 1
+    return cholesky(system)
+
+
 def cholesky(system: Tensor) -> Tensor:
     """The lower factor of a positive definite `system` [n, n]; SolveError where rounding is not."""
     try:
@@ -41,9 +48,7 @@ def cholesky(system: Tensor) -> Tensor:
 
 def solve_with(keys: Tensor, residual: Tensor, weighted: Tensor) -> Tensor:
     """The same from GK = `weighted` [d_in, n], where only that is known; all float64."""
-    system = keys.mT @ weighted
-    system.diagonal().add_(1.0)  # symmetric, eigenvalues >= 1
-    return torch.cholesky_solve(residual.mT, cholesky(system)).mT @ weighted.mT
+    return torch.cholesky_solve(residual.mT, factor(keys, weighted)).mT @ weighted.mT
 
 
 @dataclass(frozen=True)
@@ -82,9 +87,7 @@ class RecursiveState:
     def write(self, keys: Tensor, residual: Tensor) -> tuple[Tensor, RecursiveState]:
         """Δ [d_out, d_in] that writes `residual` R_b at `keys` K_b, and what is left after it."""
         weighted = self.apply(keys)
-        system = keys.mT @ weighted
-        system.diagonal().add_(1.0)
-        L = cholesky(system)
+        L = factor(keys, weighted)
         Z = torch.linalg.solve_triangular(L, weighted.mT, upper=False).mT
         Y = torch.linalg.solve_triangular(L, residual.mT, upper=False)
         return Y.mT @ Z.mT, self._without(Z)
@@ -117,8 +120,6 @@ def room_left(preconditioner: Preconditioner, keys: Tensor) -> float:
     if not preconditioner.rank:
         return math.nan
     K = keys.double()
-    system = K.mT @ preconditioner.apply(K)
-    system.diagonal().add_(1.0)
-    inverse = torch.linalg.inv(cholesky(system))
+    inverse = torch.linalg.inv(factor(K, preconditioner.apply(K)))
     taken = K.shape[1] - float(inverse.square().sum())  # tr(S (I+S)⁻¹) = n − tr (I+S)⁻¹
     return 1 - taken / preconditioner.rank
