@@ -26,8 +26,8 @@ from nulledit.export import apply_delta, write_delta, write_lora
 from nulledit.export.factors import factorise, ordered_sum, relative_error
 from nulledit.export.ranks import served_rank
 from nulledit.export.updates import update_of
+from nulledit.linalg.preconditioner import BlockGains, SpectralPreconditioner
 from nulledit.linalg.solve import solve_update
-from nulledit.linalg.spectrum import Metric
 from nulledit.models.layouts import find_layout, mlp_out, write_weight
 from nulledit.models.load import load_model
 
@@ -167,7 +167,8 @@ def llama(facts=100, d_out=4096, d_in=14336):
     keys = torch.randn(d_in, facts, **draw)
     residual = torch.randn(d_out, facts, **draw)
     base = (0.02 * torch.randn(d_out, d_in, generator=generator)).bfloat16().double()
-    identity = Metric(torch.zeros(d_in, 0).double(), torch.zeros(0).double(), 0.1)
+    none = torch.zeros(d_in, 0).double()
+    identity = SpectralPreconditioner({0: BlockGains(none, none[0], 0.1)}, d_in)
     update = (base + solve_update(keys, residual, identity)) - base
     noise = torch.finfo(base.dtype).eps * float(base.norm())
     found, seconds = timed(lambda: factorise(update, columns=facts, noise=noise))

@@ -72,7 +72,7 @@ def main():
         residual = (golden["values"].double().mT - walk.hidden(8)) / len(LAYERS)
         print(f"| residuals, layer 4 | {relative(residual.mT, golden['residual.4']):.1e} |")
         spectrum: Spectrum = statistics.spectra[4]
-        metric = spectrum.metric((spectrum.eigenvalues < 0.02).double() / 10)
+        metric = spectrum.preconditioner((spectrum.eigenvalues < 0.02).double() / 10)
         update = solve_update(golden["keys.4"].mT, golden["residual.4"].mT, metric)
         expected = golden["update.4.left"].double() @ golden["update.4.right"].double()
         print(f"| update, layer 4, from the given | {relative(update, expected):.1e} |", flush=True)

@@ -18,7 +18,7 @@ from nulledit.ledger.solver import LayerSolver, spectrum_tensors
 from nulledit.ledger.store import tensor_bytes
 from nulledit.linalg.moments import SecondMoment
 from nulledit.linalg.solve import solve_update
-from nulledit.linalg.spectrum import Spectrum
+from nulledit.linalg.spectrum import Block, Spectrum
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import as_out_in, write_weight
 from nulledit.models.load import model_hash
@@ -108,7 +108,7 @@ def made_up(width, free, device="cpu", dtype=torch.float32):
     count = int(width * free)
     values = torch.cat([torch.full((count,), 0.01), torch.full((width - count,), 2.0)]).double()
     start = 0 if thin == count else width - thin
-    return Spectrum(values, vectors.to(dtype), start)
+    return Spectrum.joined({0: Block(values, vectors.to(dtype), start)})
 
 
 # -- of a model ----------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def update(clock, setup, options, *, zs=None, statistics=None):
     for i in layers:
         spectrum = statistics.spectra[i]
         limit = rule.value if statistics.manifest.corpus != "none" else RANDOM_THRESHOLD
-        metrics[i] = spectrum.metric((spectrum.eigenvalues < limit).double() / 10)
+        metrics[i] = spectrum.preconditioner((spectrum.eigenvalues < limit).double() / 10)
     if zs is None:
         generator = torch.Generator().manual_seed(0)
         hidden = setup.walk().hidden(last).mT.cpu()
@@ -340,7 +340,7 @@ def solve(clock, options):
     """One layer's update, 100 facts, against the dense d × d solve in float32."""
     d_out, d_in = shape_of(options)
     spectrum = made_up(d_in, options.free, options.device)
-    metric = spectrum.metric((spectrum.eigenvalues < RANDOM_THRESHOLD).double() / 10)
+    metric = spectrum.preconditioner((spectrum.eigenvalues < RANDOM_THRESHOLD).double() / 10)
     generator = torch.Generator().manual_seed(1)
     K = torch.randn(d_in, BATCH, generator=generator).to(options.device) / 30
     R = torch.randn(d_out, BATCH, generator=generator).to(options.device)
@@ -378,7 +378,7 @@ def stream(clock, options):
             state = clock.time(
                 stage,
                 OURS,
-                lambda: fold.add(before, held, keys.mT, targets.mT),  # noqa: B023
+                lambda: fold.latest.add(before, held, keys.mT, targets.mT),  # noqa: B023
             )
         seconds.append(clock.median(stage, OURS))
         record(ledger, number, {})

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from nulledit import Editor, Fact, Probe, load_recipe
 from nulledit.config import check_positive
 from nulledit.evaluation import evaluate
-from nulledit.methods import Method, register
+from nulledit.methods import Filter, register
 from nulledit.methods.filters import RidgeSettings, ridge_gains
 
 # -- the method ------------------------------------------------------------------------------
@@ -41,7 +41,7 @@ def clip(total, original, settings):
 
 
 register(
-    Method(
+    Filter(
         name="clipped",
         about="AlphaEdit, its total update no longer than a share of the weight",
         paper="examples/add_a_method.py",
@@ -50,7 +50,6 @@ register(
         projected=True,  # ... inside the null space
         history=True,  # past facts stay in the solve
         finish=clip,  # what becomes of the total
-        linear=False,
     )
 )
 

@@ -7,7 +7,7 @@ import pytest
 from nulledit import read_facts
 from nulledit.config import load_recipe, shipped_recipes
 from nulledit.evaluation.preservation import shipped_text
-from nulledit.ledger.solver import LayerMetrics
+from nulledit.ledger.solver import LayerPreconditioners
 from nulledit.linalg.spectrum import RULES
 from nulledit.statistics.spectra import Statistics
 
@@ -31,8 +31,8 @@ def test_shipped_statistics_serve_the_shipped_recipe_and_the_published_layers():
             spectrum = statistics.spectra[layer]
             rule = recipe.null_space
             threshold = RULES[rule.rule](spectrum.eigenvalues, rule.value)
-            metrics = LayerMetrics.of(recipe, spectrum, threshold)
-            assert 0 < metrics.metric.rank < spectrum.d_in
+            found = LayerPreconditioners.of(recipe, spectrum, threshold)
+            assert 0 < found.own.rank < spectrum.d_in
 
 
 def test_example_facts_are_complete():

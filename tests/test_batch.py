@@ -92,10 +92,10 @@ def test_undo_without_history_solves_the_later_batches_again(name, make, facts):
     editor.undo(facts[1].id)
     left = [by_id[f.id] for f in facts if f.id != facts[1].id]
     for layer in editor.recipe.layers:
-        fold = editor.weights._fold(layer)
+        fold = editor.weights._solver(layer)
         state = fold.fold(())
         for i, column in enumerate(left):
-            state = fold.add(state, left[:i], *recorded(editor.history, [column], layer))
+            state = fold.latest.add(state, left[:i], *recorded(editor.history, [column], layer))
         found = editor.weights.exact(layer)
         assert float((found - state.weight).norm() / state.weight.norm()) < 1e-12
 

@@ -19,7 +19,7 @@ from nulledit.config import (
 )
 from nulledit.errors import ConfigError, FactError, LedgerError, ModelError, StatisticsError
 from nulledit.ledger.records import History
-from nulledit.ledger.solver import LayerMetrics, read_spectrum
+from nulledit.ledger.solver import LayerPreconditioners, read_spectrum
 from nulledit.ledger.store import Store
 from nulledit.methods import METHODS
 from nulledit.methods.registry import Method
@@ -97,8 +97,8 @@ def test_undo_is_the_solve_without_the_column_in_any_order(make_editor, facts):
         tensors = editor.history.tensors[editor.history.epochs[0].tensors]
         base = tensors[f"base.{layer}"]
         spectrum, threshold = read_spectrum(tensors, layer)
-        metric = LayerMetrics.of(editor.recipe, spectrum, threshold).metric
-        U, g, rest = metric.vectors, metric.gains, metric.rest
+        own = LayerPreconditioners.of(editor.recipe, spectrum, threshold).own.blocks[0]
+        U, g, rest = own.vectors, own.gains, own.outer_gain
         G = rest * torch.eye(len(U), dtype=torch.float64) + U @ torch.diag(g - rest) @ U.mT
         K = editor.history.column_tensor(editor.history.active, f"keys.{layer}").mT
         V = editor.history.column_tensor(editor.history.active, f"targets.{layer}").mT

@@ -17,7 +17,7 @@ from nulledit.data.corpus import open_corpus
 from nulledit.editing.target_loss import WeightLoss
 from nulledit.errors import ConfigError, ModelError, StatisticsError
 from nulledit.export import apply_delta, remove_delta, write_checkpoint, write_delta, write_lora
-from nulledit.linalg.blocks import BlockMoment, BlockSpectrum
+from nulledit.linalg.moments import SecondMoment
 from nulledit.linalg.solve import room_left, solve_update
 from nulledit.linalg.spectrum import RULES, Spectrum
 from nulledit.methods import METHODS
@@ -224,7 +224,10 @@ def test_statistics_read_back_and_go_on(tokenizer, corpus, tmp_path, monkeypatch
     keys = torch.randn(found.spectra[0].d_in, 5, dtype=torch.float64)
     for i, threshold in thresholds.items():
         whole, thin = (s.spectra[i] for s in (found, small))
-        a, b = (s.metric((s.eigenvalues < threshold).double()).apply(keys) for s in (whole, thin))
+        a, b = (
+            s.preconditioner((s.eigenvalues < threshold).double()).apply(keys)
+            for s in (whole, thin)
+        )
         assert (a - b).norm() / a.norm() < 5e-3, "half precision"
     calls, real = 0, statistics_module._add
 
@@ -309,7 +312,7 @@ def test_an_expert_with_too_few_tokens_is_left_alone(tokenizer, facts, caplog):
 def blocks_and_dense(count=3, width=8, few=2):
     """A spectrum of blocks of which the last is closed, and the dense moment of the others."""
     torch.manual_seed(0)
-    moment, rows = BlockMoment(count, width), []
+    moment, rows = SecondMoment(width, count), []
     for i in range(count):
         n = few if i == count - 1 else 5 * width
         block = torch.zeros(n, count, width, dtype=torch.float64)
@@ -334,12 +337,13 @@ def test_blocks_are_the_dense_matrix():
         assert spectrum.leakage(threshold) == pytest.approx(dense.leakage(threshold))
         for gains_of in (lambda s: (s < threshold).double() / 10, lambda s: 1 / (3 * s)):  # noqa: B023
             gains, whole = gains_of(spectrum.eigenvalues), gains_of(dense.eigenvalues)
-            metric, expected = spectrum.metric(gains), dense.metric(whole)
+            metric, expected = spectrum.preconditioner(gains), dense.preconditioner(whole)
             torch.testing.assert_close(metric.apply(K)[:16], expected.apply(K[:16]))
             assert not metric.apply(K)[16:].any()
             assert metric.rank == expected.rank
-            share = expected.free_energy(K[:16]) / K.square().sum(0)
-            torch.testing.assert_close(metric.free_share(K), share)
+            part = K[:16].square().sum(0) / K.square().sum(0)
+            share = expected.null_space_share(K[:16]) * part
+            torch.testing.assert_close(metric.null_space_share(K), share)
             update = solve_update(K, R, metric)
             torch.testing.assert_close(update[:, :16], solve_update(K[:16], R, expected))
             assert not update[:, 16:].any()
@@ -347,12 +351,14 @@ def test_blocks_are_the_dense_matrix():
             Z, short = metric.apply(K), expected.apply(K[:16])
             assert metric.inverse_trace(Z) == pytest.approx(expected.inverse_trace(short))
             kept = spectrum.reduced(gains)
-            torch.testing.assert_close(kept.metric(gains).apply(K), metric.apply(K))
+            torch.testing.assert_close(kept.preconditioner(gains).apply(K), metric.apply(K))
 
 
 def test_a_residual_is_spread_by_what_each_expert_can_take():
     spectrum, _ = blocks_and_dense(few=99)
-    metric = spectrum.metric((spectrum.eigenvalues < spectrum.eigenvalues.median()).double())
+    metric = spectrum.preconditioner(
+        (spectrum.eigenvalues < spectrum.eigenvalues.median()).double()
+    )
     key = torch.randn(24, 1, dtype=torch.float64)
     key[8:16] = 0  # not routed to the second
     residual = torch.randn(4, 1, dtype=torch.float64)
@@ -370,7 +376,8 @@ def test_what_is_left_out_is_bounded():
     keys = torch.zeros(50, 6, 4, dtype=torch.float64)
     for token in keys:
         token[torch.randperm(6)[:2]] = torch.randn(2, 4, dtype=torch.float64)
-    K, moment = keys.flatten(1), BlockMoment(6, 4).update(keys)
+    K = keys.flatten(1)
+    moment = SecondMoment(4, 6).update(K)
     blocks = torch.block_diag(*(moment.sum / moment.count))
     update = torch.randn(3, 24, dtype=torch.float64)
     true = (K @ update.mT).square().sum() / len(K)
@@ -379,7 +386,7 @@ def test_what_is_left_out_is_bounded():
 
 def test_no_open_expert_is_no_spectrum():
     with pytest.raises(StatisticsError, match=r"no expert was given as many tokens .*got 3: use a"):
-        BlockSpectrum({}, (3, 1), 4)
+        Spectrum({}, 4, (3, 1))
 
 
 # -- edits -----------------------------------------------------------------------------------

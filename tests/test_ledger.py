@@ -16,7 +16,7 @@ from nulledit.config import Recipe
 from nulledit.editing.descent import Value
 from nulledit.editing.merge import conflicts, newest
 from nulledit.errors import ConfigError, FactError, LedgerError, NoRoomError
-from nulledit.ledger.solver import LayerMetrics, LayerSolver, read_spectrum
+from nulledit.ledger.solver import LayerPreconditioners, LayerSolver, read_spectrum
 from nulledit.ledger.store import Store
 
 OTHERS = {
@@ -40,9 +40,10 @@ def changed(recipe, changes):
     return Recipe.from_dict({**recipe.to_dict(), **changes})
 
 
-def dense(metric):
-    eye = torch.eye(len(metric.vectors), dtype=torch.float64)
-    U, g, r = metric.vectors, metric.gains, metric.rest
+def dense(preconditioner):
+    block = preconditioner.blocks[0]
+    U, g, r = block.vectors, block.gains, block.outer_gain
+    eye = torch.eye(len(U), dtype=torch.float64)
     return r * eye + U @ torch.diag(g - r) @ U.mT
 
 
@@ -54,8 +55,8 @@ def slow_fold(history, layer):
         if layer not in epoch.recipe.layers:
             continue
         recipe = epoch.recipe
-        metrics = LayerMetrics.of(recipe, *read_spectrum(history.tensors[epoch.tensors], layer))
-        G = dense(metrics.metric)
+        read = read_spectrum(history.tensors[epoch.tensors], layer)
+        G = dense(LayerPreconditioners.of(recipe, *read).own)
         keeps = recipe.method.name != "memit"
         mine = [c for c in history.active if history.epoch_of(c) == epoch.id]
         for number in sorted({c.batch for c in mine}):
@@ -666,10 +667,10 @@ def test_leakage_is_the_dense_trace(make_editor, tokenizer, facts, method, proje
     layer = editor.weights.layers[0]
     spectrum = statistics.spectra[layer]
     _, threshold = read_spectrum(editor.history.tensors[editor.history.epoch.tensors], layer)
-    metrics = LayerMetrics.of(recipe, spectrum, threshold)
-    Q = spectrum.eigenvectors.double()
-    C, G = Q @ torch.diag(spectrum.eigenvalues) @ Q.mT, dense(metrics.metric)
-    written = dense(metrics.projector) @ G if projection == "after" else G
+    found = LayerPreconditioners.of(recipe, spectrum, threshold)
+    Q = spectrum.whole().eigenvectors.double()
+    C, G = Q @ torch.diag(spectrum.eigenvalues) @ Q.mT, dense(found.own)
+    written = dense(found.projector) @ G if projection == "after" else G
     top = torch.linalg.eigvalsh((written + written.mT) / 2).max()
     expected = float(torch.trace(written @ C) / (top * torch.trace(C)))
     assert 0 < expected < 1

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from nulledit.linalg import solve as solve_module
 from nulledit.linalg.moments import SecondMoment
+from nulledit.linalg.preconditioner import BlockGains, SpectralPreconditioner
 from nulledit.linalg.solve import RecursiveState, room_left, solve_update
 from nulledit.linalg.spectrum import (
-    Metric,
     Spectrum,
     threshold_absolute,
     threshold_leakage,
@@ -34,12 +34,12 @@ def spectrum_of(d=12, seed=0):
 
 
 def dense_projector(spectrum, threshold):
-    free = spectrum.eigenvectors[:, spectrum.eigenvalues < threshold]
+    free = spectrum.whole().eigenvectors[:, spectrum.eigenvalues < threshold]
     return free @ free.mT
 
 
 def null_space_metric(spectrum, threshold, l2):
-    return spectrum.metric((spectrum.eigenvalues < threshold).double() / l2)
+    return spectrum.preconditioner((spectrum.eigenvalues < threshold).double() / l2)
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 64))
@@ -76,18 +76,18 @@ def test_metric_is_the_dense_filter(threshold):
     keys = draw(12, 3, seed=1)
     torch.testing.assert_close(metric.apply(keys), P @ keys / 4)
     share = (P @ keys).square().sum(0) / keys.square().sum(0)
-    torch.testing.assert_close(metric.free_share(keys), share)
+    torch.testing.assert_close(metric.null_space_share(keys), share)
     assert metric.rank == int((spectrum.eigenvalues < threshold).sum())
-    assert metric.vectors.shape[1] <= 6, "the thinner side is held"
+    assert metric.blocks[0].vectors.shape[1] <= 6, "the thinner side is held"
 
 
 def test_any_filter_on_a_full_spectrum():
     spectrum = spectrum_of()
     gains = 1 / (1 + spectrum.eigenvalues)
-    Q = spectrum.eigenvectors
+    Q = spectrum.whole().eigenvectors
     keys = draw(12, 3)
     torch.testing.assert_close(
-        spectrum.metric(gains).apply(keys), Q @ torch.diag(gains) @ Q.mT @ keys
+        spectrum.preconditioner(gains).apply(keys), Q @ torch.diag(gains) @ Q.mT @ keys
     )
 
 
@@ -101,14 +101,14 @@ def test_compact_spectrum_serves_its_threshold_and_refuses_others():
     with pytest.raises(LookupError, match="eigenvectors"):
         null_space_metric(compact, 0.02, 1.0)
     with pytest.raises(LookupError):
-        compact.metric(1 / (1 + spectrum.eigenvalues))
+        compact.preconditioner(1 / (1 + spectrum.eigenvalues))
 
 
 def test_half_precision_is_made_orthonormal_again():
-    thin = spectrum_of(40).compact(0.5).orthonormal()
+    thin = spectrum_of(40).compact(0.5).blocks[0].orthonormal()
     U = thin.eigenvectors
     torch.testing.assert_close(U.mT @ U, torch.eye(U.shape[1], dtype=torch.float64))
-    exact = spectrum_of(40).compact(0.5, dtype=torch.float64).eigenvectors
+    exact = spectrum_of(40).compact(0.5, dtype=torch.float64).blocks[0].eigenvectors
     assert (U @ U.mT - exact @ exact.mT).norm() / exact.shape[1] ** 0.5 < 2e-3
 
 
@@ -191,9 +191,8 @@ def test_solve_does_not_depend_on_the_order_of_facts_and_survives_equal_keys():
 
 
 def test_no_room_left_gives_no_update():
-    metric = Metric(
-        torch.empty(20, 0, dtype=torch.float64), torch.empty(0, dtype=torch.float64), 0.0
-    )
+    none = torch.empty(20, 0, dtype=torch.float64)
+    metric = SpectralPreconditioner({0: BlockGains(none, none[0], 0.0)}, 20)
     assert metric.rank == 0
     assert solve_update(draw(20, 3), draw(6, 3), metric).norm() == 0
 
@@ -220,8 +219,8 @@ def test_batches_behind_one_another_equal_the_joint_solve(kind, sizes, monkeypat
     metric = {
         "cut": lambda: null_space_metric(spectrum, 0.5, l2=0.1),
         "cut, other side": lambda: null_space_metric(spectrum, float(s[2]), l2=0.1),
-        "slope": lambda: spectrum.metric(1 / (1 + s)),
-        "wide": lambda: spectrum.metric(1 / s.clamp_min(1e-4 * float(s[-1]))),
+        "slope": lambda: spectrum.preconditioner(1 / (1 + s)),
+        "wide": lambda: spectrum.preconditioner(1 / s.clamp_min(1e-4 * float(s[-1]))),
     }[kind]()
     monkeypatch.setattr(solve_module, "BLOCK", 4)
     W, remaining = draw(out, d, seed=5), RecursiveState(metric)

@@ -18,12 +18,23 @@ from nulledit.cli.main import cli
 from nulledit.config import MethodSettings, Recipe
 from nulledit.errors import ConfigError, LedgerError, NoRoomError
 from nulledit.ledger.records import Base, Column, Epoch, History, ValueOutcome
-from nulledit.ledger.solver import LayerMetrics, LayerSolver, recorded, spectrum_tensors
+from nulledit.ledger.solver import LayerPreconditioners, LayerSolver, recorded, spectrum_tensors
 from nulledit.linalg.postprocess import keep_largest, restrain
 from nulledit.linalg.solve import solve_update
-from nulledit.linalg.spectrum import Spectrum
-from nulledit.methods import METHODS, LayerProblem, Method, Registry, find_method, method
+from nulledit.linalg.spectrum import Block, Spectrum
+from nulledit.methods import (
+    METHODS,
+    Filter,
+    LayerProblem,
+    Method,
+    NoSettings,
+    Registry,
+    Solve,
+    find_method,
+    method,
+)
 from nulledit.methods.neurons import chosen_neurons
+from nulledit.methods.registry import closed_form, ones
 
 D, OUT, N, THRESHOLD = 24, 10, 3, 0.1
 SETTINGS = {
@@ -88,11 +99,11 @@ class Stream:
         residual = 3 * draw(OUT, keys.shape[1], seed=seed)
         targets = self.state.weight @ keys + residual
         before, id_ = self.state, len(self.history.batches) + 1
-        self.state = self.fold.add(
+        self.state = self.fold.latest.add(
             before, self.history.columns, keys, targets, target_loss=quadratic(keys, targets)
         )
         rows = {"keys.0": keys.mT, "targets.0": targets.mT}
-        if self.fold.stage.method.by_gradient:
+        if self.fold.latest.method.by_gradient:
             rows["update.0"] = self.state.total - before.total
         made = []
         for row in range(keys.shape[1]):
@@ -200,13 +211,13 @@ def test_every_method_is_its_papers_formula(name):
     assert gap(stream.state.weight, paper(name, stream.batches())) < 1e-8
     folded = stream.fold.fold(stream.history.columns)
     assert gap(folded.weight, stream.state.weight) < 1e-10
-    if find_method(name).joint:  # goes on from batch to batch in a fold as in the run
+    if stream.fold.latest.recursive:  # goes on from batch to batch in a fold as in the run
         assert torch.equal(folded.weight, stream.state.weight)
 
 
 def test_every_method_of_the_table_is_tested_here():
     assert {m.name for m in METHODS} >= set(NAMES)
-    ours = {m.name for m in METHODS if m.solve.__module__.startswith("nulledit.")}
+    ours = {m.name for m in METHODS if m.settings.__module__.startswith("nulledit.")}
     assert ours == set(NAMES)
 
 
@@ -244,10 +255,10 @@ def test_inside_is_the_method_in_the_null_spaces_own_coordinates(name):
     stream = Stream(name, 1, projection="inside")
     (K, V), free = stream.batches()[0], BASIS[:, VALUES < THRESHOLD]
     method = find_method(name)
-    settings = stream.fold.stage.settings
+    settings = stream.fold.latest.settings
     values = VALUES[VALUES < THRESHOLD]
-    small = Spectrum(values, torch.eye(len(values), dtype=torch.float64))
-    metric = small.metric(method.gains(values, THRESHOLD, settings))
+    small = Spectrum.joined({0: Block(values, torch.eye(len(values)).double())})
+    metric = small.preconditioner(method.gains(values, THRESHOLD, settings))
     problem = LayerProblem(
         layer=0,
         weight=W0 @ free,
@@ -256,7 +267,7 @@ def test_inside_is_the_method_in_the_null_spaces_own_coordinates(name):
         residual=V - W0 @ K,
         past_keys=K[: len(values), :0],
         spectrum=small,
-        metric=metric,
+        preconditioner=metric,
         projector=metric,
         projection="none",
         settings=settings,
@@ -308,11 +319,11 @@ def problem_of(stream, keys=None, residual=None, past=None, **changes):
         keys=keys,
         residual=3 * draw(OUT, keys.shape[1], seed=30) if residual is None else residual,
         past_keys=keys[:, :0] if past is None else past,
-        spectrum=fold.stage.metrics.spectrum,
-        metric=fold.stage.metrics.metric,
-        projector=fold.stage.metrics.projector,
-        projection=fold.stage.method.projection(fold.stage.recipe.method),
-        settings=fold.stage.settings,
+        spectrum=fold.latest.preconditioners.spectrum,
+        preconditioner=fold.latest.preconditioners.own,
+        projector=fold.latest.preconditioners.projector,
+        projection=fold.latest.method.projection(fold.latest.recipe.method),
+        settings=fold.latest.settings,
         **changes,
     )
 
@@ -474,7 +485,7 @@ def test_nse_refuses_a_compact_spectrum_at_the_start(projection):
     recipe = Recipe.from_dict({"layers": [0], "method": method})
     compact = Spectrum.of(C).compact(THRESHOLD, dtype=torch.float64)
     with pytest.raises(LookupError, match="eigenvectors"):
-        LayerMetrics.of(recipe, compact, THRESHOLD)
+        LayerPreconditioners.of(recipe, compact, THRESHOLD)
 
 
 # -- evoedit ---------------------------------------------------------------------------------
@@ -495,9 +506,9 @@ def test_evoedit_says_when_no_room_is_left_and_goes_on_after_an_undo():
     taken = stream.history.columns
     fresh = draw(D, 2, seed=91)
     with pytest.raises(NoRoomError, match=f"edits before have taken all {room} free directions"):
-        stream.fold.add(stream.state, taken, fresh, draw(OUT, 2, seed=92))
+        stream.fold.latest.add(stream.state, taken, fresh, draw(OUT, 2, seed=92))
     state = stream.fold.fold(taken[1:])
-    assert stream.fold.add(state, taken[1:], fresh, draw(OUT, 2, seed=92)).total.norm() > 0
+    assert stream.fold.latest.add(state, taken[1:], fresh, draw(OUT, 2, seed=92)).total.norm() > 0
 
 
 def test_evoedit_refuses_a_key_that_earlier_edits_use_up():
@@ -505,14 +516,14 @@ def test_evoedit_refuses_a_key_that_earlier_edits_use_up():
     mix = stream.batches()[0][0] @ draw(N, 1, seed=3)
     keys = torch.cat([draw(D, 1, seed=4), mix], 1)
     with pytest.raises(NoRoomError, match="taken all that 1 of 2 new keys could use"):
-        stream.fold.add(stream.state, stream.history.columns, keys, draw(OUT, 2, seed=92))
+        stream.fold.latest.add(stream.state, stream.history.columns, keys, draw(OUT, 2, seed=92))
 
 
 def test_evoedit_does_not_blame_earlier_edits_for_a_protected_key():
     """Nothing in the null space to begin with: a void edit, as AlphaEdit's; reports show it."""
     stream = Stream("evoedit", 1)
     key = PROTECTED[:, :1]
-    state = stream.fold.add(stream.state, stream.history.columns, key, draw(OUT, 1, seed=92))
+    state = stream.fold.latest.add(stream.state, stream.history.columns, key, draw(OUT, 1, seed=92))
     assert (state.total - stream.state.total).norm() < 1e-9
 
 
@@ -583,16 +594,59 @@ def test_the_table_suggests_near_names_and_takes_each_once():
 
 def test_a_method_of_ones_own_is_a_row():
     """An update of half size: what any function of a problem can do, projection included."""
-    half = Method(
+    half = Solve(
         name="half",
         about="half of MEMIT",
         paper="-",
         settings=find_method("memit").settings,
         gains=find_method("memit").gains,
-        solve=lambda p: solve_update(p.keys, p.residual, p.metric) / 2,
+        solve=lambda p: solve_update(p.keys, p.residual, p.preconditioner) / 2,
     )
     problem = replace(problem_of(Stream("memit", 0)), projection="after")
     torch.testing.assert_close(half.update(problem), find_method("memit").update(problem) / 2)
+
+
+def test_a_filter_cant_have_a_solve_of_its_own_and_a_method_needs_a_kind():
+    """So that a history of one's own never takes the slow way unless it is declared a `Solve`."""
+    row = {"about": "-", "paper": "-", "settings": NoSettings}
+    with pytest.raises(TypeError, match="solve"):
+        Filter(name="own", gains=ones, solve=closed_form, history=True, **row)
+    with pytest.raises(TypeError, match="gains"):
+        Filter(name="own", **row)
+    with pytest.raises(ConfigError, match="own: make it a Filter, a Solve or a Descent"):
+        Registry().add(Method(name="own", solve=closed_form, **row))
+
+
+def test_a_solve_with_history_is_the_joint_solve_that_a_filter_does_batch_by_batch(registry):
+    alphaedit = find_method("alphaedit")
+    asked = []
+
+    @method(
+        "anew", settings=alphaedit.settings, gains=alphaedit.gains, projected=True, history=True
+    )
+    def solve(problem):
+        asked.append(problem.keys.shape[1])
+        return closed_form(problem)
+
+    anew, filtered = Stream("anew", l2=0.3), Stream("alphaedit")
+    assert (anew.fold.latest.recursive, filtered.fold.latest.recursive) == (False, True)
+    assert gap(anew.state.weight, filtered.state.weight) < 1e-10
+    assert asked == [N, 2 * N, 3 * N], "all facts so far, with every batch"
+    assert "anew with every batch" in invoke("anew").stdout
+
+
+@pytest.mark.parametrize("projection", ["own", "after"])
+def test_a_filter_with_history_and_a_finish_is_the_finish_of_the_joint_solve(registry, projection):
+    def clip(total, original, settings):
+        return total * (0.05 * original.norm() / total.norm())
+
+    METHODS.add(replace(find_method("memit-history"), name="clipped", finish=clip))
+    clipped = Stream("clipped", moment_weight=20.0, projection=projection)
+    K, V = (torch.cat(found, dim=1) for found in zip(*clipped.batches(), strict=True))
+    joint = solve_update(K, V - W0 @ K, clipped.fold.latest.preconditioners.own)
+    joint = joint @ P if projection == "after" else joint
+    assert gap(clipped.state.weight, W0 + clip(joint, W0, None)) < 1e-10
+    assert torch.equal(clipped.fold.fold(clipped.history.columns).weight, clipped.state.weight)
 
 
 # -- documents and the command line ----------------------------------------------------------

@@ -92,9 +92,8 @@ def test_moments_are_the_plain_ones(family, run, tokenizer, corpus, settings):
     for layer in (0, 2):
         expected, count = plain_moment(model, rows, layer, first=0 if settings.count_first else 1)
         spectrum = found.spectra[layer]
-        rebuilt = (
-            spectrum.eigenvectors @ torch.diag(spectrum.eigenvalues) @ spectrum.eigenvectors.mT
-        )
+        Q = spectrum.whole().eigenvectors
+        rebuilt = Q @ torch.diag(spectrum.eigenvalues) @ Q.mT
         torch.testing.assert_close(rebuilt, expected, rtol=1e-6, atol=1e-8)
         assert found.manifest.tokens == count
 
@@ -267,8 +266,10 @@ def test_full_and_compact_files_read_back(run, tmp_path):
     keys = torch.randn(48, 5, dtype=torch.float64)
     for layer, threshold in thresholds.items():
         gains = (made.spectra[layer].eigenvalues < threshold).double()
-        exact = made.spectra[layer].metric(gains).apply(keys)
-        found = small.spectra[layer].metric((small.spectra[layer].eigenvalues < threshold).double())
+        exact = made.spectra[layer].preconditioner(gains).apply(keys)
+        found = small.spectra[layer].preconditioner(
+            (small.spectra[layer].eigenvalues < threshold).double()
+        )
         assert (found.apply(keys) - exact).norm() / exact.norm() < 5e-3, "half precision"
     size = (tmp_path / "out/spectra.safetensors").stat().st_size
     assert (tmp_path / "small.safetensors").stat().st_size < size / 3

@@ -11,7 +11,6 @@ from nulledit import Editor, Fact
 from nulledit.config import Recipe
 from nulledit.editing.values import plan_rows
 from nulledit.ledger.solver import read_spectrum
-from nulledit.linalg.blocks import parts_of
 from nulledit.models.layouts import as_out_in
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import RowEncoder
@@ -38,7 +37,7 @@ def null_space(spectrum, threshold):
     held = slice(spectrum.start, spectrum.stop)
     protected = spectrum.eigenvalues[held] >= threshold
     vectors = spectrum.eigenvectors
-    eye, thin = torch.eye(spectrum.d_in, dtype=torch.float64), vectors @ vectors.mT
+    eye, thin = torch.eye(spectrum.width, dtype=torch.float64), vectors @ vectors.mT
     return eye - thin if protected.all() else thin
 
 
@@ -279,7 +278,7 @@ def test_batches_equal_the_reference_with_its_history(
     tensors = editor.history.tensors[editor.history.epochs[0].tensors]
     for layer in recipe.layers:
         spectrum, threshold = read_spectrum(tensors, layer)
-        parts = parts_of(spectrum, "whole").values()
+        parts = spectrum.blocks.values()
         projectors[layer] = torch.block_diag(*(null_space(part, threshold) for part in parts))
         history[layer] = torch.zeros_like(projectors[layer])
     for number, batch in enumerate(batches):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,12 +11,13 @@ import torch
 from torch import Tensor
 
 from nulledit.config import Recipe
-from nulledit.data.facts import SLOT, Fact
+from nulledit.data.facts import Fact
 from nulledit.editing.call_log import CallLog
 from nulledit.editing.chunks import chunks_of
 from nulledit.editing.descent import Value
 from nulledit.editing.keys import LayerwiseForward
 from nulledit.editing.norm_anchor import TOO_LONG, LengthRecord, anchored, usual_length
+from nulledit.editing.sharing import dealt, gathered, of_first
 from nulledit.editing.target_loss import WeightLoss
 from nulledit.editing.value_cache import ValueCache
 from nulledit.editing.values import bare_leads, measure_values, optimise_values
@@ -26,8 +26,8 @@ from nulledit.ledger.records import Column, ValueOutcome
 from nulledit.linalg.angles import same_key_groups
 from nulledit.methods import find_method
 from nulledit.models.editable_model import EditableModel
-from nulledit.models.layouts import as_out_in, differentiating
-from nulledit.parallel.ranks import Message, Ranks, shares
+from nulledit.models.layouts import differentiating
+from nulledit.parallel.ranks import Ranks
 
 CPU_POSITIONS = 200  # small chunks stay in a processor's cache
 ACCELERATOR_POSITIONS = 16384
@@ -72,14 +72,12 @@ class BatchWriter:
         facts: Sequence[Fact],
         run: CallLog,
         *,
-        base_hash: str = "",
         cache: ValueCache | None = None,
         ranks: Ranks | None = None,
     ):
         """Brings `facts` to the first edited layer; nothing is changed yet."""
         self.model, self.recipe = model, recipe
         self.weights, self.contexts, self.run, self.cache = weights, contexts, run, cache
-        self.base_hash = base_hash
         self.ranks = ranks or Ranks()
         self.method = find_method(recipe.method.name)
         self.facts = list(facts)
@@ -301,7 +299,7 @@ class BatchWriter:
     def _usual_length(self, layer: int) -> float:
         """Mean ‖v*‖ of a fixed sample in the unedited model: measured once, then kept."""
         record = LengthRecord(
-            model_hash=self.base_hash,
+            model_hash=self.weights.history.base.hash,
             layer=layer,
             settings=self.recipe.values,
             chat=self.recipe.chat,
@@ -335,7 +333,7 @@ class BatchWriter:
         names: dict[int, str] = {}
         values: dict[int, Value] = {}
         if self.cache is not None:
-            weights = self._weights_hash()
+            weights = self.weights.digest()
             for group, mine in members.items():
                 names[group] = self.cache.name(
                     weights,
@@ -347,12 +345,12 @@ class BatchWriter:
                 )
                 if self.ranks.first:
                     values.update(zip(mine, self.cache.get(names[group]) or (), strict=False))
-            values = _values_of(self.ranks.from_first(*_message_of(values)))
+            values = of_first(self.ranks, values)
         missing = [i for i in chosen if i not in values]
         counter = self.run.counter("values", len(chosen))
         counter(len(values))
         self.run.optimised += len(missing)
-        mine = self._share(missing, shared)
+        mine = dealt(self.ranks, wordings, shared, missing)
         found = optimise_values(
             self.model,
             [wordings[i] for i in mine],
@@ -363,52 +361,13 @@ class BatchWriter:
             positions=self._positions(1),
             progress=counter,
         )
-        values.update(self._gathered(dict(zip(mine, found, strict=True))))
+        values.update(gathered(self.ranks, dict(zip(mine, found, strict=True))))
         counter(len(missing) - len(mine))
         if self.cache is not None and self.ranks.first:
             for group, mine in members.items():
                 if mine[0] in missing:
                     self.cache.put(names[group], [values[i] for i in mine])
         return [values[i] for i in chosen]
-
-    def _share(self, missing: Sequence[int], shared: Sequence[int]) -> list[int]:
-        """Those of the requests `missing` whose values this rank optimises; groups stay whole."""
-        if self.ranks.alone:
-            return list(missing)
-        groups: dict[int, list[int]] = {}
-        for i in missing:
-            groups.setdefault(shared[i], []).append(i)
-        costs = [float(sum(map(self._length, members))) for members in groups.values()]
-        dealt = shares(costs, self.ranks.size)[self.ranks.rank]
-        of_group = list(groups.values())
-        return sorted(i for number in dealt for i in of_group[number])
-
-    def _length(self, request: int) -> int:
-        """Characters that run again and again in a step: what stands behind the subject."""
-        fact = self.requests[request].wording
-        return sum(len(p) - p.find(SLOT) + len(fact.target) for p in fact.prompts)
-
-    def _gathered(self, mine: Mapping[int, Value]) -> dict[int, Value]:
-        """The values of all ranks, by request."""
-        return {
-            i: value
-            for message in self.ranks.gather(*_message_of(mine))
-            for i, value in _values_of(message).items()
-        }
-
-    def _weights_hash(self) -> str:
-        """Of the model as it is: the base, and the edited matrices that differ from it.
-
-        Values of W's own output are of one W, which a recipe may name.
-        """
-        digest = hashlib.sha256(self.base_hash.encode())
-        if self.model.values_at_output:
-            digest.update(self.model.layout.mlp_out.encode())
-        for layer in self.weights.layers:
-            weight = as_out_in(self.model.mlp_out(layer)).cpu().contiguous()
-            if not torch.equal(weight.double(), self.weights.base(layer)):
-                digest.update(f"{layer}".encode() + weight.view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
 
     def _joined(self, shared: Sequence[int]) -> list[int]:
         """Requests that share a key or a fact, with all that these share in turn."""
@@ -428,17 +387,6 @@ class BatchWriter:
     def _positions(self, factor: int) -> int:
         default = self.model.positions(CPU_POSITIONS, ACCELERATOR_POSITIONS)
         return factor * (self.recipe.chunk_positions or default)
-
-
-def _message_of(values: Mapping[int, Value]) -> Message:
-    """Values by request, for other ranks."""
-    notes = {str(i): x.outcome.to_dict() for i, x in values.items()}
-    return notes, {str(i): x.z for i, x in values.items()}
-
-
-def _values_of(message: Message) -> dict[int, Value]:
-    notes, tensors = message
-    return {int(i): Value(tensors[i], ValueOutcome.from_dict(note)) for i, note in notes.items()}
 
 
 def _stacked(values: Sequence[Value]) -> Tensor:

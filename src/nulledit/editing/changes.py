@@ -193,7 +193,7 @@ def _watched(
     before = {c.id: c for c in history.active}
     known = len(history.columns)
     layer = max(weights.layers, default=-1)
-    exact = weights.exact(layer) if layer >= 0 else None
+    edit = weights.edit(layer) if layer >= 0 else None
     out = {c.id for c in gone}
     staying = [c for c in history.active if c.id not in out]
     near = weights.near(gone, staying, cosine=NEAR_KEY) if gone and staying else []
@@ -203,7 +203,7 @@ def _watched(
         lost = facts_of(c for i, c in before.items() if i not in now)
         there = {c.fact.id for c in now.values()}
         fresh = facts_of(c for i, c in now.items() if i > known)
-        moved = weights.moved(exact) if exact is not None else []
+        moved = weights.moved(edit) if edit is not None else []
         back = facts_of(c for i, c in now.items() if i not in before and i <= known)
         return ChangeReport(
             removed=tuple(f.id for f in lost if f.id not in there),

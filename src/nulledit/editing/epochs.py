@@ -1,4 +1,4 @@
-"""What an epoch fixes for all its batches: W₀ and the metric of each edited layer."""
+"""What an epoch fixes for all its batches: W₀ and the spectrum of each edited layer."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from torch import Tensor
 from nulledit.config import Recipe
 from nulledit.errors import StatisticsError
 from nulledit.ledger.records import Epoch, History
-from nulledit.ledger.solver import LayerMetrics, spectrum_tensors
+from nulledit.ledger.solver import LayerPreconditioners, spectrum_tensors
 from nulledit.ledger.store import tensor_bytes
-from nulledit.linalg.blocks import AnySpectrum, BlockSpectrum
-from nulledit.linalg.spectrum import RULES
+from nulledit.linalg.spectrum import RULES, Spectrum
 from nulledit.methods import find_method
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import as_out_in
@@ -51,10 +50,8 @@ def open_epoch(
     return make
 
 
-def _spectrum(
-    recipe: Recipe, spectrum: AnySpectrum, layer: int, d_in: int
-) -> tuple[AnySpectrum, float]:
-    """What the recipe's metrics need of `spectrum`, and τ."""
+def _spectrum(recipe: Recipe, spectrum: Spectrum, layer: int, d_in: int) -> tuple[Spectrum, float]:
+    """What the recipe's preconditioners need of `spectrum`, and τ."""
     rule, value = recipe.null_space.rule, recipe.null_space.value
     method = find_method(recipe.method.name)
     if spectrum.d_in != d_in:
@@ -63,13 +60,13 @@ def _spectrum(
         )
     threshold = RULES[rule](spectrum.eigenvalues, value)
     try:
-        metrics = LayerMetrics.of(recipe, spectrum, threshold)
+        found = LayerPreconditioners.of(recipe, spectrum, threshold)
     except LookupError as error:
         raise StatisticsError(
             f"these compact statistics don't serve {method.name} with null_space {rule} {value} at "
             f"layer {layer} ({error}): make full ones with `nulledit stats make`"
         ) from error
-    if isinstance(spectrum, BlockSpectrum) and spectrum.closed:
+    if spectrum.closed:
         logger.warning(
             "layer %d: %d of %d experts are left alone: in the statistics they were given fewer "
             "tokens than their keys are wide (%d)",
@@ -79,8 +76,8 @@ def _spectrum(
             spectrum.width,
         )
     if method.projection(recipe.method) != "none":
-        _warn_of_extremes(metrics.projector.rank, layer, d_in, threshold)
-    return metrics.spectrum, threshold
+        _warn_of_extremes(found.projector.rank, layer, d_in, threshold)
+    return found.spectrum, threshold
 
 
 def _warn_of_extremes(free: int, layer: int, d_in: int, threshold: float) -> None:

@@ -12,6 +12,7 @@ from nulledit.editing.descent import Value
 from nulledit.editing.session import EditSession
 from nulledit.editing.undo import facts_of
 from nulledit.ledger.records import Column, History
+from nulledit.ledger.solver import by_batch
 from nulledit.methods import find_method
 
 
@@ -32,9 +33,7 @@ def replay(
     """
     done, now = 0, {c.id for c in columns}
     broken = {(c.batch, c.group) for c in source.active if c.id not in now}  # a mate is left out
-    batches: dict[int, list[Column]] = {}
-    for column in columns:
-        batches.setdefault(column.batch, []).append(column)
+    batches = by_batch(columns)
     order = sorted(batches, key=lambda number: (source.batches[number - 1].epoch, number))
     replaces = {c.fact.key: c for c in columns} if source is changes.history else {}
     for number in order:

@@ -316,7 +316,6 @@ class EditSession:
             self.history.epoch.contexts,
             facts,
             run,
-            base_hash=self.history.base.hash,
             cache=self.cache,
             ranks=self.ranks,
         )

@@ -1,4 +1,4 @@
-"""The edited matrices of a model: always round(W₀ + fold of the active columns)."""
+"""The edits in a model: always what the active columns come to, rounded."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 
 import torch
 from torch import Tensor
@@ -15,12 +16,12 @@ from nulledit.io.text import count
 from nulledit.ledger.records import Column, History, Ledger
 from nulledit.ledger.solver import LayerSolver, LayerState, recorded
 from nulledit.linalg.angles import unit_columns
-from nulledit.linalg.blocks import AnyMetric
-from nulledit.linalg.solve import room_left
+from nulledit.linalg.preconditioner import Preconditioner
 from nulledit.methods.problem import TargetLoss
 from nulledit.models.accepted import refuse_adapters
 from nulledit.models.editable_model import EditableModel
-from nulledit.models.layouts import as_out_in, holds_weight, write_weight
+from nulledit.models.layer_edit import LayerEdit
+from nulledit.models.layouts import as_out_in
 from nulledit.models.unchanged import bit_sums
 
 
@@ -54,12 +55,12 @@ class LayerReport:
 
 
 class EditedWeights:
-    """Keeps a model's edited matrices in step with a history."""
+    """Keeps the edits in a model in step with a history."""
 
     def __init__(self, model: EditableModel, ledger: Ledger):
         """`ledger` may have no epoch yet; then nothing is edited."""
         self.model, self.ledger = model, ledger
-        self._folds: dict[int, LayerSolver] = {}
+        self._solvers: dict[int, LayerSolver] = {}
         self._states: dict[int, LayerState] = {}
         self._sums = bit_sums(model.model)
         self.refresh()
@@ -79,49 +80,66 @@ class EditedWeights:
         """Edited blocks."""
         return self.history.layers
 
+    def edit(self, layer: int) -> LayerEdit:
+        """What the edits leave in `layer`, before rounding."""
+        return self._states[layer].edit
+
     def exact(self, layer: int) -> Tensor:
         """The weight [d_out, d_in] of `layer` before rounding, float64."""
-        return self._states[layer].weight
+        return self.edit(layer).weight
 
     def base(self, layer: int) -> Tensor:
         """W₀ [d_out, d_in] of `layer`, float64, on the CPU."""
-        return self._fold(layer).base.cpu()
+        return self._solver(layer).base.cpu()
 
-    def projector(self, layer: int) -> AnyMetric:
+    def projector(self, layer: int) -> Preconditioner:
         """P of `layer`, on the null space of its preserved keys."""
-        return self._fold(layer).stage.metrics.projector
+        return self._solver(layer).latest.preconditioners.projector
 
     def leakage(self, layer: int) -> float:
         """Share of the preserved keys' energy that edits of `layer` may disturb, 0 to 1."""
-        return self._fold(layer).stage.metrics.leakage
+        return self._solver(layer).latest.preconditioners.leakage
+
+    def digest(self) -> str:
+        """Hash of the model as it is: the base's, and what differs from it.
+
+        Values of W's own output are of one W, which a recipe may name.
+        """
+        digest = sha256(self.history.base.hash.encode())
+        if self.model.values_at_output:
+            digest.update(self.model.layout.mlp_out.encode())
+        for layer in self.layers:
+            if stored := self.edit(layer).stored(self.model, layer):
+                digest.update(f"{layer}".encode() + stored)
+        return digest.hexdigest()
 
     def refresh(self, columns: Sequence[Column] | None = None) -> None:
-        """Set every edited matrix to W₀ + the fold of `columns` (the active ones by default)."""
+        """Set every edited layer to the fold of `columns` (the active ones by default)."""
         chosen = self.history.active if columns is None else columns
         for layer in self.layers:
-            self._set(layer, self._fold(layer).fold(chosen))
+            self._set(layer, self._solver(layer).fold(chosen))
         self._forget(set(self._states) - set(self.layers))
 
     def _forget(self, layers: set[int]) -> None:
-        """Put W₀ back into layers that no epoch edits any more."""
+        """Take the edits out of layers that no epoch edits any more."""
         for layer in layers:
-            write_weight(self.model.mlp_out(layer), self._folds.pop(layer).base)
-            del self._states[layer]
+            self._states.pop(layer).edit.take_out(self.model, layer)
+            del self._solvers[layer]
 
     def check_unchanged(self) -> None:
         """LedgerError if something else wrote to the model: an edit would undo or misjudge that."""
         model, edited = self.model.model, set()
         refuse_adapters(model)
-        for layer, state in self._states.items():
-            name = self.model.parameter_name(layer)
-            edited.add(name)
-            if not holds_weight(self.model.mlp_out(layer), state.weight):
-                raise LedgerError(
-                    f"{name}: was changed by something else since it was last written, and would "
-                    "be overwritten; to keep the change, make a new Editor of the model as it is "
-                    "(what was edited becomes part of its base); to drop it, call "
-                    "editor.weights.refresh()"
-                )
+        for layer in self._states:
+            for name, as_written in self.edit(layer).parameters(self.model, layer).items():
+                edited.add(name)
+                if not as_written:
+                    raise LedgerError(
+                        f"{name}: was changed by something else since it was last written, and "
+                        "would be overwritten; to keep the change, make a new Editor of the model "
+                        "as it is (what was edited becomes part of its base); to drop it, call "
+                        "editor.weights.refresh()"
+                    )
         sums = bit_sums(model)
         others = (self._sums.keys() | sums.keys()) - edited
         changed = sorted(n for n in others if sums.get(n) != self._sums.get(n))
@@ -149,7 +167,7 @@ class EditedWeights:
         return dict(self._states)
 
     def return_to(self, states: dict[int, LayerState]) -> None:
-        """Set every edited matrix as it was when `states` were taken; others to W₀."""
+        """Set every edited layer as it was when `states` were taken; others to W₀."""
         for layer, state in states.items():
             self._set(layer, state)
         self._forget(set(self._states) - set(states))
@@ -166,42 +184,27 @@ class EditedWeights:
         """Edit `layer`, which holds `columns`: `residual` [d_out, n] at new `keys` [d_in, n].
 
         Without a residual the method finds the update by `target_loss`. Returns what is to be
-        recorded, one row per key, in the dtype that it is stored in, so that a reloaded ledger
-        solves with the same numbers.
+        recorded, in the dtype that it is stored in.
         """
-        dtype, fold, before = self.record_dtype, self._fold(layer), self._states[layer]
-        keys = keys.to(dtype)
-        now = before.weight.cpu() @ keys.double()
-        targets = (now if residual is None else now + residual).to(dtype)
-        state = fold.add(before, columns, keys, targets, target_loss=target_loss)
-        if not torch.isfinite(state.weight).all():
+        before, keys = self._states[layer], keys.to(self.record_dtype)
+        solver = self._solver(layer).latest
+        state, rows = solver.write(before, columns, keys, residual, target_loss)
+        if not state.edit.finite:
             raise LedgerError(
                 f"the update of layer {layer} is not finite and was not kept: load the model in "
                 "float32 or bfloat16, or protect more (a larger method.l2 or method.moment_weight)"
             )
-        recorded = {f"keys.{layer}": keys.mT.contiguous()}
-        stage = fold.stage
-        if stage.method.by_gradient:
-            update = (state.total - before.total).to(dtype)
-            state = stage.moved(before, update)
-            recorded[f"update.{layer}"] = update.cpu()
-            targets = (state.weight.cpu() @ keys.double()).to(dtype)
         self._set(layer, state)
-        return {**recorded, f"targets.{layer}": targets.mT.contiguous()}
+        return rows
 
     def recorded(self, columns: Sequence[Column], layer: int) -> tuple[Tensor, Tensor]:
         """Keys [d_in, n] and absolute targets [d_out, n] of those of `columns` that have them."""
-        mine = self.history.at_layer(layer, columns)
-        if not mine:
-            d_out, d_in = self._fold(layer).base.shape
-            empty = torch.empty(0, dtype=self.record_dtype)
-            return empty.reshape(d_in, 0), empty.reshape(d_out, 0)
-        return recorded(self.history, mine, layer)
+        return recorded(self.history, self.history.at_layer(layer, columns), layer)
 
-    def _fold(self, layer: int) -> LayerSolver:
-        if layer not in self._folds:
-            self._folds[layer] = LayerSolver(self.ledger, layer, self._solve_device(layer))
-        return self._folds[layer]
+    def _solver(self, layer: int) -> LayerSolver:
+        if layer not in self._solvers:
+            self._solvers[layer] = LayerSolver(self.ledger, layer, self._solve_device(layer))
+        return self._solvers[layer]
 
     @property
     def record_dtype(self) -> torch.dtype:
@@ -236,23 +239,23 @@ class EditedWeights:
         found = [(c, value) for c, value in zip(others, best, strict=True) if value > cosine]
         return sorted(found, key=lambda pair: -pair[1])
 
-    def moved(self, before: Tensor) -> list[tuple[Column, float]]:
-        """How the active columns moved in the last layer since its exact weight was `before`.
+    def moved(self, before: LayerEdit) -> list[tuple[Column, float]]:
+        """How the active columns moved in the last layer since its edits were `before`.
 
         ‖change at the key‖ over ‖what the edits had written there‖, largest first.
         """
         layer = self.layers[-1]
         columns = self.history.at_layer(layer, self.history.active)
         keys, _ = self.recorded(columns, layer)
-        K, before = keys.double(), before.cpu()
-        change = (self.exact(layer).cpu() - before) @ K
-        written = (before - self.base(layer)) @ K
+        there = before.answer(keys)
+        change = self.edit(layer).answer(keys) - there
+        written = there - self.base(layer) @ keys.double()
         shares = (change.norm(dim=0) / written.norm(dim=0).clamp_min(1e-12)).tolist()
         return sorted(zip(columns, shares, strict=True), key=lambda pair: -pair[1])
 
     def _set(self, layer: int, state: LayerState) -> None:
         self._states[layer] = state
-        write_weight(self.model.mlp_out(layer), state.weight)
+        state.edit.put(self.model, layer)
 
     def _solve_device(self, layer: int) -> torch.device:
         """Where the layer's weights are, unless float64 is missing there."""
@@ -260,28 +263,19 @@ class EditedWeights:
         return torch.device("cpu") if device.type == "mps" else device
 
     def _report(self, layer: int) -> LayerReport:
-        stage, base = self._fold(layer).stage, self.base(layer)
-        columns, exact = self.history.at_layer(layer, self.history.active), self.exact(layer).cpu()
-        stored = as_out_in(self.model.mlp_out(layer)).double().cpu()
-        shares = stage.free_shares(columns)
+        solver, edit = self._solver(layer).latest, self.edit(layer)
+        columns = self.history.at_layer(layer, self.history.active)
+        shares = solver.null_space_shares(columns)
         n = len({c.fact for c in columns})
-        norm = float((exact - base).norm())
+        norm, d_in = edit.norm, edit.base.shape[1]
         return LayerReport(
             layer=layer,
-            protected=base.shape[1] - stage.confining.rank,
-            d_in=base.shape[1],
+            protected=d_in - solver.confining.rank,
+            d_in=d_in,
             free_share=float(shares.mean()) if n else math.nan,
             free_share_error=float(shares.std()) / n**0.5 if n > 1 else math.nan,
             n=n,
-            update_share=norm / float(base.norm()),
-            rounding_share=float((stored - exact).norm()) / norm if norm else 0.0,
-            room=self._room(layer, columns),
+            update_share=norm / float(edit.base.norm()),
+            rounding_share=edit.rounding(self.model, layer) / norm if norm else 0.0,
+            room=solver.room(self._states[layer], columns),
         )
-
-    def _room(self, layer: int, columns: Sequence[Column]) -> float:
-        if not columns:
-            return 1.0
-        metric, remaining = self._fold(layer).stage.metrics.metric, self._states[layer].remaining
-        if remaining is not None:
-            return 1 - remaining.taken / metric.rank if metric.rank else math.nan
-        return room_left(metric, self.recorded(columns, layer)[0].to(metric.device))

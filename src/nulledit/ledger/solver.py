@@ -1,9 +1,10 @@
-"""Entries to weights."""
+"""Recorded columns to what they leave in a layer."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,49 +12,49 @@ from torch import Tensor
 from nulledit.config import Recipe
 from nulledit.errors import LedgerError
 from nulledit.ledger.records import Column, Epoch, History, Ledger
-from nulledit.linalg.blocks import (
-    AnyMetric,
-    AnySpectrum,
-    BlockSpectrum,
-    part_names,
-    parts_of,
-)
-from nulledit.linalg.solve import RecursiveState
-from nulledit.linalg.spectrum import Spectrum
-from nulledit.methods import find_method
+from nulledit.linalg.preconditioner import Preconditioner
+from nulledit.linalg.solve import RecursiveState, room_left
+from nulledit.linalg.spectrum import Block, Spectrum, part_names
+from nulledit.methods import Descent, Filter, Method, Solve, find_method
 from nulledit.methods.problem import LayerProblem, TargetLoss
+from nulledit.models.layer_edit import LayerEdit, WeightUpdate
 
 
 @dataclass(frozen=True)
 class LayerState:
-    """Where a fold stands."""
+    """Where the solve of a layer is."""
 
+    edit: LayerEdit
+    """What the columns so far leave in the layer."""
     start: Tensor
     """Weight [d_out, d_in] that the epoch began with, float64: W₀ in the first."""
     total: Tensor
     """ΣΔ [d_out, d_in] of the epoch's batches, float64."""
-    weight: Tensor
-    """The start + the total, or what the method's `finish` makes of it, float64."""
-    remaining: RecursiveState | None = None
-    """What the epoch's columns leave of the metric, where the method goes on from it."""
+    recursion: RecursiveState | None = None
+    """What the epoch's columns leave of the preconditioner, where the method goes on from it."""
+
+    @property
+    def weight(self) -> Tensor:
+        """W [d_out, d_in] of the edit."""
+        return self.edit.weight
 
 
 @dataclass(frozen=True)
-class LayerMetrics:
-    """The metrics of one layer under one recipe."""
+class LayerPreconditioners:
+    """What one layer's spectrum comes to under one recipe."""
 
-    spectrum: AnySpectrum
-    """Of the preserved keys, with the eigenvectors that the metrics need."""
-    metric: AnyMetric
+    spectrum: Spectrum
+    """Of the preserved keys, with the eigenvectors that the preconditioners need."""
+    own: Preconditioner
     """G of the method's gains, zero outside the null space if projected inside."""
-    projector: AnyMetric
+    projector: Preconditioner
     """P on the null space."""
     leakage: float
     """tr(GC) / (‖G‖ tr C), of what is written: the share of the preserved keys' energy that edits
     may disturb, weighed by how freely. tr(PC)/tr(C) for a projection."""
 
     @classmethod
-    def of(cls, recipe: Recipe, spectrum: AnySpectrum, threshold: float) -> LayerMetrics:
+    def of(cls, recipe: Recipe, spectrum: Spectrum, threshold: float) -> LayerPreconditioners:
         """LookupError where a compact spectrum lacks eigenvectors that G or P needs."""
         method = find_method(recipe.method.name)
         free = (spectrum.eigenvalues < threshold).to(spectrum.eigenvalues)
@@ -64,18 +65,20 @@ class LayerMetrics:
         written = gains * free if projection == "after" else gains
         energy = spectrum.eigenvalues * written / written.max().clamp_min(1e-300)
         leakage = float(energy.sum() / spectrum.eigenvalues.sum())
-        kept = spectrum.whole() if method.reads_moment else spectrum.reduced(gains, free)
-        return cls(kept, spectrum.metric(gains), spectrum.metric(free), leakage)
+        if method.reads_moment:
+            spectrum.whole()
+        kept = spectrum if method.reads_moment else spectrum.reduced(gains, free)
+        return cls(kept, spectrum.preconditioner(gains), spectrum.preconditioner(free), leakage)
 
 
 class LayerSolver:
-    """Makes columns into the weight of one layer, epoch after epoch."""
+    """Makes columns into what they leave in one layer, epoch after epoch."""
 
     def __init__(self, ledger: Ledger, layer: int, device: torch.device):
         """Of `ledger`, whose history may go on; solves run on `device`."""
         self.ledger, self.layer, self.device = ledger, layer, device
         self.base = self.history.original(layer).to(device).double()  # W₀
-        self._stages: dict[int, EpochSolver] = {}
+        self._solvers: dict[int, EpochSolver] = {}
 
     @property
     def history(self) -> History:
@@ -83,46 +86,29 @@ class LayerSolver:
         return self.ledger.history
 
     @property
-    def stage(self) -> EpochSolver:
-        """The latest epoch that edits the layer."""
-        return self._stage(self._epochs()[-1])
+    def latest(self) -> EpochSolver:
+        """Of the latest epoch that edits the layer."""
+        return self._solver(self._epochs()[-1])
 
     def fold(self, columns: Sequence[Column]) -> LayerState:
         """The state with exactly `columns` in the model, at its latest epoch."""
-        state = LayerState(self.base, torch.zeros_like(self.base), self.base)
+        edit: LayerEdit = WeightUpdate(self.base, self.base)
         before: list[Column] = []
         for epoch in self._epochs():
-            state = LayerState(state.weight, torch.zeros_like(self.base), state.weight)
             mine = [c for c in columns if self.history.epoch_of(c) == epoch.id]
-            state = self._stage(epoch).fold(state, before, mine)
-            before += mine
+            state = self._solver(epoch).fold(edit, before, mine)
+            edit, before = state.edit, before + mine
         return state
-
-    def add(
-        self,
-        state: LayerState,
-        columns: Sequence[Column],
-        keys: Tensor,
-        targets: Tensor,
-        *,
-        target_loss: TargetLoss | None = None,
-    ) -> LayerState:
-        """Go on from `state`, which holds `columns`, to new `keys` [d_in, n] with absolute
-        `targets` [d_out, n], in the latest epoch.
-        """
-        stage = self.stage
-        held = self.history.at_layer(self.layer, columns)
-        own = [c for c in held if self.history.epoch_of(c) == stage.epoch.id]
-        before = [c for c in held if self.history.epoch_of(c) != stage.epoch.id]
-        return stage.add(state, before, own, keys, targets, target_loss=target_loss)
 
     def _epochs(self) -> list[Epoch]:
         return [e for e in self.history.epochs if self.layer in e.recipe.layers]
 
-    def _stage(self, epoch: Epoch) -> EpochSolver:
-        if epoch.id not in self._stages or self._stages[epoch.id].epoch != epoch:
-            self._stages[epoch.id] = EpochSolver(self.ledger, epoch, self.layer, self.device)
-        return self._stages[epoch.id]
+    def _solver(self, epoch: Epoch) -> EpochSolver:
+        if epoch.id not in self._solvers or self._solvers[epoch.id].epoch != epoch:
+            method = find_method(epoch.recipe.method.name)
+            solver = next(found for kind, found in SOLVERS.items() if isinstance(method, kind))
+            self._solvers[epoch.id] = solver(self.ledger, epoch, self.layer, self.device)
+        return self._solvers[epoch.id]
 
 
 class EpochSolver:
@@ -130,10 +116,10 @@ class EpochSolver:
 
     With history, a run of batches is one joint solve over all columns: it equals the official
     sequential rule, and without a column it equals that rule without the fact. Columns of epochs
-    before join it with what the layer gives at their keys as the epoch begins. For the filter
-    family that solve is done batch by batch (`RecursiveState`), in a fold as in a run: the same
-    columns give the same bits, and a new batch does nothing again. Without history, each batch is
-    solved in its turn on the weight that the batches before left.
+    before join it with what the layer gives at their keys as the epoch begins. For a `Filter`
+    that solve is done batch by batch (`RecursiveState`), in a fold as in a run: the same columns
+    give the same bits, and a new batch does nothing again. A `Solve` does all of it anew. Without
+    history, each batch is solved in its turn on the weight that the batches before left.
     """
 
     def __init__(self, ledger: Ledger, epoch: Epoch, layer: int, device: torch.device):
@@ -142,9 +128,11 @@ class EpochSolver:
         self.recipe = epoch.recipe
         self.method = find_method(self.recipe.method.name)
         self.settings = self.method.read(self.recipe.method)
+        self.projection = self.method.projection(self.recipe.method)
         self.keeps = self.method.keeps(self.settings)
+        self.recursive = self.keeps and isinstance(self.method, Filter)
         spectrum, threshold = read_spectrum(self.history.tensors[epoch.tensors], layer, device)
-        self.metrics = LayerMetrics.of(self.recipe, spectrum, threshold)
+        self.preconditioners = LayerPreconditioners.of(self.recipe, spectrum, threshold)
 
         self._shares: dict[tuple[str, int], float] = {}  # by tensors and row, as keys don't change
 
@@ -154,68 +142,98 @@ class EpochSolver:
         return self.ledger.history
 
     @property
-    def confining(self) -> AnyMetric:
+    def confining(self) -> Preconditioner:
         """What says where edits may move: P where there is one, else G."""
-        projected = self.method.projection(self.recipe.method) != "none"
-        return self.metrics.projector if projected else self.metrics.metric
+        found = self.preconditioners
+        return found.own if self.projection == "none" else found.projector
 
-    def free_shares(self, columns: Sequence[Column]) -> Tensor:
+    def null_space_shares(self, columns: Sequence[Column]) -> Tensor:
         """‖Pk‖²/‖k‖² [n] of the keys of `columns`, each computed once."""
         names = [(self.history.batches[c.batch - 1].tensors, c.row) for c in columns]
         new = [i for i, name in enumerate(names) if name not in self._shares]
         if new:
             keys = recorded(self.history, [columns[i] for i in new], self.layer)[0]
-            shares = self.confining.free_share(keys.to(self.device)).tolist()
+            shares = self.confining.null_space_share(keys.to(self.device)).tolist()
             self._shares.update(zip((names[i] for i in new), shares, strict=True))
         return torch.tensor([self._shares[name] for name in names], dtype=torch.float64)
 
-    @property
-    def recursive(self) -> bool:
-        """Whether the joint solve can go on from batch to batch."""
-        return (
-            self.method.joint
-            and self.keeps
-            and self.method.projection(self.recipe.method) != "after"
-        )
+    def room(self, state: LayerState, columns: Sequence[Column]) -> float:
+        """Share of the usable directions that `columns`, which `state` holds, have not taken.
+
+        nan where no direction is usable.
+        """
+        own = self.preconditioners.own
+        if not columns:
+            return 1.0
+        if state.recursion is None:
+            return room_left(own, self._recorded(columns)[0])
+        return 1 - state.recursion.taken / own.rank if own.rank else math.nan
 
     def fold(
-        self, state: LayerState, before: Sequence[Column], columns: Sequence[Column]
+        self, edit: LayerEdit, before: Sequence[Column], columns: Sequence[Column]
     ) -> LayerState:
-        """`columns` of this epoch on a `state` at its beginning, which holds `before`."""
-        if not columns:
-            return state
-        if self.keeps and not self.recursive:
-            return self.add(state, before, (), *recorded(self.history, columns, self.layer))
-        batches: dict[int, list[Column]] = {}
-        for column in columns:
-            batches.setdefault(column.batch, []).append(column)
+        """`columns` of this epoch on the `edit` that epochs before left, with columns `before`."""
+        state = LayerState(edit, edit.weight, torch.zeros_like(edit.weight))
+        if self.keeps and not self.recursive and columns:
+            return self._add(state, before, (), *self._recorded(columns))
         own: list[Column] = []
-        for number, batch in sorted(batches.items()):
-            if self.method.by_gradient:
-                state = self.moved(state, self._stored(number, batch))
-            else:
-                pair = recorded(self.history, batch, self.layer)
-                state = self.add(state, before, own, *pair)
+        for batch in by_batch(columns).values():
+            state = self._add(state, before, own, *self._recorded(batch))
             own += batch
         return state
 
     def add(
         self,
         state: LayerState,
-        before: Sequence[Column],
-        own: Sequence[Column],
+        columns: Sequence[Column],
         keys: Tensor,
         targets: Tensor,
-        *,
+        target_loss: TargetLoss | None = None,
+    ) -> LayerState:
+        """Go on from `state`, which holds `columns`, to new `keys` [d_in, n] with absolute
+        `targets` [d_out, n].
+        """
+        held = self.history.at_layer(self.layer, columns)
+        own = [c for c in held if self.history.epoch_of(c) == self.epoch.id]
+        before = [c for c in held if self.history.epoch_of(c) != self.epoch.id]
+        return self._add(state, before, own, self._exact(keys), self._exact(targets), target_loss)
+
+    def write(
+        self,
+        state: LayerState,
+        columns: Sequence[Column],
+        keys: Tensor,
+        residual: Tensor | None,
+        target_loss: TargetLoss | None = None,
+    ) -> tuple[LayerState, dict[str, Tensor]]:
+        """Go on from `state`, which holds `columns`, to `residual` [d_out, n] at new `keys`.
+
+        Without a residual the method finds the update by `target_loss`. Also returns what is to be
+        recorded: one row per key, in the dtype of `keys`, so that a reloaded ledger solves with
+        the same numbers.
+        """
+        now = state.edit.answer(keys)
+        targets = (now if residual is None else now + residual).to(keys.dtype)
+        after = self.add(state, columns, keys, targets, target_loss)
+        return after, self._rows(keys, targets)
+
+    def _rows(self, keys: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        named = {"keys": keys, "targets": targets}
+        return {f"{name}.{self.layer}": t.mT.contiguous() for name, t in named.items()}
+
+    def _add(
+        self,
+        state: LayerState,
+        before: Sequence[Column],
+        own: Sequence[Column],
+        K: Tensor,
+        V: Tensor,
         target_loss: TargetLoss | None = None,
     ) -> LayerState:
         """Go on from `state`, which holds the columns `before` this epoch and its `own`."""
-        # One memory layout, whatever the caller's: the same columns must give the same bits.
-        K, V = self._exact(keys), self._exact(targets)
         if self.recursive:
             return self._continued(state, before, K, V)
-        past = self._past(K, before)
-        own_keys, own_targets = self._past(K, own), self._targets(V, own)
+        past, (own_keys, own_targets) = self._recorded(before)[0], self._recorded(own)
         if self.keeps:
             start, weight = torch.zeros_like(state.total), state.start
             K, V = torch.cat([own_keys, K], dim=1), torch.cat([own_targets, V], dim=1)
@@ -231,64 +249,108 @@ class EpochSolver:
             keys=K,
             residual=residual,
             past_keys=past,
-            spectrum=self.metrics.spectrum,
-            metric=self.metrics.metric,
-            projector=self.metrics.projector,
-            projection=self.method.projection(self.recipe.method),
+            spectrum=self.preconditioners.spectrum,
+            preconditioner=self.preconditioners.own,
+            projector=self.preconditioners.projector,
+            projection=self.projection,
             settings=self.settings,
             target_loss=target_loss,
         )
-        return self._state(state.start, start + self.method.update(problem))
+        return self._state(state, start + self.method.update(problem))
 
     def _continued(
         self, state: LayerState, before: Sequence[Column], K: Tensor, V: Tensor
     ) -> LayerState:
-        remaining = state.remaining
-        if remaining is None:
-            remaining = RecursiveState(self.metrics.metric)
+        recursion = state.recursion
+        if recursion is None:
+            recursion = RecursiveState(self.preconditioners.own)
             if before:
-                past = self._past(K, before)
-                _, remaining = remaining.write(past, V[:, :0].new_zeros(len(V), past.shape[1]))
-        update, remaining = remaining.write(K, V - state.weight @ K)
-        total = state.total + update
-        return LayerState(state.start, total, state.start + total, remaining)
+                past = self._recorded(before)[0]
+                _, recursion = recursion.write(past, V.new_zeros(len(V), past.shape[1]))
+        plain = self.method.finish is None and self.projection != "after"
+        weight = state.weight if plain else state.start + state.total
+        update, recursion = recursion.write(K, V - weight @ K)
+        return self._state(state, state.total + update, recursion)
 
-    def moved(self, state: LayerState, update: Tensor) -> LayerState:
-        """`state` with `update` [d_out, d_in], as stored, added."""
-        return self._state(state.start, state.total + self._exact(update))
+    def _state(
+        self, before: LayerState, total: Tensor, recursion: RecursiveState | None = None
+    ) -> LayerState:
+        """The state with `total` [d_out, d_in] as the epoch's ΣΔ."""
+        added, start = total, before.start
+        if recursion and self.projection == "after":  # else each Δ is projected already
+            added = self.preconditioners.projector.apply(added.mT).mT
+        if self.method.finish:
+            added = self.method.finish(added, start, self.settings)
+        edit = replace(before.edit, weight=start + added)
+        return LayerState(edit, start, total, recursion)
 
-    def _state(self, start: Tensor, total: Tensor) -> LayerState:
-        finish = self.method.finish
-        return LayerState(
-            start, total, start + (finish(total, start, self.settings) if finish else total)
-        )
-
-    def _past(self, like: Tensor, columns: Sequence[Column]) -> Tensor:
-        """Recorded keys of `columns` [d_in, n]."""
-        keys = recorded(self.history, columns, self.layer)[0] if columns else like[:, :0]
-        return self._exact(keys)
-
-    def _targets(self, like: Tensor, columns: Sequence[Column]) -> Tensor:
-        """Recorded targets of `columns` [d_out, n]."""
-        targets = recorded(self.history, columns, self.layer)[1] if columns else like[:, :0]
-        return self._exact(targets)
-
-    def _stored(self, number: int, columns: Sequence[Column]) -> Tensor:
-        batch = self.history.batches[number - 1]
-        tensors = self.history.tensors[batch.tensors]
-        if len(columns) != len(tensors[f"keys.{self.layer}"]):
-            raise LedgerError(
-                f"batch {number} was written as one update by {self.method.name} and can't be in "
-                f"the model with {len(columns)} of its facts"
-            )
-        return tensors[f"update.{self.layer}"]
+    def _recorded(self, columns: Sequence[Column]) -> tuple[Tensor, Tensor]:
+        keys, targets = recorded(self.history, columns, self.layer)
+        return self._exact(keys), self._exact(targets)
 
     def _exact(self, tensor: Tensor) -> Tensor:
+        """In one memory layout, whatever it has: the same columns must give the same bits."""
         return tensor.to(self.device).double().contiguous()
+
+
+class DescentSolver(EpochSolver):
+    """An epoch by gradient: what is recorded and folded are the updates themselves."""
+
+    def fold(
+        self, edit: LayerEdit, before: Sequence[Column], columns: Sequence[Column]
+    ) -> LayerState:
+        """As `EpochSolver.fold`; LedgerError unless each batch is in it whole, or not at all."""
+        state = super().fold(edit, before, ())
+        for number, batch in by_batch(columns).items():
+            tensors = self.history.tensors[self.history.batches[number - 1].tensors]
+            if len(batch) != len(tensors[f"keys.{self.layer}"]):
+                raise LedgerError(
+                    f"batch {number} was written as one update by {self.method.name} and can't be "
+                    f"in the model with {len(batch)} of its facts"
+                )
+            state = self._moved(state, tensors[f"update.{self.layer}"])
+        return state
+
+    def write(
+        self,
+        state: LayerState,
+        columns: Sequence[Column],
+        keys: Tensor,
+        residual: Tensor | None,
+        target_loss: TargetLoss | None = None,
+    ) -> tuple[LayerState, dict[str, Tensor]]:
+        """As `EpochSolver.write`; the targets recorded are what the update gives at the keys."""
+        found, _ = super().write(state, columns, keys, residual, target_loss)
+        update = (found.total - state.total).to(keys.dtype)
+        after = self._moved(state, update)
+        rows = self._rows(keys, after.edit.answer(keys).to(keys.dtype))
+        return after, rows | {f"update.{self.layer}": update.cpu()}
+
+    def _moved(self, state: LayerState, update: Tensor) -> LayerState:
+        return self._state(state, state.total + self._exact(update))
+
+
+SOLVERS: dict[type[Method], type[EpochSolver]] = {
+    Filter: EpochSolver,
+    Solve: EpochSolver,
+    Descent: DescentSolver,
+}
+"""Which solver makes the edits of a kind of method, and so the form that they leave in a layer."""
+
+
+def by_batch(columns: Sequence[Column]) -> dict[int, list[Column]]:
+    """Columns by the number of their batch, ascending."""
+    batches: dict[int, list[Column]] = {}
+    for column in columns:
+        batches.setdefault(column.batch, []).append(column)
+    return dict(sorted(batches.items()))
 
 
 def recorded(history: History, columns: Sequence[Column], layer: int) -> tuple[Tensor, Tensor]:
     """Keys [d_in, n] and absolute targets [d_out, n] of `columns` at `layer`, as stored."""
+    if not columns:
+        d_out, d_in = history.original(layer).shape
+        return torch.empty(d_in, 0), torch.empty(d_out, 0)
     return (
         history.column_tensor(columns, f"keys.{layer}").mT,
         history.column_tensor(columns, f"targets.{layer}").mT,
@@ -296,13 +358,13 @@ def recorded(history: History, columns: Sequence[Column], layer: int) -> tuple[T
 
 
 def spectrum_tensors(
-    spectrum: AnySpectrum, threshold: float, layer: int, dtype: torch.dtype
+    spectrum: Spectrum, threshold: float, layer: int, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """What `read_spectrum` reads, with the eigenvectors in `dtype`."""
     found = {f"threshold.{layer}": torch.tensor(threshold, dtype=torch.float64)}
-    if isinstance(spectrum, BlockSpectrum):
+    if spectrum.tokens:
         found[f"tokens.{layer}"] = torch.tensor(spectrum.tokens)
-    for name, part in parts_of(spectrum, f"{layer}").items():
+    for name, part in spectrum.parts(f"{layer}").items():
         found |= {
             f"eigenvalues.{name}": part.eigenvalues.double().contiguous(),
             f"eigenvectors.{name}": part.eigenvectors.to(dtype).contiguous(),
@@ -315,7 +377,7 @@ def spectrum_tensors(
 
 def read_spectrum(
     tensors: Mapping[str, Tensor], layer: int, device: torch.device | None = None
-) -> tuple[AnySpectrum, float]:
+) -> tuple[Spectrum, float]:
     """The spectrum of `layer` in an epoch's tensors, float64, and its τ.
 
     Eigenvectors that were rounded are made orthonormal again: a part of 1e-7 of a gain of 1e8 would
@@ -323,18 +385,16 @@ def read_spectrum(
     weights that they were recorded with, bit for bit.
     """
 
-    def part(name: str) -> Spectrum:
-        kept = Spectrum(
+    def part(name: str) -> Block:
+        kept = Block(
             tensors[f"eigenvalues.{name}"].to(device),
             tensors[f"eigenvectors.{name}"].to(device).double(),
             int(tensors[f"first_eigenvector.{name}"]),
         )
         return kept.orthonormal() if f"rounded.{name}" in tensors else kept
 
-    threshold, tokens = float(tensors[f"threshold.{layer}"]), tensors.get(f"tokens.{layer}")
-    if tokens is None:
-        return part(f"{layer}"), threshold
+    counted = tensors.get(f"tokens.{layer}")
+    tokens = [] if counted is None else counted.tolist()
     parts = part_names(f"{layer}", len(tokens), tensors)
     blocks = {i: part(name) for i, name in parts.items()}
-    width = next(iter(blocks.values())).d_in if blocks else 0
-    return BlockSpectrum(blocks, tuple(tokens.int().tolist()), width), threshold
+    return Spectrum.joined(blocks, tokens), float(tensors[f"threshold.{layer}"])

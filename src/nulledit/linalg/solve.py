@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from nulledit.errors import SolveError
-from nulledit.linalg.blocks import AnyMetric
+from nulledit.linalg.preconditioner import Preconditioner
 
 BLOCK = 256  # columns of Z that are joined in one block
 
 
-def solve_update(keys: Tensor, residual: Tensor, metric: AnyMetric) -> Tensor:
+def solve_update(keys: Tensor, residual: Tensor, preconditioner: Preconditioner) -> Tensor:
     """Update Δ [d_out, d_in] that writes `residual` R [d_out, n] at `keys` K [d_in, n], in float64.
 
         Δ = argmin ‖ΔK − R‖²_F + tr(Δ G⁺ Δᵀ), rows of Δ in range(G)   =   R (I + Kᵀ G K)⁻¹ Kᵀ G
@@ -24,7 +24,14 @@ def solve_update(keys: Tensor, residual: Tensor, metric: AnyMetric) -> Tensor:
     is the joint solve that the official sequential rule with its history of keys equals.
     """
     K, R = keys.double(), residual.double()
-    return solve_with(K, R, metric.apply(K))
+    return solve_with(K, R, preconditioner.apply(K))
+
+
+def factor(keys: Tensor, weighted: Tensor) -> Tensor:
+    """The lower factor of I + KᵀGK [n, n] for `keys` K and GK = `weighted`, [d_in, n] each."""
+    system = keys.mT @ weighted
+    system.diagonal().add_(1.0)  # symmetric, eigenvalues >= 1
+    return cholesky(system)
 
 
 def cholesky(system: Tensor) -> Tensor:
@@ -40,26 +47,24 @@ def cholesky(system: Tensor) -> Tensor:
 
 
 def solve_with(keys: Tensor, residual: Tensor, weighted: Tensor) -> Tensor:
-    """The same from GK = `weighted` [d_in, n], for a G that is no Metric; all float64."""
-    system = keys.mT @ weighted
-    system.diagonal().add_(1.0)  # symmetric, eigenvalues >= 1
-    return torch.cholesky_solve(residual.mT, cholesky(system)).mT @ weighted.mT
+    """The same from GK = `weighted` [d_in, n], where only that is known; all float64."""
+    return torch.cholesky_solve(residual.mT, factor(keys, weighted)).mT @ weighted.mT
 
 
 @dataclass(frozen=True)
 class RecursiveState:
-    """What keys held fast leave of a metric: G' = G − GK (I + KᵀGK)⁻¹ KᵀG = G − ZZᵀ.
+    """What keys held fast leave of a preconditioner: G' = G − GK (I + KᵀGK)⁻¹ KᵀG = G − ZZᵀ.
 
     The joint solve over all keys so far is a sum over batches, each with the G' that the batches
     before left, and with the residual that the present weight leaves (recursive least squares):
 
         Δ = Σ_b R_b (I + K_bᵀ G' K_b)⁻¹ K_bᵀ G',      R_b = V_b − W K_b
 
-    So a batch of n columns behind N others costs O(d_in N n), not a solve of N + n columns: nothing
+    So a batch of n columns after N others costs O(d_in N n), not a solve of N + n columns: nothing
     that the columns before went through is done again.
     """
 
-    metric: AnyMetric
+    preconditioner: Preconditioner
     """G."""
     blocks: tuple[Tensor, ...] = ()
     """Z [d_in, columns] in blocks, float64; none in the dense form."""
@@ -74,17 +79,15 @@ class RecursiveState:
         """G' K [d_in, n] for `keys` K, float64."""
         if self.dense is not None:
             return self.dense @ keys
-        weighted = self.metric.apply(keys)
+        weighted = self.preconditioner.apply(keys)
         for Z in self.blocks:
             weighted -= Z @ (Z.mT @ keys)
         return weighted
 
     def write(self, keys: Tensor, residual: Tensor) -> tuple[Tensor, RecursiveState]:
-        """Δ [d_out, d_in] that writes `residual` R_b at `keys` K_b, and what is left behind it."""
+        """Δ [d_out, d_in] that writes `residual` R_b at `keys` K_b, and what is left after it."""
         weighted = self.apply(keys)
-        system = keys.mT @ weighted
-        system.diagonal().add_(1.0)
-        L = cholesky(system)
+        L = factor(keys, weighted)
         Z = torch.linalg.solve_triangular(L, weighted.mT, upper=False).mT
         Y = torch.linalg.solve_triangular(L, residual.mT, upper=False)
         return Y.mT @ Z.mT, self._without(Z)
@@ -92,21 +95,21 @@ class RecursiveState:
     def _without(self, block: Tensor) -> RecursiveState:
         """G' less ZZᵀ of a further `block` of Z [d_in, n]."""
         columns = self.columns + block.shape[1]
-        taken = self.taken + self.metric.inverse_trace(block)
+        taken = self.taken + self.preconditioner.inverse_trace(block)
         dense = self.dense
         if dense is None and columns > len(block):
             dense = self.apply(torch.eye(len(block), dtype=block.dtype, device=block.device))
         if dense is not None:
-            return RecursiveState(self.metric, (), dense - block @ block.mT, columns, taken)
+            return RecursiveState(self.preconditioner, (), dense - block @ block.mT, columns, taken)
         *before, last = self.blocks or (block[:, :0],)
         if last.shape[1] + block.shape[1] > BLOCK:
             blocks = (*self.blocks, block)
         else:  # many batches of few facts would else be as many small products
             blocks = (*before, torch.cat([last, block], dim=1))
-        return RecursiveState(self.metric, blocks, None, columns, taken)
+        return RecursiveState(self.preconditioner, blocks, None, columns, taken)
 
 
-def room_left(metric: AnyMetric, keys: Tensor) -> float:
+def room_left(preconditioner: Preconditioner, keys: Tensor) -> float:
     """Share of the rank of G that edits at `keys` K [d_in, n] have not taken.
 
         1 − tr(KᵀGK (I + KᵀGK)⁻¹) / rank G
@@ -114,11 +117,9 @@ def room_left(metric: AnyMetric, keys: Tensor) -> float:
     The trace counts the directions that the solve holds fast: a key far above the ridge counts as
     one, a key that the ridge drowns as nothing. nan where G has no direction at all.
     """
-    if not metric.rank:
+    if not preconditioner.rank:
         return math.nan
     K = keys.double()
-    system = K.mT @ metric.apply(K)
-    system.diagonal().add_(1.0)
-    inverse = torch.linalg.inv(cholesky(system))
+    inverse = torch.linalg.inv(factor(K, preconditioner.apply(K)))
     taken = K.shape[1] - float(inverse.square().sum())  # tr(S (I+S)⁻¹) = n − tr (I+S)⁻¹
-    return 1 - taken / metric.rank
+    return 1 - taken / preconditioner.rank

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from nulledit.methods.equality import EQUALITY
 from nulledit.methods.evoedit import EVOEDIT
 from nulledit.methods.filters import FILTERS
@@ -16,9 +14,7 @@ from nulledit.methods.neurons import NSE
 from nulledit.methods.problem import LayerProblem
 from nulledit.methods.prune import PRUNE
 from nulledit.methods.rect import RECT
-from nulledit.methods.registry import Method, Registry
-
-Solve = Callable[[LayerProblem], Tensor]
+from nulledit.methods.registry import Descent, Filter, Function, Method, Registry, Solve
 
 METHODS = Registry(group="nulledit.methods")
 for _method in (*FILTERS, *EQUALITY, RECT, PRUNE, NSE, EVOEDIT, FINETUNE):
@@ -34,19 +30,24 @@ class NoSettings:
 
 
 def method(
-    name: str, *, paper: str = "", settings: type = NoSettings, **traits: Any
-) -> Callable[[Solve], Solve]:
+    name: str,
+    *,
+    paper: str = "",
+    settings: type = NoSettings,
+    kind: type[Solve] | type[Descent] = Solve,
+    **traits: Any,
+) -> Callable[[Function], Function]:
     """Register the decorated function, LayerProblem → Δ [d_out, d_in], as a method.
 
     Its first docstring line says what it is. `settings`: a frozen dataclass of its constants.
-    `traits`: other fields of `Method`; without `gains`, its metric is the identity.
-    ConfigError if the name is taken.
+    `traits`: other fields of its `kind`. ConfigError if the name is taken.
     """
 
-    def made(solve: Solve) -> Solve:
+    def made(solve: Function) -> Function:
         about = (solve.__doc__ or "").strip().split("\n")[0].rstrip(".")
-        own = {"gains": lambda eigenvalues, *_: eigenvalues.new_ones(len(eigenvalues)), **traits}
-        register(Method(name, about, paper, settings, solve=solve, **own))
+        register(
+            kind(name=name, about=about, paper=paper, settings=settings, solve=solve, **traits)
+        )
         return solve
 
     return made
@@ -54,10 +55,13 @@ def method(
 
 __all__ = [
     "METHODS",
+    "Descent",
+    "Filter",
     "LayerProblem",
     "Method",
     "NoSettings",
     "Registry",
+    "Solve",
     "find_method",
     "method",
     "register",

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from nulledit.config import check_not_negative
-from nulledit.linalg.blocks import AnyMetric
+from nulledit.linalg.preconditioner import Preconditioner
 from nulledit.methods.filters import FLOOR
 from nulledit.methods.problem import LayerProblem
-from nulledit.methods.registry import Method
+from nulledit.methods.registry import Solve
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +56,9 @@ def inverse_gains(eigenvalues: Tensor, threshold: float, settings: object) -> Te
     return 1 / eigenvalues.clamp_min(FLOOR * float(eigenvalues[-1]))
 
 
-def writable(keys: Tensor, metric: AnyMetric) -> Tensor:
+def writable(keys: Tensor, preconditioner: Preconditioner) -> Tensor:
     """Which of `keys` [d_in, n] have a part that edits may use, as indices."""
-    return (metric.free_share(keys) > NOTHING_FREE).nonzero().squeeze(1)
+    return (preconditioner.null_space_share(keys) > NOTHING_FREE).nonzero().squeeze(1)
 
 
 def solve_rome(problem: LayerProblem) -> Tensor:
@@ -68,9 +68,9 @@ def solve_rome(problem: LayerProblem) -> Tensor:
     one holds.
     """
     update = torch.zeros_like(problem.weight)
-    for i in writable(problem.keys, problem.metric).tolist():
+    for i in writable(problem.keys, problem.preconditioner).tolist():
         key = problem.keys[:, i : i + 1]
-        direction = problem.metric.apply(key)  # C⁻¹k [d_in, 1]
+        direction = problem.preconditioner.apply(key)  # C⁻¹k [d_in, 1]
         missing = problem.residual[:, i : i + 1] - update @ key
         update += missing @ (direction / (key.mT @ direction)).mT
     return update
@@ -82,11 +82,11 @@ def solve_emmet(problem: LayerProblem) -> Tensor:
     Where keys depend on each other equality can't hold for all; a pseudo-inverse then gives the
     nearest values (equal keys get their mean).
     """
-    chosen = writable(problem.keys, problem.metric)
+    chosen = writable(problem.keys, problem.preconditioner)
     K, R = problem.keys[:, chosen], problem.residual[:, chosen]
     if not len(chosen):
         return torch.zeros_like(problem.weight)
-    weighted = problem.metric.apply(K)  # C⁻¹K [d_in, n]
+    weighted = problem.preconditioner.apply(K)  # C⁻¹K [d_in, n]
     system = K.mT @ weighted
     system.diagonal().add_(problem.settings.ridge)
     scale = system.diagonal().rsqrt()  # to correlations: dependence is about angles, not lengths
@@ -104,7 +104,7 @@ def solve_emmet(problem: LayerProblem) -> Tensor:
 
 
 EQUALITY = (
-    Method(
+    Solve(
         name="rome",
         about="one fact at a time, its value met exactly: a rank-one update",
         paper="arXiv:2202.05262",
@@ -114,7 +114,7 @@ EQUALITY = (
         one_by_one=True,
         cost="one product with C⁻¹ per fact; keys anew for every fact",
     ),
-    Method(
+    Solve(
         name="emmet",
         about="a whole batch of values met exactly: ROME in batches",
         paper="arXiv:2403.14236",

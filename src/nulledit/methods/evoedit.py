@@ -6,21 +6,21 @@ import torch
 from torch import Tensor
 
 from nulledit.errors import NoRoomError
-from nulledit.linalg.blocks import AnyMetric
+from nulledit.linalg.preconditioner import Preconditioner
 from nulledit.linalg.solve import solve_with
 from nulledit.methods.filters import RidgeSettings, ridge_gains
 from nulledit.methods.problem import LayerProblem
-from nulledit.methods.registry import Method
+from nulledit.methods.registry import Solve
 
 SPANNED = 1e-8  # of the largest singular value of the unit keys before: below it, not a direction
 USED_UP = 1e-6  # of a key's free length: below it, what older edits left of it is rounding
 
 
-def span(keys: Tensor, metric: AnyMetric) -> Tensor:
-    """Orthonormal basis [d_in, rank] of what `keys` [d_in, m] use of the metric's range."""
+def span(keys: Tensor, preconditioner: Preconditioner) -> Tensor:
+    """Orthonormal basis [d_in, rank] of what `keys` [d_in, m] use of the preconditioner's range."""
     if not keys.shape[1]:
         return keys
-    free = metric.apply(keys / keys.norm(dim=0).clamp_min(torch.finfo(keys.dtype).tiny))
+    free = preconditioner.apply(keys / keys.norm(dim=0).clamp_min(torch.finfo(keys.dtype).tiny))
     U, sigma, _ = torch.linalg.svd(free, full_matrices=False)
     return U[:, sigma > SPANNED * sigma[0]]
 
@@ -31,9 +31,8 @@ def solve_evoedit(problem: LayerProblem) -> Tensor:
     K_p are the keys of all batches before: their outputs stay as they are, to rounding. NoRoomError
     where they have taken all that a new key could use.
     """
-    metric = problem.metric  # P/λ₂
-    taken = span(problem.past_keys, metric)
-    weighted = metric.apply(problem.keys)
+    taken = span(problem.past_keys, problem.preconditioner)
+    weighted = problem.preconditioner.apply(problem.keys)  # PK/λ₂
     before = weighted.norm(dim=0)
     for _ in range(2):  # once more for what rounding left
         weighted = weighted - taken @ (taken.mT @ weighted)
@@ -44,7 +43,7 @@ def solve_evoedit(problem: LayerProblem) -> Tensor:
 
 def _check_room(problem: LayerProblem, taken: int, void: Tensor) -> None:
     """NoRoomError if earlier edits took what keys could use; `void`: keys with nothing left [n]."""
-    room = problem.metric.rank
+    room = problem.preconditioner.rank
     if not taken or not (taken >= room or void.any()):
         return
     what = f"{room} free directions"
@@ -56,7 +55,7 @@ def _check_room(problem: LayerProblem, taken: int, void: Tensor) -> None:
     )
 
 
-EVOEDIT = Method(
+EVOEDIT = Solve(
     name="evoedit",
     about="AlphaEdit whose null space leaves out the keys of every batch before",
     paper="arXiv:2510.13851",

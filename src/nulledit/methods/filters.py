@@ -1,4 +1,4 @@
-"""The spectral-filter family: Δ = R (I + Kᵀ G K)⁻¹ Kᵀ G, G = Q diag(g(s)) Qᵀ; a method is a g."""
+"""The spectral filters; a method is a g."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nulledit.config import check_positive
-from nulledit.methods.registry import Method
+from nulledit.methods.registry import Filter
 
 FLOOR = 1e-6  # of the largest eigenvalue: 1/s of a direction that the text never used has no end
 
@@ -108,7 +108,7 @@ def soft_gains(eigenvalues: Tensor, threshold: float, settings: SoftSettings) ->
 
 
 FILTERS = (
-    Method(
+    Filter(
         name="alphaedit",
         about="ridge inside the null space of preserved keys; past facts stay in the solve",
         paper="arXiv:2410.02355",
@@ -117,14 +117,14 @@ FILTERS = (
         history=True,
         projected=True,
     ),
-    Method(
+    Filter(
         name="memit",
         about="preserved keys weigh in by their second moment; each batch on its own",
         paper="arXiv:2210.07229",
         settings=MomentSettings,
         gains=moment_gains,
     ),
-    Method(
+    Filter(
         name="memit-history",
         about="MEMIT with all past facts in the solve: the strongest simple baseline",
         paper="arXiv:2605.26670",
@@ -132,7 +132,7 @@ FILTERS = (
         gains=moment_gains,
         history=True,
     ),
-    Method(
+    Filter(
         name="rlsedit",
         about="MEMIT with history and a ridge, as recursive least squares",
         paper="arXiv:2601.15686",
@@ -140,7 +140,7 @@ FILTERS = (
         gains=moment_ridge_gains,
         history=True,
     ),
-    Method(
+    Filter(
         name="encore",
         about="MEMIT with history and a Frobenius term; its early stop is a setting of values",
         paper="arXiv:2502.01636",
@@ -148,7 +148,7 @@ FILTERS = (
         gains=moment_ridge_gains,
         history=True,
     ),
-    Method(
+    Filter(
         name="betaedit",
         about="AlphaEdit with the second moment kept inside, before its first refresh of P",
         paper="arXiv:2605.09285",
@@ -157,7 +157,7 @@ FILTERS = (
         history=True,
         projected=True,
     ),
-    Method(
+    Filter(
         name="soft",
         about="soft null space: AlphaEdit's cut made a slope (ours)",
         paper="docs/methods/soft.md",

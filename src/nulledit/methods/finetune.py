@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nulledit.config import check_not_negative, check_positive
 from nulledit.methods.problem import LayerProblem
-from nulledit.methods.registry import Method
+from nulledit.methods.registry import Descent
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,6 @@ class FineTuneSettings:
     def __post_init__(self) -> None:
         check_positive(self, "steps", "learning_rate")
         check_not_negative(self, "weight_decay", "norm_constraint", "stop_loss")
-
-
-def no_gains(eigenvalues: Tensor, threshold: float, settings: FineTuneSettings) -> Tensor:
-    """Ones: no metric is used, but its zeros outside the null space say what is free."""
-    del threshold, settings
-    return torch.ones_like(eigenvalues)
 
 
 def solve_finetune(problem: LayerProblem) -> Tensor:
@@ -70,14 +64,11 @@ def _allowed(update: Tensor, problem: LayerProblem) -> Tensor:
     return update
 
 
-FINETUNE = Method(
+FINETUNE = Descent(
     name="ft",
     about="constrained fine-tuning of the layer's weight on the targets",
     paper="arXiv:2202.05262",
     settings=FineTuneSettings,
-    gains=no_gains,
     solve=solve_finetune,
-    by_gradient=True,
-    linear=False,
     cost="25 forward and backward passes of the model per layer; no values",
 )

@@ -9,12 +9,11 @@ from torch import Tensor
 
 from nulledit.config import check_positive
 from nulledit.errors import ConfigError
-from nulledit.linalg.blocks import AnySpectrum
 from nulledit.linalg.solve import cholesky, solve_with
 from nulledit.linalg.spectrum import Spectrum
 from nulledit.methods.filters import FLOOR, MomentSettings, moment_gains
 from nulledit.methods.problem import LayerProblem
-from nulledit.methods.registry import Method
+from nulledit.methods.registry import Solve
 
 
 @dataclass(frozen=True)
@@ -43,15 +42,14 @@ def chosen_neurons(keys: Tensor, share: float) -> Tensor:
     return ordered.indices[:count].sort().values
 
 
-def restricted_moment(spectrum: AnySpectrum, neurons: Tensor) -> Tensor:
+def restricted_moment(spectrum: Spectrum, neurons: Tensor) -> Tensor:
     """C_II [m, m] of the `neurons` I, eigenvalues of C floored as everywhere (1e-6 of the largest).
 
     LookupError if the spectrum does not hold all eigenvectors.
     """
-    spectrum = spectrum.whole()
-    assert isinstance(spectrum, Spectrum)
-    values = spectrum.eigenvalues.clamp_min(FLOOR * float(spectrum.eigenvalues[-1]))
-    rows = spectrum.eigenvectors[neurons]
+    whole = spectrum.whole()
+    values = whole.eigenvalues.clamp_min(FLOOR * float(whole.eigenvalues[-1]))
+    rows = whole.eigenvectors[neurons]
     return (rows * values) @ rows.mT
 
 
@@ -76,7 +74,7 @@ def solve_neurons(problem: LayerProblem) -> Tensor:
     return solve_with(problem.keys, problem.residual, weighted)
 
 
-NSE = Method(
+NSE = Solve(
     name="nse",
     about="MEMIT with past keys on the most active neurons; values from the unedited model",
     paper="arXiv:2410.04045",

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from nulledit.linalg.blocks import AnyMetric, AnySpectrum
+from nulledit.linalg.preconditioner import Preconditioner
+from nulledit.linalg.spectrum import Spectrum
 
 TargetLoss = Callable[[Tensor], tuple[float, Tensor]]
 
@@ -17,7 +18,7 @@ TargetLoss = Callable[[Tensor], tuple[float, Tensor]]
 class LayerProblem:
     """One layer's problem: write `residual` at `keys`, starting from `weight`. All float64.
 
-    For a method with history the columns are all facts recorded so far and `weight` is W₀;
+    For a `Solve` with history the columns are all facts recorded so far and `weight` is W₀;
     otherwise they are one batch's and `weight` is the one that the batch found.
     """
 
@@ -33,11 +34,11 @@ class LayerProblem:
     """R = V − W K [d_out, n]."""
     past_keys: Tensor
     """Keys [d_in, m] of the batches before, oldest first; none with history: they are in K."""
-    spectrum: AnySpectrum
+    spectrum: Spectrum
     """Of the preserved keys' second moment C = Q diag(s) Qᵀ."""
-    metric: AnyMetric
+    preconditioner: Preconditioner
     """G = Q diag(g(s)) Qᵀ of the method's gains, zero where s >= τ if projected inside."""
-    projector: AnyMetric
+    projector: Preconditioner
     """P [d_in, d_in] on the null space (s < τ)."""
     projection: str
     """none, inside or after. `after` is done by the caller."""
@@ -45,4 +46,4 @@ class LayerProblem:
     """The method's own settings."""
     target_loss: TargetLoss | None = None
     """Weight [d_out, d_in] -> (mean NLL of the batch's targets in nats, its gradient by the
-    weight); only for methods that declare `by_gradient`."""
+    weight); only for a `Descent`."""

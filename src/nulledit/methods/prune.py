@@ -11,7 +11,7 @@ from nulledit.config import check_positive
 from nulledit.errors import ConfigError
 from nulledit.linalg.postprocess import restrain
 from nulledit.methods.filters import MomentSettings, moment_gains
-from nulledit.methods.registry import Method
+from nulledit.methods.registry import Filter
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,12 @@ def restrain_total(total: Tensor, original: Tensor, settings: PruneSettings) -> 
     return restrain(total, original, settings.base)
 
 
-PRUNE = Method(
+PRUNE = Filter(
     name="prune",
     about="MEMIT, with singular values of the total update above those of W₀ held back",
     paper="arXiv:2405.16821",
     settings=PruneSettings,
     gains=moment_gains,
     finish=restrain_total,
-    linear=False,
     cost="n × n solve and two d_out × d_out eigendecompositions",
 )

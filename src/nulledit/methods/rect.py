@@ -11,7 +11,7 @@ from nulledit.errors import ConfigError
 from nulledit.linalg.postprocess import keep_largest
 from nulledit.methods.filters import MomentSettings, moment_gains
 from nulledit.methods.problem import LayerProblem
-from nulledit.methods.registry import Method, solve_filter
+from nulledit.methods.registry import Solve, closed_form
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ def solve_rect(problem: LayerProblem) -> Tensor:
     Leaving out entries leaves the null space. Projected inside, what stays is projected once more:
     the null space has the last word, and zeros are no longer exact.
     """
-    kept = keep_largest(solve_filter(problem), problem.weight, problem.settings.keep)
+    kept = keep_largest(closed_form(problem), problem.weight, problem.settings.keep)
     return problem.projector.apply(kept.mT).mT if problem.projection == "inside" else kept
 
 
-RECT = Method(
+RECT = Solve(
     name="rect",
     about="MEMIT, of whose update only the largest relative changes stay",
     paper="arXiv:2401.04700",

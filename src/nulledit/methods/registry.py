@@ -1,12 +1,13 @@
-"""The table of methods, and the one place where a method meets the projection."""
+"""The kinds of methods, and the table of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import entry_points
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nulledit.config import MethodSettings, Recipe, read_settings
@@ -16,16 +17,23 @@ from nulledit.linalg.solve import solve_update
 from nulledit.methods.problem import LayerProblem
 
 Gains = Callable[[Tensor, float, Any], Tensor]
+Function = Callable[[LayerProblem], Tensor]
 
 
-def solve_filter(problem: LayerProblem) -> Tensor:
-    """The family's closed form: Δ = R (I + Kᵀ G K)⁻¹ Kᵀ G."""
-    return solve_update(problem.keys, problem.residual, problem.metric)
+def ones(eigenvalues: Tensor, threshold: float, settings: Any) -> Tensor:
+    """The gains of an identity, or of P if projected inside."""
+    del threshold, settings
+    return torch.ones_like(eigenvalues)
 
 
-@dataclass(frozen=True)
+def closed_form(problem: LayerProblem) -> Tensor:
+    """What every filter solves: Δ = R (I + Kᵀ G K)⁻¹ Kᵀ G."""
+    return solve_update(problem.keys, problem.residual, problem.preconditioner)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Method:
-    """One method and its traits; the driver reads traits, never names."""
+    """What every method has; each is of one kind: `Filter`, `Solve` or `Descent`."""
 
     name: str
     """As in recipes."""
@@ -35,36 +43,32 @@ class Method:
     """Where it is from."""
     settings: type
     """A frozen dataclass of its constants, with defaults."""
-    gains: Gains
-    """The spectral filter: (eigenvalues [d_in], τ, settings) → g [d_in], before any projection."""
-    solve: Callable[[LayerProblem], Tensor] = solve_filter
+    solve: Function
     """The update Δ [d_out, d_in], float64."""
+    gains: Gains = ones
+    """g: (eigenvalues [d_in], τ, settings) → gains [d_in] of the problem's preconditioner
+    G = Q diag(g(s)) Qᵀ, before any projection."""
     finish: Callable[[Tensor, Tensor, Any], Tensor] | None = None
     """(ΣΔ of all batches, W₀, settings) → what is added to W₀ in its stead."""
-    history: bool = False
-    """Whether past facts stay in the system, so that batches equal one joint solve."""
     projected: bool = False
     """Whether it projects inside as published."""
-    one_by_one: bool = False
-    """Whether facts are edited one at a time, each on the model that the one before left."""
-    rewinds: bool = False
-    """Whether values are optimised on the unedited model."""
-    by_gradient: bool = False
-    """Whether Δ comes from the targets' loss in the model: no values are optimised, the ledger
-    keeps the update itself, and a batch can only be undone as a whole (the rest is edited anew)."""
-    linear: bool = True
-    """Whether what is added to W₀ is linear in R for given keys."""
-    reads_moment: bool = False
-    """Whether it reads C itself off the spectrum, so that every eigenvector is kept."""
     cost: str = "n × n solve"
-    """What a batch of n facts costs beside values and keys."""
+    """What a batch of n facts costs besides values and keys."""
     page: str = ""
     """Its page in docs/methods/, if it is not the name's own."""
 
+    # What the driver asks of every method; a kind that can be so has a field of that name.
+    history = one_by_one = rewinds = reads_moment = by_gradient = False
+
     @property
-    def joint(self) -> bool:
-        """Whether batches are one joint solve of the family's closed form and nothing else."""
-        return self.history and self.solve is solve_filter and self.finish is None
+    def linear(self) -> bool:
+        """Whether what is added to W₀ is linear in R for given keys."""
+        return self.finish is None
+
+    def update(self, problem: LayerProblem) -> Tensor:
+        """Δ [d_out, d_in], projected as the problem asks."""
+        update = self.solve(problem)
+        return problem.projector.apply(update.mT).mT if problem.projection == "after" else update
 
     def keeps(self, settings: Any) -> bool:
         """Whether it has history with these constants, one of which may turn it off."""
@@ -103,14 +107,52 @@ class Method:
             return settings.projection
         return "inside" if self.projected else "none"
 
-    def update(self, problem: LayerProblem) -> Tensor:
-        """Δ [d_out, d_in], projected as the problem asks."""
-        update = self.solve(problem)
-        return problem.projector.apply(update.mT).mT if problem.projection == "after" else update
-
     def constants(self) -> dict[str, Any]:
         """The settings' names and defaults."""
         return {f.name: f.default for f in fields(self.settings)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filter(Method):
+    """A function of the spectrum: its gains, which `closed_form` solves with.
+
+    With history the solve over all facts so far goes on from batch to batch, so that a batch costs
+    itself alone (`linalg.solve.RecursiveState`).
+    """
+
+    gains: Gains = field()
+    solve: Function = field(init=False, default_factory=lambda: closed_form)
+    history: bool = False
+    """Whether past facts stay in the system, so that batches equal one joint solve."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solve(Method):
+    """A function from a layer's problem to its update."""
+
+    history: bool = False
+    """Whether the problem is of all facts so far, on W₀. They are solved anew with every batch,
+    which takes ever longer; a `Filter` does not."""
+    one_by_one: bool = False
+    """Whether facts are edited one at a time, each on the model that the one before left."""
+    rewinds: bool = False
+    """Whether values are optimised on the unedited model."""
+    reads_moment: bool = False
+    """Whether it reads C itself off the spectrum, so that every eigenvector is kept."""
+    linear: bool = True
+    cost: str = "its own solve; with history of all facts so far, anew with every batch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Descent(Method):
+    """A function from a problem that has the targets' loss in the model to its update.
+
+    No values are optimised, the ledger keeps the update itself, and a batch can only be undone as
+    a whole (the rest is edited anew).
+    """
+
+    linear = False
+    by_gradient = True
 
 
 class Registry:
@@ -122,7 +164,9 @@ class Registry:
         self._methods: dict[str, Method] = {}
 
     def add(self, method: Method) -> Method:
-        """Make `method` known to recipes; ConfigError if its name is taken."""
+        """Make `method` known to recipes; ConfigError if its name is taken or it has no kind."""
+        if type(method) is Method:
+            raise ConfigError(f"{method.name}: make it a Filter, a Solve or a Descent")
         if method.name in self._methods:
             raise ConfigError(f"a method {method.name!r} is registered already")
         self._methods[method.name] = method

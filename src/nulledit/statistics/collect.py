@@ -20,8 +20,8 @@ from nulledit.config import StatisticsSettings
 from nulledit.data.corpus import Corpus, windows
 from nulledit.errors import StatisticsError
 from nulledit.io.files import cache_folder, replacing
-from nulledit.linalg.blocks import AnyMoment, AnySpectrum, BlockMoment
 from nulledit.linalg.moments import SecondMoment
+from nulledit.linalg.spectrum import Spectrum
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.experts import count_and_width, is_experts
 from nulledit.models.layouts import as_out_in, stored_weight
@@ -196,25 +196,25 @@ def _check_window(model: EditableModel, settings: StatisticsSettings) -> None:
         )
 
 
-def _check_sampled(corpus: Corpus, moments: dict[int, AnyMoment]) -> None:
+def _check_sampled(corpus: Corpus, moments: dict[int, SecondMoment]) -> None:
     """StatisticsError where a layer's keys are wider than the tokens that were seen are many."""
     least = min(moments.values(), key=lambda moment: moment.sampled - moment.width)
     if least.sampled < least.width:
-        whom = " to the expert with most of them" if isinstance(least, BlockMoment) else ""
+        whom = " to the expert with most of them" if least.tokens else ""
         raise StatisticsError(
             f"{corpus.name} gives {least.sampled} tokens{whom}; the keys are {least.width} wide, "
             "and fewer tokens than that leave directions unsampled: use a larger corpus"
         )
 
 
-def finished(folder: Path, manifest: Manifest, moments: dict[int, AnyMoment]) -> Statistics:
+def finished(folder: Path, manifest: Manifest, moments: dict[int, SecondMoment]) -> Statistics:
     """Statistics of complete sums, kept in `folder`."""
     spectra = {layer: moment.spectrum() for layer, moment in moments.items()}
     _save(folder, manifest, moments, spectra)
     return Statistics(manifest, spectra)
 
 
-def read_moments(folder: Path) -> tuple[Manifest, dict[int, AnyMoment]]:
+def read_moments(folder: Path) -> tuple[Manifest, dict[int, SecondMoment]]:
     """The sums in a folder that `collect` or `merge_statistics` made; StatisticsError otherwise."""
     if not folder.is_dir():
         kind = "is a compact file, which holds no sums" if folder.is_file() else "no such folder"
@@ -225,7 +225,7 @@ def read_moments(folder: Path) -> tuple[Manifest, dict[int, AnyMoment]]:
         logger.warning("%s: %s", folder, UNCHECKED)
     if manifest.tokens < 1:
         raise StatisticsError(f"{folder}: manifest counts {manifest.tokens} tokens")
-    moments: dict[int, AnyMoment] = {}
+    moments: dict[int, SecondMoment] = {}
     with opened_file(folder / MOMENTS) as (tensors, _):
         for layer in manifest.layers:
             shape = tensors.shape(f"sum.{layer}")
@@ -237,7 +237,7 @@ def read_moments(folder: Path) -> tuple[Manifest, dict[int, AnyMoment]]:
                     f"[experts, d, d], d at most {MAX_WIDTH}"
                 )
             total = tensors.tensor(f"sum.{layer}", shape)
-            moments[layer] = BlockMoment(blocks[0], width) if blocks else SecondMoment(width)
+            moments[layer] = SecondMoment(width, *blocks)
             moments[layer].restore(total, [manifest.tokens, *tensors.tokens(layer, total)])
     return manifest, moments
 
@@ -259,7 +259,7 @@ class _Pace:
         self.next = end + max(SAVE_EVERY, 10 * (end - start))
 
 
-def _bring_together(ranks: Ranks, moments: dict[int, AnyMoment], read: hashlib._Hash) -> None:
+def _bring_together(ranks: Ranks, moments: dict[int, SecondMoment], read: hashlib._Hash) -> None:
     """All sums and counts into rank 0's; RankError unless all ranks saw the same windows."""
     if ranks.alone:
         return
@@ -314,7 +314,7 @@ def key_moments(
     model: EditableModel,
     token_windows: Sequence[list[int]],
     layers: Sequence[int],
-) -> dict[int, AnyMoment]:
+) -> dict[int, SecondMoment]:
     """Second moments of the keys of `layers` on a few windows, all positions, in memory."""
     moments = _empty(model, layers)
     settings = StatisticsSettings()
@@ -326,7 +326,7 @@ def key_moments(
 @torch.no_grad()
 def _add(
     model: EditableModel,
-    moments: dict[int, AnyMoment],
+    moments: dict[int, SecondMoment],
     group: Sequence[list[int]],
     settings: StatisticsSettings,
 ) -> None:
@@ -373,22 +373,21 @@ def _within_budget(
             return
 
 
-def _empty(model: EditableModel, layers: Sequence[int]) -> dict[int, AnyMoment]:
-    moments: dict[int, AnyMoment] = {}
+def _empty(model: EditableModel, layers: Sequence[int]) -> dict[int, SecondMoment]:
+    moments: dict[int, SecondMoment] = {}
     for layer in layers:
         module = model.mlp_out(layer)
         weight = stored_weight(module)
         elsewhere = weight.device.type in ("mps", "meta")  # without float64; offloaded
         device = torch.device("cpu") if elsewhere else weight.device
-        if is_experts(module):
-            moments[layer] = BlockMoment(*count_and_width(module), device=device)
-        else:
-            moments[layer] = SecondMoment(as_out_in(module).shape[1], device=device)
+        dense = not is_experts(module)
+        experts, width = (0, as_out_in(module).shape[1]) if dense else count_and_width(module)
+        moments[layer] = SecondMoment(width, experts, device=device)
     return moments
 
 
 def _save_partial(
-    folder: Path, manifest: Manifest, moments: dict[int, AnyMoment], done: int
+    folder: Path, manifest: Manifest, moments: dict[int, SecondMoment], done: int
 ) -> None:
     metadata = {
         "manifest": manifest.to_json(),
@@ -400,7 +399,7 @@ def _save_partial(
 
 def _resume(
     folder: Path, manifest: Manifest, model: EditableModel
-) -> tuple[dict[int, AnyMoment], int]:
+) -> tuple[dict[int, SecondMoment], int]:
     moments = _empty(model, manifest.layers)
     file = folder / PARTIAL
     if not file.is_file():
@@ -425,8 +424,8 @@ def _resume(
 def _save(
     folder: Path,
     manifest: Manifest,
-    moments: dict[int, AnyMoment],
-    spectra: dict[int, AnySpectrum],
+    moments: dict[int, SecondMoment],
+    spectra: dict[int, Spectrum],
 ) -> None:
     parts: dict[str, torch.Tensor] = {}
     for layer, spectrum in spectra.items():

@@ -13,7 +13,7 @@ import torch
 
 from nulledit.errors import StatisticsError
 from nulledit.io.untrusted import parse_json
-from nulledit.linalg.blocks import AnySpectrum, parts_of
+from nulledit.linalg.spectrum import Spectrum
 from nulledit.statistics.manifest import UNCHECKED, Manifest, check_file, read_manifest
 from nulledit.statistics.tensor_files import (
     SPECTRA,
@@ -32,7 +32,7 @@ class Statistics:
 
     manifest: Manifest
     """Provenance."""
-    spectra: dict[int, AnySpectrum]
+    spectra: dict[int, Spectrum]
     """By layer."""
     checked: bool = True
     """Whether what was read has the hashes written with it; False: of before there were any."""
@@ -68,7 +68,7 @@ class Statistics:
         for layer, spectrum in self.spectra.items():
             kept = spectrum.compact(thresholds[layer])
             tensors |= spectrum_tensors(kept, layer)
-            starts |= {name: part.start for name, part in parts_of(kept, str(layer)).items()}
+            starts |= {name: part.start for name, part in kept.parts(str(layer)).items()}
         metadata = {"manifest": self.manifest.to_json(), "starts": json.dumps(starts)}
         save_alone(Path(file), tensors, metadata)
 
@@ -100,7 +100,7 @@ class Statistics:
         manifest, hashes = read_manifest(folder)
         check_file(folder / SPECTRA, hashes)
         with opened_file(folder / SPECTRA) as (tensors, _):
-            found = {i: tensors.layer(i, tensors.spectrum) for i in manifest.layers}
+            found = {i: tensors.layer(i, tensors.block) for i in manifest.layers}
             return cls(manifest, found, bool(hashes))
 
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +17,8 @@ from safetensors.torch import save_file
 from nulledit.errors import StatisticsError
 from nulledit.io.files import replacing
 from nulledit.io.untrusted import one_line
-from nulledit.linalg.blocks import (
-    AnyMoment,
-    AnySpectrum,
-    BlockMoment,
-    BlockSpectrum,
-    part_names,
-    parts_of,
-)
-from nulledit.linalg.spectrum import Spectrum
+from nulledit.linalg.moments import SecondMoment
+from nulledit.linalg.spectrum import Block, Spectrum, part_names
 from nulledit.models.dense import update_digest
 from nulledit.statistics.manifest import HASHES, damaged
 
@@ -43,21 +36,25 @@ def save_alone(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str,
         save_file(tensors, partial, metadata | {HASHES: _digest(metadata, tensors.items())})
 
 
-def sums_of(moments: Mapping[int, AnyMoment]) -> dict[str, torch.Tensor]:
+def sums_of(moments: Mapping[int, SecondMoment]) -> dict[str, torch.Tensor]:
     """What `restore` of each layer's moment needs, by name."""
     tensors = {f"sum.{i}": m.sum.cpu() for i, m in moments.items()}
-    blocks = {i: m for i, m in moments.items() if isinstance(m, BlockMoment)}
-    return tensors | {f"tokens.{i}": m.tokens for i, m in blocks.items()}
+    for i, moment in moments.items():
+        tensors |= _tokens(i, moment.tokens)
+    return tensors
+
+
+def _tokens(layer: int, tokens: Sequence[int]) -> dict[str, torch.Tensor]:
+    counted = torch.tensor(tokens, dtype=torch.float64)
+    return {f"tokens.{layer}": counted} if tokens else {}
 
 
 def spectrum_tensors(
-    spectrum: AnySpectrum, layer: int, dtype: torch.dtype | None = None
+    spectrum: Spectrum, layer: int, dtype: torch.dtype | None = None
 ) -> dict[str, torch.Tensor]:
     """What `Tensors.layer` reads, with the eigenvectors in `dtype` or as they are."""
-    tensors = {}
-    if isinstance(spectrum, BlockSpectrum):
-        tensors[f"tokens.{layer}"] = torch.tensor(spectrum.tokens, dtype=torch.float64)
-    for name, part in parts_of(spectrum, str(layer)).items():
+    tensors = _tokens(layer, spectrum.tokens)
+    for name, part in spectrum.parts(str(layer)).items():
         tensors[f"eigenvalues.{name}"] = part.eigenvalues
         tensors[f"eigenvectors.{name}"] = part.eigenvectors.to(dtype).contiguous()
     return tensors
@@ -110,22 +107,19 @@ class Tensors:
         found = self.tensor(f"tokens.{layer}", (len(total),)).clamp(0, 2**53)
         return [int(number) for number in found.tolist()]
 
-    def layer(self, layer: int, read: Callable[[str], Spectrum]) -> AnySpectrum:
+    def layer(self, layer: int, read: Callable[[str], Block]) -> Spectrum:
         """The spectrum of a layer, each part as `read` finds it by its name."""
-        held = set(self.opened.keys())
-        if f"tokens.{layer}" not in held:
-            return read(str(layer))
-        (count,) = self.shape(f"tokens.{layer}") or (0,)
-        tokens = self.tensor(f"tokens.{layer}", (count,)).clamp(0, 2**53).tolist()
-        blocks = {i: read(name) for i, name in part_names(str(layer), count, held).items()}
-        width = next(iter(blocks.values())).d_in if blocks else 0
+        held, name = set(self.opened.keys()), f"tokens.{layer}"
+        count = next(iter(self.shape(name)), 0) if name in held else 0
+        tokens = self.tensor(name, (count,)).clamp(0, 2**53).tolist() if count else []
+        blocks = {i: read(part) for i, part in part_names(str(layer), count, held).items()}
         try:
-            return BlockSpectrum(blocks, tuple(map(int, tokens)), width)
+            return Spectrum.joined(blocks, tokens)
         except StatisticsError as error:
             raise StatisticsError(f"{self.file}: layer {layer}: {error}") from error
 
-    def spectrum(self, name: str, start: int = 0) -> Spectrum:
-        """A layer's spectrum, or an expert's: a possible one, with eigenvectors of length 1."""
+    def block(self, name: str, start: int = 0) -> Block:
+        """Of a dense layer or an expert: a possible one, with eigenvectors of length 1."""
         names = f"eigenvalues.{name}", f"eigenvectors.{name}"
         first, second = map(self.shape, names)
         d, m = first[0] if first else 0, second[-1] if second else 0
@@ -143,15 +137,15 @@ class Tensors:
             )
         if ((vectors.norm(dim=0) - 1).abs() > MAX_ROUNDING).any():
             raise StatisticsError(f"{self.file}: {names[1]} are not of length 1")
-        return Spectrum(values, vectors, start)
+        return Block(values, vectors, start)
 
 
-def thin(tensors: Tensors, name: str, starts: Mapping[str, Any]) -> Spectrum:
-    """A spectrum of a compact file, whose rounding is taken back."""
+def thin(tensors: Tensors, name: str, starts: Mapping[str, Any]) -> Block:
+    """A block of a compact file, whose rounding is taken back."""
     start = starts.get(name)
     if type(start) is not int:
         raise StatisticsError(f"{tensors.file}: says of no first eigenvector of layer {name}")
-    rounded = tensors.spectrum(name, start)
+    rounded = tensors.block(name, start)
     found = rounded.orthonormal()
     moved = (found.eigenvectors - rounded.eigenvectors).norm(dim=0)
     if not (moved <= MAX_ROUNDING).all():  # also where it is nan

@@ -11,8 +11,7 @@ from nulledit.config import StatisticsSettings
 from nulledit.data.corpus import open_corpus
 from nulledit.data.facts import Fact
 from nulledit.evaluation.measures import PREFERENCE
-from nulledit.linalg.blocks import AnySpectrum
-from nulledit.linalg.spectrum import RULES
+from nulledit.linalg.spectrum import RULES, Spectrum
 from nulledit.report.document import Column, FigureSpec, StudyTable
 from nulledit.report.points import Point
 from nulledit.statistics.collect import collect
@@ -173,7 +172,7 @@ def run_corpus(lab: Lab) -> Outcome:
     return outcome
 
 
-def _protected(lab: Lab, spectrum: AnySpectrum) -> int:
+def _protected(lab: Lab, spectrum: Spectrum) -> int:
     rule = lab.recipe.null_space
     return spectrum.protected(RULES[rule.rule](spectrum.eigenvalues, rule.value))
 

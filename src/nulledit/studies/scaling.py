@@ -126,7 +126,8 @@ def _costs(lab: Lab) -> list[dict[str, float]]:
         spectrum = Spectrum.of(value)
         threshold = float(spectrum.eigenvalues.median())
         gains = (spectrum.eigenvalues < threshold).double() / 10
-        metric = spectrum.metric(gains)
+        metric = spectrum.preconditioner(gains)
+        (thin,) = spectrum.reduced(gains).blocks.values()
         keys = torch.randn(d_in, n, generator=made).double()
         residual = torch.randn(d_out, n, generator=made).double()
         solve = _seconds(lambda m=metric, k=keys, r=residual: solve_update(k, r, m))  # type: ignore[misc]
@@ -137,7 +138,7 @@ def _costs(lab: Lab) -> list[dict[str, float]]:
                 "decomposition": decomposition,
                 "solve": solve,
                 "moment_bytes": 8.0 * d_in**2,
-                "thin_bytes": 4.0 * metric.vectors.numel(),
+                "thin_bytes": 4.0 * thin.eigenvectors.numel(),
                 "column_bytes": 4.0 * (d_in + d_out),
             }
         )

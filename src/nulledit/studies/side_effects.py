@@ -326,7 +326,7 @@ def _free_share(editor: Editor, texts: Sequence[str]) -> float:
             for layer in layers:
                 keys = found[layer]
                 at_end = keys[torch.arange(len(chunk)), last.to(keys.device)].double().mT
-                shares.append(editor.weights.projector(layer).free_share(at_end).cpu())
+                shares.append(editor.weights.projector(layer).null_space_share(at_end).cpu())
     return 100 * float(torch.cat(shares).mean())
 
 
