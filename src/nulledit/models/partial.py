@@ -312,15 +312,15 @@ class PartialModel:
             for layer in layers:
                 shapes: list[Tensor] = []
                 block, module = self.blocks[layer], self.mlp_out(layer)
-                stack.enter_context(_hooked(block, _collect_input(shapes), before=True))
-                stack.enter_context(_hooked(module, _read_key(found, layer, shapes), before=True))
+                stack.enter_context(hooked(block, collect_input(shapes), before=True))
+                stack.enter_context(hooked(module, _read_key(found, layer, shapes), before=True))
             yield found
 
     @contextmanager
     def reading_output(self, layer: int) -> Iterator[list[Tensor]]:
         """Collect a copy of what W of `layer` gives in each run inside."""
         found: list[Tensor] = []
-        with _hooked(self.mlp_out(layer), _collect_copy(found)):
+        with hooked(self.mlp_out(layer), _collect_copy(found)):
             yield found
 
     def _top(self, last: int | None) -> int:
@@ -374,11 +374,11 @@ class PartialModel:
                 elif torch.is_grad_enabled() and is_offloaded(block):
                     stack.enter_context(_replaced_forward(block, _again(block.forward)))
             if states is not None:
-                stack.enter_context(_hooked(self.blocks[first], _inject(states), before=True))
+                stack.enter_context(hooked(self.blocks[first], _inject(states), before=True))
             if last < 0:  # nothing but the embedding
-                stack.enter_context(_hooked(self.blocks[0], _collect_input(found), before=True))
+                stack.enter_context(hooked(self.blocks[0], collect_input(found), before=True))
             else:
-                stack.enter_context(_hooked(self.blocks[last], _collect(found)))
+                stack.enter_context(hooked(self.blocks[last], _collect(found)))
             yield
 
 
@@ -404,7 +404,7 @@ def _shown(prefix: Prefix | None) -> Cache | None:
 
 
 @contextmanager
-def _hooked(module: nn.Module, hook: Any, *, before: bool = False) -> Iterator[None]:
+def hooked(module: nn.Module, hook: Any, *, before: bool = False) -> Iterator[None]:
     """`hook` is called behind `module`, or `before` it with its keyword arguments, inside."""
     handle = (
         module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -487,7 +487,9 @@ def _collect_copy(found: list[Tensor]) -> Any:
     return hook
 
 
-def _collect_input(found: list[Tensor]) -> Any:
+def collect_input(found: list[Tensor]) -> Any:
+    """A hook before a module that appends the states which it is given to `found`."""
+
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append(args[0] if args else kwargs["hidden_states"])
 

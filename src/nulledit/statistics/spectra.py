@@ -37,9 +37,20 @@ class Statistics:
     checked: bool = True
     """Whether what was read has the hashes written with it; False: of before there were any."""
 
-    def check(self, model_hash: str, layers: Sequence[int], mlp_out: str = "") -> None:
-        """Raise StatisticsError unless these are of that model and its W, and cover `layers`."""
+    def check(
+        self, model_hash: str, layers: Sequence[int], mlp_out: str = "", *, inputs: bool = False
+    ) -> None:
+        """Raise StatisticsError unless these are of that model and its W, and cover `layers`.
+
+        `inputs`: whether they are to be of the MLPs' inputs.
+        """
         m = self.manifest
+        if m.inputs != inputs:
+            raise StatisticsError(
+                f"statistics are of {'inputs' if m.inputs else 'keys'} of MLPs, the method needs "
+                f"those of {'inputs' if inputs else 'keys'}: run `nulledit stats make` "
+                f"{'with' if inputs else 'without'} --inputs"
+            )
         if m.mlp_out != mlp_out:
             raise StatisticsError(
                 f"statistics are of keys of {m.mlp_out or 'the usual matrix'}, the recipe's layout "
@@ -61,9 +72,10 @@ class Statistics:
         """One small file: all eigenvalues, and the thinner side at `thresholds` in float16."""
         tensors: dict[str, torch.Tensor] = {}
         starts: dict[str, int] = {}
+        whole = torch.float32 if self.manifest.inputs else None  # every direction is needed
         for layer, spectrum in self.spectra.items():
-            kept = spectrum.compact(thresholds[layer])
-            tensors |= spectrum_tensors(kept, layer)
+            kept = spectrum if whole else spectrum.compact(thresholds[layer])
+            tensors |= spectrum_tensors(kept, layer, whole)
             starts |= {name: part.start for name, part in kept.parts(str(layer)).items()}
         metadata = {"manifest": self.manifest.to_json(), "starts": json.dumps(starts)}
         save_alone(Path(file), tensors, metadata)
