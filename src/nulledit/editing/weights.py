@@ -241,10 +241,11 @@ class EditedWeights:
         """
         layer = self.layers[-1]
         columns = self.history.at_layer(layer, self.history.active)
+        if not columns:
+            return []
         keys, _ = self.recorded(columns, layer)
-        there = before.answer(keys)
-        change = self.edit(layer).answer(keys) - there
-        written = there - self.base(layer) @ keys.double()
+        written = before.added(keys)
+        change = self.edit(layer).added(keys) - written
         shares = (change.norm(dim=0) / written.norm(dim=0).clamp_min(1e-12)).tolist()
         return sorted(zip(columns, shares, strict=True), key=lambda pair: -pair[1])
 
@@ -265,7 +266,7 @@ class EditedWeights:
         norm, d_in = edit.norm, edit.base.shape[1]
         return LayerReport(
             layer=layer,
-            protected=d_in - solver.confining.rank,
+            protected=solver.protected(d_in),
             d_in=d_in,
             free_share=float(shares.mean()) if n else math.nan,
             free_share_error=float(shares.std()) / n**0.5 if n > 1 else math.nan,

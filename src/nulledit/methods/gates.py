@@ -108,7 +108,7 @@ class Neurons:
 
 def moments_of(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
     """C [d, d] and μ [d] of the spectrum of inputs with a 1 at their end, float64."""
-    (block,) = spectrum.whole().blocks.values()
+    block = spectrum.whole()
     values = block.eigenvalues.clamp_min(SMALLEST * float(block.eigenvalues[-1]))
     vectors = block.eigenvectors.double()
     joined = (vectors * values) @ vectors.mT
