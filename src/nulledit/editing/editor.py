@@ -49,6 +49,8 @@ from nulledit.models.layouts import (
     mlp_out,
     write_weight,
 )
+from nulledit.models.mlp import narrowed
+from nulledit.models.partial import PartialModel
 from nulledit.models.load import QUANTIZE, load_model, model_hash
 from nulledit.models.quantized import has_dense, make_editable
 from nulledit.parallel.ranks import Ranks
@@ -249,6 +251,8 @@ class Editor:
     ) -> Self:
         layout = history.base.recipe.layout
         layout = find_layout(model) if layout is None else check_layout(model, layout)
+        if history.epochs and find_method(history.epoch.recipe.method.name).apart:
+            narrowed(PartialModel(model, layout), history.original(history.layers[0]).shape[1])
         packed = model_hash(model) if history.base.quantized else ""
         make_editable(model, layout, history.layers, packed)
         for layer in history.layers:
@@ -346,14 +350,15 @@ class Editor:
         something else changed the model in memory: it is not what the ledger says.
         """
         self.weights.check_unchanged()
-        with self._journal.writing():
+        with self._journal.writing(), self.weights.as_saved() as names:
             write_model(
                 self.model,
                 self.tokenizer,
                 Path(folder),
                 state_id=self.history.state_id,
                 base_hash=self.history.base.hash,
-                edited=[self._plain.parameter_name(layer) for layer in self.weights.layers],
+                edited=list(names),
+                whole=self.weights.grown,
             )
 
     @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -19,8 +19,9 @@ from nulledit.linalg.preconditioner import Preconditioner
 from nulledit.methods.problem import TargetLoss
 from nulledit.models.accepted import refuse_adapters
 from nulledit.models.editable_model import EditableModel
-from nulledit.models.layer_edit import LayerEdit
+from nulledit.models.layer_edit import LayerEdit, NeuronUpdate
 from nulledit.models.layouts import as_out_in
+from nulledit.models.mlp import one_width
 from nulledit.models.unchanged import bit_sums
 
 
@@ -145,6 +146,18 @@ class EditedWeights:
                 "the base of its ledger: make a new Editor of the model as it is (what was edited "
                 "becomes part of its base), or load it again"
             )
+
+    @contextmanager
+    def as_saved(self) -> Iterator[dict[str, int]]:
+        """The model as its files have it inside; each edited parameter's layer by its name."""
+        names = {n: i for i in self.layers for n in self.edit(i).parameters(self.model, i)}
+        with one_width(self.model.model, self.model.forms()) if self.grown else nullcontext():
+            yield names
+
+    @property
+    def grown(self) -> bool:
+        """Whether edits change the model's shape."""
+        return any(isinstance(state.edit, NeuronUpdate) for state in self._states.values())
 
     @contextmanager
     def holding(self, columns: Sequence[Column]) -> Iterator[None]:

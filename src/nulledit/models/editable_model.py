@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from typing import Any, Self
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nulledit.config import ChatSettings, Layout
+from nulledit.errors import ModelError
 from nulledit.models.mlp import MlpForm, find_form
 from nulledit.models.partial import PartialModel, collect_input, hooked
 from nulledit.models.tokens import Batch, RowEncoder, collate, pad_id
@@ -73,6 +74,14 @@ class EditableModel(PartialModel):
         if layer not in self._forms:
             self._forms[layer] = find_form(self, layer)
         return self._forms[layer]
+
+    def forms(self) -> list[MlpForm]:
+        """Of all blocks whose MLP a form explains."""
+        found = []
+        for layer in range(self.depth):
+            with suppress(ModelError):
+                found.append(self.form(layer))
+        return found
 
     @contextmanager
     def reading_inputs(self, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:

@@ -9,7 +9,7 @@ run of a few tokens shows which matrices and which φ give the key that W is giv
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import permutations
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from nulledit.errors import ModelError
@@ -89,6 +90,25 @@ class MlpForm:
         vars(self.out)["nx" if _turned(self.out) else "in_features"] = _out_in(self.out).shape[1]
 
     @torch.no_grad()
+    def held(self) -> Neurons | None:
+        """The units besides the block's own, as they are stored; None: there are none."""
+        if _out_in(self.out).shape[1] == self.width:
+            return None
+
+        def rows(found: Rows | None, name: str) -> Tensor | None:
+            stored = getattr(found.module, name, None) if found else None
+            if found is None or not isinstance(stored, nn.Parameter):
+                return None
+            whole = _out_in(found.module) if name == "weight" else stored.data
+            part = whole.tensor_split(found.parts)[found.part]
+            return part[self.width :].clone()
+
+        driven = rows(self.driven, "weight")
+        assert driven is not None
+        biases, factors = rows(self.driven, "bias"), rows(self.factor, "weight")
+        return Neurons(driven, biases, factors, self.columns.clone())
+
+    @torch.no_grad()
     def holds(self, neurons: Neurons | None) -> bool:
         """Whether the block is what `put` makes of `neurons`, and its own units as they were."""
         made = all(
@@ -146,6 +166,94 @@ class MlpForm:
     def columns(self) -> Tensor:
         """W's columns besides its own [d_out, n]."""
         return _out_in(self.out)[:, self.width :]
+
+
+WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+"""Names that configurations have for the width of an MLP."""
+MULTIPLE = 64
+"""Widths that are written are multiples of this, as kernels like them."""
+
+
+@contextmanager
+def one_width(model: PreTrainedModel, forms: Sequence[MlpForm]) -> Iterator[None]:
+    """All of `forms` as wide as the widest inside, as the model's configuration says then.
+
+    transformers has one width for all blocks; what is added gives exactly nothing. ModelError
+    where the configuration can't say it.
+    """
+    config = model.config.get_text_config()
+    widest = max(_out_in(form.out).shape[1] for form in forms)
+    width = -(-widest // MULTIPLE) * MULTIPLE
+    if all(_out_in(form.out).shape[1] == form.width for form in forms):
+        yield
+        return
+    before = {name: getattr(config, name) for name in WIDTHS if hasattr(config, name)}
+    held = [form.held() for form in forms]
+    try:
+        for name, value in before.items():
+            if value in (None, forms[0].width):
+                setattr(config, name, width)
+        for form, neurons in zip(forms, held, strict=True):
+            form.put(_padded(form, neurons, width - form.width))
+        _check_shapes(model)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+        for form, neurons in zip(forms, held, strict=True):
+            form.put(neurons)
+
+
+def narrowed(model: PartialModel, width: int) -> None:
+    """Take units that `one_width` wrote out of every block, which then has `width` of its own."""
+    config = model.model.config.get_text_config()
+    for layer in range(model.depth):
+        try:
+            form = find_form(model, layer)
+        except ModelError:
+            continue  # a block of another kind, which has no neurons
+        if form.width > width:
+            replace(form, width=width).put(None)
+    for name in WIDTHS:
+        if isinstance(getattr(config, name, None), int) and getattr(config, name) > width:
+            setattr(config, name, width)
+
+
+def _padded(form: MlpForm, neurons: Neurons | None, n: int) -> Neurons:
+    """`neurons` and as many that give nothing as make them `n`."""
+    like, d_out = _out_in(form.driven.module), len(_out_in(form.out))
+    if neurons is None:
+        neurons = Neurons(
+            rows=like.new_zeros(0, form.d),
+            biases=like.new_zeros(0) if form.units.biased else None,
+            factors=like.new_zeros(0, form.d) if form.units.gated else None,
+            columns=like.new_zeros(d_out, 0),
+        )
+    missing = n - len(neurons.rows)
+
+    def longer(rows: Tensor | None) -> Tensor | None:
+        if rows is None:
+            return None
+        return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
+
+    rows = longer(neurons.rows)
+    assert rows is not None
+    columns = torch.cat([neurons.columns, neurons.columns.new_zeros(d_out, missing)], dim=1)
+    return Neurons(rows, longer(neurons.biases), longer(neurons.factors), columns)
+
+
+def _check_shapes(model: PreTrainedModel) -> None:
+    """ModelError unless a model of this configuration has the shapes of this one."""
+    with torch.device("meta"):
+        other = type(model)(model.config)
+    expected = {name: tuple(t.shape) for name, t in other.state_dict().items()}
+    for name, tensor in model.state_dict().items():
+        if expected.get(name, tuple(tensor.shape)) != tuple(tensor.shape):
+            raise ModelError(
+                f"{name} is {tuple(tensor.shape)} with its neurons, and the configuration of "
+                f"{type(model).__name__} can't say so ({expected[name]}): it can't be written as a "
+                "model folder"
+            )
 
 
 @torch.no_grad()

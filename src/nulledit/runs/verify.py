@@ -26,7 +26,6 @@ from nulledit.ledger.model_folder import (
     files_in,
     files_with,
     read_state,
-    write_model,
 )
 from nulledit.ledger.records import History
 from nulledit.ledger.store import DIGEST, Store
@@ -243,15 +242,7 @@ def _finish(
         problem = f"{folder}: behind the ledger, and the folder can't be written"
         found.checks.append(Check(FILES, _name(run, folder), problem))
         return
-    history = editor.history
-    write_model(
-        editor.model,
-        editor.tokenizer,
-        folder,
-        state_id=history.state_id,
-        base_hash=history.base.hash,
-        edited=[editor.editable.parameter_name(layer) for layer in history.layers],
-    )
+    editor.save_model(folder)
     found.finished.append(
         f"{folder}: was behind the ledger (its write was interrupted, or is yet to come): the "
         "edited matrices were rewritten"
@@ -263,7 +254,11 @@ def _finish(
 
 def _compare(folder: Path, editor: Editor) -> list[Check]:
     """The edited matrices on disk beside those computed from base and ledger."""
-    names = {editor.editable.parameter_name(layer): layer for layer in editor.history.layers}
+    with editor.weights.as_saved() as names:
+        return _compared(folder, editor, names)
+
+
+def _compared(folder: Path, editor: Editor, names: dict[str, int]) -> list[Check]:
     parameters = as_saved(editor.model, list(names))
     files = files_with(folder, list(parameters))
     if files is None:
