@@ -7,8 +7,8 @@ import torch
 from support.models import build_model
 
 from nulledit.errors import ModelError
-from nulledit.models.editable_model import EditableModel
 from nulledit.methods.gates import Neurons
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.mlp import find_form
 
 EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")

@@ -49,9 +49,9 @@ from nulledit.models.layouts import (
     mlp_out,
     write_weight,
 )
+from nulledit.models.load import QUANTIZE, load_model, model_hash
 from nulledit.models.mlp import narrowed
 from nulledit.models.partial import PartialModel
-from nulledit.models.load import QUANTIZE, load_model, model_hash
 from nulledit.models.quantized import has_dense, make_editable
 from nulledit.parallel.ranks import Ranks
 from nulledit.statistics.spectra import Statistics

@@ -19,7 +19,7 @@ from nulledit.linalg.preconditioner import Preconditioner
 from nulledit.methods.problem import TargetLoss
 from nulledit.models.accepted import refuse_adapters
 from nulledit.models.editable_model import EditableModel
-from nulledit.models.layer_edit import LayerEdit, NeuronUpdate
+from nulledit.models.layer_edit import LayerEdit, NeuronUpdate, update_of
 from nulledit.models.layouts import as_out_in
 from nulledit.models.mlp import one_width
 from nulledit.models.unchanged import bit_sums
@@ -81,8 +81,9 @@ class EditedWeights:
         return self._states[layer].edit
 
     def exact(self, layer: int) -> Tensor:
-        """The weight [d_out, d_in] of `layer` before rounding, float64."""
-        return self.edit(layer).weight
+        """The weight [d_out, d_in] of `layer` before rounding, float64; ModelError if it is not
+        W that the edits change."""
+        return update_of(self.edit(layer)).weight
 
     def base(self, layer: int) -> Tensor:
         """W₀ [d_out, d_in] of `layer`, float64, on the CPU."""

@@ -18,7 +18,7 @@ from nulledit.linalg.spectrum import Block, Spectrum, part_names
 from nulledit.methods import Descent, Filter, Gate, Method, Solve, find_method
 from nulledit.methods.gates import UnitForm, gated_neurons, moments_of
 from nulledit.methods.problem import LayerProblem, TargetLoss
-from nulledit.models.layer_edit import LayerEdit, NeuronUpdate, WeightUpdate
+from nulledit.models.layer_edit import LayerEdit, NeuronUpdate, WeightUpdate, update_of
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class LayerState:
     @property
     def weight(self) -> Tensor:
         """W [d_out, d_in] of the edit."""
-        return self.edit.weight
+        return update_of(self.edit).weight
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,8 @@ class EpochSolver:
         self, edit: LayerEdit, before: Sequence[Column], columns: Sequence[Column]
     ) -> LayerState:
         """`columns` of this epoch on the `edit` that epochs before left, with columns `before`."""
-        state = LayerState(edit, edit.weight, torch.zeros_like(edit.weight))
+        start = update_of(edit).weight
+        state = LayerState(edit, start, torch.zeros_like(start))
         if self.keeps and not self.recursive and columns:
             return self._add(state, before, (), *self._recorded(columns))
         own: list[Column] = []
@@ -286,7 +287,7 @@ class EpochSolver:
             added = self.preconditioners.projector.apply(added.mT).mT
         if self.method.finish:
             added = self.method.finish(added, start, self.settings)
-        edit = replace(before.edit, weight=start + added)
+        edit = replace(update_of(before.edit), weight=start + added)
         return LayerState(edit, start, total, recursion)
 
     def _recorded(self, columns: Sequence[Column]) -> tuple[Tensor, Tensor]:

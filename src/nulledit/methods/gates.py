@@ -45,8 +45,9 @@ ACTIVATIONS: dict[str, Activation] = {
 """Activations φ of MLPs, by name."""
 CONSTANT = 0.99
 """μᵀC⁻¹μ below which text has no constant direction that could hold a threshold."""
-SMALLEST = 1e-10
-"""Share of the largest eigenvalue of C that counts as 0: what no text excites."""
+SMALLEST = 1e-6
+"""Of the median eigenvalue of C, below which none is taken: a layer norm leaves a direction out of
+all its states, and 1/0 there would make much of their rounding."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Neurons:
 def moments_of(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
     """C [d, d] and μ [d] of the spectrum of inputs with a 1 at their end, float64."""
     block = spectrum.whole()
-    values = block.eigenvalues.clamp_min(SMALLEST * float(block.eigenvalues[-1]))
+    values = block.eigenvalues.clamp_min(SMALLEST * float(block.eigenvalues.median()))
     vectors = block.eigenvectors.double()
     joined = (vectors * values) @ vectors.mT
     return joined[:-1, :-1] / joined[-1, -1], joined[:-1, -1] / joined[-1, -1]

@@ -67,7 +67,7 @@ class EditableModel(PartialModel):
         return other
 
     def form(self, layer: int) -> MlpForm:
-        """How the MLP of block `layer` was built as it was taken up; ModelError if none explains it.
+        """How the MLP of block `layer` was built before any edit; ModelError if none explains it.
 
         Neurons that it is given later are not its own.
         """

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nulledit.errors import ModelError
 from nulledit.methods.gates import Neurons
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import as_out_in, holds_weight, write_weight
@@ -25,6 +26,11 @@ class WeightUpdate:
     def finite(self) -> bool:
         """Whether all of it are numbers."""
         return bool(torch.isfinite(self.weight).all())
+
+    @property
+    def change(self) -> Tensor:
+        """Δ [d_out, d_in] on the CPU, whose norm tells states apart."""
+        return (self.weight - self.base).cpu()
 
     @property
     def norm(self) -> float:
@@ -82,6 +88,14 @@ class NeuronUpdate:
         return found is None or all(bool(torch.isfinite(t).all()) for t in _tensors(found))
 
     @property
+    def change(self) -> Tensor:
+        """Columns times rows [d_out, d] on the CPU, whose norm tells states apart."""
+        found = self.neurons
+        if found is None:
+            return self.base.new_zeros(len(self.base), 1).cpu()
+        return (found.columns @ found.rows).cpu()
+
+    @property
     def norm(self) -> float:
         """‖columns‖ of all neurons."""
         return float(self.neurons.columns.norm()) if self.neurons else 0.0
@@ -133,3 +147,13 @@ def _tensors(neurons: Neurons) -> list[Tensor]:
 
 LayerEdit = WeightUpdate | NeuronUpdate
 """All that the edits of one layer come to."""
+
+
+def update_of(edit: LayerEdit) -> WeightUpdate:
+    """`edit`, if it is an update of W; ModelError where it is neurons."""
+    if isinstance(edit, WeightUpdate):
+        return edit
+    raise ModelError(
+        "gated edits are neurons of their own and leave W as it is, so there is no update of W to "
+        "read or to export (`nulledit export --as checkpoint` writes the model with them)"
+    )

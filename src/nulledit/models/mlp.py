@@ -1,7 +1,7 @@
 """How a block's MLP makes the input of W, and units of its own that it can be given.
 
-    k = φ(A x + a)                  plain: GPT-2, GPT-J, OPT, Falcon
-    k = φ(A x + a) ⊙ (B x + b)      gated: Llama, Qwen, Gemma; A and B may be one matrix, as in Phi-3
+    k = φ(A x + a)                plain: GPT-2, GPT-J, OPT, Falcon
+    k = φ(A x + a) ⊙ (B x + b)    gated: Llama, Qwen, Gemma; of one matrix [A; B] in Phi-3
 
 x [d] is the MLP's input after its norm, k [d_in] the key. Nothing here knows a family's name: one
 run of a few tokens shows which matrices and which φ give the key that W is given.
@@ -285,9 +285,7 @@ def find_form(model: PartialModel, layer: int) -> MlpForm:
     )
 
 
-def _explained(
-    out: nn.Module, key: Tensor, made: list[tuple[nn.Module, Tensor]]
-) -> MlpForm | None:
+def _explained(out: nn.Module, key: Tensor, made: list[tuple[nn.Module, Tensor]]) -> MlpForm | None:
     """The form that explains `key` [tokens, d_in] best, if one does."""
     width = key.shape[1]
     factors: list[tuple[Rows, Tensor]] = []

@@ -152,7 +152,9 @@ def collect_together(
     found = ready(folder, manifest) if ranks.first else None
     if ranks.from_first(found is not None)[0]:
         return found
-    moments, done = _resume(folder, manifest, model) if ranks.first else (_empty(model, layers, inputs), 0)
+    moments, done = (
+        _resume(folder, manifest, model) if ranks.first else (_empty(model, layers, inputs), 0)
+    )
     counted = next(iter(moments.values())).count
     done, counted = ranks.from_first([done, counted])[0]
     stream = windows(
@@ -378,9 +380,7 @@ def _within_budget(
             return
 
 
-def _empty(
-    model: EditableModel, layers: Sequence[int], inputs: bool
-) -> dict[int, SecondMoment]:
+def _empty(model: EditableModel, layers: Sequence[int], inputs: bool) -> dict[int, SecondMoment]:
     moments: dict[int, SecondMoment] = {}
     for layer in layers:
         module = model.mlp_out(layer)
