@@ -167,6 +167,6 @@ def solve_columns(activations: Tensor, targets: Tensor, ridge: float) -> Tensor:
 GATED = Gate(
     name="gated",
     about="a neuron of its own for each fact, closed on everything else",
-    paper="",
+    paper="docs/methods/gated.md",
     settings=GateSettings,
 )

@@ -169,7 +169,8 @@ class Gate(Method):
     """
 
     solve: Function = field(init=False, default_factory=lambda: no_update)
-    apart = True
+    history = apart = True
+    linear = False
     cost: str = "n × n solve, and one of the MLP input's width"
 
     def filled(self, recipe: Recipe) -> Recipe:
