@@ -160,10 +160,10 @@ RECIPE = Recipe.from_dict(
 )
 
 
-def statistics_of(model, tokenizer, layers=(0, 1, 2), lines=tuple(LINES * 2)):
-    """Statistics of a tiny model's keys on a few lines, in memory."""
+def statistics_of(model, tokenizer, layers=(0, 1, 2), lines=tuple(LINES * 2), inputs=False):
+    """Statistics of a tiny model's keys, or MLP inputs, on a few lines, in memory."""
     rows = [tokenizer(line)["input_ids"] for line in lines]
-    moments = key_moments(EditableModel(model, tokenizer), rows, layers)
+    moments = key_moments(EditableModel(model, tokenizer), rows, layers, inputs=inputs)
     manifest = Manifest(
         model="tiny",
         model_hash=model_hash(model),
@@ -173,6 +173,7 @@ def statistics_of(model, tokenizer, layers=(0, 1, 2), lines=tuple(LINES * 2)):
         settings=StatisticsSettings(packing="lines"),
         dtype="float64",
         tokens=sum(map(len, rows)),
+        inputs=inputs,
     )
     return Statistics(manifest, {i: m.spectrum() for i, m in moments.items()})
 

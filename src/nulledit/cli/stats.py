@@ -83,6 +83,9 @@ def stats(ctx: click.Context) -> None:
     show_default=True,
     help="One stream cut into full windows, or each line on its own.",
 )
+@click.option(
+    "--inputs", is_flag=True, help="Of the MLPs' inputs in the place of keys, for gated edits."
+)
 @click.option("--skip-first", is_flag=True, help="Leave out position 0, the attention sink.")
 @click.option("--out", metavar="FOLDER", help="Where to keep them.  [default: the cache]")
 @click.option("--compact", metavar="FILE", help="A small copy, too, for this --null-space only.")
@@ -172,6 +175,7 @@ def _made(
         model_hash=digest,
         folder=Path(given["out"]) if given["out"] else None,
         progress=not quiet,
+        inputs=given["inputs"],
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -140,7 +140,8 @@ class BatchWriter:
                 tensors[f"z.{layer}"] = _stacked(values[layer])
             with self.run.timed("keys"):
                 keys = self.walk.keys()
-                missing = _stacked(values[at]).double().mT - self.walk.hidden(at)
+                with self._unedited(self.method.apart):
+                    missing = _stacked(values[at]).double().mT - self.walk.hidden(at)
                 keys, missing = self._of_first(keys, missing)
             left = 1 if whole else sum(other >= layer for other in self.recipe.layers)
             with self.run.timed("solve"):
@@ -258,12 +259,17 @@ class BatchWriter:
             first=self.recipe.layers[0],
             contexts=self.contexts,
             bare_weight=self.recipe.contexts.bare_weight,
+            inputs=self.method.apart,
         )
+
+    def _unedited(self, wanted: bool) -> AbstractContextManager[None]:
+        """The model without edits inside, if that is `wanted`."""
+        return self.weights.holding([]) if wanted else nullcontext()
 
     def _values(self, layer: int, shared: Sequence[int]) -> list[Value]:
         """One value per request at `layer`, on the weights that the method wants."""
-        unedited = self.weights.holding([]) if self.method.rewinds else nullcontext()
-        with self.run.timed("values"), unedited:
+        unedited = self.method.rewinds or self.method.apart
+        with self.run.timed("values"), self._unedited(unedited):
             values = self._optimised(layer, shared)
             return self._anchored(values, layer) if self.recipe.values.norm_anchor else values
 

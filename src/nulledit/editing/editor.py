@@ -313,7 +313,7 @@ class Editor:
         """
         self.weights.check_unchanged()
         with self._journal.writing():
-            write_edited(self._plain, self.history, Path(folder))
+            write_edited(self.weights, Path(folder))
 
     def base_weights(self) -> AbstractContextManager[PreTrainedModel]:
         """The model without its edits inside; as before afterwards."""

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from nulledit.config import Recipe
-from nulledit.errors import StatisticsError
+from nulledit.errors import ConfigError, StatisticsError
 from nulledit.ledger.records import Epoch, History
-from nulledit.ledger.solver import LayerPreconditioners, spectrum_tensors
+from nulledit.ledger.solver import LayerPreconditioners, form_tensors, spectrum_tensors
 from nulledit.ledger.store import tensor_bytes
 from nulledit.linalg.spectrum import RULES, Spectrum
-from nulledit.methods import find_method
+from nulledit.methods import Gate, find_method
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import as_out_in
 from nulledit.statistics.spectra import Statistics
@@ -33,9 +33,21 @@ def open_epoch(
     """
     dtype = torch.float64 if model.model.dtype == torch.float64 else torch.float32
     tensors: dict[str, Tensor] = {}
+    gated = isinstance(find_method(recipe.method.name), Gate)
+    if any(isinstance(find_method(e.recipe.method.name), Gate) != gated for e in history.epochs):
+        raise ConfigError(
+            "gated edits and updates of W can't be in one run: start a new one, on what `nulledit "
+            "export --as checkpoint` makes of this one"
+        )
     for layer in recipe.layers:
         weight = as_out_in(model.mlp_out(layer))
-        spectrum, threshold = _spectrum(recipe, statistics.spectra[layer], layer, weight.shape[1])
+        if gated:
+            form = model.form(layer)
+            spectrum, threshold = _inputs(statistics.spectra[layer], layer, form.d), 0.0
+            tensors |= form_tensors(form.units, layer)
+        else:
+            found = statistics.spectra[layer]
+            spectrum, threshold = _spectrum(recipe, found, layer, weight.shape[1])
         tensors |= spectrum_tensors(spectrum, threshold, layer, dtype)
         if layer not in history.layers:
             tensors[f"base.{layer}"] = weight.detach().clone().cpu().contiguous()
@@ -48,6 +60,19 @@ def open_epoch(
         ), tensors
 
     return make
+
+
+def _inputs(spectrum: Spectrum, layer: int, d: int) -> Spectrum:
+    """The whole spectrum of a layer's inputs, each with a 1 at its end."""
+    if spectrum.d_in != d + 1:
+        raise StatisticsError(
+            f"statistics of layer {layer} are {spectrum.d_in} wide, its MLP's inputs {d} and a 1"
+        )
+    try:
+        spectrum.whole()
+    except LookupError as error:
+        raise StatisticsError(f"these statistics don't serve gated edits: {error}") from error
+    return spectrum
 
 
 def _spectrum(recipe: Recipe, spectrum: Spectrum, layer: int, d_in: int) -> tuple[Spectrum, float]:

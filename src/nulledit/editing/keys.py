@@ -41,13 +41,16 @@ class LayerwiseForward:
         contexts: Sequence[str],
         bare_weight: float,
         positions: int = 8192,
+        inputs: bool = False,
     ):
         """Bring `facts` to the input of block `first`.
+
+        `inputs`: what stands for the keys is the MLP's input and not W's, as gated edits need.
 
         `contexts`: templates, the bare "{}" first; it weighs `bare_weight` in the mean key, the
         others share the rest. `positions` bounds the tokens that run together.
         """
-        self.model, self.layer = model, first
+        self.model, self.layer, self.inputs = model, first, inputs
         self._keys: Tensor | None = None  # of the block whose turn it is
         rows: list[tuple[int, ...]] = []
         owner: list[int] = []
@@ -112,8 +115,9 @@ class LayerwiseForward:
             return self._keys
         found: Tensor | None = None
         front = self._front(self.layer)
+        reading = self.model.reading_inputs if self.inputs else self.model.reading_keys
         for chunk in self.chunks:
-            with self.model.reading_keys([self.layer]) as read:
+            with reading([self.layer]) as read:
                 self._step(chunk, front)
             keys = read[self.layer]
             at_last = keys[torch.arange(len(keys)), chunk.last.to(keys.device)].cpu().double()

@@ -9,15 +9,18 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nulledit.editing.weights import EditedWeights
 from nulledit.errors import LedgerError, ModelError
 from nulledit.io.files import recover_folder
 from nulledit.ledger.model_folder import as_listed, write_model
 from nulledit.ledger.records import History
 from nulledit.ledger.store import Store
+from nulledit.methods import find_method
 from nulledit.models.dense import Dense
-from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import check_layout, find_layout, mlp_out, write_weight
 from nulledit.models.load import QUANTIZE, load_model, model_hash
+from nulledit.models.mlp import narrowed
+from nulledit.models.partial import PartialModel
 from nulledit.models.quantized import make_editable
 
 
@@ -64,16 +67,19 @@ class SavedEdits:
             ) from error
 
 
-def write_edited(model: EditableModel, history: History, folder: Path) -> None:
-    """Write the edited `model` to `folder`, named by the ledger's state."""
-    write_model(
-        model.model,
-        model.tokenizer,
-        folder,
-        state_id=history.state_id,
-        base_hash=history.base.hash,
-        edited=[model.parameter_name(layer) for layer in history.layers],
-    )
+def write_edited(weights: EditedWeights, folder: Path) -> None:
+    """Write the edited model to `folder`, named by the ledger's state."""
+    history = weights.history
+    with weights.as_saved() as names:
+        write_model(
+            weights.model.model,
+            weights.model.tokenizer,
+            folder,
+            state_id=history.state_id,
+            base_hash=history.base.hash,
+            edited=list(names),
+            whole=weights.grown,
+        )
 
 
 def check_base(found: str, history: History, source: str) -> None:
@@ -92,6 +98,8 @@ def put_back(model: PreTrainedModel, history: History, source: str) -> None:
     """
     layout = history.base.recipe.layout
     layout = find_layout(model) if layout is None else check_layout(model, layout)
+    if history.epochs and find_method(history.epoch.recipe.method.name).apart:
+        narrowed(PartialModel(model, layout), history.original(history.layers[0]).shape[1])
     packed = model_hash(model) if history.base.quantized else ""
     make_editable(model, layout, history.layers, packed)
     for layer in history.layers:

@@ -157,7 +157,8 @@ class EditSession:
         dtype = "" if base.dtype == "float64" else f" --dtype {base.dtype}"  # part of its hash
         raise refusal or StatisticsError(
             "no statistics of this model's preserved keys: make them once with "
-            f"`nulledit stats make {base.model or 'MODEL'} --text CORPUS --layers {layers}{dtype}`"
+            f"`nulledit stats make {base.model or 'MODEL'} --text CORPUS --layers {layers}{dtype}"
+            f"{' --inputs' if self.method.apart else ''}`"
         )
 
     def take_up(self, epoch: Epoch, source: History) -> None:
@@ -182,12 +183,12 @@ class EditSession:
         given, base = self.statistics, self.history.base.hash
         mlp_out = self.model.named_matrix
         if given is None:
-            yield from find_statistics(base, self.recipe.layers, mlp_out)
+            yield from find_statistics(base, self.recipe.layers, mlp_out, inputs=self.method.apart)
             return
         statistics = given if isinstance(given, Statistics) else Statistics.load(Path(given))
         if statistics.manifest.model_hash != base and self.history.events:
             base = model_hash(self.model.model)  # a refreshed second moment: of the model as it is
-        statistics.check(base, self.recipe.layers, mlp_out)
+        statistics.check(base, self.recipe.layers, mlp_out, inputs=self.method.apart)
         yield statistics
 
     # -- one batch ---------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -20,8 +20,9 @@ from nulledit.linalg.preconditioner import Preconditioner
 from nulledit.methods.problem import TargetLoss
 from nulledit.models.accepted import refuse_adapters
 from nulledit.models.editable_model import EditableModel
-from nulledit.models.layer_edit import LayerEdit
+from nulledit.models.layer_edit import LayerEdit, NeuronUpdate, update_of
 from nulledit.models.layouts import as_out_in
+from nulledit.models.mlp import one_width
 from nulledit.models.unchanged import bit_sums
 
 
@@ -85,8 +86,9 @@ class EditedWeights:
         return self._states[layer].edit
 
     def exact(self, layer: int) -> Tensor:
-        """The weight [d_out, d_in] of `layer` before rounding, float64."""
-        return self.edit(layer).weight
+        """The weight [d_out, d_in] of `layer` before rounding, float64; ModelError if it is not
+        W that the edits change."""
+        return update_of(self.edit(layer)).weight
 
     def base(self, layer: int) -> Tensor:
         """W₀ [d_out, d_in] of `layer`, float64, on the CPU."""
@@ -150,6 +152,18 @@ class EditedWeights:
                 "the base of its ledger: make a new Editor of the model as it is (what was edited "
                 "becomes part of its base), or load it again"
             )
+
+    @contextmanager
+    def as_saved(self) -> Iterator[dict[str, int]]:
+        """The model as its files have it inside; each edited parameter's layer by its name."""
+        names = {n: i for i in self.layers for n in self.edit(i).parameters(self.model, i)}
+        with one_width(self.model.model, self.model.forms()) if self.grown else nullcontext():
+            yield names
+
+    @property
+    def grown(self) -> bool:
+        """Whether edits change the model's shape."""
+        return any(isinstance(state.edit, NeuronUpdate) for state in self._states.values())
 
     @contextmanager
     def holding(self, columns: Sequence[Column]) -> Iterator[None]:
@@ -246,10 +260,11 @@ class EditedWeights:
         """
         layer = self.layers[-1]
         columns = self.history.at_layer(layer, self.history.active)
+        if not columns:
+            return []
         keys, _ = self.recorded(columns, layer)
-        there = before.answer(keys)
-        change = self.edit(layer).answer(keys) - there
-        written = there - self.base(layer) @ keys.double()
+        written = before.added(keys)
+        change = self.edit(layer).added(keys) - written
         shares = (change.norm(dim=0) / written.norm(dim=0).clamp_min(1e-12)).tolist()
         return sorted(zip(columns, shares, strict=True), key=lambda pair: -pair[1])
 
@@ -270,7 +285,7 @@ class EditedWeights:
         norm, d_in = edit.norm, edit.base.shape[1]
         return LayerReport(
             layer=layer,
-            protected=d_in - solver.confining.rank,
+            protected=solver.protected(d_in),
             d_in=d_in,
             free_share=float(shares.mean()) if n else math.nan,
             free_share_error=float(shares.std()) / n**0.5 if n > 1 else math.nan,

@@ -126,8 +126,11 @@ def write_model(
     state_id: str,
     base_hash: str,
     edited: list[str],
+    whole: bool = False,
 ) -> None:
     """Bring `folder` to the weights of `model`; `edited` names the parameters that edits change.
+
+    `whole`: every file is written anew, since edits change the model's shape.
 
     LedgerError if something else lies there, or if something else changed a file that is to be
     rewritten: it is not overwritten.
@@ -141,7 +144,8 @@ def write_model(
         raise LedgerError(f"{folder}: holds another model; move it away or choose another folder")
     sweep(folder)
     parameters = as_saved(model, edited)
-    files = files_with(folder, list(parameters)) if found and _all_there(folder, found) else None
+    kept = found and not whole and _all_there(folder, found)
+    files = files_with(folder, list(parameters)) if kept else None
     if found is None or files is None:
         with replacing_folder(folder) as partial:
             save_weights(model, partial)

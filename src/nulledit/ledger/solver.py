@@ -15,9 +15,10 @@ from nulledit.ledger.records import Column, Epoch, History, Ledger
 from nulledit.linalg.preconditioner import Preconditioner
 from nulledit.linalg.solve import RecursiveState, room_left
 from nulledit.linalg.spectrum import Block, Spectrum, part_names
-from nulledit.methods import Descent, Filter, Method, Solve, find_method
+from nulledit.methods import Descent, Filter, Gate, Method, Solve, find_method
+from nulledit.methods.gates import UnitForm, gated_neurons, moments_of
 from nulledit.methods.problem import LayerProblem, TargetLoss
-from nulledit.models.layer_edit import LayerEdit, WeightUpdate
+from nulledit.models.layer_edit import LayerEdit, NeuronUpdate, WeightUpdate, update_of
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class LayerState:
     @property
     def weight(self) -> Tensor:
         """W [d_out, d_in] of the edit."""
-        return self.edit.weight
+        return update_of(self.edit).weight
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,10 @@ class EpochSolver:
             self._shares.update(zip((names[i] for i in new), shares, strict=True))
         return torch.tensor([self._shares[name] for name in names], dtype=torch.float64)
 
+    def protected(self, d_in: int) -> int:
+        """How many of the d_in directions edits may not use."""
+        return d_in - self.confining.rank
+
     def room(self, state: LayerState, columns: Sequence[Column]) -> float:
         """Share of the usable directions that `columns`, which `state` holds, have not taken.
 
@@ -173,7 +178,8 @@ class EpochSolver:
         self, edit: LayerEdit, before: Sequence[Column], columns: Sequence[Column]
     ) -> LayerState:
         """`columns` of this epoch on the `edit` that epochs before left, with columns `before`."""
-        state = LayerState(edit, edit.weight, torch.zeros_like(edit.weight))
+        start = update_of(edit).weight
+        state = LayerState(edit, start, torch.zeros_like(start))
         if self.keeps and not self.recursive and columns:
             return self._add(state, before, (), *self._recorded(columns))
         own: list[Column] = []
@@ -281,7 +287,7 @@ class EpochSolver:
             added = self.preconditioners.projector.apply(added.mT).mT
         if self.method.finish:
             added = self.method.finish(added, start, self.settings)
-        edit = replace(before.edit, weight=start + added)
+        edit = replace(update_of(before.edit), weight=start + added)
         return LayerState(edit, start, total, recursion)
 
     def _recorded(self, columns: Sequence[Column]) -> tuple[Tensor, Tensor]:
@@ -330,7 +336,82 @@ class DescentSolver(EpochSolver):
         return self._state(state, state.total + self._exact(update))
 
 
+class GateSolver(EpochSolver):
+    """An epoch of gated edits: all its columns are solved together, whatever batch they are of.
+
+    What is recorded as a target is what the neurons are to add at the fact's input; the order in
+    which facts came, and their batches, mean nothing.
+    """
+
+    def __init__(self, ledger: Ledger, epoch: Epoch, layer: int, device: torch.device):
+        super().__init__(ledger, epoch, layer, device)
+        tensors = self.history.tensors[epoch.tensors]
+        self.moment, self.mean = moments_of(read_spectrum(tensors, layer, device)[0])
+        self.form = read_form(tensors, layer)
+
+    def null_space_shares(self, columns: Sequence[Column]) -> Tensor:
+        """1 − E[s²] [n] of the directions s of `columns`: the share that text does not drive."""
+        X = self._recorded(columns)[0]
+        return 1 - 1 / (X * torch.linalg.solve(self.moment, X)).sum(0).cpu()
+
+    def protected(self, d_in: int) -> int:
+        """None of the d_in directions: W stays as it is."""
+        return 0
+
+    def room(self, state: LayerState, columns: Sequence[Column]) -> float:
+        """Neurons are added as they are needed."""
+        return 1.0
+
+    def fold(
+        self, edit: LayerEdit, before: Sequence[Column], columns: Sequence[Column]
+    ) -> LayerState:
+        """Neurons for `columns`, besides a block's own units; nothing was edited `before`."""
+        return self._together(edit.base, *self._recorded(columns))
+
+    def write(
+        self,
+        state: LayerState,
+        columns: Sequence[Column],
+        keys: Tensor,
+        residual: Tensor | None,
+        target_loss: TargetLoss | None = None,
+    ) -> tuple[LayerState, dict[str, Tensor]]:
+        """As `EpochSolver.write`; `residual` is what the unedited model lacks."""
+        assert residual is not None
+        targets = residual.to(keys.dtype)
+        after = self.add(state, columns, keys, targets)
+        return after, self._rows(keys, targets)
+
+    def add(
+        self,
+        state: LayerState,
+        columns: Sequence[Column],
+        keys: Tensor,
+        targets: Tensor,
+        target_loss: TargetLoss | None = None,
+    ) -> LayerState:
+        """As `EpochSolver.add`."""
+        K, V = self._recorded(self.history.at_layer(self.layer, columns))
+        K, V = torch.cat([K, self._exact(keys)], 1), torch.cat([V, self._exact(targets)], 1)
+        return self._together(state.edit.base, K, V)
+
+    def _together(self, base: Tensor, K: Tensor, V: Tensor) -> LayerState:
+        neurons = None
+        if K.shape[1]:
+            neurons = gated_neurons(K, V, self.moment, self.mean, self.form, self.settings)
+        edit = NeuronUpdate(base, neurons, self.form.activation)
+        return LayerState(edit, base[:, :0], base[:, :0])
+
+    def _recorded(self, columns: Sequence[Column]) -> tuple[Tensor, Tensor]:
+        if columns:
+            return super()._recorded(columns)
+        empty = self.mean.new_empty
+        d_out = len(self.history.original(self.layer))
+        return empty(len(self.mean), 0), empty(d_out, 0)
+
+
 SOLVERS: dict[type[Method], type[EpochSolver]] = {
+    Gate: GateSolver,
     Filter: EpochSolver,
     Solve: EpochSolver,
     Descent: DescentSolver,
@@ -355,6 +436,21 @@ def recorded(history: History, columns: Sequence[Column], layer: int) -> tuple[T
         history.column_tensor(columns, f"keys.{layer}").mT,
         history.column_tensor(columns, f"targets.{layer}").mT,
     )
+
+
+def form_tensors(form: UnitForm, layer: int) -> dict[str, Tensor]:
+    """What `read_form` reads."""
+    name = torch.tensor(list(form.activation.encode()), dtype=torch.uint8)
+    return {
+        f"activation.{layer}": name,
+        f"unit.{layer}": torch.tensor([form.biased, form.gated]),
+    }
+
+
+def read_form(tensors: Mapping[str, Tensor], layer: int) -> UnitForm:
+    """What a unit of the MLP of `layer` is, in an epoch's tensors."""
+    name = bytes(tensors[f"activation.{layer}"].tolist()).decode()
+    return UnitForm(name, *map(bool, tensors[f"unit.{layer}"].tolist()))
 
 
 def spectrum_tensors(

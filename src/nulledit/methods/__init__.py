@@ -10,14 +10,15 @@ from nulledit.methods.equality import EQUALITY
 from nulledit.methods.evoedit import EVOEDIT
 from nulledit.methods.filters import FILTERS
 from nulledit.methods.finetune import FINETUNE
+from nulledit.methods.gates import GATED
 from nulledit.methods.neurons import NSE
 from nulledit.methods.problem import LayerProblem
 from nulledit.methods.prune import PRUNE
 from nulledit.methods.rect import RECT
-from nulledit.methods.registry import Descent, Filter, Function, Method, Registry, Solve
+from nulledit.methods.registry import Descent, Filter, Function, Gate, Method, Registry, Solve
 
 METHODS = Registry(group="nulledit.methods")
-for _method in (*FILTERS, *EQUALITY, RECT, PRUNE, NSE, EVOEDIT, FINETUNE):
+for _method in (*FILTERS, *EQUALITY, RECT, PRUNE, NSE, EVOEDIT, GATED, FINETUNE):
     METHODS.add(_method)
 
 find_method = METHODS.find
@@ -57,6 +58,7 @@ __all__ = [
     "METHODS",
     "Descent",
     "Filter",
+    "Gate",
     "LayerProblem",
     "Method",
     "NoSettings",

@@ -33,7 +33,7 @@ def closed_form(problem: LayerProblem) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What every method has; each is of one kind: `Filter`, `Solve` or `Descent`."""
+    """What every method has; each is of one kind: `Filter`, `Solve`, `Descent` or `Gate`."""
 
     name: str
     """As in recipes."""
@@ -58,7 +58,7 @@ class Method:
     """Its page in docs/methods/, if it is not the name's own."""
 
     # What the driver asks of every method; a kind that can be so has a field of that name.
-    history = one_by_one = rewinds = reads_moment = by_gradient = False
+    history = one_by_one = rewinds = reads_moment = by_gradient = apart = False
 
     @property
     def linear(self) -> bool:
@@ -155,6 +155,37 @@ class Descent(Method):
     by_gradient = True
 
 
+def no_update(problem: LayerProblem) -> Tensor:
+    """A gated edit is no update of W; TypeError."""
+    raise TypeError(f"layer {problem.layer}: gated edits are neurons, not an update of W")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate(Method):
+    """Neurons of their own for facts, in one block's MLP; W stays as it is.
+
+    Keys are the MLP's inputs. Values and residuals are of the unedited model, so facts do not see
+    each other until their columns are solved together.
+    """
+
+    solve: Function = field(init=False, default_factory=lambda: no_update)
+    history = apart = True
+    linear = False
+    cost: str = "n × n solve, and one of the MLP input's width"
+
+    def filled(self, recipe: Recipe) -> Recipe:
+        """As of any method, for one block: the last of those that the recipe names."""
+        return replace(super().filled(recipe), layers=recipe.layers[-1:])
+
+    def check(self, recipe: Recipe) -> None:
+        """ConfigError for what gates can't use."""
+        super().check(recipe)
+        if recipe.method.projection != "own":
+            raise ConfigError(f"{self.name} has no projection: its gates are closed on text")
+        if recipe.values.chunk_tokens:
+            raise ConfigError(f"{self.name} writes whole targets: set values.chunk_tokens to 0")
+
+
 class Registry:
     """Methods by name: those that were added, and those that installed packages offer."""
 
@@ -166,7 +197,7 @@ class Registry:
     def add(self, method: Method) -> Method:
         """Make `method` known to recipes; ConfigError if its name is taken or it has no kind."""
         if type(method) is Method:
-            raise ConfigError(f"{method.name}: make it a Filter, a Solve or a Descent")
+            raise ConfigError(f"{method.name}: make it a Filter, a Solve, a Descent or a Gate")
         if method.name in self._methods:
             raise ConfigError(f"a method {method.name!r} is registered already")
         self._methods[method.name] = method

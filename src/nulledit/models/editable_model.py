@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
-from typing import Self
+from typing import Any, Self
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nulledit.config import ChatSettings, Layout
+from nulledit.errors import ModelError
+from nulledit.models.hooks import collect_input, hooked
+from nulledit.models.mlp import MlpForm, find_form
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import Batch, RowEncoder, collate, pad_id
 from nulledit.models.trial import keeps_prefixes
@@ -37,6 +42,7 @@ class EditableModel(PartialModel):
         self.tokenizer = tokenizer
         self.encoder = RowEncoder.of(model, tokenizer)
         self.pad_id = pad_id(tokenizer)
+        self._forms: dict[int, MlpForm] = {}
 
     @property
     def chat(self) -> ChatSettings | None:
@@ -61,6 +67,35 @@ class EditableModel(PartialModel):
         other.encoder = encoder
         return other
 
+    def form(self, layer: int) -> MlpForm:
+        """How the MLP of block `layer` was built before any edit; ModelError if none explains it.
+
+        Neurons that it is given later are not its own.
+        """
+        if layer not in self._forms:
+            self._forms[layer] = find_form(self, layer)
+        return self._forms[layer]
+
+    def forms(self) -> list[MlpForm]:
+        """Of all blocks whose MLP a form explains."""
+        found = []
+        for layer in range(self.depth):
+            with suppress(ModelError):
+                found.append(self.form(layer))
+        return found
+
+    @contextmanager
+    def reading_inputs(self, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+        """Collect the input [rows, length, d] of the MLPs of `layers` of the last run inside."""
+        found: dict[int, Tensor] = {}
+        with ExitStack() as stack:
+            for layer in layers:
+                shapes: list[Tensor] = []
+                block, module = self.blocks[layer], self.form(layer).driven.module
+                stack.enter_context(hooked(block, collect_input(shapes), before=True))
+                stack.enter_context(hooked(module, _read_input(found, layer, shapes), before=True))
+            yield found
+
     def collate(self, rows: Sequence[Sequence[int]], *, left: bool = False) -> Batch:
         """`rows` of ids, padded on the right (or left), on the model's device."""
         return collate(rows, pad_id=self.pad_id, device=self.device, left=left)
@@ -68,3 +103,13 @@ class EditableModel(PartialModel):
     def positions(self, on_cpu: int, on_accelerator: int) -> int:
         """Token positions to run together: small chunks stay in a processor's cache."""
         return on_cpu if self.device.type == "cpu" else on_accelerator
+
+
+def _read_input(found: dict[int, Tensor], layer: int, states: list[Tensor]) -> Any:
+    """`states`: what the block was given last; some join its rows before they come to the MLP."""
+
+    def hook(_module: Any, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+        found[layer] = args[0].detach().view(*states[-1].shape[:2], -1)
+        states.clear()
+
+    return hook

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nulledit.errors import ModelError
+from nulledit.methods.gates import Neurons
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import as_out_in, holds_weight, write_weight
 
@@ -26,6 +28,11 @@ class WeightUpdate:
         return bool(torch.isfinite(self.weight).all())
 
     @property
+    def change(self) -> Tensor:
+        """Δ [d_out, d_in] on the CPU, whose norm tells states apart."""
+        return (self.weight - self.base).cpu()
+
+    @property
     def norm(self) -> float:
         """‖Δ‖ of all that was added to the layer."""
         return float((self.weight - self.base).norm())
@@ -33,6 +40,10 @@ class WeightUpdate:
     def answer(self, keys: Tensor) -> Tensor:
         """What the layer gives at `keys` [d_in, n]: [d_out, n], float64, on the CPU."""
         return self.weight.cpu() @ keys.double()
+
+    def added(self, keys: Tensor) -> Tensor:
+        """What the edits add to that."""
+        return self.answer(keys) - self.base.cpu() @ keys.double()
 
     def put(self, model: EditableModel, layer: int) -> None:
         """Write it into block `layer` of `model`, rounded once to the model's dtype."""
@@ -59,5 +70,90 @@ class WeightUpdate:
         return weight.view(torch.uint8).numpy().tobytes()
 
 
-LayerEdit = WeightUpdate
-"""All that the edits of one layer come to. Further forms join here: `WeightUpdate | Other`."""
+@dataclass(frozen=True)
+class NeuronUpdate:
+    """Neurons besides the block's own; its keys are the MLP's inputs."""
+
+    base: Tensor
+    """W₀ [d_out, d_in], which stays as it is, float64."""
+    neurons: Neurons | None
+    """Before rounding, float64; None: no fact."""
+    activation: str
+    """Name of φ."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether all of it are numbers."""
+        found = self.neurons
+        return found is None or all(bool(torch.isfinite(t).all()) for t in _tensors(found))
+
+    @property
+    def change(self) -> Tensor:
+        """Columns times rows [d_out, d] on the CPU, whose norm tells states apart."""
+        found = self.neurons
+        if found is None:
+            return self.base.new_zeros(len(self.base), 1).cpu()
+        return (found.columns @ found.rows).cpu()
+
+    @property
+    def norm(self) -> float:
+        """‖columns‖ of all neurons."""
+        return float(self.neurons.columns.norm()) if self.neurons else 0.0
+
+    def answer(self, keys: Tensor) -> Tensor:
+        """What the neurons give at `keys` [d, n]: [d_out, n], float64, on the CPU."""
+        keys = keys.double().cpu()
+        if self.neurons is None:
+            return keys.new_zeros(len(self.base), keys.shape[1])
+        return self.neurons.columns.cpu() @ self.neurons.units(keys, self.activation)
+
+    def added(self, keys: Tensor) -> Tensor:
+        """The same."""
+        return self.answer(keys)
+
+    def put(self, model: EditableModel, layer: int) -> None:
+        """Give them to block `layer` of `model`, rounded once to the model's dtype."""
+        model.form(layer).put(self.neurons)
+
+    def take_out(self, model: EditableModel, layer: int) -> None:
+        """Leave the block's own units alone."""
+        model.form(layer).put(None)
+
+    def parameters(self, model: EditableModel, layer: int) -> dict[str, bool]:
+        """Name of each parameter that `put` writes -> whether it is still as it was written."""
+        form = model.form(layer)
+        same = form.holds(self.neurons)
+        names = {id(p): name for name, p in model.model.named_parameters()}
+        return {names[id(p)]: same for p in form.parameters()}
+
+    def rounding(self, model: EditableModel, layer: int) -> float:
+        """‖stored − exact‖ of the columns."""
+        if self.neurons is None:
+            return 0.0
+        stored = model.form(layer).columns.to(self.neurons.columns)
+        return float((stored - self.neurons.columns).norm())
+
+    def stored(self, model: EditableModel, layer: int) -> bytes:
+        """What the model has of it, to be hashed; empty without a fact."""
+        if self.neurons is None:
+            return b""
+        held = (p.data.cpu().contiguous() for p in model.form(layer).parameters())
+        return b"".join(t.view(torch.uint8).numpy().tobytes() for t in held)
+
+
+def _tensors(neurons: Neurons) -> list[Tensor]:
+    return [t for t in vars(neurons).values() if t is not None]
+
+
+LayerEdit = WeightUpdate | NeuronUpdate
+"""All that the edits of one layer come to."""
+
+
+def update_of(edit: LayerEdit) -> WeightUpdate:
+    """`edit`, if it is an update of W; ModelError where it is neurons."""
+    if isinstance(edit, WeightUpdate):
+        return edit
+    raise ModelError(
+        "gated edits are neurons of their own and leave W as it is, so there is no update of W to "
+        "read or to export (`nulledit export --as checkpoint` writes the model with them)"
+    )

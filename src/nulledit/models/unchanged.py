@@ -20,7 +20,7 @@ def bit_sums(model: nn.Module) -> dict[str, int]:
     when they work.
     """
     return {
-        name: _bit_sum(parameter.data)
+        name: bit_sum(parameter.data)
         for name, parameter in model.named_parameters()
         if parameter.device.type != "meta"
         and parameter.is_floating_point()
@@ -30,7 +30,8 @@ def bit_sums(model: nn.Module) -> dict[str, int]:
 
 
 @torch.no_grad()
-def _bit_sum(tensor: Tensor) -> int:
+def bit_sum(tensor: Tensor) -> int:
+    """The sum of one tensor."""
     flat = tensor.contiguous().reshape(-1)
     if flat.storage_offset() * flat.itemsize % WORD:
         flat = flat.clone()  # a part of another tensor that begins within a word

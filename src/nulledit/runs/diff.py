@@ -129,13 +129,13 @@ def difference(
     ]
     layers = sorted({*editor.history.layers, *other.layers})
     with editor.weights.holding(mine):
-        weights = {i: editor.weights.exact(i).cpu() for i in editor.weights.layers}
+        changes = {i: editor.weights.edit(i).change for i in editor.weights.layers}
         said = probabilities(editor.editable, queries)
     with editor.weights.holding([]):  # the base, which the other's edits stand on
         beside = EditedWeights(editor.editable, Journal(other))
         try:
             beside.refresh(theirs)
-            others = {i: beside.exact(i).cpu() for i in beside.layers}
+            others = {i: beside.edit(i).change for i in beside.layers}
             base = {i: beside.base(i) for i in beside.layers} | {
                 i: editor.weights.base(i) for i in editor.weights.layers
             }
@@ -148,16 +148,17 @@ def difference(
     return Difference(
         facts=tuple(FactDifference(*pair, p) for pair, p in zip(questions, found, strict=True)),
         common=len(set(a) | set(b)) - len(keys),
-        layers=tuple(_layer(i, base[i], weights.get(i), others.get(i)) for i in layers),
+        layers=tuple(_layer(i, base[i], changes.get(i), others.get(i)) for i in layers),
     )
 
 
 def _layer(
     layer: int, base: Tensor, first: Tensor | None, second: Tensor | None
 ) -> LayerDifference:
-    a, b = (base if w is None else w for w in (first, second))
+    shape = next(change for change in (first, second) if change is not None)
+    a, b = (torch.zeros_like(shape) if w is None else w for w in (first, second))
     scale = torch.linalg.norm(base)
-    shares = (float(torch.linalg.norm(x) / scale) for x in (a - base, b - base, b - a))
+    shares = (float(torch.linalg.norm(x) / scale) for x in (a, b, b - a))
     return LayerDifference(layer, *shares)
 
 

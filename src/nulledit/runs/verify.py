@@ -248,7 +248,7 @@ def _finish(
         problem = f"{folder}: behind the ledger, and the folder can't be written"
         found.checks.append(Check(FILES, _name(run, folder), problem))
         return
-    write_edited(editor.editable, editor.history, folder)
+    write_edited(editor.weights, folder)
     found.finished.append(
         f"{folder}: was behind the ledger (its write was interrupted, or is yet to come): the "
         "edited matrices were rewritten"
@@ -260,7 +260,11 @@ def _finish(
 
 def _compare(folder: Path, editor: Editor) -> list[Check]:
     """The edited matrices on disk beside those computed from base and ledger."""
-    names = {editor.editable.parameter_name(layer): layer for layer in editor.history.layers}
+    with editor.weights.as_saved() as names:
+        return _compared(folder, editor, names)
+
+
+def _compared(folder: Path, editor: Editor, names: dict[str, int]) -> list[Check]:
     parameters = as_saved(editor.model, list(names))
     files = files_with(folder, list(parameters))
     if files is None:

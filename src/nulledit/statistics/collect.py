@@ -70,8 +70,12 @@ def collect(
     folder: str | Path | None = None,
     positions: int = 2048,
     progress: bool = True,
+    inputs: bool = False,
 ) -> Statistics:
     """Second moments of the keys of all `layers` in one pass that stops behind the highest.
+
+    `inputs`: of the MLPs' inputs instead, each with a 1 at its end, so that their mean is known,
+    too; position 0 is left out. Gated edits need them.
 
     Kept in `folder` (made for you in the cache if left out); an interrupted run goes on where its
     sums were last saved. `positions` bounds the tokens that run together. Refuses fewer tokens
@@ -91,6 +95,7 @@ def collect(
         folder=folder,
         positions=positions,
         progress=progress,
+        inputs=inputs,
     )
     assert found is not None
     return found
@@ -108,6 +113,7 @@ def collect_together(
     folder: str | Path | None = None,
     positions: int = 2048,
     progress: bool = True,
+    inputs: bool = False,
 ) -> Statistics | None:
     """As `collect`, by several ranks: statistics on rank 0, which keeps them, else None.
 
@@ -117,6 +123,8 @@ def collect_together(
     """
     _check_window(model, settings)
     make_editable(model.model, model.layout, layers, model_hash)
+    if inputs:
+        settings = replace(settings, count_first=False)
     manifest = Manifest(
         model=name,
         model_hash=model_hash,
@@ -126,6 +134,7 @@ def collect_together(
         settings=settings,
         dtype=str(model.model.dtype).removeprefix("torch."),
         mlp_out=model.named_matrix,
+        inputs=inputs,
     )
     ranks.agree(
         {
@@ -138,7 +147,9 @@ def collect_together(
     found = ready(folder, manifest) if ranks.first else None
     if ranks.from_first(found is not None)[0]:
         return found
-    moments, done = _resume(folder, manifest, model) if ranks.first else (_empty(model, layers), 0)
+    moments, done = (
+        _resume(folder, manifest, model) if ranks.first else (_empty(model, layers, inputs), 0)
+    )
     counted = next(iter(moments.values())).count
     done, counted = ranks.from_first([done, counted])[0]
     stream = _within_budget(_windows(model, corpus, settings), settings)
@@ -155,7 +166,7 @@ def collect_together(
     with bar:
         for number, group in enumerate(_groups(stream, done, positions)):
             if number % ranks.size == ranks.rank:
-                _add(model, moments, group, settings)
+                _add(model, moments, group, settings, inputs)
             done += len(group)
             bar.update(sum(len(window) - (not settings.count_first) for window in group))
             if not ranks.alone:
@@ -289,15 +300,16 @@ def default_folder(manifest: Manifest) -> Path:
 
 
 def find_statistics(
-    model_hash: str, layers: Sequence[int], mlp_out: str = ""
+    model_hash: str, layers: Sequence[int], mlp_out: str = "", *, inputs: bool = False
 ) -> Iterator[Statistics]:
     """Statistics of that model covering `layers`: shipped ones, then the cache's, largest first.
 
-    `mlp_out`: the path of W, where a recipe's layout names it.
+    `mlp_out`: the path of W, where a recipe's layout names it; `inputs`: as for `collect`.
     """
 
     def of_it(manifest: Manifest) -> bool:
         same = manifest.model_hash == model_hash and manifest.mlp_out == mlp_out
+        same = same and manifest.inputs == inputs
         return same and set(layers) <= set(manifest.layers)
 
     yield from Statistics.shipped(of_it)
@@ -314,12 +326,17 @@ def key_moments(
     model: EditableModel,
     token_windows: Sequence[list[int]],
     layers: Sequence[int],
+    *,
+    inputs: bool = False,
 ) -> dict[int, SecondMoment]:
-    """Second moments of the keys of `layers` on a few windows, all positions, in memory."""
-    moments = _empty(model, layers)
-    settings = StatisticsSettings()
+    """Second moments of the keys of `layers` on a few windows, all positions, in memory.
+
+    `inputs`: as for `collect`.
+    """
+    moments = _empty(model, layers, inputs)
+    settings = StatisticsSettings(count_first=not inputs)
     for group in _groups(iter(token_windows), 0, 2048):
-        _add(model, moments, group, settings)
+        _add(model, moments, group, settings, inputs)
     return moments
 
 
@@ -329,6 +346,7 @@ def _add(
     moments: dict[int, SecondMoment],
     group: Sequence[list[int]],
     settings: StatisticsSettings,
+    inputs: bool,
 ) -> None:
     for window in group:
         check_embedded(window, model.vocabulary, model.tokenizer)
@@ -337,8 +355,11 @@ def _add(
     if not settings.count_first:
         counted[:, 0] = False
     full = bool(counted.all())
-    with model.reading_keys(list(moments)) as keys:
+    reading = model.reading_inputs if inputs else model.reading_keys
+    with reading(list(moments)) as keys:
         model.run(batch, last=max(moments))
+    if inputs:
+        keys = {i: torch.cat([x, torch.ones_like(x[..., :1])], dim=-1) for i, x in keys.items()}
     for layer, moment in moments.items():
         moment.update(keys[layer] if full else keys[layer][counted.to(keys[layer].device)])
 
@@ -373,7 +394,7 @@ def _within_budget(
             return
 
 
-def _empty(model: EditableModel, layers: Sequence[int]) -> dict[int, SecondMoment]:
+def _empty(model: EditableModel, layers: Sequence[int], inputs: bool) -> dict[int, SecondMoment]:
     moments: dict[int, SecondMoment] = {}
     for layer in layers:
         module = model.mlp_out(layer)
@@ -382,6 +403,8 @@ def _empty(model: EditableModel, layers: Sequence[int]) -> dict[int, SecondMomen
         device = torch.device("cpu") if elsewhere else weight.device
         dense = not is_experts(module)
         experts, width = (0, as_out_in(module).shape[1]) if dense else count_and_width(module)
+        if inputs:
+            experts, width = 0, model.form(layer).d + 1
         moments[layer] = SecondMoment(width, experts, device=device)
     return moments
 
@@ -400,7 +423,7 @@ def _save_partial(
 def _resume(
     folder: Path, manifest: Manifest, model: EditableModel
 ) -> tuple[dict[int, SecondMoment], int]:
-    moments = _empty(model, manifest.layers)
+    moments = _empty(model, manifest.layers, manifest.inputs)
     file = folder / PARTIAL
     if not file.is_file():
         return moments, 0

@@ -62,6 +62,9 @@ class Manifest:
     """Windows read."""
     mlp_out: str = ""
     """Path of W in a block, where a recipe's layout named it; keys of another W are others."""
+    inputs: bool = False
+    """Whether they are of the inputs of MLPs with a 1 behind them, for gated edits, and not of
+    keys."""
     sources: tuple[Source, ...] = ()
     """What was added up, where statistics of several corpora were; `corpus` names them all."""
     version: str = __version__
@@ -72,7 +75,7 @@ class Manifest:
     def to_json(self) -> str:
         """As JSON text."""
         content = asdict(self)
-        for name in ("mlp_out", "sources"):
+        for name in ("mlp_out", "inputs", "sources"):
             if not content[name]:
                 del content[name]  # as in manifests from before there was one
         return json.dumps(content, indent=2)

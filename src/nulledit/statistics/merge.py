@@ -52,6 +52,7 @@ def _joined(a: Manifest, b: Manifest, first: str, second: str) -> Manifest:
         ("layers", sorted(a.layers), sorted(b.layers)),
         ("the model's dtype", a.dtype, b.dtype),
         ("the matrix W", a.mlp_out or "the usual one", b.mlp_out or "the usual one"),
+        ("of MLPs' inputs", a.inputs, b.inputs),
         ("packing", a.settings.packing, b.settings.packing),
         ("the window", a.settings.window, b.settings.window),
         ("position 0 counted", a.settings.count_first, b.settings.count_first),

@@ -41,9 +41,20 @@ class Statistics:
         m, layers = self.manifest, ", ".join(map(str, self.spectra))
         return f"<Statistics of {m.model}: layers {layers}, {m.tokens} tokens of {m.corpus}>"
 
-    def check(self, model_hash: str, layers: Sequence[int], mlp_out: str = "") -> None:
-        """Raise StatisticsError unless these are of that model and its W, and cover `layers`."""
+    def check(
+        self, model_hash: str, layers: Sequence[int], mlp_out: str = "", *, inputs: bool = False
+    ) -> None:
+        """Raise StatisticsError unless these are of that model and its W, and cover `layers`.
+
+        `inputs`: whether they are to be of the MLPs' inputs.
+        """
         m = self.manifest
+        if m.inputs != inputs:
+            raise StatisticsError(
+                f"statistics are of {'inputs' if m.inputs else 'keys'} of MLPs, the method needs "
+                f"those of {'inputs' if inputs else 'keys'}: run `nulledit stats make` "
+                f"{'with' if inputs else 'without'} --inputs"
+            )
         if m.mlp_out != mlp_out:
             raise StatisticsError(
                 f"statistics are of keys of {m.mlp_out or 'the usual matrix'}, the recipe's layout "
@@ -65,9 +76,10 @@ class Statistics:
         """One small file: all eigenvalues, and the thinner side at `thresholds` in float16."""
         tensors: dict[str, torch.Tensor] = {}
         starts: dict[str, int] = {}
+        whole = torch.float32 if self.manifest.inputs else None  # every direction is needed
         for layer, spectrum in self.spectra.items():
-            kept = spectrum.compact(thresholds[layer])
-            tensors |= spectrum_tensors(kept, layer)
+            kept = spectrum if whole else spectrum.compact(thresholds[layer])
+            tensors |= spectrum_tensors(kept, layer, whole)
             starts |= {name: part.start for name, part in kept.parts(str(layer)).items()}
         metadata = {"manifest": self.manifest.to_json(), "starts": json.dumps(starts)}
         save_alone(Path(file), tensors, metadata)

@@ -1,0 +1,172 @@
+"""Gated edits: a neuron of its own for a fact, open on its subject, closed on everything else.
+
+A linear memory answers every key in proportion to its likeness; a neuron has a threshold. For the
+MLP's input xᵢ [d] at a fact's subject, with C = E[x xᵀ] and μ = E[x] over text, the direction
+
+    gᵢ = C⁻¹xᵢ / (xᵢᵀC⁻¹xᵢ)
+
+has gᵢᵀxᵢ = 1, and text drives it less than any other such direction: E[(gᵢᵀx)²] = 1/(xᵢᵀC⁻¹xᵢ).
+With s = gᵢᵀx and the MLP's own activation φ the unit gives
+
+    a(x) = φ(β(s − θ)) s / φ(β(1 − θ))    in a gated MLP,
+    a(x) = φ(β(s − θ))                    in a plain one,
+
+and next to nothing where s stays below θ. Where the MLP has no bias to hold the threshold,
+c = C⁻¹μ/(μᵀC⁻¹μ) stands for a constant 1: normed states carry constant directions, so cᵀx ≈ 1 on
+text. Columns r of all facts together write what each lacks: the n × n solve of `solve_columns`.
+
+Relatives: T-Patcher (arXiv:2301.09785) trains such neurons in the last block by gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nulledit.config import check_not_negative, check_positive
+from nulledit.errors import ConfigError
+from nulledit.linalg.spectrum import Spectrum
+from nulledit.methods.registry import Gate
+
+Activation = Callable[[Tensor], Tensor]
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": functional.relu,
+    "relu2": lambda x: functional.relu(x).square(),
+}
+"""Activations φ of MLPs, by name."""
+CONSTANT = 0.99
+"""μᵀC⁻¹μ below which text has no constant direction that could hold a threshold."""
+SMALLEST = 1e-6
+"""Of the median eigenvalue of C, below which none is taken: a layer norm leaves a direction out of
+all its states, and 1/0 there would make much of their rounding."""
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """How neurons are made."""
+
+    sharpness: float = 20.0
+    """β: how steeply a gate opens."""
+    threshold: float = 0.5
+    """θ, from 0 to below 1: the share of its own subject's drive at which a gate opens."""
+    ridge: float = 0.05
+    """λ: keeps the columns small of neurons that open on each other's subjects."""
+    widening: float = 0.1
+    """Weight in C of the facts' own second moment, which tells like subjects apart."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "sharpness")
+        check_not_negative(self, "threshold", "ridge", "widening")
+        if self.threshold >= 1:
+            raise ConfigError(
+                f"method.threshold is {self.threshold}; expected a share below 1, or the gate "
+                "stays closed on its own subject"
+            )
+
+
+@dataclass(frozen=True)
+class UnitForm:
+    """What a unit of an MLP is, as far as its formula goes."""
+
+    activation: str
+    """Name of φ."""
+    biased: bool
+    """Whether what φ is applied to has a bias."""
+    gated: bool
+    """Whether φ's result is multiplied by a second factor."""
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """n units of an MLP."""
+
+    rows: Tensor
+    """[n, d]: what φ is applied to."""
+    biases: Tensor | None
+    """[n]; None where the MLP has none there."""
+    factors: Tensor | None
+    """[n, d]: the second factor of a gated MLP; None in a plain one."""
+    columns: Tensor
+    """Of W [d_out, n]."""
+
+    def units(self, inputs: Tensor, activation: str) -> Tensor:
+        """What they give for `inputs` X [d, tokens]: [n, tokens], in the inputs' dtype."""
+        driven = self.rows.to(inputs) @ inputs
+        if self.biases is not None:
+            driven = driven + self.biases.to(inputs)[:, None]
+        found = ACTIVATIONS[activation](driven)
+        return found if self.factors is None else found * (self.factors.to(inputs) @ inputs)
+
+
+def moments_of(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
+    """C [d, d] and μ [d] of the spectrum of inputs with a 1 at their end, float64."""
+    block = spectrum.whole()
+    values = block.eigenvalues.clamp_min(SMALLEST * float(block.eigenvalues.median()))
+    vectors = block.eigenvectors.double()
+    joined = (vectors * values) @ vectors.mT
+    return joined[:-1, :-1] / joined[-1, -1], joined[:-1, -1] / joined[-1, -1]
+
+
+def gated_neurons(
+    inputs: Tensor,
+    targets: Tensor,
+    moment: Tensor,
+    mean: Tensor,
+    form: UnitForm,
+    settings: GateSettings,
+) -> Neurons:
+    """Neurons that write `targets` T [d_out, n] at the facts' `inputs` X [d, n], float64.
+
+    `moment` C [d, d] and `mean` μ [d] are those of the MLP's inputs over text, position 0 left out.
+    """
+    X, n = inputs.double(), inputs.shape[1]
+    beta, theta = settings.sharpness, settings.threshold
+    solved = torch.linalg.solve(moment + settings.widening * X @ X.mT / n, X)
+    directions = solved / (X * solved).sum(0)  # [d, n]
+    shift = torch.zeros_like(mean)
+    if not form.biased:
+        inverse = torch.linalg.solve(moment, mean)
+        constant = float(mean @ inverse)
+        if constant >= CONSTANT:
+            shift = theta * inverse / constant
+        else:
+            theta = 0.0  # no threshold: the gate closes by its steepness alone
+    activation = ACTIVATIONS[form.activation]
+    opening = float(activation(torch.tensor(beta * (1 - theta), dtype=torch.float64)))
+    open_neurons = Neurons(
+        rows=beta * (directions - shift[:, None]).mT,
+        biases=X.new_full((n,), -beta * theta) if form.biased else None,
+        factors=directions.mT / opening if form.gated else None,
+        columns=X.new_zeros(len(targets), n),
+    )
+    scale = 1.0 if form.gated else opening
+    activations = open_neurons.units(X, form.activation).mT / scale
+    columns = solve_columns(activations, targets.double(), settings.ridge) / scale
+    return Neurons(open_neurons.rows, open_neurons.biases, open_neurons.factors, columns)
+
+
+def solve_columns(activations: Tensor, targets: Tensor, ridge: float) -> Tensor:
+    """Columns r [d_out, n] of neurons that together write `targets` T [d_out, n].
+
+    argmin ‖r Aᵀ − T‖² + λ‖r‖² for `activations` A [n, n], A[i, j] what neuron j gives on fact i.
+    """
+    system = activations.mT @ activations
+    system.diagonal().add_(ridge)
+    return torch.linalg.solve(system, activations.mT @ targets.mT).mT
+
+
+GATED = Gate(
+    name="gated",
+    about="a neuron of its own for each fact, closed on everything else",
+    paper="docs/methods/gated.md",
+    settings=GateSettings,
+)

@@ -1,0 +1,191 @@
+"""Gated edits: the formula, undo to the bit, facts that do not see each other."""
+
+import pytest
+import torch
+from support.models import RECIPE, build_model, statistics_of
+from transformers import AutoModelForCausalLM
+
+from nulledit import Editor
+from nulledit.errors import ConfigError, LedgerError, ModelError, StatisticsError
+from nulledit.methods.gates import ACTIVATIONS, GateSettings, UnitForm, gated_neurons
+from nulledit.models.load import model_hash
+from nulledit.runs.verify import verify
+
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
+GATED = RECIPE.with_fields({"method.name": "gated", "layers": [1]})
+
+
+def editor_of(model, tokenizer, recipe=GATED, **more):
+    statistics = statistics_of(model, tokenizer, layers=(1,), inputs=True)
+    return Editor(model, tokenizer, recipe=recipe, statistics=statistics, **more)
+
+
+def bits(model):
+    return {name: t.clone() for name, t in model.state_dict().items()}
+
+
+def same_bits(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_every_architecture_is_edited_and_undone_to_the_bit(architecture, tokenizer, facts):
+    model = build_model(architecture)
+    before = bits(model)
+    if architecture in EXPERTS:
+        with pytest.raises(ModelError, match="can't be given neurons"):
+            editor_of(model, tokenizer)
+        return
+    editor = editor_of(model, tokenizer)
+    editor.edit(facts[:2])
+    two = bits(model)
+    editor.edit(facts[2:])
+    editor.undo(*(f.id for f in facts[2:]))
+    assert same_bits(bits(model), two)
+    editor.redo()
+    editor.restore()
+    assert same_bits(bits(model), before)
+
+
+def test_a_run_is_saved_loaded_and_gone_on_with(architecture, tokenizer, facts, tmp_path):
+    if architecture in EXPERTS:
+        return
+    model = build_model(architecture)
+    base = model_hash(model)
+    editor = editor_of(model, tokenizer)
+    editor.edit(facts[:3])
+    editor.save(tmp_path)
+    edited = bits(model)
+    other = Editor.load(tmp_path)
+    assert same_bits(bits(other.model), edited)
+    with other.base_weights():
+        assert model_hash(other.model) == base
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float64).eval()
+    ids = torch.tensor([[3, 14, 15, 92, 65]])
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, model(ids).logits, rtol=1e-9, atol=1e-9)
+    other.edit(facts[3:])
+    editor.detach()
+    editor.edit(facts[3:])
+    for name, tensor in bits(model).items():
+        found = other.model.state_dict()[name]
+        torch.testing.assert_close(found, tensor, rtol=1e-6, atol=1e-7)  # values by descent
+    other.save(tmp_path)
+    assert verify(tmp_path).problems == []
+    other.restore()
+    other.save(tmp_path)
+    assert verify(tmp_path).problems == []
+
+
+def dense(inputs, targets, moment, mean, form, beta, theta, ridge, widening):
+    """The formula, neuron by neuron: what the block adds at any x."""
+    n = inputs.shape[1]
+    phi = ACTIVATIONS[form.activation]
+    C = moment + widening / n * sum(torch.outer(x, x) for x in inputs.T)
+    inverse = torch.linalg.inv(C)
+    directions = [inverse @ x / (x @ inverse @ x) for x in inputs.T]
+    constant = torch.linalg.inv(moment) @ mean
+    constant = constant / (mean @ constant)
+    opening = phi(torch.tensor(beta * (1 - theta)).double())
+
+    def unit(g, x):
+        s = g @ x
+        at = theta if form.biased else theta * (constant @ x)
+        return phi(beta * (s - at)) * (s / opening if form.gated else 1 / opening)
+
+    A = torch.stack([torch.stack([unit(g, x) for g in directions]) for x in inputs.T])
+    r = torch.linalg.inv(A.T @ A + ridge * torch.eye(n).double()) @ A.T @ targets.T
+    return lambda x: sum(unit(g, x) * row for g, row in zip(directions, r, strict=True))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("biased", "gated"), [(True, False), (False, False), (False, True)])
+def test_neurons_are_the_formula(activation, biased, gated):
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    text = drawn(7, 300) + 3 * torch.eye(7, dtype=torch.float64)[:, :1]  # a constant direction
+    text[0] = 3.0
+    moment, mean = text @ text.T / 300, text.mean(1)
+    form, settings = UnitForm(activation, biased, gated), GateSettings(6.0, 0.3, 0.02, 0.1)
+    inputs, targets = text[:, :4] * 1.1, drawn(5, 4)
+    found = gated_neurons(inputs, targets, moment, mean, form, settings)
+    expected = dense(inputs, targets, moment, mean, form, 6.0, 0.3, 0.02, 0.1)
+    for x in text[:, :20].T:
+        given = found.columns @ found.units(x[:, None], activation)[:, 0]
+        torch.testing.assert_close(given, expected(x), rtol=1e-8, atol=1e-8)
+
+
+def test_a_threshold_needs_a_constant_or_a_bias():
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randn(5, 400, generator=generator, dtype=torch.float64)
+    moment, mean = text @ text.T / 400, text.mean(1)  # no direction is constant
+    form, settings = UnitForm("silu", False, True), GateSettings()
+    found = gated_neurons(text[:, :2], text[:, 5:7], moment, mean, form, settings)
+    solved = torch.linalg.solve(moment + settings.widening / 2 * text[:, :2] @ text[:, :2].T,
+                                text[:, :2])  # fmt: skip
+    directions = solved / (text[:, :2] * solved).sum(0)
+    torch.testing.assert_close(found.rows, settings.sharpness * directions.T)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # others have parts in float32
+def test_order_and_batches_mean_nothing(family, tokenizer, facts, tmp_path):
+    found = []
+    for batches in ([facts], [facts[2:], facts[:2]], [[f] for f in reversed(facts)]):
+        model = build_model(family)
+        editor = editor_of(model, tokenizer, value_cache=tmp_path)
+        for batch in batches:
+            editor.edit(batch, shuffle=False)
+        keys = torch.randn(16, 50, generator=torch.Generator().manual_seed(1)).double()
+        found.append(editor.weights.edit(1).answer(keys))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-10, atol=1e-10)
+
+
+def test_a_fact_taken_out_leaves_what_the_others_alone_would_be(tokenizer, facts):
+    editor = editor_of(build_model("llama"), tokenizer)
+    editor.edit(facts)
+    editor.undo(facts[1].id)
+    alone = editor_of(build_model("llama"), tokenizer)
+    alone.edit([facts[0], *facts[2:]], shuffle=False)
+    inputs = torch.randn(16, 50, generator=torch.Generator().manual_seed(1)).double()
+    torch.testing.assert_close(
+        editor.weights.edit(1).answer(inputs), alone.weights.edit(1).answer(inputs),
+        rtol=1e-5, atol=1e-8,
+    )  # fmt: skip
+
+
+def test_what_changed_by_hand_is_noticed(tokenizer, facts):
+    editor = editor_of(build_model("llama"), tokenizer)
+    editor.edit(facts[:2])
+    mlp = editor.model.model.layers[1].mlp
+    for matrix in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+        for row in (0, -1):  # the block's own, and a neuron's
+            before = matrix.weight.data[row, row].clone()
+            matrix.weight.data[row, row] += 1
+            with pytest.raises(LedgerError, match="was changed by something else"):
+                editor.edit(facts[2:])
+            matrix.weight.data[row, row] = before
+    editor.edit(facts[2:])
+
+
+def test_gates_are_refused_what_they_can_not_do(tokenizer, facts):
+    model = build_model("llama")
+    for change, words in (
+        ({"method.projection": "inside"}, "gated has no projection"),
+        ({"values.chunk_tokens": 3}, "gated writes whole targets"),
+        ({"method.threshold": 1.0}, "method.threshold is 1.0; expected a share below 1"),
+        ({"method.sharpness": 0}, "sharpness"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            editor_of(model, tokenizer, GATED.with_fields(change))
+    with pytest.raises(StatisticsError, match="statistics are of keys of MLPs"):
+        Editor(model, tokenizer, recipe=GATED, statistics=statistics_of(model, tokenizer)).edit(
+            facts
+        )
+    editor = editor_of(model, tokenizer)
+    editor.edit(facts[:1])
+    editor.next_epoch(RECIPE, statistics=statistics_of(model, tokenizer))
+    with pytest.raises(ConfigError, match="can't be in one run"):
+        editor.edit(facts[1:])
