@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from nulledit.config import MethodSettings, Recipe, read_settings
+from nulledit.config import MethodSettings, Recipe
 from nulledit.data.facts import suggest
 from nulledit.errors import ConfigError
+from nulledit.io.settings import read_settings
 from nulledit.linalg.solve import solve_update
 from nulledit.methods.problem import LayerProblem
 
