@@ -22,7 +22,6 @@ from nulledit.io.settings import (
     Whole,
     checked,
     load_settings,
-    number_of,
     read_settings,
     shipped,
     shown,
@@ -354,11 +353,7 @@ def _with_constants(method: Mapping[str, Any]) -> dict[str, Any]:
     if "constants" in method:
         raise ConfigError(unknown("method.constants", ("name", "projection")))
     own = {key: method[key] for key in ("name", "projection") if key in method}
-    constants = {
-        key: tuple(value) if isinstance(value, list) else number_of(value)
-        for key, value in method.items()
-        if key not in own
-    }
+    constants = {key: value for key, value in method.items() if key not in own}
     return {**own, "constants": constants}  # which the method itself checks
 
 

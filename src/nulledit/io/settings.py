@@ -5,6 +5,7 @@ pydantic is imported with the first value to check: commands that read only a le
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import os
@@ -36,9 +37,20 @@ class Expected:
     A list is a tuple's value, as YAML has no tuples.
     """
 
-    def __init__(self, words: str = "", test: Callable[[Any], Any] | None = None, **bounds: Any):
-        """`words` say what is expected, none: what pydantic says; `bounds` are pydantic's."""
-        self.words, self.test, self.bounds = words, test, bounds
+    def __init__(
+        self,
+        words: str = "",
+        test: Callable[[Any], Any] | None = None,
+        *,
+        whole: bool = True,
+        **bounds: Any,
+    ):
+        """`words` say what is expected; `bounds` are pydantic's.
+
+        Without words, or where not the `whole` value is meant by them, pydantic names the part
+        of the value that is wrong.
+        """
+        self.words, self.test, self.whole, self.bounds = words, test, whole, bounds
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
         """pydantic's schema of the field, with these bounds, test and words."""
@@ -46,32 +58,31 @@ class Expected:
 
         schema = handler(source) | self.bounds
         if schema["type"] == "float":
-            schema = core_schema.no_info_before_validator_function(number_of, schema)
+            schema = core_schema.no_info_before_validator_function(from_yaml, schema)
         elif schema["type"] == "tuple":
             schema["strict"] = False
         if self.test:
             schema = core_schema.no_info_after_validator_function(self._tested, schema)
-        if self.words:
+        if self.words and self.whole:
             schema = core_schema.custom_error_schema(
                 schema, "expected", custom_error_message=self.words
             )
         return schema
 
     def _tested(self, value: Any) -> Any:
-        assert self.test
-        if not self.test(value):
-            raise ValueError
+        from pydantic_core import PydanticCustomError
+
+        if self.test and not self.test(value):
+            raise PydanticCustomError("expected", self.words or "another value")
         return value
 
 
-def number_of(value: Any) -> Any:
-    """The number that a text says, anything else as it is: YAML 1.1 reads 2e-2 as text."""
+def from_yaml(value: Any) -> Any:
+    """A value as it is meant: YAML 1.1 reads 2e-2 as text, and has lists where we have tuples."""
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError):
             return float(value)
-        except ValueError:
-            pass
-    return value
+    return tuple(value) if isinstance(value, list) else value
 
 
 Number = Annotated[float, Expected("a number")]
@@ -98,11 +109,11 @@ def checked(cls: type[T]) -> type[T]:
 
         _validate(cls, ArgsKwargs(args, given), "", self_instance=self)
 
-    _configure(cls).__init__ = __init__
+    _configured(cls).__init__ = __init__
     return cls
 
 
-def _configure(cls: Any) -> Any:
+def _configured(cls: Any) -> Any:
     """Tell pydantic how to check the dataclass."""
 
     def schema_of(_: type, source: Any, handler: Callable[[Any], Any]) -> Any:
@@ -121,15 +132,20 @@ def read_settings(cls: type[T], data: Any, where: str = "") -> T:
     return _validate(cls, dict(data) if isinstance(data, Mapping) else data, where)
 
 
+def json_schema(cls: type) -> dict[str, Any]:
+    """The JSON Schema of settings as a file holds them."""
+    return _adapter(cls).json_schema()
+
+
 @functools.cache
-def adapter(cls: Any) -> TypeAdapter[Any]:
+def _adapter(cls: Any) -> TypeAdapter[Any]:
     """What checks values of the type `cls`, made once."""
     from pydantic import ConfigDict, TypeAdapter
 
     if not isinstance(cls, type):
         return TypeAdapter(cls, config=typing.cast(ConfigDict, CONFIG))
     if not hasattr(cls, "__pydantic_config__"):
-        _configure(cls)  # a plain dataclass, as another package's may be
+        _configured(cls)  # a plain dataclass, as another package's may be
     return TypeAdapter(cls)
 
 
@@ -137,35 +153,39 @@ def _validate(cls: Any, data: Any, where: str, **how: Any) -> Any:
     from pydantic import ValidationError
 
     try:
-        return adapter(cls).validator.validate_python(data, **how)
+        return _adapter(cls).validator.validate_python(data, **how)
     except ValidationError as error:
-        raise ConfigError(_line(error, cls, where)) from None
+        raise ConfigError(problem(error, cls, where)) from None
 
 
-def _line(error: ValidationError, cls: type, where: str) -> str:
+def problem(error: ValidationError, cls: Any, where: str = "") -> str:
     """The first thing that is wrong: the field, what was found and what was expected."""
     found = error.errors(include_url=False)[0]
-    *path, last = found["loc"] or ("",)
-    name = where + ".".join(part for part in found["loc"] if isinstance(part, str))
-    if found["type"] in ("unexpected_keyword_argument", "invalid_key"):
-        return unknown(name or shown(last), _names(cls, path))
-    if found["type"] == "missing":
+    kind, place = found["type"], found["loc"]
+    name = where + ".".join(part for part in place if isinstance(part, str))  # without indices
+    if kind == "invalid_key":
+        return unknown(f"{name}.{shown(place[-1])}".removeprefix("."), _names(cls, place[:-1]))
+    if kind == "unexpected_keyword_argument":
+        return unknown(name, _names(cls, place[:-1]))
+    name = one_line(name, 100) or where.removesuffix(".") or "what is given"
+    if kind == "missing":
         return f"{name} is missing"
-    words = _WORDS.get(found["type"], found["msg"].removeprefix("Input should be "))
-    choices = found.get("ctx", {}).get("expected", "").replace("'", "").replace(" or ", ", ")
-    name = name or where.removesuffix(".") or "what is given"
-    return f"{name} is {shown(found['input'])}; expected {words.replace('CHOICES', choices)}"
+    words = _WORDS.get(kind, found["msg"].removeprefix("Input should be "))
+    if kind == "literal_error":
+        words += found["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
+    return f"{name} is {shown(found['input'])}; expected {words}"
 
 
 _WORDS = {
     "bool_type": "true or false",
     "dataclass_type": "named settings",
-    "dict_type": "named settings",
+    "dict_type": "named values",
     "finite_number": "a number",
     "float_type": "a number",
     "int_type": "a whole number",
-    "literal_error": "one of CHOICES",
-    "mapping_type": "named settings",
+    "list_type": "a list",
+    "literal_error": "one of ",
+    "mapping_type": "named values",
     "string_type": "text",
     "tuple_type": "a list",
 }

@@ -1,129 +1,136 @@
-"""Whether the JSON of a run's folder, which may come from anywhere, is what pages are made of."""
+"""What the JSON of a run's folder must look like, which may come from anywhere."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from nulledit.evaluation.measures import OF_FACTS
-from nulledit.io.shapes import (
-    has,
-    is_bool,
-    is_measured,
-    is_object,
-    is_shallow,
-    is_text,
-    is_whole,
-    list_of,
-    named,
-    or_none,
-)
-from nulledit.io.untrusted import is_number
+from nulledit.io.settings import Expected, Whole
+from nulledit.io.shapes import Finite, Measured, misfit
+
+Environments = list[dict[str, Any]]
+"""The content of `environment.json`."""
 
 
-def is_summary(value: Any) -> bool:
+def _is_row(row: dict[str, Any]) -> bool:
+    return all(not isinstance(value, str) or name == "answer" for name, value in row.items()) and (
+        isinstance(row.get("answer"), str | None)
+    )
+
+
+_Row = Annotated[
+    dict[str, str | bool | Measured], Expected("a fact's measures and its answer", _is_row)
+]
+
+
+class _Cause(TypedDict):
+    name: str
+
+
+class _Diagnosis(TypedDict):
+    line: str
+    causes: list[_Cause]
+
+
+class Line(TypedDict):
+    """One line of `results.jsonl`; lines from before it was looked for have no diagnosis."""
+
+    id: str
+    run: Whole
+    column: Whole
+    prompt: str
+    target: str
+    before: _Row | None
+    after: _Row | None
+    says_target: bool | None
+    diagnosis: NotRequired[_Diagnosis | None]
+
+
+class _Estimate(TypedDict):
+    mean: Measured
+    standard_error: Measured
+    n: Whole
+
+
+class _Perplexity(TypedDict):
+    value: Measured
+    standard_error: Measured
+    tokens: Whole
+
+
+class _Kl(_Perplexity):
+    worst_share: Measured
+
+
+class _Evaluation(TypedDict):
+    rates: dict[str, _Rate | None]
+    perplexity: NotRequired[_Perplexity | None]
+    kl: NotRequired[_Kl | None]
+
+
+def _has_measures(side: Any) -> bool:
+    """No measure is called as the answer of a fact's row is."""
+    each = [side.get(measure.name) for measure in OF_FACTS]
+    return "answer" not in side["rates"] and not misfit(list[_Rate | None], each)
+
+
+_Rate = Annotated[_Estimate, Expected("no more", lambda rate: len(rate) == 3, whole=False)]
+_Side = Annotated[_Evaluation, Expected("rates of its measures", _has_measures, whole=False)]
+
+
+class _Other(TypedDict):
+    before: _Side
+    after: _Side
+
+
+class _Layer(TypedDict):
+    layer: Whole
+    protected: Whole
+    d_in: Whole
+    update_share: Measured
+    free_share: Measured
+    rounding_share: Measured
+    error: NotRequired[Measured]
+    error_standard_error: NotRequired[Measured]
+    free_share_error: NotRequired[Measured]
+
+
+class _Edit(TypedDict):
+    run: Whole
+    time: str
+    facts: Whole
+    known: Whole | None
+    batches: list[Whole]
+    before: _Side | None
+    after: _Side | None
+    text: str | None
+    layers: list[_Layer]
+    seconds: dict[str, Finite]
+    notices: list[str]
+    others: NotRequired[dict[str, _Other]]
+
+
+def _belongs_together(edit: Any) -> bool:
+    """Of chat prompts, `others` says of the same facts asked otherwise, `asked` how they were."""
+    asked = not edit.get("others") or isinstance(edit.get("asked"), str)
+    both = (edit["before"] is None) == (edit["after"] is None)
+    return asked and both and len(edit["batches"]) in (0, 2)
+
+
+class _Base(TypedDict):
+    model: str | None
+    hash: str
+    dtype: str
+
+
+class Summary(TypedDict):
     """The content of `summary.json`."""
-    base = has(model=or_none(is_text), hash=is_text, dtype=is_text)
-    return is_shallow(value) and has(
-        version=is_text,
-        state=is_text,
-        base=base,
-        facts=is_whole,
-        batches=is_whole,
-        runs=list_of(_is_run),
-    )(value)
 
-
-def is_line(value: Any) -> bool:
-    """One line of `results.jsonl`."""
-    return (
-        is_shallow(value)
-        and has(
-            id=is_text,
-            run=is_whole,
-            column=is_whole,
-            prompt=is_text,
-            target=is_text,
-            before=or_none(_is_row),
-            after=or_none(_is_row),
-            says_target=or_none(is_bool),
-        )(value)
-        and or_none(_is_diagnosis)(value.get("diagnosis"))
-    )
-
-
-def _is_diagnosis(value: Any) -> bool:
-    """Why a fact does not hold; lines from before it was looked for have none."""
-    return has(line=is_text, causes=list_of(has(name=is_text)))(value)
-
-
-def is_environment(value: Any) -> bool:
-    """The content of `environment.json`."""
-    return is_shallow(value) and list_of(is_object)(value)
-
-
-def _is_run(value: Any) -> bool:
-    return (
-        has(
-            run=is_whole,
-            time=is_text,
-            facts=is_whole,
-            known=or_none(is_whole),
-            batches=list_of(is_whole),
-            before=or_none(_is_side),
-            after=or_none(_is_side),
-            text=or_none(is_text),
-            layers=list_of(_is_layer),
-            seconds=named(is_number),
-            notices=list_of(is_text),
-        )(value)
-        and _are_others(value)
-        and len(value["batches"]) in (0, 2)
-        and (value["before"] is None) == (value["after"] is None)
-    )
-
-
-def _are_others(run: Mapping[str, Any]) -> bool:
-    """What a run of chat prompts says of the same facts asked otherwise; nothing of plain text."""
-    others = run.get("others", {})
-    sides = has(before=_is_side, after=_is_side)
-    return named(sides)(others) and (not others or is_text(run.get("asked")))
-
-
-def _is_side(value: Any) -> bool:
-    """Summary of an evaluation. No measure is called as the answer of a fact's row is."""
-    rates = named(or_none(_is_rate))
-    text = has(value=is_measured, standard_error=is_measured, tokens=is_whole)
-    shares = dict.fromkeys(("value", "standard_error", "worst_share"), is_measured)
-    kl = has(**shares, tokens=is_whole)
-    names = [measure.name for measure in OF_FACTS]
-    return (
-        has(rates=rates)(value)
-        and "answer" not in value["rates"]
-        and all(or_none(_is_rate)(value.get(name)) for name in names)
-        and or_none(text)(value.get("perplexity"))
-        and or_none(kl)(value.get("kl"))
-    )
-
-
-def _is_rate(value: Any) -> bool:
-    known = {"mean": is_measured, "standard_error": is_measured, "n": is_whole}
-    return has(**known)(value) and set(value) == set(known)
-
-
-def _is_layer(value: Any) -> bool:
-    shares = ("update_share", "free_share", "rounding_share")
-    rest = ("error", "error_standard_error", "free_share_error")
-    return (
-        has(layer=is_whole, protected=is_whole, d_in=is_whole)(value)
-        and has(**dict.fromkeys(shares, is_measured))(value)
-        and all(is_measured(value.get(name)) for name in rest)
-    )
-
-
-def _is_row(value: Any) -> bool:
-    """A fact's measures, and its answer."""
-    return isinstance(value, Mapping) and all(
-        or_none(is_text)(v) if name == "answer" else is_bool(v) or is_measured(v)
-        for name, v in value.items()
-    )
+    version: str
+    state: str
+    base: _Base
+    facts: Whole
+    batches: Whole
+    runs: list[Annotated[_Edit, Expected("what belongs together", _belongs_together, whole=False)]]
