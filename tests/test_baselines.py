@@ -435,7 +435,7 @@ def test_without_peft_the_error_says_what_to_install(tiny_model, tokenizer, fact
         ({"stop_loss": -1}, "stop_loss is -1"),
         ({"rank": 1.5}, "expected a whole number"),
         ({"targets": ()}, "targets is"),
-        ({"targets": ("heads",)}, "expected some of attention, mlp, mlp_out"),
+        ({"targets": ("heads",)}, "expected one of attention, mlp, mlp_out"),
         ({"layers": ()}, "expected some blocks"),
     ],
 )

@@ -455,7 +455,7 @@ def test_a_size_is_refused_before_it_is_read(delta, monkeypatch):
         ({"base_hash": "../../etc/passwd"}, "base_hash is .*; expected a SHA-256"),
         ({"dtype": "object"}, "dtype is 'object'; expected one of"),
         ({"dtype": ["float32"]}, "dtype is .*; expected one of"),
-        ({"facts": [1]}, "facts is .*; expected a list of ids"),
+        ({"facts": [1]}, "facts is 1; expected text"),
         ({"bytes": True}, "bytes is True; expected a whole number"),
         ({"sha256": None}, "sha256 is None; expected a SHA-256"),
     ],

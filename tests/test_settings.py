@@ -5,7 +5,7 @@ import json
 import re
 import typing
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -18,9 +18,9 @@ from nulledit.config import Recipe, load_recipe, shipped_recipes
 from nulledit.errors import ConfigError
 from nulledit.io.settings import (
     Count,
-    Expected,
     Number,
     OneSlot,
+    Several,
     checked,
     load_settings,
     read_settings,
@@ -43,7 +43,7 @@ class Inner:
 @dataclass(frozen=True)
 class Outer:
     inner: Inner = dataclasses.field(default_factory=Inner)
-    several: Annotated[tuple[Inner, ...], Expected()] = ()
+    several: Several[Inner] = ()
     kind: Literal["a", "b"] = "a"
     on: bool = False
     may: Inner | None = None

@@ -15,10 +15,10 @@ from nulledit.errors import ConfigError
 from nulledit.io.settings import (
     Count,
     Expected,
-    Integers,
     NotNegative,
     OneSlot,
     Positive,
+    Several,
     Whole,
     checked,
     load_settings,
@@ -29,8 +29,6 @@ from nulledit.io.settings import (
 )
 from nulledit.io.untrusted import is_number, parse_yaml
 
-Contexts = Annotated[tuple[OneSlot, ...], Expected()]
-Words = Annotated[tuple[str, ...], Expected("a list of words")]
 ModulePath = Annotated[
     str,
     Expected(
@@ -128,9 +126,9 @@ class ContextSettings:
     """Number of sampled prefixes beside the bare prompt."""
     tokens: Whole = 10
     """Length of each, in tokens."""
-    starts: Words = ("The", "Therefore", "Because", "I", "You")
+    starts: Several[str] = ("The", "Therefore", "Because", "I", "You")
     """First words, used in turn (as published)."""
-    texts: Contexts = ()
+    texts: Several[OneSlot] = ()
     """Given contexts with one `{}` each, the bare "{}" first, instead of sampled ones."""
     bare_weight: Annotated[float, Expected("a number from 0 to 1", ge=0, le=1)] = 0.5
     """Weight of the bare prompt in the mean key; the others share the rest."""
@@ -233,7 +231,7 @@ class Recipe:
     kind: ClassVar[str] = "recipe"
     folder: ClassVar[str] = "recipes"
 
-    layers: Integers = ()
+    layers: Several[int] = ()
     """Edited blocks, ascending from 0; z is optimised behind the last. Empty: five by depth."""
     method: MethodSettings = field(default_factory=MethodSettings)
     """The solve."""

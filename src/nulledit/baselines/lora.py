@@ -30,7 +30,7 @@ from nulledit.data.facts import Fact, quote
 from nulledit.editing.contexts import make_contexts
 from nulledit.editing.values import plan_rows
 from nulledit.errors import FactError, ModelError
-from nulledit.io.settings import Count, Expected, NotNegative, Positive, Whole, checked
+from nulledit.io.settings import Count, Expected, NotNegative, Positive, Several, Whole, checked
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import differentiating, frozen
 from nulledit.models.tokens import (
@@ -44,8 +44,8 @@ ACCELERATOR_POSITIONS = 8192
 Progress = Callable[[str, int, int], None]
 
 
-Blocks = Annotated[tuple[int, ...], Expected("some blocks, or None for all", bool)]
-Targets = Annotated[tuple[Target, ...], Expected(f"some of {', '.join(get_args(Target))}", bool)]
+Blocks = Annotated[Several[int], Expected("some blocks, or None for all", bool)]
+Targets = Annotated[Several[Target], Expected(f"some of {', '.join(get_args(Target))}", bool)]
 
 
 @checked

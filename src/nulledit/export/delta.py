@@ -26,7 +26,7 @@ from nulledit.export.updates import (
     write_json,
 )
 from nulledit.io.files import replacing_folder, sha256_of
-from nulledit.io.settings import Count, Expected, checked, read_settings
+from nulledit.io.settings import Count, Expected, Several, checked, read_settings
 from nulledit.io.untrusted import MAX_DOCUMENT, parse_json, read_text
 from nulledit.models.layouts import as_out_in, as_stored
 from nulledit.models.load import model_hash
@@ -92,9 +92,9 @@ class Manifest:
     """`model_hash` of the run's model; the result's own if they are the same to the bit."""
     dtype: Dtype
     """Of the factors."""
-    layers: Annotated[tuple[DeltaLayer, ...], Expected("some layers", bool, whole=False)]
+    layers: Annotated[Several[DeltaLayer], Expected("some layers", bool)]
     """In order."""
-    facts: Annotated[tuple[str, ...], Expected("a list of ids")]
+    facts: Several[str]
     """Ids of the facts in it."""
     sha256: Hash
     """Of the tensor file."""

@@ -32,48 +32,32 @@ CONFIG: dict[str, Any] = {
 
 
 class Expected:
-    """What a field's value must be, as `Annotated[float, Expected("a number above 0", gt=0)]`.
+    """What a field's value must be, as `Annotated[float, Expected("a number above 0", gt=0)]`."""
 
-    A list is a tuple's value, as YAML has no tuples.
-    """
-
-    def __init__(
-        self,
-        words: str = "",
-        test: Callable[[Any], Any] | None = None,
-        *,
-        whole: bool = True,
-        **bounds: Any,
-    ):
-        """`words` say what is expected; `bounds` are pydantic's.
-
-        Without words, or where not the `whole` value is meant by them, pydantic names the part
-        of the value that is wrong.
-        """
-        self.words, self.test, self.whole, self.bounds = words, test, whole, bounds
+    def __init__(self, words: str = "", test: Callable[[Any], Any] = lambda _: True, **bounds: Any):
+        """`bounds` are pydantic's; of lists and mappings pydantic says which part is wrong."""
+        self.words, self.test, self.bounds = words, test, bounds
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
         """pydantic's schema of the field, with these bounds, test and words."""
         from pydantic_core import core_schema
 
         schema = handler(source) | self.bounds
-        if schema["type"] == "float":
+        kind = schema["type"]
+        if kind == "float":
             schema = core_schema.no_info_before_validator_function(from_yaml, schema)
-        elif schema["type"] == "tuple":
+        elif kind == "tuple":
             schema["strict"] = False
-        if self.test:
-            schema = core_schema.no_info_after_validator_function(self._tested, schema)
-        if self.words and self.whole:
-            schema = core_schema.custom_error_schema(
-                schema, "expected", custom_error_message=self.words
-            )
-        return schema
+        schema = core_schema.no_info_after_validator_function(self._tested, schema)
+        if kind not in ("any", "float", "int", "str", "union"):
+            return schema
+        return core_schema.custom_error_schema(schema, "expected", custom_error_message=self.words)
 
     def _tested(self, value: Any) -> Any:
         from pydantic_core import PydanticCustomError
 
-        if self.test and not self.test(value):
-            raise PydanticCustomError("expected", self.words or "another value")
+        if not self.test(value):
+            raise PydanticCustomError("expected", self.words)
         return value
 
 
@@ -91,7 +75,7 @@ NotNegative = Annotated[float, Expected("a number, 0 or more", ge=0)]
 Share = Annotated[float, Expected("a share above 0, at most 1", gt=0, le=1)]
 Whole = Annotated[int, Expected("a whole number from 0, below 2^63", ge=0, lt=2**63)]
 Count = Annotated[int, Expected("a whole number from 1, below 2^63", ge=1, lt=2**63)]
-Integers = Annotated[tuple[int, ...], Expected("a list of whole numbers")]
+Several = Annotated[tuple[T, ...], Expected()]
 OneSlot = Annotated[str, Expected("a text with exactly one {}", lambda text: text.count("{}") == 1)]
 
 

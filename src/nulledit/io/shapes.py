@@ -1,10 +1,10 @@
-"""What JSON from elsewhere must look like: typed dicts that pydantic compares it with."""
+"""What JSON from elsewhere must look like: types, put together, that pydantic compares it with."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired, cast
 
 from nulledit.io.settings import CONFIG, Expected, problem
 from nulledit.io.untrusted import is_number
@@ -20,11 +20,40 @@ Measured = Finite | None
 Digits = Annotated[int, Expected("a number of digits", ge=0, le=20)]
 
 
-def misfit(shape: Any, value: Any) -> str:
-    """What is wrong with a value that is to have `shape`, in one line; empty where nothing is.
+def has(**kinds: Any) -> Any:
+    """An object that has these names, each with a value of its kind; others are not looked at."""
+    from typing_extensions import TypedDict  # before Python 3.12 pydantic takes no other
 
-    Names that the shape does not have are not looked at.
-    """
+    return TypedDict("TypedDict", kinds)  # type: ignore[operator]
+
+
+def left_out(kind: Any) -> Any:
+    """What an object may lack."""
+    return NotRequired[kind]
+
+
+def list_of(kind: Any) -> Any:
+    """A list."""
+    return list[kind]
+
+
+def named(kind: Any) -> Any:
+    """An object of any names."""
+    return dict[str, kind]
+
+
+def or_none(kind: Any) -> Any:
+    """None, too."""
+    return kind | None
+
+
+def that(kind: Any, words: str, test: Callable[[Any], bool] = lambda _: True) -> Any:
+    """What passes a test; `words` say what is expected."""
+    return Annotated[kind, Expected(words, test)]
+
+
+def misfit(shape: Any, value: Any) -> str:
+    """What is wrong with a value that is to have `shape`, in one line; empty where nothing is."""
     from pydantic import ValidationError
 
     if not is_shallow(value):

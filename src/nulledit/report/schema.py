@@ -2,73 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from typing_extensions import TypedDict
+from nulledit.io.settings import Whole
+from nulledit.io.shapes import Digits, Finite, Measured, has, list_of, named, or_none, that
 
-from nulledit.io.settings import Expected, Whole
-from nulledit.io.shapes import Digits, Finite, Measured
-
-
-class _Column(TypedDict):
-    key: str
-    title: str
-    unit: str
-    digits: Digits
-
-
-class _Value(TypedDict):
-    mean: Measured
-    standard_error: Measured
-    n: Whole | None
-
-
-_Cell = Annotated[str | Measured | _Value, Expected("text, a number or an estimate")]
-
-
-class _Table(TypedDict):
-    name: str
-    title: str
-    caption: str
-    columns: list[_Column]
-    rows: list[dict[str, _Cell]]
-
-
-class _Figure(TypedDict):
-    name: str
-    caption: str
-    kind: str
-    x: str
-    y: str
-    series: str
-    panel: str | None
-    labels: dict[str, str]
-    log: list[str]
-
-
-class _Example(TypedDict):
-    arm: str
-    prompt: str
-    target: str
-    before: str | None
-    after: str | None
-    holds: bool
-
-
-class StudyShape(TypedDict):
-    """The content of `study.json`, but for its names, which `Study` itself checks."""
-
-    name: str
-    title: str
-    question: str
-    scale: str
-    shows: str
-    cannot_show: str
-    nulledit: str
-    settings: dict[str, Any]
-    environment: list[dict[str, Any]]
-    seconds: dict[str, Finite]
-    notices: list[str]
-    tables: list[_Table]
-    figures: list[_Figure]
-    examples: list[_Example]
+_ESTIMATE = has(mean=Measured, standard_error=Measured, n=or_none(Whole))
+_TABLE = has(
+    **dict.fromkeys(("name", "title", "caption"), str),
+    columns=list_of(has(key=str, title=str, unit=str, digits=Digits)),
+    rows=list_of(named(that(str | Measured | _ESTIMATE, "text, a number or an estimate"))),
+)
+_FIGURE = has(
+    **dict.fromkeys(("name", "caption", "kind", "x", "y", "series"), str),
+    panel=or_none(str),
+    labels=named(str),
+    log=list_of(str),
+)
+_EXAMPLE = has(
+    **dict.fromkeys(("arm", "prompt", "target"), str),
+    **dict.fromkeys(("before", "after"), or_none(str)),
+    holds=bool,
+)
+_TEXTS = ("name", "title", "question", "scale", "shows", "cannot_show", "nulledit")
+STUDY = has(
+    **dict.fromkeys(_TEXTS, str),
+    settings=named(Any),
+    environment=list_of(named(Any)),
+    seconds=named(Finite),
+    notices=list_of(str),
+    tables=list_of(_TABLE),
+    figures=list_of(_FIGURE),
+    examples=list_of(_EXAMPLE),
+)
+"""The content of `study.json`, but for its names, which `Study` itself checks."""

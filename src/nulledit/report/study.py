@@ -27,7 +27,7 @@ from nulledit.report.document import (
     check_name,
 )
 from nulledit.report.points import points_csv, read_points
-from nulledit.report.schema import StudyShape
+from nulledit.report.schema import STUDY
 
 
 def write_study(folder: Path, study: Study) -> None:
@@ -64,7 +64,7 @@ def read_study(folder: Path) -> Study:
     try:
         if missing := [f.name for f in fields(Study) if f.name not in plain]:
             raise ValueError(f"lacks {', '.join(missing)}")
-        if wrong := misfit(StudyShape, plain):
+        if wrong := misfit(STUDY, plain):
             raise ValueError(wrong)
         return _study(plain, Path(folder))
     except (KeyError, TypeError, ValueError, AttributeError) as error:

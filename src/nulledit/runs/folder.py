@@ -17,7 +17,7 @@ from nulledit.report.figures import figure_of
 from nulledit.report.images import as_png, as_svg
 from nulledit.runs.page import report_page
 from nulledit.runs.rates import rate_rows, rates_spec
-from nulledit.runs.schema import Environments, Line, Summary
+from nulledit.runs.schema import ENVIRONMENTS, LINE, SUMMARY
 
 if TYPE_CHECKING:
     from nulledit.editing.editor import Editor
@@ -104,7 +104,7 @@ def read_lines(folder: Path) -> list[dict[str, Any]]:
         if raw:
             where = f"{file}: line {number}"
             line = parse_json(raw, source=where, error=ReportError)
-            if wrong := misfit(Line, line):
+            if wrong := misfit(LINE, line):
                 raise ReportError(f"{where}: no result of a fact ({wrong}); {_WAY_OUT}")
             lines.append(line)
     return lines
@@ -126,8 +126,8 @@ def read_json(folder: Path, name: str, default: Any) -> Any:
 
 
 _KNOWN: Mapping[str, tuple[Any, str]] = {
-    "summary.json": (Summary, "the summary of a run"),
-    "environment.json": (Environments, "a run's environments"),
+    "summary.json": (SUMMARY, "the summary of a run"),
+    "environment.json": (ENVIRONMENTS, "a run's environments"),
 }
 _WAY_OUT = "move the file away, or edit again into a new folder"
 

@@ -15,6 +15,7 @@ from nulledit.io.settings import (
     Count,
     Expected,
     Number,
+    Several,
     checked,
     load_settings,
     read_settings,
@@ -23,7 +24,6 @@ from nulledit.io.settings import (
 
 SHIPPED = "default"
 Percent = Annotated[float, Expected("0 to 100, in %", ge=0, le=100)]
-Names = Annotated[tuple[str, ...], Expected("a list of names")]
 
 
 @checked
@@ -91,7 +91,7 @@ class Oldest(SampledLeast):
 class Tasks(SampledMost):
     """An upper bound for each of some tasks."""
 
-    tasks: Names = tuple(TASKS)
+    tasks: Several[str] = tuple(TASKS)
     """Names of tasks; each is a row of its own."""
     items: Count = 50
     """Questions of each."""

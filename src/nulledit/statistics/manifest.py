@@ -13,7 +13,7 @@ from nulledit._version import __version__
 from nulledit.config import StatisticsSettings
 from nulledit.errors import ConfigError, StatisticsError
 from nulledit.io.files import sha256_of, write_text
-from nulledit.io.settings import Expected, Integers, checked, read_settings
+from nulledit.io.settings import Expected, Several, checked, read_settings
 from nulledit.io.untrusted import MAX_SETTINGS, one_line, parse_json, read_text
 
 FORMAT = 1
@@ -43,9 +43,6 @@ class Source:
     """Token budget that it was read with; 0: the whole corpus."""
 
 
-Sources = Annotated[tuple[Source, ...], Expected()]
-
-
 @checked
 @dataclass(frozen=True)
 class Manifest:
@@ -55,7 +52,7 @@ class Manifest:
     """The model's name, for people."""
     model_hash: Plain
     """Hash of its weights."""
-    layers: Integers
+    layers: Several[int]
     """Blocks whose keys were summed."""
     corpus: str
     """Name of the corpus."""
@@ -71,7 +68,7 @@ class Manifest:
     """Windows read."""
     mlp_out: Plain = ""
     """Path of W in a block, where a recipe's layout named it; keys of another W are others."""
-    sources: Sources = ()
+    sources: Several[Source] = ()
     """What was added up, where statistics of several corpora were; `corpus` names them all."""
     version: Plain = __version__
     """Version of this library."""

@@ -14,6 +14,7 @@ from nulledit.io.settings import (
     Count,
     Expected,
     Positive,
+    Several,
     Whole,
     checked,
     load_settings,
@@ -84,12 +85,11 @@ class Scale:
         return recipe
 
 
-_Some = Annotated[tuple[Count, ...], Expected("", bool)]
-Numbers = Annotated[tuple[Positive, ...], Expected("a list of numbers above 0", bool)]
-Crowds = Annotated[tuple[Whole, ...], Expected("a list of whole numbers", bool)]
-Often = Annotated[_Some | Count, Expected("a number of facts, or a list")]
+Numbers = Annotated[Several[Positive], Expected("a list of numbers above 0", bool)]
+Crowds = Annotated[Several[Whole], Expected("a list of whole numbers", bool)]
+Often = Annotated[Several[Count] | Count, Expected("a number of facts, or a list", bool)]
 Names = Annotated[
-    Annotated[tuple[str, ...], Expected()] | str,
+    Several[str] | str,
     Expected("names, with commas between them", lambda given: all(listed(given) or [""])),
 ]
 _POSITIVE = ("facts", "batch_size", "windows", "items", "prompts", "smallest", "leak_prompts")
