@@ -46,7 +46,7 @@ DTYPES = {
 }
 
 
-Text = Annotated[str, Expected("a text", max_length=10_000)]
+Text = Annotated[str, Expected("a text", lambda text: len(text) <= 10_000)]
 Hash = Annotated[str, Expected("a SHA-256 in hex", pattern="^[0-9a-f]{64}$")]
 Dtype = Annotated[str, Expected(f"one of {', '.join(DTYPES)}", DTYPES.__contains__)]
 Block = Annotated[int, Expected("a whole number from 0 to 100000", ge=0, le=100_000)]
