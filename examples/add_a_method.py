@@ -14,24 +14,21 @@ import argparse
 from dataclasses import dataclass
 
 from nulledit import Editor, Fact, Probe, load_recipe
-from nulledit.config import check_positive
 from nulledit.evaluation import evaluate
+from nulledit.io.settings import Positive, checked
 from nulledit.methods import Filter, register
 from nulledit.methods.filters import RidgeSettings, ridge_gains
 
 # -- the method ------------------------------------------------------------------------------
 
 
+@checked
 @dataclass(frozen=True)
 class ClippedSettings(RidgeSettings):
     """AlphaEdit's ridge, and the longest total update."""
 
-    largest: float = 0.05
+    largest: Positive = 0.05
     """Largest ‖Δ‖/‖W₀‖ of all edits of a layer together."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "largest")
 
 
 def clip(total, original, settings):

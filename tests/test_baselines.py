@@ -434,9 +434,9 @@ def test_without_peft_the_error_says_what_to_install(tiny_model, tokenizer, fact
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"stop_loss": -1}, "stop_loss is -1"),
         ({"rank": 1.5}, "expected a whole number"),
-        ({"targets": ()}, "targets are"),
-        ({"targets": ("heads",)}, "expected some of attention, mlp, mlp_out"),
-        ({"layers": ()}, "layers are empty"),
+        ({"targets": ()}, "targets is"),
+        ({"targets": ("heads",)}, "expected one of attention, mlp, mlp_out"),
+        ({"layers": ()}, "expected some blocks"),
     ],
 )
 def test_settings_are_checked(fields, message):

@@ -15,9 +15,9 @@ from nulledit.config import (
     Recipe,
     StatisticsSettings,
     ValueSettings,
-    read_settings,
 )
 from nulledit.errors import ConfigError, FactError, LedgerError, ModelError, StatisticsError
+from nulledit.io.settings import read_settings
 from nulledit.ledger.records import History
 from nulledit.ledger.solver import LayerPreconditioners, read_spectrum
 from nulledit.ledger.store import Store

@@ -66,12 +66,12 @@ def test_its_story_is_told(run):
 
 
 @pytest.mark.parametrize("command", ["log", "show"])
-def test_the_ledger_is_read_without_torch(run, command):
+def test_the_ledger_is_read_without_torch_and_pydantic(run, command):
     script = (
         f"import sys; sys.argv = ['nulledit', {command!r}, {str(run)!r}]\n"
         "from nulledit.cli.main import main\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
-        "heavy = {'torch', 'transformers', 'matplotlib', 'numpy'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'matplotlib', 'numpy', 'pydantic'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

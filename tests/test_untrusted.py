@@ -536,7 +536,7 @@ HEADS = {
     "a dtype that steers": (
         ("dtype",),
         {"value": "float32\x1b[31m", "metadata": "manifest"},
-        "no hash, dtype",
+        "dtype is .*expected plain ASCII",
     ),
     "other settings": (
         ("settings", "window"),

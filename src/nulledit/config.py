@@ -1,24 +1,48 @@
-"""Settings: frozen dataclasses, read from and written to YAML recipes. Unknown keys are errors."""
+"""Settings: frozen dataclasses that pydantic checks, read from and written to YAML recipes."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import os
 import re
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 
 from nulledit.errors import ConfigError
-from nulledit.io.untrusted import MAX_SETTINGS, is_number, one_line, parse_yaml, read_text
+from nulledit.io.settings import (
+    Count,
+    Expected,
+    NotNegative,
+    OneSlot,
+    Positive,
+    Several,
+    Whole,
+    checked,
+    load_settings,
+    read_settings,
+    shipped,
+    shown,
+    unknown,
+)
+from nulledit.io.untrusted import is_number, parse_yaml
 
+ModulePath = Annotated[
+    str,
+    Expected(
+        "a path of module names with dots between",
+        lambda path: re.fullmatch(r"\w+(\.\w+)*", path),
+    ),
+]
+SystemPrompt = Annotated[str, Expected("a text that is not empty, none or default", str.strip)]
+ChatTurn = Annotated[
+    str,
+    Expected(
+        "a text with exactly one {}, or an empty one", lambda text: text.count("{}") == bool(text)
+    ),
+]
 SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 """Device maps that accelerate makes itself."""
 UNRECORDED: dict[str, dict[str, Any]] = {
@@ -41,34 +65,35 @@ class Placement:
     """Where parts on "disk" are kept that can't be read from the checkpoint as they are."""
 
 
+@checked
 @dataclass(frozen=True)
 class ValueSettings:
     """How z is optimised. Defaults are those of AlphaEdit's published code."""
 
-    steps: int = 25
+    steps: Count = 25
     """Forward passes per fact; the last one makes no update (as published)."""
-    learning_rate: float = 0.5
+    learning_rate: Positive = 0.5
     """Adam's step size, in units of the hidden state. Published: 0.5; 0.1 for LLaMA3."""
-    clamp: float = 0.75
+    clamp: Positive = 0.75
     """Largest ‖δ‖/‖h‖."""
-    kl_weight: float = 0.0625
+    kl_weight: NotNegative = 0.0625
     """Weight of the drift KL(new ‖ old) of what is predicted at the subject's last token in
     `kl_prompt`."""
-    weight_decay: float = 0.5
+    weight_decay: NotNegative = 0.5
     """Weight of ‖δ‖/‖h‖²."""
-    stop_loss: float = 0.05
+    stop_loss: NotNegative = 0.05
     """A fact is done when its loss (nats) is below this and `stop_margin` is kept."""
-    stop_margin: float | None = 0.0
+    stop_margin: NotNegative | None = 0.0
     """Nats by which every token of the target must lead its strongest rival in every row, contexts
     included, before a fact is done. A mean alone may be small while the one token that decides is
     still wrong. Where the steps run out first, the best step counts rather than the last. null: the
     mean loss alone decides, and the last step counts (published)."""
-    patience: int = 0
+    patience: Whole = 0
     """A fact leaves when this many steps took less than 1 % off its loss; 0: never (published)."""
-    kl_prompt: str = "{} is a"
+    kl_prompt: OneSlot = "{} is a"
     """Where the subject's own meaning is held: its last token must predict as before. What stands
     after `{}` is not read, as published."""
-    stop_when_likeliest: int = 0
+    stop_when_likeliest: Whole = 0
     """A fact leaves at so many steps at which every token of its target was the likeliest one in
     all its contexts, the bare prompt not looked at (ENCORE's early stop, arXiv:2502.01636);
     published: 2 for LLaMA3, 3 for LLaMA2, 4 for GPT2-XL. 0: never."""
@@ -78,62 +103,46 @@ class ValueSettings:
     at: Literal["last", "each"] = "last"
     """last: one value behind the last edited layer; the others take a share of what is missing.
     each: a value at every edited layer, each written whole (BLUE, which edits two layers)."""
-    rounds: int = 1
+    rounds: Count = 1
     """Passes over a batch. An update answers every key in proportion to its likeness, also those of
     the fact's own prompt and target, which its value did not see. In each further pass, what does
     not lead by `stop_margin` in the edited model gets the rest that it lacks there, within the
     clamp, and the batch is solved again; the round after which most lead counts. Published: 1."""
-    chunk_tokens: int = 0
+    chunk_tokens: Whole = 0
     """A target longer than this is written in chunks, each at the end of the one before (AnyEdit);
     0: never."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "steps", "learning_rate", "clamp", "rounds")
-        check_not_negative(
-            self,
-            "kl_weight",
-            "weight_decay",
-            "stop_loss",
-            "patience",
-            "stop_when_likeliest",
-            "chunk_tokens",
-        )
-        if self.stop_margin is not None:
-            check_not_negative(self, "stop_margin")
         if self.norm_anchor and self.rounds > 1:
             raise ConfigError("values.norm_anchor fixes a value's length: set values.rounds to 1")
-        _one_slot(self.kl_prompt, "values.kl_prompt")
 
 
+@checked
 @dataclass(frozen=True)
 class ContextSettings:
     """Prefix texts that stand before a prompt, so that an edit does not hang on one wording."""
 
-    count: int = 5
+    count: Whole = 5
     """Number of sampled prefixes beside the bare prompt."""
-    tokens: int = 10
+    tokens: Whole = 10
     """Length of each, in tokens."""
-    starts: tuple[str, ...] = ("The", "Therefore", "Because", "I", "You")
+    starts: Several[str] = ("The", "Therefore", "Because", "I", "You")
     """First words, used in turn (as published)."""
-    texts: tuple[str, ...] = ()
+    texts: Several[OneSlot] = ()
     """Given contexts with one `{}` each, the bare "{}" first, instead of sampled ones."""
-    bare_weight: float = 0.5
+    bare_weight: Annotated[float, Expected("a number from 0 to 1", ge=0, le=1)] = 0.5
     """Weight of the bare prompt in the mean key; the others share the rest."""
 
     def __post_init__(self) -> None:
-        check_not_negative(self, "count", "tokens", "bare_weight")
-        if self.bare_weight > 1:
-            raise ConfigError(f"contexts.bare_weight is {self.bare_weight}; expected 0 to 1")
         if self.count and not self.starts:
             raise ConfigError("contexts.starts is empty; give words, or set contexts.count to 0")
-        if self.count and not self.texts:
-            check_positive(self, "tokens")
-        for text in self.texts:
-            _one_slot(text, "contexts.texts")
+        if self.count and not self.texts and not self.tokens:
+            raise ConfigError("contexts.tokens is 0; expected 1 or more, or contexts.count of 0")
         if self.texts and self.texts[0] != "{}":
             raise ConfigError('contexts.texts must begin with the bare context "{}"')
 
 
+@checked
 @dataclass(frozen=True)
 class NullSpaceSettings:
     """Which directions of the preserved keys count as free."""
@@ -141,15 +150,15 @@ class NullSpaceSettings:
     rule: Literal["absolute", "leakage", "median"] = "absolute"
     """absolute: eigenvalue < value (published). leakage: free directions hold at most the share
     `value` of all energy. median: eigenvalue < value × the median eigenvalue."""
-    value: float = 0.02
+    value: Positive = 0.02
     """Published: 2e-2 for `absolute` (squared activation units; the paper's footnote says 1e-2)."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "value")
         if self.rule == "leakage" and self.value >= 1:
             raise ConfigError(f"null_space.value is {self.value}; a leakage is a share below 1")
 
 
+@checked
 @dataclass(frozen=True)
 class MethodSettings:
     """Which method solves. In a recipe its constants stand beside its name: `l2: 10`."""
@@ -163,55 +172,46 @@ class MethodSettings:
     """The method's own settings by name; those left out have its defaults."""
 
 
+@checked
 @dataclass(frozen=True)
 class StatisticsSettings:
     """How preserved keys are sampled from a corpus."""
 
-    tokens: int = 0
+    tokens: Whole = 0
     """Token budget; 0: the whole corpus."""
     packing: Literal["packed", "lines"] = "packed"
     """packed: one stream cut into full windows. lines: each line on its own (as published)."""
-    window: int = 512
+    window: Count = 512
     """Window in tokens; with `lines`, longer lines are cut."""
     count_first: bool = True
     """Whether position 0 of a window counts. It is an attention sink with an unusual key."""
 
-    def __post_init__(self) -> None:
-        check_positive(self, "window")
-        check_not_negative(self, "tokens")
 
-
+@checked
 @dataclass(frozen=True)
 class Layout:
     """Where a model keeps its decoder blocks and the matrix W that writes each MLP's output."""
 
-    blocks: str = ""
+    blocks: ModulePath = ""
     """Path from the causal language model to the list of decoder blocks."""
-    mlp_out: str = ""
+    mlp_out: ModulePath = ""
     """Path from a block to the module W."""
     output: Literal["plain", "scaled", "normed"] = "plain"
     """How W's output enters the residual stream. plain: added. scaled: added times a constant, as
     in Granite. normed: added behind a norm of its own, as in Gemma 2, Gemma 3 and OLMo 2."""
 
-    def __post_init__(self) -> None:
-        for name in ("blocks", "mlp_out"):
-            if not re.fullmatch(r"\w+(\.\w+)*", getattr(self, name)):
-                raise ConfigError(
-                    f"layout.{name} is {getattr(self, name)!r}; expected a path of module names "
-                    "with dots between"
-                )
 
-
+@checked
 @dataclass(frozen=True)
 class ChatSettings:
     """How a prompt becomes a question in the model's chat template (docs/chat.md)."""
 
-    system: str = "default"
+    system: SystemPrompt = "default"
     """The system prompt. default: no system message, so what the template writes by itself. none:
     as default, but an empty message where the template would write one of its own."""
-    user: str = "Fill in the blank: {} ____"
+    user: OneSlot = "Fill in the blank: {} ____"
     """The user's turn around a prompt; a prompt that ends with a question mark stands alone."""
-    assistant: str = "{}"
+    assistant: ChatTurn = "{}"
     """How the assistant's turn begins: with the prompt, or empty. Empty behind a question."""
     subject: Literal["user", "assistant"] = "user"
     """In which turn the subject's last token is edited, where it stands in both."""
@@ -219,20 +219,19 @@ class ChatSettings:
     """SHA-256 of the template; filled in when the recipe is first used."""
 
     def __post_init__(self) -> None:
-        _one_slot(self.user, "chat.user")
-        if self.assistant:
-            _one_slot(self.assistant, "chat.assistant")
-        if not self.system.strip():
-            raise ConfigError("chat.system is empty; expected a text, none or default")
         if self.subject == "assistant" and not self.assistant:
             raise ConfigError("chat.subject is assistant, but chat.assistant is empty")
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class Recipe:
     """Everything that decides what an edit computes, beside the model, the facts and the seed."""
 
-    layers: tuple[int, ...] = ()
+    kind: ClassVar[str] = "recipe"
+    folder: ClassVar[str] = "recipes"
+
+    layers: Several[int] = ()
     """Edited blocks, ascending from 0; z is optimised behind the last. Empty: five by depth."""
     method: MethodSettings = field(default_factory=MethodSettings)
     """The solve."""
@@ -242,11 +241,11 @@ class Recipe:
     """The optimisation of z."""
     contexts: ContextSettings = field(default_factory=ContextSettings)
     """Prefixes."""
-    same_key: float = 0.99
+    same_key: Annotated[float, Expected("a cosine above 0, at most 1", gt=0, le=1)] = 0.99
     """Cosine at the first edited layer above which facts share one key and so one δ."""
-    batch_size: int = 100
+    batch_size: Count = 100
     """Facts solved together."""
-    chunk_positions: int = 0
+    chunk_positions: Whole = 0
     """Token positions that run together while values are optimised; 0: by device."""
     layout: Layout | None = None
     """Where the model keeps its blocks and W; left out, the known family's or what tracing finds.
@@ -257,12 +256,6 @@ class Recipe:
     def __post_init__(self) -> None:
         if list(self.layers) != sorted(set(self.layers)) or any(i < 0 for i in self.layers):
             raise ConfigError(f"layers are {list(self.layers)}; expected ascending numbers from 0")
-        check_positive(self, "batch_size")
-        check_not_negative(self, "chunk_positions")
-        if not (is_number(self.same_key) and 0 < self.same_key <= 1):
-            raise ConfigError(
-                f"same_key is {_shown(self.same_key)}; expected a cosine above 0, at most 1"
-            )
         if self.chat and self.values.chunk_tokens:
             raise ConfigError(
                 "values.chunk_tokens can't be used with chat: a chunk stands in the assistant's "
@@ -274,9 +267,12 @@ class Recipe:
         return f"<Recipe {self.method.name}: layers {layers}, batches of {self.batch_size}>"
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
-        """Build from plain data; unknown keys and wrong types are ConfigErrors."""
-        return _build(cls, data, "")
+    def from_dict(cls, data: Any) -> Recipe:
+        """Build from plain data, None for all defaults; ConfigError for what can't be."""
+        data = {} if data is None else data
+        if isinstance(data, Mapping) and isinstance(method := data.get("method"), Mapping):
+            data = {**data, "method": _with_constants(method)}
+        return read_settings(cls, data)
 
     @classmethod
     def recorded(cls, data: Mapping[str, Any]) -> Recipe:
@@ -320,7 +316,7 @@ class Recipe:
             for i, part in enumerate(path):
                 place = place.get(part) if isinstance(place, dict) else None
                 if not isinstance(place, dict):
-                    raise ConfigError(_unknown(".".join(path[: i + 1]), data))
+                    raise ConfigError(unknown(".".join(path[: i + 1]), data))
             if isinstance(value, str):
                 value = parse_yaml(value, source=dotted, error=ConfigError)
             place[last] = value
@@ -338,88 +334,29 @@ def layers_by_depth(depth: int) -> tuple[int, ...]:
 
 def shipped_recipes() -> list[str]:
     """Names of the recipes inside the package."""
-    folder = resources.files("nulledit") / "assets" / "recipes"
-    return sorted(
-        f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")
-    )
+    return shipped(Recipe)
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
     """A recipe by file or by the name of a shipped one."""
-    path = Path(name_or_path)
-    if str(name_or_path) in shipped_recipes():
-        source = resources.files("nulledit") / "assets" / "recipes" / f"{name_or_path}.yaml"
-        text = source.read_text(encoding="utf-8")
-    elif os.path.exists(path):  # also where the name is too long to ask
-        text = read_text(path, most=MAX_SETTINGS, error=ConfigError, what="recipe")
-    else:
+    return load_settings(Recipe, name_or_path)
+
+
+def check_whole(name: str, value: object, *, least: int = 0) -> None:
+    """ConfigError unless `value` is a whole number from `least` that ledgers can hold."""
+    if not (is_number(value) and isinstance(value, int) and value >= least):
         raise ConfigError(
-            f"no recipe {str(name_or_path)!r}: expected a file or one of "
-            f"{', '.join(shipped_recipes())}"
+            f"{name} is {shown(value)}; expected a whole number from {least}, below 2^63"
         )
-    data = parse_yaml(text, source=str(path), error=ConfigError)
-    try:
-        return Recipe.from_dict({} if data is None else data)
-    except ConfigError as error:
-        raise ConfigError(one_line(f"{path}: {error}")) from error
 
 
-def read_settings(cls: type, data: Mapping[str, Any], where: str) -> Any:
-    """A settings dataclass from plain data; unknown keys and wrong types are ConfigErrors.
-
-    `where` stands before the keys in messages: "method.".
-    """
-    return _build(cls, data, where)
-
-
-def _build(cls: type, data: Any, where: str) -> Any:
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"{where or 'recipe'}: expected named settings, found {_shown(data)}")
-    hints = typing.get_type_hints(cls)
-    known = {f.name: f for f in dataclasses.fields(cls)}
-    values: dict[str, Any] = {}
-    for key, value in data.items():
-        name = f"{where}{key}"
-        if key not in known or key == "constants":
-            if "constants" not in known or key == "constants":
-                raise ConfigError(_unknown(name, known))
-            values.setdefault("constants", {})[key] = value  # checked by the method itself
-        else:
-            values[key] = _convert(hints[key], value, name)
-    return cls(**values)
-
-
-def _convert(kind: Any, value: Any, name: str) -> Any:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return _build(typing.cast(type, kind), value, f"{name}.")
-    if origin is Literal:
-        if value not in args:
-            raise ConfigError(
-                f"{name} is {_shown(value)}; expected one of {', '.join(map(str, args))}"
-            )
-        return value
-    if origin is tuple:
-        if isinstance(value, str) or not isinstance(value, list | tuple):
-            raise ConfigError(f"{name} is {_shown(value)}; expected a list")
-        return tuple(_convert(args[0], v, name) for v in value)
-    if origin in (typing.Union, types.UnionType):
-        return None if value is None else _convert(args[0], value, name)
-    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            return float(value)  # also of text: YAML 1.1 reads 2e-2 as such
-        except (OverflowError, ValueError):
-            pass
-    if type(value) is not kind or (kind is int and not is_number(value)):
-        below = " below 2^63" if kind is int else ""
-        raise ConfigError(f"{name} is {_shown(value)}; expected {kind.__name__}{below}")
-    return value
-
-
-def _unknown(name: str, known: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(name.split(".")[-1], list(known), n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-    return f"unknown setting {name!r}; {hint}"
+def _with_constants(method: Mapping[str, Any]) -> dict[str, Any]:
+    """A method's settings, with what stands beside name and projection as its constants."""
+    if "constants" in method:
+        raise ConfigError(unknown("method.constants", ("name", "projection")))
+    own = {key: method[key] for key in ("name", "projection") if key in method}
+    constants = {key: value for key, value in method.items() if key not in own}
+    return {**own, "constants": constants}  # which the method itself checks
 
 
 def _plain(value: Any) -> Any:
@@ -428,47 +365,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return value
-
-
-def check_positive(settings: Any, *names: str) -> None:
-    """ConfigError unless each named field is a finite number above 0, whole where it counts."""
-    for name in names:
-        value = getattr(settings, name)
-        if _counts(settings, name):
-            check_whole(name, value, least=1)
-        elif not (is_number(value) and value > 0):
-            raise ConfigError(f"{name} is {_shown(value)}; expected a number above 0")
-
-
-def check_not_negative(settings: Any, *names: str) -> None:
-    """ConfigError unless each named field is a finite number from 0, whole where it counts."""
-    for name in names:
-        value = getattr(settings, name)
-        if _counts(settings, name):
-            check_whole(name, value)
-        elif not (is_number(value) and value >= 0):
-            raise ConfigError(f"{name} is {_shown(value)}; expected 0 or more")
-
-
-def check_whole(name: str, value: object, *, least: int = 0) -> None:
-    """ConfigError unless `value` is a whole number from `least` that ledgers can hold."""
-    if not (is_number(value) and isinstance(value, int) and value >= least):
-        raise ConfigError(
-            f"{name} is {_shown(value)}; expected a whole number from {least}, below 2^63"
-        )
-
-
-def _counts(settings: Any, name: str) -> bool:
-    return any(f.name == name and f.type in (int, "int") for f in dataclasses.fields(settings))
-
-
-def _shown(value: object) -> str:
-    """A value for a message: short, also where it has more digits than Python writes."""
-    if isinstance(value, int) and abs(value) >= 2**63:
-        return f"a number of {value.bit_length()} bits"
-    return one_line(repr(value), 60)
-
-
-def _one_slot(text: str, name: str) -> None:
-    if text.count("{}") != 1:
-        raise ConfigError(f"{name} is {text!r}; expected exactly one {{}}")

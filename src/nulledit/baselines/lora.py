@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Self, get_args
+from typing import Annotated, Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +25,13 @@ from nulledit.baselines.adapter import (
     linear_modules,
     refuse_adapted,
 )
-from nulledit.config import ContextSettings, check_not_negative, check_positive
+from nulledit.config import ContextSettings
 from nulledit.data.facts import Fact, quote
 from nulledit.editing.call_log import Progress
 from nulledit.editing.contexts import make_contexts
 from nulledit.editing.values import plan_rows
-from nulledit.errors import ConfigError, FactError, ModelError
+from nulledit.errors import FactError, ModelError
+from nulledit.io.settings import Count, Expected, NotNegative, Positive, Several, Whole, checked
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import differentiating, frozen
 from nulledit.models.tokens import (
@@ -42,43 +43,37 @@ CPU_POSITIONS = 512  # small chunks stay in a processor's cache
 ACCELERATOR_POSITIONS = 8192
 
 
+Blocks = Annotated[Several[int], Expected("some blocks, or None for all", bool)]
+Targets = Annotated[Several[Target], Expected(f"some of {', '.join(get_args(Target))}", bool)]
+
+
+@checked
 @dataclass(frozen=True)
 class LoraSettings:
     """How the adapter looks and how it is trained; defaults chosen as docs/baselines.md says."""
 
-    rank: int = 8
+    rank: Count = 8
     """r, the rank of each matrix's update."""
-    alpha: float = 16.0
+    alpha: Positive = 16.0
     """α; the update is scaled by α/r."""
-    layers: tuple[int, ...] | None = None
+    layers: Blocks | None = None
     """Blocks with an adapter, from 0; None: all."""
-    targets: tuple[Target, ...] = ("mlp_out",)
+    targets: Targets = ("mlp_out",)
     """Linear maps of a block with an adapter: those of attention, of the MLP, or the MLP's last."""
-    epochs: int = 30
+    epochs: Count = 30
     """Passes over the facts at most."""
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     """Adam's step size; constant, no weight decay."""
-    batch_size: int = 10
+    batch_size: Count = 10
     """Facts per update."""
-    stop_loss: float = 0.1
+    stop_loss: NotNegative = 0.1
     """Training ends after a pass with a mean loss over facts (nats per target token) below this."""
     contexts: ContextSettings = field(default_factory=lambda: ContextSettings(count=2))
     """Prefix texts, made as for edits (`bare_weight` is of keys, and not read here)."""
-    positions: int = 0
+    positions: Whole = 0
     """Token positions that run together; 0: by device. Results don't depend on it."""
-    seed: int = 0
+    seed: Whole = 0
     """Of the adapter's start, the order of facts and the contexts."""
-
-    def __post_init__(self) -> None:
-        check_positive(self, "rank", "alpha", "epochs", "learning_rate", "batch_size")
-        check_not_negative(self, "stop_loss", "positions", "seed")
-        unknown = [name for name in self.targets if name not in get_args(Target)]
-        if unknown or not self.targets:
-            raise ConfigError(
-                f"targets are {list(self.targets)}; expected some of {', '.join(get_args(Target))}"
-            )
-        if self.layers is not None and not self.layers:
-            raise ConfigError("layers are empty; name some, or leave them out for all")
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from nulledit.cli.locate import locate
 from nulledit.cli.merge import merge
 from nulledit.cli.methods import methods
 from nulledit.cli.preview import preview
+from nulledit.cli.recipe import recipe
 from nulledit.cli.report import report
 from nulledit.cli.retry import retry
 from nulledit.cli.stats import stats
@@ -110,6 +111,11 @@ SECTIONS: dict[str, list[tuple[click.Command, str, str]]] = {
             "nulledit tune gpt2 facts.yaml --out tuned.yaml --minutes 20",
         ),
         (methods, "Methods, their settings and sources.", "nulledit methods memit"),
+        (
+            recipe,
+            "What a recipe may hold, for editors.",
+            "nulledit recipe schema > recipe.schema.json",
+        ),
         (info, "Versions, devices, caches, recipes, models.", "nulledit info"),
     ],
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,12 +26,14 @@ from nulledit.export.updates import (
     write_json,
 )
 from nulledit.io.files import replacing_folder, sha256_of
+from nulledit.io.settings import Count, Expected, Several, checked, read_settings
 from nulledit.io.untrusted import MAX_DOCUMENT, parse_json, read_text
 from nulledit.models.layouts import as_out_in, as_stored
 from nulledit.models.load import model_hash
 
 FORMAT = "nulledit-delta"
 VERSION = 1
+OUTSIDE = {"format", "version"}  # of the manifest: what says how it is read
 MANIFEST_FILE = "manifest.json"
 TENSOR_FILE = "delta.safetensors"
 MOST_HEADER = 2**20  # bytes of a tensor file that are no tensors
@@ -44,46 +46,68 @@ DTYPES = {
 }
 
 
+Text = Annotated[str, Expected("a text", lambda text: len(text) <= 10_000)]
+Hash = Annotated[str, Expected("a SHA-256 in hex", pattern="^[0-9a-f]{64}$")]
+Dtype = Annotated[str, Expected(f"one of {', '.join(DTYPES)}", DTYPES.__contains__)]
+Block = Annotated[int, Expected("a whole number from 0 to 100000", ge=0, le=100_000)]
+Side = Annotated[int, Expected(f"a whole number from 1 to {MOST_SIDE}", ge=1, le=MOST_SIDE)]
+Size = Annotated[int, Expected("a whole number from 0 to 2^62", ge=0, le=2**62)]
+
+
+@checked
 @dataclass(frozen=True)
 class DeltaLayer:
     """One matrix of a delta."""
 
-    layer: int
+    layer: Block
     """Block number."""
-    parameter: str
+    parameter: Text
     """Its name in the state dict."""
-    shape: tuple[int, int]
+    shape: Annotated[tuple[Side, Side], Expected()]
     """[d_out, d_in], whichever way the module stores it."""
-    rank: int
+    rank: Count
     """Columns of B [d_out, r] and rows of A [r, d_in]."""
 
+    def __post_init__(self) -> None:
+        if self.rank > min(self.shape):
+            raise ConfigError(f"rank is {self.rank}; expected at most {min(self.shape)}")
 
+
+@checked
 @dataclass(frozen=True)
 class Manifest:
     """What a delta is of, and what it makes of its base."""
 
-    base: str
+    base: Text
     """Name, folder or Hub id that the base was loaded from; empty for an object in memory."""
-    base_hash: str
+    base_hash: Hash
     """`model_hash` of the base."""
-    base_dtype: str
+    base_dtype: Dtype
     """The base's dtype; it is loaded in this one."""
-    state: str
+    state: Text
     """The ledger's state id."""
-    result_hash: str
+    result_hash: Hash
     """`model_hash` of the base with the delta."""
-    run_hash: str
+    run_hash: Hash
     """`model_hash` of the run's model; the result's own if they are the same to the bit."""
-    dtype: str
+    dtype: Dtype
     """Of the factors."""
-    layers: tuple[DeltaLayer, ...]
+    layers: Annotated[Several[DeltaLayer], Expected("some layers", bool)]
     """In order."""
-    facts: tuple[str, ...]
+    facts: Several[str]
     """Ids of the facts in it."""
-    sha256: str
+    sha256: Hash
     """Of the tensor file."""
-    bytes: int
+    bytes: Size
     """Size of the tensor file."""
+
+    def __post_init__(self) -> None:
+        if len({entry.layer for entry in self.layers}) < len(self.layers):
+            raise ConfigError("layers: one of them stands twice")
+        width = DTYPES[self.dtype].itemsize
+        held = sum(sum(entry.shape) * entry.rank * width for entry in self.layers)
+        if not held <= self.bytes <= held + MOST_HEADER:
+            raise ConfigError(f"bytes is {self.bytes}, but the shapes need {held} and a header")
 
 
 @dataclass(frozen=True)
@@ -188,10 +212,9 @@ def read_manifest(folder: Path) -> Manifest:
             f"{file}: format version {content.get('version')!r}; this nulledit reads {VERSION}"
         )
     try:
-        return _manifest(content)
-    except (KeyError, TypeError, ValueError) as error:
-        said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise LedgerError(f"{file}: not a valid manifest: {said}") from error
+        return read_settings(Manifest, {k: content[k] for k in content.keys() - OUTSIDE})
+    except ConfigError as error:
+        raise LedgerError(f"{file}: not a valid manifest: {error}") from error
 
 
 def dtype_of(name: str, known: Mapping[str, torch.dtype]) -> torch.dtype:
@@ -213,75 +236,6 @@ def _outcome(editor: Editor, kept: list[StoredLayer]) -> tuple[int, str, str]:
         differing += int((there != here).sum())
         replaced[editor.editable.parameter_name(layer)] = as_stored(module, there)
     return differing, model_hash(editor.model, replaced), model_hash(editor.model)
-
-
-def _manifest(content: dict[str, Any]) -> Manifest:
-    layers = tuple(_layer(entry) for entry in _list(content, "layers"))
-    if not layers or len({entry.layer for entry in layers}) != len(layers):
-        raise ValueError("layers: expected one entry for each of some layers")
-    facts = _list(content, "facts")
-    if not all(isinstance(id_, str) for id_ in facts):
-        raise ValueError("facts: expected ids")
-    manifest = Manifest(
-        **{name: _text(content, name) for name in ("base", "state")},
-        **{name: _hash(content, name) for name in ("base_hash", "result_hash", "run_hash")},
-        base_dtype=_choice(content, "base_dtype"),
-        dtype=_choice(content, "dtype"),
-        layers=layers,
-        facts=tuple(facts),
-        sha256=_hash(content, "sha256"),
-        bytes=_whole(content, "bytes", 0, 2**62),
-    )
-    width = DTYPES[manifest.dtype].itemsize
-    held = sum(sum(entry.shape) * entry.rank * width for entry in layers)
-    if not held <= manifest.bytes <= held + MOST_HEADER:
-        raise ValueError(f"bytes is {manifest.bytes}, but the shapes need {held} and a header")
-    return manifest
-
-
-def _layer(entry: object) -> DeltaLayer:
-    if not isinstance(entry, dict):
-        raise ValueError("layers: expected an object for each")
-    shape = _list(entry, "shape")
-    if len(shape) != 2:
-        raise ValueError("shape: expected [d_out, d_in]")
-    sides = {"d_out": shape[0], "d_in": shape[1]}
-    d_out, d_in = (_whole(sides, name, 1, MOST_SIDE) for name in sides)
-    rank = _whole(entry, "rank", 1, min(d_out, d_in))
-    layer = _whole(entry, "layer", 0, 100_000)
-    return DeltaLayer(layer, _text(entry, "parameter"), (d_out, d_in), rank)
-
-
-def _text(content: dict[str, Any], name: str) -> str:
-    if not isinstance(content[name], str) or len(content[name]) > 10_000:
-        raise ValueError(f"{name}: expected a text")
-    return content[name]
-
-
-def _hash(content: dict[str, Any], name: str) -> str:
-    text = _text(content, name)
-    if len(text) != 64 or set(text) - set("0123456789abcdef"):
-        raise ValueError(f"{name}: expected a SHA-256 in hex")
-    return text
-
-
-def _choice(content: dict[str, Any], name: str) -> str:
-    if content[name] not in list(DTYPES):
-        raise ValueError(f"{name}: expected one of {', '.join(DTYPES)}")
-    return content[name]
-
-
-def _whole(content: Mapping[str, Any], name: str, least: int, most: int) -> int:
-    value = content[name]
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise ValueError(f"{name}: expected a whole number from {least} to {most}")
-    return value
-
-
-def _list(content: dict[str, Any], name: str) -> list[Any]:
-    if not isinstance(content[name], list):
-        raise ValueError(f"{name}: expected a list")
-    return content[name]
 
 
 def _read_factors(file: Path, manifest: Manifest) -> dict[int, tuple[Tensor, Tensor]]:

@@ -1,17 +1,76 @@
-"""What JSON from elsewhere must look like: checks of plain values, put together."""
+"""What JSON from elsewhere must look like: types, put together, that pydantic compares it with."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired, cast
 
+from nulledit.io.settings import CONFIG, Expected, problem
 from nulledit.io.untrusted import is_number
+
+if TYPE_CHECKING:
+    from pydantic import ConfigDict, TypeAdapter
 
 MAX_DEPTH = 20
 """Of nested values; what nulledit writes has six."""
+Finite = Annotated[Any, Expected("a number", is_number)]
+Measured = Finite | None
+"""A number; None is one that was not finite."""
+Digits = Annotated[int, Expected("a number of digits", ge=0, le=20)]
 
 
-Check = Callable[[Any], bool]
+def has(**kinds: Any) -> Any:
+    """An object that has these names, each with a value of its kind; others are not looked at."""
+    from typing_extensions import TypedDict  # before Python 3.12 pydantic takes no other
+
+    return TypedDict("TypedDict", kinds)  # type: ignore[operator]
+
+
+def left_out(kind: Any) -> Any:
+    """What an object may lack."""
+    return NotRequired[kind]
+
+
+def list_of(kind: Any) -> Any:
+    """A list."""
+    return list[kind]
+
+
+def named(kind: Any) -> Any:
+    """An object of any names."""
+    return dict[str, kind]
+
+
+def or_none(kind: Any) -> Any:
+    """None, too."""
+    return kind | None
+
+
+def that(kind: Any, words: str, test: Callable[[Any], bool] = lambda _: True) -> Any:
+    """What passes a test; `words` say what is expected."""
+    return Annotated[kind, Expected(words, test)]
+
+
+def misfit(shape: Any, value: Any) -> str:
+    """What is wrong with a value that is to have `shape`, in one line; empty where nothing is."""
+    from pydantic import ValidationError
+
+    if not is_shallow(value):
+        return f"nested deeper than {MAX_DEPTH} levels"
+    try:
+        _adapter(shape).validate_python([value])
+    except ValidationError as error:
+        return problem(error, shape)
+    return ""
+
+
+@functools.cache
+def _adapter(shape: Any) -> TypeAdapter[Any]:
+    """Of a list of it, as the adapter of a class takes no settings."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(list[shape], config=cast("ConfigDict", CONFIG | {"extra": "allow"}))
 
 
 def is_shallow(value: Any) -> bool:
@@ -23,58 +82,5 @@ def is_shallow(value: Any) -> bool:
     return not level
 
 
-def has(**checks: Check) -> Check:
-    """An object that has these names, each with a value that passes."""
-    return lambda value: (
-        isinstance(value, Mapping)
-        and all(name in value and check(value[name]) for name, check in checks.items())
-    )
-
-
-def named(check: Check) -> Check:
-    """An object of any names, each with a value that passes."""
-    return lambda value: isinstance(value, Mapping) and all(map(check, value.values()))
-
-
-def list_of(check: Check) -> Check:
-    """A list of values that pass."""
-    return lambda value: isinstance(value, list) and all(map(check, value))
-
-
-def or_none(check: Check) -> Check:
-    """None, or a value that passes."""
-    return lambda value: value is None or check(value)
-
-
-def is_object(value: Any) -> bool:
-    """Any object."""
-    return isinstance(value, Mapping)
-
-
-def is_digits(value: Any) -> bool:
-    """A number of digits to show."""
-    return is_whole(value) and value <= 20
-
-
 def _holds(value: Any) -> bool:
     return isinstance(value, Mapping | list)
-
-
-def is_text(value: Any) -> bool:
-    """Text."""
-    return isinstance(value, str)
-
-
-def is_bool(value: Any) -> bool:
-    """Yes or no."""
-    return isinstance(value, bool)
-
-
-def is_whole(value: Any) -> bool:
-    """A whole number from 0."""
-    return isinstance(value, int) and is_number(value) and value >= 0
-
-
-def is_measured(value: Any) -> bool:
-    """A number; None is one that was not finite."""
-    return value is None or is_number(value)

@@ -88,6 +88,16 @@ class Epoch:
     def __repr__(self) -> str:
         return f"<Epoch {self.id}: {self.recipe!r}>"
 
+    @property
+    def method(self) -> str:
+        """The name of its method, as stored: who only reads the story needs no whole recipe."""
+        return self.stored["method"]["name"]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The blocks that it edits, as stored."""
+        return tuple(self.stored["layers"])
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -305,17 +315,17 @@ class History:
     @property
     def layers(self) -> tuple[int, ...]:
         """Blocks that some epoch edits, in order."""
-        return tuple(sorted({layer for e in self.epochs for layer in e.recipe.layers}))
+        return tuple(sorted({layer for e in self.epochs for layer in e.layers}))
 
     def at_layer(self, layer: int, columns: Sequence[Column]) -> list[Column]:
         """Those of `columns` that have a key at `layer`: their epoch edits it."""
-        has = {e.id for e in self.epochs if layer in e.recipe.layers}
+        has = {e.id for e in self.epochs if layer in e.layers}
         return [c for c in columns if self.epoch_of(c) in has]
 
     def original(self, layer: int) -> Tensor:
         """W₀ [d_out, d_in] of `layer`, in the base's dtype."""
         for epoch in self.epochs:
-            if layer in epoch.recipe.layers:
+            if layer in epoch.layers:
                 return self.tensors[epoch.tensors][f"base.{layer}"]
         raise LedgerError(f"no epoch edits layer {layer}")
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nulledit.config import check_not_negative
+from nulledit.io.settings import NotNegative, checked
 from nulledit.linalg.preconditioner import Preconditioner
 from nulledit.methods.filters import FLOOR
 from nulledit.methods.problem import LayerProblem
@@ -27,6 +27,7 @@ NOTHING_FREE = 1e-12  # of a key's energy: below it the free part is rounding
 DEPENDENT = 1e-10  # of the largest eigenvalue of the keys' correlations in C⁻¹: below it, a copy
 
 
+@checked
 @dataclass(frozen=True)
 class RomeSettings:
     """What C is."""
@@ -36,16 +37,14 @@ class RomeSettings:
     AlphaEdit's code has for ROME on LLaMA3)."""
 
 
+@checked
 @dataclass(frozen=True)
 class EmmetSettings:
     """How strict the equality is."""
 
-    ridge: float = 0.0
+    ridge: NotNegative = 0.0
     """Added to Kᵀ C⁻¹ K. 0: the paper's equation. The published code adds 0.1 where λ₀ = 10,000,
     which is 1,000 here and turns the method into MEMIT with λ₀ = 1,000."""
-
-    def __post_init__(self) -> None:
-        check_not_negative(self, "ridge")
 
 
 def inverse_gains(eigenvalues: Tensor, threshold: float, settings: object) -> Tensor:

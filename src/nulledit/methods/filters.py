@@ -6,47 +6,42 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nulledit.config import check_positive
+from nulledit.io.settings import Positive, checked
 from nulledit.methods.registry import Filter
 
 FLOOR = 1e-6  # of the largest eigenvalue: 1/s of a direction that the text never used has no end
 
 
+@checked
 @dataclass(frozen=True)
 class RidgeSettings:
     """A plain ridge."""
 
-    l2: float = 10.0
+    l2: Positive = 10.0
     """λ₂, ridge on the update (10 in AlphaEdit's code; the paper's equation has I)."""
 
-    def __post_init__(self) -> None:
-        check_positive(self, "l2")
 
-
+@checked
 @dataclass(frozen=True)
 class MomentSettings:
     """Preservation by the second moment alone."""
 
-    moment_weight: float = 15000.0
+    moment_weight: Positive = 15000.0
     """λ₀, weight of C (MEMIT: 15,000 for LLaMA3 and GPT-J, 20,000 for GPT2-XL)."""
 
-    def __post_init__(self) -> None:
-        check_positive(self, "moment_weight")
 
-
+@checked
 @dataclass(frozen=True)
 class MomentRidgeSettings:
     """Second moment and ridge together."""
 
-    moment_weight: float = 15000.0
+    moment_weight: Positive = 15000.0
     """λ₀, weight of C."""
-    l2: float = 10.0
+    l2: Positive = 10.0
     """λ₂, ridge on the update."""
 
-    def __post_init__(self) -> None:
-        check_positive(self, "moment_weight", "l2")
 
-
+@checked
 @dataclass(frozen=True)
 class EncoreSettings(MomentRidgeSettings):
     """RLSEdit's, and whether earlier edits count."""
@@ -55,30 +50,26 @@ class EncoreSettings(MomentRidgeSettings):
     """Whether the keys of earlier batches stay in the solve (`add_prev_edits`, published: true)."""
 
 
+@checked
 @dataclass(frozen=True)
 class BetaSettings:
     """Second moment and ridge inside the null space."""
 
-    moment_weight: float = 3000.0
+    moment_weight: Positive = 3000.0
     """λ₁, weight of C (published for every model)."""
-    l2: float = 10.0
+    l2: Positive = 10.0
     """λ₂, ridge on the update (published)."""
 
-    def __post_init__(self) -> None:
-        check_positive(self, "moment_weight", "l2")
 
-
+@checked
 @dataclass(frozen=True)
 class SoftSettings:
     """A ridge that grows with the eigenvalue."""
 
-    l2: float = 10.0
+    l2: Positive = 10.0
     """λ₂, ridge on the update far inside the null space."""
-    softness: float = 2.0
+    softness: Positive = 2.0
     """p: how sharply the filter falls at τ. 1: ENCORE's with λ₀ = λ₂/τ; large: AlphaEdit."""
-
-    def __post_init__(self) -> None:
-        check_positive(self, "l2", "softness")
 
 
 def ridge_gains(eigenvalues: Tensor, threshold: float, settings: RidgeSettings) -> Tensor:

@@ -7,30 +7,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nulledit.config import check_not_negative, check_positive
+from nulledit.io.settings import Count, NotNegative, Positive, checked
 from nulledit.methods.problem import LayerProblem
 from nulledit.methods.registry import Descent
 
 
+@checked
 @dataclass(frozen=True)
 class FineTuneSettings:
     """Adam on one matrix."""
 
-    steps: int = 25
+    steps: Count = 25
     """Most gradient steps per batch (published)."""
-    learning_rate: float = 5e-4
+    learning_rate: Positive = 5e-4
     """Adam's (published)."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """Adam's, on the weight itself, not on the update (0 in AlphaEdit's code)."""
-    norm_constraint: float = 5e-4
+    norm_constraint: NotNegative = 5e-4
     """Largest |Δ| of an entry per batch, as ROME's FT+L on GPT2-XL; 0: none, as FT in AlphaEdit's
     code."""
-    stop_loss: float = 1e-2
+    stop_loss: NotNegative = 1e-2
     """No more steps when the loss (nats) is below this (published)."""
-
-    def __post_init__(self) -> None:
-        check_positive(self, "steps", "learning_rate")
-        check_not_negative(self, "weight_decay", "norm_constraint", "stop_loss")
 
 
 def solve_finetune(problem: LayerProblem) -> Tensor:

@@ -22,17 +22,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nulledit.config import check_not_negative, check_positive
-from nulledit.errors import ConfigError
+from nulledit.io.settings import Expected, NotNegative, Positive, checked
 from nulledit.linalg.spectrum import Spectrum
 from nulledit.methods.registry import Gate
 
 Activation = Callable[[Tensor], Tensor]
+Below1 = Annotated[float, Expected("a share from 0, below 1", ge=0, lt=1)]
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": functional.silu,
@@ -50,27 +51,19 @@ SMALLEST = 1e-6
 all its states, and 1/0 there would make much of their rounding."""
 
 
+@checked
 @dataclass(frozen=True)
 class GateSettings:
     """How neurons are made."""
 
-    sharpness: float = 20.0
+    sharpness: Positive = 20.0
     """β: how steeply a gate opens."""
-    threshold: float = 0.5
+    threshold: Below1 = 0.5
     """θ, from 0 to below 1: the share of its own subject's drive at which a gate opens."""
-    ridge: float = 0.05
+    ridge: NotNegative = 0.05
     """λ: keeps the columns small of neurons that open on each other's subjects."""
-    widening: float = 0.1
+    widening: NotNegative = 0.1
     """Weight in C of the facts' own second moment, which tells like subjects apart."""
-
-    def __post_init__(self) -> None:
-        check_positive(self, "sharpness")
-        check_not_negative(self, "threshold", "ridge", "widening")
-        if self.threshold >= 1:
-            raise ConfigError(
-                f"method.threshold is {self.threshold}; expected a share below 1, or the gate "
-                "stays closed on its own subject"
-            )
 
 
 @dataclass(frozen=True)

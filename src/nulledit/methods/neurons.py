@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nulledit.config import check_positive
-from nulledit.errors import ConfigError
+from nulledit.io.settings import Share, checked
 from nulledit.linalg.solve import cholesky, solve_with
 from nulledit.linalg.spectrum import Spectrum
 from nulledit.methods.filters import FLOOR, MomentSettings, moment_gains
@@ -16,19 +15,14 @@ from nulledit.methods.problem import LayerProblem
 from nulledit.methods.registry import Solve
 
 
+@checked
 @dataclass(frozen=True)
 class NeuronSettings(MomentSettings):
     """MEMIT's, and how many neurons are edited."""
 
-    neurons: float = 0.8
+    neurons: Share = 0.8
     """p, share of the batch's activation that the edited neurons hold (0.8 for GPT-J; the
     published settings for LLaMA3 and GPT2-XL have 1.0, which is all neurons)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "neurons")
-        if self.neurons > 1:
-            raise ConfigError(f"neurons is {self.neurons}; expected a share above 0, at most 1")
 
 
 def chosen_neurons(keys: Tensor, share: float) -> Tensor:

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor
 
-from nulledit.config import check_positive
-from nulledit.errors import ConfigError
+from nulledit.io.settings import Expected, checked
 from nulledit.linalg.postprocess import restrain
 from nulledit.methods.filters import MomentSettings, moment_gains
 from nulledit.methods.registry import Filter
 
 
+@checked
 @dataclass(frozen=True)
 class PruneSettings(MomentSettings):
     """MEMIT's, and how hard singular values are held back."""
 
-    base: float = math.e
+    base: Annotated[float, Expected("a number above 1", gt=1)] = math.e
     """α, base of the logarithm: larger holds back more (e and 1.2 in the published code)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "base")
-        if self.base <= 1:
-            raise ConfigError(f"base is {self.base}; expected a number above 1")
 
 
 def restrain_total(total: Tensor, original: Tensor, settings: PruneSettings) -> Tensor:

@@ -6,26 +6,20 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nulledit.config import check_positive
-from nulledit.errors import ConfigError
+from nulledit.io.settings import Share, checked
 from nulledit.linalg.postprocess import keep_largest
 from nulledit.methods.filters import MomentSettings, moment_gains
 from nulledit.methods.problem import LayerProblem
 from nulledit.methods.registry import Solve, closed_form
 
 
+@checked
 @dataclass(frozen=True)
 class RectSettings(MomentSettings):
     """MEMIT's, and how much of its update stays."""
 
-    keep: float = 0.4
+    keep: Share = 0.4
     """Share of the entries of Δ that stay (0.4 in AlphaEdit's code; 0.2 in RECT's own example)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "keep")
-        if self.keep > 1:
-            raise ConfigError(f"keep is {self.keep}; expected a share above 0, at most 1")
 
 
 def solve_rect(problem: LayerProblem) -> Tensor:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nulledit.config import MethodSettings, Recipe, read_settings
+from nulledit.config import MethodSettings, Recipe
 from nulledit.data.facts import suggest
 from nulledit.errors import ConfigError
+from nulledit.io.settings import from_yaml, read_settings
 from nulledit.linalg.solve import solve_update
 from nulledit.methods.problem import LayerProblem
 
@@ -76,7 +77,8 @@ class Method:
 
     def read(self, settings: MethodSettings) -> Any:
         """The constants of a recipe as this method's settings; ConfigError for unknown ones."""
-        return read_settings(self.settings, settings.constants, "method.")
+        constants = {name: from_yaml(value) for name, value in settings.constants.items()}
+        return read_settings(self.settings, constants, "method.")
 
     def filled(self, recipe: Recipe) -> Recipe:
         """`recipe` with all constants written out, so that other defaults leave it as it is."""

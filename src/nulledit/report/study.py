@@ -14,6 +14,7 @@ from typing import Any
 from nulledit._version import __version__
 from nulledit.errors import ReportError
 from nulledit.io.jsonfiles import as_json, write
+from nulledit.io.shapes import misfit
 from nulledit.io.untrusted import MAX_DOCUMENT, check_values, one_line, parse_json, read_text
 from nulledit.report.document import (
     FORMAT,
@@ -26,7 +27,7 @@ from nulledit.report.document import (
     check_name,
 )
 from nulledit.report.points import points_csv, read_points
-from nulledit.report.schema import is_study
+from nulledit.report.schema import STUDY
 
 
 def write_study(folder: Path, study: Study) -> None:
@@ -63,8 +64,8 @@ def read_study(folder: Path) -> Study:
     try:
         if missing := [f.name for f in fields(Study) if f.name not in plain]:
             raise ValueError(f"lacks {', '.join(missing)}")
-        if not is_study(plain):
-            raise ValueError("values of another kind than a study has")
+        if wrong := misfit(STUDY, plain):
+            raise ValueError(wrong)
         return _study(plain, Path(folder))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         said = one_line(f"{file}: not a study ({error}); run the study again")

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from nulledit._version import __version__
 from nulledit.errors import ReportError
 from nulledit.io.jsonfiles import as_json, write
+from nulledit.io.shapes import misfit
 from nulledit.io.untrusted import MAX_DOCUMENT, MAX_LINES, check_values, parse_json, read_text
 from nulledit.report.figures import figure_of
 from nulledit.report.images import as_png, as_svg
 from nulledit.runs.page import report_page
 from nulledit.runs.rates import rate_rows, rates_spec
-from nulledit.runs.schema import is_environment, is_line, is_summary
+from nulledit.runs.schema import ENVIRONMENTS, LINE, SUMMARY
 
 if TYPE_CHECKING:
     from nulledit.editing.editor import Editor
@@ -103,8 +104,8 @@ def read_lines(folder: Path) -> list[dict[str, Any]]:
         if raw:
             where = f"{file}: line {number}"
             line = parse_json(raw, source=where, error=ReportError)
-            if not is_line(line):
-                raise ReportError(f"{where}: no result of a fact; {_WAY_OUT}")
+            if wrong := misfit(LINE, line):
+                raise ReportError(f"{where}: no result of a fact ({wrong}); {_WAY_OUT}")
             lines.append(line)
     return lines
 
@@ -119,15 +120,14 @@ def read_json(folder: Path, name: str, default: Any) -> Any:
         return default
     text = read_text(file, most=MAX_DOCUMENT, error=ReportError)
     found = parse_json(text, source=str(file), error=ReportError)
-    about = _KNOWN.get(name)
-    if about and not about[0](found):
-        raise ReportError(f"{file}: not {about[1]}; {_WAY_OUT}")
+    if (known := _KNOWN.get(name)) and (wrong := misfit(known[0], found)):
+        raise ReportError(f"{file}: not {known[1]} ({wrong}); {_WAY_OUT}")
     return found
 
 
-_KNOWN = {
-    "summary.json": (is_summary, "the summary of a run"),
-    "environment.json": (is_environment, "a run's environments"),
+_KNOWN: Mapping[str, tuple[Any, str]] = {
+    "summary.json": (SUMMARY, "the summary of a run"),
+    "environment.json": (ENVIRONMENTS, "a run's environments"),
 }
 _WAY_OUT = "move the file away, or edit again into a new folder"
 

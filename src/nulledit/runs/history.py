@@ -32,7 +32,7 @@ def events_of(history: History) -> list[dict[str, Any]]:
                 "event": event.id,
                 "time": event.time,
                 "kind": event.kind,
-                "methods": [history.epochs[e - 1].recipe.method.name for e in epochs],
+                "methods": [history.epochs[e - 1].method for e in epochs],
                 "batches": sorted({c.batch for c in on}),
                 "in": [f.id for f in facts_of(on) if f.id not in before],
                 "out": [f.id for f in facts_of(off) if f.id not in after],
@@ -105,7 +105,7 @@ def near_of(history: History, column: Column) -> list[tuple[str, float]]:
     """Other facts in the model on nearly the same first-layer key: (id, cosine), nearest first."""
     from nulledit.linalg.angles import unit_columns  # with torch
 
-    layer = history.epochs[history.epoch_of(column) - 1].recipe.layers[0]
+    layer = history.epochs[history.epoch_of(column) - 1].layers[0]
     others = [c for c in history.at_layer(layer, history.active) if c.fact.id != column.fact.id]
     if not others:
         return []
@@ -162,8 +162,8 @@ def _version(history: History, column: Column, by_id: dict[int, Column]) -> dict
         "column": column.id,
         "batch": column.batch,
         "epoch": epoch.id,
-        "method": epoch.recipe.method.name,
-        "layers": list(epoch.recipe.layers),
+        "method": epoch.method,
+        "layers": list(epoch.layers),
         "active": history.is_active(column),
         "answer": answer_of(column.fact),
         "replaces": None if older is None else {"id": older.fact.id, "column": older.id},

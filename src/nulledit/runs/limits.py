@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
-from nulledit.config import read_settings
 from nulledit.data.facts import quote, suggest
 from nulledit.errors import ConfigError
 from nulledit.evaluation.tasks import TASKS
-from nulledit.io.untrusted import MAX_SETTINGS, parse_yaml, read_text
+from nulledit.io.settings import (
+    Count,
+    Expected,
+    Number,
+    Several,
+    checked,
+    load_settings,
+    read_settings,
+    shown,
+)
 
 SHIPPED = "default"
+Percent = Annotated[float, Expected("0 to 100, in %", ge=0, le=100)]
 
 
-@dataclass(frozen=True)
+@checked
+@dataclass(frozen=True, kw_only=True)
 class Bound:
     """What every limit has."""
 
@@ -28,29 +35,32 @@ class Bound:
     """Where it can't be measured it is left out, and said so; otherwise that is a failure."""
 
 
-@dataclass(frozen=True)
+@checked
+@dataclass(frozen=True, kw_only=True)
 class Most(Bound):
     """An upper bound on a number that is no estimate: it is read off the weights."""
 
-    at_most: float = math.nan
+    at_most: Number
     """%, or points of %."""
 
-    def __post_init__(self) -> None:
-        _finite(self.at_most, "at_most")
 
-
-@dataclass(frozen=True)
+@checked
+@dataclass(frozen=True, kw_only=True)
 class Least(Bound):
     """A lower bound on such a number."""
 
-    at_least: float = math.nan
+    at_least: Percent
     """%."""
 
     def __post_init__(self) -> None:
-        _share(self.at_least)
+        if 0 < self.at_least <= 1:  # 0.8 % is what no one means, and all would pass
+            raise ConfigError(
+                f"at_least is {self.at_least}; numbers are in %: write {100 * self.at_least:g}"
+            )
 
 
-@dataclass(frozen=True)
+@checked
+@dataclass(frozen=True, kw_only=True)
 class SampledMost(Most):
     """An upper bound on an estimate."""
 
@@ -58,7 +68,8 @@ class SampledMost(Most):
     """Demand that the bound holds by one-sided 95 %, not only for what was found."""
 
 
-@dataclass(frozen=True)
+@checked
+@dataclass(frozen=True, kw_only=True)
 class SampledLeast(Least):
     """A lower bound on an estimate."""
 
@@ -66,30 +77,26 @@ class SampledLeast(Least):
     """Demand that the bound holds by one-sided 95 %, not only for what was found."""
 
 
-@dataclass(frozen=True)
+@checked
+@dataclass(frozen=True, kw_only=True)
 class Oldest(SampledLeast):
     """A lower bound for the facts that were edited first."""
 
-    first: int = 100
+    first: Count = 100
     """Facts of the cohort, without those to forget; a model with fewer is asked about all."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _whole(self.first, "first")
 
-
-@dataclass(frozen=True)
+@checked
+@dataclass(frozen=True, kw_only=True)
 class Tasks(SampledMost):
     """An upper bound for each of some tasks."""
 
-    tasks: tuple[str, ...] = tuple(TASKS)
+    tasks: Several[str] = tuple(TASKS)
     """Names of tasks; each is a row of its own."""
-    items: int = 50
+    items: Count = 50
     """Questions of each."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        _whole(self.items, "items")
         if not self.tasks:
             raise ConfigError(f"tasks is empty; expected some of {', '.join(TASKS)}")
         for name in self.tasks:
@@ -155,20 +162,23 @@ KINDS: Mapping[str, Kind] = {
 class Limits:
     """A set of limits, as a file names them."""
 
+    kind: ClassVar[str] = "limits"
+    folder: ClassVar[str] = "gates"
+
     bounds: Mapping[str, Bound]
     """Name -> bound, in the file's order."""
     source: str = ""
     """File name, or the name of the shipped set."""
 
     @classmethod
-    def from_dict(cls, data: Any, *, source: str = "") -> Limits:
+    def from_dict(cls, data: Any) -> Limits:
         """From plain data; ConfigError for unknown names, wrong types and numbers that can't be."""
         if not isinstance(data, Mapping) or not data:
             raise ConfigError(
                 f"expected limits by name, such as `efficacy_strict: {{at_least: 80}}`, found "
                 f"{quote(data)}"
             )
-        return cls({name: _bound(name, given) for name, given in data.items()}, source)
+        return cls({name: _bound(name, given) for name, given in data.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back."""
@@ -187,19 +197,7 @@ class Limits:
 
 def load_limits(name_or_path: str | Path = SHIPPED) -> Limits:
     """Limits from a YAML file; `default` is the set that comes with the package."""
-    path = Path(name_or_path)
-    if str(name_or_path) == SHIPPED:
-        shipped = resources.files("nulledit") / "assets" / "gates" / f"{SHIPPED}.yaml"
-        text = shipped.read_text(encoding="utf-8")
-    elif os.path.exists(path):
-        text = read_text(path, most=MAX_SETTINGS, error=ConfigError, what="file of limits")
-    else:
-        raise ConfigError(f"no limits {str(path)!r}: expected a YAML file, or {SHIPPED}")
-    data = parse_yaml(text, source=str(path), error=ConfigError)
-    try:
-        return Limits.from_dict(data, source=path.name)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+    return dataclasses.replace(load_settings(Limits, name_or_path), source=Path(name_or_path).name)
 
 
 def _bound(name: object, given: Any) -> Bound:
@@ -210,32 +208,12 @@ def _bound(name: object, given: Any) -> Bound:
     kind = KINDS[name].settings
     side = "at_least" if issubclass(kind, Least) else "at_most"
     if not isinstance(given, Mapping):
-        raise ConfigError(f"{name} is {quote(given)}; expected `{name}: {{{side}: NUMBER}}`")
+        raise ConfigError(f"{name} is {shown(given)}; expected `{name}: {{{side}: NUMBER}}`")
     other = {"at_least": "at_most", "at_most": "at_least"}[side]
     if side not in given:
         found = f"has {other}" if other in given else "names no bound"
         raise ConfigError(f"{name} {found}; expected {side}, in {KINDS[name].unit}")
     try:
-        bound = read_settings(kind, given, "")
+        return read_settings(kind, given)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
-    assert isinstance(bound, Bound)
-    return bound
-
-
-def _finite(value: float, name: str) -> None:
-    if not math.isfinite(value):
-        raise ConfigError(f"{name} is {value}; expected a number")
-
-
-def _share(value: float) -> None:
-    """A lower bound on a share: 0.8 means 0.8 %, which no one means, and all would pass."""
-    if not 0 <= value <= 100:
-        raise ConfigError(f"at_least is {value}; expected 0 to 100, in %")
-    if 0 < value <= 1:
-        raise ConfigError(f"at_least is {value}; numbers are in %: write {100 * value:g}")
-
-
-def _whole(value: int, name: str) -> None:
-    if value < 1:
-        raise ConfigError(f"{name} is {value}; expected 1 or more")

@@ -7,12 +7,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from nulledit._version import __version__
-from nulledit.config import StatisticsSettings, read_settings
+from nulledit.config import StatisticsSettings
 from nulledit.errors import ConfigError, StatisticsError
 from nulledit.io.files import sha256_of, write_text
+from nulledit.io.settings import Expected, Several, checked, read_settings
 from nulledit.io.untrusted import MAX_SETTINGS, one_line, parse_json, read_text
 
 FORMAT = 1
@@ -22,13 +23,17 @@ HASHES = "sha256"
 UNCHECKED = "made before hashes were kept with statistics: damage to them can't be seen"
 
 
+Plain = Annotated[str, Expected("plain ASCII", lambda text: text.isascii() and text.isprintable())]
+
+
+@checked
 @dataclass(frozen=True)
 class Source:
     """One of the corpora whose sums were added."""
 
     corpus: str
     """Its name."""
-    corpus_hash: str
+    corpus_hash: Plain
     """Hash of its content."""
     tokens: int
     """Keys summed per layer."""
@@ -38,36 +43,37 @@ class Source:
     """Token budget that it was read with; 0: the whole corpus."""
 
 
+@checked
 @dataclass(frozen=True)
 class Manifest:
     """Everything the numbers depend on."""
 
     model: str
     """The model's name, for people."""
-    model_hash: str
+    model_hash: Plain
     """Hash of its weights."""
-    layers: tuple[int, ...]
+    layers: Several[int]
     """Blocks whose keys were summed."""
     corpus: str
     """Name of the corpus."""
-    corpus_hash: str
+    corpus_hash: Plain
     """Hash of its content."""
     settings: StatisticsSettings
     """Packing, window, token budget, whether position 0 counts."""
-    dtype: str
+    dtype: Plain
     """The model's dtype while it ran."""
     tokens: int = 0
     """Keys summed per layer."""
     windows: int = 0
     """Windows read."""
-    mlp_out: str = ""
+    mlp_out: Plain = ""
     """Path of W in a block, where a recipe's layout named it; keys of another W are others."""
     inputs: bool = False
     """Whether they are of the inputs of MLPs with a 1 behind them, for gated edits, and not of
     keys."""
-    sources: tuple[Source, ...] = ()
+    sources: Several[Source] = ()
     """What was added up, where statistics of several corpora were; `corpus` names them all."""
-    version: str = __version__
+    version: Plain = __version__
     """Version of this library."""
     format: int = FORMAT
     """Version of the file format."""
@@ -96,23 +102,11 @@ class Manifest:
                 + " make them again"
             )
         try:
-            found: Manifest = read_settings(cls, data, "")
-        except (ConfigError, TypeError) as error:
+            found = read_settings(cls, data)
+        except ConfigError as error:
             raise StatisticsError(
                 one_line(f"{where}: no manifest of key statistics ({error})")
             ) from error
-        for text in (
-            found.model_hash,
-            found.corpus_hash,
-            found.dtype,
-            found.version,
-            found.mlp_out,
-            *(source.corpus_hash for source in found.sources),
-        ):
-            if not (text.isascii() and text.isprintable()):
-                raise StatisticsError(
-                    one_line(f"{where}: {text!r} is no hash, dtype, version or path of statistics")
-                )
         if not found.layers or len(set(found.layers)) < len(found.layers) or min(found.layers) < 0:
             raise StatisticsError(
                 one_line(f"{where}: layers are {list(found.layers)}; expected numbers from 0")

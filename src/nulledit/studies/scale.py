@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib import resources
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 from nulledit.config import Recipe
 from nulledit.data.facts import suggest
 from nulledit.errors import ConfigError
-from nulledit.io.untrusted import MAX_SETTINGS, parse_yaml, read_text
+from nulledit.io.settings import (
+    Count,
+    Expected,
+    Positive,
+    Several,
+    Whole,
+    checked,
+    load_settings,
+    read_settings,
+)
+from nulledit.io.untrusted import parse_yaml
 from nulledit.methods import find_method
 
 PROJECTIONS = ("inside", "after", "none")
 
 
+@checked
 @dataclass(frozen=True)
 class Scale:
     """Settings of all studies at one scale."""
+
+    kind: ClassVar[str] = "scale"
+    folder: ClassVar[str] = "studies"
 
     name: str
     """small, paper, or a file's name."""
@@ -28,6 +40,11 @@ class Scale:
     """Name -> dotted fields of the recipe that differ from the base recipe."""
     studies: Mapping[str, Mapping[str, Any]]
     """Name of a study -> its settings."""
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Scale:
+        """From plain data; ConfigError for what can't be."""
+        return read_settings(cls, {"name": "", **data} if isinstance(data, Mapping) else data)
 
     def of(self, study: str, changes: Mapping[str, Any]) -> dict[str, Any]:
         """A study's settings with `changes`; ConfigError for what can't be."""
@@ -68,82 +85,55 @@ class Scale:
         return recipe
 
 
-POSITIVE = (
-    *("facts", "batch_size", "windows", "items", "prompts", "smallest", "leak_prompts"),
-    *("expansion", "solve_facts"),
-)
-COUNTS = ("skip", "zsre", "answers", "fluency")  # 0 leaves it out
-NUMBERS = ("thresholds", "leakages", "softness", "penalties", "tokens", "widths", "batch_sizes")
-NAMES = ("arms", "zsre_arms", "projections")
+Numbers = Annotated[Several[Positive], Expected("a list of numbers above 0", bool)]
+Crowds = Annotated[Several[Whole], Expected("a list of whole numbers", bool)]
+Often = Annotated[Several[Count] | Count, Expected("a number of facts, or a list", bool)]
+Names = Annotated[
+    Several[str] | str,
+    Expected("names, with commas between them", lambda given: all(listed(given) or [""])),
+]
+_POSITIVE = ("facts", "batch_size", "windows", "items", "prompts", "smallest", "leak_prompts")
+_COUNTS = ("skip", "zsre", "answers", "fluency")  # 0 leaves it out
+_LISTS = ("thresholds", "leakages", "softness", "penalties", "tokens", "widths", "batch_sizes")
+SETTINGS: Mapping[str, Any] = {
+    **dict.fromkeys((*_POSITIVE, "expansion", "solve_facts"), Count),
+    **dict.fromkeys(_COUNTS, Whole),
+    **dict.fromkeys(_LISTS, Numbers),
+    **dict.fromkeys(("arms", "zsre_arms", "projections"), Names),
+    "crowds": Crowds,
+    "ask_every": Often,
+}
+"""What the settings of studies hold; those of one study are checked there."""
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
     """ConfigError for a setting of the wrong kind or out of range."""
-    for name, value in settings.items():
-        if name in POSITIVE and not _whole(value, 1):
-            raise ConfigError(f"{name} is {value!r}; expected a whole number above 0")
-        if name in COUNTS and not _whole(value, 0):
-            raise ConfigError(f"{name} is {value!r}; expected a whole number, 0 or more")
-        if name in NUMBERS and not (_list(value) and all(_number(v) and v > 0 for v in value)):
-            raise ConfigError(f"{name} is {value!r}; expected a list of numbers above 0")
-        if name == "crowds" and not (_list(value) and all(_whole(v, 0) for v in value)):
-            raise ConfigError(f"{name} is {value!r}; expected a list of whole numbers")
-        if name == "ask_every":
-            listed = value if _list(value) else [value]
-            if not all(_whole(v, 1) for v in listed):
-                raise ConfigError(f"{name} is {value!r}; expected a number of facts, or a list")
-        if name in NAMES:
-            found = chosen(settings, name) if isinstance(value, str | list) else []
-            if not found or not all(isinstance(v, str) and v for v in found):
-                raise ConfigError(f"{name} is {value!r}; expected names, with commas between them")
+    for name in settings.keys() & SETTINGS:
+        read_settings(SETTINGS[name], settings[name], name)
 
 
 def load_scale(name_or_path: str) -> Scale:
     """The scale `small` or `paper`, or a file of the same form."""
-    shipped = resources.files("nulledit") / "assets" / "studies" / f"{name_or_path}.yaml"
-    path = Path(name_or_path)
-    if name_or_path in ("small", "paper"):
-        text = shipped.read_text(encoding="utf-8")
-    elif os.path.exists(path):
-        text = read_text(path, most=MAX_SETTINGS, error=ConfigError, what="scale")
-    else:
-        raise ConfigError(f"no scale {name_or_path!r}: expected small, paper or a YAML file")
-    data = parse_yaml(text, source=str(path), error=ConfigError)
-    if not isinstance(data, Mapping) or set(data) != {"arms", "studies"}:
-        raise ConfigError(f"{path}: expected `arms` and `studies`")
-    for part in ("arms", "studies"):
-        named = data[part]
-        if not isinstance(named, Mapping) or not all(
-            isinstance(v, Mapping) for v in named.values()
-        ):
-            raise ConfigError(f"{path}: {part} must be names with settings behind them")
-    return Scale(path.stem, data["arms"], data["studies"])
+    return replace(load_settings(Scale, name_or_path), name=Path(name_or_path).stem)
 
 
 def _value(name: str, text: Any) -> Any:
     """A setting as given on the command line; lists with commas or in YAML's brackets."""
     if not isinstance(text, str):
         return text
-    if name in NAMES and not text.lstrip().startswith("["):
+    kind, bare = SETTINGS.get(name), not text.lstrip().startswith("[")
+    if kind is Names and bare:
         return text
-    if name in (*NUMBERS, "crowds") and not text.lstrip().startswith("["):
+    if kind in (Numbers, Crowds) and bare:
         text = f"[{text}]"
     return parse_yaml(text, source=name, error=ConfigError)
 
 
-def _list(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) > 0
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
 def chosen(settings: Mapping[str, Any], name: str = "arms") -> Sequence[str]:
     """A list setting, written as a list or with commas."""
-    value = settings[name]
-    return [part.strip() for part in value.split(",")] if isinstance(value, str) else list(value)
+    return listed(settings[name])
+
+
+def listed(given: Sequence[str] | str) -> Sequence[str]:
+    """Names in a list, or in a text with commas."""
+    return [part.strip() for part in given.split(",")] if isinstance(given, str) else list(given)

@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nulledit.config import check_not_negative, check_positive
 from nulledit.data.facts import quote
 from nulledit.errors import ConfigError, ModelError
+from nulledit.io.settings import Count, Positive, Whole, checked
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import frozen
 from nulledit.models.partial import Prefix
@@ -46,24 +46,21 @@ no middle; several tokens in the middle count with their mean."""
 FIRST, MIDDLE, LAST, END = PLACES
 
 
+@checked
 @dataclass(frozen=True)
 class TraceSettings:
     """How a fact is traced."""
 
-    draws: int = 3
+    draws: Count = 3
     """Corrupted runs a fact; ROME takes ten."""
-    noise: float = 3.0
+    noise: Positive = 3.0
     """Standard deviation of the noise, in those of the embeddings of the facts' subjects."""
-    window: int = 0
+    window: Whole = 0
     """Blocks whose MLP outputs are put back together; 0: as ROME's ten of GPT-2 XL's 48."""
-    seed: int = 0
+    seed: Whole = 0
     """Of the noise; a fact's own is made from it and the fact's id."""
-    positions: int = 4096
+    positions: Count = 4096
     """Token positions that run through a block together; results don't depend on it."""
-
-    def __post_init__(self) -> None:
-        check_positive(self, "draws", "noise", "positions")
-        check_not_negative(self, "window", "seed")
 
     def size(self, depth: int) -> int:
         """Blocks of a whole window in a model of `depth` blocks."""
