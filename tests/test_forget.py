@@ -600,7 +600,7 @@ def test_what_is_to_be_forgotten_is_shown_first(run, monkeypatch):
         raise Stop
 
     monkeypatch.setattr(Editor, "forget", stop)
-    monkeypatch.setattr("nulledit.cli.forget.say", lambda text, **_: shown.append(text))
+    monkeypatch.setattr("nulledit.cli.common.say", lambda text, **_: shown.append(text))
     for subject, prompt, expected in (
         ("Karo Dun", "{} works as a", f'"{job}", which the edit '),
         (PERSON, "{} speaks", f"\"{tongue}\", which the base says to '{PERSON} speaks'"),

@@ -360,6 +360,18 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         raise ConfigError(one_line(f"{path}: {error}")) from error
 
 
+def read_recipe(recipe: Recipe | str | Path | None, name: str) -> Recipe:
+    """The recipe itself, from its file, or the one to use on the model `name`."""
+    if recipe is None:
+        recipe = name if name in shipped_recipes() else Recipe()
+    if not isinstance(recipe, Recipe | str | Path):
+        raise ConfigError(
+            f"recipe is a {type(recipe).__name__}; expected a Recipe (of a mapping: "
+            "Recipe.from_dict), a file or a shipped recipe's name"
+        )
+    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+
+
 def read_settings(cls: type, data: Mapping[str, Any], where: str) -> Any:
     """A settings dataclass from plain data; unknown keys and wrong types are ConfigErrors.
 

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from nulledit.cli.common import echo, emit, prepare
-from nulledit.cli.options import device_option, output_options, trust_option
+from nulledit.cli.command import Call, command
+from nulledit.cli.options import PLACED, arg
 from nulledit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,20 +18,13 @@ SHOWN = 50  # facts in the table
 MOST_DIGITS = 18  # of an event's number
 
 
-@click.command(short_help="Two runs, or two states of one: facts, norms, probabilities.")
-@click.argument("first", metavar="RUN[@EVENT]")
-@click.argument("second", metavar="RUN[@EVENT]")
-@device_option
-@trust_option
-@output_options
-def diff(
-    first: str,
-    second: str,
-    device: Any,
-    trust_remote_code: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+@command(
+    "Two runs, or two states of one.",
+    arg("first", "RUN[@EVENT]"),
+    arg("second", "RUN[@EVENT]"),
+    PLACED,
+)
+def diff(call: Call) -> None:
     """What differs between two runs on one base model, or between two states of one run.
 
     RUN@N is the model behind event N of `nulledit log RUN`, RUN@0 the base. The table shows facts
@@ -43,23 +34,25 @@ def diff(
     $ nulledit diff run other
     $ nulledit diff run@3 run
     """
-    prepare(quiet=quiet)
-    from nulledit.cli.loading import load_run
+    call.prepare()
     from nulledit.ledger.store import Store
-    from nulledit.report.tables import as_text
     from nulledit.runs.diff import difference
 
+    first, second = call.first, call.second
     (a, at_a), (b, at_b) = _place(first), _place(second)
-    other = Store(Path(b) / "ledger").load()
-    editor = load_run(a, device, quiet=quiet, trust_remote_code=trust_remote_code)
+    other, run = Store(Path(b) / "ledger").load(), call.open(a)
     found = difference(
-        editor,
+        run.editor,
         other,
-        first=_columns(editor.history, first, at_a),
+        first=_columns(run.history, first, at_a),
         second=_columns(other, second, at_b),
     )
-    if as_json:
-        return emit(_plain(found, first, second))
+    call.show(lambda: _plain(found, first, second), lambda: _page(found, first, second))
+
+
+def _page(found: Difference, first: str, second: str) -> str:
+    from nulledit.report.tables import as_text
+
     parts = []
     if found.facts:
         parts.append(as_text(_facts_table(found, first, second), left=2, most=48))
@@ -73,7 +66,7 @@ def diff(
         ]
         head = ["layer", f"‖Δ‖/‖W₀‖, {first}", second, "apart"]
         parts.append(as_text((head, rows)))
-    return echo("\n\n".join(parts))
+    return "\n\n".join(parts)
 
 
 def _place(text: str) -> tuple[str, int | None]:

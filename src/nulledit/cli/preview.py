@@ -4,44 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import click
-
-from nulledit.cli.common import Bars, echo, emit, facts_of, prepare, say
-from nulledit.cli.options import device_option, facts_options, output_options, trust_option
+from nulledit.cli.command import Call, command
+from nulledit.cli.options import FACTS, PLACED, TEXT, arg, opt
 from nulledit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from nulledit.data.facts import Fact
-    from nulledit.editing.editor import Editor
-    from nulledit.editing.weights import LayerReport
-    from nulledit.evaluation.runner import Evaluation
     from nulledit.report.tables import Table
+    from nulledit.runs.preview import Preview
+    from nulledit.runs.run import Run
 
-HELD = 20  # facts in the model that are asked again
 
-
-@click.command(short_help="What an edit or an undo would change; writes nothing.")
-@click.argument("run", metavar="RUN|MODEL")
-@click.argument("facts", metavar="[FACTS]", required=False)
-@click.option(
-    "--undo", "undone", multiple=True, metavar="ID", help="Take this fact out; repeatable."
+@command(
+    "What an edit would change; writes nothing.",
+    arg("run", "RUN|MODEL"),
+    arg("facts", "[FACTS]"),
+    opt("--undo ID", "Take this fact out; repeatable.", name="undone", multiple=True),
+    TEXT,
+    FACTS,
+    PLACED,
 )
-@click.option(
-    "--text", metavar="FILE", help="For perplexity and KL.  [default: one that comes along]"
-)
-@facts_options
-@device_option
-@trust_option
-@output_options
-def preview(
-    run: str,
-    facts: str | None,
-    undone: tuple[str, ...],
-    text: str | None,
-    **given: Any,
-) -> None:
+def preview(call: Call) -> None:
     """Edit RUN in memory and show what would change: the facts, their neighbours, facts that are in
     the model already, perplexity, KL from the base and norms. Nothing is written.
 
@@ -51,138 +35,54 @@ def preview(
     $ nulledit preview run more.yaml
     $ nulledit preview run --undo capital-of-france
     """
-    if not facts and not undone:
+    if not call.facts and not call.undone:
         raise ConfigError("give FACTS to edit, or --undo ID")
-    found = facts_of(facts, given, quiet=given["quiet"]) if facts else None
-    prepare(quiet=given["quiet"])
-    from nulledit.evaluation.reading import read
-    from nulledit.evaluation.runner import evaluate
+    new = call.read_facts(call.facts).facts if call.facts else ()
+    found = _run(call).preview(new, undo=call.undone, text=call.text)
+    call.notes(found.notices)
+    call.show(lambda: {"run": call.run, **found.to_dict()}, lambda: _page(found))
+
+
+def _run(call: Call) -> Run:
+    """The run that was named, or one of a model that has no edits, in memory."""
+    folder = Path(call.run)
+    if (folder / "ledger").is_dir() or (folder.is_dir() and not (folder / "config.json").is_file()):
+        return call.open()
+    call.prepare()
+    from nulledit.runs.run import Run
+
+    return Run(folder, call.editor(call.run), call.talk)
+
+
+def _page(found: Preview) -> str:
     from nulledit.report.tables import as_text
-    from nulledit.runs.measure import check_lengths, read_text
-    from nulledit.runs.tables import rates_table
-
-    quiet = given["quiet"]
-    editor = _editor(run, given)
-    new: list[Fact] = list(found.facts) if found else []
-    check_lengths(editor, new)
-    windows = read_text(editor, text)
-    gone = [f for f in editor.facts if f.id in undone]
-    asked = [*new, *gone]
-    keys = {f.key for f in asked}
-    held = [f for f in editor.facts if f.key not in keys][-HELD:]
-
-    with editor.base_weights():
-        base = read(editor.editable, windows.windows, keep=True)
-
-    def measure(name: str) -> tuple[Evaluation, Evaluation | None]:
-        with Bars(quiet=quiet, prefix=f"{name}: ") as bars:
-            mine = evaluate(
-                editor.editable, asked, windows=windows.windows, base=base, progress=bars
-            )
-            others = (
-                evaluate(editor.editable, held, generate=False, progress=bars) if held else None
-            )
-        return mine, others
-
-    before, layers = measure("before"), editor.weights.reports()
-    notices: list[str] = []
-    with editor.trial(writing=False), Bars(quiet=quiet) as bars:
-        if undone:
-            notices += editor.undo(*undone).notices
-        if new:
-            notices += editor.edit(new, progress=bars).notices
-        after, would_be = measure("after"), editor.weights.reports()
-    for notice in notices:
-        say(f"Note: {notice}", quiet=quiet)
-    sides = {"before": before[0].summary(), "after": after[0].summary()}
-    others = {
-        name: e.summary()
-        for name, e in (("before", before[1]), ("after", after[1]))
-        if e is not None
-    }
-    if given["as_json"]:
-        return emit(
-            {
-                "run": run,
-                "asked": sides,
-                "held": others,
-                "answers": [
-                    {
-                        "id": f.id,
-                        "prompt": f.render(f.prompt),
-                        "target": f.target,
-                        "before": before[0].answers.get(f.id),
-                        "after": after[0].answers.get(f.id),
-                    }
-                    for f in asked
-                ],
-                "layers": {
-                    "before": [vars(r) for r in layers],
-                    "after": [vars(r) for r in would_be],
-                },
-                "notices": notices,
-            }
-        )
-    parts = [as_text(_answers(asked, before[0], after[0]), left=4, most=40)]
-    parts.append(as_text(rates_table(sides)))
-    if others:
-        parts.append(f"The last {len(held)} facts in the model:")
-        parts.append(as_text(_held_table(others)))
-    parts.append(as_text(_norms(layers, would_be)))
-    parts.append(f"Perplexity and KL are on {windows.name}. Nothing was written.")
-    return echo("\n\n".join(parts))
-
-
-def _editor(run: str, given: dict[str, Any]) -> Editor:
-    from nulledit.cli.loading import load_run
-    from nulledit.editing.editor import Editor
-
-    trust, quiet = given["trust_remote_code"], given["quiet"]
-    if (Path(run) / "ledger").is_dir() or (
-        Path(run).is_dir() and not (Path(run) / "config.json").is_file()
-    ):
-        return load_run(run, given["device"], quiet=quiet, trust_remote_code=trust)
-    say(f"Loading {run}", quiet=quiet)
-    return Editor.from_pretrained(run, device=given["device"], trust_remote_code=trust)
-
-
-def _answers(facts: Sequence[Fact], before: Evaluation, after: Evaluation) -> Table:
     from nulledit.runs.history import answer_of
-
-    rows: list[Sequence[str]] = [
-        [
-            f.render(f.prompt),
-            answer_of(f),
-            before.answers.get(f.id, ""),
-            after.answers.get(f.id, ""),
-        ]
-        for f in facts
-    ]
-    return ["prompt", "target", "before", "after"], rows
-
-
-def _held_table(sides: dict[str, dict[str, Any]]) -> Table:
     from nulledit.runs.tables import rates_table
 
-    head, rows = rates_table(sides)
-    measured = [row for row in rows if any(cell[:1].isdigit() for cell in row[1:])]
-    return head, measured
+    before, after = (side.answers for side in found.asked)
+    answers: list[Sequence[str]] = [
+        [f.render(f.prompt), answer_of(f), before.get(f.id, ""), after.get(f.id, "")]
+        for f in found.facts
+    ]
+    parts = [as_text((["prompt", "target", "before", "after"], answers), left=4, most=40)]
+    parts.append(as_text(rates_table(found.sides)))
+    if found.others:
+        head, rows = rates_table(found.held_sides)
+        measured = [row for row in rows if any(cell[:1].isdigit() for cell in row[1:])]
+        parts.append(f"The last {len(found.held)} facts in the model:")
+        parts.append(as_text((head, measured)))
+    parts.append(as_text(_norms(found)))
+    parts.append(f"Perplexity and KL are on {found.text}. Nothing was written.")
+    return "\n\n".join(parts)
 
 
-def _norms(before: Sequence[LayerReport], after: Sequence[LayerReport]) -> Table:
+def _norms(found: Preview) -> Table:
     from nulledit.report.tables import number
 
-    then = {r.layer: r for r in before}
-    rows: list[Sequence[str]] = []
-    for now in after:
+    then, rows = {r.layer: r for r in found.layers[0]}, []
+    for now in found.layers[1]:
         old = then.get(now.layer)
-        rows.append(
-            [
-                str(now.layer),
-                number(old.update_share if old else 0.0),
-                number(now.update_share),
-                number(100 * (old.room if old else 1.0)),
-                number(100 * now.room),
-            ]
-        )
-    return ["layer", "‖Δ‖/‖W₀‖ before", "after", "room left before (%)", "after (%)"], rows
+        share, room = (old.update_share, old.room) if old else (0.0, 1.0)
+        cells = (share, now.update_share, 100 * room, 100 * now.room)
+        rows.append([str(now.layer), *map(number, cells)])
+    return ["layer", "‖Δ‖/‖W₀‖ before", "after", "room left before (%)", "after (%)"], [*rows]

@@ -13,18 +13,13 @@ from typing import Self
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nulledit.config import (
-    Placement,
-    Recipe,
-    ValueSettings,
-    check_whole,
-)
+from nulledit.config import Placement, Recipe, ValueSettings, check_whole, read_recipe
 from nulledit.data.facts import Fact
 from nulledit.data.readers import Facts, as_facts
 from nulledit.editing.batch import CallLog, Progress
 from nulledit.editing.batching import admitted, batches
 from nulledit.editing.merge import Decide, conflicts, decided, with_own_ids
-from nulledit.editing.recipes import read_recipe, resolve_recipe
+from nulledit.editing.recipes import resolve_recipe
 from nulledit.editing.replay import replay
 from nulledit.editing.reports import ChangeReport, EditReport, by_fact
 from nulledit.editing.session import EditSession, check_in_model, some

@@ -1,0 +1,180 @@
+"""A command: its parameters, the help that shows them, and one call of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nulledit.cli.common import Terminal, echo, emit, prepare
+from nulledit.cli.options import (
+    DEVICE,
+    JSON,
+    QUIET,
+    Part,
+    Section,
+    chat_settings,
+    model_source,
+    parameters,
+    placed,
+)
+from nulledit.parallel.launch import Launch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from nulledit.config import ChatSettings, Layout, Recipe
+    from nulledit.data.readers import FactFile
+    from nulledit.editing.editor import Editor
+    from nulledit.models.editable_model import EditableModel
+    from nulledit.parallel.ranks import Ranks
+    from nulledit.runs.run import Run
+
+MOST_NOTICES = 20  # of a file of facts on the terminal
+
+
+class Sectioned(click.Command):
+    """A command whose help shows its options under titles."""
+
+    sections: dict[str, list[click.Parameter]]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Options by section; those in none come last."""
+        titled = [p for found in self.sections.values() for p in found]
+        rest = [p for p in self.get_params(ctx) if isinstance(p, click.Option) and p not in titled]
+        last = "Output" if titled else "Options"
+        for title, found in (*self.sections.items(), (last, rest)):
+            records = [record for p in found if (record := p.get_help_record(ctx))]
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
+class Call:
+    """One call of a command: what was given, by its name, and what commands do with it."""
+
+    def __init__(self, given: dict[str, Any]):
+        """`given`: the parsed parameters; `device` becomes what its four options say."""
+        if "device_map" in given:
+            given["device"] = placed(
+                **{option.name or "": given.pop(option.name) for option in DEVICE}
+            )
+        self.given = given
+        self.talk = Terminal(quiet=given.get("quiet", False) or Launch.of().rank > 0)
+        self.say, self.progress = self.talk.say, self.talk.progress
+
+    def __getattr__(self, name: str) -> Any:
+        """What was given for the parameter `name`."""
+        try:
+            return vars(self)["given"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def prepare(self) -> None:
+        """Before torch is loaded."""
+        prepare(quiet=self.talk.quiet)
+
+    def notes(self, lines: Iterable[str], kind: str = "Note") -> None:
+        """A line on stderr for each."""
+        for line in lines:
+            self.say(f"{kind}: {line}")
+
+    def read_facts(self, file: str, *, known: bool = False) -> FactFile:
+        """The facts of `file` under the options of the command, its notices said."""
+        from nulledit.data.readers import read_facts
+
+        names = ("skip", "limit", "on_conflict", "skip_bad")
+        given = {n: self.given[n] for n in names if n in self.given}
+        found = read_facts(file, **given, known=known)
+        self.notes(found.notices[:MOST_NOTICES])
+        if (left := len(found.notices) - MOST_NOTICES) > 0:
+            self.say(f"Note: {left} more: nulledit facts check {file} --json has all")
+        return found
+
+    def own_recipe(self, asked: str | None, model: str) -> Recipe:
+        """The recipe that was asked for, or the one to use on the model."""
+        from nulledit.config import read_recipe
+
+        return read_recipe(asked, model)
+
+    def chat_form(self, held: ChatSettings | None) -> ChatSettings | None:
+        """A recipe's chat form, changed by --chat and --system; None for plain text."""
+        return chat_settings(held, chat=self.chat, system=self.system)
+
+    def load(self, name: str, **more: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """A model and its tokenizer, loaded as the options say; `more` goes before them."""
+        from nulledit.models.load import load_model
+
+        self.say(f"Loading {name}")
+        names = ("device", "dtype", "quantize", "trust_remote_code")
+        given = {n: self.given[n] for n in names if self.given.get(n) is not None}
+        return load_model(model_source(name), **given | more)
+
+    def editable(self, name: str, layout: Layout | None = None, **more: Any) -> EditableModel:
+        """The same, to be run and asked."""
+        self.prepare()
+        from nulledit.models.editable_model import EditableModel
+
+        return EditableModel(*self.load(name, **more), layout)
+
+    def editor(self, name: str, **more: Any) -> Editor:
+        """An editor of the model, as the options say; `more` goes before them."""
+        from nulledit.editing.editor import Editor
+
+        self.say(f"Loading {name}")
+        names = ("device", "dtype", "quantize", "trust_remote_code", "seed")
+        given = {n: self.given[n] for n in names if self.given.get(n) is not None}
+        given["statistics"] = self.given.get("stats")
+        return Editor.from_pretrained(model_source(name), **given | more)
+
+    def open(
+        self, folder: str | None = None, *, writing: bool = False, ranks: Ranks | None = None
+    ) -> Run:
+        """The run that was named; only to look at it, unless `writing`."""
+        self.prepare()
+        from nulledit.cli.common import own_device
+        from nulledit.runs.run import Run
+
+        return Run.open(
+            folder or self.run,
+            device=own_device(ranks, self.device) if ranks else self.device,
+            trust_remote_code=self.trust_remote_code,
+            ranks=ranks,
+            talk=self.talk,
+            writing=writing,
+        )
+
+    def show(self, data: Any, page: str | Callable[[], str]) -> None:
+        """A result on stdout: as JSON where that was asked for, else as a page."""
+        if self.as_json:
+            emit(data() if callable(data) else data)
+        else:
+            echo(page() if callable(page) else page)
+
+
+def command(
+    about: str, *parts: Part, group: click.Group | None = None
+) -> Callable[[Callable[[Call], None]], click.Command]:
+    """The function below as a command with these parameters, and with --json and --quiet.
+
+    `about` is its line in a list of commands, its docstring the help. `group`: that it belongs to.
+    """
+
+    def made(function: Callable[[Call], None]) -> click.Command:
+        def called(**given: Any) -> None:
+            function(Call(given))
+
+        found = Sectioned(
+            function.__name__,
+            callback=called,
+            params=parameters((*parts, JSON, QUIET)),
+            help=function.__doc__,
+            short_help=about,
+        )
+        found.sections = {p.title: parameters(p.parts) for p in parts if isinstance(p, Section)}
+        if group is not None:
+            group.add_command(found)
+        return found
+
+    return made

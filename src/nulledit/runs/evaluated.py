@@ -1,0 +1,126 @@
+"""A run's model beside its base, on facts, text and whatever else is asked; nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from nulledit.config import ChatSettings
+from nulledit.data.facts import Fact
+from nulledit.editing.editor import Editor
+from nulledit.evaluation.capability import TaskResult, capability
+from nulledit.evaluation.drift import Drift, drift_report, read_texts
+from nulledit.evaluation.forms import form_name, forms
+from nulledit.evaluation.groups import by_relation, rates_of_rows
+from nulledit.evaluation.harness import harness_results
+from nulledit.evaluation.preservation import Preservation, preservation_report
+from nulledit.evaluation.runner import Evaluation, evaluate
+from nulledit.evaluation.tasks import Item
+from nulledit.io.text import count
+from nulledit.runs.measure import check_lengths, in_other_forms, read_text
+from nulledit.runs.talk import Talk
+
+
+@dataclass
+class Evaluated:
+    """What was found of each side, "base" (if it was asked) and "edited"."""
+
+    facts: Sequence[Fact]
+    """That were asked."""
+    text: str
+    """What perplexity, KL and preservation are of."""
+    asked: str
+    """The form in which the facts were asked."""
+    sides: dict[str, Evaluation] = field(default_factory=dict)
+    """Facts and text."""
+    others: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Summaries of the facts asked in other forms, by the form and its side."""
+    kept: Sequence[Preservation] = ()
+    """By edited layer."""
+    tasks: dict[str, dict[str, TaskResult]] = field(default_factory=dict)
+    """The six tasks, by side; empty if they were not asked."""
+    harness: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """lm-evaluation-harness tasks, likewise."""
+    drift: Drift | None = None
+    """Of hidden states."""
+
+    def to_dict(self, *, relations: bool = False) -> dict[str, Any]:
+        """Plain data for JSON; `relations`: with the edited side's rates by relation."""
+        grouped = None
+        if relations:
+            rates = rates_of_rows(self.sides["edited"].rows(), by_relation(self.facts))
+            grouped = {
+                name: {measure: rate and dict(vars(rate)) for measure, rate in found.items()}
+                for name, found in rates.items()
+            }
+        return {
+            "facts": len(self.facts),
+            "text": self.text,
+            "asked": self.asked,
+            "others": self.others,
+            **{side: found.summary() for side, found in self.sides.items()},
+            "preservation": [asdict(p) for p in self.kept],
+            "capability": {
+                side: {name: task.summary() for name, task in found.items()}
+                for side, found in self.tasks.items()
+            },
+            "drift": self.drift.to_dict() if self.drift else None,
+            "harness": self.harness,
+            "relations": grouped,
+            "results": {side: found.rows() for side, found in self.sides.items()},
+        }
+
+
+def evaluate_sides(
+    editor: Editor,
+    facts: Sequence[Fact],
+    talk: Talk,
+    *,
+    text: str | None = None,
+    base: bool = True,
+    chat: ChatSettings | None = None,
+    distract: bool = False,
+    fluency: bool = False,
+    references: Mapping[str, Sequence[str]] | None = None,
+    items: Sequence[Item] = (),
+    prompts: str | None = None,
+    harness: Sequence[str] = (),
+) -> Evaluated:
+    """Evaluate the edited model, and unless `base` is False its base, as `Run.evaluate` says."""
+    windows = read_text(editor, text)
+    check_lengths(editor, facts)
+    talk.say(f"Evaluating {count(len(facts), 'fact')}, perplexity on {windows.name}")
+    found = Evaluated(facts, windows.name, form_name(editor.editable.encoder))
+
+    def ask(side: str) -> None:
+        before = found.sides.get("base")
+        with talk.progress(f"{side}: ") as tell:
+            found.sides[side] = evaluate(
+                editor.editable,
+                facts,
+                windows=windows.windows,
+                base=before.reading if before else None,
+                distract=distract,
+                fluency=fluency,
+                references=references,
+                progress=tell,
+            )
+        if items:
+            found.tasks[side] = capability(editor.editable.plain, items)
+        if harness:
+            found.harness[side] = harness_results(editor.model, editor.tokenizer, harness)
+
+    asked = forms(editor.editable, also=chat)
+    if base:
+        with editor.base_weights():
+            ask("base")
+    ask("edited")
+    found.others = in_other_forms(editor, facts, asked, talk, base=base)
+    if editor.history.epochs:
+        found.kept = preservation_report(editor, windows.windows)
+    if prompts:
+        subjects = {fact.subject for fact in facts}  # whose states are meant to move
+        encoder = editor.editable.plain.encoder
+        found.drift = drift_report(editor, read_texts(prompts, encoder, without=subjects))
+    return found
