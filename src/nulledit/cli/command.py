@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nulledit.cli.common import Terminal, echo, emit, prepare
+from nulledit.cli.common import Terminal, echo, emit, own_device, prepare
 from nulledit.cli.options import (
     DEVICE,
     JSON,
     QUIET,
     Part,
-    Section,
     chat_settings,
     model_source,
     parameters,
@@ -35,20 +34,21 @@ MOST_NOTICES = 20  # of a file of facts on the terminal
 
 
 class Sectioned(click.Command):
-    """A command whose help shows its options under titles."""
+    """A command whose help shows its options under titles; "" has those that come last."""
 
     sections: dict[str, list[click.Parameter]]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Options by section; those in none come last."""
-        titled = [p for found in self.sections.values() for p in found]
-        rest = [p for p in self.get_params(ctx) if isinstance(p, click.Option) and p not in titled]
-        last = "Output" if titled else "Options"
-        for title, found in (*self.sections.items(), (last, rest)):
-            records = [record for p in found if (record := p.get_help_record(ctx))]
-            if records:
-                with formatter.section(title):
-                    formatter.write_dl(records)
+        """Options by section."""
+        sections = {title: found for title, found in self.sections.items() if title}
+        last = "Output:" if sections else "Options:"
+        titled = [p for found in sections.values() for p in found]
+        sections[last] = [p for p in self.get_params(ctx) if p not in titled]
+        for title, found in sections.items():
+            options = [p for p in found if isinstance(p, click.Option)]
+            records = [record for p in options if (record := p.get_help_record(ctx))]
+            with formatter.section(title.removesuffix(":")):
+                formatter.write_dl(records)
 
 
 class Call:
@@ -96,7 +96,7 @@ class Call:
         """The recipe that was asked for, or the one to use on the model."""
         from nulledit.config import read_recipe
 
-        return read_recipe(asked, model)
+        return read_recipe(asked or None, model)
 
     def chat_form(self, held: ChatSettings | None) -> ChatSettings | None:
         """A recipe's chat form, changed by --chat and --system; None for plain text."""
@@ -133,7 +133,6 @@ class Call:
     ) -> Run:
         """The run that was named; only to look at it, unless `writing`."""
         self.prepare()
-        from nulledit.cli.common import own_device
         from nulledit.runs.run import Run
 
         return Run.open(
@@ -154,12 +153,20 @@ class Call:
 
 
 def command(
-    about: str, *parts: Part, group: click.Group | None = None
+    about: str, *parts: Part | str, group: click.Group | None = None
 ) -> Callable[[Callable[[Call], None]], click.Command]:
     """The function below as a command with these parameters, and with --json and --quiet.
 
-    `about` is its line in a list of commands, its docstring the help. `group`: that it belongs to.
+    `about` is its line in a list of commands, its docstring the help. A text among `parts` is the
+    title, in the help, of the options after it. `group`: that it belongs to.
     """
+    sections: dict[str, list[click.Parameter]] = {}
+    title = ""
+    for part in parts:
+        if isinstance(part, str):
+            title = part
+        else:
+            sections.setdefault(title, []).extend(parameters([part]))
 
     def made(function: Callable[[Call], None]) -> click.Command:
         def called(**given: Any) -> None:
@@ -168,11 +175,11 @@ def command(
         found = Sectioned(
             function.__name__,
             callback=called,
-            params=parameters((*parts, JSON, QUIET)),
+            params=[*parameters([*sections.values()]), JSON, QUIET],
             help=function.__doc__,
             short_help=about,
         )
-        found.sections = {p.title: parameters(p.parts) for p in parts if isinstance(p, Section)}
+        found.sections = sections
         if group is not None:
             group.add_command(found)
         return found

@@ -24,7 +24,6 @@ from nulledit.cli.options import (
     opt,
     parse_layers,
     parse_null_space,
-    section,
     seed,
 )
 from nulledit.errors import ConfigError, RankError
@@ -41,98 +40,81 @@ if TYPE_CHECKING:
 @command(
     "Write facts into a model, or more facts into a run.",
     arg("facts", "FACTS"),
-    section(
-        "Model and run",
-        opt("--model MODEL", "smollm2-135m, a local folder or a Hub id.", fixed="run"),
-        opt("--out RUN", "Folder to make for the run.", fixed="run"),
-        opt("--continue RUN", "Write more facts into this run.", name="run"),
-        opt(
-            "--new-epoch",
-            "With --continue: another recipe or statistics from here on.",
-            bool,
-            fixed="epoch",
-        ),
-        MODEL,
-        opt(
-            "--retry N",
-            "Write what does not hold again, up to N times, each time stronger.  [default: 0]",
-            least(0),
-            0,
-        ),
-        opt("--dry-run", "Estimate time and memory; edit nothing.", bool, fixed="run"),
+    "Model and run:",
+    opt("--model MODEL", "smollm2-135m, a local folder or a Hub id.", fixed="run"),
+    opt("--out RUN", "Folder to make for the run.", fixed="run"),
+    opt("--continue RUN", "Write more facts into this run.", name="run"),
+    opt(
+        "--new-epoch",
+        "With --continue: another recipe or statistics from here on.",
+        bool,
+        fixed="epoch",
     ),
-    section(
-        "Facts",
-        FACTS,
-        SKIP,
-        opt(
-            "--old-answers",
-            "Take what the base says as the old answer of facts that name none.",
-            bool,
-        ),
-        opt("--no-shuffle", "Keep the file's order over several batches.", bool),
-        seed("Of contexts and of the queue's order.  [default: 0]", None, fixed="run"),
+    MODEL,
+    opt(
+        "--retry N",
+        "Write what does not hold again, up to N times, each time stronger.  [default: 0]",
+        least(0),
+        0,
     ),
-    section(
-        "Recipe",
-        opt(
-            "--recipe FILE|NAME",
-            "See nulledit info for names.  [default: the model's]",
-            fixed="epoch",
-        ),
-        STATS,
-        opt("--batch-size N", "Facts solved together.", int, fixed="epoch", field="batch_size"),
-        opt("--method NAME", "See nulledit methods.", fixed="epoch", field="method.name"),
-        opt(
-            "--project",
-            "Null-space projection: as published, off, within the solve, or of the finished "
-            "update.",
-            ("own", "none", "inside", "after"),
-            fixed="epoch",
-            field="method.projection",
-        ),
-        opt(
-            "--learning-rate X",
-            "Of the values, in units of the hidden state.",
-            float,
-            fixed="epoch",
-            field="values.learning_rate",
-        ),
-        opt("--steps N", "Forward passes per fact.", int, fixed="epoch", field="values.steps"),
-        opt("--clamp X", "Largest ‖δ‖/‖h‖.", float, fixed="epoch", field="values.clamp"),
-        opt("--l2 X", "Ridge on the update.", float, fixed="epoch", field="method.l2"),
-        opt(
-            "--layers LIST",
-            "Edited layers, as 4,5,6 or 4-8, from 0.",
-            fixed="epoch",
-            field="layers",
-            read=parse_layers,
-        ),
-        opt(
-            "--null-space RULE=VALUE",
-            "absolute=0.02, leakage=0.1, median=1.",
-            fixed="epoch",
-            field="null_space",
-            read=parse_null_space,
-        ),
-        CHAT,
-        opt(
-            "--set FIELD=VALUE",
-            "Any other field of a recipe, such as values.kl_weight=0; repeatable.",
-            name="changes",
-            multiple=True,
-            fixed="epoch",
-        ),
+    opt("--dry-run", "Estimate time and memory; edit nothing.", bool, fixed="run"),
+    "Facts:",
+    FACTS,
+    SKIP,
+    opt(
+        "--old-answers", "Take what the base says as the old answer of facts that name none.", bool
     ),
-    section(
-        "Evaluation",
-        opt(
-            "--text FILE",
-            "Text for perplexity, KL and preservation.  [default: one that comes with nulledit]",
-        ),
-        opt("--no-evaluate", "Edit only.", bool),
-        GATE,
+    opt("--no-shuffle", "Keep the file's order over several batches.", bool),
+    seed("Of contexts and of the queue's order.  [default: 0]", None, fixed="run"),
+    "Recipe:",
+    opt(
+        "--recipe FILE|NAME", "See nulledit info for names.  [default: the model's]", fixed="epoch"
     ),
+    STATS,
+    opt("--batch-size N", "Facts solved together.", int, field="batch_size"),
+    opt("--method NAME", "See nulledit methods.", field="method.name"),
+    opt(
+        "--project",
+        "Null-space projection: as published, off, within the solve, or of the finished update.",
+        ("own", "none", "inside", "after"),
+        field="method.projection",
+    ),
+    opt(
+        "--learning-rate X",
+        "Of the values, in units of the hidden state.",
+        float,
+        field="values.learning_rate",
+    ),
+    opt("--steps N", "Forward passes per fact.", int, field="values.steps"),
+    opt("--clamp X", "Largest ‖δ‖/‖h‖.", float, field="values.clamp"),
+    opt("--l2 X", "Ridge on the update.", float, field="method.l2"),
+    opt(
+        "--layers LIST",
+        "Edited layers, as 4,5,6 or 4-8, from 0.",
+        field="layers",
+        read=parse_layers,
+    ),
+    opt(
+        "--null-space RULE=VALUE",
+        "absolute=0.02, leakage=0.1, median=1.",
+        field="null_space",
+        read=parse_null_space,
+    ),
+    CHAT,
+    opt(
+        "--set FIELD=VALUE",
+        "Any other field of a recipe, such as values.kl_weight=0; repeatable.",
+        name="changes",
+        multiple=True,
+        fixed="epoch",
+    ),
+    "Evaluation:",
+    opt(
+        "--text FILE",
+        "Text for perplexity, KL and preservation.  [default: one that comes with nulledit]",
+    ),
+    opt("--no-evaluate", "Edit only.", bool),
+    GATE,
 )
 def edit(call: Call) -> None:
     """Write the facts of a file into a model.
@@ -211,6 +193,7 @@ def _check(call: Call) -> None:
 def _estimate(call: Call, found: FactFile, recipe: Recipe) -> None:
     """Show what the edit would take."""
     from nulledit.evaluation.costs import estimate_edit
+    from nulledit.io.text import count
     from nulledit.report.tables import as_text
 
     size = estimate_edit(
@@ -225,16 +208,17 @@ def _estimate(call: Call, found: FactFile, recipe: Recipe) -> None:
         evaluate=not call.no_evaluate,
         text=call.text,
     )
-    cells = [[stage, f"{value:.1f}"] for stage, value in size.seconds.items()]
-    cells.append(["in all", f"{size.seconds_in_all:.1f}"])
-    call.show(
-        size.to_dict(),
-        lambda: (
-            f"{size.line}\n\n{as_text((['stage', 'seconds'], [*cells]))}\n\n"
-            f"Peak memory: about {size.peak_bytes / 1e9:.1f} GB. Nothing was edited; whether there "
-            "are statistics was not looked up."
-        ),
+    cells = [[stage, f"{value:.1f}"] for stage, value in size["seconds"].items()]
+    cells.append(["in all", f"{size['seconds_in_all']:.1f}"])
+    page = (
+        f"{count(size['facts'], 'fact')} in {count(size['batches'], 'batch')}, layers "
+        f"{', '.join(map(str, size['layers']))}; {count(size['rows'], 'row')} with "
+        f"{size['tokens']} tokens; {size['gflops']} GFLOP/s measured\n\n"
+        f"{as_text((['stage', 'seconds'], [*cells]))}\n\n"
+        f"Peak memory: about {size['peak_bytes'] / 1e9:.1f} GB. Nothing was edited; whether there "
+        "are statistics was not looked up."
     )
+    call.show(size, page)
 
 
 def _edited(call: Call, found: FactFile, recipe: Recipe | None, ranks: Ranks) -> Result | None:

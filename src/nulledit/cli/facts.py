@@ -12,7 +12,7 @@ import click
 
 from nulledit.cli.command import Call, command
 from nulledit.cli.common import echo, emit
-from nulledit.cli.options import CHAT, FACTS, MODEL, arg, given_options, opt, parameters, section
+from nulledit.cli.options import CHAT, FACTS, MODEL, arg, given_options, opt, parameters
 from nulledit.errors import BadRecordsError, ConfigError
 
 if TYPE_CHECKING:
@@ -48,13 +48,12 @@ def facts() -> None:
 @command(
     "Format, counts, errors and notices of a file.",
     arg("file", "FILE"),
-    section("Facts", FACTS),
-    section(
-        "Model",
-        opt("--model MODEL", "Say what this model makes of the facts, too."),
-        CHAT,
-        MODEL,
-    ),
+    "Facts:",
+    FACTS,
+    "Model:",
+    opt("--model MODEL", "Say what this model makes of the facts, too."),
+    CHAT,
+    MODEL,
     group=facts,
 )
 def check(call: Call) -> None:

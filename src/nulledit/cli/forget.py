@@ -6,18 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nulledit.cli.command import Call, command
-from nulledit.cli.options import (
-    DEVICE,
-    FACTS,
-    RUN,
-    SKIP,
-    TRUST,
-    arg,
-    given_options,
-    least,
-    opt,
-    section,
-)
+from nulledit.cli.options import DEVICE, FACTS, RUN, SKIP, TRUST, arg, given_options, least, opt
 from nulledit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,19 +19,17 @@ if TYPE_CHECKING:
     "Suppress a fact, with nothing in its place.",
     RUN,
     arg("facts", "[FACTS]"),
-    section(
-        "One fact",
-        opt("--subject TEXT", "What the fact is about."),
-        opt("--prompt TEXT", "Text that the answer follows, with the subject."),
-        opt("--target TEXT", "The answer to forget.  [default: the edit's, or the base's]"),
-    ),
-    section(
-        "Facts of a file",
-        opt("--old-answers", "Forget each fact's old_answer, not its target.", bool),
-        SKIP,
-        FACTS,
-    ),
-    section("Model", DEVICE, TRUST),
+    "One fact:",
+    opt("--subject TEXT", "What the fact is about."),
+    opt("--prompt TEXT", "Text that the answer follows, with the subject."),
+    opt("--target TEXT", "The answer to forget.  [default: the edit's, or the base's]"),
+    "Facts of a file:",
+    opt("--old-answers", "Forget each fact's old_answer, not its target.", bool),
+    SKIP,
+    FACTS,
+    "Model:",
+    DEVICE,
+    TRUST,
     opt("--tokens N", "Length of the texts in which the answer is looked for.", least(1), 20),
 )
 def forget(call: Call) -> None:

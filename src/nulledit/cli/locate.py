@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from nulledit.cli.command import Call, command
-from nulledit.cli.options import FACTS, MODEL, SKIP, arg, least, opt, section, seed
+from nulledit.cli.options import FACTS, MODEL, SKIP, arg, least, opt, seed
 from nulledit.errors import ConfigError
 
 
@@ -15,33 +15,22 @@ from nulledit.errors import ConfigError
     arg("model", "MODEL"),
     arg("facts", "FACTS"),
     opt("--out FOLDER", "Folder to make for the trace.", required=True),
-    section(
-        "Facts",
-        FACTS,
-        SKIP,
-        opt("--at-least N", "Refuse to read anything from fewer known facts.", least(2), 20),
+    "Facts:",
+    FACTS,
+    SKIP,
+    opt("--at-least N", "Refuse to read anything from fewer known facts.", least(2), 20),
+    "Trace:",
+    opt("--draws N", "Runs with noise of their own, for each fact.", least(1), 3),
+    opt("--noise X", "Its size, in standard deviations of the subjects' embeddings.", float, 3.0),
+    opt(
+        "--window N",
+        "Layers whose MLP outputs are put back together.  [default: a fifth of all]",
+        least(1),
     ),
-    section(
-        "Trace",
-        opt("--draws N", "Runs with noise of their own, for each fact.", least(1), 3),
-        opt(
-            "--noise X",
-            "Its size, in standard deviations of the subjects' embeddings.",
-            float,
-            3.0,
-        ),
-        opt(
-            "--window N",
-            "Layers whose MLP outputs are put back together.  [default: a fifth of all]",
-            least(1),
-        ),
-        seed("Of the noise."),
-    ),
-    section(
-        "Model",
-        opt("--recipe FILE|NAME", "Whose layout, for a family that is not known."),
-        MODEL,
-    ),
+    seed("Of the noise."),
+    "Model:",
+    opt("--recipe FILE|NAME", "Whose layout, for a family that is not known."),
+    MODEL,
 )
 def locate(call: Call) -> None:
     """Trace facts that MODEL knows through its layers, and suggest layers to edit.

@@ -25,10 +25,7 @@ if TYPE_CHECKING:
         "Whose answer counts where both answer one question.",
         ("first", "second", "newest"),
     ),
-    opt(
-        "--decide FILE",
-        "YAML: a fact's id, and first, second or neither; goes before --prefer.",
-    ),
+    opt("--decide FILE", "YAML: a fact's id, and first, second or neither; goes before --prefer."),
     PLACED,
 )
 def merge(call: Call) -> None:

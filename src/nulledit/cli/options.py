@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -32,10 +31,11 @@ class Opt(click.Option):
     ):
         """`fixed` by the "run" once it began, or by its "epoch": not to be given again.
 
-        `field`: of the recipe, which it sets; `read`: from the word that was given.
+        `field`: of the recipe, which it sets, so that the epoch fixes it; `read`: its value from
+        the word that was given.
         """
         super().__init__(*words, **more)
-        self.fixed, self.field, self.read = fixed, field, read
+        self.fixed, self.field, self.read = fixed or ("epoch" if field else ""), field, read
 
     @property
     def flag(self) -> str:
@@ -49,33 +49,15 @@ class Opt(click.Option):
         return source not in (None, ParameterSource.DEFAULT)
 
 
-Part: TypeAlias = "click.Parameter | Sequence[Part] | Section"
+Part: TypeAlias = "click.Parameter | Sequence[Part]"
 """What a command is made of."""
-
-
-@dataclass(frozen=True)
-class Section:
-    """Options under a title of their own in a command's help."""
-
-    title: str
-    """Without the colon."""
-    parts: tuple[Part, ...]
-    """Options, in their order."""
-
-
-def section(title: str, *parts: Part) -> Section:
-    """Options under `title`."""
-    return Section(title, parts)
 
 
 def parameters(parts: Sequence[Part]) -> list[click.Parameter]:
     """All of `parts`, in their order."""
     found: list[click.Parameter] = []
     for part in parts:
-        if isinstance(part, click.Parameter):
-            found.append(part)
-        else:
-            found += parameters(part.parts if isinstance(part, Section) else part)
+        found += [part] if isinstance(part, click.Parameter) else parameters(part)
     return found
 
 

@@ -12,8 +12,7 @@ from nulledit.cli.options import arg, opt
     "One HTML page of runs and studies.",
     arg("folders", "FOLDER...", nargs=-1),
     opt(
-        "--out FILE",
-        "Where to write it.  [default: FOLDER/report.html; ./report.html for several]",
+        "--out FILE", "Where to write it.  [default: FOLDER/report.html; ./report.html for several]"
     ),
     opt("--title TEXT", "Heading of a page of several folders.  [default: Report]"),
     opt("--force", "Overwrite a file that is not such a page.", bool),

@@ -104,11 +104,7 @@ def make(call: Call) -> None:
 
 
 def _made(
-    call: Call,
-    ranks: Ranks,
-    recipe: Recipe,
-    layers: Sequence[int],
-    settings: StatisticsSettings,
+    call: Call, ranks: Ranks, recipe: Recipe, layers: Sequence[int], settings: StatisticsSettings
 ) -> Statistics | None:
     """The statistics, on rank 0."""
     from nulledit.data.corpus import find_files, open_corpus
@@ -169,12 +165,7 @@ def merge(call: Call) -> None:
     _show(call, merge_statistics([Path(folder) for folder in call.folders], out))
 
 
-@command(
-    "What statistics hold.",
-    arg("source", "PATH|MODEL"),
-    NULL_SPACE,
-    group=stats,
-)
+@command("What statistics hold.", arg("source", "PATH|MODEL"), NULL_SPACE, group=stats)
 def show(call: Call) -> None:
     """Per layer: tokens, protected directions, leakage, largest eigenvalues.
 

@@ -43,7 +43,6 @@ from nulledit.evaluation.forms import other_system
 from nulledit.evaluation.preservation import shipped_corpus
 from nulledit.evaluation.queries import queries_of
 from nulledit.evaluation.reading import read_windows
-from nulledit.io.text import count
 from nulledit.models.experts import count_and_width, is_experts
 from nulledit.models.layouts import (
     as_out_in,
@@ -156,26 +155,16 @@ class Shape:
 class Costs:
     """Seconds of each stage, for all facts unless another thing is said."""
 
-    keys: float
-    """Of one pass over the batches."""
-    begin: float
-    """Of a pass's values, before their first step."""
-    step: float
-    """Of a step of all values."""
-    solve: float
-    """Of one pass."""
-    queries: float
-    """To score every prompt."""
-    bare: float
-    """To score the facts' own prompts."""
-    answer: float
-    """To say one answer."""
-    token: float
-    """To read one token of a text, with its logits."""
-    below: float
-    """To read one up to the last edited layer."""
-    logits: float
-    """Of one token whose hidden state is there."""
+    keys: float  # of one pass over the batches
+    begin: float  # of a pass's values, before their first step
+    step: float  # of a step of all values
+    solve: float  # of one pass
+    queries: float  # to score every prompt
+    bare: float  # to score the facts' own prompts
+    answer: float  # to say one answer
+    token: float  # to read one token of a text, with its logits
+    below: float  # to read one up to the last edited layer
+    logits: float  # of one token whose hidden state is there
 
     @classmethod
     def of(
@@ -226,44 +215,6 @@ class Costs:
         return seconds
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What `nulledit edit` will take."""
-
-    facts: int
-    batches: int
-    layers: tuple[int, ...]
-    rows: int  # that values are optimised on
-    tokens: int  # of these rows
-    gflops: float  # a second, measured
-    seconds: dict[str, float]  # by stage
-    peak_bytes: int
-
-    @property
-    def seconds_in_all(self) -> float:
-        """Of all stages."""
-        return sum(self.seconds.values())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return {
-            **vars(self),
-            "layers": list(self.layers),
-            "gflops": round(self.gflops, 1),
-            "seconds": {stage: round(value, 1) for stage, value in self.seconds.items()},
-            "seconds_in_all": round(self.seconds_in_all, 1),
-        }
-
-    @property
-    def line(self) -> str:
-        """What it is of, in a line."""
-        return (
-            f"{count(self.facts, 'fact')} in {count(self.batches, 'batch')}, layers "
-            f"{', '.join(map(str, self.layers))}; {count(self.rows, 'row')} with "
-            f"{self.tokens} tokens; {self.gflops:.1f} GFLOP/s measured"
-        )
-
-
 def estimate_edit(
     name: str,
     facts: Sequence[Fact],
@@ -276,7 +227,7 @@ def estimate_edit(
     old_answers: bool = False,
     evaluate: bool = True,
     text: str | None = None,
-) -> Estimate:
+) -> dict[str, Any]:
     """Seconds per stage and peak bytes of `Run.edit` on these facts; loads no weights."""
     shape, encoder = _described(name, dtype, trust_remote_code, recipe.layout)
     encoder = encoder.in_chat(recipe.chat)
@@ -302,16 +253,17 @@ def estimate_edit(
         asked = 2 * forms * (costs.queries + n * costs.answer)
         each = 2 * costs.token + costs.below + costs.logits
         seconds["evaluation"] = asked + sum(map(len, windows)) * each
-    return Estimate(
-        n,
-        -(-n // recipe.batch_size),
-        recipe.layers,
-        rows["rows"],
-        rows["tokens"],
-        speeds[0] / 1e9,
-        seconds,
-        int(shape.peak(recipe, rows, n, device)),
-    )
+    return {
+        "facts": n,
+        "batches": -(-n // recipe.batch_size),
+        "layers": list(recipe.layers),
+        "rows": rows["rows"],
+        "tokens": rows["tokens"],
+        "gflops": round(speeds[0] / 1e9, 1),
+        "seconds": {stage: round(value, 1) for stage, value in seconds.items()},
+        "seconds_in_all": round(sum(seconds.values()), 1),
+        "peak_bytes": int(shape.peak(recipe, rows, n, device)),
+    }
 
 
 def _described(
@@ -367,12 +319,11 @@ def count_rows(facts: Sequence[Fact], encoder: RowEncoder, recipe: Recipe) -> Co
 
 
 class Learned:
-    """Seconds of wall time of a recipe on a model, from those that were timed on it.
+    """Seconds of a recipe on a model, from those that were timed on it.
 
     Values take the largest share of the allowed passes that any recipe took, or all of them where
-    the step size is smaller than all so far. A pass is counted in blocks above the last edited one,
-    which is what it runs, at the mean price so far; so is the rest, which is keys, solve, questions
-    and text.
+    the step size is smaller than all so far. A pass is counted in blocks above the last edited one
+    at the mean price so far; so is the rest: keys, solve, questions and text.
     """
 
     def __init__(self, depth: int):

@@ -87,7 +87,13 @@ def evaluate_sides(
     prompts: str | None = None,
     harness: Sequence[str] = (),
 ) -> Evaluated:
-    """Evaluate the edited model, and unless `base` is False its base, as `Run.evaluate` says."""
+    """Evaluate the edited model, and unless `base` is False its base.
+
+    `text`: a file for perplexity, KL and preservation. `chat`: a form in which the facts are asked,
+    too. `distract`, `fluency` and `references` are as for `evaluation.runner.evaluate`; `items` are
+    of the six tasks, `prompts` a file for the drift of hidden states, `harness` tasks of
+    lm-evaluation-harness.
+    """
     windows = read_text(editor, text)
     check_lengths(editor, facts)
     talk.say(f"Evaluating {count(len(facts), 'fact')}, perplexity on {windows.name}")

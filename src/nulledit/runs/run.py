@@ -190,9 +190,7 @@ class Run:
 
         with self._kept(), ExitStack() as stack:
             if self.begins:
-                Store(
-                    self.folder / "ledger"
-                ).discard()  # of a run that was killed in its first batch
+                Store(self.folder / "ledger").discard()  # of a run killed in its first batch
                 if limits is None:
                     self._attach()
             stack.enter_context(editor.writing())
@@ -308,11 +306,7 @@ class Run:
     def evaluate(self, facts: Facts | None = None, **asked: Any) -> Evaluated:
         """Rates, perplexity and KL of the edited model beside its base; nothing is written.
 
-        `facts`: by default those in the model. `text`: a file for perplexity, KL and preservation.
-        `base=False` leaves the base out. `chat`: a form in which the facts are asked, too.
-        `distract`, `fluency` and `references` are as for `evaluation.runner.evaluate`; `items` are
-        of the six tasks, `prompts` a file for the drift of hidden states, `harness` tasks of
-        lm-evaluation-harness.
+        `facts`: by default those in the model. `asked`: what else, as for `evaluate_sides`.
         """
         chosen = self.editor.facts if facts is None else list(as_facts(facts).facts)
         return evaluate_sides(self.editor, chosen, self.talk, **asked)
