@@ -59,15 +59,15 @@ def _page(found: Preview) -> str:
     from nulledit.runs.history import answer_of
     from nulledit.runs.tables import rates_table
 
-    before, after = (side.answers for side in found.asked)
+    before, after = (side.asked.answers for side in found.sides.values())
     answers: list[Sequence[str]] = [
         [f.render(f.prompt), answer_of(f), before.get(f.id, ""), after.get(f.id, "")]
         for f in found.facts
     ]
     parts = [as_text((["prompt", "target", "before", "after"], answers), left=4, most=40)]
-    parts.append(as_text(rates_table(found.sides)))
-    if found.others:
-        head, rows = rates_table(found.held_sides)
+    parts.append(as_text(rates_table(found.summaries())))
+    if found.held:
+        head, rows = rates_table(found.summaries("held"))
         measured = [row for row in rows if any(cell[:1].isdigit() for cell in row[1:])]
         parts.append(f"The last {len(found.held)} facts in the model:")
         parts.append(as_text((head, measured)))
@@ -79,8 +79,8 @@ def _page(found: Preview) -> str:
 def _norms(found: Preview) -> Table:
     from nulledit.report.tables import number
 
-    then, rows = {r.layer: r for r in found.layers[0]}, []
-    for now in found.layers[1]:
+    then, rows = {r.layer: r for r in found.sides["before"].layers}, []
+    for now in found.sides["after"].layers:
         old = then.get(now.layer)
         share, room = (old.update_share, old.room) if old else (0.0, 1.0)
         cells = (share, now.update_share, 100 * room, 100 * now.room)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,10 +15,10 @@ from nulledit.evaluation.forms import form_name, forms
 from nulledit.evaluation.groups import by_relation, rates_of_rows
 from nulledit.evaluation.harness import harness_results
 from nulledit.evaluation.preservation import Preservation, preservation_report
-from nulledit.evaluation.runner import Evaluation, evaluate
+from nulledit.evaluation.runner import Evaluation
 from nulledit.evaluation.tasks import Item
 from nulledit.io.text import count
-from nulledit.runs.measure import check_lengths, in_other_forms, read_text
+from nulledit.runs.measure import check_lengths, evaluate_both, in_other_forms, read_text
 from nulledit.runs.talk import Talk
 
 
@@ -32,7 +32,7 @@ class Evaluated:
     """What perplexity, KL and preservation are of."""
     asked: str
     """The form in which the facts were asked."""
-    sides: dict[str, Evaluation] = field(default_factory=dict)
+    sides: dict[str, Evaluation]
     """Facts and text."""
     others: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Summaries of the facts asked in other forms, by the form and its side."""
@@ -80,53 +80,41 @@ def evaluate_sides(
     text: str | None = None,
     base: bool = True,
     chat: ChatSettings | None = None,
-    distract: bool = False,
-    fluency: bool = False,
-    references: Mapping[str, Sequence[str]] | None = None,
     items: Sequence[Item] = (),
     prompts: str | None = None,
     harness: Sequence[str] = (),
+    **asked: Any,
 ) -> Evaluated:
     """Evaluate the edited model, and unless `base` is False its base.
 
     `text`: a file for perplexity, KL and preservation. `chat`: a form in which the facts are asked,
-    too. `distract`, `fluency` and `references` are as for `evaluation.runner.evaluate`; `items` are
-    of the six tasks, `prompts` a file for the drift of hidden states, `harness` tasks of
-    lm-evaluation-harness.
+    too. `items` are of the six tasks, `prompts` a file for the drift of hidden states, `harness`
+    tasks of lm-evaluation-harness; `asked` is as for `evaluation.runner.evaluate`.
     """
     windows = read_text(editor, text)
     check_lengths(editor, facts)
     talk.say(f"Evaluating {count(len(facts), 'fact')}, perplexity on {windows.name}")
-    found = Evaluated(facts, windows.name, form_name(editor.editable.encoder))
+    encoder = editor.editable.encoder
+    forms_of = forms(editor.editable, also=chat)
+    before, after = evaluate_both(editor, facts, talk, base=base, windows=windows.windows, **asked)
+    found = Evaluated(facts, windows.name, form_name(encoder), {"edited": after})
 
-    def ask(side: str) -> None:
-        before = found.sides.get("base")
-        with talk.progress(f"{side}: ") as tell:
-            found.sides[side] = evaluate(
-                editor.editable,
-                facts,
-                windows=windows.windows,
-                base=before.reading if before else None,
-                distract=distract,
-                fluency=fluency,
-                references=references,
-                progress=tell,
-            )
+    def more(side: str) -> None:
         if items:
             found.tasks[side] = capability(editor.editable.plain, items)
         if harness:
             found.harness[side] = harness_results(editor.model, editor.tokenizer, harness)
 
-    asked = forms(editor.editable, also=chat)
-    if base:
+    if before:
+        found.sides = {"base": before, "edited": after}
         with editor.base_weights():
-            ask("base")
-    ask("edited")
-    found.others = in_other_forms(editor, facts, asked, talk, base=base)
+            more("base")
+    more("edited")
+    found.others = in_other_forms(editor, facts, forms_of, talk, base=base)
     if editor.history.epochs:
         found.kept = preservation_report(editor, windows.windows)
     if prompts:
         subjects = {fact.subject for fact in facts}  # whose states are meant to move
-        encoder = editor.editable.plain.encoder
-        found.drift = drift_report(editor, read_texts(prompts, encoder, without=subjects))
+        plain = editor.editable.plain.encoder
+        found.drift = drift_report(editor, read_texts(prompts, plain, without=subjects))
     return found

@@ -66,17 +66,25 @@ def check_lengths(editor: Editor, facts: Sequence[Fact]) -> None:
 
 
 def evaluate_both(
-    editor: Editor, facts: Sequence[Fact], text: Text | None, talk: Talk
-) -> tuple[Evaluation, Evaluation]:
-    """The base model and the edited one on the same facts."""
-    windows = text.windows if text else None
-    with talk.progress("before: ") as tell, editor.base_weights():
-        before = evaluate(editor.editable, facts, windows=windows, progress=tell)
+    editor: Editor,
+    facts: Sequence[Fact],
+    talk: Talk,
+    *,
+    model: EditableModel | None = None,
+    base: bool = True,
+    **asked: Any,
+) -> tuple[Evaluation | None, Evaluation]:
+    """The base model (None if `base` is False) and the edited one on the same facts.
+
+    `model`: the editor's, asked in another form. `asked`: as for `evaluation.runner.evaluate`.
+    """
+    model, before = model or editor.editable, None
+    if base:
+        with talk.progress("before: ") as tell, editor.base_weights():
+            before = evaluate(model, facts, progress=tell, **asked)
+    read = before.reading if before else None
     with talk.progress("after: ") as tell:
-        after = evaluate(
-            editor.editable, facts, windows=windows, base=before.reading, progress=tell
-        )
-    return before, after
+        return before, evaluate(model, facts, base=read, progress=tell, **asked)
 
 
 def in_other_forms(
@@ -91,14 +99,10 @@ def in_other_forms(
 
     `base=False`: only "after".
     """
-    found: dict[str, dict[str, Any]] = {name: {} for name in asked}
+    found: dict[str, dict[str, Any]] = {}
     for name, model in asked.items():
         talk.say(f"Asking {name}")
-        if base:
-            with talk.progress("before: ") as tell, editor.base_weights():
-                before = evaluate(model, facts, progress=tell)
-            found[name]["before"] = before.summary()
-        with talk.progress("after: ") as tell:
-            after = evaluate(model, facts, progress=tell)
+        before, after = evaluate_both(editor, facts, talk, model=model, base=base)
+        found[name] = {"before": before.summary()} if before else {}
         found[name]["after"] = after.summary()
     return found

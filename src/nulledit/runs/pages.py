@@ -95,7 +95,8 @@ def finish(
         facts = count(len(columns), "fact")
         talk.say(f"Evaluating {facts} on the base and the edited model")
         with timed(seconds, "evaluation"):
-            before, after = evaluate_both(editor, [c.fact for c in columns], text, talk)
+            new = [c.fact for c in columns]
+            before, after = evaluate_both(editor, new, talk, windows=text.windows)
             kept = {p.layer: p for p in preservation_report(editor, text.windows)}
             other = other_system(editor.editable.encoder)
             asked = {form_name(other): editor.editable.asked(other)} if other else {}

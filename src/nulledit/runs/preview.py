@@ -18,8 +18,20 @@ HELD = 20  # facts in the model that are asked again
 
 
 @dataclass(frozen=True)
+class Side:
+    """What was measured before a change, or after it."""
+
+    asked: Evaluation
+    """Of the facts that would come or go."""
+    held: Evaluation | None
+    """Of facts that would stay; None if there are none."""
+    layers: tuple[LayerReport, ...]
+    """Edited matrices."""
+
+
+@dataclass(frozen=True)
 class Preview:
-    """What was measured before a change and, each in second place, after it."""
+    """What a change would do."""
 
     facts: Sequence[Fact]
     """That would come or go."""
@@ -27,45 +39,27 @@ class Preview:
     """The last of those in the model that would stay."""
     text: str
     """What perplexity and KL are of."""
-    asked: tuple[Evaluation, Evaluation]
-    """Of `facts`."""
-    others: tuple[Evaluation, Evaluation] | None
-    """Of `held`; None if there are none."""
-    layers: tuple[list[LayerReport], list[LayerReport]]
-    """Edited matrices."""
+    sides: dict[str, Side]
+    """"before" and "after"."""
     notices: tuple[str, ...]
     """One line for each thing that the change would have said."""
 
-    @property
-    def sides(self) -> dict[str, dict[str, Any]]:
-        """Summaries of `asked`."""
-        return _sides(self.asked)
-
-    @property
-    def held_sides(self) -> dict[str, dict[str, Any]]:
-        """Summaries of `others`; empty if there are none."""
-        return _sides(self.others) if self.others else {}
+    def summaries(self, of: str = "asked") -> dict[str, dict[str, Any]]:
+        """Rates of each side, of the facts `asked` or `held`."""
+        found = {name: getattr(side, of) for name, side in self.sides.items()}
+        return {name: e.summary() for name, e in found.items() if e is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        before, after = (side.answers for side in self.asked)
         return {
-            "asked": self.sides,
-            "held": self.held_sides,
+            "asked": self.summaries(),
+            "held": self.summaries("held"),
             "answers": [
-                {
-                    "id": f.id,
-                    "prompt": f.render(f.prompt),
-                    "target": f.target,
-                    "before": before.get(f.id),
-                    "after": after.get(f.id),
-                }
+                {"id": f.id, "prompt": f.render(f.prompt), "target": f.target}
+                | {name: side.asked.answers.get(f.id) for name, side in self.sides.items()}
                 for f in self.facts
             ],
-            "layers": {
-                side: [vars(report) for report in reports]
-                for side, reports in zip(("before", "after"), self.layers, strict=True)
-            },
+            "layers": {name: [*map(vars, side.layers)] for name, side in self.sides.items()},
             "notices": list(self.notices),
         }
 
@@ -85,32 +79,19 @@ def preview(
     with editor.base_weights():
         base = read(editor.editable, windows.windows, keep=True)
 
-    def measure(name: str) -> tuple[Evaluation, Evaluation | None, list[LayerReport]]:
+    def measure(name: str) -> Side:
         model = editor.editable
         with talk.progress(f"{name}: ") as tell:
             mine = evaluate(model, asked, windows=windows.windows, base=base, progress=tell)
             others = evaluate(model, held, generate=False, progress=tell) if held else None
-        return mine, others, list(editor.weights.reports())
+        return Side(mine, others, editor.weights.reports())
 
     notices: list[str] = []
-    before = measure("before")
+    sides = {"before": measure("before")}
     with editor.trial(writing=False), talk.progress() as tell:
         if undone:
             notices += editor.undo(*undone).notices
         if facts:
             notices += editor.edit(facts, progress=tell).notices
-        after = measure("after")
-    both = (before[1], after[1]) if before[1] and after[1] else None
-    return Preview(
-        asked,
-        held,
-        windows.name,
-        (before[0], after[0]),
-        both,
-        (before[2], after[2]),
-        tuple(notices),
-    )
-
-
-def _sides(both: tuple[Evaluation, Evaluation]) -> dict[str, dict[str, Any]]:
-    return {name: e.summary() for name, e in zip(("before", "after"), both, strict=True)}
+        sides["after"] = measure("after")
+    return Preview(asked, held, windows.name, sides, tuple(notices))
