@@ -144,12 +144,12 @@ class Call:
             writing=writing,
         )
 
-    def show(self, data: Any, page: str | Callable[[], str]) -> None:
-        """A result on stdout: as JSON where that was asked for, else as a page."""
+    def show(self, data: Any, page: str | Callable[[], str | list[str]]) -> None:
+        """A result on stdout: as JSON where that was asked for, else as a page, or its parts."""
         if self.as_json:
-            emit(data() if callable(data) else data)
-        else:
-            echo(page() if callable(page) else page)
+            return emit(data() if callable(data) else data)
+        parts = page() if callable(page) else page
+        return echo(*parts) if isinstance(parts, list) else echo(parts)
 
 
 def command(

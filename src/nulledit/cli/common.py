@@ -37,9 +37,9 @@ def emit(data: Any) -> None:
     click.echo(as_json(data), nl=False)
 
 
-def echo(page: str) -> None:
-    """A result on stdout, in lines none of which can steer the terminal."""
-    click.echo("\n".join(map(plain, page.split("\n"))))
+def echo(*parts: str) -> None:
+    """A result on stdout, an empty line between its parts, none of which can steer the terminal."""
+    click.echo("\n".join(map(plain, "\n\n".join(parts).split("\n"))))
 
 
 def say(message: str, *, quiet: bool) -> None:

@@ -50,7 +50,7 @@ def diff(call: Call) -> None:
     call.show(lambda: _plain(found, first, second), lambda: _page(found, first, second))
 
 
-def _page(found: Difference, first: str, second: str) -> str:
+def _page(found: Difference, first: str, second: str) -> list[str]:
     from nulledit.report.tables import as_text
 
     parts = []
@@ -66,7 +66,7 @@ def _page(found: Difference, first: str, second: str) -> str:
         ]
         head = ["layer", f"‖Δ‖/‖W₀‖, {first}", second, "apart"]
         parts.append(as_text((head, rows)))
-    return "\n\n".join(parts)
+    return parts
 
 
 def _place(text: str) -> tuple[str, int | None]:

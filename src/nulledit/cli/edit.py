@@ -210,15 +210,16 @@ def _estimate(call: Call, found: FactFile, recipe: Recipe) -> None:
     )
     cells = [[stage, f"{value:.1f}"] for stage, value in size["seconds"].items()]
     cells.append(["in all", f"{size['seconds_in_all']:.1f}"])
-    page = (
+    line = (
         f"{count(size['facts'], 'fact')} in {count(size['batches'], 'batch')}, layers "
         f"{', '.join(map(str, size['layers']))}; {count(size['rows'], 'row')} with "
-        f"{size['tokens']} tokens; {size['gflops']} GFLOP/s measured\n\n"
-        f"{as_text((['stage', 'seconds'], [*cells]))}\n\n"
+        f"{size['tokens']} tokens; {size['gflops']} GFLOP/s measured"
+    )
+    memory = (
         f"Peak memory: about {size['peak_bytes'] / 1e9:.1f} GB. Nothing was edited; whether there "
         "are statistics was not looked up."
     )
-    call.show(size, page)
+    call.show(size, lambda: [line, as_text((["stage", "seconds"], [*cells])), memory])
 
 
 def _edited(call: Call, found: FactFile, recipe: Recipe | None, ranks: Ranks) -> Result | None:

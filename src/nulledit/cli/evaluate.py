@@ -75,7 +75,7 @@ def evaluate(call: Call) -> None:
     )
 
 
-def _page(found: Evaluated, *, relations: bool) -> str:
+def _page(found: Evaluated, *, relations: bool) -> list[str]:
     from nulledit.cli import evaluation_tables as tables
     from nulledit.report.tables import as_text
     from nulledit.runs.tables import rates_table
@@ -95,4 +95,4 @@ def _page(found: Evaluated, *, relations: bool) -> str:
         more["Drift of hidden states"] = tables.drift_table(found.drift)
     if found.harness:
         more["lm-evaluation-harness"] = tables.harness_table(found.harness)
-    return "\n\n".join([*parts, *([tables.as_sections(more)] if more else [])])
+    return [*parts, *([tables.as_sections(more)] if more else [])]

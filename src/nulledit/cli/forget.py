@@ -83,8 +83,7 @@ def forget(call: Call) -> None:
         return {"run_folder": call.run, **plain, "notices": [*report.notices, *warnings]}
 
     call.show(
-        data,
-        lambda: f"{as_text(_answers(before, after), left=4, most=44)}\n\n{as_text(_rates(rates))}",
+        data, lambda: [as_text(_answers(before, after), left=4, most=44), as_text(_rates(rates))]
     )
 
 

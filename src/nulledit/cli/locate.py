@@ -80,7 +80,7 @@ def locate(call: Call) -> None:
         parts += [f"    {line}", NOT_SAID]
     seconds = f"{found.cpu_seconds:.1f} CPU-seconds, {found.wall_seconds:.1f} of wall time."
     parts.append(f"{seconds}\nReport: {folder / 'report.md'}")
-    call.show(lambda: summary_of(found, call.model), "\n\n".join(parts))
+    call.show(lambda: summary_of(found, call.model), lambda: parts)
 
 
 def _check_out(folder: Path) -> None:

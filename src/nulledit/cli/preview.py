@@ -54,7 +54,7 @@ def _run(call: Call) -> Run:
     return Run(folder, call.editor(call.run), call.talk)
 
 
-def _page(found: Preview) -> str:
+def _page(found: Preview) -> list[str]:
     from nulledit.report.tables import as_text
     from nulledit.runs.history import answer_of
     from nulledit.runs.tables import rates_table
@@ -73,7 +73,7 @@ def _page(found: Preview) -> str:
         parts.append(as_text((head, measured)))
     parts.append(as_text(_norms(found)))
     parts.append(f"Perplexity and KL are on {found.text}. Nothing was written.")
-    return "\n\n".join(parts)
+    return parts
 
 
 def _norms(found: Preview) -> Table:
