@@ -257,8 +257,8 @@ class Run:
     ) -> ChangeReport:
         """Become a third run in `out`: this one's facts, then those of `other`, as `Editor.merge`.
 
-        This one's folder stays as it is, and nothing is left in `out` of half a merge. LedgerError
-        if something is there.
+        This one's folder stays as it is, and nothing is left in `out` of half a merge; after an
+        error open the run again. LedgerError if something is in `out`.
         """
         self.check_fresh(out)
         self.editor.detach()
