@@ -18,7 +18,7 @@ from nulledit.cli import common
 from nulledit.cli.common import Lines, Terminal
 from nulledit.cli.going_on import edit_again
 from nulledit.config import load_recipe
-from nulledit.export.kinds import EXPORTS, ExportKind
+from nulledit.export.write import EXPORTS, ExportKind
 
 edit_module = importlib.import_module("nulledit.cli.edit")
 export_module = importlib.import_module("nulledit.cli.export")

@@ -108,7 +108,7 @@ def test_a_run_is_looked_at_without_a_trace(editor, place, tmp_path):
     assert set(looked.evaluate(base=False).sides) == {"edited"}
     would = looked.preview(undo=["zola"])
     assert [fact.id for fact in would.facts] == ["zola"]
-    assert set(would.summaries("held")) == {"before", "after"}
+    assert set(would.held.summary()) == {"before", "after"}
     assert looked.check(EASY).passed
     assert not looked.check(IMPOSSIBLE).passed
     assert set(looked.ask("The mother tongue of Ada Byron is")) == {"base", "edited"}

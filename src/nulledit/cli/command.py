@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -129,7 +130,7 @@ class Call:
         return Editor.from_pretrained(model_source(name), **given | more)
 
     def open(
-        self, folder: str | None = None, *, writing: bool = False, ranks: Ranks | None = None
+        self, folder: str | Path | None = None, *, writing: bool = False, ranks: Ranks | None = None
     ) -> Run:
         """The run that was named; only to look at it, unless `writing`."""
         self.prepare()

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nulledit.cli.command import Call, command
 from nulledit.cli.options import PLACED, arg
-from nulledit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from nulledit.ledger.records import Column, History
     from nulledit.runs.diff import Difference, FactDifference
 
 SHOWN = 50  # facts in the table
-MOST_DIGITS = 18  # of an event's number
 
 
 @command(
@@ -36,16 +32,16 @@ def diff(call: Call) -> None:
     """
     call.prepare()
     from nulledit.ledger.store import Store
-    from nulledit.runs.diff import difference
+    from nulledit.runs.diff import columns_at, difference, read_state
 
     first, second = call.first, call.second
-    (a, at_a), (b, at_b) = _place(first), _place(second)
-    other, run = Store(Path(b) / "ledger").load(), call.open(a)
+    (a, at_a), (b, at_b) = read_state(first), read_state(second)
+    other, run = Store(b / "ledger").load(), call.open(a)
     found = difference(
         run.editor,
         other,
-        first=_columns(run.history, first, at_a),
-        second=_columns(other, second, at_b),
+        first=columns_at(run.history, at_a, first),
+        second=columns_at(other, at_b, second),
     )
     call.show(lambda: _plain(found, first, second), lambda: _page(found, first, second))
 
@@ -67,24 +63,6 @@ def _page(found: Difference, first: str, second: str) -> list[str]:
         head = ["layer", f"‖Δ‖/‖W₀‖, {first}", second, "apart"]
         parts.append(as_text((head, rows)))
     return parts
-
-
-def _place(text: str) -> tuple[str, int | None]:
-    """`run@3` as folder and event; a folder of that very name comes first."""
-    folder, at, event = text.rpartition("@")
-    if not at or Path(text).is_dir():
-        return text, None
-    if not event.isdecimal() or len(event) > MOST_DIGITS:
-        raise ConfigError(f"{text}: expected RUN or RUN@N, N the number of an event")
-    return folder, int(event)
-
-
-def _columns(history: History, name: str, event: int | None) -> list[Column] | None:
-    if event is None:
-        return None
-    if event > len(history.events):
-        raise ConfigError(f"{name}: the ledger has {len(history.events)} events")
-    return history.active_as_of(event)
 
 
 def _facts_table(found: Difference, first: str, second: str) -> tuple[Sequence[str], Any]:

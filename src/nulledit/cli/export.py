@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from nulledit.cli.command import Call, command
 from nulledit.cli.options import PLACED, RUN, given_options, least, opt
 from nulledit.errors import ConfigError
-from nulledit.export.kinds import EXPORTS, OPTIONS
+from nulledit.export.write import EXPORTS, OPTIONS, write_export
 
 if TYPE_CHECKING:
     from nulledit.export.updates import Export, FactsCost
@@ -48,9 +48,10 @@ def export(call: Call) -> None:
     $ nulledit export run --as delta --out delta
     $ nulledit export run --as checkpoint --out model --max-shard-size 5GB
     """
-    kind = EXPORTS[call.kind]
     given = {option.name: option for option in given_options() if option.name in OPTIONS}
-    refused = [option.flag for name, option in given.items() if name not in kind.options]
+    refused = [
+        option.flag for name, option in given.items() if name not in EXPORTS[call.kind].options
+    ]
     if refused:
         raise ConfigError(f"{', '.join(refused)} can't be given with --as {call.kind}")
     call.prepare()
@@ -63,13 +64,8 @@ def export(call: Call) -> None:
     run = call.open()
     call.say(f"Writing {call.out}")
     with call.progress() as tell:
-        done = kind.write(
-            run.editor,
-            call.out,
-            run=Path(call.run),
-            progress=tell,
-            **{name: call.given[name] for name in given},
-        )
+        options = {name: call.given[name] for name in given}
+        done = write_export(run.editor, call.out, call.kind, run=call.run, progress=tell, **options)
     table = f"{as_text(layers_table(done), left=0)}\n\n" if done.layers else ""
     call.show(done.to_dict(), lambda: table + "\n".join(lines_of(done)))
 

@@ -43,14 +43,12 @@ def show(call: Call) -> None:
     """
     from nulledit.ledger.store import Store
     from nulledit.report.tables import as_text
-    from nulledit.runs.history import facts_table, story_of, story_text
+    from nulledit.runs.history import facts_in, facts_table, story_of, story_text
 
     store = Store(Path(call.run) / "ledger")
     if call.id_ is not None:
         story = story_of(store.load(), call.id_)
         return call.show({"run": call.run, **story}, lambda: story_text(story))
     history = store.read()
-    facts = [{**c.fact.to_dict(), "batch": c.batch} for c in history.present]
-    return call.show(
-        {"run": call.run, "facts": facts}, lambda: as_text(facts_table(history), left=3)
-    )
+    facts = {"run": call.run, "facts": facts_in(history)}
+    return call.show(facts, lambda: as_text(facts_table(history), left=3))

@@ -59,28 +59,29 @@ def _page(found: Preview) -> list[str]:
     from nulledit.runs.history import answer_of
     from nulledit.runs.tables import rates_table
 
-    before, after = (side.asked.answers for side in found.sides.values())
+    before, after = found.asked.before, found.asked.after
+    then = before.answers if before else {}
     answers: list[Sequence[str]] = [
-        [f.render(f.prompt), answer_of(f), before.get(f.id, ""), after.get(f.id, "")]
+        [f.render(f.prompt), answer_of(f), then.get(f.id, ""), after.answers.get(f.id, "")]
         for f in found.facts
     ]
     parts = [as_text((["prompt", "target", "before", "after"], answers), left=4, most=40)]
-    parts.append(as_text(rates_table(found.summaries())))
+    parts.append(as_text(rates_table(found.asked.summary())))
     if found.held:
-        head, rows = rates_table(found.summaries("held"))
+        head, rows = rates_table(found.held.summary())
         measured = [row for row in rows if any(cell[:1].isdigit() for cell in row[1:])]
-        parts.append(f"The last {len(found.held)} facts in the model:")
+        parts.append(f"The last {len(found.held.after.rows())} facts in the model:")
         parts.append(as_text((head, measured)))
     parts.append(as_text(_norms(found)))
-    parts.append(f"Perplexity and KL are on {found.text}. Nothing was written.")
+    parts.append(f"Perplexity and KL are on {found.asked.text}. Nothing was written.")
     return parts
 
 
 def _norms(found: Preview) -> Table:
     from nulledit.report.tables import number
 
-    then, rows = {r.layer: r for r in found.sides["before"].layers}, []
-    for now in found.sides["after"].layers:
+    then, rows = {r.layer: r for r in found.before}, []
+    for now in found.after:
         old = then.get(now.layer)
         share, room = (old.update_share, old.room) if old else (0.0, 1.0)
         cells = (share, now.update_share, 100 * room, 100 * now.room)

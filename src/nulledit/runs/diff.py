@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,11 +14,13 @@ from nulledit.data.facts import Fact
 from nulledit.editing.editor import Editor
 from nulledit.editing.undo import facts_of
 from nulledit.editing.weights import EditedWeights
-from nulledit.errors import LedgerError
+from nulledit.errors import ConfigError, LedgerError
 from nulledit.evaluation.queries import Query
 from nulledit.evaluation.scores import score
 from nulledit.ledger.journal import Journal
 from nulledit.ledger.records import Column, History
+
+MOST_DIGITS = 18  # of an event's number
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,28 @@ class Difference:
     """Facts that both have."""
     layers: tuple[LayerDifference, ...]
     """Layers that either edits."""
+
+
+def read_state(text: str) -> tuple[Path, int | None]:
+    """`run@3` as folder and event; a folder of that very name comes first.
+
+    ConfigError where what follows the @ is no event's number.
+    """
+    folder, at, event = text.rpartition("@")
+    if not at or Path(text).is_dir():
+        return Path(text), None
+    if not event.isdecimal() or len(event) > MOST_DIGITS:
+        raise ConfigError(f"{text}: expected RUN or RUN@N, N the number of an event")
+    return Path(folder), int(event)
+
+
+def columns_at(history: History, event: int | None, name: str) -> list[Column]:
+    """Those in the model after `event`, or now; ConfigError for one that never was."""
+    if event is None:
+        return history.active
+    if not 0 <= event <= len(history.events):
+        raise ConfigError(f"{name}: the ledger has {len(history.events)} events")
+    return history.active_as_of(event)
 
 
 def difference(

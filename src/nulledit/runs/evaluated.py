@@ -14,7 +14,7 @@ from nulledit.evaluation.drift import Drift, drift_report, read_texts
 from nulledit.evaluation.forms import form_name, forms
 from nulledit.evaluation.groups import by_relation, rates_of_rows
 from nulledit.evaluation.harness import harness_results
-from nulledit.evaluation.preservation import Preservation, preservation_report
+from nulledit.evaluation.preservation import Preservation
 from nulledit.evaluation.runner import Evaluation
 from nulledit.evaluation.tasks import Item
 from nulledit.io.text import count
@@ -94,10 +94,10 @@ def evaluate_sides(
     windows = read_text(editor, text)
     check_lengths(editor, facts)
     talk.say(f"Evaluating {count(len(facts), 'fact')}, perplexity on {windows.name}")
-    encoder = editor.editable.encoder
     forms_of = forms(editor.editable, also=chat)
-    before, after = evaluate_both(editor, facts, talk, base=base, windows=windows.windows, **asked)
-    found = Evaluated(facts, windows.name, form_name(encoder), {"edited": after})
+    both = evaluate_both(editor, facts, windows, talk, base=base, **asked)
+    sides = ({"base": both.before} if both.before else {}) | {"edited": both.after}
+    found = Evaluated(facts, windows.name, form_name(editor.editable.encoder), sides)
 
     def more(side: str) -> None:
         if items:
@@ -105,14 +105,12 @@ def evaluate_sides(
         if harness:
             found.harness[side] = harness_results(editor.model, editor.tokenizer, harness)
 
-    if before:
-        found.sides = {"base": before, "edited": after}
+    if base:
         with editor.base_weights():
             more("base")
     more("edited")
     found.others = in_other_forms(editor, facts, forms_of, talk, base=base)
-    if editor.history.epochs:
-        found.kept = preservation_report(editor, windows.windows)
+    found.kept = both.preservation
     if prompts:
         subjects = {fact.subject for fact in facts}  # whose states are meant to move
         plain = editor.editable.plain.encoder

@@ -74,6 +74,11 @@ def facts_table(history: History) -> Table:
     return ["id", "prompt", "answer", "batch"], rows
 
 
+def facts_in(history: History) -> list[dict[str, Any]]:
+    """The records of the facts in the model, each with its batch."""
+    return [{**c.fact.to_dict(), "batch": c.batch} for c in history.present]
+
+
 def story_of(history: History, id_: str) -> dict[str, Any]:
     """All that the ledger knows of the fact `id_`; LedgerError if it knows none of that id."""
     mine = [c for c in history.columns if c.fact.id == id_]

@@ -11,11 +11,12 @@ from nulledit.data.corpus import Corpus
 from nulledit.data.facts import Fact
 from nulledit.editing.editor import Editor
 from nulledit.errors import FactError
+from nulledit.evaluation.comparison import Comparison
 from nulledit.evaluation.generation import answer_room
-from nulledit.evaluation.preservation import shipped_corpus
+from nulledit.evaluation.preservation import preservation_report, shipped_corpus
 from nulledit.evaluation.queries import Kind, queries_of
 from nulledit.evaluation.reading import read_windows
-from nulledit.evaluation.runner import Evaluation, evaluate
+from nulledit.evaluation.runner import evaluate
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.tokens import RowEncoder
 from nulledit.runs.talk import Talk
@@ -34,15 +35,15 @@ class Text:
     """[windows, tokens]."""
 
 
-def read_text(editor: Editor, file: str | None) -> Text:
+def read_text(editor: Editor, file: str | Path | None) -> Text:
     """Windows of `file`, or of the text that comes with the package, for the editor's model."""
     return windows_of(editor.editable.encoder, file)
 
 
-def windows_of(encoder: RowEncoder, file: str | None) -> Text:
+def windows_of(encoder: RowEncoder, file: str | Path | None) -> Text:
     """The first 40 windows of 256 tokens (or of the model's context) of a text."""
     window = min(WINDOW, encoder.max_length)
-    corpus: str | Corpus = file or shipped_corpus()
+    corpus: str | Path | Corpus = file or shipped_corpus()
     name = Path(file).name if file else "the text that comes with nulledit"
     return Text(name, read_windows(corpus, encoder.tokenizer, window=window))
 
@@ -68,23 +69,28 @@ def check_lengths(editor: Editor, facts: Sequence[Fact]) -> None:
 def evaluate_both(
     editor: Editor,
     facts: Sequence[Fact],
+    text: Text | None,
     talk: Talk,
     *,
     model: EditableModel | None = None,
     base: bool = True,
     **asked: Any,
-) -> tuple[Evaluation | None, Evaluation]:
-    """The base model (None if `base` is False) and the edited one on the same facts.
+) -> Comparison:
+    """The base model and the edited one on the same facts, and on `text` where there is one.
 
-    `model`: the editor's, asked in another form. `asked`: as for `evaluation.runner.evaluate`.
+    `model`: the editor's, asked in another form. `base=False`: only the edited one. `asked`: what
+    else is, as for `evaluation.evaluate`.
     """
-    model, before = model or editor.editable, None
+    windows, model = text.windows if text else None, model or editor.editable
+    before = None
     if base:
         with talk.progress("before: ") as tell, editor.base_weights():
-            before = evaluate(model, facts, progress=tell, **asked)
-    read = before.reading if before else None
+            before = evaluate(model, facts, windows=windows, progress=tell, **asked)
     with talk.progress("after: ") as tell:
-        return before, evaluate(model, facts, base=read, progress=tell, **asked)
+        read = before.reading if before else None
+        after = evaluate(model, facts, windows=windows, base=read, progress=tell, **asked)
+    kept = preservation_report(editor, windows) if windows and editor.history.epochs else []
+    return Comparison(before, after, text.name if text else "", tuple(kept))
 
 
 def in_other_forms(
@@ -99,10 +105,8 @@ def in_other_forms(
 
     `base=False`: only "after".
     """
-    found: dict[str, dict[str, Any]] = {}
+    found = {}
     for name, model in asked.items():
         talk.say(f"Asking {name}")
-        before, after = evaluate_both(editor, facts, talk, model=model, base=base)
-        found[name] = {"before": before.summary()} if before else {}
-        found[name]["after"] = after.summary()
+        found[name] = evaluate_both(editor, facts, None, talk, model=model, base=base).summary()
     return found

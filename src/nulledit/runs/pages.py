@@ -17,7 +17,7 @@ from nulledit.errors import LedgerError
 from nulledit.evaluation.diagnosis import Diagnosis, diagnose
 from nulledit.evaluation.forms import form_name, other_system
 from nulledit.evaluation.old_answers import disagreements
-from nulledit.evaluation.preservation import Preservation, preservation_report
+from nulledit.evaluation.preservation import Preservation
 from nulledit.evaluation.runner import Evaluation
 from nulledit.io.text import count
 from nulledit.ledger.records import Column
@@ -95,9 +95,9 @@ def finish(
         facts = count(len(columns), "fact")
         talk.say(f"Evaluating {facts} on the base and the edited model")
         with timed(seconds, "evaluation"):
-            new = [c.fact for c in columns]
-            before, after = evaluate_both(editor, new, talk, windows=text.windows)
-            kept = {p.layer: p for p in preservation_report(editor, text.windows)}
+            both = evaluate_both(editor, [c.fact for c in columns], text, talk)
+            before, after = both.before, both.after
+            kept = {p.layer: p for p in both.preservation}
             other = other_system(editor.editable.encoder)
             asked = {form_name(other): editor.editable.asked(other)} if other else {}
             others = in_other_forms(editor, [c.fact for c in columns], asked, talk)

@@ -1,14 +1,18 @@
-"""What a change would do to a model, in memory alone."""
+"""What a change of a model would do, written nowhere."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nulledit.data.facts import Fact
+from nulledit.data.readers import Facts, as_facts
 from nulledit.editing.editor import Editor
 from nulledit.editing.weights import LayerReport
+from nulledit.errors import ConfigError
+from nulledit.evaluation.comparison import Comparison
 from nulledit.evaluation.reading import read
 from nulledit.evaluation.runner import Evaluation, evaluate
 from nulledit.runs.measure import check_lengths, read_text
@@ -18,80 +22,91 @@ HELD = 20  # facts in the model that are asked again
 
 
 @dataclass(frozen=True)
-class Side:
-    """What was measured before a change, or after it."""
-
-    asked: Evaluation
-    """Of the facts that would come or go."""
-    held: Evaluation | None
-    """Of facts that would stay; None if there are none."""
-    layers: tuple[LayerReport, ...]
-    """Edited matrices."""
-
-
-@dataclass(frozen=True)
 class Preview:
-    """What a change would do."""
+    """The model as it is and as it would be."""
 
-    facts: Sequence[Fact]
-    """That would come or go."""
-    held: Sequence[Fact]
-    """The last of those in the model that would stay."""
-    text: str
-    """What perplexity and KL are of."""
-    sides: dict[str, Side]
-    """"before" and "after"."""
+    facts: tuple[Fact, ...]
+    """Those to write, then those to take out."""
+    asked: Comparison
+    """The model now and then on these facts; KL is from the base."""
+    held: Comparison | None
+    """The same on the last facts that are in the model and would stay; None if there are none."""
+    before: tuple[LayerReport, ...]
+    """The layers now."""
+    after: tuple[LayerReport, ...]
+    """The layers then."""
     notices: tuple[str, ...]
-    """One line for each thing that the change would have said."""
-
-    def summaries(self, of: str = "asked") -> dict[str, dict[str, Any]]:
-        """Rates of each side, of the facts `asked` or `held`."""
-        found = {name: getattr(side, of) for name, side in self.sides.items()}
-        return {name: e.summary() for name, e in found.items() if e is not None}
+    """Records dropped; facts known, replaced, or joined with others on one key."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
+        now, then = self.asked.before, self.asked.after
         return {
-            "asked": self.summaries(),
-            "held": self.summaries("held"),
+            "asked": self.asked.summary(),
+            "held": self.held.summary() if self.held else {},
             "answers": [
-                {"id": f.id, "prompt": f.render(f.prompt), "target": f.target}
-                | {name: side.asked.answers.get(f.id) for name, side in self.sides.items()}
+                {
+                    "id": f.id,
+                    "prompt": f.render(f.prompt),
+                    "target": f.target,
+                    "before": now.answers.get(f.id) if now else None,
+                    "after": then.answers.get(f.id),
+                }
                 for f in self.facts
             ],
-            "layers": {name: [*map(vars, side.layers)] for name, side in self.sides.items()},
+            "layers": {
+                "before": [vars(r) for r in self.before],
+                "after": [vars(r) for r in self.after],
+            },
             "notices": list(self.notices),
         }
 
 
 def preview(
-    editor: Editor, facts: Sequence[Fact], undone: Sequence[str], text: str | None, talk: Talk
+    editor: Editor,
+    facts: Facts = (),
+    undo: Sequence[str] = (),
+    *,
+    text: str | Path | None = None,
+    talk: Talk | None = None,
 ) -> Preview:
-    """Undo the ids `undone`, edit `facts`, measure, and take both back.
+    """Take the facts `undo` out and write `facts`, in memory; the editor is as before afterwards.
 
-    `text`: a file for perplexity and KL, by default the one that comes along.
+    `text`: a file for perplexity and KL, by default the one that comes along. ConfigError where
+    nothing is asked for.
     """
-    check_lengths(editor, facts)
-    windows = read_text(editor, text)
-    asked = [*facts, *(f for f in editor.facts if f.id in undone)]
+    given, talk = as_facts(facts), talk or Talk()
+    new = list(given.facts)
+    if not new and not undo:
+        raise ConfigError("nothing to preview: expected facts to write, or ids to take out")
+    check_lengths(editor, new)
+    found = read_text(editor, text)
+    asked = [*new, *(f for f in editor.facts if f.id in undo)]
     keys = {f.key for f in asked}
     held = [f for f in editor.facts if f.key not in keys][-HELD:]
     with editor.base_weights():
-        base = read(editor.editable, windows.windows, keep=True)
+        base = read(editor.editable, found.windows, keep=True)
 
-    def measure(name: str) -> Side:
+    def measure(name: str) -> tuple[Evaluation, Evaluation | None]:
         model = editor.editable
         with talk.progress(f"{name}: ") as tell:
-            mine = evaluate(model, asked, windows=windows.windows, base=base, progress=tell)
+            mine = evaluate(model, asked, windows=found.windows, base=base, progress=tell)
             others = evaluate(model, held, generate=False, progress=tell) if held else None
-        return Side(mine, others, editor.weights.reports())
+        return mine, others
 
-    notices: list[str] = []
-    sides = {"before": measure("before")}
+    now, layers = measure("before"), editor.weights.reports()
+    notices = list(given.notices)
     with editor.trial(writing=False), talk.progress() as tell:
-        if undone:
-            notices += editor.undo(*undone).notices
-        if facts:
-            notices += editor.edit(facts, progress=tell).notices
-        sides["after"] = measure("after")
-    return Preview(asked, held, windows.name, sides, tuple(notices))
+        if undo:
+            notices += editor.undo(*undo).notices
+        if new:
+            notices += editor.edit(new, progress=tell).notices
+        then, would_be = measure("after"), editor.weights.reports()
+    return Preview(
+        facts=tuple(asked),
+        asked=Comparison(now[0], then[0], found.name),
+        held=Comparison(now[1], then[1]) if then[1] else None,
+        before=layers,
+        after=would_be,
+        notices=tuple(notices),
+    )

@@ -315,7 +315,7 @@ class Run:
         self, facts: Facts = (), *, undo: Sequence[str] = (), text: str | None = None
     ) -> Preview:
         """What editing `facts` and undoing ids would change, in memory alone."""
-        return preview(self.editor, as_facts(facts).facts, undo, text, self.talk)
+        return preview(self.editor, facts, undo, text=text, talk=self.talk)
 
     def check(
         self, limits: Limits, *, text: str | None = None, tasks: str | Path | None = None
