@@ -62,30 +62,22 @@ class Terminal(Talk):
     @contextmanager
     def progress(self, prefix: str = "") -> Iterator[Progress]:
         """A bar for each stage where stderr is a terminal, else lines."""
-        if self.quiet:
-            yield lambda *_: None
-            return
         shown = Bars() if sys.stderr.isatty() else Lines()
+        offset = facts = 0  # of the batch at work
+
+        def tell(stage: str, done: int, total: int) -> None:
+            nonlocal offset, facts
+            if stage == "batches":
+                offset, facts = done, total
+            elif stage == "values":  # in facts over all batches
+                shown("facts", min(offset + done, facts), facts)
+            else:
+                shown(f"{prefix}{stage}", done, total)
+
         try:
-            yield _Facts(shown, prefix)
+            yield (lambda *_: None) if self.quiet else tell
         finally:
             shown.close()
-
-
-class _Facts:
-    """Progress in facts over all batches, where it is told of those of one."""
-
-    def __init__(self, shown: Bars | Lines, prefix: str):
-        self.shown, self.prefix = shown, prefix
-        self.offset = self.facts = 0  # of the batch at work
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage == "batches":
-            self.offset, self.facts = done, total
-        elif stage == "values":
-            self.shown("facts", min(self.offset + done, self.facts), self.facts)
-        else:
-            self.shown(f"{self.prefix}{stage}", done, total)
 
 
 class Bars:
