@@ -16,11 +16,11 @@ from support.models import build_model
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 from nulledit import Editor
-from nulledit.cli.estimate import Costs
 from nulledit.cli.main import cli
 from nulledit.config import ValueSettings
 from nulledit.editing.values import optimise_values
 from nulledit.errors import ModelError
+from nulledit.evaluation.costs import Costs
 from nulledit.evaluation.old_answers import first_clause
 from nulledit.models.load import load_model
 from nulledit.runs.holding import mark

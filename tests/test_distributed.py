@@ -196,7 +196,7 @@ ENDS = "nulledit.cli.main:_end_with_others"
 @pytest.mark.parametrize(
     ("dies", "stopped"),
     [
-        pytest.param((1, "nulledit.cli.runs:own_device", 1), [], id="while both load"),
+        pytest.param((1, "nulledit.cli.edit:own_device", 1), [], id="while both load"),
         pytest.param((1, VALUES, 1), [], id="in the first batch"),
         pytest.param((0, WRITES, 1), [], id="while one waits for the end"),
         pytest.param((1, VALUES, 2), [(0, ENDS, 1)], id="when the other knows already"),

@@ -176,7 +176,6 @@ def made(model, tokenizer, corpus, folder, **options):
         name="tiny",
         model_hash=model_hash(model),
         folder=folder,
-        progress=False,
         **options,
     )
 

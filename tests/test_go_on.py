@@ -8,9 +8,12 @@ import pytest
 
 from nulledit.cli.edit import edit
 from nulledit.cli.going_on import edit_again
-from nulledit.cli.recipe_options import FIXED, OF_EPOCH
+from nulledit.cli.options import Opt
 
 OPTIONS = [p for p in edit.params if isinstance(p, click.Option) and p.name != "run"]
+FIXED, OF_EPOCH = (
+    {o.name for o in OPTIONS if isinstance(o, Opt) and o.fixed == by} for by in ("run", "epoch")
+)
 
 
 def value_of(option):
@@ -32,7 +35,7 @@ def advice(words, *, kept):
     context = parsed(words)
     folder = Path(context.params["run"] or context.params["out"])
     with context.scope():
-        line = edit_again(context.params, folder, kept)
+        line = edit_again(folder, kept)
     program, name, *rest = shlex.split(line)
     assert (program, name) == ("nulledit", "edit")
     return rest

@@ -330,7 +330,6 @@ def test_statistics_are_of_what_an_editor_edits(kind, tokenizer, tmp_path):
                 name=name,
                 model_hash=digest,
                 folder=tmp_path / name,
-                progress=False,
             )
         )
         made[-1].check(Editor(each, tokenizer, recipe=RECIPE).history.base.hash, [1, 2])

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support.cli import RECORDS, results
+from support.cli import RECORDS, refused, results
 
 from nulledit import Editor, Fact, NullEditError, Run
 from nulledit.api.run import Refused
@@ -95,3 +95,52 @@ def test_a_folder_that_holds_something_is_refused_before_anything_is_edited(edit
         Run.create(tmp_path, editor)
     with pytest.raises(NullEditError, match="no run here"):
         Run.open(tmp_path)
+
+
+def test_a_run_is_looked_at_without_a_trace(editor, place, tmp_path):
+    run = Run.create(tmp_path / "run", editor)
+    run.edit(place / "facts.json", evaluate=False)
+    before = {p: p.read_bytes() for p in sorted(run.folder.rglob("*")) if p.is_file()}
+    looked = Run.open(run.folder, writing=False)
+    found = looked.evaluate(text=str(place / "corpus.txt"))
+    assert set(found.sides) == {"base", "edited"}
+    assert found.to_dict(relations=True)["facts"] == len(RECORDS)
+    assert set(looked.evaluate(base=False).sides) == {"edited"}
+    would = looked.preview(undo=["zola"])
+    assert [fact.id for fact in would.facts] == ["zola"]
+    assert set(would.held.summary()) == {"before", "after"}
+    assert looked.check(EASY).passed
+    assert not looked.check(IMPOSSIBLE).passed
+    assert set(looked.ask("The mother tongue of Ada Byron is")) == {"base", "edited"}
+    assert looked.history.state_id == run.history.state_id
+    assert {p: p.read_bytes() for p in sorted(run.folder.rglob("*")) if p.is_file()} == before
+
+
+def test_two_runs_become_a_third_and_stay(editor, place, tmp_path):
+    run = Run.create(tmp_path / "run", editor)
+    run.edit(place / "facts.json", evaluate=False)
+    states = run.history.state_id
+    other = Editor.from_pretrained(
+        str(place / "model"),
+        recipe=load_recipe(place / "recipe.yaml"),
+        statistics=place / "stats",
+    )
+    more = Run.create(tmp_path / "other", other)
+    more.edit(Fact("Lyra Holm", "{} plays the", "flute", id="lyra"), evaluate=False)
+    with pytest.raises(NullEditError, match="holds a run already"):
+        run.merge(more.history, tmp_path / "other")
+    run.merge(more.history, tmp_path / "both")
+    assert run.folder == tmp_path / "both"
+    assert Run.open(tmp_path / "run").history.state_id == states
+    both = Run.open(tmp_path / "both")
+    assert [fact.id for fact in both.editor.facts][-1] == "lyra"
+    assert both.verify().passed
+    assert "<html" in Run.open(tmp_path / "run").report().read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("words", [("undo", "zola"), ("restore",), ("rebuild",)])
+def test_broken_pages_are_refused_before_the_ledger_is_touched(words, edited):
+    held = {p: p.read_bytes() for p in (edited / "ledger").rglob("*") if p.is_file()}
+    (edited / "summary.json").write_text("{", encoding="utf-8")
+    assert "summary.json" in refused(words[0], edited, *words[1:], "--quiet")
+    assert {p: p.read_bytes() for p in (edited / "ledger").rglob("*") if p.is_file()} == held

@@ -49,7 +49,6 @@ def run(tiny_model, tokenizer, corpus, tmp_path):
             name="tiny",
             model_hash=model_hash(model),
             folder=tmp_path / folder,
-            progress=False,
             **options,
         )
 
@@ -295,7 +294,6 @@ def test_the_cache_finds_them_again(tiny_model, tokenizer, corpus):
         layers=(0, 2),
         name="tiny",
         model_hash=hash_,
-        progress=False,
     )
     assert [s.manifest for s in find_statistics(hash_, [0])] == [made.manifest]
     assert not list(find_statistics(hash_, [1]))

@@ -342,6 +342,18 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     return load_settings(Recipe, name_or_path)
 
 
+def read_recipe(recipe: Recipe | str | Path | None, name: str) -> Recipe:
+    """The recipe itself, from its file, or the one to use on the model `name`."""
+    if recipe is None:
+        recipe = name if name in shipped_recipes() else Recipe()
+    if not isinstance(recipe, Recipe | str | Path):
+        raise ConfigError(
+            f"recipe is a {type(recipe).__name__}; expected a Recipe (of a mapping: "
+            "Recipe.from_dict), a file or a shipped recipe's name"
+        )
+    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+
+
 def check_whole(name: str, value: object, *, least: int = 0) -> None:
     """ConfigError unless `value` is a whole number from `least` that ledgers can hold."""
     if not (is_number(value) and isinstance(value, int) and value >= least):

@@ -1,6 +1,8 @@
 """The command line in the tests' own process, and a folder with all that it asks for."""
 
 import json
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,3 +86,16 @@ def state(run):
 
 def results(run):
     return [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+
+
+def with_line(module, after, line):
+    """The module `module`, made anew from its source with `line` below the first line `after`."""
+    source = Path(module.__file__).read_text(encoding="utf-8")
+    assert f"{after}\n" in source
+    made = types.ModuleType(module.__name__)
+    made.__file__ = module.__file__
+    exec(
+        compile(source.replace(f"{after}\n", f"{after}\n{line}\n", 1), made.__file__, "exec"),
+        vars(made),
+    )
+    return made

@@ -17,7 +17,7 @@ from nulledit.cli.main import main
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["nulledit.cli.runs", "nulledit.cli.main", "transformers.models.llama.modeling_llama"]
+    ["nulledit.api.run", "nulledit.cli.main", "transformers.models.llama.modeling_llama"]
 )
 STUCK = 300.0  # seconds after which ranks that do not end are given up
 PATIENT = {"nulledit.parallel.ranks:FAREWELL": 60.0}

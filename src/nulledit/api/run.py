@@ -6,24 +6,25 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from nulledit.api.editor import Editor
-from nulledit.config import Recipe
 from nulledit.data.facts import Fact
 from nulledit.data.readers import Facts, as_facts
+from nulledit.editing.merge import Decide
 from nulledit.editing.reports import ChangeReport, EditReport
 from nulledit.errors import CheckFailed, ConfigError, LedgerError
+from nulledit.evaluation.forgetting import TOKENS, Recall, recall_of
 from nulledit.evaluation.old_answers import with_base_answers
-from nulledit.evaluation.retry import joined, retry_failing
+from nulledit.evaluation.retry import check_retry, check_values, joined, retry_failing
 from nulledit.evaluation.tasks import read_tasks
 from nulledit.io.files import recover_folder
 from nulledit.io.text import count
 from nulledit.ledger.records import History
 from nulledit.ledger.store import Store
-from nulledit.methods import find_method
 from nulledit.models.placement import Device
 from nulledit.parallel.ranks import Ranks
+from nulledit.runs.evaluated import Evaluated, evaluate_sides
 from nulledit.runs.gate import GateReport, check
 from nulledit.runs.limits import Limits, Tasks
 from nulledit.runs.measure import Text, check_lengths, read_text
@@ -36,6 +37,8 @@ from nulledit.runs.pages import (
     timed,
     write_derived,
 )
+from nulledit.runs.preview import Preview, preview
+from nulledit.runs.report import collect, write_report
 from nulledit.runs.talk import Talk
 from nulledit.runs.verify import Verification, verify
 
@@ -90,18 +93,22 @@ class Run:
         trust_remote_code: bool = False,
         ranks: Ranks | None = None,
         talk: Talk | None = None,
+        writing: bool = True,
     ) -> Self:
         """Take up the run in `folder`; LedgerError if there is none, or it has no batch.
 
-        ReportError for pages that could not be gone on with.
+        ReportError for pages that could not be gone on with. `writing=False`: only to look at its
+        model, for which neither batches nor pages are needed.
         """
         folder, ranks, begun = Path(folder), ranks or Ranks(), time.perf_counter()
+        talk = talk or Talk()
         if not (folder / "ledger" / "ledger.db").is_file():
             raise LedgerError(f"{folder}: no run here (expected {folder / 'ledger' / 'ledger.db'})")
-        if ranks.first:
+        if ranks.first and writing:
             check_pages(folder)
             recover_folder(folder / "model")
         ranks.barrier()
+        talk.say(f"Loading the model of {folder}")
         editor = Editor.load(
             folder,
             device=device,
@@ -109,7 +116,7 @@ class Run:
             trust_remote_code=trust_remote_code,
             ranks=ranks,
         )
-        if not editor.history.events:
+        if writing and not editor.history.events:
             raise LedgerError(
                 f"{folder}: no batch was finished here; begin again with --out {folder}"
             )
@@ -164,7 +171,7 @@ class Run:
         """
         editor = self.editor
         asked = list(as_facts(facts).facts)
-        self.check(limits, tasks)
+        check_tasks(limits, tasks)
         if retry:
             check_retry(editor.recipe, editor.ranks)
         new = self.new(asked)
@@ -190,9 +197,7 @@ class Run:
 
         with self._kept(), ExitStack() as stack:
             if self.begins:
-                Store(
-                    self.folder / "ledger"
-                ).discard()  # of a run that was killed in its first batch
+                Store(self.folder / "ledger").discard()  # of a run killed in its first batch
                 if limits is None:
                     self._attach()
             stack.enter_context(editor.writing())
@@ -215,7 +220,7 @@ class Run:
         A text says why nothing was written. The other arguments are as for `edit`; Refused leaves
         run and ledger as they were.
         """
-        self.check(limits, tasks)
+        check_tasks(limits, tasks)
         check_values(self.editor.recipe)
         found = read_text(self.editor, text)
 
@@ -229,19 +234,6 @@ class Run:
             if not report.columns and is_current(self.editor, self.folder):
                 return self._nothing_written(report)
             return self._saved(report, found)
-
-    @staticmethod
-    def check(limits: Limits | None, tasks: str | Path | None) -> None:
-        """Refuse limits on tasks that could only fail, before hours are spent on edits."""
-        for name, bound in (limits.bounds if limits else {}).items():
-            if not isinstance(bound, Tasks) or bound.optional:
-                continue
-            if not tasks:
-                raise ConfigError(
-                    f"{limits.source if limits else ''}: {name} needs the tasks' files: give "
-                    "--capability DIR, or call it optional"
-                )
-            read_tasks(tasks, names=bound.tasks, limit=bound.items)
 
     # -- other changes -----------------------------------------------------------------------
 
@@ -267,6 +259,22 @@ class Run:
         with self.talk.progress() as tell:
             return self.change(lambda: self.editor.forget(facts, progress=tell))
 
+    def merge(
+        self, other: History, out: str | Path, *, decide: Decide | None = None
+    ) -> ChangeReport:
+        """Become a third run in `out`: this one's facts, then those of `other`, as `Editor.merge`.
+
+        This one's folder stays as it is, and nothing is left in `out` of half a merge; after an
+        error open the run again. LedgerError if something is in `out`.
+        """
+        self.check_fresh(out)
+        self.editor.detach()
+        with self.talk.progress() as tell:
+            report = self.editor.merge(other, decide=decide, progress=tell)
+        self.folder = Path(out)
+        self.editor.attach(out)
+        return self.change(lambda: report)
+
     def change(self, work: Callable[[], Report]) -> Report:
         """Do `work` on the editor as the only writer, then bring model and pages to the ledger."""
         with self.editor.writing():
@@ -274,9 +282,56 @@ class Run:
             write_derived(self.editor, self.folder)
         return report
 
+    # -- looking, which writes nothing into the ledger ---------------------------------------------
+
+    def recall(
+        self, facts: Sequence[Fact], *, tokens: int = TOKENS, before: Sequence[Recall] | None = None
+    ) -> list[Recall]:
+        """What the model says of answers to be forgotten (`evaluation.forgetting.recall_of`)."""
+        with self.talk.progress("before: " if before is None else "after: ") as tell:
+            return recall_of(
+                self.editor.editable,
+                facts,
+                tokens=tokens,
+                before=before,
+                progress=tell and (lambda done, total: tell("texts", done, total)),
+            )
+
+    def evaluate(self, facts: Facts | None = None, **asked: Any) -> Evaluated:
+        """Rates, perplexity and KL of the edited model beside its base; nothing is written.
+
+        `facts`: by default those in the model. `asked`: what else, as for `evaluate_sides`.
+        """
+        chosen = self.editor.facts if facts is None else list(as_facts(facts).facts)
+        return evaluate_sides(self.editor, chosen, self.talk, **asked)
+
+    def preview(
+        self, facts: Facts = (), *, undo: Sequence[str] = (), text: str | None = None
+    ) -> Preview:
+        """What editing `facts` and undoing ids would change, in memory alone."""
+        return preview(self.editor, facts, undo, text=text, talk=self.talk)
+
+    def check(
+        self, limits: Limits, *, text: str | None = None, tasks: str | Path | None = None
+    ) -> GateReport:
+        """The edited model against `limits` (`runs.gate.check`); only what they ask is measured."""
+        windows = None
+        if limits.needs("text"):
+            found = read_text(self.editor, text)
+            windows = found.windows
+            self.talk.say(f"Perplexity and KL on {found.name}")
+        with self.talk.progress() as tell:
+            return check(self.editor, limits, windows=windows, tasks=tasks, progress=tell)
+
     def verify(self) -> Verification:
         """Check every file of the folder, and the weights computed anew (`runs.verify`)."""
         return verify(self.folder)
+
+    def report(self, out: str | Path | None = None, *, title: str = "Report") -> Path:
+        """Write one HTML page of the run, by default `report.html` in its folder; its place."""
+        file = Path(out) if out else self.folder / "report.html"
+        write_report(collect([self.folder]), file, title=title)
+        return file
 
     # -- inside ------------------------------------------------------------------------------
 
@@ -374,17 +429,14 @@ class Run:
             raise
 
 
-def check_retry(recipe: Recipe, ranks: Ranks) -> None:
-    """Refuse what can't be written again, before anything is edited."""
-    if not ranks.alone:
-        raise ConfigError(
-            "--retry works in one process: leave it out here, then call `nulledit retry RUN`"
-        )
-    check_values(recipe)
-
-
-def check_values(recipe: Recipe) -> None:
-    """ConfigError for a method that optimises no values, which could be made stronger."""
-    method = find_method(recipe.method.name)
-    if method.by_gradient:
-        raise ConfigError(f"a retry makes values stronger, and {method.name} optimises none")
+def check_tasks(limits: Limits | None, tasks: str | Path | None) -> None:
+    """Refuse limits on tasks that could only fail, before hours are spent on edits."""
+    for name, bound in (limits.bounds if limits else {}).items():
+        if not isinstance(bound, Tasks) or bound.optional:
+            continue
+        if not tasks:
+            raise ConfigError(
+                f"{limits.source if limits else ''}: {name} needs the tasks' files: give "
+                "--capability DIR, or call it optional"
+            )
+        read_tasks(tasks, names=bound.tasks, limit=bound.items)

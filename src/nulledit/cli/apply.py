@@ -4,37 +4,23 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-import click
-
-from nulledit.cli.common import echo, emit, prepare, say
-from nulledit.cli.options import output_options, trust_option
+from nulledit.cli.command import Call, command
+from nulledit.cli.options import TRUST, arg, opt
 from nulledit.errors import ConfigError
 
 
-@click.command(short_help="Put a delta on its base, or take it off.")
-@click.argument("delta", metavar="DELTA")
-@click.argument("model", metavar="MODEL")
-@click.option("--out", metavar="FOLDER", required=True, help="Folder to make for the result.")
-@click.option("--remove", is_flag=True, help="MODEL is base + delta: give back the base.")
-@click.option("--base", metavar="BASE", help="With --remove: the base, for its weights.")
-@click.option("--run", metavar="RUN", help="With --remove: the run whose ledger holds them.")
-@click.option(
-    "--max-shard-size", metavar="SIZE", default="50GB", show_default=True, help="Of one file."
+@command(
+    "A delta on its base, or off again.",
+    arg("delta", "DELTA"),
+    arg("model", "MODEL"),
+    opt("--out FOLDER", "Folder to make for the result.", required=True),
+    opt("--remove", "MODEL is base + delta: give back the base.", bool),
+    opt("--base BASE", "With --remove: the base, for its weights."),
+    opt("--run RUN", "With --remove: the run whose ledger holds them."),
+    opt("--max-shard-size SIZE", "Of one file.", str, "50GB"),
+    TRUST,
 )
-@trust_option
-@output_options
-def apply(
-    delta: str,
-    model: str,
-    out: str,
-    remove: bool,
-    base: str | None,
-    run: str | None,
-    max_shard_size: str,
-    trust_remote_code: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def apply(call: Call) -> None:
     """Write MODEL with the edits of DELTA (nulledit export --as delta) to FOLDER.
 
     MODEL is the base: smollm2-135m, a local folder or a Hub id. Its hash, the delta's and the
@@ -48,30 +34,24 @@ def apply(
     $ nulledit apply delta smollm2-135m --out edited
     $ nulledit apply delta edited --remove --run run --out base
     """
-    if not remove and (base or run):
+    base, run = call.base, call.run
+    if not call.remove and (base or run):
         raise ConfigError("--base and --run go with --remove; without it, MODEL is the base")
-    if remove and (base is None) == (run is None):
+    if call.remove and (base is None) == (run is None):
         raise ConfigError(
             "--remove needs the original weights: give either --base BASE or --run RUN"
         )
-    prepare(quiet=quiet)
+    call.prepare()
     from nulledit.export import apply_delta, remove_delta
 
-    options = {"max_shard_size": max_shard_size, "trust_remote_code": trust_remote_code}
-    say(
-        f"{'Taking' if remove else 'Putting'} {delta} {'off' if remove else 'on'} {model}",
-        quiet=quiet,
-    )
-    if remove:
-        done = remove_delta(delta, model, out, base=base, run=run, **options)  # type: ignore[arg-type]
+    what = ("Taking", "off") if call.remove else ("Putting", "on")
+    call.say(f"{what[0]} {call.delta} {what[1]} {call.model}")
+    options = {n: call.given[n] for n in ("max_shard_size", "trust_remote_code")}
+    if call.remove:
+        done = remove_delta(call.delta, call.model, call.out, base=base, run=run, **options)
+        line = f"The base, bit for bit, without {done.facts} facts: {done.folder}"
     else:
-        done = apply_delta(delta, model, out, **options)  # type: ignore[arg-type]
-    if as_json:
-        emit({**asdict(done), "folder": str(done.folder)})
-        return
-    if remove:
-        echo(f"The base, bit for bit, without {done.facts} facts: {done.folder}")
-    else:
+        done = apply_delta(call.delta, call.model, call.out, **options)
         same = ", the run's model to the bit" if done.same_as_run else ""
-        echo(f"The base with {done.facts} facts{same}: {done.folder}")
-    echo(f"Weights: {done.hash}")
+        line = f"The base with {done.facts} facts{same}: {done.folder}"
+    call.show({**asdict(done), "folder": str(done.folder)}, f"{line}\nWeights: {done.hash}")

@@ -7,37 +7,35 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from nulledit.cli.common import Bars, echo, emit, prepare, say
-from nulledit.cli.options import device_option, output_options, trust_option
+from nulledit.cli.command import Call, command
+from nulledit.cli.options import PLACED, RUN, arg, least, opt
 from nulledit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from nulledit.editing.editor import Editor
+    from nulledit.api.editor import Editor
+    from nulledit.api.run import Run
     from nulledit.editing.reports import ChangeReport
+    from nulledit.ledger.records import History
 
 MOVED = 5  # facts whose movement is shown
 SHOWN = 10  # facts named that came or went
 FIELDS = ("id", "subject", "relation", "target", "prompt")
+IDS = arg("ids", "[ID]...", nargs=-1)
 
 
-@click.command(short_help="Take facts out, exactly.")
-@click.argument("run", metavar="RUN")
-@click.argument("ids", metavar="[ID]...", nargs=-1)
-@click.option("--batch", metavar="N", type=click.IntRange(1), help="All facts of this batch.")
-@click.option(
-    "--where",
-    multiple=True,
-    metavar="FIELD=TEXT",
-    help=f"All facts with this {', '.join(FIELDS[:-1])} or {FIELDS[-1]}; repeatable, all must fit.",
+@command(
+    "Take facts out, exactly.",
+    RUN,
+    IDS,
+    opt("--batch N", "All facts of this batch.", least(1)),
+    opt(
+        "--where FIELD=TEXT",
+        f"All facts with this {', '.join(FIELDS[:-1])} or {FIELDS[-1]}; repeatable, all must fit.",
+        multiple=True,
+    ),
+    PLACED,
 )
-@device_option
-@trust_option
-@output_options
-def undo(
-    run: str, ids: tuple[str, ...], batch: int | None, where: tuple[str, ...], **given: Any
-) -> None:
+def undo(call: Call) -> None:
     """Take facts out of the model of RUN: it becomes the solve without them.
 
     IDs, --batch and --where add up: what any of them names goes. An older answer that a fact had
@@ -49,54 +47,40 @@ def undo(
     $ nulledit undo run --batch 3
     $ nulledit undo run --where subject=France --where relation=capital
     """
-    if not (ids or batch or where):
+    if not (call.ids or call.batch or call.where):
         raise ConfigError("say which: an ID, --batch N or --where FIELD=TEXT")
-
-    _refuse_unknown(run, ids)
-
-    def change(editor: Editor) -> ChangeReport:
-        return editor.undo(*_chosen(editor, ids, batch, where))
-
-    _carry_out(run, change, given)
+    _refuse_unknown(call.run, call.ids)
+    _carry_out(call, lambda run: run.undo(*_chosen(run.history, call)))
 
 
-@click.command(short_help="Take the last undo back, or bring named facts back.")
-@click.argument("run", metavar="RUN")
-@click.argument("ids", metavar="[ID]...", nargs=-1)
-@device_option
-@trust_option
-@output_options
-def redo(run: str, ids: tuple[str, ...], **given: Any) -> None:
+@command("Take the last undo back.", RUN, IDS, PLACED)
+def redo(call: Call) -> None:
     """Take back the last undo or restore of RUN; with IDs, bring these facts back.
 
     \b
     $ nulledit redo run
     $ nulledit redo run capital-of-france
     """
-    _carry_out(run, lambda editor: editor.redo(*ids), given)
+    _carry_out(call, lambda run: run.redo(*call.ids))
 
 
-@click.command(short_help="Take everything out: the base, bit for bit.")
-@click.argument("run", metavar="RUN")
-@device_option
-@trust_option
-@output_options
-def restore(run: str, **given: Any) -> None:
+@command("The base again, bit for bit.", RUN, PLACED)
+def restore(call: Call) -> None:
     """Make the model of RUN its base again, bit for bit. The ledger keeps all facts: `redo`.
 
     \b
     $ nulledit restore run
     """
-    _carry_out(run, lambda editor: editor.restore(), given)
+    _carry_out(call, lambda run: run.restore())
 
 
-@click.command(short_help="Write the facts anew, as if the undone ones had never been.")
-@click.argument("run", metavar="RUN")
-@click.option("--values", is_flag=True, help="Optimise the values again as well.")
-@device_option
-@trust_option
-@output_options
-def rebuild(run: str, values: bool, **given: Any) -> None:
+@command(
+    "Write the facts anew, without a trace of undone ones.",
+    RUN,
+    opt("--values", "Optimise the values again as well.", bool),
+    PLACED,
+)
+def rebuild(call: Call) -> None:
     """Take keys and residuals of all facts in RUN again, with their stored values.
 
     Undo is exact in what was recorded; later facts were recorded while the undone ones were there.
@@ -105,32 +89,22 @@ def rebuild(run: str, values: bool, **given: Any) -> None:
     \b
     $ nulledit rebuild run
     """
-
-    def change(editor: Editor) -> ChangeReport:
-        with Bars(quiet=given["quiet"]) as bars:
-            return editor.rebuild(values=values, progress=bars)
-
-    _carry_out(run, change, given)
+    _carry_out(call, lambda run: run.rebuild(values=call.values))
 
 
-def _carry_out(run: str, change: Callable[[Editor], ChangeReport], given: dict[str, Any]) -> None:
-    """Load, change and write; one writer all the while."""
-    prepare(quiet=given["quiet"])
-    from nulledit.cli.going_on import keep
-    from nulledit.cli.loading import load_run
+def _carry_out(call: Call, change: Callable[[Run], ChangeReport]) -> None:
+    """Load, change, write and show."""
+    call.prepare()
+    from nulledit.cli.going_on import followed
 
-    quiet, folder = given["quiet"], Path(run)
-    trust = given["trust_remote_code"]
-    editor = load_run(run, given["device"], quiet=quiet, trust_remote_code=trust)
-    with editor.writing():
-        report = change(editor)
-        keep(editor, folder)
-    for notice in report.notices:
-        say(f"Note: {notice}", quiet=quiet)
-    if given["as_json"]:
-        emit({"run": run, **change_dict(editor, report)})
-    else:
-        echo(change_text(editor, report))
+    run = call.open(writing=True)
+    with followed(run):
+        report = change(run)
+    call.notes(report.notices)
+    call.show(
+        lambda: {"run": call.run, **change_dict(run.editor, report)},
+        lambda: change_text(run.editor, report),
+    )
 
 
 def change_dict(editor: Editor, report: ChangeReport) -> dict[str, Any]:
@@ -151,14 +125,12 @@ def change_text(editor: Editor, report: ChangeReport) -> str:
     """A change for a terminal."""
     from nulledit.editing.session import some
 
-    lines = []
-    for label, ids in (
-        ("out", report.removed),
-        ("back as it was", report.restored),
-        ("written anew", report.rebuilt),
-    ):
-        if ids:
-            lines.append(f"{label}: {some(ids, SHOWN)}")
+    came_or_went = {
+        "out": report.removed,
+        "back as it was": report.restored,
+        "written anew": report.rebuilt,
+    }
+    lines = [f"{label}: {some(ids, SHOWN)}" for label, ids in came_or_went.items() if ids]
     if report.near:
         near = ", ".join(f"{i} ({cosine:.3f})" for i, cosine in report.near[:MOVED])
         lines.append(f"on nearly the same key (cosine): {near}")
@@ -187,21 +159,18 @@ def _refuse_unknown(run: str, ids: Sequence[str]) -> None:
         check_in_model(ids, store.read())
 
 
-def _chosen(
-    editor: Editor, ids: Sequence[str], batch: int | None, where: Sequence[str]
-) -> list[str]:
+def _chosen(history: History, call: Call) -> list[str]:
     """Ids of the facts that are named in any of the three ways."""
-    active = editor.history.active
-    found = list(ids)
-    if batch is not None:
-        found += [c.fact.id for c in active if c.batch == batch]
-    if where:
-        wanted = [_condition(text) for text in where]  # one field named twice asks for both
-        found += [
-            c.fact.id for c in active if all(getattr(c.fact, name) == text for name, text in wanted)
-        ]
+    wanted = [_condition(text) for text in call.where]  # one field named twice asks for both
+    found = list(call.ids) + [
+        column.fact.id
+        for column in history.active
+        if column.batch == call.batch
+        or (wanted and all(getattr(column.fact, name) == text for name, text in wanted))
+    ]
     if not found:
-        asked = [f"--batch {batch}"] * (batch is not None) + [f"--where {text}" for text in where]
+        asked = [f"--batch {call.batch}"] * (call.batch is not None)
+        asked += [f"--where {text}" for text in call.where]
         raise ConfigError(f"no fact in the model fits {' '.join(asked)}; see `nulledit show RUN`")
     return list(dict.fromkeys(found))
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import click
-
-from nulledit.cli.common import Bars, echo, emit, prepare, say
-from nulledit.cli.options import device_option, output_options, trust_option
+from nulledit.cli.command import Call, command
+from nulledit.cli.options import PLACED, RUN, TEXT, opt
 from nulledit.errors import CheckFailed
 
 if TYPE_CHECKING:
@@ -16,26 +14,15 @@ if TYPE_CHECKING:
     from nulledit.runs.gate import GateReport, Row
 
 
-@click.command(short_help="Compare a run with limits; exit 1 if one is broken.")
-@click.argument("run", metavar="RUN")
-@click.option("--limits", metavar="FILE", default="default", help="YAML.  [default: shipped ones]")
-@click.option(
-    "--text", metavar="FILE", help="For perplexity and KL.  [default: one that comes along]"
+@command(
+    "Limits on a run; exit code 1 if one is broken.",
+    RUN,
+    opt("--limits FILE", "YAML.  [default: shipped ones]", default="default"),
+    TEXT,
+    opt("--capability DIR", "Six tasks: sst2.jsonl and so on."),
+    PLACED,
 )
-@click.option("--capability", metavar="DIR", help="Six tasks: sst2.jsonl and so on.")
-@device_option
-@trust_option
-@output_options
-def check(
-    run: str,
-    limits: str,
-    text: str | None,
-    capability: str | None,
-    device: Any,
-    trust_remote_code: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def check(call: Call) -> None:
     """Compare the edited model of a run with its base against limits in a YAML file.
 
     Exit code 0 if all hold, 1 if one does not. Only what the limits ask for is measured. A limit
@@ -45,28 +32,20 @@ def check(
     $ nulledit check run
     $ nulledit check run --limits release.yaml --text wiki.txt --capability tasks
     """
+    from nulledit.report.tables import as_text
     from nulledit.runs.limits import load_limits
 
-    asked = load_limits(limits)
-    prepare(quiet=quiet)
-    from nulledit.cli.loading import load_run
-    from nulledit.report.tables import as_text
-    from nulledit.runs.gate import check as measure
-    from nulledit.runs.measure import windows_of
-
-    editor = load_run(run, device, quiet=quiet, trust_remote_code=trust_remote_code)
-    windows = None
-    if asked.needs("text"):
-        found = windows_of(editor.editable.encoder, text)
-        windows = found.windows
-        say(f"Perplexity and KL on {found.name}", quiet=quiet)
-    with Bars(quiet=quiet) as bars:
-        report = measure(editor, asked, windows=windows, tasks=capability, progress=bars)
-    if as_json:
-        emit({"run_folder": run, **report.to_dict()})
-    else:
-        echo(as_text(gate_table(report), left=2, most=90))
-    refuse(report, run)
+    limits = load_limits(call.limits)
+    report = call.open().check(limits, text=call.text, tasks=call.capability)
+    call.show(
+        {"run_folder": call.run, **report.to_dict()},
+        lambda: as_text(gate_table(report), left=2, most=90),
+    )
+    if not report.passed:
+        broken = ", ".join(report.failed)
+        raise CheckFailed(
+            f"{call.run}: {len(report.failed)} of {len(report.rows)} limits failed: {broken}"
+        )
 
 
 def gate_table(report: GateReport) -> Table:
@@ -77,14 +56,6 @@ def gate_table(report: GateReport) -> Table:
         for row in report.rows
     ]
     return head, rows
-
-
-def refuse(report: GateReport, name: str) -> None:
-    """CheckFailed, with the names of the limits that `name` breaks, if it breaks one."""
-    if report.passed:
-        return
-    broken = ", ".join(report.failed)
-    raise CheckFailed(f"{name}: {len(report.failed)} of {len(report.rows)} limits failed: {broken}")
 
 
 def _found(row: Row) -> str:

@@ -1,46 +1,34 @@
-"""What commands share: facts, ranks, notices and progress on stderr, results on stdout."""
+"""How a command speaks: results on stdout, notices and progress on stderr; and its ranks."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
+import time
 import warnings
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from nulledit.editing.call_log import Progress
 from nulledit.errors import ConfigError
 from nulledit.io.text import plain
 from nulledit.parallel.launch import Launch
+from nulledit.runs.talk import Talk
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from nulledit.config import Placement
-    from nulledit.data.readers import FactFile
     from nulledit.parallel.ranks import Ranks
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-MOST_NOTICES = 20  # of a file of facts on the terminal
+EVERY = 10.0  # seconds between lines of progress where stderr is no terminal
 
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or a termination, with a line that says what is kept."""
-
-
-def facts_of(file: str, given: Mapping[str, Any], *, quiet: bool, known: bool = False) -> FactFile:
-    """The facts of `file` under the options of a command, its notices said."""
-    from nulledit.data.readers import read_facts
-
-    names = ("skip", "limit", "on_conflict", "skip_bad")
-    found = read_facts(file, **{n: given[n] for n in names if n in given}, known=known)
-    for notice in found.notices[:MOST_NOTICES]:
-        say(f"Note: {notice}", quiet=quiet)
-    if (left := len(found.notices) - MOST_NOTICES) > 0:
-        say(f"Note: {left} more: nulledit facts check {file} --json has all", quiet=quiet)
-    return found
 
 
 def emit(data: Any) -> None:
@@ -48,6 +36,94 @@ def emit(data: Any) -> None:
     from nulledit.io.jsonfiles import as_json
 
     click.echo(as_json(data), nl=False)
+
+
+def echo(*parts: str) -> None:
+    """A result on stdout, an empty line between its parts, none of which can steer the terminal."""
+    click.echo("\n".join(map(plain, "\n\n".join(parts).split("\n"))))
+
+
+def say(message: str, *, quiet: bool) -> None:
+    """A line about what goes on, to stderr."""
+    if not quiet:
+        click.echo(plain(message), err=True)
+
+
+class Terminal(Talk):
+    """Notices and progress on stderr, or neither if `quiet`."""
+
+    def __init__(self, *, quiet: bool):
+        """`quiet`: neither."""
+        self.quiet = quiet
+
+    def say(self, message: str) -> None:
+        """A line about what goes on."""
+        say(message, quiet=self.quiet)
+
+    @contextmanager
+    def progress(self, prefix: str = "") -> Iterator[Progress]:
+        """A bar for each stage where stderr is a terminal, else lines."""
+        shown = Bars() if sys.stderr.isatty() else Lines()
+        offset = facts = 0  # of the batch at work
+
+        def tell(stage: str, done: int, total: int) -> None:
+            nonlocal offset, facts
+            if stage == "batches":
+                offset, facts = done, total
+            elif stage == "values":  # in facts over all batches
+                shown("facts", min(offset + done, facts), facts)
+            else:
+                shown(f"{prefix}{stage}", done, total)
+
+        try:
+            yield (lambda *_: None) if self.quiet else tell
+        finally:
+            shown.close()
+
+
+class Bars:
+    """A bar for each stage, one after the other."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.stage = ""
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Bring the bar of `stage` to `done` of `total`; 0: of nobody knows how many."""
+        if self.bar is None or stage != self.stage:
+            from tqdm import tqdm
+
+            self.close()
+            self.stage = stage
+            self.bar = tqdm(total=total or None, desc=stage, leave=False, file=sys.stderr)
+        self.bar.n = done
+        self.bar.refresh()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Lines:
+    """A line for each stage as it begins, then one every ten seconds at most: for logs."""
+
+    def __init__(self) -> None:
+        self.begun = self.last = time.monotonic()
+        self.stages: set[str] = set()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Say how far `stage` is, if it is new or it is time."""
+        now = time.monotonic()
+        if stage in self.stages and now - self.last < EVERY:
+            return
+        self.stages.add(stage)
+        self.last = now
+        share = f"{done} of {total}" if total else str(done)
+        say(f"{stage}: {share}, {now - self.begun:.0f} s", quiet=False)
+
+    def close(self) -> None:
+        """Nothing is left to take away."""
 
 
 def meet(device: str | Placement | None) -> Ranks:
@@ -61,6 +137,12 @@ def meet(device: str | Placement | None) -> Ranks:
     ranks: Ranks = holder["ranks"]
     own_device(ranks, device)
     return ranks
+
+
+def meet_early(device: str | Placement | None) -> None:
+    """Meet before anything can fail on one rank alone; a single process has no time to lose."""
+    if Launch.of().size > 1:
+        meet(device)
 
 
 def own_device(ranks: Ranks, device: str | Placement | None) -> str | Placement | None:
@@ -83,12 +165,6 @@ def convert_once(name: str, ranks: Ranks) -> None:
         if ranks.first and is_installed(name):
             embedded_folder(name)
         ranks.barrier()
-
-
-def meet_early(device: str | Placement | None) -> None:
-    """Meet before anything can fail on one rank alone; a single process has no time to lose."""
-    if Launch.of().size > 1:
-        meet(device)
 
 
 def refuse_ranks(command: str) -> None:
@@ -129,51 +205,3 @@ def prepare(*, quiet: bool) -> None:
     transformers.utils.logging.disable_progress_bar()
     for category in (FutureWarning, DeprecationWarning, UserWarning):
         warnings.filterwarnings("ignore", category=category, module=r"(?!nulledit)")
-
-
-def echo(page: str) -> None:
-    """A result on stdout, in lines none of which can steer the terminal."""
-    click.echo("\n".join(map(plain, page.split("\n"))))
-
-
-def say(message: str, *, quiet: bool) -> None:
-    """A line about what goes on, to stderr."""
-    if not quiet:
-        click.echo(plain(message), err=True)
-
-
-class Bars:
-    """Progress bars on stderr, one after the other; call it with (stage, done, total)."""
-
-    def __init__(self, *, quiet: bool, prefix: str = ""):
-        self.shown = not quiet and sys.stderr.isatty()
-        self.prefix = prefix
-        self.bar: tqdm[Any] | None = None
-        self.stage = ""
-        self.offset = self.facts = 0  # of the batch at work
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """Bring the bar of `stage` to `done` of `total`; a batch counts on from the ones before."""
-        if stage == "batches":
-            self.offset, self.facts = done, total
-            return
-        if stage == "values":
-            done, total = min(self.offset + done, self.facts), self.facts
-        if not self.shown:
-            return
-        if self.bar is None or stage != self.stage:
-            from tqdm import tqdm
-
-            self.__exit__()
-            self.stage = stage
-            name = "facts" if stage == "values" else f"{self.prefix}{stage}"
-            self.bar = tqdm(total=total, desc=name, leave=False, file=sys.stderr)
-        self.bar.n = done
-        self.bar.refresh()

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from nulledit.cli.common import echo, emit, prepare
-from nulledit.cli.options import device_option, output_options, trust_option
+from nulledit.cli.command import Call, command
+from nulledit.cli.options import PLACED, arg
 
 if TYPE_CHECKING:
     from nulledit.runs.diff import Difference, FactDifference
@@ -16,20 +14,13 @@ if TYPE_CHECKING:
 SHOWN = 50  # facts in the table
 
 
-@click.command(short_help="Two runs, or two states of one: facts, norms, probabilities.")
-@click.argument("first", metavar="RUN[@EVENT]")
-@click.argument("second", metavar="RUN[@EVENT]")
-@device_option
-@trust_option
-@output_options
-def diff(
-    first: str,
-    second: str,
-    device: Any,
-    trust_remote_code: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+@command(
+    "Two runs, or two states of one.",
+    arg("first", "RUN[@EVENT]"),
+    arg("second", "RUN[@EVENT]"),
+    PLACED,
+)
+def diff(call: Call) -> None:
     """What differs between two runs on one base model, or between two states of one run.
 
     RUN@N is the model behind event N of `nulledit log RUN`, RUN@0 the base. The table shows facts
@@ -39,23 +30,25 @@ def diff(
     $ nulledit diff run other
     $ nulledit diff run@3 run
     """
-    prepare(quiet=quiet)
-    from nulledit.cli.loading import load_run
+    call.prepare()
     from nulledit.ledger.store import Store
-    from nulledit.report.tables import as_text
     from nulledit.runs.diff import columns_at, difference, read_state
 
+    first, second = call.first, call.second
     (a, at_a), (b, at_b) = read_state(first), read_state(second)
-    other = Store(b / "ledger").load()
-    editor = load_run(a, device, quiet=quiet, trust_remote_code=trust_remote_code)
+    other, run = Store(b / "ledger").load(), call.open(a)
     found = difference(
-        editor,
+        run.editor,
         other,
-        first=columns_at(editor.history, at_a, first),
+        first=columns_at(run.history, at_a, first),
         second=columns_at(other, at_b, second),
     )
-    if as_json:
-        return emit(_plain(found, first, second))
+    call.show(lambda: _plain(found, first, second), lambda: _page(found, first, second))
+
+
+def _page(found: Difference, first: str, second: str) -> list[str]:
+    from nulledit.report.tables import as_text
+
     parts = []
     if found.facts:
         parts.append(as_text(_facts_table(found, first, second), left=2, most=48))
@@ -69,7 +62,7 @@ def diff(
         ]
         head = ["layer", f"‖Δ‖/‖W₀‖, {first}", second, "apart"]
         parts.append(as_text((head, rows)))
-    return echo("\n\n".join(parts))
+    return parts
 
 
 def _facts_table(found: Difference, first: str, second: str) -> tuple[Sequence[str], Any]:

@@ -2,108 +2,121 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
-import click
-
-from nulledit.cli.common import echo, emit, facts_of, meet, meet_early, prepare
+from nulledit.cli.command import Call, command
+from nulledit.cli.common import convert_once, meet, meet_early, own_device
 from nulledit.cli.options import (
-    MODEL_OPTIONS,
-    Sectioned,
-    chat_options,
-    facts_options,
-    gate_options,
-    model_options,
+    CHAT,
+    FACTS,
+    GATE,
+    MODEL,
+    SKIP,
+    STATS,
+    arg,
+    changed,
+    given_options,
+    least,
     model_source,
-    named,
-    output_options,
-    seed_option,
-    skip_option,
+    opt,
+    parse_layers,
+    parse_null_space,
+    seed,
 )
-from nulledit.cli.recipe_options import FIELDS, FIXED, OF_EPOCH, make_recipe
 from nulledit.errors import ConfigError, RankError
-from nulledit.parallel.launch import Launch
 
 if TYPE_CHECKING:
-    pass
+    from nulledit.api.run import Run
+    from nulledit.config import Recipe
+    from nulledit.data.readers import FactFile
+    from nulledit.parallel.ranks import Ranks
+    from nulledit.runs.limits import Limits
+    from nulledit.runs.pages import Result
 
 
-class _Edit(Sectioned):
-    sections: ClassVar[Mapping[str, Sequence[str]]] = {
-        "Model and run": (
-            *("model", "out", "run", "new_epoch", *MODEL_OPTIONS),
-            *("retry", "dry_run"),
-        ),
-        "Facts": ("limit", "skip", "on_conflict", "skip_bad", "old_answers", "no_shuffle", "seed"),
-        "Recipe": ("recipe", "stats", *FIELDS, "layers", "null_space", "chat", "system", "changes"),
-        "Evaluation": ("text", "no_evaluate", "gate", "capability"),
-    }
-
-
-@click.command(cls=_Edit, short_help="Write facts into a model.")
-@click.argument("facts", metavar="FACTS")
-@click.option("--model", metavar="MODEL", help="smollm2-135m, a local folder or a Hub id.")
-@click.option("--out", metavar="RUN", help="Folder to make for the run.")
-@click.option("--continue", "run", metavar="RUN", help="Write more facts into this run.")
-@click.option(
-    "--new-epoch", is_flag=True, help="With --continue: another recipe or statistics from here on."
+@command(
+    "Write facts into a model, or more facts into a run.",
+    arg("facts", "FACTS"),
+    "Model and run:",
+    opt("--model MODEL", "smollm2-135m, a local folder or a Hub id.", fixed="run"),
+    opt("--out RUN", "Folder to make for the run.", fixed="run"),
+    opt("--continue RUN", "Write more facts into this run.", name="run"),
+    opt(
+        "--new-epoch",
+        "With --continue: another recipe or statistics from here on.",
+        bool,
+        fixed="epoch",
+    ),
+    MODEL,
+    opt(
+        "--retry N",
+        "Write what does not hold again, up to N times, each time stronger.  [default: 0]",
+        least(0),
+        0,
+    ),
+    opt("--dry-run", "Estimate time and memory; edit nothing.", bool, fixed="run"),
+    "Facts:",
+    FACTS,
+    SKIP,
+    opt(
+        "--old-answers", "Take what the base says as the old answer of facts that name none.", bool
+    ),
+    opt("--no-shuffle", "Keep the file's order over several batches.", bool),
+    seed("Of contexts and of the queue's order.  [default: 0]", None, fixed="run"),
+    "Recipe:",
+    opt(
+        "--recipe FILE|NAME", "See nulledit info for names.  [default: the model's]", fixed="epoch"
+    ),
+    STATS,
+    opt("--batch-size N", "Facts solved together.", int, field="batch_size"),
+    opt("--method NAME", "See nulledit methods.", field="method.name"),
+    opt(
+        "--project",
+        "Null-space projection: as published, off, within the solve, or of the finished update.",
+        ("own", "none", "inside", "after"),
+        field="method.projection",
+    ),
+    opt(
+        "--learning-rate X",
+        "Of the values, in units of the hidden state.",
+        float,
+        field="values.learning_rate",
+    ),
+    opt("--steps N", "Forward passes per fact.", int, field="values.steps"),
+    opt("--clamp X", "Largest ‖δ‖/‖h‖.", float, field="values.clamp"),
+    opt("--l2 X", "Ridge on the update.", float, field="method.l2"),
+    opt(
+        "--layers LIST",
+        "Edited layers, as 4,5,6 or 4-8, from 0.",
+        field="layers",
+        read=parse_layers,
+    ),
+    opt(
+        "--null-space RULE=VALUE",
+        "absolute=0.02, leakage=0.1, median=1.",
+        field="null_space",
+        read=parse_null_space,
+    ),
+    CHAT,
+    opt(
+        "--set FIELD=VALUE",
+        "Any other field of a recipe, such as values.kl_weight=0; repeatable.",
+        name="changes",
+        multiple=True,
+        fixed="epoch",
+    ),
+    "Evaluation:",
+    opt(
+        "--text FILE",
+        "Text for perplexity, KL and preservation.  [default: one that comes with nulledit]",
+    ),
+    opt("--no-evaluate", "Edit only.", bool),
+    GATE,
 )
-@click.option(
-    "--recipe", metavar="FILE|NAME", help="See nulledit info for names.  [default: the model's]"
-)
-@click.option("--stats", metavar="PATH", help="Statistics of the model's keys.  [default: found]")
-@seed_option("Of contexts and of the queue's order.  [default: 0]", default=None)
-@click.option("--no-shuffle", is_flag=True, help="Keep the file's order over several batches.")
-@facts_options
-@skip_option
-@click.option("--batch-size", metavar="N", type=int, help="Facts solved together.")
-@click.option("--layers", metavar="LIST", help="Edited layers, as 4,5,6 or 4-8, from 0.")
-@click.option("--method", metavar="NAME", help="See nulledit methods.")
-@click.option(
-    "--project",
-    type=click.Choice(["own", "none", "inside", "after"]),
-    help="Null-space projection: as published, off, within the solve, or of the finished update.",
-)
-@click.option(
-    "--learning-rate", metavar="X", type=float, help="Of the values, in units of the hidden state."
-)
-@click.option("--steps", metavar="N", type=int, help="Forward passes per fact.")
-@click.option("--clamp", metavar="X", type=float, help="Largest ‖δ‖/‖h‖.")
-@click.option("--l2", metavar="X", type=float, help="Ridge on the update.")
-@click.option("--null-space", metavar="RULE=VALUE", help="absolute=0.02, leakage=0.1, median=1.")
-@chat_options
-@click.option(
-    "--set",
-    "changes",
-    multiple=True,
-    metavar="FIELD=VALUE",
-    help="Any other field of a recipe, such as values.kl_weight=0; repeatable.",
-)
-@model_options
-@click.option(
-    "--text",
-    metavar="FILE",
-    help="Text for perplexity, KL and preservation.  [default: one that comes with nulledit]",
-)
-@click.option(
-    "--retry",
-    metavar="N",
-    type=click.IntRange(0),
-    default=0,
-    help="Write what does not hold again, up to N times, each time stronger.  [default: 0]",
-)
-@click.option(
-    "--old-answers",
-    is_flag=True,
-    help="Take what the base says as the old answer of facts that name none.",
-)
-@click.option("--no-evaluate", is_flag=True, help="Edit only.")
-@gate_options
-@click.option("--dry-run", is_flag=True, help="Estimate time and memory; edit nothing.")
-@output_options
-def edit(facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
+def edit(call: Call) -> None:
     """Write the facts of a file into a model.
 
     FACTS is YAML, JSON, JSON lines or CSV, of nulledit's own records or CounterFact's, EasyEdit's
@@ -123,65 +136,141 @@ def edit(facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
     $ nulledit edit more.yaml --continue run --gate default
     $ torchrun --nproc-per-node 8 -m nulledit edit facts.yaml --model gpt2 --out run
     """
-    meet_early(given["device"])
-    quiet = quiet or Launch.of().rank > 0
-    _check(given)
-    found = facts_of(facts, given, quiet=quiet)
-    recipe = None if given["run"] else make_recipe(given)
-    prepare(quiet=quiet)
-    ranks = meet(given["device"])
-    from nulledit.api.run import Refused, check_retry
-    from nulledit.cli import runs
-    from nulledit.cli.run_page import show, show_refusal
+    meet_early(call.device)
+    _check(call)
+    found = call.read_facts(call.facts)
+    recipe = None if call.run else changed(call.own_recipe(call.recipe, call.model), call.given)
+    call.prepare()
+    ranks = meet(call.device)
+    from nulledit.cli.run_page import refusal_shown, show
+    from nulledit.evaluation.retry import check_retry
 
-    if given["retry"] and recipe:
+    if call.retry and recipe:
         check_retry(recipe, ranks)
-    if given["dry_run"]:
-        if not ranks.first:
-            return None
-        from nulledit.cli import estimate
-
-        name = model_source(given["model"])
-        size = estimate.estimate(name, found.facts, recipe, dtype=given["dtype"], given=given)
-        return emit(size) if as_json else echo(estimate.as_page(size))
+    if call.dry_run and recipe:
+        return _estimate(call, found, recipe) if ranks.first else None
     try:
-        with ranks.watched():
-            result = runs.edit(found.facts, recipe, given, ranks, quiet=quiet)
+        with ranks.watched(), refusal_shown(call):
+            result = _edited(call, found, recipe, ranks)
     except RankError as error:  # before the first batch began
         raise error.advised("start the same command again") from error
-    except Refused as error:
-        show_refusal(error.report, as_json=as_json)
-        raise
     if result:
-        show(result, as_json=as_json)
+        show(call, result)
     return None
 
 
-def _check(given: dict[str, Any]) -> None:
+def _check(call: Call) -> None:
     """Options that belong together, before anything is read."""
-    if given["run"]:
-        refused = named(given, FIXED)
+    given = given_options()
+    if call.run:
+        refused = [option.flag for option in given if option.fixed == "run"]
         if refused:
             raise ConfigError(
                 f"{', '.join(refused)} can't be given with --continue: model and seed are those of "
-                f"{given['run']}"
+                f"{call.run}"
             )
-        refused = named(given, OF_EPOCH)
-        if refused and not given["new_epoch"]:
+        refused = [o.flag for o in given if o.fixed == "epoch" and o.name != "new_epoch"]
+        if refused and not call.new_epoch:
             raise ConfigError(
                 f"{', '.join(refused)} can't be given with --continue: recipe and statistics are "
-                f"those of {given['run']}; add --new-epoch to change them from here on"
+                f"those of {call.run}; add --new-epoch to change them from here on"
             )
-        if given["new_epoch"] and not refused:
+        if call.new_epoch and not refused:
             raise ConfigError(
                 "--new-epoch changes nothing: give another --recipe, --method, --stats or setting"
             )
         return
-    if given["new_epoch"]:
+    if call.new_epoch:
         raise ConfigError("--new-epoch belongs to --continue RUN")
-    if not given["model"]:
+    if not call.model:
         raise ConfigError("give --model MODEL and --out RUN, or --continue RUN")
-    if not given["out"] and not given["dry_run"]:
+    if not call.out and not call.dry_run:
         raise ConfigError("give --out RUN, a folder to make for the run")
-    if given["text"] and not Path(given["text"]).exists():
-        raise ConfigError(f"{given['text']}: no such file")
+    if call.text and not Path(call.text).exists():
+        raise ConfigError(f"{call.text}: no such file")
+
+
+def _estimate(call: Call, found: FactFile, recipe: Recipe) -> None:
+    """Show what the edit would take."""
+    from nulledit.evaluation.costs import estimate_edit
+    from nulledit.io.text import count
+    from nulledit.report.tables import as_text
+
+    size = estimate_edit(
+        model_source(call.model),
+        found.facts,
+        recipe,
+        device=call.device,
+        dtype=call.dtype,
+        trust_remote_code=call.trust_remote_code,
+        retries=call.retry,
+        old_answers=call.old_answers,
+        evaluate=not call.no_evaluate,
+        text=call.text,
+    )
+    cells = [[stage, f"{value:.1f}"] for stage, value in size["seconds"].items()]
+    cells.append(["in all", f"{size['seconds_in_all']:.1f}"])
+    line = (
+        f"{count(size['facts'], 'fact')} in {count(size['batches'], 'batch')}, layers "
+        f"{', '.join(map(str, size['layers']))}; {count(size['rows'], 'row')} with "
+        f"{size['tokens']} tokens; {size['gflops']} GFLOP/s measured"
+    )
+    memory = (
+        f"Peak memory: about {size['peak_bytes'] / 1e9:.1f} GB. Nothing was edited; whether there "
+        "are statistics was not looked up."
+    )
+    call.show(size, lambda: [line, as_text((["stage", "seconds"], [*cells])), memory])
+
+
+def _edited(call: Call, found: FactFile, recipe: Recipe | None, ranks: Ranks) -> Result | None:
+    """Begin a run (`recipe`) or go on with one (None); None on ranks other than the first."""
+    from nulledit.cli.going_on import begun, edit_again, followed
+
+    started, folder = time.perf_counter(), Path(call.run or call.out)
+    limits = limits_of(call)
+    if not call.run and ranks.from_first(ranks.first and begun(folder, ranks))[0]:
+        call.given["run"] = call.out  # by this very command, before a restart
+    run = _opened(call, folder, recipe, ranks)
+    run.seconds["load"] = time.perf_counter() - started
+    if call.new_epoch and not run.new(found.facts):
+        call.say("Note: no fact is new, so no epoch is begun")
+    with followed(run, partial(edit_again, folder)):
+        return run.edit(
+            found.facts,
+            shuffle=not call.no_shuffle,
+            retry=call.retry,
+            old_answers=call.old_answers,
+            evaluate=not call.no_evaluate,
+            text=call.text,
+            limits=limits,
+            tasks=call.capability,
+        )
+
+
+def limits_of(call: Call) -> Limits | None:
+    """Those of --gate; ConfigError for some that could only fail."""
+    from nulledit.api.run import check_tasks
+    from nulledit.runs.limits import load_limits
+
+    limits = load_limits(call.gate) if call.gate else None
+    check_tasks(limits, call.capability)
+    return limits
+
+
+def _opened(call: Call, folder: Path, recipe: Recipe | None, ranks: Ranks) -> Run:
+    """The run that goes on, or one that begins."""
+    from nulledit.api.run import Run
+    from nulledit.config import load_recipe
+
+    if call.run:
+        run = call.open(writing=True, ranks=ranks)
+        if call.new_epoch:
+            own = load_recipe(call.recipe) if call.recipe else run.editor.recipe
+            run.editor.next_epoch(changed(own, call.given), statistics=call.stats)
+        return run
+    if ranks.first:
+        Run.check_fresh(folder)  # before minutes of loading
+    convert_once(call.model, ranks)
+    device = own_device(ranks, call.device)
+    editor = call.editor(call.model, recipe=recipe, device=device, ranks=ranks)
+    return Run.create(folder, editor, talk=call.talk)

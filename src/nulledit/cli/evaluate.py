@@ -2,46 +2,37 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import click
+from nulledit.cli.command import Call, command
+from nulledit.cli.options import CHAT, FACTS, PLACED, RUN, Opt, least, opt
 
-from nulledit.cli.common import echo, emit, facts_of, prepare, say
-from nulledit.cli.options import (
-    chat_options,
-    chat_settings,
-    device_option,
-    facts_options,
-    output_options,
-    trust_option,
+if TYPE_CHECKING:
+    from nulledit.runs.evaluated import Evaluated
+
+
+@command(
+    "Rates, perplexity and KL, base and edited.",
+    RUN,
+    opt("--facts FILE", "Ask about these.  [default: the facts in RUN]"),
+    FACTS,
+    opt(
+        "--text FILE",
+        "Text for perplexity, KL and preservation.  [default: one that comes with nulledit]",
+    ),
+    Opt(["--base/--no-base"], default=True, show_default=True, help="The base model, too."),
+    opt("--distract", "Ask again behind distracting text.", bool),
+    opt("--fluency", "Let it write longer texts; n-gram entropy.", bool),
+    opt("--references FILE", "Texts by fact, for consistency (JSON)."),
+    CHAT,
+    opt("--by-relation", "Rates by relation, groups of ten or more.", bool),
+    opt("--capability DIR", "Six tasks: sst2.jsonl and so on."),
+    opt("--items N", "Of each task.", least(1), 50),
+    opt("--prompts FILE", "Drift of hidden states on these."),
+    opt("--harness TASKS", "lm-evaluation-harness tasks, with commas."),
+    PLACED,
 )
-
-
-@click.command(short_help="Rates, perplexity and KL of a run, base and edited.")
-@click.argument("run", metavar="RUN")
-@click.option("--facts", metavar="FILE", help="Ask about these.  [default: the facts in RUN]")
-@facts_options
-@click.option(
-    "--text",
-    metavar="FILE",
-    help="Text for perplexity, KL and preservation.  [default: one that comes with nulledit]",
-)
-@click.option("--base/--no-base", default=True, show_default=True, help="The base model, too.")
-@click.option("--distract", is_flag=True, help="Ask again behind distracting text.")
-@click.option("--fluency", is_flag=True, help="Let it write longer texts; n-gram entropy.")
-@click.option("--references", metavar="FILE", help="Texts by fact, for consistency (JSON).")
-@chat_options
-@click.option("--by-relation", is_flag=True, help="Rates by relation, groups of ten or more.")
-@click.option("--capability", metavar="DIR", help="Six tasks: sst2.jsonl and so on.")
-@click.option("--items", metavar="N", type=click.IntRange(1), default=50, help="Of each task.")
-@click.option("--prompts", metavar="FILE", help="Drift of hidden states on these.")
-@click.option("--harness", metavar="TASKS", help="lm-evaluation-harness tasks, with commas.")
-@device_option
-@trust_option
-@output_options
-def evaluate(run: str, as_json: bool, quiet: bool, **given: Any) -> None:
+def evaluate(call: Call) -> None:
     """Evaluate the edited model of a run beside its base. Nothing in RUN is changed.
 
     Efficacy asks the fact's prompt, generalization its paraphrases, specificity its neighbours:
@@ -58,87 +49,50 @@ def evaluate(run: str, as_json: bool, quiet: bool, **given: Any) -> None:
     $ nulledit evaluate run --facts others.yaml --text wiki.txt --json
     $ nulledit evaluate run --distract --capability tasks --prompts known_1000.json
     """
-    chosen = None
-    if given["facts"]:
-        chosen = list(facts_of(given["facts"], given, quiet=quiet).facts)
-    prepare(quiet=quiet)
-    from nulledit.cli import evaluation_tables as rest
-    from nulledit.cli.loading import load_run
-    from nulledit.cli.runs import Terminal
-    from nulledit.evaluation.forms import form_name, forms
+    chosen = call.read_facts(call.facts).facts if call.facts else None
+    call.prepare()
+    from nulledit.cli.evaluation_tables import read_references
     from nulledit.evaluation.tasks import read_tasks
-    from nulledit.io.text import count
+
+    references = read_references(call.references)
+    items = read_tasks(call.capability, limit=call.items) if call.capability else []
+    run = call.open()
+    found = run.evaluate(
+        run.editor.facts[: call.limit] if chosen is None else chosen,
+        text=call.text,
+        base=call.base,
+        chat=call.chat_form(run.editor.recipe.chat),
+        distract=call.distract,
+        fluency=call.fluency,
+        references=references,
+        items=items,
+        prompts=call.prompts,
+        harness=[task.strip() for task in call.harness.split(",")] if call.harness else (),
+    )
+    call.show(
+        lambda: {"run_folder": call.run, **found.to_dict(relations=call.by_relation)},
+        lambda: _page(found, relations=call.by_relation),
+    )
+
+
+def _page(found: Evaluated, *, relations: bool) -> list[str]:
+    from nulledit.cli import evaluation_tables as tables
     from nulledit.report.tables import as_text
-    from nulledit.runs.measure import check_lengths, evaluate_both, in_other_forms, read_text
     from nulledit.runs.tables import rates_table
 
-    references = rest.read_references(given["references"])
-    items = read_tasks(given["capability"], limit=given["items"]) if given["capability"] else []
-    editor = load_run(
-        run, given["device"], quiet=quiet, trust_remote_code=given["trust_remote_code"]
-    )
-    facts = editor.facts[: given["limit"]] if chosen is None else chosen
-    text = read_text(editor, given["text"])
-    check_lengths(editor, facts)
-    say(f"Evaluating {count(len(facts), 'fact')}, perplexity on {text.name}", quiet=quiet)
-    asked = forms(editor.editable, also=chat_settings(given, editor.recipe.chat))
-    both = evaluate_both(
-        editor,
-        facts,
-        text,
-        Terminal(quiet=quiet),
-        base=given["base"],
-        distract=given["distract"],
-        fluency=given["fluency"],
-        references=references,
-    )
-    sides: dict[str, Any] = {"base": both.before} if both.before else {}
-    sides["edited"] = both.after
-    tasks: dict[str, Any] = {}
-    harness: dict[str, Any] = {}
-    for side in sides if items or given["harness"] else ():
-        with editor.base_weights() if side == "base" else nullcontext():
-            if items:
-                tasks[side] = rest.tasks_of(editor, items)
-            if given["harness"]:
-                harness[side] = rest.harness_of(editor, given["harness"])
-    others = in_other_forms(editor, facts, asked, Terminal(quiet=quiet), base=given["base"])
-    kept = both.preservation
-    drift = rest.drift_of(editor, given["prompts"], facts) if given["prompts"] else None
-    if as_json:
-        emit(
-            {
-                "run_folder": run,
-                "facts": len(facts),
-                "text": text.name,
-                "asked": form_name(editor.editable.encoder),
-                "others": others,
-                **{side: evaluation.summary() for side, evaluation in sides.items()},
-                "preservation": [asdict(p) for p in kept],
-                "capability": {s: {k: t.summary() for k, t in r.items()} for s, r in tasks.items()},
-                "drift": drift.to_dict() if drift else None,
-                "harness": harness,
-                "relations": rest.relations_of(facts, sides["edited"])
-                if given["by_relation"]
-                else None,
-                "results": {side: evaluation.rows() for side, evaluation in sides.items()},
-            }
-        )
-        return
-    echo(as_text(rates_table({s: e.summary() for s, e in sides.items()})))
-    if kept:
+    parts = [as_text(rates_table({s: e.summary() for s, e in found.sides.items()}))]
+    if found.kept:
         errors = ", ".join(
-            f"{p.error:.3g} ± {p.standard_error:.1g} (layer {p.layer})" for p in kept
+            f"{p.error:.3g} ± {p.standard_error:.1g} (layer {p.layer})" for p in found.kept
         )
-        echo(f"\n‖ΔK₀‖/‖W₀K₀‖: {errors}\nPerplexity, KL and ‖ΔK₀‖ are on {text.name}.")
-    more: dict[str, Any] = {f"Asked {name}": rates_table(s) for name, s in others.items()}
-    if given["by_relation"]:
-        more["By relation, edited"] = rest.relations_table(facts, sides["edited"])
-    if tasks:
-        more["Six tasks (%)"] = rest.capability_table(tasks)
-    if drift:
-        more["Drift of hidden states"] = rest.drift_table(drift)
-    if harness:
-        more["lm-evaluation-harness"] = rest.harness_table(harness)
-    if more:
-        echo("\n" + rest.as_sections(more))
+        parts.append(f"‖ΔK₀‖/‖W₀K₀‖: {errors}\nPerplexity, KL and ‖ΔK₀‖ are on {found.text}.")
+    more: dict[str, Any] = {f"Asked {name}": rates_table(s) for name, s in found.others.items()}
+    if relations:
+        more["By relation, edited"] = tables.relations_table(found.facts, found.sides["edited"])
+    if found.tasks:
+        more["Six tasks (%)"] = tables.capability_table(found.tasks)
+    if found.drift:
+        more["Drift of hidden states"] = tables.drift_table(found.drift)
+    if found.harness:
+        more["lm-evaluation-harness"] = tables.harness_table(found.harness)
+    return [*parts, *([tables.as_sections(more)] if more else [])]

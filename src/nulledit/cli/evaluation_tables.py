@@ -1,4 +1,4 @@
-"""What `evaluate` asks beside facts: skills, drift, the harness; and tables of the answers."""
+"""What `evaluate` shows beside facts: relations, skills, drift, the harness."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from nulledit.data.facts import Fact
-from nulledit.editing.editor import Editor
 from nulledit.errors import ConfigError
-from nulledit.evaluation.capability import TaskResult, capability, compare
-from nulledit.evaluation.drift import Drift, drift_report, read_texts
+from nulledit.evaluation.capability import TaskResult, compare
+from nulledit.evaluation.drift import Drift
 from nulledit.evaluation.groups import by_relation, rates_of_rows
-from nulledit.evaluation.harness import harness_results
 from nulledit.evaluation.runner import Evaluation
-from nulledit.evaluation.tasks import Item
 from nulledit.io.untrusted import MAX_DOCUMENT, parse_json, read_text
 from nulledit.report.tables import Table, as_text, number, percent
 
@@ -34,30 +31,8 @@ def read_references(file: str | None) -> dict[str, list[str]] | None:
     return found
 
 
-def tasks_of(editor: Editor, items: Sequence[Item]) -> dict[str, TaskResult]:
-    """The six tasks, asked of the model as it is."""
-    return capability(editor.editable.plain, items)
-
-
-def drift_of(editor: Editor, file: str, facts: Sequence[Fact]) -> Drift:
-    """How far states of the prompts moved; those that mention an edited subject are left out."""
-    rows = read_texts(file, editor.editable.plain.encoder, without={fact.subject for fact in facts})
-    return drift_report(editor, rows)
-
-
-def harness_of(editor: Editor, tasks: str) -> dict[str, Any]:
-    """lm-evaluation-harness tasks, by name with commas, of the model as it is."""
-    return harness_results(editor.model, editor.tokenizer, [t.strip() for t in tasks.split(",")])
-
-
-def relations_of(facts: Sequence[Fact], evaluation: Evaluation) -> dict[str, Any]:
-    """Rates by relation as plain data, groups of at least ten facts."""
-    found = rates_of_rows(evaluation.rows(), by_relation(facts))
-    return {name: {m: _plain(r) for m, r in rates.items()} for name, rates in found.items()}
-
-
 def relations_table(facts: Sequence[Fact], evaluation: Evaluation) -> Table:
-    """The same as a table."""
+    """Rates by relation, of groups of at least ten facts."""
     found = rates_of_rows(evaluation.rows(), by_relation(facts))
     rows: list[Sequence[str]] = [
         [name, *(percent(_plain(rates.get(m))) for m in SEEN)] for name, rates in found.items()

@@ -5,46 +5,38 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import click
-
-from nulledit.cli.common import Bars, echo, emit, prepare, say
-from nulledit.cli.options import device_option, named, output_options, trust_option
+from nulledit.cli.command import Call, command
+from nulledit.cli.options import PLACED, RUN, given_options, least, opt
 from nulledit.errors import ConfigError
+from nulledit.export.write import EXPORTS, OPTIONS, write_export
 
 if TYPE_CHECKING:
     from nulledit.export.updates import Export, FactsCost
-    from nulledit.export.write import Kind
-
-REFUSED = {
-    "checkpoint": {"rank": "--rank", "dtype": "--dtype"},
-    "lora": {"max_shard_size": "--max-shard-size"},
-    "delta": {"max_shard_size": "--max-shard-size"},
-}
 
 
-@click.command(short_help="A run's edits as a checkpoint, a LoRA adapter or a delta.")
-@click.argument("run", metavar="RUN")
-@click.option(
-    "--as",
-    "kind",
-    type=click.Choice(["checkpoint", "lora", "delta"]),
-    required=True,
-    help="The whole model, PEFT's adapter, or factors for nulledit apply.",
+@command(
+    "A checkpoint, a LoRA adapter or a delta.",
+    RUN,
+    opt(
+        "--as",
+        "The whole model, PEFT's adapter, or factors for nulledit apply.",
+        tuple(EXPORTS),
+        name="kind",
+        required=True,
+    ),
+    opt("--out FOLDER", "Folder to make.", required=True),
+    opt("--rank R", "Cut to so many dimensions.", least(1)),
+    opt(
+        "--dtype",
+        "Of the factors.  [default: float32]",
+        ("float32", "float64", "bfloat16", "float16"),
+    ),
+    opt("--max-shard-size SIZE", "Of a checkpoint's files.  [default: 50GB]"),
+    PLACED,
 )
-@click.option("--out", metavar="FOLDER", required=True, help="Folder to make.")
-@click.option("--rank", metavar="R", type=click.IntRange(1), help="Cut to so many dimensions.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "float64", "bfloat16", "float16"]),
-    help="Of the factors.  [default: float32]",
-)
-@click.option("--max-shard-size", metavar="SIZE", help="Of a checkpoint's files.  [default: 50GB]")
-@device_option
-@trust_option
-@output_options
-def export(run: str, kind: Kind, out: str, as_json: bool, quiet: bool, **given: Any) -> None:
+def export(call: Call) -> None:
     """Write the edits of RUN to FOLDER. RUN is only read, FOLDER must not exist.
 
     By a closed-form method, n facts change a matrix by a product of two factors of rank n: adapter
@@ -56,37 +48,33 @@ def export(run: str, kind: Kind, out: str, as_json: bool, quiet: bool, **given: 
     $ nulledit export run --as delta --out delta
     $ nulledit export run --as checkpoint --out model --max-shard-size 5GB
     """
-    refused = named(given, REFUSED[kind])
+    given = {option.name: option for option in given_options() if option.name in OPTIONS}
+    refused = [
+        option.flag for name, option in given.items() if name not in EXPORTS[call.kind].options
+    ]
     if refused:
-        raise ConfigError(f"{', '.join(refused)} can't be given with --as {kind}")
-    prepare(quiet=quiet)
-    from nulledit.cli.loading import load_run
+        raise ConfigError(f"{', '.join(refused)} can't be given with --as {call.kind}")
+    call.prepare()
     from nulledit.export.updates import check_shard_size, refuse_existing
-    from nulledit.export.write import SHARD, write_export
     from nulledit.report.tables import as_text
 
-    refuse_existing(Path(out))
-    check_shard_size(given["max_shard_size"] or SHARD)
-    editor = load_run(
-        run, given["device"], quiet=quiet, trust_remote_code=given["trust_remote_code"]
-    )
-    say(f"Writing {out}", quiet=quiet)
-    asked = {name: given[name] for name in ("rank", "dtype", "max_shard_size")}
-    with Bars(quiet=quiet) as bars:
-        done = write_export(editor, out, kind, run=run, progress=bars, **asked)
-    if as_json:
-        emit(done.to_dict())
-        return
-    if done.layers:
-        echo(as_text(layers_table(done), left=0) + "\n")
-    echo("\n".join(lines_of(done)))
+    refuse_existing(Path(call.out))
+    if call.max_shard_size:
+        check_shard_size(call.max_shard_size)
+    run = call.open()
+    call.say(f"Writing {call.out}")
+    with call.progress() as tell:
+        options = {name: call.given[name] for name in given}
+        done = write_export(run.editor, call.out, call.kind, run=call.run, progress=tell, **options)
+    table = f"{as_text(layers_table(done), left=0)}\n\n" if done.layers else ""
+    call.show(done.to_dict(), lambda: table + "\n".join(lines_of(done)))
 
 
 def layers_table(done: Export) -> tuple[Sequence[str], list[Sequence[str]]]:
     """One row per edited matrix."""
     from nulledit.report.tables import number
 
-    whole = done.kind == "checkpoint"
+    whole = not any(layer.of for layer in done.layers)
     head = ["layer", "‖Δ‖/‖W₀‖", "rounding/‖Δ‖", "bytes"]
     if not whole:
         head[1:1] = ["rank", "of", "‖Δ−BA‖/‖Δ‖", "at the keys"]
@@ -105,11 +93,7 @@ def layers_table(done: Export) -> tuple[Sequence[str], list[Sequence[str]]]:
 
 def lines_of(done: Export) -> list[str]:
     """What stands below the table."""
-    what = {
-        "checkpoint": f"The model in {done.dtype}",
-        "lora": f"Adapter of rank {done.rank} in {done.dtype}",
-        "delta": f"Delta in {done.dtype}",
-    }[done.kind]
+    what = EXPORTS[done.kind].line.format(rank=done.rank, dtype=done.dtype)
     lines = [f"{what}: {done.folder} ({done.bytes:,} bytes in all files)."]
     cut = [layer for layer in done.layers if layer.rank < layer.of]
     if cut:
@@ -117,9 +101,9 @@ def lines_of(done: Export) -> list[str]:
         lines.append(f"Cut, so not exact: layer {ranks}.")
     if done.cost:
         lines += cost_lines(done.cost)
-    if done.kind == "delta" and done.same_as_run:
+    if done.same_as_run:
         lines.append("Base + delta is the run's model to the bit.")
-    elif done.kind == "delta":
+    elif done.same_as_run is not None:
         weights = sum(layer.shape[0] * layer.shape[1] for layer in done.layers)
         lines.append(
             f"Base + delta differs from the run's model in {done.differing:,} of {weights:,} "

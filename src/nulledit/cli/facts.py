@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from nulledit.cli.common import Bars, echo, emit, facts_of, prepare, say
-from nulledit.cli.options import (
-    MODEL_OPTIONS,
-    Sectioned,
-    chat_options,
-    chat_settings,
-    facts_options,
-    model_options,
-    output_options,
-)
+from nulledit.cli.command import Call, command
+from nulledit.cli.common import echo, emit
+from nulledit.cli.options import CHAT, FACTS, MODEL, arg, given_options, opt, parameters
 from nulledit.errors import BadRecordsError, ConfigError
 
 if TYPE_CHECKING:
     from nulledit.data.facts import Fact
     from nulledit.evaluation.outlook import Outlook
-    from nulledit.report.tables import Table
 
 MOST_FACTS = 50  # in the table of what a model says
-
-
-class _Check(Sectioned):
-    sections: ClassVar[Mapping[str, Sequence[str]]] = {
-        "Facts": ("limit", "on_conflict", "skip_bad"),
-        "Model": ("model", "chat", "system", *MODEL_OPTIONS),
-    }
 
 
 @click.group(short_help="Check a file of facts, or begin one.")
@@ -44,6 +29,9 @@ def facts() -> None:
     A fact has a subject, a prompt with {} where the subject stands (or containing it once) and a
     target; an id, an old_answer, a relation, target_aliases, more_prompts, paraphrases, neighbours
     and portability may be added.
+
+    \b
+    $ nulledit facts check facts.yaml
 
     \b
     facts:
@@ -57,14 +45,18 @@ def facts() -> None:
     """
 
 
-@facts.command(cls=_Check, short_help="Format, counts, errors and notices of a file.")
-@click.argument("file", metavar="FILE")
-@facts_options
-@click.option("--model", metavar="MODEL", help="Say what this model makes of the facts, too.")
-@chat_options
-@model_options
-@output_options
-def check(file: str, as_json: bool, quiet: bool, **given: Any) -> None:
+@command(
+    "Format, counts, errors and notices of a file.",
+    arg("file", "FILE"),
+    "Facts:",
+    FACTS,
+    "Model:",
+    opt("--model MODEL", "Say what this model makes of the facts, too."),
+    CHAT,
+    MODEL,
+    group=facts,
+)
+def check(call: Call) -> None:
     """Read FILE as `nulledit edit` would, and say what is in it. Exit code 2 if it is bad.
 
     YAML, JSON, JSON lines or CSV of nulledit's own records, or of another project's
@@ -80,36 +72,47 @@ def check(file: str, as_json: bool, quiet: bool, **given: Any) -> None:
     $ nulledit facts check facts.yaml
     $ nulledit facts check facts.yaml --model smollm2-135m
     """
-    _refuse_alone(given)
+    of_model = parameters((CHAT, MODEL))
+    alone = [option.flag for option in given_options() if option in of_model]
+    if alone and call.model is None:
+        raise ConfigError(f"{', '.join(alone)} can't be given without --model")
+    call.talk.quiet |= call.as_json
     try:
-        found = facts_of(file, given, quiet=quiet or as_json)
-        seen = _look(found.facts, given, quiet=quiet) if given["model"] is not None else ()
+        found = call.read_facts(call.file)
+        seen = _look(call, found.facts) if call.model is not None else ()
     except BadRecordsError as error:
-        if as_json:
-            emit({"file": file, "errors": error.problems})
+        if call.as_json:
+            emit({"file": call.file, "errors": error.problems})
         elif len(error.problems) > 1:
             echo("\n".join(error.problems))
         raise
     counts = count(found.facts)
-    if as_json:
-        told: dict[str, Any] = {"file": file, "format": found.format, **counts}
-        told |= {"bad": found.bad, "notices": found.notices}
-        if given["model"] is not None:
-            told["model"] = {"name": given["model"], "facts": [_plain(item) for item in seen]}
-        emit(told)
-        return
-    from nulledit.report.tables import as_text
-
+    told = {"file": call.file, "format": found.format, **counts}
+    told |= {"bad": found.bad, "notices": found.notices}
+    if call.model is not None:
+        told["model"] = {"name": call.model, "facts": [_plain(item) for item in seen]}
     rows: list[Sequence[str]] = [["format", found.format]]
     rows += [[name.replace("_", " "), str(n)] for name, n in counts.items()]
     if found.bad:
         rows.append(["bad, left out", str(len(found.bad))])
-    echo(as_text(([file, ""], rows)))
+    call.show(told, lambda: _page(call, rows, seen))
+
+
+def _page(call: Call, rows: list[Sequence[str]], seen: Sequence[Outlook]) -> str:
+    from nulledit.report.tables import as_text
+
+    parts = [as_text(([call.file, ""], rows))]
     if seen:
-        echo("\n" + as_text(_outlook_table(seen), left=5, most=40))
+        cells: list[Sequence[str]] = [
+            [item.fact.id, item.fact.target, str(item.tokens), item.says, _remarks(item)]
+            for item in seen[:MOST_FACTS]
+        ]
+        head = ["fact", "target", "tokens", "the model says", "remarks"]
+        parts += ["", as_text((head, cells), left=5, most=40)]
         if len(seen) > MOST_FACTS:
-            echo(f"{len(seen) - MOST_FACTS} more facts: --json has all")
-        echo("\n" + as_text(([given["model"], "facts"], _summary(seen))))
+            parts.append(f"{len(seen) - MOST_FACTS} more facts: --json has all")
+        parts += ["", as_text(([call.model, "facts"], _summary(seen)))]
+    return "\n".join(parts)
 
 
 @facts.command(short_help="A commented file to begin with.")
@@ -147,32 +150,15 @@ def count(found: Sequence[Fact]) -> dict[str, Any]:
     }
 
 
-def _refuse_alone(given: Mapping[str, Any]) -> None:
-    """Options of a model, without a model."""
-    if given["model"] is not None:
-        return
-    names = ("chat", "system", "device", "dtype", "quantize", "trust_remote_code")
-    if flags := ["--" + name.replace("_", "-") for name in names if given[name]]:
-        raise ConfigError(f"{', '.join(flags)} can't be given without --model")
-
-
-def _look(facts: Sequence[Fact], given: Mapping[str, Any], *, quiet: bool) -> Sequence[Outlook]:
+def _look(call: Call, facts: Sequence[Fact]) -> Sequence[Outlook]:
     """What the model of the options makes of the facts."""
-    prepare(quiet=quiet)
-    from nulledit.cli.loading import load_asked
+    form = call.chat_form(None)
+    call.prepare()
     from nulledit.evaluation.outlook import outlook
-    from nulledit.models.editable_model import EditableModel
 
-    form = chat_settings(given, None)
-    say(f"Loading {given['model']}", quiet=quiet)
-    model, tokenizer = load_asked(given["model"], given)
-    asked = EditableModel(model, tokenizer).in_chat(form)
-    with Bars(quiet=quiet) as bars:
-        return outlook(
-            asked,
-            facts,
-            progress=lambda done, total: bars("answers", done, total),
-        )
+    asked = call.editable(call.model).in_chat(form)
+    with call.progress() as tell:
+        return outlook(asked, facts, progress=lambda done, total: tell("answers", done, total))
 
 
 def _plain(item: Outlook) -> dict[str, Any]:
@@ -187,14 +173,6 @@ def _plain(item: Outlook) -> dict[str, Any]:
         "says_old_answer": item.says_old_answer,
         "shares_key": item.shares_key,
     }
-
-
-def _outlook_table(seen: Sequence[Outlook]) -> Table:
-    rows: list[Sequence[str]] = [
-        [item.fact.id, item.fact.target, str(item.tokens), item.says, _remarks(item)]
-        for item in seen[:MOST_FACTS]
-    ]
-    return ["fact", "target", "tokens", "the model says", "remarks"], rows
 
 
 def _remarks(item: Outlook) -> str:

@@ -6,32 +6,26 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import click
-
-from nulledit.cli.common import echo, emit, prepare
-from nulledit.cli.options import output_options
+from nulledit.cli.command import Call, command
 
 
-@click.command(short_help="Versions, devices, caches, recipes, models.")
-@output_options
-def info(as_json: bool, quiet: bool) -> None:
+@command("Versions, devices, caches, recipes, models.")
+def info(call: Call) -> None:
     """Versions, devices, caches and their size; recipes, models, architectures and methods known.
 
     \b
     $ nulledit info
     """
-    prepare(quiet=quiet)
+    call.prepare()
     found = collect()
-    if as_json:
-        emit(found)
-        return
     width = max(map(len, found))
-    for name, value in found.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{k} ({v})" if v else k for k, v in value.items())
-        elif isinstance(value, list):
-            value = ", ".join(map(str, value)) or "none"
-        echo(f"{name:<{width}}  {value}")
+    call.show(found, "\n".join(f"{name:<{width}}  {_line(v)}" for name, v in found.items()))
+
+
+def _line(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} ({v})" if v else k for k, v in value.items())
+    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
 
 
 def collect() -> dict[str, Any]:

@@ -3,74 +3,36 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
 
-import click
-
-from nulledit.cli.common import Bars, echo, emit, facts_of, prepare, say
-from nulledit.cli.options import (
-    MODEL_OPTIONS,
-    Sectioned,
-    facts_options,
-    model_options,
-    output_options,
-    seed_option,
-    skip_option,
-)
+from nulledit.cli.command import Call, command
+from nulledit.cli.options import FACTS, MODEL, SKIP, arg, least, opt, seed
 from nulledit.errors import ConfigError
 
 
-class _Locate(Sectioned):
-    sections: ClassVar[Mapping[str, Sequence[str]]] = {
-        "Facts": ("limit", "skip", "on_conflict", "skip_bad", "at_least"),
-        "Trace": ("draws", "noise", "window", "seed"),
-        "Model": ("recipe", *MODEL_OPTIONS),
-    }
-
-
-@click.command(cls=_Locate, short_help="Which layers? Causal tracing of facts that a model knows.")
-@click.argument("model", metavar="MODEL")
-@click.argument("facts", metavar="FACTS")
-@click.option("--out", metavar="FOLDER", required=True, help="Folder to make for the trace.")
-@facts_options
-@skip_option
-@click.option(
-    "--at-least",
-    metavar="N",
-    type=click.IntRange(2),
-    default=20,
-    show_default=True,
-    help="Refuse to read anything from fewer known facts.",
+@command(
+    "Which layers? Causal tracing of facts that a model knows.",
+    arg("model", "MODEL"),
+    arg("facts", "FACTS"),
+    opt("--out FOLDER", "Folder to make for the trace.", required=True),
+    "Facts:",
+    FACTS,
+    SKIP,
+    opt("--at-least N", "Refuse to read anything from fewer known facts.", least(2), 20),
+    "Trace:",
+    opt("--draws N", "Runs with noise of their own, for each fact.", least(1), 3),
+    opt("--noise X", "Its size, in standard deviations of the subjects' embeddings.", float, 3.0),
+    opt(
+        "--window N",
+        "Layers whose MLP outputs are put back together.  [default: a fifth of all]",
+        least(1),
+    ),
+    seed("Of the noise."),
+    "Model:",
+    opt("--recipe FILE|NAME", "Whose layout, for a family that is not known."),
+    MODEL,
 )
-@click.option(
-    "--draws",
-    metavar="N",
-    type=click.IntRange(1),
-    default=3,
-    show_default=True,
-    help="Runs with noise of their own, for each fact.",
-)
-@click.option(
-    "--noise",
-    metavar="X",
-    type=float,
-    default=3.0,
-    show_default=True,
-    help="Its size, in standard deviations of the subjects' embeddings.",
-)
-@click.option(
-    "--window",
-    metavar="N",
-    type=click.IntRange(1),
-    help="Layers whose MLP outputs are put back together.  [default: a fifth of all]",
-)
-@seed_option("Of the noise.")
-@click.option("--recipe", metavar="FILE|NAME", help="Whose layout, for a family that is not known.")
-@model_options
-@output_options
-def locate(model: str, facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
+def locate(call: Call) -> None:
     """Trace facts that MODEL knows through its layers, and suggest layers to edit.
 
     Noise on the subject makes the model lose the answer; then one hidden state, or the MLP outputs
@@ -91,42 +53,34 @@ def locate(model: str, facts: str, as_json: bool, quiet: bool, **given: Any) -> 
     """
     from nulledit.config import load_recipe
 
-    folder = Path(given["out"])
+    folder = Path(call.out)
     _check_out(folder)
-    read = facts_of(facts, given, quiet=quiet, known=True)
-    layout = load_recipe(given["recipe"]).layout if given["recipe"] else None
-    prepare(quiet=quiet)
-    from nulledit.cli.loading import load_asked
-    from nulledit.models.editable_model import EditableModel
+    read = call.read_facts(call.facts, known=True)
+    layout = load_recipe(call.recipe).layout if call.recipe else None
+    call.prepare()
     from nulledit.tracing import TraceSettings
     from nulledit.tracing import locate as trace_all
     from nulledit.tracing.report import NOT_SAID, said, summary_of, write_location
 
     settings = TraceSettings(
-        draws=given["draws"],
-        noise=given["noise"],
-        window=given["window"] or 0,
-        seed=given["seed"],
+        draws=call.draws, noise=call.noise, window=call.window or 0, seed=call.seed
     )
-    say(f"Loading {model}", quiet=quiet)
-    loaded, tokenizer = load_asked(model, given)
-    with Bars(quiet=quiet) as bars:
+    model = call.editable(call.model, layout)
+    with call.progress() as tell:
         found = trace_all(
-            EditableModel(loaded, tokenizer, layout),
+            model,
             read.facts,
             settings,
-            least=given["at_least"],
-            progress=lambda done, total: bars("facts", done, total),
+            least=call.at_least,
+            progress=lambda done, total: tell("facts", done, total),
         )
-    write_location(folder, found, model)
-    if as_json:
-        return emit(summary_of(found, model))
+    write_location(folder, found, call.model)
     parts = ["\n".join(said(found))]
     if line := found.suggestion.recipe_line:
         parts += [f"    {line}", NOT_SAID]
     seconds = f"{found.cpu_seconds:.1f} CPU-seconds, {found.wall_seconds:.1f} of wall time."
     parts.append(f"{seconds}\nReport: {folder / 'report.md'}")
-    return echo("\n\n".join(parts))
+    call.show(lambda: summary_of(found, call.model), lambda: parts)
 
 
 def _check_out(folder: Path) -> None:

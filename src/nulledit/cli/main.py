@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sqlite3
 import sys
@@ -48,79 +49,15 @@ if TYPE_CHECKING:
 
 MOST_SAID = 2000  # characters of an error on the terminal
 
-SECTIONS: dict[str, list[tuple[click.Command, str, str]]] = {
-    "Edit": [
-        (
-            edit,
-            "Write facts into a model, or more facts into a run.",
-            "nulledit edit facts.yaml --model smollm2-135m --out run",
-        ),
-        (preview, "What an edit would change; writes nothing.", "nulledit preview run more.yaml"),
-        (retry, "Write what does not hold again, with stronger settings.", "nulledit retry run"),
-        (forget, "Suppress a fact, with nothing in its place.", "nulledit forget run facts.yaml"),
-    ],
-    "Live with edits": [
-        (log, "What happened to the model, event by event.", "nulledit log run"),
-        (show, "The facts of a run, or the story of one.", "nulledit show run capital-of-france"),
-        (undo, "Take facts out, exactly.", "nulledit undo run capital-of-france"),
-        (redo, "Take the last undo back.", "nulledit redo run"),
-        (restore, "The base again, bit for bit.", "nulledit restore run"),
-        (rebuild, "Write the facts anew, without a trace of undone ones.", "nulledit rebuild run"),
-        (merge, "Two runs on one base become one.", "nulledit merge run other --out both"),
-        (diff, "Two runs, or two states of one.", "nulledit diff run@3 run"),
-    ],
-    "Look at a run": [
-        (ask, "One prompt, base and edited model.", 'nulledit ask run "The capital of France is"'),
-        (evaluate, "Rates, perplexity and KL, base and edited.", "nulledit evaluate run"),
-        (report, "One HTML page of runs and studies.", "nulledit report run"),
-    ],
-    "Gates": [
-        (check, "Limits on a run; exit code 1 if one is broken.", "nulledit check run"),
-        (verify, "Every hash, and the weights computed again.", "nulledit verify run"),
-    ],
-    "Hand over": [
-        (
-            export,
-            "A checkpoint, a LoRA adapter or a delta.",
-            "nulledit export run --as lora --out adapter",
-        ),
-        (apply, "A delta on its base, or off again.", "nulledit apply delta gpt2 --out model"),
-    ],
-    "Compare": [
-        (
-            study,
-            "The paper's experiments, as commands.",
-            "nulledit study table1 --facts counterfact.json --dry-run",
-        ),
-    ],
-    "Prepare": [
-        (facts, "Check a file of facts.", "nulledit facts check facts.yaml"),
-        (
-            stats,
-            "Statistics of a model's preserved keys.",
-            "nulledit stats make gpt2 --text corpus.txt --layers 2-6",
-        ),
-        (
-            locate,
-            "Which layers? Causal tracing of facts that a model knows.",
-            "nulledit locate gpt2 facts.yaml --out trace",
-        ),
-        (
-            tune,
-            "A recipe for a model on given facts, with its evidence.",
-            "nulledit tune gpt2 facts.yaml --out tuned.yaml --minutes 20",
-        ),
-        (methods, "Methods, their settings and sources.", "nulledit methods memit"),
-        (
-            recipe,
-            "What a recipe may hold, for editors.",
-            "nulledit recipe schema > recipe.schema.json",
-        ),
-        (info, "Versions, devices, caches, recipes, models.", "nulledit info"),
-    ],
+SECTIONS: dict[str, tuple[click.Command, ...]] = {
+    "Edit": (edit, preview, retry, forget),
+    "Live with edits": (log, show, undo, redo, restore, rebuild, merge, diff),
+    "Look at a run": (ask, evaluate, report),
+    "Gates": (check, verify),
+    "Hand over": (export, apply),
+    "Compare": (study,),
+    "Prepare": (facts, stats, locate, tune, methods, recipe, info),
 }
-
-
 UNEXPECTED = 70
 """Exit code of what nulledit did not foresee: EX_SOFTWARE of sysexits.h."""
 TOGETHER = ("edit", "stats")
@@ -131,14 +68,15 @@ class Root(click.Group):
     """The top group: sections and examples in its help, errors in one line."""
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The commands by section, each with an example."""
+        """The commands by section, each with the first example of its own help."""
         del ctx
-        for title, entries in SECTIONS.items():
+        for title, commands in SECTIONS.items():
             with formatter.section(title):
-                for command, about, example in entries:
-                    formatter.write_text(f"{command.name}: {about}")
+                for command in commands:
+                    formatter.write_text(f"{command.name}: {command.short_help}")
+                    example = re.search(r"^ *\$ (.+)$", command.help or "", re.MULTILINE)
                     with formatter.indentation():
-                        formatter.write_text(f"$ {example}")
+                        formatter.write_text(example[0].strip() if example else "")
 
     def main(
         self,
@@ -278,8 +216,8 @@ def cli(ctx: click.Context, debug: bool) -> None:
         refuse_ranks(str(ctx.invoked_subcommand))
 
 
-for _entries in SECTIONS.values():
-    for _command, _about, _example in _entries:
+for _commands in SECTIONS.values():
+    for _command in _commands:
         cli.add_command(_command)
 
 

@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from nulledit.cli.common import Bars, echo, emit, prepare, say
-from nulledit.cli.options import device_option, output_options, trust_option
+from nulledit.cli.command import Call, command
+from nulledit.cli.options import PLACED, arg, opt
 from nulledit.errors import CheckFailed, ConfigError
 from nulledit.io.untrusted import MAX_SETTINGS, parse_yaml, read_text
 
@@ -17,34 +15,20 @@ if TYPE_CHECKING:
     from nulledit.editing.merge import Conflict
 
 
-@click.command(short_help="Two runs on one base become one.")
-@click.argument("first", metavar="RUN")
-@click.argument("second", metavar="RUN")
-@click.option("--out", metavar="RUN", required=True, help="Folder to make for both.")
-@click.option(
-    "--prefer",
-    type=click.Choice(["first", "second", "newest"]),
-    help="Whose answer counts where both answer one question.",
+@command(
+    "Two runs on one base become one.",
+    arg("first", "RUN"),
+    arg("second", "RUN"),
+    opt("--out RUN", "Folder to make for both.", required=True),
+    opt(
+        "--prefer",
+        "Whose answer counts where both answer one question.",
+        ("first", "second", "newest"),
+    ),
+    opt("--decide FILE", "YAML: a fact's id, and first, second or neither; goes before --prefer."),
+    PLACED,
 )
-@click.option(
-    "--decide",
-    metavar="FILE",
-    help="YAML: a fact's id, and first, second or neither; goes before --prefer.",
-)
-@device_option
-@trust_option
-@output_options
-def merge(
-    first: str,
-    second: str,
-    out: str,
-    prefer: str | None,
-    decide: str | None,
-    device: Any,
-    trust_remote_code: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def merge(call: Call) -> None:
     """Make a third run of two: the first's facts, then the second's on top.
 
     Keys and residuals are taken again, stored values stay; facts that share a key are optimised
@@ -55,57 +39,45 @@ def merge(
     $ nulledit merge run other --out both
     $ nulledit merge run other --out both --prefer newest
     """
-    choices = _read_choices(decide) if decide else {}
-    prepare(quiet=quiet)
+    choices = _read_choices(call.decide) if call.decide else {}
+    call.prepare()
+    from nulledit.api.run import Run
     from nulledit.cli.change import change_dict, change_text
-    from nulledit.cli.going_on import keep
-    from nulledit.cli.loading import load_run
+    from nulledit.cli.going_on import followed
     from nulledit.editing.merge import conflicts, newest
     from nulledit.ledger.store import Store
-    from nulledit.report.tables import as_text
-    from nulledit.runs.pages import check_fresh
 
-    check_fresh(Path(out))
-    mine, theirs = (Store(Path(run) / "ledger").load() for run in (first, second))
+    Run.check_fresh(call.out)
+    mine, theirs = (Store(Path(run) / "ledger").load() for run in (call.first, call.second))
     found = conflicts(mine, theirs)
-    if decide:
-        _check_choices(decide, choices, found)
+    if call.decide:
+        _check_choices(call.decide, choices, found)
 
     def choose(conflict: Conflict) -> str:
         said = choices.get(conflict.first.id) or choices.get(conflict.second.id, "")
-        if said or prefer is None:
+        if said or call.prefer is None:
             return said
-        return newest(mine, theirs)(conflict) if prefer == "newest" else prefer
+        return newest(mine, theirs)(conflict) if call.prefer == "newest" else str(call.prefer)
 
-    choice = {c: choose(c) for c in found}
-    rows: list[Sequence[str]] = [
-        [*_sides(conflict), choice[conflict] or "not decided"] for conflict in found
-    ]
-    if rows and (not as_json or not all(choice.values())):
-        table = as_text((["question", "first", "second", "counts"], rows), left=4, most=48)
-        if not all(choice.values()):
-            if as_json:
-                emit({"conflicts": [_plain(c, said) for c, said in choice.items()]})
-            else:
-                echo(table)
-            open_ = sum(not said for said in choice.values())
-            raise CheckFailed(
-                f"{open_} of {len(found)} conflicts are not decided: give --prefer or --decide FILE"
-            )
-        echo(table + "\n")
-    editor = load_run(first, device, quiet=quiet, trust_remote_code=trust_remote_code)
-    editor.detach()  # in memory until all of it is there: nothing is left of half a merge
-    with Bars(quiet=quiet) as bars:
-        report = editor.merge(theirs, decide=choose, progress=bars)
-    editor.attach(out)
-    keep(editor, Path(out))
-    for notice in report.notices:
-        say(f"Note: {notice}", quiet=quiet)
-    if as_json:
-        listed = [_plain(c, said) for c, said in choice.items()]
-        emit({"run": out, "conflicts": listed, **change_dict(editor, report)})
-    else:
-        echo(f"{change_text(editor, report)}\nModel:  {Path(out) / 'model'}")
+    choice = {conflict: choose(conflict) for conflict in found}
+    listed = [_plain(conflict, said) for conflict, said in choice.items()]
+    if not all(choice.values()):
+        call.show({"conflicts": listed}, lambda: _table(choice))
+        open_ = sum(not said for said in choice.values())
+        raise CheckFailed(
+            f"{open_} of {len(found)} conflicts are not decided: give --prefer or --decide FILE"
+        )
+    run = call.open(call.first)
+    with followed(run):
+        report = run.merge(theirs, call.out, decide=choose)
+    call.notes(report.notices)
+    call.show(
+        lambda: {"run": call.out, "conflicts": listed, **change_dict(run.editor, report)},
+        lambda: (
+            (f"{_table(choice)}\n\n" if choice else "")
+            + f"{change_text(run.editor, report)}\nModel:  {Path(call.out) / 'model'}"
+        ),
+    )
 
 
 def _read_choices(file: str) -> dict[str, str]:
@@ -137,15 +109,19 @@ def _check_choices(file: str, choices: Mapping[str, str], found: Sequence[Confli
             decided([conflict], {conflict.first.id: said.pop()})  # refuses a word that is no choice
 
 
-def _sides(conflict: Conflict) -> tuple[str, str, str]:
+def _table(choice: Mapping[Conflict, str]) -> str:
+    from nulledit.report.tables import as_text
     from nulledit.runs.history import answer_of
 
-    one, two = conflict.first, conflict.second
-    return (
-        one.render(one.prompt),
-        f"{answer_of(one)} ({one.id})",
-        f"{answer_of(two)} ({two.id})",
-    )
+    rows: list[Sequence[str]] = [
+        [
+            c.first.render(c.first.prompt),
+            *(f"{answer_of(fact)} ({fact.id})" for fact in (c.first, c.second)),
+            said or "not decided",
+        ]
+        for c, said in choice.items()
+    ]
+    return as_text((["question", "first", "second", "counts"], rows), left=4, most=48)
 
 
 def _plain(conflict: Conflict, said: str) -> dict[str, Any]:

@@ -11,10 +11,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from nulledit.cli.common import echo, emit, prepare
-from nulledit.cli.options import output_options
+from nulledit.cli.command import Call, command
+from nulledit.cli.options import arg
 
 if TYPE_CHECKING:
     from nulledit.methods import Method
@@ -29,10 +27,8 @@ TRAITS = {
 }
 
 
-@click.command(short_help="The methods, their settings and sources.")
-@click.argument("name", metavar="[NAME]", required=False)
-@output_options
-def methods(name: str | None, as_json: bool, quiet: bool) -> None:
+@command("Methods, their settings and sources.", arg("name", "[NAME]"))
+def methods(call: Call) -> None:
     """All methods in a table, or one by NAME with its settings. More in docs/methods/.
 
     A recipe names its method and sets its constants beside the name: `method: {name: memit,
@@ -42,15 +38,14 @@ def methods(name: str | None, as_json: bool, quiet: bool) -> None:
     $ nulledit methods
     $ nulledit methods memit
     """
-    prepare(quiet=quiet)
+    call.prepare()
     from nulledit.methods import METHODS, find_method
 
-    if name is not None:
-        found = describe(find_method(name))
-        emit(found) if as_json else echo(page(found))
-        return
+    if call.name is not None:
+        found = describe(find_method(call.name))
+        return call.show(found, lambda: page(found))
     rows = [describe(method) for method in METHODS]
-    emit(rows) if as_json else echo(table(rows))
+    return call.show(rows, lambda: table(rows))
 
 
 def describe(method: Method) -> dict[str, Any]:

@@ -1,12 +1,11 @@
-"""Options that commands share, and what their words stand for."""
+"""Options that say all about themselves, and those that commands share."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import wraps
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 from click.core import ParameterSource
@@ -14,73 +13,194 @@ from click.core import ParameterSource
 from nulledit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from nulledit.config import ChatSettings, NullSpaceSettings, Placement
+    from nulledit.config import ChatSettings, NullSpaceSettings, Placement, Recipe
 
 MOST_DIGITS = 4  # of a layer's number
-F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Sectioned(click.Command):
-    """A command whose help shows its options under titles."""
+class Opt(click.Option):
+    """An option, with what it means for a run and its recipe."""
 
-    sections: ClassVar[Mapping[str, Sequence[str]]] = {}
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Options by section; those in none come last."""
-        left = {p.name: p for p in self.get_params(ctx) if isinstance(p, click.Option)}
-        for title, names in (*self.sections.items(), ("Output", tuple(left))):
-            found = [left.pop(name, None) for name in names]
-            records = [p.get_help_record(ctx) for p in found if p]
-            shown = [record for record in records if record]
-            if shown:
-                with formatter.section(title):
-                    formatter.write_dl(shown)
-
-
-def output_options(command: F) -> F:
-    """--json and --quiet."""
-    command = click.option("--quiet", "-q", is_flag=True, help="No progress and no notices.")(
-        command
-    )
-    return click.option(
-        "--json", "as_json", is_flag=True, help="One JSON document on stdout instead of tables."
-    )(command)
-
-
-def trust_option(command: F) -> F:
-    """--trust-remote-code."""
-    text = "Run code that comes with the model."
-    return click.option("--trust-remote-code", is_flag=True, help=text)(command)
-
-
-def device_option(command: F) -> F:
-    """--device, --device-map, --max-memory and --offload-folder, as the one argument `device`."""
-
-    @wraps(command)
-    def with_device(**given: Any) -> Any:
-        spread = {name: given.pop(name) for name in PLACING}
-        given["device"] = placed(given["device"], **spread)
-        return command(**given)
-
-    found: Any = with_device
-    for option in (
-        click.option("--offload-folder", metavar="DIR", help="For parts on disk, where needed."),
-        click.option("--max-memory", metavar="LIST", help="Of each device, as 0=20GiB,cpu=60GiB."),
-        click.option(
-            "--device-map",
-            metavar="MAP",
-            help="auto, balanced or sequential; a device; or a JSON file, part to device.",
-        ),
-        click.option(
-            "--device",
-            help="auto (a GPU if there is one), cpu, cuda:1, mps.  [default: auto]",
-        ),
+    def __init__(
+        self,
+        *words: Any,
+        fixed: str = "",
+        field: str = "",
+        read: Callable[[str], Any] | None = None,
+        **more: Any,
     ):
-        found = option(found)
-    return cast(F, found)
+        """`fixed` by the "run" once it began, or by its "epoch": not to be given again.
+
+        `field`: of the recipe, which it sets, so that the epoch fixes it; `read`: its value from
+        the word that was given.
+        """
+        super().__init__(*words, **more)
+        self.fixed, self.field, self.read = fixed or ("epoch" if field else ""), field, read
+
+    @property
+    def flag(self) -> str:
+        """As it is written in full."""
+        return next(name for name in self.opts if name.startswith("--"))
+
+    @property
+    def given(self) -> bool:
+        """Whether the user gave it to the command at work."""
+        source = click.get_current_context().get_parameter_source(self.name or "")
+        return source not in (None, ParameterSource.DEFAULT)
 
 
-PLACING = ("device_map", "max_memory", "offload_folder")
+Part: TypeAlias = "click.Parameter | Sequence[Part]"
+"""What a command is made of."""
+
+
+def parameters(parts: Sequence[Part]) -> list[click.Parameter]:
+    """All of `parts`, in their order."""
+    found: list[click.Parameter] = []
+    for part in parts:
+        found += [part] if isinstance(part, click.Parameter) else parameters(part)
+    return found
+
+
+def arg(name: str, metavar: str, **more: Any) -> click.Argument:
+    """An argument called `name`, shown as `metavar`; [IN BRACKETS] it may be left out."""
+    return click.Argument([name], metavar=metavar, required=not metavar.startswith("["), **more)
+
+
+def opt(words: str, about: str, kind: Any = str, default: Any = None, **more: Any) -> Opt:
+    """The option `--steps N`, with `about` in the help, and None or `default` if it is left out.
+
+    `kind`: what click converts to; a tuple is of the words to choose from, and bool is a flag.
+    `name`: of the parameter. The rest is as for `Opt`.
+    """
+    flag, _, metavar = words.partition(" ")
+    names = [flag, *([more.pop("name")] if "name" in more else [])]
+    if kind is bool:
+        return Opt(names, help=about, is_flag=True, **more)
+    return Opt(
+        names,
+        type=click.Choice(kind) if isinstance(kind, tuple) else kind,
+        metavar=metavar or None,
+        default=default,
+        show_default=default is not None and "[default" not in about,
+        help=about,
+        **more,
+    )
+
+
+def least(number: int) -> click.IntRange:
+    """A whole number that is not smaller."""
+    return click.IntRange(number)
+
+
+def _whole(_context: click.Context, option: click.Parameter, seed: int | None) -> int | None:
+    from nulledit.config import check_whole
+
+    if seed is not None:
+        check_whole("--seed", seed)
+    return seed
+
+
+def _with_gate(context: click.Context, _option: click.Parameter, folder: str | None) -> str | None:
+    if folder is not None and context.params["gate"] is None:
+        raise ConfigError("--capability belongs to --gate FILE")
+    return folder
+
+
+RUN = arg("run", "RUN")
+JSON = opt("--json", "One JSON document on stdout instead of tables.", bool, name="as_json")
+QUIET = Opt(["--quiet", "-q"], is_flag=True, help="No progress and no notices.")
+TRUST = opt("--trust-remote-code", "Run code that comes with the model.", bool)
+DEVICE = (
+    opt("--device", "auto (a GPU if there is one), cpu, cuda:1, mps.  [default: auto]"),
+    opt(
+        "--device-map MAP",
+        "auto, balanced or sequential; a device; or a JSON file, part to device.",
+    ),
+    opt("--max-memory LIST", "Of each device, as 0=20GiB,cpu=60GiB."),
+    opt("--offload-folder DIR", "For parts on disk, where needed."),
+)
+PLACED = (*DEVICE, TRUST)
+"""Of commands that load a run."""
+DTYPE = opt(
+    "--dtype",
+    "Of the weights.  [default: the checkpoint's own]",
+    ("float32", "bfloat16", "float16"),
+    fixed="run",
+)
+QUANTIZE = opt(
+    "--quantize",
+    "As it is loaded, by bitsandbytes; the edits stay beside it.",
+    ("4bit", "8bit"),
+    fixed="run",
+)
+MODEL = (*DEVICE, DTYPE, QUANTIZE, TRUST)
+"""Of commands that load a model."""
+SKIP_BAD = opt("--skip-bad", "Leave out records that can't be read, and say which.", bool)
+SKIP = opt("--skip N", "Leave out the first records.", least(0), 0)
+FACTS = (
+    opt("--limit N", "Take so many records.  [default: all]", least(1)),
+    opt(
+        "--on-conflict",
+        "Which record counts where two contradict each other.",
+        ("error", "first", "last"),
+        "error",
+    ),
+    SKIP_BAD,
+)
+"""Of commands that read a file of facts."""
+GATE = (
+    opt(
+        "--gate FILE",
+        "Limits (see nulledit check); a model that breaks one is not written.",
+        is_eager=True,
+    ),
+    opt(
+        "--capability DIR", "With --gate: the six tasks, sst2.jsonl and so on.", callback=_with_gate
+    ),
+)
+CHAT = (
+    opt("--chat", "Prompts in the model's chat template.", bool, fixed="epoch"),
+    opt(
+        "--system TEXT|none|default",
+        "With --chat: the system prompt.  [default: what the template writes by itself]",
+        fixed="epoch",
+    ),
+)
+TEXT = opt("--text FILE", "For perplexity and KL.  [default: one that comes along]")
+STATS = opt("--stats PATH", "Statistics of the model's keys.  [default: found]", fixed="epoch")
+
+
+def seed(about: str, default: int | None = 0, **more: Any) -> Opt:
+    """--seed, of what `about` says."""
+    return opt("--seed N", about, int, default, callback=_whole, **more)
+
+
+def given_words(*, without: Collection[str] = ()) -> list[str]:
+    """What the user gave to the command at work, for one that goes on: arguments and options.
+
+    Read off the parsed parameters, so that no option can be forgotten. `without`: parameters to
+    leave out.
+    """
+    context = click.get_current_context()
+    words: list[str] = []
+    for parameter in context.command.get_params(context):
+        value = context.params.get(parameter.name or "")
+        if parameter.name in without or value is None:
+            continue
+        if isinstance(parameter, click.Argument):
+            words.append(str(value))
+        elif isinstance(parameter, Opt) and parameter.given:
+            each = [value] if not parameter.multiple else value
+            flag = parameter.flag
+            words += [flag] if parameter.is_flag else [w for v in each for w in (flag, str(v))]
+    return words
+
+
+def given_options() -> list[Opt]:
+    """The options that the user gave to the command at work."""
+    context = click.get_current_context()
+    found = context.command.get_params(context)
+    return [option for option in found if isinstance(option, Opt) and option.given]
 
 
 def placed(
@@ -96,34 +216,6 @@ def placed(
     if device is not None:
         raise ConfigError("give --device or --device-map, not both")
     return Placement(_parse_map(device_map), _parse_memory(max_memory), offload_folder)
-
-
-def given_words(*, without: Collection[str] = ()) -> list[str]:
-    """What the user gave to the command at work, for one that goes on: arguments and options.
-
-    Read off the parsed parameters, so that no option can be forgotten. `without`: parameters to
-    leave out.
-    """
-    context = click.get_current_context()
-    words: list[str] = []
-    for parameter in context.command.get_params(context):
-        name = parameter.name or ""
-        default = context.get_parameter_source(name) in (None, ParameterSource.DEFAULT)
-        if name in without or default:
-            continue
-        value = context.params[name]
-        if isinstance(parameter, click.Option) and parameter.is_flag:
-            words.append(_long(parameter))
-        elif isinstance(parameter, click.Option):
-            for each in value if parameter.multiple else [value]:
-                words += [_long(parameter), str(each)]
-        else:
-            words.append(str(value))
-    return words
-
-
-def _long(option: click.Option) -> str:
-    return next(name for name in option.opts if name.startswith("--"))
 
 
 def _parse_map(text: str) -> str | dict[str, str | int]:
@@ -148,135 +240,6 @@ def _parse_memory(text: str | None) -> dict[str | int, str | int] | None:
             raise ConfigError(f"--max-memory {text!r}: expected a list such as 0=20GiB,cpu=60GiB")
         found[int(device) if device.isdigit() else device] = int(size) if size.isdigit() else size
     return found
-
-
-def quantize_option(command: F) -> F:
-    """--quantize."""
-    return click.option(
-        "--quantize",
-        type=click.Choice(["4bit", "8bit"]),
-        help="As it is loaded, by bitsandbytes; the edits stay beside it.",
-    )(command)
-
-
-def dtype_option(command: F) -> F:
-    """--dtype."""
-    return click.option(
-        "--dtype",
-        type=click.Choice(["float32", "bfloat16", "float16"]),
-        help="Of the weights.  [default: the checkpoint's own]",
-    )(command)
-
-
-def model_options(command: F) -> F:
-    """How a model is loaded: `MODEL_OPTIONS`."""
-    for option in (trust_option, quantize_option, dtype_option, device_option):
-        command = option(command)
-    return command
-
-
-MODEL_OPTIONS = ("device", *PLACING, "dtype", "quantize", "trust_remote_code")
-
-
-def skip_bad_option(command: F) -> F:
-    """--skip-bad."""
-    text = "Leave out records that can't be read, and say which."
-    return click.option("--skip-bad", is_flag=True, help=text)(command)
-
-
-def facts_options(command: F) -> F:
-    """--limit, --on-conflict and --skip-bad, of commands that read a file of facts."""
-    command = skip_bad_option(command)
-    command = click.option(
-        "--on-conflict",
-        type=click.Choice(["error", "first", "last"]),
-        default="error",
-        show_default=True,
-        help="Which record counts where two contradict each other.",
-    )(command)
-    return click.option(
-        "--limit", metavar="N", type=click.IntRange(1), help="Take so many records.  [default: all]"
-    )(command)
-
-
-def skip_option(command: F) -> F:
-    """--skip."""
-    return click.option(
-        "--skip",
-        metavar="N",
-        type=click.IntRange(0),
-        default=0,
-        help="Leave out the first records.",
-    )(command)
-
-
-def gate_options(command: F) -> F:
-    """--gate and --capability."""
-    command = click.option(
-        "--capability",
-        metavar="DIR",
-        help="With --gate: the six tasks, sst2.jsonl and so on.",
-        callback=_with_gate,
-    )(command)
-    return click.option(
-        "--gate",
-        metavar="FILE",
-        is_eager=True,
-        help="Limits (see nulledit check); a model that breaks one is not written.",
-    )(command)
-
-
-def _with_gate(context: click.Context, _option: click.Parameter, folder: str | None) -> str | None:
-    if folder is not None and context.params["gate"] is None:
-        raise ConfigError("--capability belongs to --gate FILE")
-    return folder
-
-
-def chat_options(command: F) -> F:
-    """--chat and --system."""
-    command = click.option(
-        "--system",
-        metavar="TEXT|none|default",
-        help="With --chat: the system prompt.  [default: what the template writes by itself]",
-    )(command)
-    return click.option("--chat", is_flag=True, help="Prompts in the model's chat template.")(
-        command
-    )
-
-
-def chat_settings(given: Mapping[str, Any], held: ChatSettings | None) -> ChatSettings | None:
-    """`held`, a recipe's chat form, changed by --chat and --system; None for plain text."""
-    from dataclasses import replace
-
-    from nulledit.config import ChatSettings
-
-    if held is None and not given["chat"]:
-        if given["system"] is not None:
-            raise ConfigError("--system belongs to --chat")
-        return None
-    settings = held or ChatSettings()
-    return settings if given["system"] is None else replace(settings, system=given["system"])
-
-
-def seed_option(text: str, *, default: int | None = 0) -> Callable[[F], F]:
-    """--seed, of what `text` says."""
-
-    def checked(_context: click.Context, _option: click.Parameter, seed: int | None) -> int | None:
-        from nulledit.config import check_whole
-
-        if seed is not None:
-            check_whole("--seed", seed)
-        return seed
-
-    return click.option(
-        "--seed",
-        metavar="N",
-        type=int,
-        default=default,
-        show_default=default is not None,
-        callback=checked,
-        help=text,
-    )
 
 
 def parse_layers(text: str) -> list[int]:
@@ -308,7 +271,7 @@ def null_space(text: str) -> NullSpaceSettings:
     return Recipe.from_dict({"null_space": parse_null_space(text)}).null_space
 
 
-def parse_changes(settings: tuple[str, ...]) -> dict[str, str]:
+def parse_changes(settings: Sequence[str]) -> dict[str, Any]:
     """`--set values.steps=15` entries as {"values.steps": "15"}."""
     changes = {}
     for setting in settings:
@@ -328,7 +291,30 @@ def model_source(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
-def named(given: Mapping[str, Any], flags: Mapping[str, str]) -> list[str]:
-    """The flags in `flags` (parameter -> flag) that the user gave."""
-    left_out = {p for p in flags if given[p] is None or given[p] is False or given[p] == ()}
-    return [flag for parameter, flag in flags.items() if parameter not in left_out]
+def chat_settings(
+    held: ChatSettings | None, *, chat: bool, system: str | None
+) -> ChatSettings | None:
+    """`held`, a recipe's chat form, changed by --chat and --system; None for plain text."""
+    from dataclasses import replace
+
+    from nulledit.config import ChatSettings
+
+    if held is None and not chat:
+        if system is not None:
+            raise ConfigError("--system belongs to --chat")
+        return None
+    settings = held or ChatSettings()
+    return settings if system is None else replace(settings, system=system)
+
+
+def changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
+    """`recipe` with the fields that the options of the command at work name."""
+    from dataclasses import replace
+
+    changes = parse_changes(given["changes"])
+    for option in given_options():
+        if option.field:
+            value = given[option.name or ""]
+            changes[option.field] = option.read(value) if option.read else value
+    chat = chat_settings(recipe.chat, chat=given["chat"], system=given["system"])
+    return replace(recipe.with_fields(changes), chat=chat)

@@ -4,42 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import click
-
-from nulledit.cli.common import echo, emit, facts_of, prepare, say
-from nulledit.cli.options import device_option, facts_options, output_options, trust_option
+from nulledit.cli.command import Call, command
+from nulledit.cli.options import FACTS, PLACED, TEXT, arg, opt
 from nulledit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from nulledit.api.editor import Editor
-    from nulledit.data.facts import Fact
-    from nulledit.editing.weights import LayerReport
-    from nulledit.evaluation.runner import Evaluation
+    from nulledit.api.run import Run
     from nulledit.report.tables import Table
+    from nulledit.runs.preview import Preview
 
 
-@click.command(short_help="What an edit or an undo would change; writes nothing.")
-@click.argument("run", metavar="RUN|MODEL")
-@click.argument("facts", metavar="[FACTS]", required=False)
-@click.option(
-    "--undo", "undone", multiple=True, metavar="ID", help="Take this fact out; repeatable."
+@command(
+    "What an edit would change; writes nothing.",
+    arg("run", "RUN|MODEL"),
+    arg("facts", "[FACTS]"),
+    opt("--undo ID", "Take this fact out; repeatable.", name="undone", multiple=True),
+    TEXT,
+    FACTS,
+    PLACED,
 )
-@click.option(
-    "--text", metavar="FILE", help="For perplexity and KL.  [default: one that comes along]"
-)
-@facts_options
-@device_option
-@trust_option
-@output_options
-def preview(
-    run: str,
-    facts: str | None,
-    undone: tuple[str, ...],
-    text: str | None,
-    **given: Any,
-) -> None:
+def preview(call: Call) -> None:
     """Edit RUN in memory and show what would change: the facts, their neighbours, facts that are in
     the model already, perplexity, KL from the base and norms. Nothing is written.
 
@@ -49,83 +35,55 @@ def preview(
     $ nulledit preview run more.yaml
     $ nulledit preview run --undo capital-of-france
     """
-    if not facts and not undone:
+    if not call.facts and not call.undone:
         raise ConfigError("give FACTS to edit, or --undo ID")
-    found = facts_of(facts, given, quiet=given["quiet"]) if facts else None
-    prepare(quiet=given["quiet"])
-    from nulledit.cli.runs import Terminal
+    new = call.read_facts(call.facts).facts if call.facts else ()
+    found = _run(call).preview(new, undo=call.undone, text=call.text)
+    call.notes(found.notices)
+    call.show(lambda: {"run": call.run, **found.to_dict()}, lambda: _page(found))
+
+
+def _run(call: Call) -> Run:
+    """The run that was named, or one of a model that has no edits, in memory."""
+    folder = Path(call.run)
+    if (folder / "ledger").is_dir() or (folder.is_dir() and not (folder / "config.json").is_file()):
+        return call.open()
+    call.prepare()
+    from nulledit.api.run import Run
+
+    return Run(folder, call.editor(call.run), call.talk)
+
+
+def _page(found: Preview) -> list[str]:
     from nulledit.report.tables import as_text
-    from nulledit.runs.preview import preview as look
-    from nulledit.runs.tables import rates_table
-
-    quiet = given["quiet"]
-    editor = _editor(run, given)
-    done = look(editor, found.facts if found else (), undone, text=text, talk=Terminal(quiet=quiet))
-    for notice in done.notices:
-        say(f"Note: {notice}", quiet=quiet)
-    if given["as_json"]:
-        return emit({"run": run, **done.to_dict()})
-    before, after = done.asked.before, done.asked.after
-    parts = [as_text(_answers(done.facts, before or after, after), left=4, most=40)]
-    parts.append(as_text(rates_table(done.asked.summary())))
-    if done.held:
-        parts.append(f"The last {len(done.held.after.rows())} facts in the model:")
-        parts.append(as_text(_held_table(done.held.summary())))
-    parts.append(as_text(_norms(done.before, done.after)))
-    parts.append(f"Perplexity and KL are on {done.asked.text}. Nothing was written.")
-    return echo("\n\n".join(parts))
-
-
-def _editor(run: str, given: dict[str, Any]) -> Editor:
-    from nulledit.api.editor import Editor
-    from nulledit.cli.loading import load_run
-
-    trust, quiet = given["trust_remote_code"], given["quiet"]
-    if (Path(run) / "ledger").is_dir() or (
-        Path(run).is_dir() and not (Path(run) / "config.json").is_file()
-    ):
-        return load_run(run, given["device"], quiet=quiet, trust_remote_code=trust)
-    say(f"Loading {run}", quiet=quiet)
-    return Editor.from_pretrained(run, device=given["device"], trust_remote_code=trust)
-
-
-def _answers(facts: Sequence[Fact], before: Evaluation, after: Evaluation) -> Table:
     from nulledit.runs.history import answer_of
-
-    rows: list[Sequence[str]] = [
-        [
-            f.render(f.prompt),
-            answer_of(f),
-            before.answers.get(f.id, ""),
-            after.answers.get(f.id, ""),
-        ]
-        for f in facts
-    ]
-    return ["prompt", "target", "before", "after"], rows
-
-
-def _held_table(sides: dict[str, dict[str, Any]]) -> Table:
     from nulledit.runs.tables import rates_table
 
-    head, rows = rates_table(sides)
-    measured = [row for row in rows if any(cell[:1].isdigit() for cell in row[1:])]
-    return head, measured
+    before, after = found.asked.before, found.asked.after
+    then = before.answers if before else {}
+    answers: list[Sequence[str]] = [
+        [f.render(f.prompt), answer_of(f), then.get(f.id, ""), after.answers.get(f.id, "")]
+        for f in found.facts
+    ]
+    parts = [as_text((["prompt", "target", "before", "after"], answers), left=4, most=40)]
+    parts.append(as_text(rates_table(found.asked.summary())))
+    if found.held:
+        head, rows = rates_table(found.held.summary())
+        measured = [row for row in rows if any(cell[:1].isdigit() for cell in row[1:])]
+        parts.append(f"The last {len(found.held.after.rows())} facts in the model:")
+        parts.append(as_text((head, measured)))
+    parts.append(as_text(_norms(found)))
+    parts.append(f"Perplexity and KL are on {found.asked.text}. Nothing was written.")
+    return parts
 
 
-def _norms(before: Sequence[LayerReport], after: Sequence[LayerReport]) -> Table:
+def _norms(found: Preview) -> Table:
     from nulledit.report.tables import number
 
-    then = {r.layer: r for r in before}
-    rows: list[Sequence[str]] = []
-    for now in after:
+    then, rows = {r.layer: r for r in found.before}, []
+    for now in found.after:
         old = then.get(now.layer)
-        rows.append(
-            [
-                str(now.layer),
-                number(old.update_share if old else 0.0),
-                number(now.update_share),
-                number(100 * (old.room if old else 1.0)),
-                number(100 * now.room),
-            ]
-        )
-    return ["layer", "‖Δ‖/‖W₀‖ before", "after", "room left before (%)", "after (%)"], rows
+        share, room = (old.update_share, old.room) if old else (0.0, 1.0)
+        cells = (share, now.update_share, 100 * room, 100 * now.room)
+        rows.append([str(now.layer), *map(number, cells)])
+    return ["layer", "‖Δ‖/‖W₀‖ before", "after", "room left before (%)", "after (%)"], [*rows]

@@ -12,7 +12,11 @@ from nulledit.cli.methods import field_docs
 
 @click.group(short_help="What a recipe may hold, for editors.")
 def recipe() -> None:
-    """Recipes: YAML files of settings for `nulledit edit --recipe`."""
+    """Recipes: YAML files of settings for `nulledit edit --recipe`.
+
+    \b
+    $ nulledit recipe schema > recipe.schema.json
+    """
 
 
 @recipe.command(short_help="The JSON Schema of recipes.")

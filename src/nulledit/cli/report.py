@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import click
-
-from nulledit.cli.common import echo, emit, say
-from nulledit.cli.options import output_options
+from nulledit.cli.command import Call, command
+from nulledit.cli.options import arg, opt
 
 
-@click.command(short_help="One HTML page of runs and studies.")
-@click.argument("folders", metavar="FOLDER...", nargs=-1, required=True)
-@click.option(
-    "--out",
-    metavar="FILE",
-    help="Where to write it.  [default: FOLDER/report.html; ./report.html for several]",
+@command(
+    "One HTML page of runs and studies.",
+    arg("folders", "FOLDER...", nargs=-1),
+    opt(
+        "--out FILE", "Where to write it.  [default: FOLDER/report.html; ./report.html for several]"
+    ),
+    opt("--title TEXT", "Heading of a page of several folders.  [default: Report]"),
+    opt("--force", "Overwrite a file that is not such a page.", bool),
 )
-@click.option("--title", help="Heading of a page of several folders.  [default: Report]")
-@click.option("--force", is_flag=True, help="Overwrite a file that is not such a page.")
-@output_options
-def report(
-    folders: tuple[str, ...],
-    out: str | None,
-    title: str | None,
-    force: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def report(call: Call) -> None:
     """Make one self-contained HTML page of run folders (`edit`) and study folders (`study`).
 
     Tables with the best values marked, figures drawn again from their numbers, answers before and
@@ -41,17 +30,13 @@ def report(
     """
     from nulledit.runs.report import collect, write_report
 
-    say(f"Reading {len(folders)} folder{'s' * (len(folders) > 1)}", quiet=quiet)
-    collected = collect([Path(folder) for folder in folders])
-    file = Path(out) if out else _default(folders)
-    write_report(collected, file, title=title or "Report", force=force)
-    if as_json:
-        data: dict[str, Any] = {"report": str(file), **collected.to_dict()}
-        emit(data)
-        return
-    echo(f"Report: {file} ({file.stat().st_size / 1000:.0f} kB)")
-
-
-def _default(folders: tuple[str, ...]) -> Path:
-    one = len({Path(folder).resolve() for folder in folders}) == 1
-    return Path(folders[0]) / "report.html" if one else Path("report.html")
+    folders = [Path(folder) for folder in call.folders]
+    call.say(f"Reading {len(folders)} folder{'s' * (len(folders) > 1)}")
+    collected = collect(folders)
+    alone = len({folder.resolve() for folder in folders}) == 1
+    file = Path(call.out or (folders[0] / "report.html" if alone else "report.html"))
+    write_report(collected, file, title=call.title or "Report", force=call.force)
+    call.show(
+        lambda: {"report": str(file), **collected.to_dict()},
+        lambda: f"Report: {file} ({file.stat().st_size / 1000:.0f} kB)",
+    )

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import click
-
-from nulledit.cli.common import echo, emit, prepare
-from nulledit.cli.options import device_option, gate_options, output_options, trust_option
+from nulledit.cli.command import Call, command
+from nulledit.cli.options import GATE, PLACED, RUN, TEXT, least, opt
 
 
-@click.command(short_help="Write what does not hold again, stronger.")
-@click.argument("run", metavar="RUN")
-@click.option(
-    "--times",
-    metavar="N",
-    type=click.IntRange(1),
-    default=1,
-    help="Rounds at most, each stronger than the one before.  [default: 1]",
+@command(
+    "Write what does not hold again, with stronger settings.",
+    RUN,
+    opt("--times N", "Rounds at most, each stronger than the one before.", least(1), 1),
+    GATE,
+    TEXT,
+    PLACED,
 )
-@gate_options
-@click.option(
-    "--text", metavar="FILE", help="For perplexity and KL.  [default: one that comes along]"
-)
-@device_option
-@trust_option
-@output_options
-def retry(as_json: bool, quiet: bool, **given: Any) -> None:
+def retry(call: Call) -> None:
     """Ask every fact of RUN, and write those again that do not hold.
 
     Each round takes twice the steps, a third more room for the values and a margin one nat wider;
@@ -37,17 +25,16 @@ def retry(as_json: bool, quiet: bool, **given: Any) -> None:
     $ nulledit retry run
     $ nulledit retry run --times 2 --gate default
     """
-    prepare(quiet=quiet)
-    from nulledit.api.run import Refused
-    from nulledit.cli import runs
-    from nulledit.cli.run_page import show, show_refusal
+    call.prepare()
+    from nulledit.cli.edit import limits_of
+    from nulledit.cli.going_on import followed, retry_again
+    from nulledit.cli.run_page import refusal_shown, show
 
-    try:
-        result = runs.retry(given, quiet=quiet)
-    except Refused as error:
-        show_refusal(error.report, as_json=as_json)
-        raise
+    limits = limits_of(call)
+    run = call.open(writing=True)
+    with refusal_shown(call), followed(run, retry_again):
+        result = run.retry(call.times, text=call.text, limits=limits, tasks=call.capability)
     if isinstance(result, str):
-        emit({"run_folder": given["run"], "notice": result}) if as_json else echo(result)
+        call.show({"run_folder": call.run, "notice": result}, result)
     else:
-        show(result, as_json=as_json)
+        show(call, result)

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+from nulledit.api.run import Refused
 from nulledit.cli.check import gate_table
-from nulledit.cli.common import echo, emit
+from nulledit.cli.command import Call
 from nulledit.io.text import count
 from nulledit.report.tables import as_text
-from nulledit.runs.gate import GateReport
 from nulledit.runs.holding import headline, legend, reasons
 from nulledit.runs.page import SHOWN, answers_table
 from nulledit.runs.pages import Result
 from nulledit.runs.tables import preservation_table, rates_table
 
 
-def show(result: Result, *, as_json: bool) -> None:
+def show(call: Call, result: Result) -> None:
     """A result on stdout."""
-    if as_json:
-        emit(result.to_dict())
-    else:
-        echo(as_page(result))
+    call.show(result.to_dict, lambda: as_page(result))
 
 
-def show_refusal(report: GateReport, *, as_json: bool) -> None:
-    """What a gate found, on stdout."""
-    if as_json:
-        emit(report.to_dict())
-    else:
-        echo(as_text(gate_table(report), left=2, most=90))
+@contextmanager
+def refusal_shown(call: Call) -> Iterator[None]:
+    """Where limits refuse what is inside, what they found is shown first."""
+    try:
+        yield
+    except Refused as error:
+        found = error.report
+        call.show(found.to_dict(), lambda: as_text(gate_table(found), left=2, most=90))
+        raise
 
 
 def as_page(result: Result) -> str:

@@ -9,38 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nulledit.cli.common import (
-    convert_once,
-    echo,
-    emit,
-    meet,
-    meet_early,
-    own_device,
-    prepare,
-    refuse_ranks,
-    say,
-)
-from nulledit.cli.options import (
-    model_options,
-    model_source,
-    null_space,
-    output_options,
-    parse_layers,
-)
-from nulledit.errors import ConfigError, RankError, StatisticsError
-from nulledit.parallel.launch import Launch
+from nulledit.cli.command import Call, command
+from nulledit.cli.common import convert_once, meet, meet_early, own_device, refuse_ranks
+from nulledit.cli.options import MODEL, arg, least, model_source, null_space, opt, parse_layers
+from nulledit.errors import ConfigError, RankError
 
 if TYPE_CHECKING:
-    from nulledit.config import NullSpaceSettings, Recipe, StatisticsSettings
+    from nulledit.config import Recipe, StatisticsSettings
     from nulledit.parallel.ranks import Ranks
     from nulledit.statistics.spectra import Statistics
 
-null_space_option = click.option(
-    "--null-space",
-    metavar="RULE=VALUE",
+OUT = opt("--out FOLDER", "Where to keep them.  [default: the cache]")
+COMPACT = opt("--compact FILE", "A small copy, too, for this --null-space only.")
+NULL_SPACE = opt(
+    "--null-space RULE=VALUE",
+    "Which directions count as free: absolute=0.02, leakage=0.1, median=1.",
     default="absolute=0.02",
-    show_default=True,
-    help="Which directions count as free: absolute=0.02, leakage=0.1, median=1.",
 )
 
 
@@ -50,49 +34,42 @@ def stats(ctx: click.Context) -> None:
     """Statistics of the keys that a model sees in ordinary text: what edits must not disturb.
 
     They are made once per model and kept in the cache, where `nulledit edit` finds them.
+
+    \b
+    $ nulledit stats make gpt2 --text corpus.txt --layers 2-6
     """
     if ctx.invoked_subcommand != "make":
         refuse_ranks(f"stats {ctx.invoked_subcommand}")
 
 
-@stats.command(short_help="Make statistics from a text.")
-@click.argument("model", metavar="MODEL")
-@click.option(
-    "--text",
-    required=True,
-    metavar="SOURCE",
-    help="A text file, a JSONL file, a folder of them, or datasets:NAME:CONFIG, such as "
-    "datasets:wikimedia/wikipedia:20231101.en.",
+@command(
+    "Make statistics from a text.",
+    arg("model", "MODEL"),
+    opt(
+        "--text SOURCE",
+        "A text file, a JSONL file, a folder of them, or datasets:NAME:CONFIG, such as "
+        "datasets:wikimedia/wikipedia:20231101.en.",
+        required=True,
+    ),
+    opt("--layers LIST", "As 4,5,6 or 4-8.  [default: the recipe's]"),
+    opt("--recipe FILE|NAME", "Whose layers and layout.  [default: the model's]"),
+    opt("--tokens N", "Token budget.  [default: all]", least(0), 0),
+    opt("--window N", "Window in tokens, at most the model's context.", least(1), 512),
+    opt(
+        "--packing",
+        "One stream cut into full windows, or each line on its own.",
+        ("packed", "lines"),
+        "packed",
+    ),
+    opt("--inputs", "Of the MLPs' inputs in the place of keys, for gated edits.", bool),
+    opt("--skip-first", "Leave out position 0, the attention sink.", bool),
+    OUT,
+    COMPACT,
+    NULL_SPACE,
+    MODEL,
+    group=stats,
 )
-@click.option("--layers", help="As 4,5,6 or 4-8.  [default: the recipe's]")
-@click.option(
-    "--recipe", metavar="FILE|NAME", help="Whose layers and layout.  [default: the model's]"
-)
-@click.option("--tokens", type=click.IntRange(0), default=0, help="Token budget.  [default: all]")
-@click.option(
-    "--window",
-    type=click.IntRange(1),
-    default=512,
-    show_default=True,
-    help="Window in tokens, at most the model's context.",
-)
-@click.option(
-    "--packing",
-    type=click.Choice(["packed", "lines"]),
-    default="packed",
-    show_default=True,
-    help="One stream cut into full windows, or each line on its own.",
-)
-@click.option(
-    "--inputs", is_flag=True, help="Of the MLPs' inputs in the place of keys, for gated edits."
-)
-@click.option("--skip-first", is_flag=True, help="Leave out position 0, the attention sink.")
-@click.option("--out", metavar="FOLDER", help="Where to keep them.  [default: the cache]")
-@click.option("--compact", metavar="FILE", help="A small copy, too, for this --null-space only.")
-@null_space_option
-@model_options
-@output_options
-def make(model: str, as_json: bool, quiet: bool, **given: Any) -> None:
+def make(call: Call) -> None:
     """Sum the keys of all chosen layers in one pass over a text. A killed run goes on where it was.
 
     Started by torchrun, several processes share the text.
@@ -102,57 +79,44 @@ def make(model: str, as_json: bool, quiet: bool, **given: Any) -> None:
     $ nulledit stats make gpt2 --text datasets:wikimedia/wikipedia:20231101.en --layers 2-6
     $ torchrun --nproc-per-node 8 -m nulledit stats make gpt2 --text wiki --layers 2-6
     """
-    meet_early(given["device"])
-    from nulledit.config import Recipe, StatisticsSettings, load_recipe, shipped_recipes
+    meet_early(call.device)
+    from nulledit.config import StatisticsSettings
 
-    rule = null_space(given["null_space"])
-    named = given["recipe"] or (model if model in shipped_recipes() else None)
-    recipe = load_recipe(named) if named else Recipe()
-    layers = parse_layers(given["layers"]) if given["layers"] else list(recipe.layers)
-    if not layers and named:
-        raise ConfigError(f"give --layers: the recipe {named} names none")
+    null_space(call.null_space)  # a wrong rule is told now, not when hours are spent
+    recipe = call.own_recipe(call.recipe, call.model)
+    layers = parse_layers(call.layers) if call.layers else list(recipe.layers)
+    if not layers and call.recipe:
+        raise ConfigError(f"give --layers: the recipe {call.recipe} names none")
     if not layers:
-        raise ConfigError(f"give --layers: no recipe that comes with nulledit is for {model!r}")
-    settings = StatisticsSettings(
-        given["tokens"], given["packing"], given["window"], not given["skip_first"]
-    )
-    prepare(quiet=quiet or Launch.of().rank > 0)
-    ranks = meet(given["device"])
+        raise ConfigError(
+            f"give --layers: no recipe that comes with nulledit is for {call.model!r}"
+        )
+    settings = StatisticsSettings(call.tokens, call.packing, call.window, not call.skip_first)
+    call.prepare()
+    ranks = meet(call.device)
     try:
         with ranks.watched():
-            found = _made(ranks, model, recipe, layers, settings, given, quiet=quiet)
+            found = _made(call, ranks, recipe, layers, settings)
     except RankError as error:
         advice = "start the same command again: it goes on where sums were last saved"
         raise error.advised(advice) from error
     if found is not None:
-        if given["compact"]:
-            _write_compact(found, rule, Path(given["compact"]))
-        _show(found, rule, as_json)
+        _show(call, found)
 
 
 def _made(
-    ranks: Ranks,
-    model: str,
-    recipe: Recipe,
-    layers: Sequence[int],
-    settings: StatisticsSettings,
-    given: dict[str, Any],
-    *,
-    quiet: bool,
+    call: Call, ranks: Ranks, recipe: Recipe, layers: Sequence[int], settings: StatisticsSettings
 ) -> Statistics | None:
     """The statistics, on rank 0."""
-    from nulledit.cli.loading import load_asked
     from nulledit.data.corpus import find_files, open_corpus
     from nulledit.models.editable_model import EditableModel
     from nulledit.models.load import model_hash
     from nulledit.statistics.collect import collect_together
 
-    quiet = quiet or not ranks.first
-    find_files(given["text"])  # a wrong path needs no model
-    say(f"Loading {model}", quiet=quiet)
-    name = model_source(model)
+    find_files(call.text)  # a wrong path needs no model
+    name = model_source(call.model)
     convert_once(name, ranks)
-    loaded, tokenizer = load_asked(name, {**given, "device": own_device(ranks, given["device"])})
+    loaded, tokenizer = call.load(call.model, device=own_device(ranks, call.device))
     digest = model_hash(loaded)  # before anything runs, as an editor takes it
     asked = EditableModel(loaded, tokenizer, recipe.layout)
     for layer in layers:
@@ -161,31 +125,33 @@ def _made(
                 f"layer {layer} is out of range: the model has layers 0 to {asked.depth - 1}"
             )
         asked.mlp_out(layer)
-    context = asked.context
-    if settings.window > context:
-        say(f"Note: windows of {context} tokens, the model's context", quiet=quiet)
-        settings = replace(settings, window=context)
-    return collect_together(
-        ranks,
-        asked,
-        open_corpus(given["text"]),  # read once the model is known to do
-        settings,
-        layers=layers,
-        name=name,
-        model_hash=digest,
-        folder=Path(given["out"]) if given["out"] else None,
-        progress=not quiet,
-        inputs=given["inputs"],
-    )
+    if settings.window > asked.context:
+        call.say(f"Note: windows of {asked.context} tokens, the model's context")
+        settings = replace(settings, window=asked.context)
+    with call.progress() as tell:
+        return collect_together(
+            ranks,
+            asked,
+            open_corpus(call.text),  # read once the model is known to do
+            settings,
+            layers=layers,
+            name=name,
+            model_hash=digest,
+            folder=Path(call.out) if call.out else None,
+            progress=tell,
+            inputs=call.inputs,
+        )
 
 
-@stats.command(short_help="Add statistics of several texts.")
-@click.argument("folders", metavar="FOLDER...", nargs=-1, required=True)
-@click.option("--out", metavar="FOLDER", help="Where to keep them.  [default: the cache]")
-@click.option("--compact", metavar="FILE", help="A small copy, too, for this --null-space only.")
-@null_space_option
-@output_options
-def merge(folders: tuple[str, ...], as_json: bool, quiet: bool, **given: Any) -> None:
+@command(
+    "Add statistics of several texts.",
+    arg("folders", "FOLDER...", nargs=-1),
+    OUT,
+    COMPACT,
+    NULL_SPACE,
+    group=stats,
+)
+def merge(call: Call) -> None:
     """Add statistics of several texts, made with one model and the same settings.
 
     The same as one pass over all of the texts. Each FOLDER is one that `stats make --out` made.
@@ -193,29 +159,16 @@ def merge(folders: tuple[str, ...], as_json: bool, quiet: bool, **given: Any) ->
     \b
     $ nulledit stats merge wiki-stats code-stats --out both-stats
     """
-    rule = null_space(given["null_space"])
-    prepare(quiet=quiet)
+    null_space(call.null_space)
+    call.prepare()
     from nulledit.statistics.merge import merge_statistics
 
-    out = Path(given["out"]) if given["out"] else None
-    found = merge_statistics([Path(folder) for folder in folders], out)
-    if given["compact"]:
-        _write_compact(found, rule, Path(given["compact"]))
-    _show(found, rule, as_json)
+    out = Path(call.out) if call.out else None
+    _show(call, merge_statistics([Path(folder) for folder in call.folders], out))
 
 
-def _write_compact(found: Statistics, rule: NullSpaceSettings, file: Path) -> None:
-    from nulledit.linalg.spectrum import RULES
-
-    thresholds = {i: RULES[rule.rule](s.eigenvalues, rule.value) for i, s in found.spectra.items()}
-    found.save_compact(file, thresholds)
-
-
-@stats.command(short_help="What statistics hold.")
-@click.argument("source", metavar="PATH|MODEL")
-@null_space_option
-@output_options
-def show(source: str, as_json: bool, quiet: bool, **given: Any) -> None:
+@command("What statistics hold.", arg("source", "PATH|MODEL"), NULL_SPACE, group=stats)
+def show(call: Call) -> None:
     """Per layer: tokens, protected directions, leakage, largest eigenvalues.
 
     Leakage is the share of the keys' energy that lies in the free directions: what edits may
@@ -224,73 +177,34 @@ def show(source: str, as_json: bool, quiet: bool, **given: Any) -> None:
     \b
     $ nulledit stats show smollm2-135m --null-space leakage=0.1
     """
-    rule = null_space(given["null_space"])
-    prepare(quiet=quiet)
-    _show(find(source), rule, as_json)
+    null_space(call.null_space)
+    call.prepare()
+    from nulledit.statistics.collect import named_statistics
+
+    _show(call, named_statistics(model_source(call.source)))
 
 
-def find(source: str) -> Statistics:
-    """Statistics at a path, or a model's by the name they were made under: the largest."""
-    from nulledit.io.files import cache_folder
-    from nulledit.statistics.manifest import read_manifest
-    from nulledit.statistics.spectra import Statistics
-
-    path = Path(source)
-    if path.is_file() or (path / "manifest.json").is_file():
-        return Statistics.load(path)
-    name = model_source(source)
-    for shipped in Statistics.shipped(lambda manifest: manifest.model == name):
-        return shipped
-    found = []
-    for manifest in (cache_folder() / "statistics").glob("*/*/manifest.json"):
-        if read_manifest(manifest.parent)[0].model == name:
-            found.append(Statistics.load(manifest.parent))
-    if not found:
-        raise StatisticsError(
-            f"no statistics at or of {source!r}: "
-            f"make them with `nulledit stats make {source} --text ...`"
-        )
-    return max(found, key=lambda s: s.manifest.tokens)
+def _show(call: Call, found: Statistics) -> None:
+    """What was found, by the rule of the options; and a small copy of it, if that was asked for."""
+    rule = null_space(call.null_space)
+    if call.given.get("compact"):
+        found.save_compact(call.compact, found.thresholds(rule))
+    rows = found.rows(rule)
+    told = {"manifest": asdict(found.manifest), "checked": found.checked}
+    call.show({**told, "null_space": asdict(rule), "layers": rows}, lambda: _page(found, rows))
 
 
-def rows_of(statistics: Statistics, rule: NullSpaceSettings) -> list[dict[str, Any]]:
-    """One row per layer."""
-    from nulledit.linalg.spectrum import RULES
-
-    rows = []
-    for layer, spectrum in sorted(statistics.spectra.items()):
-        threshold = RULES[rule.rule](spectrum.eigenvalues, rule.value)
-        rows.append(
-            {
-                "layer": layer,
-                "tokens": statistics.manifest.tokens,
-                "experts": list(getattr(spectrum, "tokens", ())),
-                "d_in": spectrum.d_in,
-                "threshold": threshold,
-                "protected": spectrum.protected(threshold),
-                "leakage": spectrum.leakage(threshold),
-                "largest": spectrum.eigenvalues.flip(0)[:3].tolist(),
-                "median": float(spectrum.eigenvalues.median()),
-            }
-        )
-    return rows
-
-
-def _show(statistics: Statistics, rule: NullSpaceSettings, as_json: bool) -> None:
+def _page(found: Statistics, rows: Sequence[dict[str, Any]]) -> str:
     from nulledit.io.text import plain
     from nulledit.report.tables import as_text
 
-    manifest, rows = statistics.manifest, rows_of(statistics, rule)
-    if as_json:
-        told = {"manifest": asdict(manifest), "checked": statistics.checked}
-        emit({**told, "null_space": asdict(rule), "layers": rows})
-        return
-    first = "counted" if manifest.settings.count_first else "left out"
-    echo(
+    manifest, settings = found.manifest, found.manifest.settings
+    first = "counted" if settings.count_first else "left out"
+    head = (
         f"{plain(manifest.model)} (weights {manifest.model_hash[:12]}, {manifest.dtype}) on "
-        f"{plain(manifest.corpus)}, {manifest.settings.packing}, windows of "
-        f"{manifest.settings.window}, position 0 {first}; "
-        f"{'hashes checked' if statistics.checked else 'no hashes to check them by'}\n"
+        f"{plain(manifest.corpus)}, {settings.packing}, windows of {settings.window}, "
+        f"position 0 {first}; "
+        f"{'hashes checked' if found.checked else 'no hashes to check them by'}\n"
     )
     cells: list[Sequence[str]] = [
         [
@@ -304,10 +218,12 @@ def _show(statistics: Statistics, rule: NullSpaceSettings, as_json: bool) -> Non
         ]
         for r in rows
     ]
-    head = ["layer", "tokens", "protected", "leakage", "threshold", "median", "largest eigenvalues"]
-    echo(as_text((head, cells)))
+    columns = "layer,tokens,protected,leakage,threshold,median,largest eigenvalues".split(",")
+    parts = [head, as_text((columns, cells))]
     if any(r["experts"] for r in rows):
-        echo("\n" + "\n".join(_of_experts(r["layer"], r["experts"], r["d_in"]) for r in rows))
+        parts.append("")
+        parts += [_of_experts(r["layer"], r["experts"], r["d_in"]) for r in rows]
+    return "\n".join(parts)
 
 
 def _of_experts(layer: int, tokens: Sequence[int], d_in: int) -> str:

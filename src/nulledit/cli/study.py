@@ -4,69 +4,59 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import click
-
-from nulledit.cli.common import echo, emit, prepare, say
+from nulledit.cli.command import Call, command
+from nulledit.cli.common import say
 from nulledit.cli.options import (
-    device_option,
-    dtype_option,
+    DEVICE,
+    DTYPE,
+    SKIP_BAD,
+    TRUST,
+    arg,
     model_source,
-    output_options,
+    opt,
     parse_changes,
     parse_layers,
-    seed_option,
-    skip_bad_option,
-    trust_option,
+    seed,
 )
 from nulledit.errors import ConfigError
 
+if TYPE_CHECKING:
+    from nulledit.studies.context import Lab
+    from nulledit.studies.results import StudySpec
 
-@click.command(short_help="The paper's experiments.")
-@click.argument("name", metavar="NAME", required=False)
-@click.option(
-    "--model",
-    metavar="MODEL",
-    default="smollm2-135m",
-    show_default=True,
-    help="smollm2-135m, a local folder or a Hub id.",
+
+@command(
+    "The paper's experiments, as commands.",
+    arg("name", "[NAME]"),
+    opt("--model MODEL", "smollm2-135m, a local folder or a Hub id.", str, "smollm2-135m"),
+    opt("--out DIR", "Folder of the results.  [default: studies/NAME]"),
+    opt("--work DIR", "Streams, values and measures that studies share.", str, "studies/work"),
+    opt("--scale small|paper|FILE", "How large.", str, "small"),
+    opt("--facts FILE", "CounterFact, or facts like it."),
+    opt("--zsre FILE", "zsRE records."),
+    opt("--text FILE", "For perplexity; unseen by the statistics."),
+    opt("--corpus FILE", "Preserved text (study corpus)."),
+    opt("--capability DIR", "The six tasks' .jsonl files."),
+    opt("--prompts FILE", "For the drift of hidden states."),
+    SKIP_BAD,
+    opt("--recipe FILE|NAME", "What arms change.  [default: the model's]"),
+    opt("--layers LIST", "Edited layers, as 4,5,6 or 4-8."),
+    opt("--arms LIST", "Instead of the scale's: alphaedit,memit+inside,..."),
+    seed("Of everything."),
+    opt(
+        "--set SETTING=VALUE",
+        "A setting of the study, such as facts=100 or batch_size=25.",
+        name="changes",
+        multiple=True,
+    ),
+    opt("--dry-run", "Say what it will take; edit nothing.", bool),
+    DEVICE,
+    DTYPE,
+    TRUST,
 )
-@click.option("--out", metavar="DIR", help="Folder of the results.  [default: studies/NAME]")
-@click.option(
-    "--work",
-    metavar="DIR",
-    default="studies/work",
-    show_default=True,
-    help="Streams, values and measures that studies share.",
-)
-@click.option(
-    "--scale", metavar="small|paper|FILE", default="small", show_default=True, help="How large."
-)
-@click.option("--facts", metavar="FILE", help="CounterFact, or facts like it.")
-@click.option("--zsre", metavar="FILE", help="zsRE records.")
-@click.option("--text", metavar="FILE", help="For perplexity; unseen by the statistics.")
-@click.option("--corpus", metavar="FILE", help="Preserved text (study corpus).")
-@click.option("--capability", metavar="DIR", help="The six tasks' .jsonl files.")
-@click.option("--prompts", metavar="FILE", help="For the drift of hidden states.")
-@skip_bad_option
-@click.option("--recipe", metavar="FILE|NAME", help="What arms change.  [default: the model's]")
-@click.option("--layers", metavar="LIST", help="Edited layers, as 4,5,6 or 4-8.")
-@click.option("--arms", metavar="LIST", help="Instead of the scale's: alphaedit,memit+inside,...")
-@seed_option("Of everything.")
-@click.option(
-    "--set",
-    "changes",
-    metavar="SETTING=VALUE",
-    multiple=True,
-    help="A setting of the study, such as facts=100 or batch_size=25.",
-)
-@click.option("--dry-run", is_flag=True, help="Say what it will take; edit nothing.")
-@device_option
-@dtype_option
-@trust_option
-@output_options
-def study(name: str | None, as_json: bool, quiet: bool, **given: Any) -> None:
+def study(call: Call) -> None:
     """Run a study: a comparison with tables, figures and a page, in a folder.
 
     Without NAME, the studies are listed. What was edited or measured once is kept in --work and
@@ -76,100 +66,76 @@ def study(name: str | None, as_json: bool, quiet: bool, **given: Any) -> None:
     $ nulledit study table1 --facts counterfact.json --text wiki.txt --dry-run
     $ nulledit study table1 --facts counterfact.json --text wiki.txt
     """
-    prepare(quiet=quiet)
-    from nulledit.studies.registry import STUDIES, find_study
+    call.prepare()
+    from nulledit.studies.registry import STUDIES, find_study, run_study
 
+    name = call.name
     if name is None:
         found = {n: {"question": s.question, "needs": list(s.needs)} for n, s in STUDIES.items()}
-        if as_json:
-            emit(found)
-        else:
-            for n, about in found.items():
-                needs = " ".join(f"--{source}" for source in about["needs"])
-                echo(f"{n:<13} {about['question']}\n{'':<13} needs {needs}")
-        return
+        return call.show(found, lambda: "\n".join(_listed(*item) for item in found.items()))
     spec = find_study(name)
-    lab = _lab(name, given, spec, quiet=quiet)
-    if given["dry_run"]:
+    lab = _lab(call, spec)
+    if call.dry_run:
         from nulledit.studies.estimate import estimate
 
         size = estimate(lab, spec.work(lab))
-        emit(size) if as_json else echo(_as_text(name, size))
-        return
-    from nulledit.studies.registry import run_study
-
-    folder = Path(given["out"] or Path("studies") / name)
+        return call.show(size, lambda: _as_text(name, size))
+    folder = Path(call.out or Path("studies") / name)
     result = run_study(spec, lab, folder)
-    if as_json:
-        emit(result.to_dict())
-    else:
-        echo((folder / "study.md").read_text(encoding="utf-8"))
-        echo(f"Folder: {folder}\nPage:   nulledit report {folder}")
+    page = (folder / "study.md").read_text(encoding="utf-8")
+    return call.show(result.to_dict, f"{page}\nFolder: {folder}\nPage:   nulledit report {folder}")
 
 
-def _lab(name: str, given: dict[str, Any], spec: Any, *, quiet: bool) -> Any:
+def _listed(name: str, about: dict[str, Any]) -> str:
+    needs = " ".join(f"--{source}" for source in about["needs"])
+    return f"{name:<13} {about['question']}\n{'':<13} needs {needs}"
+
+
+def _lab(call: Call, spec: StudySpec) -> Lab:
     """Everything that needs no model is checked before it is loaded, the rest just after."""
-    from nulledit.config import Recipe, load_recipe, shipped_recipes
-    from nulledit.studies.context import Lab, Sources
-    from nulledit.studies.scale import load_scale
+    from nulledit.editing.recipes import resolve_recipe
+    from nulledit.studies.context import SOURCE_HELP, Lab, Sources
+    from nulledit.studies.scale import chosen, load_scale
+    from nulledit.studies.stream import Workbench
 
-    sources = Sources(
-        **{k: given[k] for k in ("facts", "zsre", "text", "corpus", "capability", "prompts")}
-    )
+    sources = Sources(**{source: call.given[source] for source in SOURCE_HELP})
     spec.check(sources)
-    for source in vars(sources):
-        if getattr(sources, source) is not None:
+    for source in SOURCE_HELP:
+        if call.given[source] is not None:
             sources.need(source)
-    scale = load_scale(given["scale"])
-    changes: dict[str, Any] = dict(parse_changes(given["changes"]))
-    if given["arms"]:
-        changes["arms"] = given["arms"]
-    settings = scale.of(name, changes)
-    named = given["recipe"] or (given["model"] if given["model"] in shipped_recipes() else None)
-    recipe = load_recipe(named) if named else Recipe()
-    if given["layers"]:
-        recipe = recipe.with_fields({"layers": parse_layers(given["layers"])})
+    scale = load_scale(call.scale)
+    changes = parse_changes(call.changes) | ({"arms": call.arms} if call.arms else {})
+    settings = scale.of(spec.name, changes)
+    recipe = call.own_recipe(call.recipe, call.model)
+    if call.layers:
+        recipe = recipe.with_fields({"layers": parse_layers(call.layers)})
     if not recipe.layers:
         raise ConfigError("the recipe names no layers: give --layers or --recipe")
-    from nulledit.studies.scale import chosen
-
-    recipes = [recipe]
-    for key in ("arms", "zsre_arms"):
-        for arm in chosen(settings, key) if key in settings else ():
-            recipes.append(scale.recipe(recipe, arm))
+    arms = [
+        arm for key in ("arms", "zsre_arms") if key in settings for arm in chosen(settings, key)
+    ]
+    recipes = [recipe, *(scale.recipe(recipe, arm) for arm in arms)]
     for arm in chosen(settings, "arms") if "projections" in settings else ():
         for way in chosen(settings, "projections"):
             scale.recipe(recipe, f"{arm}+{way}")
-    out = Path(given["out"] or Path("studies") / name)
+    out = Path(call.out or Path("studies") / spec.name)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: is a file; give a folder")
-    from nulledit.editing.recipes import resolve_recipe
-    from nulledit.models.load import load_model
-    from nulledit.studies.stream import Workbench
-
-    say(f"Loading {given['model']}", quiet=quiet)
-    source = model_source(given["model"])
-    model, tokenizer = load_model(
-        source,
-        device=given["device"],
-        dtype=given["dtype"],
-        trust_remote_code=given["trust_remote_code"],
-    )
-    bench = Workbench(model, tokenizer, Path(given["work"]), name=source)
+    source = model_source(call.model)
+    bench = Workbench(*call.load(call.model), Path(call.work), name=source)
     for each in recipes:
         if each.chat:
             raise ConfigError("studies ask plain text: give a recipe without chat")
         resolve_recipe(each, source, bench.model, bench.base.history.base.hash)
-    tell = None if quiet else _Teller()
     return Lab(
         bench,
         recipe,
         scale,
         settings,
         sources,
-        seed=given["seed"],
-        skip_bad=given["skip_bad"],
-        progress=tell,
+        seed=call.seed,
+        skip_bad=call.skip_bad,
+        progress=None if call.talk.quiet else _Teller(),
     )
 
 

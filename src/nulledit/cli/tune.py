@@ -4,101 +4,73 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from nulledit.cli.common import Bars, echo, emit, facts_of, prepare, say
+from nulledit.cli.command import Call, command
 from nulledit.cli.options import (
-    MODEL_OPTIONS,
-    Sectioned,
-    chat_options,
-    chat_settings,
-    facts_options,
-    model_options,
-    model_source,
-    output_options,
+    CHAT,
+    FACTS,
+    MODEL,
+    SKIP,
+    STATS,
+    arg,
+    least,
+    opt,
     parse_layers,
-    seed_option,
-    skip_option,
+    seed,
 )
 from nulledit.errors import ConfigError
 
 if TYPE_CHECKING:
     from nulledit.config import Recipe
-    from nulledit.tuning import Candidate, TuneSettings, Untried
+    from nulledit.tuning import Candidate, Split, Tuning, Untried
 
 WINDOWS, WINDOW = 12, 128  # of text, read once a candidate
-FACTS = 100
 
 
-class _Tune(Sectioned):
-    sections: ClassVar[Mapping[str, Sequence[str]]] = {
-        "Result": ("out",),
-        "Bounds": ("minutes", "candidates"),
-        "Facts": ("count", "skip", "limit", "on_conflict", "skip_bad", "seed"),
-        "Search": ("start", "layers", "trace", "weight", "stats", "text"),
-        "Form": ("chat", "system"),
-        "Model": MODEL_OPTIONS,
-    }
-
-
-@click.command(cls=_Tune, short_help="A recipe for a model on given facts, with its evidence.")
-@click.argument("model", metavar="MODEL")
-@click.argument("facts", metavar="FACTS")
-@click.option("--out", metavar="RECIPE.yaml", required=True, help="File to make for the recipe.")
-@click.option(
-    "--minutes",
-    metavar="N",
-    type=click.FloatRange(0, min_open=True),
-    default=30.0,
-    show_default=True,
-    help="Wall time for all of it; nothing is begun that would pass the end.",
+@command(
+    "A recipe for a model on given facts, with its evidence.",
+    arg("model", "MODEL"),
+    arg("facts", "FACTS"),
+    "Result:",
+    opt("--out RECIPE.yaml", "File to make for the recipe.", required=True),
+    "Bounds:",
+    opt(
+        "--minutes N",
+        "Wall time for all of it; nothing is begun that would pass the end.",
+        click.FloatRange(0, min_open=True),
+        30.0,
+    ),
+    opt("--candidates N", "At most so many beside the starting recipe.", least(0)),
+    "Facts:",
+    opt(
+        "--facts N",
+        "Of the file, chosen by the seed; half are for the report.",
+        least(1),
+        100,
+        name="count",
+    ),
+    SKIP,
+    FACTS,
+    seed("Of contexts, and of which facts are for what."),
+    "Search:",
+    opt("--start FILE|NAME", "Recipe to begin with.  [default: as nulledit edit]"),
+    opt("--layers LIST", "Try these, too: 4,5,6 or 4-8, from 0; repeatable.", multiple=True),
+    opt("--trace FOLDER", "Try the layers that nulledit locate suggests."),
+    opt("--weight X", "What a nat of KL on other text costs.  [default: 2]", click.FloatRange(0)),
+    STATS,
+    opt("--text FILE", "Text for KL and perplexity.  [default: one that comes along]"),
+    "Form:",
+    CHAT,
+    "Model:",
+    MODEL,
 )
-@click.option(
-    "--candidates",
-    metavar="N",
-    type=click.IntRange(0),
-    help="At most so many beside the starting recipe.",
-)
-@click.option(
-    "--facts",
-    "count",
-    metavar="N",
-    type=click.IntRange(1),
-    default=FACTS,
-    show_default=True,
-    help="Of the file, chosen by the seed; half are for the report.",
-)
-@facts_options
-@skip_option
-@seed_option("Of contexts, and of which facts are for what.")
-@click.option(
-    "--start", metavar="FILE|NAME", help="Recipe to begin with.  [default: as nulledit edit]"
-)
-@click.option(
-    "--layers",
-    metavar="LIST",
-    multiple=True,
-    help="Try these, too: 4,5,6 or 4-8, from 0; repeatable.",
-)
-@click.option("--trace", metavar="FOLDER", help="Try the layers that nulledit locate suggests.")
-@click.option(
-    "--weight",
-    metavar="X",
-    type=click.FloatRange(0),
-    help="What a nat of KL on other text costs.  [default: 2]",
-)
-@click.option("--stats", metavar="PATH", help="Statistics of the model's keys.  [default: found]")
-@click.option(
-    "--text", metavar="FILE", help="Text for KL and perplexity.  [default: one that comes along]"
-)
-@chat_options
-@model_options
-@output_options
-def tune(model: str, facts: str, as_json: bool, quiet: bool, **given: Any) -> None:
+def tune(call: Call) -> None:
     """Find step size, clamp, layers and null-space threshold for MODEL on FACTS.
 
     Half of the facts choose: each candidate edits them as one batch on the clean model, and is
@@ -111,96 +83,75 @@ def tune(model: str, facts: str, as_json: bool, quiet: bool, **given: Any) -> No
     $ nulledit tune gpt2-xl counterfact.json --facts 200 --layers 13-17 --out tuned.yaml
     """
     begun = time.perf_counter()
-    out = Path(given["out"])
-    _check(out, given)
-    windows = [tuple(parse_layers(text)) for text in given["layers"]]
-    if given["trace"]:
-        windows.append(_traced(Path(given["trace"])))
-    read = facts_of(facts, given, quiet=quiet)
-    start = _start(model, given)
-    prepare(quiet=quiet)
-    from nulledit.editing.editor import Editor
+    out = Path(call.out)
+    if out.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"--out {out}: expected a file that ends in .yaml")
+    _refuse_there(out)
+    if call.text and not Path(call.text).exists():
+        raise ConfigError(f"--text {call.text}: no such file")
+    windows = [tuple(parse_layers(text)) for text in call.layers]
+    if call.trace:
+        windows.append(_traced(Path(call.trace)))
+    read = call.read_facts(call.facts)
+    start = call.own_recipe(call.start, call.model)
+    start = replace(start, chat=call.chat_form(start.chat))
+    call.prepare()
+    from nulledit.tuning import split_facts
+    from nulledit.tuning.report import beside, outline, summary_of, write_tuning
+
+    _refuse_there(*beside(out))
+    split = split_facts(read.facts, count=call.count, seed=call.seed)
+    found = _searched(call, start, windows, split, begun)
+    about = {
+        "model": call.model,
+        "facts": Path(call.facts).name,
+        "text": Path(call.text).name if call.text else "the text that comes with nulledit",
+        "start": call.start or "as nulledit edit begins",
+        "seed": str(call.seed),
+        "minutes": f"{call.minutes:g}",
+    }
+    write_tuning(out, found, about)
+    page, table = beside(out)
+    call.show(
+        lambda: summary_of(found, about),
+        lambda: "\n".join([*outline(found), "", f"Recipe: {out}", f"Report: {page}, {table}"]),
+    )
+
+
+def _searched(
+    call: Call, start: Recipe, windows: Sequence[tuple[int, ...]], split: Split, begun: float
+) -> Tuning:
+    """Load the model, check what it can't take, and search."""
+    from nulledit.editing.recipes import resolve_recipe
     from nulledit.evaluation.preservation import shipped_corpus
     from nulledit.evaluation.reading import read_windows
     from nulledit.runs.measure import check_lengths
     from nulledit.statistics.spectra import Statistics
-    from nulledit.tuning import Bench, Search, split_facts
-    from nulledit.tuning.report import beside, outline, summary_of, write_tuning
+    from nulledit.tuning import Bench, Search, TuneSettings
 
-    _refuse_there(*beside(out))
-    split = split_facts(read.facts, count=given["count"], seed=given["seed"])
-    statistics = Statistics.load(Path(given["stats"])) if given["stats"] else None
-    say(f"Loading {model}", quiet=quiet)
+    statistics = Statistics.load(Path(call.stats)) if call.stats else None
     with tempfile.TemporaryDirectory() as values:
-        editor = Editor.from_pretrained(
-            model_source(model),
-            recipe=start,
-            statistics=statistics,
-            device=given["device"],
-            quantize=given["quantize"] or "",
-            dtype=given["dtype"],
-            seed=given["seed"],
-            value_cache=values,
-            trust_remote_code=given["trust_remote_code"],
+        editor = call.editor(call.model, recipe=start, statistics=statistics, value_cache=values)
+        for layers in windows:
+            tried = replace(editor.recipe, layers=layers)
+            resolve_recipe(tried, "", editor.editable, editor.history.base.hash)
+        weight = {} if call.weight is None else {"weight": call.weight}
+        settings = TuneSettings(
+            60 * call.minutes, call.candidates, windows=tuple(windows), **weight
         )
-        settings = _settings(given, windows, editor)
         check_lengths(editor, [*split.tuning, *split.report])
         text = read_windows(
-            given["text"] or shipped_corpus(),
+            call.text or shipped_corpus(),
             editor.tokenizer,
             windows=WINDOWS,
             window=min(WINDOW, editor.editable.encoder.max_length),
         )
-        say(
-            f"{len(split.tuning)} facts to tune on, {len(split.report)} to report on",
-            quiet=quiet,
-        )
-        with Bars(quiet=quiet) as bars:
-            bench = Bench(editor, text, statistics=statistics, progress=bars)
+        call.say(f"{len(split.tuning)} facts to tune on, {len(split.report)} to report on")
+        with call.progress() as tell:
+            bench = Bench(editor, text, statistics=statistics, progress=tell)
             search = Search(bench, split, settings, begun=begun)
-            search.tell = lambda done, leads: say(_told(search, done, leads), quiet=quiet)
-            found = search.run(editor.recipe)
-    about = {
-        "model": model,
-        "facts": Path(facts).name,
-        "text": Path(given["text"]).name if given["text"] else "the text that comes with nulledit",
-        "start": given["start"] or "as nulledit edit begins",
-        "seed": str(given["seed"]),
-        "minutes": f"{given['minutes']:g}",
-    }
-    write_tuning(out, found, about)
-    if as_json:
-        return emit(summary_of(found, about))
-    page, table = beside(out)
-    return echo("\n".join([*outline(found), "", f"Recipe: {out}", f"Report: {page}, {table}"]))
-
-
-def _start(model: str, given: Mapping[str, Any]) -> Recipe:
-    """The recipe to begin with, as `nulledit edit` finds it."""
-    from dataclasses import replace
-
-    from nulledit.config import Recipe, load_recipe, shipped_recipes
-
-    name = given["start"] or (model if model in shipped_recipes() else None)
-    recipe = load_recipe(name) if name else Recipe()
-    return replace(recipe, chat=chat_settings(given, recipe.chat))
-
-
-def _settings(
-    given: dict[str, Any], windows: Sequence[tuple[int, ...]], editor: Any
-) -> TuneSettings:
-    """Bounds of the search; ConfigError or ModelError for layers that the model can't take."""
-    from dataclasses import replace
-
-    from nulledit.editing.recipes import resolve_recipe
-    from nulledit.tuning import TuneSettings
-
-    for layers in windows:
-        resolve_recipe(
-            replace(editor.recipe, layers=layers), "", editor.editable, editor.history.base.hash
-        )
-    more = {} if given["weight"] is None else {"weight": given["weight"]}
-    return TuneSettings(60 * given["minutes"], given["candidates"], windows=tuple(windows), **more)
+            search.tell = lambda done, leads: call.say(_told(search, done, leads))
+            return search.run(editor.recipe)
 
 
 def _traced(folder: Path) -> tuple[int, ...]:
@@ -218,15 +169,6 @@ def _traced(folder: Path) -> tuple[int, ...]:
     if not layers:
         raise ConfigError(f"{file}: the trace suggests no layers; give some with --layers")
     return Recipe.from_dict({"layers": layers}).layers
-
-
-def _check(out: Path, given: dict[str, Any]) -> None:
-    """What can be refused before anything is read."""
-    if out.suffix not in (".yaml", ".yml"):
-        raise ConfigError(f"--out {out}: expected a file that ends in .yaml")
-    _refuse_there(out)
-    if given["text"] and not Path(given["text"]).exists():
-        raise ConfigError(f"--text {given['text']}: no such file")
 
 
 def _refuse_there(*files: Path) -> None:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import click
+from nulledit.cli.command import Call, command
+from nulledit.cli.options import PLACED, RUN
 
-from nulledit.cli.common import echo, emit, prepare, say
-from nulledit.cli.options import device_option, output_options, trust_option
+if TYPE_CHECKING:
+    from nulledit.runs.verify import Verification
 
 
-@click.command(short_help="Check every hash, and compute the weights again.")
-@click.argument("run", metavar="RUN")
-@device_option
-@trust_option
-@output_options
-def verify(run: str, device: Any, trust_remote_code: bool, as_json: bool, quiet: bool) -> None:
+@command("Every hash, and the weights computed again.", RUN, PLACED)
+def verify(call: Call) -> None:
     """Check that the model of RUN is its base with the edits in its ledger, and nothing else.
 
     The hash of the database, of every tensor and of every file of the model; then the edited
@@ -26,7 +23,7 @@ def verify(run: str, device: Any, trust_remote_code: bool, as_json: bool, quiet:
     \b
     $ nulledit verify run
     """
-    prepare(quiet=quiet)
+    call.prepare()
     from nulledit.api.editor import Editor
     from nulledit.errors import CheckFailed
     from nulledit.io.text import count
@@ -35,32 +32,32 @@ def verify(run: str, device: Any, trust_remote_code: bool, as_json: bool, quiet:
     from nulledit.runs.verify import verify as check
 
     def load(folder: Path) -> Editor:
-        say(f"Computing the weights of {folder} again", quiet=quiet)
-        return Editor.load(folder, device=device, trust_remote_code=trust_remote_code)
+        call.say(f"Computing the weights of {folder} again")
+        return Editor.load(folder, device=call.device, trust_remote_code=call.trust_remote_code)
 
-    say(f"Checking the files of {run}", quiet=quiet)
-    found = check(run, load)
-    for line in (*found.finished, *found.mentioned):
-        say(f"Note: {line}", quiet=quiet)
-    if as_json:
-        emit(
-            {
-                "run": run,
-                "passed": found.passed,
-                "problems": found.problems,
-                "finished": found.finished,
-                "mentioned": found.mentioned,
-                "not_checked": list(found.skipped),
-                "checks": [
-                    {"kind": c.kind, "name": c.name, "problem": c.problem, "remark": c.remark}
-                    for c in found.checks
-                ],
-            }
-        )
-    else:
-        rows = [(kind, str(len(found.of(kind))), found.says(kind)) for kind in KINDS]
-        echo(as_text((("", "checked", "result"), [*rows]), left=3, most=100))
+    call.say(f"Checking the files of {call.run}")
+    found = check(call.run, load)
+    call.notes((*found.finished, *found.mentioned))
+    rows = [(kind, str(len(found.of(kind))), found.says(kind)) for kind in KINDS]
+    call.show(
+        {"run": call.run, **_plain(found)},
+        lambda: as_text((("", "checked", "result"), [*rows]), left=3, most=100),
+    )
     if found.problems:
         raise CheckFailed(
-            f"{run}: {count(len(found.problems), 'problem')}: " + "; ".join(found.problems)
+            f"{call.run}: {count(len(found.problems), 'problem')}: " + "; ".join(found.problems)
         )
+
+
+def _plain(found: Verification) -> dict[str, Any]:
+    return {
+        "passed": found.passed,
+        "problems": found.problems,
+        "finished": found.finished,
+        "mentioned": found.mentioned,
+        "not_checked": list(found.skipped),
+        "checks": [
+            {"kind": c.kind, "name": c.name, "problem": c.problem, "remark": c.remark}
+            for c in found.checks
+        ],
+    }

@@ -13,13 +13,13 @@ from typing import Self
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nulledit.config import Recipe, ValueSettings, check_whole
+from nulledit.config import Recipe, ValueSettings, check_whole, read_recipe
 from nulledit.data.facts import Fact
 from nulledit.data.readers import Facts, as_facts
 from nulledit.editing import changes
 from nulledit.editing.call_log import Progress
 from nulledit.editing.merge import Decide
-from nulledit.editing.recipes import read_recipe, resolve_recipe
+from nulledit.editing.recipes import resolve_recipe
 from nulledit.editing.reports import ChangeReport, EditReport
 from nulledit.editing.saved import SavedEdits, check_base, put_back, write_edited
 from nulledit.editing.session import EditSession

@@ -6,7 +6,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from nulledit.config import Recipe, layers_by_depth, load_recipe, shipped_recipes
+from nulledit.config import Recipe, layers_by_depth, read_recipe
 from nulledit.errors import ConfigError, ModelError
 from nulledit.methods import find_method
 from nulledit.models.layouts import as_out_in
@@ -14,18 +14,6 @@ from nulledit.models.partial import PartialModel
 from nulledit.models.quantized import make_editable
 
 logger = logging.getLogger(__name__)
-
-
-def read_recipe(recipe: Recipe | str | Path | None, name: str) -> Recipe:
-    """The recipe itself, from its file, or the one to use on the model `name`."""
-    if recipe is None:
-        recipe = name if name in shipped_recipes() else Recipe()
-    if not isinstance(recipe, Recipe | str | Path):
-        raise ConfigError(
-            f"recipe is a {type(recipe).__name__}; expected a Recipe (of a mapping: "
-            "Recipe.from_dict), a file or a shipped recipe's name"
-        )
-    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
 
 
 def resolve_recipe(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from nulledit.data.facts import Fact, quote
+from nulledit.editing.editor import Editor
 from nulledit.editing.unlearning import blinded, telling
 from nulledit.errors import FactError
 from nulledit.evaluation.fluency import generation_entropy
@@ -165,6 +166,28 @@ def find_answer(model: EditableModel, subject: str, prompt: str) -> str:
     while n < len(words) and (words[n][0].isupper() or words[n][0].isdigit()):
         n += 1
     return " ".join(words[:n])
+
+
+def asked_to_forget(
+    editor: Editor, subject: str, prompt: str, target: str | None
+) -> tuple[Fact, str]:
+    """The fact to forget, as the one in the model that asks the same if there is one.
+
+    And where its answer comes from: if none was given, from the edit that is in the model, else
+    from what the base says. What was forgotten already stays so.
+    """
+    asked = Fact(subject, prompt, target or "?")
+    same = (f for f in editor.facts if f.subject == asked.subject and asked.prompt in f.prompts)
+    held = next(same, None)
+    if target is not None:
+        return (held or asked).forgotten(target), "as --target says"
+    if held and held.forget:
+        return held, f"which {held.id} suppresses already"
+    if held:
+        return held.forgotten(), f"which the edit {held.id} wrote"
+    with editor.base_weights():
+        target = find_answer(editor.editable, asked.subject, asked.prompt)
+    return asked.forgotten(target), f"which the base says to {asked.render(asked.prompt)!r}"
 
 
 def _without_subject(text: str, fact: Fact) -> str:

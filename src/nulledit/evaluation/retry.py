@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from nulledit.config import Recipe
 from nulledit.data.facts import Fact
 from nulledit.editing.call_log import Progress
 from nulledit.editing.editor import Editor
 from nulledit.editing.reports import EditReport
 from nulledit.editing.session import some
 from nulledit.editing.stronger import differences, stronger
+from nulledit.errors import ConfigError
 from nulledit.evaluation.diagnosis import holds
 from nulledit.evaluation.runner import evaluate
+from nulledit.methods import find_method
+from nulledit.parallel.ranks import Ranks
 
 
 def retry_failing(
@@ -73,3 +77,19 @@ def joined(first: EditReport, then: EditReport) -> EditReport:
         seconds={s: first.seconds.get(s, 0.0) + then.seconds.get(s, 0.0) for s in stages},
         optimised=first.optimised + then.optimised,
     )
+
+
+def check_retry(recipe: Recipe, ranks: Ranks) -> None:
+    """Refuse what can't be written again, before anything is edited."""
+    if not ranks.alone:
+        raise ConfigError(
+            "--retry works in one process: leave it out here, then call `nulledit retry RUN`"
+        )
+    check_values(recipe)
+
+
+def check_values(recipe: Recipe) -> None:
+    """ConfigError for a method that optimises no values, which could be made stronger."""
+    method = find_method(recipe.method.name)
+    if method.by_gradient:
+        raise ConfigError(f"a retry makes values stronger, and {method.name} optimises none")

@@ -1,22 +1,49 @@
-"""Any kind of export, by its name."""
+"""Any kind of export, by its name: a row each, with its file here and what it takes."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from nulledit.editing.call_log import Progress
-from nulledit.editing.editor import Editor
 from nulledit.errors import ConfigError
-from nulledit.export.checkpoint import write_checkpoint
-from nulledit.export.delta import write_delta
-from nulledit.export.lora import write_lora
-from nulledit.export.updates import Export
-from nulledit.runs.folder import read_json
 
-Kind = Literal["checkpoint", "lora", "delta"]
-KINDS: tuple[Kind, ...] = ("checkpoint", "lora", "delta")
-SHARD = "50GB"
+if TYPE_CHECKING:
+    from nulledit.editing.editor import Editor
+    from nulledit.export.updates import Export
+
+Kind: TypeAlias = Literal["checkpoint", "lora", "delta"]
+
+
+@dataclass(frozen=True)
+class ExportKind:
+    """A way to hand edits over."""
+
+    home: str
+    """Module and function that writes it: called with an editor and a folder, and by name with
+    what it takes of `options`, `run` (its name), `summary` (the content of its summary.json) and
+    `progress`; returns an `Export`."""
+    options: tuple[str, ...]
+    """Of `nulledit export` that it takes."""
+    line: str
+    """What was written, in words, with slots for `rank` and `dtype`."""
+
+
+EXPORTS: dict[str, ExportKind] = {
+    "checkpoint": ExportKind(
+        "nulledit.export.checkpoint:write_checkpoint", ("max_shard_size",), "The model in {dtype}"
+    ),
+    "lora": ExportKind(
+        "nulledit.export.lora:write_lora", ("rank", "dtype"), "Adapter of rank {rank} in {dtype}"
+    ),
+    "delta": ExportKind("nulledit.export.delta:write_delta", ("rank", "dtype"), "Delta in {dtype}"),
+}
+"""By the word of `nulledit export --as`."""
+OPTIONS = frozenset(name for kind in EXPORTS.values() for name in kind.options)
+"""Options that only some of them take."""
 
 
 def write_export(
@@ -24,30 +51,27 @@ def write_export(
     folder: str | Path,
     kind: Kind,
     *,
-    rank: int | None = None,
-    dtype: str | None = None,
-    max_shard_size: str | int | None = None,
     run: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    **options: Any,
 ) -> Export:
-    """Write the edits to `folder`: `write_lora`, `write_delta` or `write_checkpoint`.
+    """Write the edits to `folder`: `kind` is one of `EXPORTS`.
 
-    `rank` and `dtype` (float32 by default) are of factors, `max_shard_size` ("50GB") is of a
-    checkpoint: ConfigError where one is given to the other kind. `run`: the run's folder, for its
-    name and, on a checkpoint's card, its measures.
+    `options`: its own; None is as left out. `run`: the run's folder, for its name and, on a
+    checkpoint's card, its measures. ConfigError for another kind, or an option of another one.
     """
-    if kind not in KINDS:
-        raise ConfigError(f"unknown kind {kind!r} of export; expected one of {', '.join(KINDS)}")
-    given = {"rank": rank, "dtype": dtype, "max_shard_size": max_shard_size}
-    unfit = ("rank", "dtype") if kind == "checkpoint" else ("max_shard_size",)
-    if wrong := [name for name in unfit if given[name] is not None]:
+    from nulledit.runs.folder import read_json
+
+    if kind not in EXPORTS:
+        raise ConfigError(f"unknown kind {kind!r} of export; expected one of {', '.join(EXPORTS)}")
+    given = {name: value for name, value in options.items() if value is not None}
+    if wrong := [name for name in given if name not in EXPORTS[kind].options]:
         raise ConfigError(f"{', '.join(wrong)} can't be given for kind {kind!r}")
-    name = Path(run).resolve().name if run else "RUN"
-    if kind == "checkpoint":
-        summary = read_json(Path(run), "summary.json", None) if run else None
-        size = max_shard_size or SHARD
-        return write_checkpoint(editor, folder, max_shard_size=size, run=name, summary=summary)
-    dtype = dtype or "float32"
-    if kind == "delta":
-        return write_delta(editor, folder, rank=rank, dtype=dtype, progress=progress)
-    return write_lora(editor, folder, rank=rank, dtype=dtype, run=name, progress=progress)
+    module, _, name = EXPORTS[kind].home.partition(":")
+    writer = getattr(importlib.import_module(module), name)
+    takes = inspect.signature(writer).parameters
+    offered = {"progress": progress, "run": Path(run).resolve().name if run else "RUN"} | given
+    if "summary" in takes:
+        offered["summary"] = read_json(Path(run), "summary.json", None) if run else None
+    written: Export = writer(editor, folder, **{n: offered[n] for n in offered if n in takes})
+    return written

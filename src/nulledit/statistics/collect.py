@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from nulledit.config import StatisticsSettings
 from nulledit.data.corpus import Corpus, windows
@@ -56,6 +55,8 @@ logger = logging.getLogger(__name__)
 
 SORTED_TOKENS = 32768  # windows are sorted by length within so many tokens
 SAVE_EVERY = 60.0  # seconds between savings of unfinished sums, or more where these take long
+Progress = Callable[[str, int, int], None]
+"""Called with "tokens", how many were run, and how many there will be; 0: nobody knows."""
 ROUND = 8  # batches that each of several ranks runs before they ask whether to save
 
 
@@ -69,7 +70,7 @@ def collect(
     model_hash: str,
     folder: str | Path | None = None,
     positions: int = 2048,
-    progress: bool = True,
+    progress: Progress | None = None,
     inputs: bool = False,
 ) -> Statistics:
     """Second moments of the keys of all `layers` in one pass that stops behind the highest.
@@ -112,7 +113,7 @@ def collect_together(
     model_hash: str,
     folder: str | Path | None = None,
     positions: int = 2048,
-    progress: bool = True,
+    progress: Progress | None = None,
     inputs: bool = False,
 ) -> Statistics | None:
     """As `collect`, by several ranks: statistics on rank 0, which keeps them, else None.
@@ -153,29 +154,23 @@ def collect_together(
     counted = next(iter(moments.values())).count
     done, counted = ranks.from_first([done, counted])[0]
     stream = _within_budget(_windows(model, corpus, settings), settings)
-    bar = tqdm(
-        total=settings.tokens or None,
-        initial=counted,
-        unit=" tokens",
-        disable=None if progress else True,
-        leave=False,
-    )
     pace = _Pace()
     read = hashlib.sha256()
     rounds = 1 if ranks.alone else ROUND * ranks.size
-    with bar:
-        for number, group in enumerate(_groups(stream, done, positions)):
-            if number % ranks.size == ranks.rank:
-                _add(model, moments, group, settings, inputs)
-            done += len(group)
-            bar.update(sum(len(window) - (not settings.count_first) for window in group))
-            if not ranks.alone:
-                read.update(json.dumps(group).encode())
-            if (number + 1) % rounds == 0 and ranks.from_first(pace.due())[0]:
-                with pace.saving():
-                    _bring_together(ranks, moments, read)
-                    if ranks.first:
-                        _save_partial(folder, manifest, moments, done)
+    for number, group in enumerate(_groups(stream, done, positions)):
+        if number % ranks.size == ranks.rank:
+            _add(model, moments, group, settings, inputs)
+        done += len(group)
+        counted += sum(len(window) - (not settings.count_first) for window in group)
+        if progress:
+            progress("tokens", counted, settings.tokens)
+        if not ranks.alone:
+            read.update(json.dumps(group).encode())
+        if (number + 1) % rounds == 0 and ranks.from_first(pace.due())[0]:
+            with pace.saving():
+                _bring_together(ranks, moments, read)
+                if ranks.first:
+                    _save_partial(folder, manifest, moments, done)
     _bring_together(ranks, moments, read)
     if not ranks.first:
         return None
@@ -312,11 +307,33 @@ def find_statistics(
         same = same and manifest.inputs == inputs
         return same and set(layers) <= set(manifest.layers)
 
-    yield from Statistics.shipped(of_it)
+    return _kept(of_it, f"{model_hash[:16]}/*")
+
+
+def named_statistics(source: str | Path) -> Statistics:
+    """Statistics at a path, or of the model that they were made under this name: the largest.
+
+    StatisticsError where there are none.
+    """
+    path = Path(source)
+    if path.is_file() or (path / "manifest.json").is_file():
+        return Statistics.load(path)
+    found = next(_kept(lambda manifest: manifest.model == str(source), "*/*"), None)
+    if found is None:
+        raise StatisticsError(
+            f"no statistics at or of {str(source)!r}: "
+            f"make them with `nulledit stats make {source} --text ...`"
+        )
+    return found
+
+
+def _kept(wanted: Callable[[Manifest], bool], folders: str) -> Iterator[Statistics]:
+    """Those with a `wanted` manifest: shipped, then the cache's in `folders`, largest first."""
+    yield from Statistics.shipped(wanted)
     found = []
-    for file in (cache_folder() / "statistics" / model_hash[:16]).glob("*/manifest.json"):
+    for file in (cache_folder() / "statistics").glob(f"{folders}/manifest.json"):
         manifest, _ = read_manifest(file.parent)
-        if of_it(manifest):
+        if wanted(manifest):
             found.append((manifest.tokens, file.parent))
     for _, folder in sorted(found, reverse=True):
         yield Statistics.load(folder)

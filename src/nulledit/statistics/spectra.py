@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from nulledit.config import NullSpaceSettings
 from nulledit.errors import StatisticsError
 from nulledit.io.untrusted import parse_json
-from nulledit.linalg.spectrum import Spectrum
+from nulledit.linalg.spectrum import RULES, Spectrum
 from nulledit.statistics.manifest import UNCHECKED, Manifest, check_file, read_manifest
 from nulledit.statistics.tensor_files import (
     SPECTRA,
@@ -71,6 +73,28 @@ class Statistics:
                 f"statistics cover layers {sorted(self.spectra)}, layers {missing} are needed: "
                 f"run `nulledit stats make` with --layers {','.join(map(str, layers))}"
             )
+
+    def thresholds(self, rule: NullSpaceSettings) -> dict[int, float]:
+        """The eigenvalue below which a direction is free, by layer."""
+        found = RULES[rule.rule]
+        return {i: found(s.eigenvalues, rule.value) for i, s in sorted(self.spectra.items())}
+
+    def rows(self, rule: NullSpaceSettings) -> list[dict[str, Any]]:
+        """What is protected in each layer and what leaks, as plain data."""
+        return [
+            {
+                "layer": layer,
+                "tokens": self.manifest.tokens,
+                "experts": list((spectrum := self.spectra[layer]).tokens),
+                "d_in": spectrum.d_in,
+                "threshold": threshold,
+                "protected": spectrum.protected(threshold),
+                "leakage": spectrum.leakage(threshold),
+                "largest": spectrum.eigenvalues.flip(0)[:3].tolist(),
+                "median": float(spectrum.eigenvalues.median()),
+            }
+            for layer, threshold in self.thresholds(rule).items()
+        ]
 
     def save_compact(self, file: str | Path, thresholds: dict[int, float]) -> None:
         """One small file: all eigenvalues, and the thinner side at `thresholds` in float16."""

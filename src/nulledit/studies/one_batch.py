@@ -125,7 +125,6 @@ def run_corpus(lab: Lab) -> Outcome:
             name=lab.bench.name,
             model_hash=lab.bench.base.history.base.hash,
             folder=folder,
-            progress=False,
         )
         found = statistics.manifest.tokens
         if found < tokens:

@@ -10,8 +10,8 @@ from typing import Protocol
 from nulledit.config import Recipe, check_whole
 from nulledit.data.facts import Fact
 from nulledit.errors import ConfigError, NoRoomError, SolveError, StatisticsError
+from nulledit.evaluation.costs import Learned
 from nulledit.io.untrusted import one_line
-from nulledit.tuning.budget import Costs
 from nulledit.tuning.measure import Measured
 from nulledit.tuning.moves import Move, moves, name_of, stages_of
 from nulledit.tuning.objective import WEIGHT, Outcome, choose, difference
@@ -158,11 +158,11 @@ class Search:
         cpu = time.process_time()
         report = self.split.report
         unedited = self.bench.unedited(report)
-        self._costs = Costs(self.bench.depth)
+        self._costs = Learned(self.bench.depth)
         self._seen: set[str] = set()
         self._measure("", START, 0, start)
         started = self.bench.measure(start, report)
-        self._costs.add(start, report, started)
+        self._learn(start, report, started)
         while True:
             before = self._chosen()
             for stage in stages_of(start):
@@ -207,12 +207,12 @@ class Search:
         most = self.settings.candidates
         if most is not None and len(self.candidates) > most:
             return BOUND
-        costs, report = self._costs, self.split.report
+        costs, report = self._costs, len(self.split.report)
         # What is chosen is judged, be it the one that leads now or this one; the start is already.
-        judging, leads = costs.of_judging(recipe, report), self._chosen()
+        judging, leads = costs.anew(recipe, report), self._chosen()
         if leads:
-            judging = max(judging, costs.of_judging(self.candidates[leads].recipe, report))
-        end = self.clock() - self._begun + costs.of_candidate(recipe, self.split.tuning) + judging
+            judging = max(judging, costs.anew(self.candidates[leads].recipe, report))
+        end = self.clock() - self._begun + costs.again(recipe, len(self.split.tuning)) + judging
         return NO_TIME if end > self.settings.seconds else ""
 
     def _measure(self, stage: str, label: str, base: int, recipe: Recipe) -> str:
@@ -224,11 +224,22 @@ class Search:
                 raise
             return one_line(str(error))
         self._seen.add(name_of(recipe))
-        self._costs.add(recipe, self.split.tuning, measured)
+        self._learn(recipe, self.split.tuning, measured)
         self.candidates.append(Candidate(stage, label, base, recipe, measured))
         if self.tell:
             self.tell(self.candidates[-1], self._chosen())
         return ""
+
+    def _learn(self, recipe: Recipe, facts: Sequence[Fact], measured: Measured) -> None:
+        values = measured.value_seconds
+        self._costs.add(
+            recipe,
+            len(facts),
+            rest=measured.seconds - values,
+            values=values,
+            passes=measured.passes,
+            optimised=measured.optimised,
+        )
 
     def _chosen(self) -> int:
         """Number of the one to take of those measured so far."""

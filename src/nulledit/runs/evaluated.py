@@ -1,0 +1,118 @@
+"""A run's model beside its base, on facts, text and whatever else is asked; nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from nulledit.config import ChatSettings
+from nulledit.data.facts import Fact
+from nulledit.editing.editor import Editor
+from nulledit.evaluation.capability import TaskResult, capability
+from nulledit.evaluation.drift import Drift, drift_report, read_texts
+from nulledit.evaluation.forms import form_name, forms
+from nulledit.evaluation.groups import by_relation, rates_of_rows
+from nulledit.evaluation.harness import harness_results
+from nulledit.evaluation.preservation import Preservation
+from nulledit.evaluation.runner import Evaluation
+from nulledit.evaluation.tasks import Item
+from nulledit.io.text import count
+from nulledit.runs.measure import check_lengths, evaluate_both, in_other_forms, read_text
+from nulledit.runs.talk import Talk
+
+
+@dataclass
+class Evaluated:
+    """What was found of each side, "base" (if it was asked) and "edited"."""
+
+    facts: Sequence[Fact]
+    """That were asked."""
+    text: str
+    """What perplexity, KL and preservation are of."""
+    asked: str
+    """The form in which the facts were asked."""
+    sides: dict[str, Evaluation]
+    """Facts and text."""
+    others: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Summaries of the facts asked in other forms, by the form and its side."""
+    kept: Sequence[Preservation] = ()
+    """By edited layer."""
+    tasks: dict[str, dict[str, TaskResult]] = field(default_factory=dict)
+    """The six tasks, by side; empty if they were not asked."""
+    harness: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """lm-evaluation-harness tasks, likewise."""
+    drift: Drift | None = None
+    """Of hidden states."""
+
+    def to_dict(self, *, relations: bool = False) -> dict[str, Any]:
+        """Plain data for JSON; `relations`: with the edited side's rates by relation."""
+        grouped = None
+        if relations:
+            rates = rates_of_rows(self.sides["edited"].rows(), by_relation(self.facts))
+            grouped = {
+                name: {measure: rate and dict(vars(rate)) for measure, rate in found.items()}
+                for name, found in rates.items()
+            }
+        return {
+            "facts": len(self.facts),
+            "text": self.text,
+            "asked": self.asked,
+            "others": self.others,
+            **{side: found.summary() for side, found in self.sides.items()},
+            "preservation": [asdict(p) for p in self.kept],
+            "capability": {
+                side: {name: task.summary() for name, task in found.items()}
+                for side, found in self.tasks.items()
+            },
+            "drift": self.drift.to_dict() if self.drift else None,
+            "harness": self.harness,
+            "relations": grouped,
+            "results": {side: found.rows() for side, found in self.sides.items()},
+        }
+
+
+def evaluate_sides(
+    editor: Editor,
+    facts: Sequence[Fact],
+    talk: Talk,
+    *,
+    text: str | None = None,
+    base: bool = True,
+    chat: ChatSettings | None = None,
+    items: Sequence[Item] = (),
+    prompts: str | None = None,
+    harness: Sequence[str] = (),
+    **asked: Any,
+) -> Evaluated:
+    """Evaluate the edited model, and unless `base` is False its base.
+
+    `text`: a file for perplexity, KL and preservation. `chat`: a form in which the facts are asked,
+    too. `items` are of the six tasks, `prompts` a file for the drift of hidden states, `harness`
+    tasks of lm-evaluation-harness; `asked` is as for `evaluation.runner.evaluate`.
+    """
+    windows = read_text(editor, text)
+    check_lengths(editor, facts)
+    talk.say(f"Evaluating {count(len(facts), 'fact')}, perplexity on {windows.name}")
+    forms_of = forms(editor.editable, also=chat)
+    both = evaluate_both(editor, facts, windows, talk, base=base, **asked)
+    sides = ({"base": both.before} if both.before else {}) | {"edited": both.after}
+    found = Evaluated(facts, windows.name, form_name(editor.editable.encoder), sides)
+
+    def more(side: str) -> None:
+        if items:
+            found.tasks[side] = capability(editor.editable.plain, items)
+        if harness:
+            found.harness[side] = harness_results(editor.model, editor.tokenizer, harness)
+
+    if base:
+        with editor.base_weights():
+            more("base")
+    more("edited")
+    found.others = in_other_forms(editor, facts, forms_of, talk, base=base)
+    found.kept = both.preservation
+    if prompts:
+        subjects = {fact.subject for fact in facts}  # whose states are meant to move
+        plain = editor.editable.plain.encoder
+        found.drift = drift_report(editor, read_texts(prompts, plain, without=subjects))
+    return found
