@@ -57,9 +57,8 @@ def preview(
     prepare(quiet=given["quiet"])
     from nulledit.evaluation.reading import read
     from nulledit.evaluation.runner import evaluate
-    from nulledit.report.tables import as_text
     from nulledit.runs.measure import check_lengths, read_text
-    from nulledit.runs.tables import rates_table
+    from nulledit.runs.tables import rates_tables
 
     quiet = given["quiet"]
     editor = _editor(run, given)
@@ -123,14 +122,14 @@ def preview(
                 "notices": notices,
             }
         )
-    parts = [as_text(_answers(asked, before[0], after[0]), left=4, most=40)]
-    parts.append(as_text(rates_table(sides)))
-    if others:
-        parts.append(f"The last {len(held)} facts in the model:")
-        parts.append(as_text(_held_table(others)))
-    parts.append(as_text(_norms(layers, would_be)))
-    parts.append(f"Perplexity and KL are on {windows.name}. Nothing was written.")
-    return echo("\n\n".join(parts))
+    which = f" of the last {len(held)} facts in the model"
+    return echo(
+        _answers(asked, before[0], after[0]),
+        *rates_tables(sides),
+        *(rates_tables(others, which=which, absent=False) if others else ()),
+        _norms(layers, would_be),
+        f"Perplexity and KL are on {windows.name}. Nothing was written.",
+    )
 
 
 def _editor(run: str, given: dict[str, Any]) -> Editor:
@@ -159,14 +158,6 @@ def _answers(facts: Sequence[Fact], before: Evaluation, after: Evaluation) -> Ta
         for f in facts
     ]
     return ["prompt", "target", "before", "after"], rows
-
-
-def _held_table(sides: dict[str, dict[str, Any]]) -> Table:
-    from nulledit.runs.tables import rates_table
-
-    head, rows = rates_table(sides)
-    measured = [row for row in rows if any(cell[:1].isdigit() for cell in row[1:])]
-    return head, measured
 
 
 def _norms(before: Sequence[LayerReport], after: Sequence[LayerReport]) -> Table:

@@ -19,8 +19,10 @@ from nulledit.editing.editor import Editor
 from nulledit.export.updates import Export, LayerExport
 from nulledit.io.text import count, markdown, plain, shorten
 from nulledit.models.load import EMBEDDED
+from nulledit.report.cells import caption
+from nulledit.report.markdown import fenced
 from nulledit.report.tables import as_markdown, number
-from nulledit.runs.tables import rates_table
+from nulledit.runs.tables import rates_tables
 
 SHOWN = 50  # facts in the table
 LONGEST = 80  # columns of a cell
@@ -150,9 +152,9 @@ def _method(editor: Editor) -> list[str]:
             parts.append(f"### Epoch {epoch.id}")
         parts += [
             f"Recipe, seed {epoch.seed}:",
-            _fenced(recipe),
+            fenced(recipe),
             "Statistics of the preserved keys:",
-            _fenced(statistics),
+            fenced(statistics),
         ]
     return parts if epochs else []
 
@@ -167,13 +169,14 @@ def _measures(summary: Any, editor: Editor) -> list[str]:
         return []
     last = told[-1]
     try:
-        table = as_markdown(rates_table({"base": last["before"], "edited": last["after"]}))
+        tables = rates_tables({"base": last["before"], "edited": last["after"]})
+        shown = [f"{as_markdown(table)}\n\n{markdown(caption(table))}" for table in tables]
     except (KeyError, TypeError, ValueError, AttributeError):
         return []
     now = summary.get("state") == editor.history.state_id and last is runs[-1]
     when = "of this state" if now else "of an earlier state of the run"
     facts = count(int(last.get("facts") or 0), "fact")
-    return ["## Measures", f"An evaluation {when}, on the {facts} of one call of `edit`.", table]
+    return ["## Measures", f"An evaluation {when}, on the {facts} of one call of `edit`.", *shown]
 
 
 def _layers(layers: Sequence[LayerExport]) -> str:
@@ -206,13 +209,6 @@ def _cost(export: Export) -> str:
         f"{held}; mean loss of the new answers "
         f"{cost.stored_nll:.3f} and {cost.exact_nll:.3f} nats a token."
     )
-
-
-def _fenced(text: str) -> str:
-    """A block of code that nothing in `text` can end."""
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}yaml\n{text}{fence}"
 
 
 def _code(name: str) -> str:

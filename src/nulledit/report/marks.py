@@ -6,7 +6,7 @@ import itertools
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nulledit.io.text import plain
 from nulledit.report.colours import Style, is_unedited, plain_name
@@ -21,9 +21,8 @@ FEW = 14  # bars that have room for their number
 NORMAL = 1.959964  # 97.5 % point
 
 
-def lines(axes: Axes, rows: Sequence[Point], look: Look, lying: bool = False) -> None:
+def lines(axes: Axes, rows: Sequence[Point], look: Look) -> None:
     """A line with error bars per series; the unedited model as a grey line with a band."""
-    del lying
     places, names = positions(rows)
     span = max(places.values(), default=0) - min(places.values(), default=0)
     shown = [name for name in look if not _reference(name)]
@@ -49,41 +48,37 @@ def lines(axes: Axes, rows: Sequence[Point], look: Look, lying: bool = False) ->
     _ticks(axes, places, names)
 
 
-def bars(axes: Axes, rows: Sequence[Point], look: Look, lying: bool = False) -> None:
-    """Grouped bars, upright or lying; the unedited model as a grey line through each group."""
+def bars(axes: Axes, rows: Sequence[Point], look: Look) -> None:
+    """Grouped bars; the unedited model as a grey line through each group."""
     categories = list(dict.fromkeys(row.x for row in rows))
     shown = [name for name in look if not _reference(name)]
     thick = 0.8 / max(1, len(shown))
-    draw = axes.barh if lying else axes.bar
     many = len(categories) * len(shown) > FEW
     for name, style in look.items():
         mine = [row for row in rows if row.series == name and row.y is not None]
         middle = [categories.index(row.x) for row in mine]
-        heights = [_number(row.y) for row in mine]
         if _reference(name):
-            _through(axes, middle, mine, literal(name), lying)
+            _through(axes, middle, mine, literal(name))
             continue
         at = [m + (shown.index(name) - (len(shown) - 1) / 2) * thick for m in middle]
-        draw(at, heights, 0.92 * thick, color=style.colour, label=literal(name))
+        heights = [_number(row.y) for row in mine]
+        axes.bar(at, heights, 0.92 * thick, color=style.colour, label=literal(name))
         ends = [row.error or 0.0 for row in mine]
         if any(ends):
-            where = (heights, at) if lying else (at, heights)
-            along: dict[str, Any] = {"xerr" if lying else "yerr": ends}
             cap = 1.5 if many else 2.5
-            axes.errorbar(*where, **along, fmt="none", ecolor="black", elinewidth=0.8, capsize=cap)
+            axes.errorbar(
+                *(at, heights, ends), fmt="none", ecolor="black", elinewidth=0.8, capsize=cap
+            )
         if not many:
-            axes.margins(
-                x=0.12 if lying else None, y=None if lying else 0.12
-            )  # room for the numbers
-            _heights(axes, at, heights, ends, lying)
-    _categories(axes, categories, lying=lying)
+            axes.margins(y=0.12)  # room for the numbers
+            _heights(axes, at, heights, ends)
+    _categories(axes, categories, lying=False)
     if any((row.y or 0) < 0 for row in rows):
-        (axes.axvline if lying else axes.axhline)(0, color="#555555", linewidth=0.8)
+        axes.axhline(0, color="#555555", linewidth=0.8)
 
 
-def scatter(axes: Axes, rows: Sequence[Point], look: Look, lying: bool = False) -> None:
+def scatter(axes: Axes, rows: Sequence[Point], look: Look) -> None:
     """A cloud of points per series, the first series lowest."""
-    del lying
     size = 22 if len(rows) < 200 else 10
     for name, style in look.items():
         mine = [row for row in rows if row.series == name]
@@ -99,9 +94,8 @@ def scatter(axes: Axes, rows: Sequence[Point], look: Look, lying: bool = False) 
         )
 
 
-def intervals(axes: Axes, rows: Sequence[Point], look: Look, lying: bool = False) -> None:
+def intervals(axes: Axes, rows: Sequence[Point], look: Look) -> None:
     """Differences with 95 % intervals and a line at zero; hollow where the interval reaches it."""
-    del lying
     names = list(dict.fromkeys(row.x for row in rows))
     step = 0.7 / max(1, len(look))
     axes.axvline(0, color="#555555", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
@@ -128,7 +122,7 @@ def intervals(axes: Axes, rows: Sequence[Point], look: Look, lying: bool = False
     _categories(axes, names, lying=True)
 
 
-DRAW: dict[str, Callable[[Axes, Sequence[Point], Look, bool], None]] = {
+DRAW: dict[str, Callable[[Axes, Sequence[Point], Look], None]] = {
     "lines": lines,
     "bars": bars,
     "scatter": scatter,
@@ -144,12 +138,6 @@ def interval(row: Point) -> tuple[float, float]:
         y - half if row.low is None else row.low,
         y + half if row.high is None else row.high,
     )
-
-
-def crowded(rows: Sequence[Point]) -> bool:
-    """Whether a panel's bars are too many, or their names too long, to stand on a telephone."""
-    bars_here = len({row.x for row in rows}) * len({row.series for row in rows})
-    return bars_here > FEW or sum(len(str(x)) for x in {row.x for row in rows}) > 36
 
 
 def positions(rows: Sequence[Point]) -> tuple[dict[float | str, float], list[str] | None]:
@@ -231,39 +219,30 @@ def _band(
     axes.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0, zorder=0)
 
 
-def _through(
-    axes: Axes, middle: Sequence[int], rows: Sequence[Point], name: str, lying: bool
-) -> None:
-    label: str | None = name
-    for m, row in zip(middle, rows, strict=True):
+def _through(axes: Axes, middle: Sequence[int], rows: Sequence[Point], name: str) -> None:
+    for i, (m, row) in enumerate(zip(middle, rows, strict=True)):
         y, error = _number(row.y), row.error or 0.0
         ends = [m - 0.45, m + 0.45]
-        axes.plot(
-            *([[y, y], ends] if lying else [ends, [y, y]]),
-            color="#6e6e6e",
-            linewidth=1.6,
-            label=label,
-            zorder=4,
+        label = None if i else name
+        axes.plot(ends, [y, y], color="#6e6e6e", linewidth=1.6, label=label, zorder=4)
+        axes.fill_between(
+            ends, y - error, y + error, color="#8c8c8c", alpha=0.3, linewidth=0, zorder=0
         )
-        fill = axes.fill_betweenx if lying else axes.fill_between
-        fill(ends, y - error, y + error, color="#8c8c8c", alpha=0.3, linewidth=0, zorder=0)
-        label = None
 
 
 def _heights(
-    axes: Axes, at: Sequence[float], heights: Sequence[float], ends: Sequence[float], lying: bool
+    axes: Axes, at: Sequence[float], heights: Sequence[float], ends: Sequence[float]
 ) -> None:
     """Each bar's number behind its error bar."""
     for x, height, end in zip(at, heights, ends, strict=True):
-        top = height + math.copysign(end, height)
-        up = 3 if height >= 0 else -3
+        up = height >= 0
         axes.annotate(
             f"{height:.3g}".replace("-", "−"),
-            (top, x) if lying else (x, top),
-            xytext=(up, 0) if lying else (0, up),
+            (x, height + math.copysign(end, height)),
+            xytext=(0, 3 if up else -3),
             textcoords="offset points",
-            ha=("left" if up > 0 else "right") if lying else "center",
-            va="center" if lying else ("bottom" if up > 0 else "top"),
+            ha="center",
+            va="bottom" if up else "top",
             fontsize=8,
         )
 

@@ -1,0 +1,60 @@
+"""Documents on a terminal: its width, its colours, and nothing in them that could steer it."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from nulledit.io.text import plain
+from nulledit.report import cells
+from nulledit.report.document import (
+    Code,
+    Details,
+    Document,
+    Examples,
+    FigureSpec,
+    Heading,
+    Items,
+    Part,
+    Picture,
+    StudyTable,
+    Text,
+)
+from nulledit.report.tables import Table, as_text
+
+LONGEST = 40  # columns of a text in a table
+
+
+def has_colours() -> bool:
+    """Whether stdout is a terminal and nobody asked for NO_COLOR (no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def on_terminal(
+    part: str | Table | Part | Document, *, columns: int | None = None, colour: bool = False
+) -> str:
+    """What stdout shows of a part or a document; figures and settings are for pages."""
+    match part:
+        case str():
+            return "\n".join(map(plain, part.split("\n")))
+        case Document():
+            parts = [on_terminal(p, columns=columns, colour=colour) for p in part.parts]
+            return "\n\n".join(filter(None, (plain(part.title), *parts)))
+        case StudyTable():
+            table = as_text(part, most=LONGEST, columns=columns, colour=colour)
+            return "\n".join(filter(None, (plain(part.title), table, plain(cells.caption(part)))))
+        case Heading() | Text():
+            return plain(part.text)
+        case Items():
+            lines = [f"  {plain(name)}{': ' * bool(name)}{plain(t)}" for name, t in part.shown()]
+            return "\n".join(filter(None, (plain(part.title), *lines)))
+        case Code():
+            return "\n".join(f"    {plain(line)}" for line in part.text.split("\n"))
+        case Examples():
+            rows = [(e.prompt, e.target, e.before or "", e.after or "") for e in part.items]
+            table = as_text((("prompt", "target", "before", "after"), rows), left=4, most=LONGEST)
+            return f"{plain(part.title)}\n{table}"
+        case Picture() | FigureSpec() | Details():
+            return ""
+        case _:
+            return as_text(part, columns=columns, colour=colour)
