@@ -220,7 +220,7 @@ def test_columns_stay_under_each_other_where_texts_are_cut():
 
 
 def test_rows_become_blocks_where_columns_do_not_fit():
-    lines = as_text(layers_table([LAYER | {"rounding_share": 0.25}]), columns=60).split("\n")
+    lines = as_text(layers_table([LAYER | {"rounding_share": 0.25}]), columns=40).split("\n")
     assert lines[0] == "layer 4"
     assert lines[-1].split() == ["rounding/‖Δ‖", "0.250"]
     assert all(line.startswith("  ") for line in lines[1:])

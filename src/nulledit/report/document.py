@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nulledit._version import __version__
-from nulledit.report.points import PLAIN, Point
+from nulledit.report.points import Point, Stored
 
 FORMAT = 1
 
@@ -20,10 +20,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
-class Value:
+class Value(Stored):
     """A measured number of a table, in its column's unit."""
-
-    __pydantic_config__ = PLAIN
 
     mean: float | None
     """None if it is not finite."""
@@ -48,10 +46,8 @@ Cell = str | int | float | Value | None
 
 
 @dataclass(frozen=True)
-class Column:
+class Column(Stored):
     """One column of a table."""
-
-    __pydantic_config__ = PLAIN
 
     key: str
     """Its name in the rows."""
@@ -70,10 +66,8 @@ class Column:
 
 
 @dataclass(frozen=True)
-class StudyTable:
+class StudyTable(Stored):
     """One table. The first column names the rows; what the data can't give is None or left out."""
-
-    __pydantic_config__ = PLAIN
 
     name: str
     """For links."""
@@ -97,10 +91,8 @@ class StudyTable:
 
 
 @dataclass(frozen=True)
-class FigureSpec:
+class FigureSpec(Stored):
     """What a figure shows; its points are tidy rows, kept as CSV."""
-
-    __pydantic_config__ = PLAIN
 
     name: str
     """Of its files."""
@@ -135,10 +127,8 @@ class FigureSpec:
 
 
 @dataclass(frozen=True)
-class Example:
+class Example(Stored):
     """What the model says by itself, before and after."""
-
-    __pydantic_config__ = PLAIN
 
     arm: str
     """Which of the study's arms, usually a method."""
@@ -155,10 +145,8 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Study:
+class Study(Stored):
     """A comparison: its question, its numbers, and what they can and cannot say."""
-
-    __pydantic_config__ = PLAIN
 
     name: str
     """Short, as on the command line."""

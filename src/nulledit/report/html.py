@@ -14,16 +14,8 @@ from markupsafe import Markup
 from nulledit._version import __version__
 from nulledit.io.text import plain, shorten
 from nulledit.report import cells
+from nulledit.report import document as doc
 from nulledit.report.captions import figure_caption
-from nulledit.report.document import (
-    Details,
-    Document,
-    Example,
-    Examples,
-    FigureSpec,
-    Part,
-    StudyTable,
-)
 from nulledit.report.figures import figure_of
 from nulledit.report.images import as_image
 from nulledit.report.points import points_csv
@@ -33,7 +25,7 @@ GENERATOR = '<meta name="generator" content="nulledit '
 LONGEST = 700  # columns of a generated text
 
 
-def html_page(title: str, documents: Sequence[Document]) -> str:
+def html_page(title: str, documents: Sequence[doc.Document]) -> str:
     """The page; several documents get a table of contents.
 
     Everything but the template is escaped, and control and direction characters are written out.
@@ -63,24 +55,24 @@ def _plain(value: object) -> object:
     return value if isinstance(value, Markup) else plain(value)
 
 
-def _seen(part: Part) -> tuple[str, Any]:
+def _seen(part: doc.Part) -> tuple[str, Any]:
     """The name of what a part is, and what the template needs of it."""
     seen: Any = part
-    if isinstance(part, StudyTable):
+    if isinstance(part, doc.StudyTable):
         seen = _table(part)
-    elif isinstance(part, FigureSpec):
+    elif isinstance(part, doc.FigureSpec):
         seen = _figure(part)
-    elif isinstance(part, Details):
+    elif isinstance(part, doc.Details):
         columns = part.items[:1] if all(c == part.items[0] for c in part.items) else part.items
         names = dict.fromkeys(name for column in columns for name in column)
         rows = [(name, [c.get(name, "") for c in columns]) for name in names]
         seen = {"title": part.title, "rows": rows}
-    elif isinstance(part, Examples):
+    elif isinstance(part, doc.Examples):
         seen = {"title": part.title, "items": [_example(e) for e in part.items]}
     return type(part).__name__, seen
 
 
-def _table(table: StudyTable) -> Mapping[str, Any]:
+def _table(table: doc.StudyTable) -> Mapping[str, Any]:
     """Cells with what keeps their numbers under each other."""
     rows, right = cells.shown(table), cells.at_right(table)
     return {
@@ -96,7 +88,7 @@ def _table(table: StudyTable) -> Mapping[str, Any]:
     }
 
 
-def _figure(spec: FigureSpec) -> Mapping[str, str]:
+def _figure(spec: doc.FigureSpec) -> Mapping[str, str]:
     table = points_csv(spec.points).encode("utf-8", "backslashreplace")
     return {
         "name": spec.name,
@@ -110,7 +102,7 @@ def _data(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _example(example: Example) -> Mapping[str, Any]:
+def _example(example: doc.Example) -> Mapping[str, Any]:
     return {
         "arm": example.arm,
         "holds": example.holds,

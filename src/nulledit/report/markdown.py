@@ -6,28 +6,17 @@ import re
 
 from nulledit.io.text import markdown, plain, shorten
 from nulledit.report import cells
+from nulledit.report import document as doc
 from nulledit.report.captions import figure_caption
 from nulledit.report.cells import ABSENT
-from nulledit.report.document import (
-    Code,
-    Document,
-    Examples,
-    FigureSpec,
-    Heading,
-    Items,
-    Part,
-    Picture,
-    StudyTable,
-    Text,
-)
 from nulledit.report.tables import as_markdown
 
 LONGEST = 300  # columns of a generated text
 
 
-def markdown_page(document: Document, *, figures: str = "figures/{}") -> str:
+def markdown_page(document: doc.Document, *, figures: str = "figures/{}") -> str:
     """The document, its figures beside it: FIGURES.png with their names in it."""
-    level = "###" if any(isinstance(part, Heading) for part in document.parts) else "##"
+    level = "###" if any(isinstance(part, doc.Heading) for part in document.parts) else "##"
     parts = [_part(part, level, figures) for part in document.parts]
     return "\n\n".join(filter(None, (f"# {markdown(document.title)}", *parts))) + "\n"
 
@@ -39,31 +28,31 @@ def fenced(text: str, language: str = "yaml") -> str:
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
-def _part(part: Part, level: str, figures: str) -> str:
+def _part(part: doc.Part, level: str, figures: str) -> str:
     match part:
-        case Heading():
+        case doc.Heading():
             return f"## {markdown(part.text)}"
-        case Text():
+        case doc.Text():
             stars = "**" if part.tone == "strong" else ""
             return f"{stars}{markdown(part.text)}{stars}"
-        case Items():
+        case doc.Items():
             lines = [
                 f"- {markdown(name)}: {markdown(text)}" if name else f"- {markdown(text)}"
                 for name, text in part.shown()
             ]
             return _titled(level, part.title, "\n".join(lines))
-        case Code():
+        case doc.Code():
             return fenced(part.text, part.language)
-        case Picture():
+        case doc.Picture():
             return f"![{markdown(part.text)}]({part.file})"
-        case StudyTable():
+        case doc.StudyTable():
             said = markdown(cells.caption(part))
             table = as_markdown(part)
             return _titled(level, part.title, f"{table}\n\n{said}" if said else table)
-        case FigureSpec():
+        case doc.FigureSpec():
             caption, file = markdown(figure_caption(part)), figures.format(part.name)
             return f"![{caption}]({file}.png)\n\n{caption} [CSV]({file}.csv)"
-        case Examples():
+        case doc.Examples():
             rows = [
                 [shorten(plain(ABSENT if cell is None else cell), LONGEST) for cell in row]
                 for row in ((e.arm, e.prompt, e.target, e.before, e.after) for e in part.items)

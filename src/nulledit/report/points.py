@@ -7,21 +7,23 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from nulledit.io.jsonfiles import as_csv
 
-PLAIN: Any = {"extra": "forbid", "allow_inf_nan": False}
-"""How pydantic reads what a folder holds."""
 COLUMNS = ("x", "y", "error", "n", "series", "panel", "low", "high")
 """Of the CSV; the last two only where a point has them."""
 
 
-@dataclass(frozen=True)
-class Point:
-    """One point, bar or interval of a figure."""
+class Stored:
+    """What pydantic reads back from a folder: no other fields, and numbers that are finite."""
 
-    __pydantic_config__ = PLAIN
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "allow_inf_nan": False}
+
+
+@dataclass(frozen=True)
+class Point(Stored):
+    """One point, bar or interval of a figure."""
 
     x: float | str
     """Number or category; of an interval: its name."""

@@ -93,6 +93,8 @@ def read_study(folder: Path) -> Study:
         if not is_shallow(plain):
             raise ValueError("nested too deep")
         given = {key: value for key, value in plain.items() if key != "format"}
+        if unknown := set(given) - {f.name for f in fields(Study)}:
+            raise ValueError(f"unknown keys {sorted(unknown)}")
         study: Study = TypeAdapter(Study).validate_python(given)
         figures = tuple(replace(f, points=_points(f.name, Path(folder))) for f in study.figures)
         return replace(study, figures=figures)

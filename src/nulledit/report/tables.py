@@ -6,7 +6,9 @@ import math
 import re
 import shutil
 import sys
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from nulledit.io.text import markdown, plain, shorten, width
@@ -16,7 +18,7 @@ from nulledit.report.document import Status, StudyTable
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Column heads and rows, all text."""
-LEAST = 12  # columns that a text keeps beside others
+LEAST, HEAD = 12, 6  # columns that a text keeps beside others, and a head that is broken
 GAP = "  "
 NO_NUMBER = ("", ABSENT, "not finite", "not measured")
 """What a column of numbers holds besides."""
@@ -44,16 +46,18 @@ def as_text(
     widths = _widths(shown, columns)
     if widths is None:
         return _blocks(shown, rows, columns or 0, colour=colour)
-    lines = [GAP.join("─" * w for w in widths)]
-    for i, row in enumerate(shown):
+    heads = (textwrap.wrap(head, w) or [""] for head, w in zip(shown[0], widths, strict=True))
+    above = [*zip_longest(*heads, fillvalue=""), ["─" * w for w in widths]]
+    lines = []
+    for i, row in enumerate([*above, *shown[1:]], -len(above)):
         padded = []
         for j, (cell, w) in enumerate(zip(row, widths, strict=True)):
             text = shorten(cell, w)
             space = " " * (w - width(text))
-            if colour and i:
-                text = _painted(text, rows[i - 1][j])
+            if colour and i >= 0:
+                text = _painted(text, rows[i][j])
             padded.append(text + space if j in at_left else space + text)
-        lines.insert(len(lines) if i else 0, GAP.join(padded).rstrip())
+        lines.append(GAP.join(padded).rstrip())
     return "\n".join(lines)
 
 
@@ -100,10 +104,10 @@ def _widths(shown: Sequence[Sequence[str]], columns: int | None) -> list[int] | 
     if columns is None:
         return found
     gaps = len(GAP) * (len(found) - 1)
-    least = [
-        max(min(w, LEAST), *(width(c) for c in column[1:] if _is_number(c)), 0)
-        for w, column in zip(found, zip(*shown, strict=True), strict=True)
-    ]
+    least = []
+    for w, (head, *cells_below) in zip(found, zip(*shown, strict=True), strict=True):
+        numbers = [width(c) for c in cells_below if _is_number(c)]
+        least.append(max(*numbers, min(width(head), HEAD)) if numbers else min(w, LEAST))
     if sum(least) + gaps > columns:
         return None
     while sum(found) + gaps > columns:

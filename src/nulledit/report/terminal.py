@@ -7,19 +7,7 @@ import sys
 
 from nulledit.io.text import plain
 from nulledit.report import cells
-from nulledit.report.document import (
-    Code,
-    Details,
-    Document,
-    Examples,
-    FigureSpec,
-    Heading,
-    Items,
-    Part,
-    Picture,
-    StudyTable,
-    Text,
-)
+from nulledit.report import document as doc
 from nulledit.report.tables import Table, as_text
 
 LONGEST = 40  # columns of a text in a table
@@ -31,30 +19,30 @@ def has_colours() -> bool:
 
 
 def on_terminal(
-    part: str | Table | Part | Document, *, columns: int | None = None, colour: bool = False
+    part: str | Table | doc.Part | doc.Document, *, columns: int | None = None, colour: bool = False
 ) -> str:
     """What stdout shows of a part or a document; figures and settings are for pages."""
     match part:
         case str():
             return "\n".join(map(plain, part.split("\n")))
-        case Document():
+        case doc.Document():
             parts = [on_terminal(p, columns=columns, colour=colour) for p in part.parts]
             return "\n\n".join(filter(None, (plain(part.title), *parts)))
-        case StudyTable():
+        case doc.StudyTable():
             table = as_text(part, most=LONGEST, columns=columns, colour=colour)
             return "\n".join(filter(None, (plain(part.title), table, plain(cells.caption(part)))))
-        case Heading() | Text():
+        case doc.Heading() | doc.Text():
             return plain(part.text)
-        case Items():
+        case doc.Items():
             lines = [f"  {plain(name)}{': ' * bool(name)}{plain(t)}" for name, t in part.shown()]
             return "\n".join(filter(None, (plain(part.title), *lines)))
-        case Code():
+        case doc.Code():
             return "\n".join(f"    {plain(line)}" for line in part.text.split("\n"))
-        case Examples():
+        case doc.Examples():
             rows = [(e.prompt, e.target, e.before or "", e.after or "") for e in part.items]
             table = as_text((("prompt", "target", "before", "after"), rows), left=4, most=LONGEST)
             return f"{plain(part.title)}\n{table}"
-        case Picture() | FigureSpec() | Details():
+        case doc.Picture() | doc.FigureSpec() | doc.Details():
             return ""
         case _:
             return as_text(part, columns=columns, colour=colour)
