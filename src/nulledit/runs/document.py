@@ -119,14 +119,6 @@ def call_parts(
         known = f"The model said {call['known']} of them before"
         yield Text(f"{known}; they were written all the same.")
     yield Text(headline(lines) if call["after"] else "Not evaluated.", "strong")
-    if call["after"]:
-        yield from _rates(run, call, whole=False) if tables is None else tables
-        for i, (name, sides) in enumerate(call.get("others", {}).items()):
-            yield from rates_tables(sides, name=f"{call['run']}-{i}", which=f". Asked {name}")
-        if call is run.evaluated[-1]:
-            yield rates_spec({side: call[side] for side in ("before", "after")})
-    if call["layers"]:
-        yield layers_table(call["layers"], f"layers-{call['run']}")
     if lines:
         yield answers_table(lines, f"answers-{call['run']}")
     yield Items(
@@ -135,6 +127,14 @@ def call_parts(
         most=SHOWN,
         more="in results.jsonl",
     )
+    if call["after"]:
+        yield from _rates(run, call, whole=False) if tables is None else tables
+        for i, (name, sides) in enumerate(call.get("others", {}).items()):
+            yield from rates_tables(sides, name=f"{call['run']}-{i}", which=f". Asked {name}")
+        if call is run.evaluated[-1]:
+            yield rates_spec({side: call[side] for side in ("before", "after")})
+    if call["layers"]:
+        yield layers_table(call["layers"], f"layers-{call['run']}")
     notices = tuple(call["notices"])
     yield Items(notices, title="Notices", tone="note", most=SHOWN, more="in summary.json")
 
@@ -174,10 +174,13 @@ def examples(run: RunFolder) -> tuple[Example, ...]:
 
 def _rates(run: RunFolder, call: Mapping[str, Any], *, whole: bool) -> list[StudyTable]:
     lines = [line for line in run.lines if line["run"] == call["run"] and line["after"]]
+    which = f" of run {call['run']}" if len(run.evaluated) > 1 else ""
+    if call.get("others"):
+        which += f". Asked {call['asked']}, as edited"
     return rates_tables(
         {"before": call["before"], "after": call["after"]},
         name=str(call["run"]),
-        which=f" of run {call['run']}" if len(run.evaluated) > 1 else "",
+        which=which,
         text=call["text"],
         lines=lines if whole else None,
     )
