@@ -50,7 +50,23 @@ from nulledit.io.jsonfiles import as_json
 from nulledit.io.text import markdown, plain
 from nulledit.linalg.spectrum import Spectrum
 from nulledit.models.load import load_model
-from nulledit.report.document import Column, Example, FigureSpec, Study, StudyTable, Value
+from nulledit.report.document import (
+    Code,
+    Column,
+    Details,
+    Document,
+    Example,
+    Examples,
+    FigureSpec,
+    Heading,
+    Items,
+    Picture,
+    Status,
+    Study,
+    StudyTable,
+    Text,
+    Value,
+)
 from nulledit.report.html import html_page
 from nulledit.report.markdown import markdown_page
 from nulledit.report.points import Point
@@ -846,6 +862,37 @@ def test_nothing_in_a_page_of_markdown_comes_from_the_data(text):
     if text.strip():
         assert bones(page_of_study(study_of(text))) == bones(page_of_study(study_of(BENIGN)))
         assert not steering(page_of_study(study_of(text)))
+
+
+def document_of(text):
+    """A document of every kind of part, in which every text that is free is `text`."""
+    return Document(
+        text,
+        (
+            Heading(text),
+            *(Text(text, tone) for tone in ("", "strong", "question", "quiet")),
+            Items((text, (text, text)), title=text, tone="note"),
+            Items(((text, text),), tone="limits"),
+            Picture("a.png", text),
+            Examples(text, (Example(text, text, text, text, text, True),)),
+            Details(text, ({text: text}, {text: f"{text}2"})),
+            StudyTable("t", text, text, (Column("a", text),), ({"a": Status(text, "bad")},)),
+        ),
+    )
+
+
+@pytest.mark.parametrize("text", [t for t in HOSTILE if t.strip()], ids=lambda t: ascii(t)[:30])
+def test_every_kind_of_part_is_plain_wherever_it_is_shown(text):
+    found, expected = (Skeleton(html_page(t, [document_of(t)])) for t in (text, BENIGN))
+    assert without_marks(found.shape) == without_marks(expected.shape)
+    assert not steering(found.text)
+    page = markdown_page(document_of(text))
+    assert bones(page) == bones(markdown_page(document_of(BENIGN)))
+    code = Document("t", (Code(f"{text}\n```\n<b>"),))
+    skeleton = Skeleton(html_page("t", [code]))
+    assert "b" not in {part[0] for part in skeleton.shape}
+    shown = [on_terminal(d, columns=60) for d in (document_of(text), code)]
+    assert not steering("".join([page, markdown_page(code), skeleton.text, *shown]))
 
 
 @given(

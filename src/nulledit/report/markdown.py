@@ -42,7 +42,7 @@ def _part(part: doc.Part, level: str, figures: str) -> str:
             ]
             return _titled(level, part.title, "\n".join(lines))
         case doc.Code():
-            return fenced(part.text, part.language)
+            return fenced("\n".join(map(plain, part.text.split("\n"))), part.language)
         case doc.Picture():
             return f"![{markdown(part.text)}]({part.file})"
         case doc.StudyTable():

@@ -35,7 +35,7 @@ def study_document(study: Study, about: str | None = None, source: str = "") -> 
     parts: list[Part] = [
         Text(study.question, "question"),
         Text(sentence(study) if about is None else about, "quiet"),
-        Items(study.notices, tone="note"),
+        Items(study.notices, tone="note", most=25, more="in study.json"),
         Items(tuple((name, said) for name, said in claims.items() if said), tone="limits"),
         *study.tables,
         *study.figures,

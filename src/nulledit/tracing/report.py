@@ -16,18 +16,7 @@ from typing import Any
 from nulledit.evaluation.stats import Rate
 from nulledit.io.jsonfiles import as_csv, as_json, write
 from nulledit.io.text import count
-from nulledit.report.document import (
-    Cell,
-    Code,
-    Column,
-    Document,
-    Items,
-    Part,
-    Picture,
-    StudyTable,
-    Text,
-    Value,
-)
+from nulledit.report import document as doc
 from nulledit.report.markdown import markdown_page
 from nulledit.tracing.location import Location
 from nulledit.tracing.trace import LAST
@@ -113,42 +102,45 @@ def said(found: Location) -> list[str]:
     return lines
 
 
-def location_document(found: Location, model: str) -> Document:
+def location_document(found: Location, model: str) -> doc.Document:
     """What the folder's page shows."""
     settings, suggestion, n = found.settings, found.suggestion, len(found.traces)
-    parts: list[Part] = [Text(sentence) for sentence in said(found)]
+    parts: list[doc.Part] = [doc.Text(sentence) for sentence in said(found)]
     if suggestion.layers:
         line = "A line for a recipe, a range that ends at the peak (after MEMIT, arXiv:2210.07229):"
-        parts += [Text(line), Code(suggestion.recipe_line), Text(NOT_SAID)]
+        parts += [doc.Text(line), doc.Code(suggestion.recipe_line), doc.Text(NOT_SAID)]
     parts += [
-        Picture("heatmap.png", "Effects by place and layer"),
+        doc.Picture("heatmap.png", "Effects by place and layer"),
         effects_table(found),
-        Text(
+        doc.Text(
             f"{count(settings.draws, 'draw')} of noise a fact, {settings.noise:g} times "
             f"{found.spread:.4g} (standard deviation of the subjects' embeddings), seed "
             f"{settings.seed}; windows of {count(found.window, 'layer')}; the answer's first "
             "token. ROME, arXiv:2202.05262."
         ),
-        Text(
+        doc.Text(
             f"{found.cpu_seconds:.1f} CPU-seconds, {found.wall_seconds:.1f} of wall time: "
             f"{found.cpu_seconds / n:.2f} CPU-seconds a traced fact, asking included."
         ),
     ]
     left = {"not known": found.questions.unknown, "at the end": found.questions.at_the_end}
     out = tuple((why, ", ".join(ids)) for why, ids in left.items() if ids)
-    return Document(f"Causal trace of {model}", (*parts, Items(out, title="Left out")))
+    return doc.Document(f"Causal trace of {model}", (*parts, doc.Items(out, title="Left out")))
 
 
-def effects_table(found: Location) -> StudyTable:
+def effects_table(found: Location) -> doc.StudyTable:
     """Both kinds of effects by layer, at the subject's last token."""
     rates = {(e.kind, e.layer): e.rate for e in found.effects() if e.place == LAST}
     columns = (
-        Column("layer", "layer"),
-        Column("state", "state", digits=3),
-        Column("mlp", f"window of {found.window}", digits=3),
+        doc.Column("layer", "layer"),
+        doc.Column("state", "state", digits=3),
+        doc.Column("mlp", f"window of {found.window}", digits=3),
     )
-    rows: tuple[dict[str, Cell], ...] = tuple(
-        {"layer": str(i), **{kind: Value(**asdict(rates[kind, i])) for kind in ("state", "mlp")}}
+    rows: tuple[dict[str, doc.Cell], ...] = tuple(
+        {
+            "layer": str(i),
+            **{kind: doc.Value(**asdict(rates[kind, i])) for kind in ("state", "mlp")},
+        }
         for i in range(found.depth)
     )
     caption = (
@@ -156,7 +148,7 @@ def effects_table(found: Location) -> StudyTable:
         "at both ends. All places are in effects.csv"
     )
     title = "Effects at the subject's last token"
-    return StudyTable("effects", title, caption, columns, rows)
+    return doc.StudyTable("effects", title, caption, columns, rows)
 
 
 def write_location(folder: Path, found: Location, model: str) -> None:
