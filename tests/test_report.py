@@ -16,8 +16,7 @@ from nulledit.report.tables import as_markdown, as_text, percent
 from nulledit.report.terminal import has_colours, on_terminal
 from nulledit.runs.document import RunFolder, run_document
 from nulledit.runs.folder import read_lines, write_run
-from nulledit.runs.rates import rate_rows, rates_spec
-from nulledit.runs.tables import answers_table, layers_table, rates_tables
+from nulledit.runs.tables import answers_table, layers_table, rate_rows, rates_spec, rates_tables
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,7 @@ from nulledit.report.document import (
 )
 from nulledit.report.study import settings_of
 from nulledit.runs.holding import headline, held, reasons
-from nulledit.runs.rates import rates_spec
-from nulledit.runs.tables import SHOWN, answers_table, layers_table, rates_tables
+from nulledit.runs.tables import SHOWN, answers_table, layers_table, rates_spec, rates_tables
 
 
 @dataclass(frozen=True)

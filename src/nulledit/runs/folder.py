@@ -24,8 +24,8 @@ from nulledit.report.figures import figure_of
 from nulledit.report.images import as_png, as_svg
 from nulledit.report.markdown import markdown_page
 from nulledit.runs.document import RunFolder, run_document
-from nulledit.runs.rates import rate_rows, rates_spec
 from nulledit.runs.schema import is_environment, is_line, is_summary
+from nulledit.runs.tables import rate_rows, rates_spec
 
 if TYPE_CHECKING:
     from nulledit.editing.editor import Editor

@@ -1,4 +1,4 @@
-"""Evaluations, layers and answers of a run as tables."""
+"""Evaluations, layers and answers of a run as tables, and its rates as a figure."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 from nulledit.evaluation.measures import OF_FACTS, PREFERENCE, STRICT, find, measured
 from nulledit.evaluation.stats import paired_bootstrap
 from nulledit.report.cells import ABSENT
-from nulledit.report.document import Cell, Column, Status, StudyTable, Value
+from nulledit.report.document import Cell, Column, FigureSpec, Status, StudyTable, Value
+from nulledit.report.points import Point
 from nulledit.runs.holding import after_row, legend, mark, tone
 
 SHOWN = 25  # facts whose answers are shown
+PANELS = {"preference": "by preference", "strict": "strict: every token is the likeliest"}
 Sides = Mapping[str, Mapping[str, Any]]
 """Evaluations by name, such as `before` and `after`."""
 _ALWAYS = {
@@ -128,6 +130,43 @@ def answers_table(lines: Sequence[Mapping[str, Any]], name: str = "answers") -> 
     columns = (*(Column(head, head) for head in heads), Column("mark", ""))
     title = f"What the model says{few}"
     return StudyTable(name, title, legend(lines[:SHOWN]), columns, tuple(rows))
+
+
+def rate_rows(sides: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row per metric, score and side (`before`, `after`) that the data has."""
+    rows = []
+    for metric in PREFERENCE:
+        for score, key in (("preference", metric), ("strict", f"{metric}_strict")):
+            for side, evaluation in sides.items():
+                if rate := evaluation["rates"].get(key):
+                    rows.append({"metric": metric, "score": score, "side": side, **rate})
+    return rows
+
+
+def rates_spec(sides: Mapping[str, Mapping[str, Any]]) -> FigureSpec:
+    """Bars of efficacy, generalization and specificity, before and after."""
+    points = tuple(
+        Point(
+            x=row["metric"],
+            y=None if row["mean"] is None else 100 * row["mean"],
+            error=row["standard_error"] and 100 * row["standard_error"],
+            n=row["n"],
+            series=row["side"],
+            panel=PANELS[row["score"]],
+        )
+        for row in sorted(rate_rows(sides), key=lambda row: list(PANELS).index(row["score"]))
+    )
+    return FigureSpec(
+        name="rates",
+        caption="Efficacy, generalization and specificity. Bars: mean over facts ± standard error.",
+        kind="bars",
+        x="metric",
+        y="mean over facts",
+        series="model",
+        panel="score",
+        labels={"x": "", "y": "mean over facts (%)"},
+        points=points,
+    )
 
 
 def of_text(summary: Mapping[str, Any] | None, key: str) -> Value | float | None:
