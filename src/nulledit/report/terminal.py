@@ -40,8 +40,8 @@ def on_terminal(
             return "\n".join(f"    {plain(line)}" for line in part.text.split("\n"))
         case doc.Examples():
             rows = [(e.prompt, e.target, e.before or "", e.after or "") for e in part.items]
-            table = as_text((("prompt", "target", "before", "after"), rows), left=4, most=LONGEST)
-            return f"{plain(part.title)}\n{table}"
+            head = ("prompt", "target", "before", "after")
+            return f"{plain(part.title)}\n{as_text((head, rows), most=LONGEST, columns=columns)}"
         case doc.Picture() | doc.FigureSpec() | doc.Details():
             return ""
         case _:
