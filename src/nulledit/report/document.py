@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -88,6 +88,20 @@ class StudyTable(Stored):
         for row in self.rows:
             if unknown := set(row) - set(keys):
                 raise ValueError(f"table {self.name}: a row has {sorted(unknown)}, not in {keys}")
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        title: str,
+        head: Sequence[str],
+        rows: Iterable[Sequence[Cell]],
+        said: str = "",
+    ) -> StudyTable:
+        """A table from its head and rows; `said`: its caption."""
+        columns = tuple(Column(str(i), text) for i, text in enumerate(head))
+        told = tuple({str(i): cell for i, cell in enumerate(row)} for row in rows)
+        return cls(name, title, said, columns, told)
 
 
 @dataclass(frozen=True)

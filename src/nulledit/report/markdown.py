@@ -21,13 +21,6 @@ def markdown_page(document: doc.Document, *, figures: str = "figures/{}") -> str
     return "\n\n".join(filter(None, (f"# {markdown(document.title)}", *parts))) + "\n"
 
 
-def fenced(text: str, language: str = "yaml") -> str:
-    """A block of code that nothing in `text` can end."""
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
-
-
 def _part(part: doc.Part, level: str, figures: str) -> str:
     match part:
         case doc.Heading():
@@ -42,7 +35,9 @@ def _part(part: doc.Part, level: str, figures: str) -> str:
             ]
             return _titled(level, part.title, "\n".join(lines))
         case doc.Code():
-            return fenced("\n".join(map(plain, part.text.split("\n"))), part.language)
+            text = "\n".join(map(plain, part.text.rstrip().split("\n")))
+            fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 0)
+            return f"{fence}{part.language}\n{text}\n{fence}"
         case doc.Picture():
             return f"![{markdown(part.text)}]({part.file})"
         case doc.StudyTable():
@@ -53,12 +48,15 @@ def _part(part: doc.Part, level: str, figures: str) -> str:
             caption, file = markdown(figure_caption(part)), figures.format(part.name)
             return f"![{caption}]({file}.png)\n\n{caption} [CSV]({file}.csv)"
         case doc.Examples():
+            head = ("arm", "prompt", "target", "before", "after")
             rows = [
-                [shorten(plain(ABSENT if cell is None else cell), LONGEST) for cell in row]
-                for row in ((e.arm, e.prompt, e.target, e.before, e.after) for e in part.items)
+                [
+                    ABSENT if e is None else shorten(plain(e), LONGEST)
+                    for e in map(vars(x).get, head)
+                ]
+                for x in part.items
             ]
-            table = as_markdown((["arm", "prompt", "target", "before", "after"], rows), left=5)
-            return _titled(level, part.title, table)
+            return _part(doc.StudyTable.of("examples", part.title, head, rows), level, figures)
     return ""  # settings: the files beside the page have them
 
 

@@ -61,9 +61,9 @@ def as_text(
     return "\n".join(lines)
 
 
-def as_markdown(table: Table | StudyTable, *, left: int | None = None) -> str:
+def as_markdown(table: Table | StudyTable) -> str:
     """The same table in Markdown."""
-    head, rows, at_left = _grid(table, left)
+    head, rows, at_left = _grid(table)
     rule = ["---" if i in at_left else "---:" for i in range(len(head))]
     lines = [[markdown(c) for c in head], rule, *([markdown(c) for c in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -86,7 +86,7 @@ def number(value: float | None) -> str:
 
 
 def _grid(
-    table: Table | StudyTable, left: int | None
+    table: Table | StudyTable, left: int | None = None
 ) -> tuple[Sequence[str], Sequence[Sequence[str]], Collection[int]]:
     """Heads, rows, and which columns stand left."""
     if not isinstance(table, StudyTable):

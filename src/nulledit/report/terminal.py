@@ -39,9 +39,10 @@ def on_terminal(
         case doc.Code():
             return "\n".join(f"    {plain(line)}" for line in part.text.split("\n"))
         case doc.Examples():
-            rows = [(e.prompt, e.target, e.before or "", e.after or "") for e in part.items]
             head = ("prompt", "target", "before", "after")
-            return f"{plain(part.title)}\n{as_text((head, rows), most=LONGEST, columns=columns)}"
+            rows = [[vars(e)[name] or "" for name in head] for e in part.items]
+            shown = doc.StudyTable.of("examples", part.title, head, rows)
+            return on_terminal(shown, columns=columns, colour=colour)
         case doc.Picture() | doc.FigureSpec() | doc.Details():
             return ""
         case _:

@@ -176,12 +176,8 @@ def judged_table(found: Tuning) -> StudyTable:
 
 def untried_table(found: Tuning) -> StudyTable:
     """What was not measured, and why."""
-    columns = (Column("changed", "changed"), Column("from", "from"), Column("why", "why not"))
-    rows = tuple(
-        {"changed": u.label, "from": f"changes {_number(u.base)}", "why": u.reason}
-        for u in found.untried
-    )
-    return StudyTable("untried", "Not tried", "", columns, rows)
+    rows = [(u.label, f"changes {_number(u.base)}", u.reason) for u in found.untried]
+    return StudyTable.of("untried", "Not tried", ("changed", "from", "why not"), rows)
 
 
 def numbers_of(found: Tuning) -> list[dict[str, Any]]:
