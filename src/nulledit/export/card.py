@@ -34,9 +34,9 @@ STATISTICS = ("corpus", "corpus_hash", "tokens", "dtype", "layers", "settings")
 def model_card(editor: Editor, layers: Sequence[LayerExport], *, run: str, summary: Any) -> str:
     """The card of a whole checkpoint. `summary`: the run's `summary.json`, or None."""
     parts: list[doc.Part] = [
-        *(_origin(editor), _note(editor), _facts(editor)),
+        *(_origin(editor), _note(editor), doc.Heading("Edited facts"), _facts(editor)),
         *_method(editor),
-        _layers(layers),
+        *(doc.Heading("Layers"), _layers(layers)),
         *_measures(summary, editor),
         doc.Heading("Undo"),
         doc.Text(f"The ledger in {_code(run)}/ledger takes back single facts exactly, or all:"),
@@ -63,9 +63,9 @@ def adapter_card(editor: Editor, export: Export, *, run: str) -> str:
     parts: list[doc.Part] = [
         *(_origin(editor), _note(editor), doc.Text(f"{kind} {_cost(export)}".strip())),
         doc.Code(f"from peft import PeftModel\n\n{code}", "python"),
-        _facts(editor),
+        *(doc.Heading("Edited facts"), _facts(editor)),
         *_method(editor),
-        _layers(export.layers),
+        *(doc.Heading("Layers"), _layers(export.layers)),
         doc.Heading("Undo"),
         doc.Text("Unload the adapter. Single facts are taken back in the run and exported again:"),
         doc.Code(f"nulledit undo {_code(run)} ID...", "sh"),
@@ -132,7 +132,7 @@ def _facts(editor: Editor) -> doc.StudyTable:
     shown = [(f.id, f.render(f.prompt), *_answers(f)) for f in facts[:SHOWN]]
     rows = [[shorten(plain(text), LONGEST) for text in row] for row in shown]
     more = f"and {len(facts) - SHOWN} more" if len(facts) > SHOWN else ""
-    return doc.StudyTable.of("facts", "Edited facts", head, rows, more)
+    return doc.StudyTable.of("facts", "", head, rows, more)
 
 
 def _answers(fact: Fact) -> tuple[str, str]:
@@ -188,7 +188,7 @@ def _layers(layers: Sequence[LayerExport]) -> doc.StudyTable:
         )
         for layer in layers
     ]
-    return doc.StudyTable.of("layers", "Layers", head, rows)
+    return doc.StudyTable.of("layers", "", head, rows)
 
 
 def _cost(export: Export) -> str:
