@@ -122,11 +122,11 @@ def preview(
                 "notices": notices,
             }
         )
-    which = f" of the last {len(held)} facts in the model"
     return echo(
         _answers(asked, before[0], after[0]),
         *rates_tables(sides),
-        *(rates_tables(others, which=which, absent=False) if others else ()),
+        f"The last {len(held)} facts in the model:" if others else "",
+        *(rates_tables(others, absent=False) if others else ()),
         _norms(layers, would_be),
         f"Perplexity and KL are on {windows.name}. Nothing was written.",
     )
