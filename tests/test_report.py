@@ -9,6 +9,7 @@ from support.runs import KL, LAYER, line, rate, side, summary
 from nulledit.io.jsonfiles import as_json, write
 from nulledit.io.text import markdown, plain, shorten, width
 from nulledit.report.cells import heads, shown
+from nulledit.report.document import Status
 from nulledit.report.figures import figure_of
 from nulledit.report.images import as_png, as_svg
 from nulledit.report.markdown import markdown_page
@@ -223,6 +224,12 @@ def test_rows_become_blocks_where_columns_do_not_fit():
     assert lines[0] == "layer 4"
     assert lines[-1].split() == ["rounding/‖Δ‖", "0.250"]
     assert all(line.startswith("  ") for line in lines[1:])
+
+
+def test_a_column_may_be_empty():
+    table = (["limit", "", ""], [["kl", Status("ok", "good"), ""], ["growth", "", ""]])
+    assert as_text(table).split("\n")[2:] == ["kl      ok", "growth"]
+    assert as_text((["", ""], [["", ""]]), columns=20) == "\n\n"
 
 
 def test_a_status_is_coloured_and_nothing_else():

@@ -46,7 +46,9 @@ def as_text(
     widths = _widths(shown, columns)
     if widths is None:
         return _blocks(shown, rows, columns or 0, colour=colour)
-    heads = (textwrap.wrap(head, w) or [""] for head, w in zip(shown[0], widths, strict=True))
+    heads = (
+        textwrap.wrap(head, max(1, w)) or [""] for head, w in zip(shown[0], widths, strict=True)
+    )
     above = [*zip_longest(*heads, fillvalue=""), ["─" * w for w in widths]]
     lines = []
     for i, row in enumerate([*above, *shown[1:]], -len(above)):
