@@ -50,7 +50,6 @@ def check(
     asked = load_limits(limits)
     prepare(quiet=quiet)
     from nulledit.cli.loading import load_run
-    from nulledit.report.tables import as_text
     from nulledit.runs.gate import check as measure
     from nulledit.runs.measure import windows_of
 
@@ -65,15 +64,22 @@ def check(
     if as_json:
         emit({"run_folder": run, **report.to_dict()})
     else:
-        echo(as_text(gate_table(report), left=2, most=90))
+        echo(gate_table(report))
     refuse(report, run)
 
 
 def gate_table(report: GateReport) -> Table:
-    """One row per limit: whether it holds, what was found, what is allowed; two columns at left."""
+    """One row per limit: whether it holds, what was found, what is allowed."""
+    from nulledit.report.document import Status
+
+    tones = {"ok": "good", "FAILED": "bad"}
     head = ["limit", "", "found (%)", "n", "allowed (%)", ""]
     rows: list[Sequence[str]] = [
-        [row.name, row.verdict, _found(row), _count(row), _allowed(row), row.note]
+        [
+            row.name,
+            Status(row.verdict, tones.get(row.verdict, "weak")),
+            *(_found(row), _count(row), _allowed(row), row.note),
+        ]
         for row in report.rows
     ]
     return head, rows

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from nulledit.config import Placement
     from nulledit.data.readers import FactFile
     from nulledit.parallel.ranks import Ranks
+    from nulledit.report.document import Document, Part
+    from nulledit.report.tables import Table
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 MOST_NOTICES = 20  # of a file of facts on the terminal
@@ -131,9 +133,12 @@ def prepare(*, quiet: bool) -> None:
         warnings.filterwarnings("ignore", category=category, module=r"(?!nulledit)")
 
 
-def echo(page: str) -> None:
-    """A result on stdout, in lines none of which can steer the terminal."""
-    click.echo("\n".join(map(plain, page.split("\n"))))
+def echo(*parts: str | Table | Part | Document) -> None:
+    """A result on stdout, an empty line between its parts; none can steer the terminal."""
+    from nulledit.report.terminal import has_colours, on_terminal
+
+    colour = has_colours()
+    click.echo("\n\n".join(filter(None, (on_terminal(p, colour=colour) for p in parts))))
 
 
 def say(message: str, *, quiet: bool) -> None:

@@ -68,9 +68,8 @@ def evaluate(run: str, as_json: bool, quiet: bool, **given: Any) -> None:
     from nulledit.evaluation.forms import form_name, forms
     from nulledit.evaluation.tasks import read_tasks
     from nulledit.io.text import count
-    from nulledit.report.tables import as_text
     from nulledit.runs.measure import check_lengths, evaluate_both, in_other_forms, read_text
-    from nulledit.runs.tables import rates_table
+    from nulledit.runs.tables import rates_tables
 
     references = rest.read_references(given["references"])
     items = read_tasks(given["capability"], limit=given["items"]) if given["capability"] else []
@@ -125,20 +124,19 @@ def evaluate(run: str, as_json: bool, quiet: bool, **given: Any) -> None:
             }
         )
         return
-    echo(as_text(rates_table({s: e.summary() for s, e in sides.items()})))
+    parts: list[Any] = [*rates_tables({s: e.summary() for s, e in sides.items()})]
     if kept:
         errors = ", ".join(
             f"{p.error:.3g} ± {p.standard_error:.1g} (layer {p.layer})" for p in kept
         )
-        echo(f"\n‖ΔK₀‖/‖W₀K₀‖: {errors}\nPerplexity, KL and ‖ΔK₀‖ are on {text.name}.")
-    more: dict[str, Any] = {f"Asked {name}": rates_table(s) for name, s in others.items()}
+        parts.append(f"‖ΔK₀‖/‖W₀K₀‖: {errors}\nPerplexity, KL and ‖ΔK₀‖ are on {text.name}.")
+    parts += [t for name, s in others.items() for t in rates_tables(s, which=f". Asked {name}")]
     if given["by_relation"]:
-        more["By relation, edited"] = rest.relations_table(facts, sides["edited"])
+        parts.append(rest.relations_table(facts, sides["edited"]))
     if tasks:
-        more["Six tasks (%)"] = rest.capability_table(tasks)
+        parts.append(rest.capability_table(tasks))
     if drift:
-        more["Drift of hidden states"] = rest.drift_table(drift)
+        parts.append(rest.drift_table(drift))
     if harness:
-        more["lm-evaluation-harness"] = rest.harness_table(harness)
-    if more:
-        echo("\n" + rest.as_sections(more))
+        parts.append(rest.harness_table(harness))
+    echo(*parts)

@@ -54,9 +54,8 @@ def preview(
     found = facts_of(facts, given, quiet=given["quiet"]) if facts else None
     prepare(quiet=given["quiet"])
     from nulledit.cli.runs import Terminal
-    from nulledit.report.tables import as_text
     from nulledit.runs.preview import preview as look
-    from nulledit.runs.tables import rates_table
+    from nulledit.runs.tables import rates_tables
 
     quiet = given["quiet"]
     editor = _editor(run, given)
@@ -66,14 +65,15 @@ def preview(
     if given["as_json"]:
         return emit({"run": run, **done.to_dict()})
     before, after = done.asked.before, done.asked.after
-    parts = [as_text(_answers(done.facts, before or after, after), left=4, most=40)]
-    parts.append(as_text(rates_table(done.asked.summary())))
-    if done.held:
-        parts.append(f"The last {len(done.held.after.rows())} facts in the model:")
-        parts.append(as_text(_held_table(done.held.summary())))
-    parts.append(as_text(_norms(done.before, done.after)))
-    parts.append(f"Perplexity and KL are on {done.asked.text}. Nothing was written.")
-    return echo("\n\n".join(parts))
+    held = done.held
+    return echo(
+        _answers(done.facts, before or after, after),
+        *rates_tables(done.asked.summary()),
+        f"The last {len(held.after.rows())} facts in the model:" if held else "",
+        *(rates_tables(held.summary(), absent=False) if held else ()),
+        _norms(done.before, done.after),
+        f"Perplexity and KL are on {done.asked.text}. Nothing was written.",
+    )
 
 
 def _editor(run: str, given: dict[str, Any]) -> Editor:
@@ -102,14 +102,6 @@ def _answers(facts: Sequence[Fact], before: Evaluation, after: Evaluation) -> Ta
         for f in facts
     ]
     return ["prompt", "target", "before", "after"], rows
-
-
-def _held_table(sides: dict[str, dict[str, Any]]) -> Table:
-    from nulledit.runs.tables import rates_table
-
-    head, rows = rates_table(sides)
-    measured = [row for row in rows if any(cell[:1].isdigit() for cell in row[1:])]
-    return head, measured
 
 
 def _norms(before: Sequence[LayerReport], after: Sequence[LayerReport]) -> Table:

@@ -30,7 +30,7 @@ def verify(run: str, device: Any, trust_remote_code: bool, as_json: bool, quiet:
     from nulledit.api.editor import Editor
     from nulledit.errors import CheckFailed
     from nulledit.io.text import count
-    from nulledit.report.tables import as_text
+    from nulledit.report.document import Status
     from nulledit.runs.verify import KINDS
     from nulledit.runs.verify import verify as check
 
@@ -58,8 +58,12 @@ def verify(run: str, device: Any, trust_remote_code: bool, as_json: bool, quiet:
             }
         )
     else:
-        rows = [(kind, str(len(found.of(kind))), found.says(kind)) for kind in KINDS]
-        echo(as_text((("", "checked", "result"), [*rows]), left=3, most=100))
+        rows = []
+        for kind in KINDS:
+            wrong = any(check.problem for check in found.of(kind))
+            tone = "bad" if wrong else "good" if found.of(kind) else ""
+            rows.append((kind, str(len(found.of(kind))), Status(found.says(kind), tone)))
+        echo((("", "checked", "result"), rows))
     if found.problems:
         raise CheckFailed(
             f"{run}: {count(len(found.problems), 'problem')}: " + "; ".join(found.problems)
