@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,11 +17,12 @@ from nulledit.report.points import Point
 from nulledit.report.study import read_study
 from nulledit.statistics.manifest import read_manifest
 from nulledit.statistics.spectra import Statistics
-from nulledit.studies import side_effects as behaviour
+from nulledit.studies import side_effects
 from nulledit.studies.context import Lab, Sources
 from nulledit.studies.estimate import estimate
-from nulledit.studies.methods_table import _leaders
+from nulledit.studies.questions import FACTS
 from nulledit.studies.registry import STUDIES, find_study, run_study
+from nulledit.studies.results import Spot, extremes, numbers, quantity
 from nulledit.studies.scale import Scale, load_scale
 from nulledit.studies.stream import Stream, Workbench, shuffled
 
@@ -231,15 +231,17 @@ def test_a_checkpoint_is_the_stream_that_ended_there(make_lab):
     lab = make_lab("table1", work="long")
     queue = lab.facts(12)
     for arm in ARMS:
-        long = lab.edited(lab.plan(arm, queue))
-        early = lab.asked(long, 6, queue[:6])
+        plan = lab.plan(arm, queue)
+        long = lab.edited(plan)
+        early = FACTS.answer(lab, plan, 6, long)
         with long.at(6) as editor:
             held = {layer: editor.weights.exact(layer).clone() for layer in editor.weights.layers}
-        short = lab.edited(lab.plan(arm, queue[:6]))
+        plan = lab.plan(arm, queue[:6])
+        short = lab.edited(plan)
         for layer, weight in held.items():
             there = short.editor.weights.exact(layer)
             assert float((weight - there).norm() / there.norm()) < 1e-5
-        assert lab.asked(short, 6, queue[:6]) == early
+        assert FACTS.answer(lab, plan, 6, short) == early
 
 
 def test_arms_share_the_values_of_their_first_batch(make_lab, monkeypatch):
@@ -365,29 +367,29 @@ def test_an_arm_called_alphaedit_is_alphaedit(name):
 
 def test_changes_of_zero_have_no_rank_correlation():
     points = [Point(x, 0.0, series="relation") for x in range(8)]
-    assert "+1.00" not in behaviour._correlation(points)
+    assert "+1.00" not in side_effects._correlation(points)
 
 
 def test_a_tie_has_no_single_leader():
     rows = {"a": {"efficacy_strict": True}, "b": {"efficacy_strict": True}}
-    arms = [
-        SimpleNamespace(label=label, end=rows, checkpoints=[2], text={2: None})
-        for label in ("first", "second")
-    ]
-    assert "highest with first (" not in _leaders(arms, None)
+    spots = [Spot(label, 2, {"facts": rows}) for label in ("first", "second")]
+    assert extremes(numbers(spots, quantity("efficacy_strict"))) == "100.0 % with first, second"
 
 
 def test_leaks_depend_on_how_many_prompts_are_read(make_lab, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        behaviour, "_free_share", lambda editor, texts: asked.append(len(texts)) or 0.0
+        side_effects, "_free_share", lambda editor, texts: asked.append(len(texts)) or 0.0
     )
     found = {}
     for most in (2, 8):
         lab = make_lab("categories", leak_prompts=most)
-        (plan, *_) = behaviour.plans_of(lab)
-        found[most] = behaviour._leaks(lab, lab.edited(plan), {"g": list("abcdefghij")})
-    assert asked == [2, 8]
+        plan = lab.plan("alphaedit", lab.facts(12))
+        lab.edited(plan)
+        found[most] = len(side_effects.LEAKS.answer(lab, plan, 12, lab.bench.stream(plan)))
+        assert len(asked) == found[most], "every group is asked again for another number"
+        assert max(asked) == most if most == 2 else max(asked) > 2
+        asked.clear()
 
 
 def test_drift_of_arms_with_other_layers(make_lab, tmp_path):

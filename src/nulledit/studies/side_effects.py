@@ -2,315 +2,289 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 
 from nulledit.data.facts import Fact
 from nulledit.editing.editor import Editor
 from nulledit.evaluation.groups import OTHER, by_relation
-from nulledit.evaluation.stats import paired_bootstrap
+from nulledit.evaluation.stats import rank_correlation
 from nulledit.models.layouts import frozen
 from nulledit.models.tokens import chunks_by_length
-from nulledit.report.document import Column, FigureSpec, StudyTable, Value
+from nulledit.report.document import FigureSpec, Value
 from nulledit.report.points import Point
+from nulledit.studies.build import head, lines, moved, point
 from nulledit.studies.context import Lab
-from nulledit.studies.methods_table import asked_at
-from nulledit.studies.results import (
-    Outcome,
-    Rows,
-    StudySpec,
-    Work,
-    difference,
-    extremes,
-    rate,
-)
-from nulledit.studies.scale import chosen
-from nulledit.studies.stream import Stream, StreamPlan
+from nulledit.studies.declaration import Cells, Figure, Part, StudySpec, Table, named
+from nulledit.studies.questions import DRIFT as DRIFT_OF_STATES
+from nulledit.studies.questions import FACTS, TASKS, Facts, Question
+from nulledit.studies.results import Results, Rows, Spot, difference, extremes, number, rate
+from nulledit.studies.stream import StreamPlan
+
+# -- capability ----------------------------------------------------------------------------------
 
 
-def plans_of(lab: Lab) -> list[StreamPlan]:
-    """One stream per arm on one queue."""
-    queue = lab.facts(lab.settings["facts"], skip=lab.settings["skip"])
-    return [lab.plan(arm, queue) for arm in chosen(lab.settings)]
+def _tasks_of(results: Results) -> Mapping[str, Any]:
+    """The unedited model's tasks."""
+    assert results.base
+    found: Mapping[str, Any] = results.base.found["capability"]
+    return found
 
 
-# -- capability --------------------------------------------------------------------------------
+def _percent(mean: float | None, error: float | None, n: int | None) -> Value:
+    mean, error = (None if value is None else 100 * value for value in (mean, error))
+    return Value(mean, error, n)
 
 
-def run_capability(lab: Lab) -> Outcome:
-    """The six tasks along the stream."""
-    base = lab.capability(None, 0)
-    plans = plans_of(lab)
-    found: dict[str, dict[int, Any]] = {}
-    for plan in plans:
-        stream = lab.edited(plan)
-        found[plan.label] = {at: lab.capability(stream, at) for at in asked_at(lab, plan)}
-    end = len(plans[0].facts)
-    ends = {label: along[end] for label, along in found.items()}
-    tables = [
-        _task_table("f1", "Weighted F1", base, ends),
-        _task_table("probability", "Probability of the right answer", base, ends),
+def _f1(result: Mapping[str, Any]) -> Value | float:
+    if "f1" not in result:  # of a predictor that always says the commonest class
+        return 100 * float(result["chance"])
+    return _percent(result["f1"], result["f1_standard_error"], result["n"])
+
+
+def _probability(result: Mapping[str, Any]) -> Value:
+    rate = result["probability"]
+    return _percent(rate["mean"], rate["standard_error"], rate["n"])
+
+
+def _of_task(task: str, cell: Any) -> Any:
+    return lambda spot: cell(spot.found["capability"][task])
+
+
+def _task_table(name: str, title: str, caption: str, cell: Any, better: str | None) -> Table:
+    def columns(results: Results) -> Iterator[Cells]:
+        for task in _tasks_of(results):
+            yield Cells(head(task, task, better=better), _of_task(task, cell))
+
+    def rows(results: Results) -> Iterable[Spot]:
+        chance = {task: {"chance": r["chance_f1"]} for task, r in _tasks_of(results).items()}
+        first = [Spot("chance", found={"capability": chance})] if name == "f1" else []
+        return [*first, *results.rows]
+
+    return Table(name, title, caption, (columns,), names="model", rows=rows)
+
+
+def _probabilities(results: Results) -> Iterator[Point]:
+    for task, base in _tasks_of(results).items():
+        for arm in results.arms:
+            yield point(0, _probability(base), arm.label, task)
+            for spot in arm.spots:
+                yield point(spot.at, _probability(spot.found["capability"][task]), arm.label, task)
+
+
+def _items(spot: Spot | None, task: str) -> Rows:
+    """A task's items by place."""
+    held = spot.found["capability"][task]["items"] if spot else []
+    return {str(place): item for place, item in enumerate(held)}
+
+
+def _moved_tasks(results: Results) -> list[Point]:
+    return [
+        change
+        for spot in results.ends
+        for task in _tasks_of(results)
+        for change in moved(
+            spot.label, task, _items(results.base, task), _items(spot, task), "probability"
+        )
     ]
-    points: list[Point] = []
-    for task in base:
-        for label, along in found.items():
-            for at, result in {0: base, **along}.items():
-                r = result[task]["probability"]
-                points.append(
-                    Point(
-                        at, _percent(r["mean"]), _percent(r["standard_error"]), r["n"], label, task
-                    )
-                )
-    figure = FigureSpec(
-        "capability",
-        "Probability of the right answer, normalised over the choices. Bars: one standard error.",
-        "lines",
-        "edits",
-        "probability of the right answer (%)",
-        panel="task",
-        points=tuple(points),
-    )
-    moved = _moved_tasks(base, ends)
-    change = FigureSpec(
-        "capability-change",
-        f"Change behind {end} edits against the unedited model, paired over items; 95 % intervals.",
-        "intervals",
-        "arm",
-        "change of the right answer's probability (points of %)",
-        panel="task",
-        points=tuple(moved),
-    )
-    clear = [f"{p.series} on {p.panel} ({p.y:+.1f})" for p in moved if p.low * p.high > 0]  # type: ignore[operator]
-    shows = (
-        f"Behind {end} edits the right answer's probability moved by {_range(p.y for p in moved)} "
-        f"points over tasks and arms; of {len(moved)} intervals, those without zero: "
+
+
+def _moved_told(results: Results) -> str:
+    changes = _moved_tasks(results)
+    held = [p.y for p in changes if p.y is not None]
+    span = f"{min(held):+.1f} to {max(held):+.1f}" if held else "nothing measurable"
+    clear = [f"{p.series} on {p.panel} ({p.y:+.1f})" for p in changes if p.low * p.high > 0]  # type: ignore[operator]
+    return (
+        f"After {len(results.queue)} edits the right answer's probability moved by {span} points "
+        f"over tasks and arms; of {len(changes)} intervals, those without zero: "
         f"{', '.join(clear) or 'none'}."
     )
-    return Outcome(shows, tables, [figure, change])
 
 
-def _task_table(
-    kind: str, title: str, base: Mapping[str, Any], arms: Mapping[str, Mapping[str, Any]]
-) -> StudyTable:
-    tasks = list(base)
-    better = "high" if kind == "probability" else None  # chance is no rival
-    columns = [Column("arm", "model"), *(Column(t, t, better, "%") for t in tasks)]
-
-    def cell(result: Mapping[str, Any]) -> Value:
-        if kind == "f1":
-            return Value(_percent(result["f1"]), _percent(result["f1_standard_error"]), result["n"])
-        r = result["probability"]
-        return Value(_percent(r["mean"]), _percent(r["standard_error"]), r["n"])
-
-    rows: list[dict[str, Any]] = []
-    if kind == "f1":
-        rows.append({"arm": "chance", **{t: _percent(base[t]["chance_f1"]) for t in tasks}})
-    rows.append({"arm": "unedited", **{t: cell(base[t]) for t in tasks}})
-    rows += [{"arm": arm, **{t: cell(found[t]) for t in tasks}} for arm, found in arms.items()]
-    caption = (
-        "Weighted F1 over items; chance is a predictor that always says the commonest class."
-        if kind == "f1"
-        else "Normalised over the choices: it still moves where the answer itself is at chance."
-    )
-    return StudyTable(kind, title, caption, tuple(columns), tuple(rows))
-
-
-def _moved_tasks(base: Mapping[str, Any], arms: Mapping[str, Mapping[str, Any]]) -> list[Point]:
-    points = []
-    for label, found in arms.items():
-        for task in base:
-            moved = _moved(base[task], found[task])
-            if moved:
-                mean, low, high = (100 * x for x in moved)
-                n = len(base[task]["items"])
-                points.append(Point(label, mean, n=n, series=label, panel=task, low=low, high=high))
-    return points
-
-
-def _moved(
-    before: Mapping[str, Any], after: Mapping[str, Any]
-) -> tuple[float, float, float] | None:
-    """How the right answer's probability moved over items: mean and 95 % interval."""
-    pairs = [
-        (a["probability"], b["probability"])
-        for a, b in zip(before["items"], after["items"], strict=True)
-        if a["probability"] is not None and b["probability"] is not None
-    ]
-    return paired_bootstrap([a for a, _ in pairs], [b for _, b in pairs]) if pairs else None
-
+CAPABILITY = StudySpec(
+    name="capability",
+    title="General capability along a stream",
+    question="What do edits cost on six tasks of general capability?",
+    needs=("facts", "capability"),
+    cannot_show="A model of this size answers most of these tasks at chance, so F1 can't fall; "
+    "only the right answer's probability can move, and a fall from chance is not a loss of skill.",
+    parts=(
+        Part(
+            named(),
+            asked=(TASKS,),
+            tables=(
+                _task_table(
+                    "f1",
+                    "Weighted F1",
+                    "Weighted F1 over items; chance is a predictor that always says the commonest "
+                    "class.",
+                    _f1,
+                    None,  # chance is no rival
+                ),
+                _task_table(
+                    "probability",
+                    "Probability of the right answer",
+                    "Normalised over the choices: it still moves where the answer itself is at "
+                    "chance.",
+                    _probability,
+                    "high",
+                ),
+            ),
+            figures=(
+                lines(
+                    "capability",
+                    "Probability of the right answer, normalised over the choices. Bars: one "
+                    "standard error.",
+                    "probability of the right answer (%)",
+                    _probabilities,
+                    panel="task",
+                ),
+                Figure(
+                    FigureSpec(
+                        "capability-change",
+                        "Change after {edits} edits against the unedited model, paired over "
+                        "items; 95 % intervals.",
+                        "intervals",
+                        "arm",
+                        "change of the right answer's probability (points of %)",
+                        panel="task",
+                    ),
+                    _moved_tasks,
+                ),
+            ),
+            shows=_moved_told,
+            along=True,
+        ),
+    ),
+)
 
 # -- drift ---------------------------------------------------------------------------------------
 
 
-def run_drift(lab: Lab) -> Outcome:
-    """How far hidden states of other text move, with and without the projection."""
-    plans = plans_of(lab)
-    queue = plans[0].facts
-    end = len(queue)
-    found = {}
-    for plan in plans:
-        found[plan.label] = lab.drift(lab.edited(plan), end, queue)
-    layers = [layer["layer"] for layer in next(iter(found.values()))["layers"]]
-    columns = [Column("arm", "method")]
-    for layer in layers:
-        columns += [
-            Column(f"d{layer}", f"distance, layer {layer}", "low", "%"),
-            Column(f"s{layer}", f"shift, layer {layer}", "low", "", 3),
-            Column(f"e{layer}", f"energy, layer {layer}", "low", "", 4),
-        ]
-    rows, points = [], []
-    for label, drifted in found.items():
-        row: dict[str, Any] = {"arm": label}
-        for layer in drifted["layers"]:
-            at = layer["layer"]
-            row |= {f"d{at}": Value.percent(layer["distance"]), f"s{at}": layer["shift"]}
-            row[f"e{at}"] = layer["energy"]
-        rows.append(row)
-        for p in drifted["points"]:
-            if p["layer"] == layers[-1]:
-                side = "before" if p["side"] == "base" else "after"
-                points.append(Point(p["x"], p["y"], series=side, panel=label))
-    caption = (
-        f"Hidden states at the last token of {found[plans[0].label]['layers'][0]['distance']['n']} "
-        f"prompts that no edit touches, behind {end} edits. Distance: mean ‖h′ − h‖/‖h‖; shift: of "
-        "the mean against the spread; energy: 0 for one distribution, 1 for two far apart."
-    )
-    figure = FigureSpec(
-        "drift",
-        f"Behind block {layers[-1]}, on the two main axes of the unedited states.",
-        "scatter",
-        "first axis",
-        "second axis",
-        series="model",
-        panel="method",
-        points=tuple(points),
-    )
-    last = f"d{layers[-1]}"
-    moved = {row["arm"]: row[last].mean for row in rows if row[last] and row[last].mean is not None}
-    shows = "States of other text could not be compared."
-    if moved:
-        shows = f"At the last block, states of other text move {extremes(moved)}."
-    return Outcome(
-        shows, [StudyTable("drift", "Distances", caption, tuple(columns), tuple(rows))], [figure]
-    )
+def _layers(results: Results) -> list[int]:
+    return [layer["layer"] for layer in results.ends[0].found["drift"]["layers"]]
 
+
+def _at(spot: Spot, layer: int) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = next(
+        at for at in spot.found["drift"]["layers"] if at["layer"] == layer
+    )
+    return found
+
+
+def _drift_columns(results: Results) -> Iterator[Cells]:
+    for n in _layers(results):
+        for name, unit, digits in (("distance", "%", 1), ("shift", "", 3), ("energy", "", 4)):
+            of = head(f"{name[0]}{n}", f"{name}, layer {n}", unit, digits, "low")
+            yield Cells(of, partial(_drifted, layer=n, name=name))
+
+
+def _drifted(spot: Spot, layer: int, name: str) -> Any:
+    found = _at(spot, layer)[name]
+    return Value.percent(found) if name == "distance" else found
+
+
+def _clouds(results: Results) -> Iterator[Point]:
+    for spot in results.ends:
+        for p in spot.found["drift"]["points"]:
+            if p["layer"] == _layers(results)[-1]:
+                side = "before" if p["side"] == "base" else "after"
+                yield Point(p["x"], p["y"], series=side, panel=spot.label)
+
+
+def _farthest(results: Results) -> str:
+    last = _layers(results)[-1]
+    found = {spot.label: number(_drifted(spot, last, "distance")) for spot in results.ends}
+    known = {label: value for label, value in found.items() if value is not None}
+    if not known:
+        return "States of other text could not be compared."
+    return f"At the last block, states of other text move {extremes(known)}."
+
+
+DRIFT = StudySpec(
+    name="drift",
+    title="Drift of hidden states",
+    question="How far do edits move the hidden states of text that they do not touch, with and "
+    "without the projection?",
+    needs=("facts", "prompts"),
+    cannot_show="States at the last token of short prompts are not all text, and a distance says "
+    "nothing about what the model then says.",
+    parts=(
+        Part(
+            named(),
+            asked=(DRIFT_OF_STATES,),
+            tables=(
+                Table(
+                    "drift",
+                    "Distances",
+                    lambda results: (
+                        "Hidden states at the last token of "
+                        f"{_at(results.ends[0], _layers(results)[0])['distance']['n']} prompts "
+                        f"that no edit touches, after {len(results.queue)} edits. Distance: mean "
+                        "‖h′ − h‖/‖h‖; shift: of the mean against the spread; energy: 0 for one "
+                        "distribution, 1 for two far apart."
+                    ),
+                    (_drift_columns,),
+                    rows=lambda results: results.ends,
+                ),
+            ),
+            figures=(
+                Figure(
+                    FigureSpec(
+                        "drift",
+                        "",
+                        "scatter",
+                        "first axis",
+                        "second axis",
+                        series="model",
+                        panel="method",
+                    ),
+                    _clouds,
+                    lambda results: (
+                        f"After block {_layers(results)[-1]}, on the two main axes of the "
+                        "unedited states."
+                    ),
+                ),
+            ),
+            shows=_farthest,
+        ),
+    ),
+)
 
 # -- categories ----------------------------------------------------------------------------------
 
 
-def run_categories(lab: Lab) -> Outcome:
-    """Which relations suffer, and whether it is where the null space leaks."""
-    (plan, *_) = plans_of(lab)
-    queue = plan.facts
-    before = lab.asked(None, 0, queue)
-    stream = lab.edited(plan)
-    end = len(queue)
-    after = lab.asked(stream, end, queue)
-    label = by_relation(queue, smallest=lab.settings["smallest"])
+def _groups(lab: Lab, facts: Facts) -> dict[str, list[Fact]]:
+    """Relation -> its facts, largest first; small ones together at the end."""
+    label = by_relation(facts, smallest=lab.settings["smallest"])
     groups: dict[str, list[Fact]] = {}
-    for fact in queue:
+    for fact in facts:
         groups.setdefault(label[fact.id], []).append(fact)
+    return {g: groups[g] for g in sorted(groups, key=lambda g: (g == OTHER, -len(groups[g])))}
+
+
+def _prompts(lab: Lab, plan: StreamPlan, facts: Facts) -> dict[str, Any]:
+    """Group or task -> prompts at whose ends keys are read, and how many of them."""
     prompts = {
         name: [p.prompt for fact in members for p in fact.neighbours if p.answer]
-        for name, members in groups.items()
+        for name, members in _groups(lab, facts).items()
     }
-    items = lab.items()
-    for item in items:
+    for item in lab.items():
         prompts.setdefault(f"task {item.task.name}", []).append(item.task.render(item.record))
-    leaks = _leaks(lab, stream, prompts)
-    tasks_before, tasks_after = lab.capability(None, 0), lab.capability(stream, end)
-    rows: list[dict[str, Any]] = []
-    points: list[Point] = []
-    for name in sorted(groups, key=lambda g: (g == OTHER, -len(groups[g]))):
-        row = _relation_row(name, groups[name], before, after, leaks[name])
-        rows.append(row)
-        leak, n = leaks[name], len(groups[name])
-        if row["change"] is not None and leak is not None and name != OTHER:
-            points.append(Point(leak, row["change"], n=n, series="relation"))
-    for task in tasks_before:
-        found = _moved(tasks_before[task], tasks_after[task])
-        if found is None:
-            continue
-        moved, leak = found, leaks[f"task {task}"]
-        rows.append(
-            {
-                "group": f"task {task}",
-                "n": len(tasks_before[task]["items"]),
-                "leak": leak,
-                "change": 100 * moved[0],
-                "interval": f"{100 * moved[1]:+.1f} to {100 * moved[2]:+.1f}",
-            }
-        )
-        if leak is not None:
-            points.append(Point(leak, 100 * moved[0], series="task"))
-    columns = (
-        Column("group", "relation or task"),
-        Column("n", "n", None, "", 0),
-        Column("leak", "unprotected share", None, "%"),
-        Column("efficacy", "efficacy, strict", None, "%"),
-        Column("before", "specificity before", None, "%"),
-        Column("after", "after", None, "%"),
-        Column("change", "change", None, "%"),
-        Column("interval", "95 % interval", None),
-    )
-    caption = (
-        f"Behind {end} edits with {plan.label}. Unprotected share: mean ‖Pk‖²/‖k‖² over edited "
-        "layers of the keys at the end of the group's neighbour prompts (or the task's prompts). "
-        "Change: of specificity by preference, or of the right answer's probability for a task; "
-        f"groups of fewer than {lab.settings['smallest']} facts stand together."
-    )
-    table = StudyTable("categories", "By relation and by task", caption, columns, tuple(rows))
-    figure = FigureSpec(
-        "leak",
-        "Each group's change against how much of its keys the projection leaves open.",
-        "scatter",
-        "unprotected share of the group's keys (%)",
-        "change (points of %)",
-        series="group",
-        points=tuple(points),
-    )
-    relations = [p for p in points if p.series == "relation"]
-    shows = _correlation(relations) + _facts_against_skills(before, after, points)
-    return Outcome(shows, [table], [figure])
+    return {"prompts": prompts, "most": lab.settings["leak_prompts"]}
 
 
-def _relation_row(
-    name: str, members: Sequence[Fact], before: Rows, after: Rows, leak: float | None
-) -> dict[str, Any]:
-    ids = [fact.id for fact in members]
-    sides = [{i: side[i] for i in ids} for side in (before, after)]
-    moved = difference(sides[0], sides[1], "specificity")
-    return {
-        "group": name,
-        "n": len(members),
-        "leak": leak,
-        "efficacy": Value.percent(rate(sides[1], "efficacy_strict")),
-        "before": Value.percent(rate(sides[0], "specificity")),
-        "after": Value.percent(rate(sides[1], "specificity")),
-        "change": moved[0] if moved else None,
-        "interval": f"{moved[1]:+.1f} to {moved[2]:+.1f}" if moved else None,
-    }
-
-
-def _leaks(
-    lab: Lab, stream: Stream, prompts: Mapping[str, Sequence[str]]
-) -> dict[str, float | None]:
+def _leaks(lab: Lab, plan: StreamPlan, facts: Facts, editor: Editor) -> Any:
     """Group -> mean ‖Pk‖²/‖k‖² in % of the unedited keys at the ends of its prompts."""
-
     most = lab.settings["leak_prompts"]
-
-    def ask(editor: Editor) -> Any:
-        return {
-            name: _free_share(editor, list(dict.fromkeys(texts))[:most]) if texts else None
-            for name, texts in prompts.items()
-        }
-
-    settings = {"prompts": {k: list(v) for k, v in prompts.items()}, "most": most}
-    found: dict[str, float | None] = stream.measure(0, "leak", settings, ask)
-    return found
+    return {
+        name: _free_share(editor, list(dict.fromkeys(texts))[:most]) if texts else None
+        for name, texts in _prompts(lab, plan, facts)["prompts"].items()
+    }
 
 
 def _free_share(editor: Editor, texts: Sequence[str]) -> float:
@@ -330,73 +304,88 @@ def _free_share(editor: Editor, texts: Sequence[str]) -> float:
     return 100 * float(torch.cat(shares).mean())
 
 
+LEAKS = Question("leak", _prompts, _leaks, of_base=False, before=True)
+"""How much of each group's keys the projection leaves open."""
+
+
+def _change(name: str, before: Rows, after: Rows, measure: str) -> dict[str, Any]:
+    """How a measure moved, over rows that both have."""
+    if not (found := difference(before, after, measure)):
+        return {"group": name, "n": len(after)}
+    mean, low, high = found[0]
+    return {
+        "group": name,
+        "n": len(after),
+        "change": mean,
+        "interval": f"{low:+.1f} to {high:+.1f}",
+    }
+
+
+def _by_group(results: Results) -> Iterator[dict[str, Any]]:
+    """A row for each relation and each task."""
+    end, base = results.ends[0], results.base
+    leak = end.found["leak"]
+    assert base
+    for name, members in _groups(results.lab, results.queue).items():
+        before, after = ({f.id: spot.rows[f.id] for f in members} for spot in (base, end))
+        yield {
+            **_change(name, before, after, "specificity"),
+            "leak": leak[name],
+            "efficacy": rate(after, "efficacy_strict"),
+            "before": rate(before, "specificity"),
+            "after": rate(after, "specificity"),
+        }
+    for task in _tasks_of(results):
+        label = f"task {task}"
+        row = _change(label, _items(base, task), _items(end, task), "probability")
+        if "change" in row:
+            yield {**row, "leak": leak[label]}
+
+
+def _changes(results: Results) -> list[Point]:
+    """Each group's change by its leak."""
+    points = []
+    for row in _by_group(results):
+        task = row["group"].startswith("task ")
+        known = row["leak"] is not None and row.get("change") is not None
+        if known and row["group"] != OTHER:
+            kind, n = ("task", None) if task else ("relation", row["n"])
+            points.append(Point(row["leak"], row["change"], n=n, series=kind))
+    return points
+
+
+def _told(results: Results) -> str:
+    points = _changes(results)
+    relations = [p for p in points if p.series == "relation"]
+    return _correlation(relations) + _facts_against_skills(results, points)
+
+
 def _correlation(points: Sequence[Point]) -> str:
     if len(points) < 4:
         return f"Only {len(points)} relations are large enough to compare. "
-    x, y = (_ranks([getattr(p, axis) for p in points]) for axis in ("x", "y"))
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
+    found = rank_correlation([float(p.x) for p in points], [p.y or 0.0 for p in points])
+    if found is None:
         return f"All {len(points)} relations changed alike, so nothing can be said of leaks. "
-    rho = float(np.corrcoef(x, y)[0, 1])
-    rng = np.random.default_rng(0)
-    drawn = [float(np.corrcoef(x, rng.permutation(y))[0, 1]) for _ in range(1999)]
-    chance = (1 + sum(abs(value) >= abs(rho) - 1e-12 for value in drawn)) / 2000
     return (
         f"Over {len(points)} relations the rank correlation of a relation's unprotected share with "
-        f"its change of specificity is {rho:+.2f} (permutation p = {chance:.3f}). "
+        f"its change of specificity is {found.rho:+.2f} (permutation p = {found.p:.3f}). "
     )
 
 
-def _ranks(values: Sequence[Any]) -> np.ndarray:
-    """Ranks, ties with their mean."""
-    _, place, count = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
-    last = count.cumsum()
-    return (last - (count - 1) / 2)[place]
-
-
-def _facts_against_skills(before: Rows, after: Rows, points: Sequence[Point]) -> str:
-    moved = difference(before, after, "specificity")
+def _facts_against_skills(results: Results, points: Sequence[Point]) -> str:
+    assert results.base
+    found = difference(results.base.rows, results.ends[0].rows, "specificity")
     tasks = [p.y for p in points if p.series == "task" and p.y is not None]
-    if not moved or not tasks:
+    if not found or not tasks:
         return ""
+    mean, low, high = found[0]
     return (
-        f"Specificity of neighbouring facts changes by {moved[0]:+.1f} points "
-        f"[{moved[1]:+.1f}, {moved[2]:+.1f}], while the right answer's probability on the tasks "
-        f"moves by {np.mean(tasks):+.1f} points on average."
+        f"Specificity of neighbouring facts changes by {mean:+.1f} points [{low:+.1f}, "
+        f"{high:+.1f}], while the right answer's probability on the tasks moves by "
+        f"{fmean(tasks):+.1f} points on average."
     )
 
 
-def _percent(value: float | None) -> float | None:
-    return None if value is None else 100 * value
-
-
-def _range(values: Any) -> str:
-    held = [value for value in values if value is not None]
-    return f"{min(held):+.1f} to {max(held):+.1f}" if held else "nothing measurable"
-
-
-CAPABILITY = StudySpec(
-    name="capability",
-    title="General capability along a stream",
-    question="What do edits cost on six tasks of general capability?",
-    needs=("facts", "capability"),
-    cannot_show="A model of this size answers most of these tasks at chance, so F1 can't fall; "
-    "only the right answer's probability can move, and a fall from chance is not a loss of skill.",
-    work=lambda lab: Work(
-        plans_of(lab), capabilities=1 + sum(len(asked_at(lab, p)) for p in plans_of(lab))
-    ),
-    run=run_capability,
-)
-DRIFT = StudySpec(
-    name="drift",
-    title="Drift of hidden states",
-    question="How far do edits move the hidden states of text that they do not touch, with and "
-    "without the projection?",
-    needs=("facts", "prompts"),
-    cannot_show="States at the last token of short prompts are not all text, and a distance says "
-    "nothing about what the model then says.",
-    work=lambda lab: Work(plans_of(lab), drifts=len(plans_of(lab))),
-    run=run_drift,
-)
 CATEGORIES = StudySpec(
     name="categories",
     title="Which relations suffer",
@@ -405,10 +394,47 @@ CATEGORIES = StudySpec(
     needs=("facts", "capability"),
     cannot_show="Few relations have ten facts in a short queue, one neighbour each, so a "
     "relation's own figure is coarse; a correlation over so few groups finds only strong effects.",
-    work=lambda lab: Work(
-        plans_of(lab)[:1],
-        asked=2 * lab.settings["facts"],
-        capabilities=2,
+    parts=(
+        Part(
+            named(only=1),
+            asked=(FACTS, TASKS, LEAKS),
+            tables=(
+                Table(
+                    "categories",
+                    "By relation and by task",
+                    "After {edits} edits with {arm}. Unprotected share: mean ‖Pk‖²/‖k‖² over "
+                    "edited layers of the keys at the end of the group's neighbour prompts (or "
+                    "the task's prompts). Change: of specificity by preference, or of the right "
+                    "answer's probability for a task; groups of fewer than {smallest} facts are "
+                    "shown together.",
+                    (
+                        head("n", "n", "", 0),
+                        head("leak", "unprotected share"),
+                        head("efficacy", "efficacy, strict"),
+                        head("before", "specificity before"),
+                        head("after", "after"),
+                        head("change", "change"),
+                        head("interval", "95 % interval", ""),
+                    ),
+                    names=head("group", "relation or task", ""),
+                    rows=_by_group,
+                ),
+            ),
+            figures=(
+                Figure(
+                    FigureSpec(
+                        "leak",
+                        "Each group's change against how much of its keys the projection leaves "
+                        "open.",
+                        "scatter",
+                        "unprotected share of the group's keys (%)",
+                        "change (points of %)",
+                        series="group",
+                    ),
+                    _changes,
+                ),
+            ),
+            shows=_told,
+        ),
     ),
-    run=run_categories,
 )
