@@ -100,7 +100,7 @@ def _shows(results: Results) -> str:
     return f"Strict efficacy / strict generalization / specificity (%): {'; '.join(said)}."
 
 
-def _work(lab: Lab) -> Mapping[str, float]:
+def _work(lab: Lab) -> Mapping[str, int]:
     """Of the crowds, whose prompts are longer, and of a LoRA."""
     facts, crowds = lab.settings["facts"], len(lab.settings["crowds"])
     read = {"perplexities": 1} if lab.sources.text else {}
@@ -137,7 +137,6 @@ INSTEAD = StudySpec(
                         ),
                     ),
                     names="what",
-                    digits={"growth": 2},
                 ),
             ),
             shows=_shows,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,11 @@ from nulledit.evaluation.stats import Rate
 from nulledit.report.points import Point
 from nulledit.studies.build import along, head, lines
 from nulledit.studies.context import Lab, hash_of
-from nulledit.studies.declaration import Cells, Part, StudySpec, Table, named
+from nulledit.studies.declaration import Cells, Part, StudySpec, Table
 from nulledit.studies.questions import NORMS, OWN_PROMPTS, TEXT, Facts, Question
 from nulledit.studies.results import (
-    Followed,
+    Along,
+    Arm,
     Quantity,
     Results,
     Spot,
@@ -30,14 +31,13 @@ from nulledit.studies.results import (
     rate,
     update_share,
 )
+from nulledit.studies.scale import chosen
 from nulledit.studies.stream import StreamPlan
 
-# -- what is asked -------------------------------------------------------------------------------
-
-TokenRows = Sequence[Sequence[int]]
+# -- signs ---------------------------------------------------------------------------------------
 
 
-def _norms_at(name: str, rows_of: Callable[[Lab, Facts], TokenRows]) -> Question:
+def _norms_at(name: str, rows_of: Callable[[Lab, Facts], Sequence[Any]]) -> Question:
     """‖h‖ after the last edited block at the ends of rows of tokens."""
 
     def decides(lab: Lab, plan: StreamPlan, facts: Facts) -> Mapping[str, Any]:
@@ -47,7 +47,7 @@ def _norms_at(name: str, rows_of: Callable[[Lab, Facts], TokenRows]) -> Question
     def ask(lab: Lab, plan: StreamPlan, facts: Facts, editor: Editor) -> Any:
         return state_norms(editor.editable, rows_of(lab, facts), plan.recipe.layers[-1]).tolist()
 
-    return Question(name, decides, ask, kept_as="norm")
+    return Question(name, decides, ask)
 
 
 def _room(lab: Lab, plan: StreamPlan, facts: Facts, editor: Editor) -> Any:
@@ -60,26 +60,28 @@ def _room(lab: Lab, plan: StreamPlan, facts: Facts, editor: Editor) -> Any:
     return {str(r.layer): r.room if at_end else None for r in editor.weights.reports()}
 
 
-AT_EDITS = _norms_at("norm at edits", lambda lab, facts: edit_rows(lab.bench.model, facts))
-ON_TEXT = _norms_at("norm on text", lambda lab, facts: text_rows(lab.windows()))
+AT_EDITS = _norms_at("norm-at-edits", lambda lab, facts: edit_rows(lab.bench.model, facts))
+ON_TEXT = _norms_at("norm-on-text", lambda lab, facts: text_rows(lab.windows()))
 ROOM = Question("room", lambda lab, plan, facts: {}, _room, of_base=False)
 
 
 def _grown(question: Question) -> Quantity:
     """Growth of ‖h‖ since the unedited model."""
 
-    def growth_of_norms(spot: Spot) -> Rate | None:
+    def grown(spot: Spot) -> Rate | None:
         if spot.base is None:
             return None
         now = [math.nan if v is None else v for v in spot.found[question.name]]
         before = spot.base.found[question.name][: len(now)]
         return norm_growth(torch.tensor(before), torch.tensor(now))
 
-    return growth_of_norms
+    return grown
 
 
-def _room_left(spot: Spot) -> float | None:
-    held = [value for value in spot.found["room"].values() if value is not None]
+def _room_left(spot: Spot, layer: str = "") -> float | None:
+    """Of a layer, or the least of all, in %."""
+    room = spot.found["room"]
+    held = [value for value in ([room[layer]] if layer else room.values()) if value is not None]
     return 100 * min(held) if held else None
 
 
@@ -91,29 +93,24 @@ class Sign:
     """In tables."""
     title: str
     """In words."""
-    falls: bool
-    """Whether it warns by falling below its threshold, not by rising above it."""
     quantity: Quantity
     """Of a spot; rates are shown in %."""
+    falls: bool = False
+    """Whether it warns by falling below its threshold, not by rising above it."""
 
-    def value(self, spot: Spot) -> float | None:
-        """In %."""
-        return number(self.quantity(spot))
-
-    def crossed(self, value: float | None, threshold: float) -> bool:
-        """Whether `value` warns; what is not finite does."""
-        if value is None:
-            return False
-        if not math.isfinite(value):
-            return True
+    def crossed(self, spot: Spot, threshold: float) -> bool:
+        """Whether it warns; what is not finite does."""
+        value = number(self.quantity(spot))
+        if value is None or not math.isfinite(value):
+            return value is not None
         return value < threshold if self.falls else value > threshold
 
 
 SIGNS = (
-    Sign("room", "room left, least of the layers", True, _room_left),
-    Sign("norm", "‖Δ‖/‖W₀‖, most", False, update_share),
-    Sign("at_edits", "‖h‖ at edited subjects", False, _grown(AT_EDITS)),
-    Sign("on_text", "‖h‖ on other text", False, _grown(ON_TEXT)),
+    Sign("room", "room left, least of the layers", _room_left, falls=True),
+    Sign("norm", "‖Δ‖/‖W₀‖, most", update_share),
+    Sign("at_edits", "‖h‖ at edited subjects", _grown(AT_EDITS)),
+    Sign("on_text", "‖h‖ on other text", _grown(ON_TEXT)),
 )
 
 
@@ -138,18 +135,17 @@ class Bounds:
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Bounds:
         """From a study's settings; ConfigError for what can't be."""
-        for name in ("growth", "loss", "healthy_growth", "healthy_loss"):
-            value = settings[name]
-            if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-                raise ConfigError(f"{name} is {value!r}; expected a number of % above 0")
         found = cls(**{name: settings[name] for name in cls.__dataclass_fields__})
+        for name, value in vars(found).items():
+            whole, of = name == "oldest", "facts" if name == "oldest" else "%"
+            known = isinstance(value, int if whole else int | float) and value is not True
+            if not known or not value > 0:
+                raise ConfigError(f"{name} is {value!r}; expected a number of {of} above 0")
         if found.healthy_growth >= found.growth or found.healthy_loss >= found.loss:
             raise ConfigError(
                 "healthy_growth and healthy_loss must lie below growth and loss: a stream is well "
                 "before it has collapsed"
             )
-        if not isinstance(found.oldest, int) or isinstance(found.oldest, bool) or found.oldest < 1:
-            raise ConfigError(f"oldest is {found.oldest!r}; expected a number of facts above 0")
         return found
 
     def held(self, spot: Spot) -> Rate | None:
@@ -157,11 +153,7 @@ class Bounds:
         cohort = spot.plan.facts[: self.oldest] if spot.plan else ()
         return rate(spot.rows, "efficacy_strict", [fact.id for fact in cohort])
 
-    def first(self, along: Sequence[Spot]) -> Spot:
-        """The first spot that has all of the oldest cohort; before it, the last one there is."""
-        return next((spot for spot in along if spot.at >= self.oldest), along[-1])
-
-    def cause(self, along: Sequence[Spot]) -> str:
+    def cause(self, along: Along) -> str:
         """Why a stream has collapsed at its last spot; empty if it has not."""
         now, said = along[-1], []
         if _perplexity(now) >= self.growth:
@@ -171,20 +163,20 @@ class Bounds:
             said.append(f"the oldest hold {number(self.held(now)):.0f} %")
         return ", ".join(said)
 
-    def well(self, along: Sequence[Spot], now: Spot) -> bool:
+    def collapsed(self, along: Along) -> int | None:
+        """Edits at the checkpoint where a stream had collapsed, its last; None if it never did."""
+        return along[-1].at if self.cause(along) else None
+
+    def well(self, along: Along, now: Spot) -> bool:
         """Whether nothing is amiss yet."""
-        return _perplexity(now) < self.healthy_growth and self._lost(along, now) < self.healthy_loss
+        lost = self._lost(along, now)
+        return _perplexity(now) < self.healthy_growth and lost < self.healthy_loss
 
-    def state(self, along: Sequence[Spot], now: Spot) -> str:
-        """`well`, `collapsed` or neither."""
-        if now is along[-1] and self.cause(along):
-            return "collapsed"
-        return "well" if self.well(along, now) else ""
-
-    def _lost(self, along: Sequence[Spot], now: Spot) -> float:
-        """Of the strict efficacy that the oldest cohort began with, %."""
-        began, held = (number(self.held(spot)) for spot in (self.first(along), now))
-        return 100 * (1 - held / began) if began and held is not None else 100.0
+    def _lost(self, along: Along, now: Spot) -> float:
+        """Of the strict efficacy that the oldest cohort, once it was all there, began with, %."""
+        first = next((spot for spot in along if spot.at >= self.oldest), along[-1])
+        began, held = (self.held(spot) for spot in (first, now))
+        return 100 * (1 - held.mean / began.mean) if held and began and began.mean else 100.0
 
 
 def _perplexity(spot: Spot) -> float:
@@ -192,155 +184,100 @@ def _perplexity(spot: Spot) -> float:
     return math.inf if value is None or math.isnan(value) else value
 
 
-def collapsed(stream: Followed, bounds: Bounds) -> int | None:
-    """Edits at the checkpoint where a stream had collapsed; None if it never did."""
-    return stream.end.at if bounds.cause(stream.spots) else None
-
-
 # -- thresholds, and what they are worth ---------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Warned:
-    """When a sign warned on a stream, and how long before the collapse."""
-
-    sign: Sign
-    """Which."""
-    threshold: float | None
-    """%; None where the first stream set none."""
-    crossed: int | None
-    """Edits at the first checkpoint that crossed it; None: never."""
-    before: int | None
-    """Edits between that and the collapse; None where one of them is missing."""
-
-
-def thresholds_of(stream: Followed, bounds: Bounds) -> dict[str, float | None]:
+def thresholds_of(spots: Along, bounds: Bounds) -> dict[str, float | None]:
     """Sign -> its value at the last checkpoint at which the stream was well.
 
     None for all if the stream never collapsed or was never well: it says nothing of a collapse.
     """
     healthy: Spot | None = None
-    for now in stream.spots:
-        if not bounds.well(stream.spots, now):
+    for now in spots if bounds.cause(spots) else ():
+        if not bounds.well(spots, now):
             break
         healthy = now
-    known = healthy if collapsed(stream, bounds) is not None else None
-    return {sign.name: sign.value(known) if known else None for sign in SIGNS}
+    return {sign.name: number(sign.quantity(healthy)) if healthy else None for sign in SIGNS}
 
 
 def warnings_on(
-    stream: Followed, bounds: Bounds, thresholds: Mapping[str, float | None]
-) -> list[Warned]:
-    """When each sign warned on a stream."""
-    found, end = [], collapsed(stream, bounds)
+    spots: Along, bounds: Bounds, thresholds: Mapping[str, float | None]
+) -> Iterator[dict[str, Any]]:
+    """For each sign: when it first warned on a stream, and how many edits before the collapse."""
+    end = bounds.collapsed(spots)
     for sign in SIGNS:
         bound = thresholds[sign.name]
-        over = (s.at for s in stream.spots if bound and sign.crossed(sign.value(s), bound))
-        crossed = next(over, None) if bound is not None else None
+        over = spots if bound is not None else ()
+        crossed = next((s.at for s in over if sign.crossed(s, bound or 0.0)), None)
         before = None if crossed is None or end is None else end - crossed
-        found.append(Warned(sign, bound, crossed, before))
-    return found
+        named = {"name": sign.name, "signal": sign.title, "threshold": bound}
+        yield {**named, "crossed": crossed, "collapsed": end, "before": before}
 
 
-def _warned(results: Results) -> list[tuple[Followed, list[Warned]]]:
-    bounds = Bounds.of(results.settings)
+# -- the study -----------------------------------------------------------------------------------
+
+
+def _arms(lab: Lab) -> Iterable[Arm]:
+    """The first sets thresholds for the others; the same arm may come twice, on other records."""
+    for i, name in enumerate(chosen(lab.settings)):
+        yield Arm(f"{name}, from record {lab.settings['skip'] + i * lab.settings['facts']}", name)
+
+
+def _warnings(results: Results) -> Iterator[dict[str, Any]]:
+    """A row for each stream and sign; thresholds are the first stream's."""
+    bounds = Bounds.of(results.lab.settings)
     thresholds = thresholds_of(results.arms[0], bounds)
-    return [(stream, warnings_on(stream, bounds, thresholds)) for stream in results.arms]
-
-
-# -- tables and figures --------------------------------------------------------------------------
-
-
-def _warnings(results: Results) -> Iterator[Mapping[str, Any]]:
-    bounds = Bounds.of(results.settings)
-    for i, (stream, warned) in enumerate(_warned(results)):
-        for warning in warned:
-            yield {
-                "stream": stream.label + ("" if i else " (sets the thresholds)"),
-                "signal": warning.sign.title,
-                "threshold": warning.threshold,
-                "crossed": warning.crossed,
-                "collapsed": collapsed(stream, bounds),
-                "before": warning.before,
-                "cause": bounds.cause(stream.spots) or "no collapse",
-            }
+    for i, spots in enumerate(results.arms):
+        label = spots[0].label + ("" if i else " (sets the thresholds)")
+        for row in warnings_on(spots, bounds, thresholds):
+            yield {**row, "stream": label, "cause": bounds.cause(spots) or "no collapse"}
 
 
 def _course(results: Results) -> Iterator[Cells]:
-    bounds, (stream,) = Bounds.of(results.settings), results.arms
-    for layer in stream.spots[0].found["room"]:
-        share = _room_of(layer)
-        yield Cells(head(f"room{layer}", f"room, layer {layer}"), share)
-    for sign in SIGNS[1:]:
-        yield Cells(head(sign.name, sign.title), sign.quantity)
+    bounds, (spots,) = Bounds.of(results.lab.settings), results.arms
+
+    def state(spot: Spot) -> str:
+        if spot is spots[-1] and bounds.cause(spots):
+            return "collapsed"
+        return "well" if bounds.well(spots, spot) else ""
+
+    for n in spots[0].found["room"]:
+        yield Cells(head(f"room{n}", f"room, layer {n}"), lambda spot, n=n: _room_left(spot, n))  # type: ignore[misc]
+    yield from (Cells(head(sign.name, sign.title), sign.quantity) for sign in SIGNS[1:])
     yield Cells(head("strict", "strict, all"), quantity("efficacy_strict"))
     yield Cells(head("oldest", "strict, oldest"), bounds.held)
     yield Cells(head("perplexity", "perplexity growth"), growth)
     yield Cells(head("kl", "KL per token", "mnat"), divergence)
-    yield Cells(head("state", "state", ""), lambda spot: bounds.state(stream.spots, spot))
+    yield Cells(head("state", "state", ""), state)
 
 
-def _room_of(layer: str) -> Quantity:
-    def share(spot: Spot) -> float | None:
-        room: float | None = spot.found["room"][layer]
-        return None if room is None else 100 * room
-
-    return share
-
-
-def _outcomes(results: Results) -> Iterator[Point]:
-    held = Bounds.of(results.settings).held
-    strict = quantity("efficacy_strict")
+def _outcomes(results: Results) -> Iterable[Point]:
+    held, strict = Bounds.of(results.lab.settings).held, quantity("efficacy_strict")
     panels = {"strict, all": strict, "strict, oldest": held, "perplexity growth": growth}
-    yield from along(panels)(results)
-
-
-def _ends(results: Results) -> str:
-    bounds = Bounds.of(results.settings)
-    found = [(stream.label, collapsed(stream, bounds)) for stream in results.arms]
-    ends = ", ".join(f"{label} at {at}" for label, at in found if at is not None)
-    said = f"Streams end where they collapse ({ends})." if ends else "None collapsed."
-    return f"Signs along each stream. {said}"
+    return along(panels)(results)
 
 
 def _shows(results: Results) -> str:
-    bounds = Bounds.of(results.settings)
-    (first, _), *others = _warned(results)
-    for stream in results.arms:
-        if collapsed(stream, bounds) is None:
+    bounds, rows = Bounds.of(results.lab.settings), list(_warnings(results))
+    told = []
+    for i, spots in enumerate(results.arms):
+        label, last, cause = spots[0].label, spots[-1].at, bounds.cause(spots)
+        ended = f"collapsed at {last} edits ({cause})" if cause else f"held for {last} edits"
+        if not cause:
             results.lab.notices.append(
-                f"{stream.label}: had not collapsed after {stream.end.at} edits, where its facts "
-                "ran out."
+                f"{label}: had not collapsed after {last} edits, where its facts ran out."
             )
-    end = collapsed(first, bounds)
-    if end is None:
-        return (
-            f"{first.label} did not collapse within {first.end.at} edits, so no threshold was set."
-        )
-    parts = [f"{first.label} collapsed at {end} edits ({bounds.cause(first.spots)})."]
-    for stream, warned in others:
-        end = collapsed(stream, bounds)
-        if end is None:
-            false = [w.sign.title for w in warned if w.crossed is not None]
-            parts.append(
-                f"{stream.label} did not collapse within {stream.end.at} edits; signs that warned "
-                f"all the same: {', '.join(false) or 'none'}."
-            )
-            continue
-        told = [
-            f"{w.sign.title} never"
-            if w.before is None
-            else f"{w.sign.title} {w.before} edits before"
-            for w in sorted(warned, key=lambda w: -(w.before or -1))
+        warned = [
+            f"{row['signal']} at {row['crossed']}"
+            for row in rows[i * len(SIGNS) : (i + 1) * len(SIGNS)]
+            if row["crossed"] is not None
         ]
-        parts.append(
-            f"{stream.label} collapsed at {end} ({bounds.cause(stream.spots)}); with the first "
-            f"stream's thresholds warned: {'; '.join(told)}."
-        )
-    return " ".join(parts)
+        by = f"; signs past the first stream's thresholds: {', '.join(warned) or 'none'}"
+        told.append(f"{label} {ended}{by if i else ''}.")
+    return " ".join(told)
 
 
-def _until(lab: Lab) -> Callable[[Sequence[Spot]], bool]:
+def _until(lab: Lab) -> Callable[[Along], bool]:
     bounds = Bounds.of(lab.settings)
     return lambda along: bool(bounds.cause(along))
 
@@ -356,7 +293,7 @@ COLLAPSE = StudySpec(
     "counted at checkpoints, a batch apart.",
     parts=(
         Part(
-            named(numbered=True),
+            _arms,
             asked=(OWN_PROMPTS, AT_EDITS, ON_TEXT, NORMS, ROOM, TEXT),
             tables=(
                 Table(
@@ -389,16 +326,16 @@ COLLAPSE = StudySpec(
                     "of pieces of other text.",
                     (_course,),
                     names=Cells(head("edits", "edits", "", 0), lambda spot: str(spot.at)),
-                    rows=lambda results: results.arms[0].spots,
+                    rows=lambda results: results.arms[0],
                     each_arm=True,
                 ),
             ),
             figures=(
                 lines(
                     "signs",
-                    _ends,
+                    "Signs along each stream; streams end where they collapse.",
                     "%",
-                    along({sign.title: sign.value for sign in SIGNS}),
+                    along({sign.title: sign.quantity for sign in SIGNS}),
                     series="stream",
                     panel="sign",
                 ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from nulledit.config import Recipe
 from nulledit.data.facts import Fact
 from nulledit.data.readers import read_facts
 from nulledit.editing.editor import Editor
-from nulledit.errors import ConfigError
+from nulledit.editing.recipes import resolve_recipe
+from nulledit.errors import ConfigError, NullEditError
 from nulledit.evaluation.drift import read_texts
 from nulledit.evaluation.reading import Reading, read, read_windows
 from nulledit.evaluation.tasks import Item, read_tasks
@@ -29,20 +30,14 @@ BENCHMARKS = {"counterfact": "CounterFact", "zsre": "zsRE"}
 
 @dataclass(frozen=True)
 class Sources:
-    """Files that a user gave; a study says which it needs."""
+    """Files that a user gave, as `SOURCE_HELP` says; a study says which it needs."""
 
     facts: str | None = None
-    """CounterFact, or any facts with old answers, paraphrases and neighbours."""
     zsre: str | None = None
-    """zsRE."""
     text: str | None = None
-    """For perplexity; statistics should not have seen it."""
     corpus: str | None = None
-    """Preserved text to make statistics of (study corpus)."""
     capability: str | None = None
-    """Folder of the six tasks."""
     prompts: str | None = None
-    """Prompts or text for the drift of hidden states."""
 
     def need(self, name: str) -> str:
         """The file called `name`; ConfigError with the option to give if there is none."""
@@ -137,6 +132,24 @@ class Lab:
         )
 
     # -- streams ---------------------------------------------------------------------------------
+
+    def fit(self, arms: Iterable[str]) -> None:
+        """Give the base recipe layers by depth if it names none, and try all recipes on the model.
+
+        An error names the arm whose recipe the model can't take.
+        """
+        base, model = self.bench.base, self.bench.model
+        for arm in ("", *arms):
+            try:
+                recipe = self.scale.recipe(self.recipe, arm) if arm else self.recipe
+                if recipe.chat:
+                    raise ConfigError("studies ask plain text: give a recipe without chat")
+                found = resolve_recipe(recipe, self.bench.name, model, base.history.base.hash)
+            except NullEditError as error:
+                raise type(error)(f"arm {arm}: {error}" if arm else str(error)) from error
+            if not self.recipe.layers:
+                self.recipe = replace(self.recipe, layers=found.layers)
+                self.notices.append(f"Layers were chosen by depth: {list(found.layers)}.")
 
     def plan(self, arm: str | Mapping[str, Any], facts: Sequence[Fact], **given: Any) -> StreamPlan:
         """The stream of an arm of the scale, or of changes of the base recipe.

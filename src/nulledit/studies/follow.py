@@ -3,61 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-from nulledit.report.document import Example, FigureSpec, StudyTable
-from nulledit.studies import build
 from nulledit.studies.context import Lab
-from nulledit.studies.declaration import Part, StudySpec
-from nulledit.studies.results import Arm, Followed, Results, Spot
+from nulledit.studies.declaration import Part
+from nulledit.studies.results import Along, Arm, Results, Spot
 from nulledit.studies.stream import StreamPlan
 
-
-@dataclass
-class Outcome:
-    """What a study came to."""
-
-    shows: str = ""
-    """What the numbers show, made from them."""
-    tables: list[StudyTable] = field(default_factory=list)
-    """Numbers."""
-    figures: list[FigureSpec] = field(default_factory=list)
-    """The same to look at."""
-    examples: list[Example] = field(default_factory=list)
-    """Generated text."""
-
-
-def run(spec: StudySpec, lab: Lab) -> Outcome:
-    """Run every part; what was edited or answered before is taken up."""
-    spec.valid(lab.settings)
-    outcome, told = Outcome(), []
-    for part in spec.parts:
-        results = follow(lab, part)
-        if results is None:
-            continue
-        outcome.tables += build.tables(results, part)
-        outcome.figures += build.figures(results, part)
-        outcome.examples += build.examples(results)
-        told.append(part.shows(results))
-    outcome.shows = " ".join(filter(None, told))
-    return outcome
+SECONDS = {"own": ("keys", "solve"), "values": ("values",)}
+"""Wall seconds per fact that a stream's last spot has, and the stages that they are of."""
 
 
 def follow(lab: Lab, part: Part) -> Results | None:
-    """A part's streams, each asked at its checkpoints; None if it has nothing to edit."""
-    if not part.wanted(lab):
-        return None
+    """A part's streams, each asked at its checkpoints; None if it has nothing to edit.
+
+    What was edited or answered before is taken up.
+    """
     made = part.prepare(lab)
-    arms: list[Followed] = []
-    base: Spot | None = None
+    arms: list[Along] = []
     for arm, plan in part.plans(lab):
-        if base is None or part.own_records:  # before the stream: it takes the model
+        if not arms or part.own_records:  # before the stream: it takes the model
             base = unedited(lab, part, plan)
-        arms.append(Followed(arm, plan, tuple(_along(lab, part, arm, plan, base))))
-    first = arms[0].spots[0].base if arms else None
-    title = lab.title(part.source) if arms else ""
-    results = Results(lab, title, first, tuple(arms), made=made)
+        arms.append(list(_along(lab, part, arm, plan, base)))
+    if part.arms and not arms:
+        return None
+    results = Results(lab, lab.title(part.source) if arms else "", tuple(arms), made)
     return replace(results, others=tuple(part.others(lab, results)))
 
 
@@ -76,19 +47,13 @@ def _along(lab: Lab, part: Part, arm: Arm, plan: StreamPlan, base: Spot) -> Iter
     spots: list[Spot] = []
     for at in stream.batches(lab.staged(plan.label)) if ended else wanted:
         last = at == wanted[-1]
-        asked = [q for q in part.asked if last or not (q.last or q.before)]
-        found = {q.name: q.answer(lab, plan, at, stream) for q in asked}
-        extra: dict[str, Any] = {}
-        if last:
-            extra = {name: stream.seconds(*of) for name, of in SECONDS.items()}
-        spots.append(Spot(plan.label, at, _held(found), base, plan, extra))
+        asked = [q for q in part.asked if last or not q.last]
+        found = _held({q.name: q.answer(lab, plan, at, stream) for q in asked})
+        extra = {name: stream.seconds(*of) for name, of in SECONDS.items()} if last else {}
+        spots.append(Spot(plan.label, at, found, base, plan, arm, extra))
         yield spots[-1]
         if ended and ended(spots):
             break
-
-
-SECONDS = {"own": ("keys", "solve"), "values": ("values",)}
-"""Wall seconds per fact that a stream's last spot has, and the stages that they are of."""
 
 
 def _held(found: dict[str, Any]) -> dict[str, Any]:

@@ -2,123 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nulledit.config import StatisticsSettings
 from nulledit.data.corpus import open_corpus
 from nulledit.evaluation.measures import PREFERENCE, STRICT
-from nulledit.evaluation.stats import Rate
 from nulledit.linalg.spectrum import RULES
 from nulledit.report.document import FigureSpec
 from nulledit.report.points import Point
 from nulledit.statistics.collect import collect
 from nulledit.statistics.manifest import read_manifest
 from nulledit.statistics.spectra import Statistics
-from nulledit.studies.build import against, head, point
+from nulledit.studies.build import against, head, point, scatter
 from nulledit.studies.context import Lab, hash_of
-from nulledit.studies.declaration import (
-    Arms,
-    Cells,
-    Columns,
-    Figure,
-    Part,
-    StudySpec,
-    Table,
-    both,
-    fixed,
-    swept,
-)
-from nulledit.studies.methods_table import UPDATE
-from nulledit.studies.results import (
-    OF_TEXT,
-    Arm,
-    Results,
-    Spot,
-    extremes,
-    growth,
-    number,
-    numbers,
-    quantity,
-)
+from nulledit.studies.declaration import Cells, Columns, Figure, Part, StudySpec, Table
+from nulledit.studies.methods_table import end_table
+from nulledit.studies.results import Arm, Results, Spot, best_and_worst, growth, quantity
 
-FIRM = quantity("efficacy_strict")
-TRADE_OFF = Figure(
-    FigureSpec(
-        "trade-off",
-        "What each setting writes against what it disturbs: up and to the left is better.",
-        "scatter",
-        "growth of perplexity (%)",
-        "strict efficacy (%)",
-        series="setting",
-    ),
-    against(growth, FIRM),
+SPREAD = best_and_worst("efficacy_strict", "specificity", "growth")
+FIRM = best_and_worst(
+    *("efficacy_strict", "growth"),
+    first="Among settings that keep strict efficacy at 80 % or more",
+    least=80,
+)
+STRICTLY = (*PREFERENCE, *STRICT)
+ALPHAEDIT = {"method.name": "alphaedit"}
+TRADE_OFF = scatter(
+    "trade-off",
+    "What each setting writes against what it disturbs: up and to the left is better.",
+    "growth of perplexity (%)",
+    "strict efficacy (%)",
+    against(growth, quantity("efficacy_strict")),
+    series="setting",
 )
 
 
-def _table(name: str, *more: Columns) -> Table:
-    return Table(
-        name,
-        "Settings",
-        "One batch of {edits} facts with the same values in every setting. n counts facts, for "
-        "perplexity and KL (from the unedited model) tokens.",
-        (*PREFERENCE, *STRICT, *OF_TEXT, UPDATE, *more),
-        names="setting",
-        digits={"growth": 2},
-    )
+def _cuts(lab: Lab) -> Iterator[Arm]:
+    """The cut by eigenvalue, by leakage, and how soft it is."""
+    cuts = {"absolute": ("thresholds", "τ ="), "leakage": ("leakages", "leakage ≤")}
+    for rule, (setting, label) in cuts.items():
+        for value in lab.settings[setting]:
+            cut = {"null_space.rule": rule, "null_space.value": value}
+            yield Arm(f"{label} {value:g}", {**ALPHAEDIT, **cut})
+    for value in lab.settings["softness"]:
+        yield Arm(f"soft p = {value:g}", {"method.name": "soft", "method.softness": value})
 
 
-def _spread(results: Results) -> str:
-    parts = []
-    for measure in ("efficacy_strict", "specificity"):
-        if found := numbers(results.ends, quantity(measure)).values():
-            name = measure.replace("_", " ")
-            parts.append(f"{name} ranges from {min(found):.1f} to {max(found):.1f} %")
-    if grown := numbers(results.ends, growth).values():
-        parts.append(f"the growth of perplexity from {min(grown):.2f} to {max(grown):.2f} %")
-    return " and ".join(parts) + "."
+def _penalties(lab: Lab) -> Iterator[Arm]:
+    """A plain ridge, the projection, an explicit penalty, and both."""
+    yield Arm("ridge only", {**ALPHAEDIT, "method.projection": "none"})
+    yield Arm("projection", ALPHAEDIT)
+    for value in lab.settings["penalties"]:
+        for label, name in (("penalty", "memit-history"), ("both,", "betaedit")):
+            changes = {"method.name": name, "method.moment_weight": value}
+            yield Arm(f"{label} λ₀ = {value:g}", changes)
 
 
-def _firm(results: Results) -> str:
-    """The spread, and the growth among settings that write most of the facts."""
-    told = _spread(results).capitalize()
-    found = [(spot, FIRM(spot)) for spot in results.ends]
-    firm = [spot for spot, r in found if isinstance(r, Rate) and r.mean >= 0.8]
-    if grown := numbers(firm, growth):
-        told += (
-            " Among settings that keep strict efficacy at 80 % or more, the growth of perplexity "
-            f"goes {extremes(grown)}."
-        )
-    return told
+def _settings(name: str, *more: Columns) -> Table:
+    return end_table(name, "Settings", *more, measures=STRICTLY, names="setting")
 
-
-def _cut(rule: str) -> dict[str, str]:
-    return {"method.name": "alphaedit", "null_space.rule": rule}
-
-
-CUTS: Arms = both(
-    swept("thresholds", "null_space.value", {"τ = {:g}": _cut("absolute")}),
-    swept("leakages", "null_space.value", {"leakage ≤ {:g}": _cut("leakage")}),
-    swept("softness", "method.softness", {"soft p = {:g}": {"method.name": "soft"}}),
-)
-"""The cut by eigenvalue, by leakage, and how soft it is."""
-PENALTIES: Arms = both(
-    fixed(
-        {
-            "ridge only": {"method.name": "alphaedit", "method.projection": "none"},
-            "projection": {"method.name": "alphaedit"},
-        }
-    ),
-    swept(
-        "penalties",
-        "method.moment_weight",
-        {
-            "penalty λ₀ = {:g}": {"method.name": "memit-history"},
-            "both, λ₀ = {:g}": {"method.name": "betaedit"},
-        },
-    ),
-)
-"""The projection, an explicit penalty, both, and a plain ridge."""
 
 THRESHOLD = StudySpec(
     name="threshold",
@@ -131,12 +74,10 @@ THRESHOLD = StudySpec(
     "scale.",
     parts=(
         Part(
-            CUTS,
-            tables=(_table("threshold"),),
+            _cuts,
+            tables=(_settings("threshold"),),
             figures=(TRADE_OFF,),
-            shows=lambda results: (
-                f"Over {len(results.arms)} settings of the cut, {_spread(results)}"
-            ),
+            shows=SPREAD,
             one_batch=True,
         ),
     ),
@@ -151,10 +92,10 @@ PRESERVATION = StudySpec(
     "over thousands of edits the order may change.",
     parts=(
         Part(
-            PENALTIES,
-            tables=(_table("preservation"),),
+            _penalties,
+            tables=(_settings("preservation"),),
             figures=(TRADE_OFF,),
-            shows=_firm,
+            shows=lambda results: f"{SPREAD(results)} {FIRM(results)}",
             one_batch=True,
         ),
     ),
@@ -221,23 +162,10 @@ def _protection(results: Results) -> Iterable[Cells]:
 
 
 def _by_tokens(results: Results) -> Iterable[Point]:
-    for arm in results.arms:
+    for spot in results.ends:
         for measure in (*PREFERENCE, "efficacy_strict"):
-            if found := quantity(measure)(arm.end):
-                yield point(arm.arm.x or 0, found, measure)
-
-
-def _fewest_to_most(results: Results) -> str:
-    ends = (results.arms[0], results.arms[-1])
-    few, many = sorted(ends, key=lambda arm: arm.arm.x or 0)
-    grown = [growth(arm.end) for arm in (few, many)]
-    kept = [number(quantity("specificity")(arm.end)) for arm in (few, many)]
-    if None in (*grown, *kept):
-        return ""
-    return (
-        f"From {few.label} to {many.label}, specificity goes from {kept[0]:.1f} to {kept[1]:.1f} % "
-        f"and the growth of perplexity from {grown[0]:.2f} to {grown[1]:.2f} %."
-    )
+            if (found := quantity(measure)(spot)) and spot.arm:
+                yield point(spot.arm.x, found, measure)
 
 
 CORPUS = StudySpec(
@@ -250,7 +178,7 @@ CORPUS = StudySpec(
     parts=(
         Part(
             _budgets,
-            tables=(_table("corpus", _protection),),
+            tables=(_settings("corpus", _protection),),
             figures=(
                 Figure(
                     FigureSpec(
@@ -265,7 +193,7 @@ CORPUS = StudySpec(
                     _by_tokens,
                 ),
             ),
-            shows=_fewest_to_most,
+            shows=SPREAD,
             one_batch=True,
             prepare=_collect,
             more=lambda lab: {"other_tokens": sum(lab.settings["tokens"])},

@@ -18,9 +18,10 @@ from nulledit.errors import ConfigError, ReportError
 from nulledit.report.document import Study
 from nulledit.report.study import read_study, write_study
 from nulledit.runs.folder import environment
-from nulledit.studies import follow
+from nulledit.studies.build import examples, figures, tables
 from nulledit.studies.context import Lab
 from nulledit.studies.declaration import StudySpec
+from nulledit.studies.follow import follow
 from nulledit.studies.scale import check_settings
 
 STUDIES: dict[str, StudySpec] = {}
@@ -47,11 +48,18 @@ def find_study(name: str) -> StudySpec:
 
 
 def run_study(spec: StudySpec, lab: Lab, folder: Path) -> Study:
-    """Run `spec` and write its folder; what was edited or measured before is taken up."""
+    """Run `spec` and write its folder; what was edited or answered before is taken up."""
     spec.check(lab.sources)
     check_settings(lab.settings)
+    spec.valid(lab.settings)
     wall, cpu = time.perf_counter(), time.process_time()
-    outcome = follow.run(spec, lab)
+    found = [(part, results) for part in spec.parts if (results := follow(lab, part))]
+    shown: dict[str, Any] = {
+        "shows": " ".join(filter(None, (part.shows(results) for part, results in found))),
+        "tables": tuple(table for part, results in found for table in tables(results, part)),
+        "figures": tuple(figure for part, results in found for figure in figures(results, part)),
+        "examples": tuple(example for _, results in found for example in examples(results)),
+    }
     seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
     settings = _settings(lab)
     here = ({**environment(lab.bench.base), "seed": lab.seed, "seconds": seconds},)
@@ -67,12 +75,9 @@ def run_study(spec: StudySpec, lab: Lab, folder: Path) -> Study:
             name: spent + sum(e["seconds"][name] for e in earlier if "seconds" in e)
             for name, spent in seconds.items()
         },
-        shows=outcome.shows,
         cannot_show=spec.cannot_show,
         notices=tuple(lab.notices),
-        tables=tuple(outcome.tables),
-        figures=tuple(outcome.figures),
-        examples=tuple(outcome.examples),
+        **shown,
     )
     write_study(folder, study)
     return study

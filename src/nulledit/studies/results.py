@@ -1,4 +1,4 @@
-"""What a study asked and found: a model at a checkpoint, an arm along its stream, all of a part."""
+"""What a study asked and found: a model at a checkpoint, and all of a part."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from nulledit.studies.stream import StreamPlan
 
 Rows = Mapping[str, Mapping[str, Any]]
 """Fact id (or another name) -> measure -> value."""
-Quantity = Callable[["Spot"], Rate | Value | float | None]
-"""A number of a model as it was asked; rates are shares until they are shown."""
+Number = Rate | Value | Mapping[str, Any] | float | None
+"""Rates, and rates as plain data, are shares until they are shown."""
+Quantity = Callable[["Spot"], Number]
+"""A number of a model as it was asked."""
 
 
 @dataclass(frozen=True)
@@ -26,17 +28,17 @@ class Work:
 
     plans: Sequence[Any]
     """Stream plans."""
-    asked: float = 0
+    asked: int = 0
     """Facts asked about, over all checkpoints."""
-    written: float = 0
+    written: int = 0
     """Facts whose free answers or longer texts are generated."""
-    perplexities: float = 0
+    perplexities: int = 0
     """Readings of the text: perplexity and KL."""
-    capabilities: float = 0
+    capabilities: int = 0
     """Rounds of the six tasks."""
-    drifts: float = 0
+    drifts: int = 0
     """Drifts of hidden states."""
-    other_tokens: float = 0
+    other_tokens: int = 0
     """Tokens run for anything else."""
 
 
@@ -56,10 +58,8 @@ class Arm:
     """A folder with statistics of its own; None: those found for the model."""
     against: str = ""
     """Label of the arm that it is compared with."""
-    pair: str = ""
-    """What figures call that comparison; empty: its own label."""
-    x: float | None = None
-    """Its place on a figure's axis, where that is no number of edits."""
+    x: float = 0
+    """Its place on a figure's axis that is no number of edits."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ class Spot:
     """The unedited model; None for itself."""
     plan: StreamPlan | None = None
     """The arm's stream."""
+    arm: Arm | None = None
+    """As declared."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Numbers that no question gives, such as seconds."""
 
@@ -90,26 +92,8 @@ class Spot:
         return rows
 
 
-@dataclass(frozen=True)
-class Followed:
-    """One arm's stream, asked at its checkpoints."""
-
-    arm: Arm
-    """As declared."""
-    plan: StreamPlan
-    """Its stream."""
-    spots: tuple[Spot, ...]
-    """In order; at least one."""
-
-    @property
-    def label(self) -> str:
-        """The arm's."""
-        return self.plan.label
-
-    @property
-    def end(self) -> Spot:
-        """The last checkpoint."""
-        return self.spots[-1]
+Along = Sequence[Spot]
+"""An arm at its checkpoints, in order; at least one."""
 
 
 @dataclass(frozen=True)
@@ -120,51 +104,50 @@ class Results:
     """Model, data and settings."""
     title: str = ""
     """What tables call the data."""
-    base: Spot | None = None
-    """The unedited model, asked about the first arm's queue."""
-    arms: tuple[Followed, ...] = ()
+    arms: tuple[Along, ...] = ()
     """The streams."""
-    others: tuple[Spot, ...] = ()
-    """Models that are no edit."""
     made: Any = None
     """What the part's `prepare` gave."""
+    others: tuple[Spot, ...] = ()
+    """Models that are no edit."""
 
     @property
-    def settings(self) -> Mapping[str, Any]:
-        """The study's."""
-        return self.lab.settings
+    def base(self) -> Spot:
+        """The unedited model, asked about the first arm's queue."""
+        found = self.arms[0][0].base
+        assert found
+        return found
 
     @property
     def queue(self) -> tuple[Fact, ...]:
         """The first arm's."""
-        return self.arms[0].plan.facts
+        return self.base.plan.facts if self.base.plan else ()
 
     @property
     def ends(self) -> list[Spot]:
         """Each arm at its last checkpoint."""
-        return [arm.end for arm in self.arms]
+        return [along[-1] for along in self.arms]
 
     @property
     def rows(self) -> list[Spot]:
         """The unedited model, each arm at its end, and what is no edit."""
-        return [*([self.base] if self.base else []), *self.ends, *self.others]
+        return [self.base, *self.ends, *self.others]
 
     def pairs(self) -> Iterator[tuple[str, Spot, Spot]]:
-        """(label, the arm compared with, the arm) of each arm that is compared with another."""
-        ends = {arm.label: arm.end for arm in self.arms}
-        for arm in self.arms:
-            if arm.arm.against:
-                yield arm.arm.pair or arm.label, ends[arm.arm.against], arm.end
+        """(recipe, the arm compared with, the arm) of each arm that is compared with another."""
+        ends = {spot.label: spot for spot in self.ends}
+        for spot in self.ends:
+            if spot.arm and spot.arm.against:
+                yield str(spot.arm.recipe), ends[spot.arm.against], spot
 
-    def text(self, template: str | Callable[[Results], str]) -> str:
+    def text(self, template: str) -> str:
         """A caption or title with the settings and `edits`, `data` and `arm` (the first) put in."""
-        if callable(template):
-            return template(self)
-        named = {"data": self.title}
-        if self.arms:
-            named |= {"edits": str(len(self.queue)), "arm": self.arms[0].label}
-        return template.format_map({**self.settings, **named})
+        named = {"edits": len(self.queue), "arm": self.ends[0].label} if self.arms else {}
+        return template.format_map({**self.lab.settings, **named, "data": self.title})
 
+
+Findings = Callable[[Results], str]
+"""What the numbers of a part show, made from them."""
 
 # -- quantities ----------------------------------------------------------------------------------
 
@@ -184,26 +167,23 @@ def growth(spot: Spot) -> float | None:
     return growth_of(spot.base.found["text"]["perplexity"]["value"], now["perplexity"]["value"])
 
 
-def divergence(spot: Spot) -> Value | None:
-    """KL per token from the unedited model; n counts tokens."""
+def _of_text(spot: Spot, what: str) -> Value | None:
+    """Perplexity, or KL per token from the unedited model; n counts tokens."""
     text = spot.found.get("text")
-    if text is None:
-        return None
-    if spot.base is None:
+    if text and spot.base is None and what == "kl":
         return Value(0.0, None, text["perplexity"]["tokens"])
-    kl = text["kl"]
-    return Value(kl["value"], kl["standard_error"], kl["tokens"]) if kl else None
+    held = text and text[what]
+    return Value(held["value"], held["standard_error"], held["tokens"]) if held else None
 
 
-def _perplexity(spot: Spot) -> Value | None:
-    text = (spot.found.get("text") or {}).get("perplexity")
-    return Value(text["value"], text["standard_error"], text["tokens"]) if text else None
+def divergence(spot: Spot) -> Value | None:
+    """KL per token from the unedited model, mnat."""
+    return _of_text(spot, "kl")
 
 
 def _worst(spot: Spot) -> float | None:
-    kl = (spot.found.get("text") or {}).get("kl") if spot.base else None
-    share: float | None = kl["worst_share"] if kl else None
-    return share and 100 * share
+    kl = (spot.found.get("text") or {}).get("kl")
+    return 100 * kl["worst_share"] if kl and kl["worst_share"] is not None else None
 
 
 def update_share(spot: Spot) -> float | None:
@@ -213,7 +193,7 @@ def update_share(spot: Spot) -> float | None:
 
 
 OF_TEXT: Mapping[str, Quantity] = {
-    "perplexity": _perplexity,
+    "perplexity": lambda spot: _of_text(spot, "perplexity"),
     "growth": growth,
     "kl": divergence,
     "kl_worst": _worst,
@@ -225,37 +205,16 @@ def quantity(name: str) -> Quantity:
     return OF_TEXT[name] if name in OF_TEXT else lambda spot: rate(spot.rows, name)
 
 
-def number(value: Rate | Value | float | None) -> float | None:
-    """A quantity as it is shown: rates in %."""
-    if isinstance(value, Rate):
-        return 100 * value.mean
-    return value.mean if isinstance(value, Value) else value
+def shown(value: Any) -> Any:
+    """A number as tables have it: rates in %."""
+    return Value.percent(value) if isinstance(value, Rate | Mapping) else value
 
 
-def difference(before: Rows, after: Rows, measure: str) -> tuple[Interval, int] | None:
-    """Mean of after − before over rows that both have, in %, its 95 % interval, and n."""
-    shared = [
-        i
-        for i in before
-        if i in after and before[i].get(measure) is not None and after[i].get(measure) is not None
-    ]
-    if not shared:
-        return None
-    pair = [[float(side[i][measure]) for i in shared] for side in (before, after)]
-    return Interval(*(100 * end for end in paired_bootstrap(*pair))), len(shared)
-
-
-# -- words ---------------------------------------------------------------------------------------
-
-
-def extremes(named: Mapping[str, float]) -> str:
-    """`94.0 % (a) down to 82.0 % (b, c)`: the ends with everyone who is there, as rounded."""
-    shown = {name: f"{value:.1f} %" for name, value in named.items()}
-    high, low = (shown[pick(named, key=lambda name: named[name])] for pick in (max, min))
-    ends = {end: ", ".join(n for n, text in shown.items() if text == end) for end in (high, low)}
-    if high == low:
-        return f"{high} with {ends[high]}"
-    return f"from {high} ({ends[high]}) down to {low} ({ends[low]})"
+def number(value: Number) -> float | None:
+    """A number as it is shown, without its error."""
+    found = shown(value)
+    mean: float | None = found.mean if isinstance(found, Value) else found
+    return mean
 
 
 def numbers(spots: Iterable[Spot], what: Quantity) -> dict[str, float]:
@@ -264,6 +223,64 @@ def numbers(spots: Iterable[Spot], what: Quantity) -> dict[str, float]:
     return {label: value for label, value in found.items() if value is not None}
 
 
+def difference(before: Rows, after: Rows, measure: str) -> tuple[Interval, int] | None:
+    """Mean of after − before over rows that both have, in %, its 95 % interval, and n."""
+    both = [i for i in before if i in after]
+    pairs = [(before[i].get(measure), after[i].get(measure)) for i in both]
+    known = [(float(a), float(b)) for a, b in pairs if a is not None and b is not None]
+    if not known:
+        return None
+    found = paired_bootstrap([a for a, _ in known], [b for _, b in known])
+    return Interval(*(100 * end for end in found)), len(known)
+
+
+# -- findings ------------------------------------------------------------------------------------
+
+
 def short(measure: str) -> str:
     """What narrow heads call a measure."""
     return find(measure).short or find(measure).title
+
+
+def extremes(named: Mapping[str, float]) -> str:
+    """`from 94.0 % (a) down to 82.0 % (b, c)`: the ends with everyone who is there, as rounded."""
+    texts = {name: f"{value:.1f} %" for name, value in named.items()}
+    high, low = (texts[pick(named, key=lambda name: named[name])] for pick in (max, min))
+    ends = {end: ", ".join(n for n, text in texts.items() if text == end) for end in (high, low)}
+    if high == low:
+        return f"{high} with {ends[high]}"
+    return f"from {high} ({ends[high]}) down to {low} ({ends[low]})"
+
+
+def best_and_worst(
+    *measures: str, first: str = "After {edits} edits on {data}", least: float = 0
+) -> Findings:
+    """Where arms end by each measure; of those of at least `least` % in the first measure."""
+
+    def told(results: Results) -> str:
+        whole = [s for s in results.ends if (number(quantity(measures[0])(s)) or 0) >= least]
+        found = {short(name): numbers(whole, quantity(name)) for name in measures}
+        parts = [f"{name} {extremes(named)}" for name, named in found.items() if named]
+        return results.text(f"{first}: {'; '.join(parts)}.") if parts else ""
+
+    return told
+
+
+def changes(*measures: str, first: str) -> Findings:
+    """How each arm differs from the one that it is compared with."""
+
+    def told(results: Results) -> str:
+        said = []
+        for label, before, after in results.pairs():
+            parts = []
+            for name in measures:
+                if found := difference(before.rows, after.rows, name):
+                    mean, low, high = found[0]
+                    parts.append(f"{short(name)} {mean:+.1f} [{low:+.1f}, {high:+.1f}]")
+            grown = [growth(spot) for spot in (before, after)]
+            if None not in grown:
+                parts.append(f"growth of perplexity {grown[0]:.1f} to {grown[1]:.1f} %")
+            said.append(f"{label}: {', '.join(parts) or 'nothing measurable'}.")
+        return " ".join([f"{first}.", *said])
+
+    return told

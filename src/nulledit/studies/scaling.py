@@ -9,47 +9,27 @@ from typing import Any
 import torch
 
 from nulledit.evaluation.measures import PREFERENCE
-from nulledit.evaluation.stats import Rate, power_of
+from nulledit.evaluation.stats import power_of
 from nulledit.linalg.moments import SecondMoment
 from nulledit.linalg.solve import solve_update
 from nulledit.linalg.spectrum import Spectrum
 from nulledit.report.document import FigureSpec
 from nulledit.report.points import Point
-from nulledit.studies.build import head, paired
+from nulledit.studies.build import OF_TOKENS, head, intervals, paired
 from nulledit.studies.context import Lab
 from nulledit.studies.declaration import Figure, Part, StudySpec, Table, named
 from nulledit.studies.methods_table import along_figures, cohort_table, end_table
-from nulledit.studies.results import Arm, Results, growth, quantity
+from nulledit.studies.results import Arm, Results, best_and_worst, changes
 from nulledit.studies.scale import chosen
 
 STEPS = ("statistics", "decomposition", "solve")
-STRICT = quantity("efficacy_strict")
+MEASURES = (*PREFERENCE, "efficacy_strict")
 
 
 def _batches(lab: Lab) -> Iterable[Arm]:
     """One arm in batches of several sizes."""
     for size in lab.settings["batch_sizes"]:
         yield Arm(f"batches of {size}", lab.settings["arm"], batch_size=size)
-
-
-def _by_batch_size(results: Results) -> str:
-    told = []
-    for arm in results.arms:
-        found = quantity("efficacy_tokens")(arm.end)
-        if isinstance(found, Rate):
-            mean, error = 100 * found.mean, 100 * found.standard_error
-            told.append(f"{arm.plan.batch_size}: {mean:.1f} ± {error:.1f} %")
-    return f"Token efficacy on {results.title} by batch size: {', '.join(told)}."
-
-
-def _by_edits(results: Results) -> str:
-    told = []
-    for spot in results.ends:
-        strict, grown = STRICT(spot), growth(spot)
-        said = f"{100 * strict.mean:.1f} %" if isinstance(strict, Rate) else "absent"
-        text = "" if grown is None else f" at {grown:+.1f} % perplexity"
-        told.append(f"After {spot.at} edits {spot.label} holds {said} (strict){text}.")
-    return " ".join(told)
 
 
 def _costs(lab: Lab) -> list[dict[str, Any]]:
@@ -155,16 +135,15 @@ SCALE = StudySpec(
     parts=(
         Part(
             _batches,
-            tables=(end_table("batches", "{data} by batch size", tokens=True),),
-            shows=_by_batch_size,
+            tables=(end_table("batches", "{data} by batch size", measures=OF_TOKENS),),
+            shows=best_and_worst("efficacy_tokens", first="By batch size on {data}"),
             source="zsre",
-            missing="No --zsre was given, so quality by batch size is absent.",
         ),
         Part(
             named(),
             tables=(end_table("edits", "A longer stream"), cohort_table("cohorts")),
             figures=along_figures("edits"),
-            shows=_by_edits,
+            shows=best_and_worst("efficacy_strict", "growth"),
             along=True,
         ),
         WIDTHS,
@@ -176,22 +155,8 @@ def _orders(lab: Lab) -> Iterable[Arm]:
     """Each arm on a shuffled queue and on the same facts clustered by relation."""
     for arm in chosen(lab.settings):
         clustered = f"{arm}, clustered"
-        yield Arm(f"{arm}, shuffled", arm, against=clustered, pair=arm)
+        yield Arm(f"{arm}, shuffled", arm, against=clustered)
         yield Arm(clustered, arm, order=lambda fact: fact.relation_key)
-
-
-def _by_order(results: Results) -> str:
-    told = []
-    for arm, clustered, shuffled in results.pairs():
-        a, b = (STRICT(spot) for spot in (shuffled, clustered))
-        grown = [growth(spot) for spot in (shuffled, clustered)]
-        if isinstance(a, Rate) and isinstance(b, Rate):
-            text = f"{arm}: strict efficacy {100 * a.mean:.1f} % shuffled, {100 * b.mean:.1f} % "
-            text += "clustered"
-            if None not in grown:
-                text += f", perplexity {grown[0]:+.1f} and {grown[1]:+.1f} %"
-            told.append(f"{text}.")
-    return " ".join(told)
 
 
 ORDER = StudySpec(
@@ -206,20 +171,14 @@ ORDER = StudySpec(
             _orders,
             tables=(end_table("order", "By order"),),
             figures=(
-                Figure(
-                    FigureSpec(
-                        "order",
-                        "Shuffled minus clustered, over the same facts; 95 % intervals of a "
-                        "paired bootstrap.",
-                        "intervals",
-                        "arm",
-                        "difference (points of %)",
-                        panel="measure",
-                    ),
-                    paired(*PREFERENCE, "efficacy_strict"),
+                intervals(
+                    "order",
+                    "Shuffled minus clustered, over the same facts; 95 % intervals of a paired "
+                    "bootstrap.",
+                    paired(*MEASURES),
                 ),
             ),
-            shows=_by_order,
+            shows=changes(*MEASURES, first="Shuffled minus clustered, in points"),
         ),
     ),
 )
