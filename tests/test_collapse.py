@@ -14,20 +14,20 @@ from nulledit.errors import ConfigError
 from nulledit.evaluation.hidden_norms import edit_rows
 from nulledit.evaluation.reading import perplexity, read
 from nulledit.report.study import read_study
-from nulledit.studies.collapse import (
+from nulledit.studies.collapse import COLLAPSE
+from nulledit.studies.context import Lab, Sources
+from nulledit.studies.follow import follow
+from nulledit.studies.registry import run_study
+from nulledit.studies.results import Spot, divergence, growth, number, quantity
+from nulledit.studies.scale import Scale
+from nulledit.studies.signs import (
     AT_EDITS,
-    COLLAPSE,
     ON_TEXT,
     SIGNS,
     Bounds,
     thresholds_of,
     warnings_on,
 )
-from nulledit.studies.context import Lab, Sources
-from nulledit.studies.follow import follow
-from nulledit.studies.registry import run_study
-from nulledit.studies.results import Spot, divergence, growth, number, quantity
-from nulledit.studies.scale import Scale
 from nulledit.studies.stream import Stream, StreamPlan, Workbench
 
 RECIPE = Recipe.from_dict(

@@ -14,7 +14,7 @@ from nulledit.editing.editor import Editor
 from nulledit.errors import ConfigError
 from nulledit.evaluation.measures import PREFERENCE, STRICT
 from nulledit.evaluation.runner import evaluate
-from nulledit.studies.build import head
+from nulledit.studies.build import head, labels
 from nulledit.studies.context import Lab, hash_of
 from nulledit.studies.declaration import Cells, Part, StudySpec, Table, named
 from nulledit.studies.questions import FACTS, TEXT, told
@@ -129,6 +129,7 @@ INSTEAD = StudySpec(
                     "nothing holds the rest of the model in place. Seconds of editing count "
                     "values that were optimised in this study's own stream.",
                     (
+                        labels("what"),
                         *(*PREFERENCE, *STRICT, *OF_TEXT),
                         Cells(head("seconds", "once", "s/fact", 2), _seconds),
                         Cells(
@@ -136,7 +137,6 @@ INSTEAD = StudySpec(
                             lambda spot: spot.extra.get("tokens", 0),
                         ),
                     ),
-                    names="what",
                 ),
             ),
             shows=_shows,

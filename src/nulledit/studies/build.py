@@ -42,12 +42,10 @@ def tables(results: Results, part: Part) -> Iterator[StudyTable]:
 
 
 def _table(results: Results, table: Table) -> StudyTable:
-    rows, first = list(table.rows(results)), table.names
-    if isinstance(first, str):
-        first = Cells(Column("arm", first), lambda spot: spot.label)
+    rows = list(table.rows(results))
     heads: list[Column] = []
     filled: list[dict[str, Any]] = [{} for _ in rows]
-    for column in _expanded((first, *table.columns), results):
+    for column in _expanded(table.columns, results):
         made = _cells(column)
         cells = [shown(made.cell(row)) for row in rows]
         if isinstance(column, str) and all(cell is None for cell in cells):
@@ -104,6 +102,11 @@ def head(
 ) -> Column:
     """A column's head, unmarked unless one way is better."""
     return Column(key, title, better, unit, digits)
+
+
+def labels(title: str) -> Cells:
+    """The column that names spots."""
+    return Cells(Column("arm", title), lambda spot: spot.label)
 
 
 def usual(results: Results) -> Iterable[str]:

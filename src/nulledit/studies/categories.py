@@ -18,7 +18,7 @@ from nulledit.report.points import Point
 from nulledit.studies.build import head, scatter
 from nulledit.studies.context import Lab
 from nulledit.studies.declaration import Part, StudySpec, Table, named
-from nulledit.studies.questions import FACTS, TASKS, Facts, Question
+from nulledit.studies.questions import FACTS, TASKS, Asked, Facts, Question
 from nulledit.studies.results import Results, Rows, difference, rate
 from nulledit.studies.side_effects import items, tasks_of
 from nulledit.studies.stream import StreamPlan
@@ -33,25 +33,24 @@ def _groups(lab: Lab, facts: Facts) -> dict[str, list[Fact]]:
     return {g: groups[g] for g in sorted(groups, key=lambda g: (g == OTHER, -len(groups[g])))}
 
 
-def _prompts(lab: Lab, plan: StreamPlan, facts: Facts) -> dict[str, Any]:
-    """Group or task -> prompts at whose ends keys are read, and how many of them."""
+def _leaks(lab: Lab, plan: StreamPlan, facts: Facts) -> Asked:
+    """Group or task -> mean ‖Pk‖²/‖k‖² in % of the unedited keys at the ends of its prompts."""
+    most = lab.settings["leak_prompts"]
     prompts = {
         name: [p.prompt for fact in members for p in fact.neighbours if p.answer]
         for name, members in _groups(lab, facts).items()
     }
     for item in lab.items():
         prompts.setdefault(f"task {item.task.name}", []).append(item.task.render(item.record))
-    return {"prompts": prompts, "most": lab.settings["leak_prompts"]}
 
+    def leaks(editor: Editor) -> Any:
+        with editor.base_weights():
+            return {
+                name: _free_share(editor, list(dict.fromkeys(texts))[:most]) if texts else None
+                for name, texts in prompts.items()
+            }
 
-def _leaks(lab: Lab, plan: StreamPlan, facts: Facts, editor: Editor) -> Any:
-    """Group -> mean ‖Pk‖²/‖k‖² in % of the unedited keys at the ends of its prompts."""
-    most = lab.settings["leak_prompts"]
-    with editor.base_weights():
-        return {
-            name: _free_share(editor, list(dict.fromkeys(texts))[:most]) if texts else None
-            for name, texts in _prompts(lab, plan, facts)["prompts"].items()
-        }
+    return {"prompts": prompts, "most": most}, leaks
 
 
 def _free_share(editor: Editor, texts: Sequence[str]) -> float:
@@ -71,7 +70,7 @@ def _free_share(editor: Editor, texts: Sequence[str]) -> float:
     return 100 * float(torch.cat(shares).mean())
 
 
-LEAKS = Question("leak", _prompts, _leaks, of_base=False, last=True)
+LEAKS = Question("leak", _leaks, of_base=False, last=True)
 """How much of each group's keys the projection leaves open."""
 
 
@@ -162,6 +161,7 @@ CATEGORIES = StudySpec(
                     "answer's probability for a task; groups of fewer than {smallest} facts are "
                     "shown together.",
                     (
+                        head("group", "relation or task", ""),
                         head("n", "n", "", 0),
                         head("leak", "unprotected share"),
                         head("efficacy", "efficacy, strict"),
@@ -170,7 +170,6 @@ CATEGORIES = StudySpec(
                         head("change", "change"),
                         head("interval", "95 % interval", ""),
                     ),
-                    names=head("group", "relation or task", ""),
                     rows=_by_group,
                 ),
             ),

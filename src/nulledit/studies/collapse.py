@@ -2,219 +2,34 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
-
-from nulledit.editing.editor import Editor
-from nulledit.errors import ConfigError
-from nulledit.evaluation.hidden_norms import edit_rows, norm_growth, state_norms, text_rows
-from nulledit.evaluation.stats import Rate
 from nulledit.report.points import Point
 from nulledit.studies.build import along, head, lines
-from nulledit.studies.context import Lab, hash_of
+from nulledit.studies.context import Lab
 from nulledit.studies.declaration import Cells, Part, StudySpec, Table
-from nulledit.studies.questions import NORMS, OWN_PROMPTS, TEXT, Facts, Question
+from nulledit.studies.questions import NORMS, OWN_PROMPTS, TEXT
 from nulledit.studies.results import (
     Along,
     Arm,
-    Quantity,
     Results,
     Spot,
     divergence,
     growth,
-    number,
     quantity,
-    rate,
-    update_share,
 )
 from nulledit.studies.scale import chosen
-from nulledit.studies.stream import StreamPlan
-
-# -- signs ---------------------------------------------------------------------------------------
-
-
-def _norms_at(name: str, rows_of: Callable[[Lab, Facts], Sequence[Any]]) -> Question:
-    """‖h‖ after the last edited block at the ends of rows of tokens."""
-
-    def decides(lab: Lab, plan: StreamPlan, facts: Facts) -> Mapping[str, Any]:
-        rows = [list(row) for row in rows_of(lab, facts)]
-        return {"rows": hash_of(rows), "layer": plan.recipe.layers[-1]}
-
-    def ask(lab: Lab, plan: StreamPlan, facts: Facts, editor: Editor) -> Any:
-        return state_norms(editor.editable, rows_of(lab, facts), plan.recipe.layers[-1]).tolist()
-
-    return Question(name, decides, ask)
-
-
-def _room(lab: Lab, plan: StreamPlan, facts: Facts, editor: Editor) -> Any:
-    """Share of each layer's usable directions that no edit has taken.
-
-    Room is of the whole ledger, so a checkpoint before its end has none: it is asked after each
-    batch, and only missing where an interruption came just between the two.
-    """
-    at_end = len(editor.facts) == len(facts)
-    return {str(r.layer): r.room if at_end else None for r in editor.weights.reports()}
-
-
-AT_EDITS = _norms_at("norm-at-edits", lambda lab, facts: edit_rows(lab.bench.model, facts))
-ON_TEXT = _norms_at("norm-on-text", lambda lab, facts: text_rows(lab.windows()))
-ROOM = Question("room", lambda lab, plan, facts: {}, _room, of_base=False)
-
-
-def _grown(question: Question) -> Quantity:
-    """Growth of ‖h‖ since the unedited model."""
-
-    def grown(spot: Spot) -> Rate | None:
-        if spot.base is None:
-            return None
-        now = [math.nan if v is None else v for v in spot.found[question.name]]
-        before = spot.base.found[question.name][: len(now)]
-        return norm_growth(torch.tensor(before), torch.tensor(now))
-
-    return grown
-
-
-def _room_left(spot: Spot, layer: str = "") -> float | None:
-    """Of a layer, or the least of all, in %."""
-    room = spot.found["room"]
-    held = [value for value in ([room[layer]] if layer else room.values()) if value is not None]
-    return 100 * min(held) if held else None
-
-
-@dataclass(frozen=True)
-class Sign:
-    """A number that is cheap to watch during a stream and may warn of a collapse."""
-
-    name: str
-    """In tables."""
-    title: str
-    """In words."""
-    quantity: Quantity
-    """Of a spot; rates are shown in %."""
-    falls: bool = False
-    """Whether it warns by falling below its threshold, not by rising above it."""
-
-    def crossed(self, spot: Spot, threshold: float) -> bool:
-        """Whether it warns; what is not finite does."""
-        value = number(self.quantity(spot))
-        if value is None or not math.isfinite(value):
-            return value is not None
-        return value < threshold if self.falls else value > threshold
-
-
-SIGNS = (
-    Sign("room", "room left, least of the layers", _room_left, falls=True),
-    Sign("norm", "‖Δ‖/‖W₀‖, most", update_share),
-    Sign("at_edits", "‖h‖ at edited subjects", _grown(AT_EDITS)),
-    Sign("on_text", "‖h‖ on other text", _grown(ON_TEXT)),
+from nulledit.studies.signs import (
+    AT_EDITS,
+    ON_TEXT,
+    ROOM,
+    SIGNS,
+    Bounds,
+    room_left,
+    thresholds_of,
+    warnings_on,
 )
-
-
-# -- what a collapse is --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What counts as collapsed, and as well."""
-
-    growth: float
-    """Collapsed: perplexity has grown by this many %."""
-    loss: float
-    """Collapsed: the oldest cohort has lost this many % of the strict efficacy it began with."""
-    healthy_growth: float
-    """Well: perplexity has grown by less, %."""
-    healthy_loss: float
-    """Well: the oldest cohort has lost less, %."""
-    oldest: int
-    """Facts of the oldest cohort."""
-
-    @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> Bounds:
-        """From a study's settings; ConfigError for what can't be."""
-        found = cls(**{name: settings[name] for name in cls.__dataclass_fields__})
-        for name, value in vars(found).items():
-            whole, of = name == "oldest", "facts" if name == "oldest" else "%"
-            known = isinstance(value, int if whole else int | float) and value is not True
-            if not known or not value > 0:
-                raise ConfigError(f"{name} is {value!r}; expected a number of {of} above 0")
-        if found.healthy_growth >= found.growth or found.healthy_loss >= found.loss:
-            raise ConfigError(
-                "healthy_growth and healthy_loss must lie below growth and loss: a stream is well "
-                "before it has collapsed"
-            )
-        return found
-
-    def held(self, spot: Spot) -> Rate | None:
-        """Strict efficacy of the oldest cohort."""
-        cohort = spot.plan.facts[: self.oldest] if spot.plan else ()
-        return rate(spot.rows, "efficacy_strict", [fact.id for fact in cohort])
-
-    def cause(self, along: Along) -> str:
-        """Why a stream has collapsed at its last spot; empty if it has not."""
-        now, said = along[-1], []
-        if _perplexity(now) >= self.growth:
-            grown = growth(now)
-            said.append(f"perplexity {'without end' if grown is None else f'{grown:+.0f} %'}")
-        if self._lost(along, now) >= self.loss:
-            said.append(f"the oldest hold {number(self.held(now)):.0f} %")
-        return ", ".join(said)
-
-    def collapsed(self, along: Along) -> int | None:
-        """Edits at the checkpoint where a stream had collapsed, its last; None if it never did."""
-        return along[-1].at if self.cause(along) else None
-
-    def well(self, along: Along, now: Spot) -> bool:
-        """Whether nothing is amiss yet."""
-        lost = self._lost(along, now)
-        return _perplexity(now) < self.healthy_growth and lost < self.healthy_loss
-
-    def _lost(self, along: Along, now: Spot) -> float:
-        """Of the strict efficacy that the oldest cohort, once it was all there, began with, %."""
-        first = next((spot for spot in along if spot.at >= self.oldest), along[-1])
-        began, held = (self.held(spot) for spot in (first, now))
-        return 100 * (1 - held.mean / began.mean) if held and began and began.mean else 100.0
-
-
-def _perplexity(spot: Spot) -> float:
-    value = growth(spot)
-    return math.inf if value is None or math.isnan(value) else value
-
-
-# -- thresholds, and what they are worth ---------------------------------------------------------
-
-
-def thresholds_of(spots: Along, bounds: Bounds) -> dict[str, float | None]:
-    """Sign -> its value at the last checkpoint at which the stream was well.
-
-    None for all if the stream never collapsed or was never well: it says nothing of a collapse.
-    """
-    healthy: Spot | None = None
-    for now in spots if bounds.cause(spots) else ():
-        if not bounds.well(spots, now):
-            break
-        healthy = now
-    return {sign.name: number(sign.quantity(healthy)) if healthy else None for sign in SIGNS}
-
-
-def warnings_on(
-    spots: Along, bounds: Bounds, thresholds: Mapping[str, float | None]
-) -> Iterator[dict[str, Any]]:
-    """For each sign: when it first warned on a stream, and how many edits before the collapse."""
-    end = bounds.collapsed(spots)
-    for sign in SIGNS:
-        bound = thresholds[sign.name]
-        over = spots if bound is not None else ()
-        crossed = next((s.at for s in over if sign.crossed(s, bound or 0.0)), None)
-        before = None if crossed is None or end is None else end - crossed
-        named = {"name": sign.name, "signal": sign.title, "threshold": bound}
-        yield {**named, "crossed": crossed, "collapsed": end, "before": before}
-
-
-# -- the study -----------------------------------------------------------------------------------
 
 
 def _arms(lab: Lab) -> Iterable[Arm]:
@@ -241,8 +56,9 @@ def _course(results: Results) -> Iterator[Cells]:
             return "collapsed"
         return "well" if bounds.well(spots, spot) else ""
 
+    yield Cells(head("edits", "edits", "", 0), lambda spot: str(spot.at))
     for n in spots[0].found["room"]:
-        yield Cells(head(f"room{n}", f"room, layer {n}"), lambda spot, n=n: _room_left(spot, n))  # type: ignore[misc]
+        yield Cells(head(f"room{n}", f"room, layer {n}"), lambda spot, n=n: room_left(spot, n))  # type: ignore[misc]
     yield from (Cells(head(sign.name, sign.title), sign.quantity) for sign in SIGNS[1:])
     yield Cells(head("strict", "strict, all"), quantity("efficacy_strict"))
     yield Cells(head("oldest", "strict, oldest"), bounds.held)
@@ -307,6 +123,7 @@ COLLAPSE = StudySpec(
                     "records of its own, judge it. Edits are counted at checkpoints; 0 before "
                     "means that it came with the collapse.",
                     (
+                        head("stream", "stream", ""),
                         head("signal", "sign", ""),
                         head("threshold", "threshold"),
                         head("crossed", "crossed at", "", 0),
@@ -314,7 +131,6 @@ COLLAPSE = StudySpec(
                         head("before", "edits before", "", 0),
                         head("cause", "what had happened", ""),
                     ),
-                    names=head("stream", "stream", ""),
                     rows=_warnings,
                 ),
                 Table(
@@ -325,7 +141,6 @@ COLLAPSE = StudySpec(
                     "the last edited block, at the subjects of all facts so far and at the ends "
                     "of pieces of other text.",
                     (_course,),
-                    names=Cells(head("edits", "edits", "", 0), lambda spot: str(spot.at)),
                     rows=lambda results: results.arms[0],
                     each_arm=True,
                 ),
@@ -354,5 +169,4 @@ COLLAPSE = StudySpec(
             until=_until,
         ),
     ),
-    valid=Bounds.of,
 )

@@ -44,9 +44,7 @@ class Table:
     caption: str
     """What the numbers are of."""
     columns: Sequence[Columns]
-    """After the one that names the rows."""
-    names: str | Cells | Column = "method"
-    """The first column: the head of the rows' labels, or a column of its own."""
+    """The first one names the rows."""
     rows: Callable[[Results], Iterable[Any]] = lambda results: results.rows
     """Spots or mappings: the unedited model and each arm at its end."""
     each_arm: bool = False
@@ -86,7 +84,7 @@ class Part:
     own_records: bool = False
     """Whether each arm has records of its own, and the unedited model is asked about each."""
     until: Callable[[Lab], Callable[[Along], bool]] | None = None
-    """Whether a stream ends after its spots so far; such a stream is asked after each batch."""
+    """Whether a stream, which is asked after each batch, ends there; ConfigError for bad settings."""
     others: Callable[[Lab, Results], Iterable[Spot]] = lambda lab, results: ()
     """Models that are no edit, asked about the same queue."""
     prepare: Callable[[Lab], Any] = lambda lab: None
@@ -129,6 +127,8 @@ class Part:
 
     def work(self, lab: Lab) -> tuple[list[StreamPlan], Counter[str]]:
         """The streams, and what they are asked, by field of `Work`."""
+        if self.until:
+            self.until(lab)
         plans, told = [plan for _, plan in self.plans(lab)], Counter[str]()
         for i, plan in enumerate(plans):
             spots = self.checkpoints(lab, plan)
@@ -161,8 +161,6 @@ class StudySpec:
     """Streams, tables and figures."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Its settings where a scale has none for it: `facts`, `skip`, `batch_size`, `arms`, ..."""
-    valid: Callable[[Mapping[str, Any]], Any] = lambda settings: None
-    """Raises ConfigError for settings of its own that can't be."""
 
     def check(self, sources: Sources) -> None:
         """ConfigError if a source that it needs is missing."""
@@ -177,7 +175,6 @@ class StudySpec:
 
     def work(self, lab: Lab) -> Work:
         """What it will do."""
-        self.valid(lab.settings)
         plans: list[StreamPlan] = []
         told = Counter[str]()
         for part in self.parts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,12 +20,13 @@ def follow(lab: Lab, part: Part) -> Results | None:
 
     What was edited or answered before is taken up.
     """
+    ended = part.until(lab) if part.until else None
     made = part.prepare(lab)
     arms: list[Along] = []
     for arm, plan in part.plans(lab):
         if not arms or part.own_records:  # before the stream: it takes the model
             base = unedited(lab, part, plan)
-        arms.append(list(_along(lab, part, arm, plan, base)))
+        arms.append(list(_along(lab, part, arm, plan, base, ended)))
     if part.arms and not arms:
         return None
     results = Results(lab, lab.title(part.source) if arms else "", tuple(arms), made)
@@ -39,10 +40,16 @@ def unedited(lab: Lab, part: Part, plan: StreamPlan) -> Spot:
     return Spot("unedited", found=_held(found), plan=plan)
 
 
-def _along(lab: Lab, part: Part, arm: Arm, plan: StreamPlan, base: Spot) -> Iterator[Spot]:
+def _along(
+    lab: Lab,
+    part: Part,
+    arm: Arm,
+    plan: StreamPlan,
+    base: Spot,
+    ended: Callable[[Along], bool] | None,
+) -> Iterator[Spot]:
     """The stream at its checkpoints, edited to its end first or only as far as it is followed."""
     wanted = part.checkpoints(lab, plan)
-    ended = part.until(lab) if part.until else None
     stream = lab.bench.stream(plan) if ended else lab.edited(plan)
     spots: list[Spot] = []
     for at in stream.batches(lab.staged(plan.label)) if ended else wanted:

@@ -11,6 +11,7 @@ from nulledit.studies.build import (
     along,
     head,
     intervals,
+    labels,
     lines,
     paired,
     rates_along,
@@ -32,6 +33,7 @@ from nulledit.studies.results import (
 )
 from nulledit.studies.scale import chosen
 
+SPOKEN = ("generation", "fluency")
 UPDATE = Cells(head("update", "‖Δ‖/‖W‖"), update_share)
 SECONDS = Cells(head("seconds", "keys, solve", "s/fact", 2), lambda spot: spot.extra.get("own"))
 
@@ -51,8 +53,7 @@ def end_table(
         "perplexity and KL (from the unedited model) tokens. Seconds are wall time of keys and "
         "solve on a shared machine; values, which cost every method about the same, are not in "
         "them.",
-        (*measures, "generation", "fluency", *OF_TEXT, UPDATE, SECONDS, *more),
-        names,
+        (labels(names), *measures, *SPOKEN, *OF_TEXT, UPDATE, SECONDS, *more),
     )
 
 
@@ -67,7 +68,9 @@ def cohort_table(name: str) -> Table:
 
     title = "Does the first cohort still hold?"
     caption = "Strict efficacy after the whole stream by the place of the fact in the queue."
-    return Table(name, title, caption, (columns,), rows=lambda results: results.ends)
+    return Table(
+        name, title, caption, (labels("method"), columns), rows=lambda results: results.ends
+    )
 
 
 def _strict_of(facts: Sequence[Fact]) -> Quantity:

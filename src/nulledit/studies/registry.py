@@ -51,7 +51,6 @@ def run_study(spec: StudySpec, lab: Lab, folder: Path) -> Study:
     """Run `spec` and write its folder; what was edited or answered before is taken up."""
     spec.check(lab.sources)
     check_settings(lab.settings)
-    spec.valid(lab.settings)
     wall, cpu = time.perf_counter(), time.process_time()
     found = [(part, results) for part in spec.parts if (results := follow(lab, part))]
     shown: dict[str, Any] = {

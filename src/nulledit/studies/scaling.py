@@ -92,6 +92,7 @@ WIDTHS = Part(
             "Of one layer on random keys, least of three runs, this machine's threads as set. The "
             "fitted growth is in the findings.",
             (
+                head("d_in", "key width", "", 0),
                 head("statistics", "1,024 tokens", "s", 4, "low"),
                 head("decomposition", "eigh", "s", 3, "low"),
                 head("solve", "solve", "s", 4, "low"),
@@ -99,7 +100,6 @@ WIDTHS = Part(
                 head("thin", "thin side kept", "MB", 1, "low"),
                 head("column", "one fact's column", "kB", 1, "low"),
             ),
-            names=head("d_in", "key width", "", 0),
             rows=lambda results: results.made,
         ),
     ),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from nulledit.report.points import Point
-from nulledit.studies.build import head, intervals, lines, moved, point, scatter
+from nulledit.studies.build import head, intervals, labels, lines, moved, point, scatter
 from nulledit.studies.declaration import Cells, Part, StudySpec, Table, named
 from nulledit.studies.questions import DRIFT as DRIFT_OF_STATES
 from nulledit.studies.questions import TASKS
@@ -26,16 +26,21 @@ def items(spot: Spot, task: str) -> Rows:
     return dict(enumerate(spot.found["capability"][task]["items"]))  # type: ignore[arg-type]
 
 
-def _probability(task: str) -> Quantity:
-    return lambda spot: spot.found["capability"][task]["probability"]
+def _result(task: str, what: str) -> Quantity:
+    """`f1` or the right answer's `probability` of a task."""
+
+    def value(spot: Spot) -> Mapping[str, Any]:
+        found: dict[str, Any] = spot.found["capability"][task]
+        f1 = {"mean": "f1", "standard_error": "f1_standard_error", "n": "n"}
+        return {k: found[name] for k, name in f1.items()} if what == "f1" else found["probability"]
+
+    return value
 
 
-def _f1(task: str) -> Quantity:
-    def f1(spot: Spot) -> Mapping[str, Any]:
-        found = spot.found["capability"][task]
-        return {"mean": found["f1"], "standard_error": found["f1_standard_error"], "n": found["n"]}
-
-    return f1
+def _columns(what: str, better: str | None) -> Callable[[Results], Iterable[Cells]]:
+    return lambda results: [
+        Cells(head(task, task, better=better), _result(task, what)) for task in tasks_of(results)
+    ]
 
 
 def _with_chance(results: Results) -> list[Spot]:
@@ -47,18 +52,9 @@ def _with_chance(results: Results) -> list[Spot]:
     return [Spot("chance", found={"capability": chance}), *results.rows]
 
 
-def _f1_columns(results: Results) -> Iterable[Cells]:
-    return [Cells(head(task, task), _f1(task)) for task in tasks_of(results)]
-
-
-def _probability_columns(results: Results) -> Iterable[Cells]:
-    of = {task: head(task, task, better="high") for task in tasks_of(results)}
-    return [Cells(column, _probability(task)) for task, column in of.items()]
-
-
 def _probabilities(results: Results) -> Iterator[Point]:
     for task in tasks_of(results):
-        value = _probability(task)
+        value = _result(task, "probability")
         for along in results.arms:
             for spot in (results.base, *along):
                 yield point(spot.at, value(spot), along[0].label, task)
@@ -103,8 +99,7 @@ CAPABILITY = StudySpec(
                     "Weighted F1",
                     "Weighted F1 over items; chance is a predictor that always says the commonest "
                     "class.",
-                    (_f1_columns,),
-                    names="model",
+                    (labels("model"), _columns("f1", None)),
                     rows=_with_chance,
                 ),
                 Table(
@@ -112,8 +107,7 @@ CAPABILITY = StudySpec(
                     "Probability of the right answer",
                     "Normalised over the choices: it still moves where the answer itself is at "
                     "chance.",
-                    (_probability_columns,),
-                    names="model",
+                    (labels("model"), _columns("probability", "high")),
                 ),
             ),
             figures=(
@@ -197,7 +191,7 @@ DRIFT = StudySpec(
                     "Hidden states at the last token of n prompts that no edit touches, after "
                     "{edits} edits. Distance: mean ‖h′ − h‖/‖h‖; shift: of the mean against the "
                     "spread; energy: 0 for one distribution, 1 for two far apart.",
-                    (_drift_columns,),
+                    (labels("method"), _drift_columns),
                     rows=lambda results: results.ends,
                 ),
             ),
