@@ -117,7 +117,7 @@ BOUNDS = Bounds(25, 50, 10, 20, oldest=3)
 
 
 def plans_of(lab):
-    return [plan for _, plan in COLLAPSE.parts[0].plans(lab)]
+    return COLLAPSE.parts[0].plans(lab)
 
 
 def course(lab):

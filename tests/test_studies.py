@@ -28,7 +28,6 @@ from nulledit.studies.estimate import estimate
 from nulledit.studies.questions import FACTS, NORMS
 from nulledit.studies.registry import STUDIES, find_study, register, run_study
 from nulledit.studies.results import (
-    Arm,
     Spot,
     best_and_worst,
     extremes,
@@ -381,7 +380,10 @@ STEPS = StudySpec(
     settings={"facts": 6, "skip": 0, "batch_size": 3, "steps": [1, 6]},
     parts=(
         Part(
-            lambda lab: [Arm(f"{n} steps", {"values.steps": n}) for n in lab.settings["steps"]],
+            lambda lab, queue: [
+                lab.plan({"values.steps": n}, queue, label=f"{n} steps")
+                for n in lab.settings["steps"]
+            ],
             asked=(FACTS, NORMS),
             tables=(
                 Table(

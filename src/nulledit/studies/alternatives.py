@@ -18,11 +18,12 @@ from nulledit.studies.build import head, labels
 from nulledit.studies.context import Lab, hash_of
 from nulledit.studies.declaration import Cells, Part, StudySpec, Table, named
 from nulledit.studies.questions import FACTS, TEXT, told
-from nulledit.studies.results import OF_TEXT, Arm, Results, Spot, number, quantity
+from nulledit.studies.results import OF_TEXT, Results, Spot, number, quantity
+from nulledit.studies.stream import StreamPlan
 
 
-def _edited(lab: Lab) -> Iterable[Arm]:
-    return [replace(arm, label=f"edited: {arm.label}") for arm in named()(lab)]
+def _edited(lab: Lab, queue: list[Fact]) -> Iterable[StreamPlan]:
+    return [replace(plan, label=f"edited: {plan.label}") for plan in named()(lab, queue)]
 
 
 def _others(lab: Lab, results: Results) -> Iterator[Spot]:

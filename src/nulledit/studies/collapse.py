@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from nulledit.data.facts import Fact
 from nulledit.report.points import Point
 from nulledit.studies.build import along, head, lines
 from nulledit.studies.context import Lab
@@ -12,7 +13,6 @@ from nulledit.studies.declaration import Cells, Part, StudySpec, Table
 from nulledit.studies.questions import NORMS, OWN_PROMPTS, TEXT
 from nulledit.studies.results import (
     Along,
-    Arm,
     Results,
     Spot,
     divergence,
@@ -30,12 +30,19 @@ from nulledit.studies.signs import (
     thresholds_of,
     warnings_on,
 )
+from nulledit.studies.stream import StreamPlan
 
 
-def _arms(lab: Lab) -> Iterable[Arm]:
-    """The first sets thresholds for the others; the same arm may come twice, on other records."""
-    for i, name in enumerate(chosen(lab.settings)):
-        yield Arm(f"{name}, from record {lab.settings['skip'] + i * lab.settings['facts']}", name)
+def _arms(lab: Lab, queue: list[Fact]) -> Iterator[StreamPlan]:
+    """Each arm on records of its own: the first sets thresholds for the others."""
+    start, used = lab.settings["skip"], set[Any]()
+    for name in chosen(lab.settings):
+        if used:
+            queue = lab.facts(lab.settings["facts"], skip=start)
+        queue = [fact for fact in queue if fact.key not in used]
+        yield lab.plan(name, queue, label=f"{name}, from record {start}")
+        used |= {fact.key for fact in queue}
+        start += lab.settings["facts"]
 
 
 def _warnings(results: Results) -> Iterator[dict[str, Any]]:
@@ -165,7 +172,6 @@ COLLAPSE = StudySpec(
                 ),
             ),
             shows=_shows,
-            own_records=True,
             until=_until,
         ),
     ),

@@ -7,15 +7,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from nulledit.data.facts import Fact
 from nulledit.report.document import Column, FigureSpec
 from nulledit.report.points import Point
 from nulledit.studies.context import Lab, Sources
 from nulledit.studies.questions import EVERYTHING, Question
-from nulledit.studies.results import Along, Arm, Results, Spot, Work
+from nulledit.studies.results import Along, Results, Spot, Work
 from nulledit.studies.scale import Scale, chosen
 from nulledit.studies.stream import StreamPlan
 
-Arms = Callable[[Lab], Iterable[Arm]]
+Arms = Callable[[Lab, list[Fact]], Iterable[StreamPlan]]
+"""The streams of a queue; one may have records of its own."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,8 @@ class Part:
     """Whose records are the queue; the setting of that name is their number, 0: no part."""
     along: bool = False
     """Whether it is asked every `ask_every` facts or where listed, not only at the end."""
-    one_batch: bool = False
-    """Whether the whole queue is solved together, whatever `batch_size` says."""
-    own_records: bool = False
-    """Whether each arm has records of its own, and the unedited model is asked about each."""
     until: Callable[[Lab], Callable[[Along], bool]] | None = None
-    """Whether a stream, which is asked after each batch, ends there; ConfigError for bad settings."""
+    """Whether a stream, asked after each batch, ends there; ConfigError for bad settings."""
     others: Callable[[Lab, Results], Iterable[Spot]] = lambda lab, results: ()
     """Models that are no edit, asked about the same queue."""
     prepare: Callable[[Lab], Any] = lambda lab: None
@@ -92,8 +90,8 @@ class Part:
     more: Callable[[Lab], Mapping[str, int]] = lambda lab: {}
     """Fields of `Work` that the questions don't count."""
 
-    def plans(self, lab: Lab) -> list[tuple[Arm, StreamPlan]]:
-        """The arms and their streams; none without facts to edit."""
+    def plans(self, lab: Lab) -> list[StreamPlan]:
+        """The streams; none without facts to edit."""
         count = lab.settings[self.source] if self.arms else 0
         if self.arms is None or not count:
             return []
@@ -101,19 +99,8 @@ class Part:
             notice = f"No --{self.source} was given, so what needs it is absent."
             lab.notices += [notice] if notice not in lab.notices else []
             return []
-        found: list[tuple[Arm, StreamPlan]] = []
-        used: set[Any] = set()
-        for i, arm in enumerate(self.arms(lab)):
-            skip = lab.settings["skip"] + (i * count if self.own_records else 0)
-            if not found or self.own_records:
-                queue = lab.facts(count, source=self.source, skip=skip)
-                queue = [fact for fact in queue if fact.key not in used]
-                used |= {fact.key for fact in queue}
-            facts = sorted(queue, key=arm.order) if arm.order else queue
-            size = len(facts) if self.one_batch else arm.batch_size or lab.settings["batch_size"]
-            given = {"label": arm.label, "batch_size": size, "statistics": arm.statistics}
-            found.append((arm, lab.plan(arm.recipe, facts, **given)))
-        return found
+        queue = lab.facts(count, source=self.source, skip=lab.settings["skip"])
+        return list(self.arms(lab, queue))
 
     def checkpoints(self, lab: Lab, plan: StreamPlan) -> list[int]:
         """Where a stream is asked."""
@@ -129,12 +116,12 @@ class Part:
         """The streams, and what they are asked, by field of `Work`."""
         if self.until:
             self.until(lab)
-        plans, told = [plan for _, plan in self.plans(lab)], Counter[str]()
+        plans, told = self.plans(lab), Counter[str]()
         for i, plan in enumerate(plans):
             spots = self.checkpoints(lab, plan)
             for question in self.asked:
                 times = spots[-1:] if question.last else spots
-                if question.of_base and (self.own_records or i == 0):
+                if question.of_base and others_than(plan, plans[:i]):
                     times = [*times, spots[-1]]
                 for at in times:
                     if facts := question.about(lab, plan.facts[:at]):
@@ -184,9 +171,13 @@ class StudySpec:
         return Work(plans, **told)
 
 
-# -- arms ----------------------------------------------------------------------------------------
+def others_than(plan: StreamPlan, before: Sequence[StreamPlan]) -> bool:
+    """Whether a stream has other facts than the one before: the unedited model is asked again."""
+    return not before or {f.id for f in plan.facts} != {f.id for f in before[-1].facts}
 
 
 def named(setting: str = "arms", *, only: int | None = None) -> Arms:
     """The scale's arms that a setting names, or the first of them."""
-    return lambda lab: [Arm(name, name) for name in chosen(lab.settings, setting)[:only]]
+    return lambda lab, queue: [
+        lab.plan(name, queue) for name in chosen(lab.settings, setting)[:only]
+    ]

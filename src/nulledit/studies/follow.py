@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from nulledit.studies.context import Lab
-from nulledit.studies.declaration import Part
-from nulledit.studies.results import Along, Arm, Results, Spot
+from nulledit.studies.declaration import Part, others_than
+from nulledit.studies.results import Along, Results, Spot
 from nulledit.studies.stream import StreamPlan
 
 SECONDS = {"own": ("keys", "solve"), "values": ("values",)}
@@ -23,10 +23,11 @@ def follow(lab: Lab, part: Part) -> Results | None:
     ended = part.until(lab) if part.until else None
     made = part.prepare(lab)
     arms: list[Along] = []
-    for arm, plan in part.plans(lab):
-        if not arms or part.own_records:  # before the stream: it takes the model
+    plans = part.plans(lab)
+    for i, plan in enumerate(plans):
+        if others_than(plan, plans[:i]):  # before the stream: it takes the model
             base = unedited(lab, part, plan)
-        arms.append(list(_along(lab, part, arm, plan, base, ended)))
+        arms.append(list(_along(lab, part, plan, base, ended)))
     if part.arms and not arms:
         return None
     results = Results(lab, lab.title(part.source) if arms else "", tuple(arms), made)
@@ -41,12 +42,7 @@ def unedited(lab: Lab, part: Part, plan: StreamPlan) -> Spot:
 
 
 def _along(
-    lab: Lab,
-    part: Part,
-    arm: Arm,
-    plan: StreamPlan,
-    base: Spot,
-    ended: Callable[[Along], bool] | None,
+    lab: Lab, part: Part, plan: StreamPlan, base: Spot, ended: Callable[[Along], bool] | None
 ) -> Iterator[Spot]:
     """The stream at its checkpoints, edited to its end first or only as far as it is followed."""
     wanted = part.checkpoints(lab, plan)
@@ -57,7 +53,7 @@ def _along(
         asked = [q for q in part.asked if last or not q.last]
         found = _held({q.name: q.answer(lab, plan, at, stream) for q in asked})
         extra = {name: stream.seconds(*of) for name, of in SECONDS.items()} if last else {}
-        spots.append(Spot(plan.label, at, found, base, plan, arm, extra))
+        spots.append(Spot(plan.label, at, found, base, plan, extra))
         yield spots[-1]
         if ended and ended(spots):
             break

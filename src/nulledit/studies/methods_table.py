@@ -22,7 +22,6 @@ from nulledit.studies.context import Lab
 from nulledit.studies.declaration import Cells, Columns, Figure, Part, StudySpec, Table, named
 from nulledit.studies.results import (
     OF_TEXT,
-    Arm,
     Quantity,
     Results,
     best_and_worst,
@@ -32,6 +31,7 @@ from nulledit.studies.results import (
     update_share,
 )
 from nulledit.studies.scale import chosen
+from nulledit.studies.stream import StreamPlan
 
 SPOKEN = ("generation", "fluency")
 UPDATE = Cells(head("update", "‖Δ‖/‖W‖"), update_share)
@@ -123,12 +123,12 @@ TABLE1 = StudySpec(
 )
 
 
-def _projected(lab: Lab) -> Iterable[Arm]:
+def _projected(lab: Lab, queue: list[Fact]) -> Iterable[StreamPlan]:
     """Each arm, plain and with each projection."""
     for arm in chosen(lab.settings):
-        yield Arm(arm, arm)
+        yield lab.plan(arm, queue)
         for way in chosen(lab.settings, "projections"):
-            yield Arm(f"{arm}+{way}", f"{arm}+{way}", against=arm)
+            yield lab.plan(f"{arm}+{way}", queue, against=arm)
 
 
 PROJECTION = StudySpec(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from nulledit.config import StatisticsSettings
 from nulledit.data.corpus import open_corpus
+from nulledit.data.facts import Fact
 from nulledit.evaluation.measures import PREFERENCE, STRICT
 from nulledit.linalg.spectrum import RULES
 from nulledit.report.document import FigureSpec
@@ -18,7 +20,8 @@ from nulledit.studies.build import against, head, point, scatter
 from nulledit.studies.context import Lab, hash_of
 from nulledit.studies.declaration import Cells, Columns, Figure, Part, StudySpec, Table
 from nulledit.studies.methods_table import end_table
-from nulledit.studies.results import Arm, Results, Spot, best_and_worst, growth, quantity
+from nulledit.studies.results import Results, Spot, best_and_worst, growth, quantity
+from nulledit.studies.stream import StreamPlan
 
 SPREAD = best_and_worst("efficacy_strict", "specificity", "growth")
 FIRM = best_and_worst(
@@ -38,25 +41,33 @@ TRADE_OFF = scatter(
 )
 
 
-def _cuts(lab: Lab) -> Iterator[Arm]:
+def at_once(
+    lab: Lab, queue: list[Fact], label: str, changes: Mapping[str, Any], **given: Any
+) -> StreamPlan:
+    """A stream of one batch, of changes of the base recipe."""
+    return lab.plan(changes, queue, label=label, batch_size=len(queue), **given)
+
+
+def _cuts(lab: Lab, queue: list[Fact]) -> Iterator[StreamPlan]:
     """The cut by eigenvalue, by leakage, and how soft it is."""
     cuts = {"absolute": ("thresholds", "τ ="), "leakage": ("leakages", "leakage ≤")}
     for rule, (setting, label) in cuts.items():
         for value in lab.settings[setting]:
             cut = {"null_space.rule": rule, "null_space.value": value}
-            yield Arm(f"{label} {value:g}", {**ALPHAEDIT, **cut})
+            yield at_once(lab, queue, f"{label} {value:g}", {**ALPHAEDIT, **cut})
     for value in lab.settings["softness"]:
-        yield Arm(f"soft p = {value:g}", {"method.name": "soft", "method.softness": value})
+        changes = {"method.name": "soft", "method.softness": value}
+        yield at_once(lab, queue, f"soft p = {value:g}", changes)
 
 
-def _penalties(lab: Lab) -> Iterator[Arm]:
+def _penalties(lab: Lab, queue: list[Fact]) -> Iterator[StreamPlan]:
     """A plain ridge, the projection, an explicit penalty, and both."""
-    yield Arm("ridge only", {**ALPHAEDIT, "method.projection": "none"})
-    yield Arm("projection", ALPHAEDIT)
+    yield at_once(lab, queue, "ridge only", {**ALPHAEDIT, "method.projection": "none"})
+    yield at_once(lab, queue, "projection", ALPHAEDIT)
     for value in lab.settings["penalties"]:
         for label, name in (("penalty", "memit-history"), ("both,", "betaedit")):
             changes = {"method.name": name, "method.moment_weight": value}
-            yield Arm(f"{label} λ₀ = {value:g}", changes)
+            yield at_once(lab, queue, f"{label} λ₀ = {value:g}", changes)
 
 
 def _settings(name: str, *more: Columns) -> Table:
@@ -78,7 +89,6 @@ THRESHOLD = StudySpec(
             tables=(_settings("threshold"),),
             figures=(TRADE_OFF,),
             shows=SPREAD,
-            one_batch=True,
         ),
     ),
 )
@@ -96,7 +106,6 @@ PRESERVATION = StudySpec(
             tables=(_settings("preservation"),),
             figures=(TRADE_OFF,),
             shows=lambda results: f"{SPREAD(results)} {FIRM(results)}",
-            one_batch=True,
         ),
     ),
 )
@@ -137,13 +146,13 @@ def _collect(lab: Lab) -> None:
             lab.notices.append(f"The corpus has {found:,} of the {tokens:,} tokens asked for.")
 
 
-def _budgets(lab: Lab) -> Iterable[Arm]:
+def _budgets(lab: Lab, queue: list[Fact]) -> Iterable[StreamPlan]:
     """The base recipe on each budget; labels say how many tokens there were, once it is known."""
     for tokens in lab.settings["tokens"]:
         folder = _statistics(lab, tokens)
         made = (folder / "manifest.json").is_file()
         found = read_manifest(folder)[0].tokens if made else tokens
-        yield Arm(f"{found:,} tokens", {}, statistics=folder, x=found)
+        yield at_once(lab, queue, f"{found:,} tokens", {}, statistics=folder, x=found)
 
 
 def _protected(spot: Spot) -> int | None:
@@ -164,8 +173,8 @@ def _protection(results: Results) -> Iterable[Cells]:
 def _by_tokens(results: Results) -> Iterable[Point]:
     for spot in results.ends:
         for measure in (*PREFERENCE, "efficacy_strict"):
-            if (found := quantity(measure)(spot)) and spot.arm:
-                yield point(spot.arm.x, found, measure)
+            if (found := quantity(measure)(spot)) and spot.plan:
+                yield point(spot.plan.x, found, measure)
 
 
 CORPUS = StudySpec(
@@ -194,7 +203,6 @@ CORPUS = StudySpec(
                 ),
             ),
             shows=SPREAD,
-            one_batch=True,
             prepare=_collect,
             more=lambda lab: {"other_tokens": sum(lab.settings["tokens"])},
         ),

@@ -43,26 +43,6 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One stream of a study: a change of the recipe, and how its queue is edited."""
-
-    label: str
-    """What tables call it."""
-    recipe: str | Mapping[str, Any]
-    """An arm of the scale, or fields of the base recipe that differ."""
-    batch_size: int | None = None
-    """Facts solved together; None: the study's setting."""
-    order: Callable[[Fact], Any] | None = None
-    """What the queue is sorted by; None: the seed's order."""
-    statistics: Any = None
-    """A folder with statistics of its own; None: those found for the model."""
-    against: str = ""
-    """Label of the arm that it is compared with."""
-    x: float = 0
-    """Its place on a figure's axis that is no number of edits."""
-
-
-@dataclass(frozen=True)
 class Spot:
     """A model as it was asked: an arm at a checkpoint, the unedited one, or one that is no edit."""
 
@@ -76,8 +56,6 @@ class Spot:
     """The unedited model; None for itself."""
     plan: StreamPlan | None = None
     """The arm's stream."""
-    arm: Arm | None = None
-    """As declared."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Numbers that no question gives, such as seconds."""
 
@@ -134,11 +112,11 @@ class Results:
         return [self.base, *self.ends, *self.others]
 
     def pairs(self) -> Iterator[tuple[str, Spot, Spot]]:
-        """(recipe, the arm compared with, the arm) of each arm that is compared with another."""
+        """(method, the arm compared with, the arm) of each arm that is compared with another."""
         ends = {spot.label: spot for spot in self.ends}
         for spot in self.ends:
-            if spot.arm and spot.arm.against:
-                yield str(spot.arm.recipe), ends[spot.arm.against], spot
+            if spot.plan and spot.plan.against:
+                yield spot.label.partition(",")[0], ends[spot.plan.against], spot
 
     def text(self, template: str) -> str:
         """A caption or title with the settings and `edits`, `data` and `arm` (the first) put in."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from nulledit.data.facts import Fact
 from nulledit.evaluation.measures import PREFERENCE
 from nulledit.evaluation.stats import power_of
 from nulledit.linalg.moments import SecondMoment
@@ -19,17 +20,18 @@ from nulledit.studies.build import OF_TOKENS, head, intervals, paired
 from nulledit.studies.context import Lab
 from nulledit.studies.declaration import Figure, Part, StudySpec, Table, named
 from nulledit.studies.methods_table import along_figures, cohort_table, end_table
-from nulledit.studies.results import Arm, Results, best_and_worst, changes
+from nulledit.studies.results import Results, best_and_worst, changes
 from nulledit.studies.scale import chosen
+from nulledit.studies.stream import StreamPlan
 
 STEPS = ("statistics", "decomposition", "solve")
 MEASURES = (*PREFERENCE, "efficacy_strict")
 
 
-def _batches(lab: Lab) -> Iterable[Arm]:
+def _batches(lab: Lab, queue: list[Fact]) -> Iterable[StreamPlan]:
     """One arm in batches of several sizes."""
     for size in lab.settings["batch_sizes"]:
-        yield Arm(f"batches of {size}", lab.settings["arm"], batch_size=size)
+        yield lab.plan(lab.settings["arm"], queue, label=f"batches of {size}", batch_size=size)
 
 
 def _costs(lab: Lab) -> list[dict[str, Any]]:
@@ -151,12 +153,12 @@ SCALE = StudySpec(
 )
 
 
-def _orders(lab: Lab) -> Iterable[Arm]:
+def _orders(lab: Lab, queue: list[Fact]) -> Iterable[StreamPlan]:
     """Each arm on a shuffled queue and on the same facts clustered by relation."""
     for arm in chosen(lab.settings):
-        clustered = f"{arm}, clustered"
-        yield Arm(f"{arm}, shuffled", arm, against=clustered)
-        yield Arm(clustered, arm, order=lambda fact: fact.relation_key)
+        yield lab.plan(arm, queue, label=f"{arm}, shuffled", against=f"{arm}, clustered")
+        clustered = sorted(queue, key=lambda fact: fact.relation_key)
+        yield lab.plan(arm, clustered, label=f"{arm}, clustered")
 
 
 ORDER = StudySpec(

@@ -49,6 +49,10 @@ class StreamPlan:
     """Of the contexts."""
     statistics: Path | None = None
     """A statistics file or folder; None: those found for the model."""
+    against: str = ""
+    """Label of the stream that a study compares it with; decides nothing."""
+    x: float = 0
+    """Its place on a figure's axis that is no number of edits; decides nothing."""
 
     def checkpoints(self) -> list[int]:
         """Numbers of facts edited after each batch, from 0."""
