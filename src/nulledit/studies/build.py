@@ -121,9 +121,11 @@ def _has_preference(results: Results) -> bool:
 # -- figures -------------------------------------------------------------------------------------
 
 
-def lines(name: str, caption: str, y: str, points: Points, **more: Any) -> Figure:
-    """Lines, by number of edits."""
-    return Figure(FigureSpec(name, caption, "lines", "edits", y, **more), points)
+def lines(
+    name: str, caption: str, y: str, points: Points, *, x: str = "edits", **more: Any
+) -> Figure:
+    """Lines, by number of edits or something else."""
+    return Figure(FigureSpec(name, caption, "lines", x, y, **more), points)
 
 
 def scatter(name: str, caption: str, x: str, y: str, points: Points, **more: Any) -> Figure:

@@ -11,14 +11,7 @@ from nulledit.studies.build import along, head, lines
 from nulledit.studies.context import Lab
 from nulledit.studies.declaration import Cells, Part, StudySpec, Table
 from nulledit.studies.questions import NORMS, OWN_PROMPTS, TEXT
-from nulledit.studies.results import (
-    Along,
-    Results,
-    Spot,
-    divergence,
-    growth,
-    quantity,
-)
+from nulledit.studies.results import Along, Results, Spot, divergence, growth, quantity
 from nulledit.studies.scale import chosen
 from nulledit.studies.signs import (
     AT_EDITS,

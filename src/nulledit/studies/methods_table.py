@@ -99,10 +99,7 @@ def along_figures(prefix: str) -> tuple[Figure, ...]:
 def _part(source: str, arms: str, *measures: Columns) -> Part:
     return Part(
         named(arms),
-        tables=(
-            end_table(source, "{data}", measures=measures),
-            cohort_table(f"{source}-cohorts"),
-        ),
+        tables=(end_table(source, "{data}", measures=measures), cohort_table(f"{source}-cohorts")),
         figures=along_figures(source),
         shows=best_and_worst("efficacy_strict", "specificity", "growth"),
         source=source,

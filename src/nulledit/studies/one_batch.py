@@ -11,14 +11,13 @@ from nulledit.data.corpus import open_corpus
 from nulledit.data.facts import Fact
 from nulledit.evaluation.measures import PREFERENCE, STRICT
 from nulledit.linalg.spectrum import RULES
-from nulledit.report.document import FigureSpec
 from nulledit.report.points import Point
 from nulledit.statistics.collect import collect
 from nulledit.statistics.manifest import read_manifest
 from nulledit.statistics.spectra import Statistics
-from nulledit.studies.build import against, head, point, scatter
+from nulledit.studies.build import against, head, lines, point, scatter
 from nulledit.studies.context import Lab, hash_of
-from nulledit.studies.declaration import Cells, Columns, Figure, Part, StudySpec, Table
+from nulledit.studies.declaration import Cells, Columns, Part, StudySpec, Table
 from nulledit.studies.methods_table import end_table
 from nulledit.studies.results import Results, Spot, best_and_worst, growth, quantity
 from nulledit.studies.stream import StreamPlan
@@ -83,14 +82,7 @@ THRESHOLD = StudySpec(
     cannot_show="One batch shows what a setting costs at once, not how it holds up in a long "
     "stream, and the best τ of one model says nothing about another's, whose keys have another "
     "scale.",
-    parts=(
-        Part(
-            _cuts,
-            tables=(_settings("threshold"),),
-            figures=(TRADE_OFF,),
-            shows=SPREAD,
-        ),
-    ),
+    parts=(Part(_cuts, tables=(_settings("threshold"),), figures=(TRADE_OFF,), shows=SPREAD),),
 )
 PRESERVATION = StudySpec(
     name="preservation",
@@ -189,17 +181,14 @@ CORPUS = StudySpec(
             _budgets,
             tables=(_settings("corpus", _protection),),
             figures=(
-                Figure(
-                    FigureSpec(
-                        "corpus",
-                        "Rates after one batch, by how many tokens the statistics saw.",
-                        "lines",
-                        "tokens of preserved text",
-                        "mean over facts (%)",
-                        series="measure",
-                        log=("x",),
-                    ),
+                lines(
+                    "corpus",
+                    "Rates after one batch, by how many tokens the statistics saw.",
+                    "mean over facts (%)",
                     _by_tokens,
+                    x="tokens of preserved text",
+                    series="measure",
+                    log=("x",),
                 ),
             ),
             shows=SPREAD,

@@ -14,11 +14,10 @@ from nulledit.evaluation.stats import power_of
 from nulledit.linalg.moments import SecondMoment
 from nulledit.linalg.solve import solve_update
 from nulledit.linalg.spectrum import Spectrum
-from nulledit.report.document import FigureSpec
 from nulledit.report.points import Point
-from nulledit.studies.build import OF_TOKENS, head, intervals, paired
+from nulledit.studies.build import OF_TOKENS, head, intervals, lines, paired
 from nulledit.studies.context import Lab
-from nulledit.studies.declaration import Figure, Part, StudySpec, Table, named
+from nulledit.studies.declaration import Part, StudySpec, Table, named
 from nulledit.studies.methods_table import along_figures, cohort_table, end_table
 from nulledit.studies.results import Results, best_and_worst, changes
 from nulledit.studies.scale import chosen
@@ -106,21 +105,18 @@ WIDTHS = Part(
         ),
     ),
     figures=(
-        Figure(
-            FigureSpec(
-                "width",
-                "Seconds of one layer by key width.",
-                "lines",
-                "key width d_in",
-                "seconds",
-                series="step",
-                log=("x", "y"),
-            ),
+        lines(
+            "width",
+            "Seconds of one layer by key width.",
+            "seconds",
             lambda results: [
                 Point(int(cost["d_in"]), cost[step], series=step)
                 for step in STEPS
                 for cost in results.made
             ],
+            x="key width d_in",
+            series="step",
+            log=("x", "y"),
         ),
     ),
     shows=_powers,

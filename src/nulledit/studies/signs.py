@@ -15,15 +15,7 @@ from nulledit.evaluation.hidden_norms import edit_rows, norm_growth, state_norms
 from nulledit.evaluation.stats import Rate
 from nulledit.studies.context import Lab, hash_of
 from nulledit.studies.questions import Asked, Facts, Question
-from nulledit.studies.results import (
-    Along,
-    Quantity,
-    Spot,
-    growth,
-    number,
-    rate,
-    update_share,
-)
+from nulledit.studies.results import Along, Quantity, Spot, growth, number, rate, update_share
 from nulledit.studies.stream import StreamPlan
 
 # -- signs ---------------------------------------------------------------------------------------

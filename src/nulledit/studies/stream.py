@@ -168,12 +168,7 @@ class Workbench:
     """One model, lent to one stream after the other."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        folder: Path,
-        *,
-        name: str,
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, name: str
     ):
         """`model` is unedited, loaded by `name`; streams and values are kept in `folder`."""
         self.folder, self.name = folder, name
