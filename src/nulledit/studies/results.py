@@ -239,7 +239,7 @@ def best_and_worst(
         whole = [s for s in results.ends if (number(quantity(measures[0])(s)) or 0) >= least]
         found = {short(name): numbers(whole, quantity(name)) for name in measures}
         parts = [f"{name} {extremes(named)}" for name, named in found.items() if named]
-        return results.text(f"{first}: {'; '.join(parts)}.") if parts else ""
+        return f"{results.text(first)}: {'; '.join(parts)}." if parts else ""
 
     return told
 

@@ -76,9 +76,10 @@ def _moved_told(results: Results) -> str:
     held = [p.y for p in changes if p.y is not None]
     span = f"{min(held):+.1f} to {max(held):+.1f}" if held else "nothing measurable"
     clear = [f"{p.series} on {p.panel} ({p.y:+.1f})" for p in changes if p.low * p.high > 0]  # type: ignore[operator]
-    return results.text(
-        f"After {{edits}} edits the right answer's probability moved by {span} points over tasks "
-        f"and arms; of {len(changes)} intervals, those without zero: {', '.join(clear) or 'none'}."
+    return (
+        f"After {len(results.queue)} edits the right answer's probability moved by {span} points "
+        f"over tasks and arms; of {len(changes)} intervals, those without zero: "
+        f"{', '.join(clear) or 'none'}."
     )
 
 
