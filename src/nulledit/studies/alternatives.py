@@ -17,7 +17,7 @@ from nulledit.evaluation.runner import evaluate
 from nulledit.studies.build import head, labels
 from nulledit.studies.context import Lab, hash_of
 from nulledit.studies.declaration import Cells, Part, StudySpec, Table, named
-from nulledit.studies.questions import FACTS, TEXT, told
+from nulledit.studies.questions import FACTS, TEXT, hashed, told
 from nulledit.studies.results import OF_TEXT, Results, Spot, number, quantity
 from nulledit.studies.stream import StreamPlan
 
@@ -28,41 +28,35 @@ def _edited(lab: Lab, queue: list[Fact]) -> Iterable[StreamPlan]:
 
 def _others(lab: Lab, results: Results) -> Iterator[Spot]:
     """Facts in the prompt, alone and in crowds, and a LoRA on the whole queue."""
+    queue, base, encode = results.queue, results.base, lab.bench.model.encoder.encode
+    lengths = [len(encode(f"{f.render(f.prompt)} {f.target}").ids) + 4 for f in queue]
     for crowd in lab.settings["crowds"]:
-        rows, tokens = _prompted(lab, results.queue, crowd)
-        more = f" and {crowd} more" if crowd else ""
-        extra = {"tokens": tokens}
-        yield Spot(f"in the prompt: its own{more}", 0, {"facts": rows}, results.base, extra=extra)
-    if lora := _lora(lab, results.queue):
-        extra = {"seconds": lora["seconds"] / len(results.queue)}
-        found = {"facts": lora["rows"], "text": lora["text"]}
-        yield Spot("LoRA", 0, found, results.base, extra=extra)
+        rows = _prompted(lab, queue, crowd)
+        label = "in the prompt: its own" + (f" and {crowd} more" if crowd else "")
+        tokens = (crowd + 1) * sum(lengths) / len(lengths)
+        yield Spot(label, 0, {"facts": rows}, base, extra={"tokens": tokens})
+    try:
+        found = _lora(lab, queue)
+    except ConfigError as error:
+        lab.notices.append(f"LoRA is absent: {error}")
+        return
+    seconds = found.pop("seconds") / len(queue)
+    yield Spot("LoRA", 0, found, base, extra={"seconds": seconds})
 
 
-def _prompted(lab: Lab, queue: Sequence[Fact], crowd: int) -> tuple[Any, float]:
-    """Rows with `crowd` other facts in the prompt, and tokens a question."""
-    settings = {"facts": hash_of([f.to_dict() for f in queue]), "crowd": crowd, "seed": lab.seed}
-
+def _prompted(lab: Lab, queue: Sequence[Fact], crowd: int) -> Any:
     def ask(editor: Editor) -> Any:
         return in_context(editor.editable, queue, crowd=crowd, seed=lab.seed, generate=False).rows()
 
-    encode = lab.bench.model.encoder.encode
-    lengths = [len(encode(f"{f.render(f.prompt)} {f.target}").ids) + 4 for f in queue]
-    rows = lab.of_unedited("in-context", settings, ask)
-    return rows, (crowd + 1) * sum(lengths) / len(lengths)
+    settings = {**hashed(queue), "crowd": crowd, "seed": lab.seed}
+    return lab.of_unedited("in-context", settings, ask)
 
 
-def _lora(lab: Lab, queue: Sequence[Fact]) -> Mapping[str, Any] | None:
-    """Rows, text and seconds of a LoRA on the whole queue; None, with a notice, without PEFT."""
+def _lora(lab: Lab, queue: Sequence[Fact]) -> dict[str, Any]:
+    """Rows, text and seconds of a LoRA on the whole queue; ConfigError without PEFT."""
     size = lab.settings["batch_size"]
     wanted = LoraSettings(seed=lab.seed, contexts=ContextSettings(count=2))
     windows = lab.windows() if lab.sources.text else None
-    settings = {
-        "facts": hash_of([f.to_dict() for f in queue]),
-        "lora": asdict(wanted),
-        "batch_size": size,
-        "windows": hash_of(windows),
-    }
 
     def ask(editor: Editor) -> Any:
         base = lab.base_reading(editor) if windows else None
@@ -75,12 +69,9 @@ def _lora(lab: Lab, queue: Sequence[Fact]) -> Mapping[str, Any] | None:
             text = told(lab.read(editor, base)) if base else None
         return {"rows": rows, "text": text, "seconds": seconds}
 
-    try:
-        found: Mapping[str, Any] = lab.of_unedited("lora-text", settings, ask)
-    except ConfigError as error:
-        lab.notices.append(f"LoRA is absent: {error}")
-        return None
-    return found
+    of = {"lora": asdict(wanted), "batch_size": size, "windows": hash_of(windows)}
+    found: dict[str, Any] = lab.of_unedited("lora-text", {**hashed(queue), **of}, ask)
+    return {"facts": found.pop("rows"), **found}
 
 
 def _seconds(spot: Spot) -> float | None:
