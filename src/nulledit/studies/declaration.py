@@ -109,7 +109,7 @@ class Part:
             return plan.checkpoints()[1:]
         if not self.along:
             return [end]
-        wanted = every if isinstance(every, list) else range(every, end + 1, every)
+        wanted = range(every, end + 1, every) if isinstance(every, int) else every
         return [at for at in plan.checkpoints()[1:] if at in wanted or at == end]
 
     def work(self, lab: Lab) -> tuple[list[StreamPlan], Counter[str]]:
