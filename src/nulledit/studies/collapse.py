@@ -85,11 +85,14 @@ def _shows(results: Results) -> str:
             )
         warned = [
             f"{row['signal']} at {row['crossed']}"
+            + ("" if row["before"] is None else f", {row['before']} edits before")
             for row in rows[i * len(SIGNS) : (i + 1) * len(SIGNS)]
             if row["crossed"] is not None
         ]
-        by = f"; signs past the first stream's thresholds: {', '.join(warned) or 'none'}"
-        told.append(f"{label} {ended}{by if i else ''}.")
+        past = f"; past the first stream's thresholds: {'; '.join(warned) or 'no sign'}"
+        told.append(
+            f"{label} {ended}{past if i else '' if cause else ', so it sets no threshold'}."
+        )
     return " ".join(told)
 
 
