@@ -21,7 +21,7 @@ from nulledit.report.study import read_study
 from nulledit.statistics.manifest import read_manifest
 from nulledit.statistics.spectra import Statistics
 from nulledit.studies import categories
-from nulledit.studies.build import along, head, lines
+from nulledit.studies.build import along, head, labels, lines
 from nulledit.studies.context import Lab, Sources
 from nulledit.studies.declaration import Cells, Part, StudySpec, Table
 from nulledit.studies.estimate import estimate
@@ -390,11 +390,7 @@ STEPS = StudySpec(
                     "steps",
                     "Steps on {data}",
                     "After {edits} edits in batches of {batch_size}.",
-                    (
-                        "efficacy_strict",
-                        "generation",
-                        Cells(head("update", "update"), update_share),
-                    ),
+                    (labels("arm"), "efficacy_strict", "generation", UPDATE),
                 ),
             ),
             figures=(lines("steps", "All so far.", "%", along({"": update_share})),),
