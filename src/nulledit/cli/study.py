@@ -120,7 +120,7 @@ def _lab(name: str, given: dict[str, Any], spec: Any, *, quiet: bool) -> Any:
     for source in vars(sources):
         if getattr(sources, source) is not None:
             sources.need(source)
-    scale = load_scale(given["scale"])
+    scale = spec.scaled(load_scale(given["scale"]))
     changes: dict[str, Any] = dict(parse_changes(given["changes"]))
     if given["arms"]:
         changes["arms"] = given["arms"]
@@ -129,21 +129,15 @@ def _lab(name: str, given: dict[str, Any], spec: Any, *, quiet: bool) -> Any:
     recipe = load_recipe(named) if named else Recipe()
     if given["layers"]:
         recipe = recipe.with_fields({"layers": parse_layers(given["layers"])})
-    if not recipe.layers:
-        raise ConfigError("the recipe names no layers: give --layers or --recipe")
     from nulledit.studies.scale import chosen
 
-    recipes = [recipe]
-    for key in ("arms", "zsre_arms"):
-        for arm in chosen(settings, key) if key in settings else ():
-            recipes.append(scale.recipe(recipe, arm))
-    for arm in chosen(settings, "arms") if "projections" in settings else ():
-        for way in chosen(settings, "projections"):
-            scale.recipe(recipe, f"{arm}+{way}")
+    arms = [a for key in ("arms", "zsre_arms") if key in settings for a in chosen(settings, key)]
+    ways = chosen(settings, "projections") if "projections" in settings else ()
+    for arm in [*arms, *(f"{arm}+{way}" for arm in arms for way in ways)]:
+        scale.recipe(recipe, arm)
     out = Path(given["out"] or Path("studies") / name)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: is a file; give a folder")
-    from nulledit.editing.recipes import resolve_recipe
     from nulledit.models.load import load_model
     from nulledit.studies.stream import Workbench
 
@@ -156,12 +150,8 @@ def _lab(name: str, given: dict[str, Any], spec: Any, *, quiet: bool) -> Any:
         trust_remote_code=given["trust_remote_code"],
     )
     bench = Workbench(model, tokenizer, Path(given["work"]), name=source)
-    for each in recipes:
-        if each.chat:
-            raise ConfigError("studies ask plain text: give a recipe without chat")
-        resolve_recipe(each, source, bench.model, bench.base.history.base.hash)
     tell = None if quiet else _Teller()
-    return Lab(
+    lab = Lab(
         bench,
         recipe,
         scale,
@@ -171,6 +161,8 @@ def _lab(name: str, given: dict[str, Any], spec: Any, *, quiet: bool) -> Any:
         skip_bad=given["skip_bad"],
         progress=tell,
     )
+    lab.fit(arms)
+    return lab
 
 
 class _Teller:
