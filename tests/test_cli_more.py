@@ -92,7 +92,7 @@ def test_a_stream_longer_than_the_data_is_refused(tmp_path):
     record = {"id": "a", "subject": "Ada", "prompt": "{} is", "target": "x"}
     facts.write_text(json.dumps([record]))
     said = refused("study", "table1", "--facts", facts, "--quiet", "--work", tmp_path / "work")
-    assert "has 1 facts behind record 0; the stream needs 200" in said
+    assert "has 1 facts after record 0; the stream needs 200" in said
 
 
 def test_a_study_runs_from_the_command_line(place, tmp_path):

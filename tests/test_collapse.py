@@ -13,23 +13,22 @@ from nulledit.config import Recipe
 from nulledit.errors import ConfigError
 from nulledit.evaluation.hidden_norms import edit_rows
 from nulledit.evaluation.reading import perplexity, read
-from nulledit.evaluation.stats import Rate
 from nulledit.report.study import read_study
-from nulledit.studies.collapse import (
-    COLLAPSE,
-    SIGNALS,
+from nulledit.studies.collapse import COLLAPSE
+from nulledit.studies.context import Lab, Sources
+from nulledit.studies.follow import follow
+from nulledit.studies.registry import run_study
+from nulledit.studies.results import Spot, divergence, growth, number, quantity
+from nulledit.studies.scale import Scale
+from nulledit.studies.signs import (
+    AT_EDITS,
+    ON_TEXT,
+    SIGNS,
     Bounds,
-    Checkpoint,
-    Course,
-    follow,
-    plans_of,
     thresholds_of,
     warnings_on,
 )
-from nulledit.studies.context import Lab, Sources
-from nulledit.studies.registry import run_study
-from nulledit.studies.scale import Scale
-from nulledit.studies.stream import Stream, Workbench
+from nulledit.studies.stream import Stream, StreamPlan, Workbench
 
 RECIPE = Recipe.from_dict(
     {
@@ -87,28 +86,43 @@ def make_lab(worlds, data, tmp_path, monkeypatch):
     return make
 
 
+FACTS = [world.fact(p, r, world.another(p, r)) for p in world.PEOPLE for r in world.RELATIONS]
+PLAN = StreamPlan("made up", RECIPE, tuple(FACTS[:9]), 3)
+UNEDITED = Spot(
+    "unedited",
+    found={
+        AT_EDITS.name: [1.0, 1.0],
+        ON_TEXT.name: [1.0, 1.0],
+        "text": {"perplexity": {"value": 100.0}, "kl": None},
+    },
+)
+
+
 def checkpoint(edits, *, room=1.0, norm=0.1, grown=0.1, text=0.0, oldest=1.0, perplexity=0.0):
-    def rate(mean):
-        return Rate(mean, 0.0, 4)
-
-    return Checkpoint(
-        edits,
-        {"0": room},
-        {"0": norm},
-        rate(grown),
-        rate(text),
-        rate(1.0),
-        rate(oldest),
-        perplexity,
-        10.0,
-    )
+    found = {
+        "room": {"0": room},
+        "norms": {"0": norm},
+        AT_EDITS.name: [1 + grown, 1 + grown],
+        ON_TEXT.name: [1 + text, 1 + text],
+        "facts": {fact.id: {"efficacy_strict": oldest} for fact in PLAN.facts},
+        "text": {
+            "perplexity": {"value": None if perplexity is None else 100.0 + perplexity},
+            "kl": None,
+        },
+    }
+    return Spot("made up", edits, found, UNEDITED, PLAN)
 
 
-def course(*along, collapsed=None):
-    return Course("made up", along, collapsed, "" if collapsed is None else "it broke", 1)
+BOUNDS = Bounds(25, 50, 10, 20, oldest=3)
 
 
-BOUNDS = Bounds(25, 50, 10, 20)
+def plans_of(lab):
+    return COLLAPSE.parts[0].plans(lab)
+
+
+def course(lab):
+    """The first stream, asked along."""
+    return follow(lab, COLLAPSE.parts[0]).arms[0]
 
 
 # -- what counts as collapsed --------------------------------------------------------------------
@@ -131,44 +145,44 @@ BOUNDS = Bounds(25, 50, 10, 20)
 )
 def test_collapse_is_counted_from_what_the_oldest_began_with(now, broken, well):
     first = checkpoint(3, oldest=0.8)
-    if now.oldest.mean == 1.0:
-        now = dataclasses.replace(now, oldest=first.oldest)
-    assert (bool(BOUNDS.cause(first, now)), BOUNDS.well(first, now)) == (broken, well)
+    if BOUNDS.held(now).mean == 1.0:
+        now = dataclasses.replace(now, found={**now.found, "facts": first.found["facts"]})
+    along = (first, now)
+    assert (bool(BOUNDS.cause(along)), BOUNDS.well(along, now)) == (broken, well)
 
 
 def test_a_threshold_is_the_sign_s_value_when_the_stream_was_last_well():
-    first = course(
+    first = (
         checkpoint(3, room=0.9, norm=0.2),
         checkpoint(6, room=0.8, norm=0.4, perplexity=5.0),
         checkpoint(9, room=0.7, norm=0.6, perplexity=15.0),
         checkpoint(12, room=0.6, norm=0.8, perplexity=30.0),
-        collapsed=12,
     )
     thresholds = thresholds_of(first, BOUNDS)
     assert thresholds["room"] == pytest.approx(80)
     assert thresholds["norm"] == pytest.approx(40)
-    warned = {w.signal.name: w for w in warnings_on(first, thresholds)}
-    assert (warned["room"].crossed, warned["room"].before) == (9, 3), "at once behind the last well"
-    other = course(
+    warned = {w["name"]: w for w in warnings_on(first, BOUNDS, thresholds)}
+    room = warned["room"]
+    assert (room["crossed"], room["before"]) == (9, 3), "at once after the last well"
+    other = (
         checkpoint(3, room=0.75, norm=0.2),
         checkpoint(6, room=0.7, norm=math.nan),
-        checkpoint(9, room=0.6, norm=0.3),
-        collapsed=9,
+        checkpoint(9, room=0.6, norm=0.3, perplexity=30.0),
     )
-    warned = {w.signal.name: w for w in warnings_on(other, thresholds)}
-    assert (warned["room"].crossed, warned["room"].before) == (3, 6)
-    assert (warned["norm"].crossed, warned["norm"].before) == (6, 3), "not a number warns"
-    assert (warned["at_edits"].crossed, warned["at_edits"].before) == (None, None)
+    warned = {w["name"]: w for w in warnings_on(other, BOUNDS, thresholds)}
+    assert (warned["room"]["crossed"], warned["room"]["before"]) == (3, 6)
+    assert (warned["norm"]["crossed"], warned["norm"]["before"]) == (6, 3), "not a number warns"
+    assert (warned["at_edits"]["crossed"], warned["at_edits"]["before"]) == (None, None)
 
 
 def test_a_stream_that_held_sets_no_threshold():
-    held = course(checkpoint(3), checkpoint(6))
-    never_well = course(checkpoint(3, perplexity=30.0), collapsed=3)
+    held = (checkpoint(3), checkpoint(6))
+    never_well = (checkpoint(3, perplexity=30.0),)
     for first in (held, never_well):
         thresholds = thresholds_of(first, BOUNDS)
-        assert set(thresholds) == {s.name for s in SIGNALS}
+        assert set(thresholds) == {s.name for s in SIGNS}
         assert set(thresholds.values()) == {None}
-        assert all(w.crossed is None for w in warnings_on(held, thresholds))
+        assert all(w["crossed"] is None for w in warnings_on(held, BOUNDS, thresholds))
 
 
 @pytest.mark.parametrize(
@@ -201,25 +215,21 @@ def test_every_stream_has_records_of_its_own(make_lab):
 
 
 def test_a_stream_ends_where_it_collapses(make_lab):
-    lab = make_lab()
-    (plan, _) = plans_of(lab)
-    whole = follow(lab, plan, Bounds.of({**SETTINGS, **NEVER}))
-    assert [c.edits for c in whole.along] == [3, 6, 9]
-    assert whole.collapsed is None
-    other = make_lab("other")
-    broken = follow(other, plan, Bounds.of({**SETTINGS, **AT_ONCE}))
-    assert broken.collapsed == broken.along[-1].edits < 9
-    assert broken.cause
-    kept = other.bench.stream(plan)
-    assert len(kept.editor.facts) == broken.collapsed, "nothing was edited behind the collapse"
-    assert broken.along == whole.along[: len(broken.along)]
+    whole = course(make_lab(arms=["wild"], **NEVER))
+    assert [spot.at for spot in whole] == [3, 6, 9]
+    assert not Bounds.of({**SETTINGS, **NEVER}).cause(whole)
+    other = make_lab("other", arms=["wild"], **AT_ONCE)
+    broken, bounds = course(other), Bounds.of(other.settings)
+    assert bounds.collapsed(broken) == broken[-1].at < 9
+    kept = other.bench.stream(broken[-1].plan)
+    assert len(kept.editor.facts) == broken[-1].at, "nothing was edited after the collapse"
+    assert [spot.found for spot in broken] == [spot.found for spot in whole[: len(broken)]]
 
 
 def test_a_checkpoint_says_what_the_model_there_does(make_lab):
-    lab = make_lab(arms=["own"])
-    (plan,) = plans_of(lab)
-    found = follow(lab, plan, Bounds.of({**SETTINGS, **NEVER})).along[1]
-    windows = lab.windows()
+    lab = make_lab(arms=["own"], **NEVER)
+    found = course(lab)[1]
+    plan, windows = found.plan, lab.windows()
     with lab.bench.stream(plan).at(6) as editor:
         with editor.base_weights():
             before = read(editor.editable, windows, keep=True)
@@ -230,16 +240,18 @@ def test_a_checkpoint_says_what_the_model_there_does(make_lab):
     lab.bench.clear()
     base = perplexity(lab.bench.model, windows).value
     grown = now / _norms(lab.bench.base, rows) - 1
-    assert found.perplexity == pytest.approx(100 * (after / base - 1))
-    assert found.kl.mean == pytest.approx(moved.value)
-    assert found.at_edits.mean == pytest.approx(float(grown.mean()), rel=1e-4)
+    assert growth(found) == pytest.approx(100 * (after / base - 1))
+    assert divergence(found).mean == pytest.approx(moved.value)
+    at_edits = next(sign.quantity for sign in SIGNS if sign.name == "at_edits")
+    assert number(at_edits(found)) == pytest.approx(100 * float(grown.mean()), rel=1e-4)
     short = dataclasses.replace(plan, facts=plan.facts[:6])
     reports = make_lab("short", arms=["own"]).edited(short).editor.weights.reports()
     for report in reports:
-        assert found.room[str(report.layer)] == pytest.approx(report.room)
-        assert found.update_share[str(report.layer)] == pytest.approx(report.update_share, rel=1e-4)
-    assert found.strict.n == 6
-    assert found.oldest.n == 4
+        assert found.found["room"][str(report.layer)] == pytest.approx(report.room)
+        share = found.found["norms"][str(report.layer)]
+        assert share == pytest.approx(report.update_share, rel=1e-4)
+    assert quantity("efficacy_strict")(found).n == 6
+    assert Bounds.of(lab.settings).held(found).n == 4
 
 
 @torch.no_grad()
@@ -252,28 +264,29 @@ def _norms(editor, rows):
 
 
 def test_an_interrupted_stream_goes_on_to_the_same_numbers(make_lab, monkeypatch):
-    bounds = Bounds.of({**SETTINGS, **NEVER})
-    (plan, _) = plans_of(make_lab("whole"))
-    whole = follow(make_lab("whole"), plan, bounds)
+    def numbers(work):
+        return [spot.found for spot in course(make_lab(work, arms=["wild"], **NEVER))]
+
+    whole = numbers("whole")
     measure, asked = Stream.measure, []
 
     def stopping(self, facts, name, *args):
         asked.append(name)
-        if len(asked) == 7:  # at the second checkpoint, behind its batch
+        if len(asked) == 8:  # at the second checkpoint, after its batch
             raise KeyboardInterrupt
         return measure(self, facts, name, *args)
 
     monkeypatch.setattr(Stream, "measure", stopping)
     with pytest.raises(KeyboardInterrupt):
-        follow(make_lab("cut"), plan, bounds)
+        numbers("cut")
     monkeypatch.setattr(Stream, "measure", measure)
-    assert follow(make_lab("cut"), plan, bounds) == whole
+    assert numbers("cut") == whole
 
     def refuse(*_args, **_kwargs):
         raise AssertionError("edited again")
 
     monkeypatch.setattr("nulledit.editing.batch.BatchWriter.write", refuse)
-    assert follow(make_lab("cut"), plan, bounds) == whole
+    assert numbers("cut") == whole
 
 
 def test_the_study_tells_who_set_the_thresholds_and_who_judged(make_lab, tmp_path):
@@ -283,9 +296,9 @@ def test_the_study_tells_who_set_the_thresholds_and_who_judged(make_lab, tmp_pat
     streams = list(dict.fromkeys(row["stream"] for row in table.rows))
     assert streams[0].endswith("(sets the thresholds)")
     assert streams[1].startswith("own")
-    assert len(table.rows) == 2 * len(SIGNALS)
+    assert len(table.rows) == 2 * len(SIGNS)
     assert {t.name for t in study.tables} == {"warnings", "stream-1", "stream-2"}
     assert {f.name for f in study.figures} == {"signs", "outcomes"}
     assert "wild" in study.shows
     held = [n for n in study.notices if "had not collapsed" in n]
-    assert len(held) == sum("no collapse" in row["cause"] for row in table.rows) // len(SIGNALS)
+    assert len(held) == sum("no collapse" in row["cause"] for row in table.rows) // len(SIGNS)

@@ -33,6 +33,7 @@ from nulledit.evaluation import (
 )
 from nulledit.evaluation import perplexity as perplexity_function
 from nulledit.evaluation.generation import answer_room
+from nulledit.evaluation.stats import growth_of, power_of, rank_correlation
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import as_out_in
 from nulledit.models.tokens import RowEncoder
@@ -605,3 +606,22 @@ def test_the_bootstrap_is_of_the_mean_difference_of_pairs():
     for bad in (([1.0], [1.0, 2.0]), ([], []), ([math.nan], [1.0])):
         with pytest.raises(ValueError, match="expected"):
             paired_bootstrap(*bad)
+
+
+def test_a_rank_correlation_is_of_orders_alone():
+    x, y = [1.0, 2.0, 3.0, 5.0, 8.0, 13.0], [2.0, 1.0, 4.0, 30.0, 20.0, 900.0]
+    rho = 1 - 6 * sum(d * d for d in (1, 1, 0, 1, 1, 0)) / (6 * 35)  # d: of ranks, without ties
+    found = rank_correlation(x, y)
+    assert found.rho == pytest.approx(rho)
+    assert rank_correlation([math.exp(v) for v in x], y) == found
+    assert rank_correlation(x, [-v for v in y]).rho == pytest.approx(-rho)
+    assert found.p < 0.05 < rank_correlation(x, [3.0, 1.0, 4.0, 1.5, 9.0, 2.0]).p
+    tied = rank_correlation([1, 1, 2, 3], [1, 2, 3, 4])  # ranks 1.5, 1.5, 3, 4
+    assert tied.rho == pytest.approx(4.5 / math.sqrt(4.5 * 5))
+    assert rank_correlation(x, [7.0] * 6) is None, "without an order there is nothing to compare"
+
+
+def test_the_power_of_a_power_is_found():
+    widths = [512, 1024, 4096]
+    assert power_of(widths, [3e-9 * w**2.5 for w in widths]) == pytest.approx(2.5)
+    assert growth_of(20.0, 25.0) == pytest.approx(25)

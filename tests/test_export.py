@@ -710,7 +710,7 @@ def test_the_card_names_the_run_it_lies_in(places, tmp_path, monkeypatch):
     monkeypatch.chdir(save(places("gpt2", torch.float32)))
     result = CliRunner().invoke(export, [".", "--as", "lora", "--out", str(tmp_path / "lora")])
     assert result.exit_code == 0, result.output or result.exception
-    assert "`nulledit undo run ID...`" in (tmp_path / "lora" / "README.md").read_text()
+    assert "nulledit undo run ID..." in (tmp_path / "lora" / "README.md").read_text()
 
 
 def test_a_comparison_that_fails_leaves_the_model_as_it_was(places, monkeypatch, recipe):

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from support.models import RECIPE, build_model, statistics_of
+from support.models import LINES, RECIPE, build_model, statistics_of
 from transformers import AutoModelForCausalLM
 
 from nulledit import Editor
 from nulledit.errors import ConfigError, LedgerError, ModelError, StatisticsError
+from nulledit.evaluation.preservation import preservation_report
 from nulledit.methods.gates import ACTIVATIONS, GateSettings, UnitForm, gated_neurons
 from nulledit.models.load import model_hash
 from nulledit.runs.verify import verify
@@ -189,3 +190,31 @@ def test_gates_are_refused_what_they_can_not_do(tokenizer, facts):
     editor.next_epoch(RECIPE, statistics=statistics_of(model, tokenizer))
     with pytest.raises(ConfigError, match="can't be in one run"):
         editor.edit(facts[1:])
+
+
+def keep(found, _module, _args, output):
+    found.append(output.detach().clone())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_preservation_is_what_the_neurons_add_on_text(family, tokenizer, facts):
+    editor = editor_of(build_model(family), tokenizer)
+    editor.edit(facts)
+    windows = [tokenizer(line)["input_ids"] for line in LINES]
+    (found,) = preservation_report(editor, windows)
+    out = editor.editable.mlp_out(1)
+    moved = energy = 0.0
+    for window in windows:
+        given = []
+        handle = out.register_forward_hook(
+            lambda _m, _a, o, to=given: to.append(o.detach().clone())
+        )
+        editor.editable.run(editor.editable.collate([window]), last=1)
+        with editor.base_weights():
+            editor.editable.run(editor.editable.collate([window]), last=1)
+        handle.remove()
+        moved += float((given[0] - given[1]).square().sum())
+        energy += float(given[1].square().sum())
+    assert found.error == pytest.approx((moved / energy) ** 0.5)
+    editor.restore()
+    assert preservation_report(editor, windows)[0].error == 0

@@ -14,14 +14,13 @@ from nulledit.cli.main import cli
 from nulledit.errors import ReportError
 from nulledit.evaluation.stats import paired_bootstrap
 from nulledit.io.jsonfiles import as_json
+from nulledit.report.captions import chosen_examples, duration, flat
 from nulledit.report.document import Example, Value
-from nulledit.report.html import Part, html_page
-from nulledit.report.markup import Markup, join, tag
-from nulledit.report.study import write_study
-from nulledit.report.words import chosen_examples, duration, flat
+from nulledit.report.html import html_page
+from nulledit.report.study import study_document, write_study
 from nulledit.runs.compare import comparison
-from nulledit.runs.document import read_run, run_study
-from nulledit.runs.folder import write_run
+from nulledit.runs.document import run_study
+from nulledit.runs.folder import read_run, write_run
 from nulledit.runs.report import collect
 
 TEXT = {"perplexity", "kl", "kl_worst"}
@@ -53,7 +52,8 @@ class Reader(HTMLParser):
 
 
 def page_of(*studies, title="Report"):
-    return Reader(html_page(title, [Part(one, "What was run.", "folder") for one in studies]))
+    documents = [study_document(one, "What was run.", "folder") for one in studies]
+    return Reader(html_page(title, documents))
 
 
 def scored(i, efficacy, generalization, **more):
@@ -75,17 +75,6 @@ def runs(tmp_path_factory):
         summary=summary(),
     )
     return base / "one", write_a_run(base / "two", second)
-
-
-# -- markup --------------------------------------------------------------------------------------
-
-
-def test_text_and_attributes_are_escaped_and_markup_is_not():
-    made = tag("p", BAD, tag("b", "bold"), class_='"x" onclick="y')
-    assert made.startswith('<p class="&quot;x&quot; onclick=&quot;y">&lt;script&gt;')
-    assert made.endswith("<b>bold</b></p>")
-    assert "\x1b" not in made
-    assert join("<a>", Markup("<a>"), None) == "&lt;a&gt;<a>"
 
 
 # -- the page ------------------------------------------------------------------------------------
@@ -129,7 +118,7 @@ def test_nothing_given_is_markup():
 
 def test_tables_mark_the_best_and_show_errors_small():
     found = table(("a", Value(90.0, 2.0, 9)), ("b", Value(88.5, 0.1, 9)), ("c", None))
-    page = html_page("", [Part(study(tables=(found,), figures=(), examples=()), "")])
+    page = html_page("", [study_document(study(tables=(found,), figures=(), examples=()), "")])
     assert re.search(r'class="best">90.0</span><span class="mark"[^>]*>●</span>', page)
     assert re.search(r'>88.5</span><span class="mark"[^>]*>○</span>', page)
     assert re.search(r"<small[^>]*>± 2.0</small>", page)
@@ -138,10 +127,10 @@ def test_tables_mark_the_best_and_show_errors_small():
     assert "n = 9" in page
 
 
-def test_a_figure_has_two_widths_its_caption_and_its_numbers():
+def test_a_figure_has_its_caption_and_its_numbers():
     one = study()
     page = page_of(one)
-    assert len(page.all("img")) == len(page.all("source")) == len(one.figures)
+    assert len(page.all("img")) == len(one.figures)
     assert page.all("img")[0]["alt"] == "What happens. n = 200."
     link = next(held for held in page.all("a") if held.get("download") == "stream.csv")
     table_of = base64.b64decode(link["href"].partition(",")[2]).decode().splitlines()
@@ -168,9 +157,9 @@ def test_settings_and_environment_are_folded():
 def test_examples_come_in_turn_from_each_arm():
     held = [Example("a", f"p{i}", "t", "b", "a", True) for i in range(9)]
     held += [Example("b", "q", "t", "b", "a", True), Example("b", "r", "t", "b", "a", False)]
-    (title, shown), (failed, _) = chosen_examples(held)
-    assert (title, failed) == ("5 of 10 edits that hold", "1 edit that fails")
-    assert [e.prompt for e in shown] == ["p0", "q", "p1", "p2", "p3"]
+    good, bad = chosen_examples(held)
+    assert (good.title, bad.title) == ("5 of 10 edits that hold", "1 edit that fails")
+    assert [e.prompt for e in good.items] == ["p0", "q", "p1", "p2", "p3"]
 
 
 def test_words():
@@ -188,9 +177,9 @@ def test_words():
 def test_a_run_is_a_study_with_its_rates_and_answers(runs):
     found = run_study(read_run(runs[0], "one"))
     rows = {row["measure"]: row for row in found.tables[0].rows}
-    assert rows["efficacy, preference"]["after"] == Value(100.0, 4.0, 25)
-    assert rows["efficacy, preference"]["difference"] == "+100.0 [+100.0, +100.0]"
-    assert "generalization, preference" not in rows  # the summary lacks it
+    assert rows["efficacy, preference (%)"]["after"] == Value(100.0, 4.0, 25)
+    assert rows["efficacy, preference (%)"]["difference"] == "+100.0 [+100.0, +100.0]"
+    assert rows["generalization, preference (%)"]["after"] is None  # the summary lacks it
     assert found.examples[0] == Example("", "France is", "Madrid", "Paris.", "Madrid.", True)
     assert found.settings == {"method": {"name": "alphaedit"}, "layers": [3, 4]}
 
@@ -242,7 +231,7 @@ def test_facts_that_were_undone_are_left_out(tmp_path):
 def test_a_run_without_evaluation_has_a_page(tmp_path):
     bare = [line(1) | {"before": None, "after": None}]
     write_a_run(tmp_path, bare, before=None, after=None, text=None, layers=[])
-    page = html_page("", collect([tmp_path]).parts())
+    page = html_page("", collect([tmp_path]).documents())
     assert "Not evaluated" in page
 
 

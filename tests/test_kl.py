@@ -15,7 +15,7 @@ from nulledit.evaluation.reading import _divergences, divergence
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import as_out_in, write_weight
 from nulledit.models.partial import PartialModel
-from nulledit.runs.tables import rates_table
+from nulledit.runs.tables import rates_tables
 
 FACT = Fact(id="ada", subject="Ada Byron", prompt="{} lives in", target="Velm", old_answer="London")
 
@@ -167,8 +167,10 @@ def test_an_evaluation_tells_it_beside_perplexity(tokenizer, recipe, make_statis
     sides = json.loads(json.dumps(sides, allow_nan=False))
     assert sides["before"]["kl"] is None
     assert set(sides["after"]["kl"]) == {"value", "standard_error", "worst_share", "tokens"}
-    cells = {row[0]: row[1:] for row in rates_table(sides)[1]}
+    (text,) = [table for table in rates_tables(sides) if table.name.startswith("text")]
+    cells = {str(row["measure"]): row for row in text.rows}
     value, share = after.kl.value, 100 * after.kl.worst_share
-    assert cells["KL per token (mnat)"][0] == "0"
-    assert cells["KL per token (mnat)"][1].startswith(f"{value:.3g} ± ")
-    assert cells["KL, share of the worst 1 % (%)"][:2] == ["", f"{share:.1f}"]
+    assert cells["KL per token (mnat)"]["before"].mean == 0
+    assert cells["KL per token (mnat)"]["after"].mean == value
+    assert cells["KL, share of the worst 1 % (%)"]["before"] is None
+    assert cells["KL, share of the worst 1 % (%)"]["after"] == share

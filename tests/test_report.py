@@ -1,19 +1,23 @@
 """Tables, figures and the page of a run."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from support.runs import KL, LAYER, line, rate, side, summary
 
 from nulledit.io.jsonfiles import as_json, write
 from nulledit.io.text import markdown, plain, shorten, width
+from nulledit.report.cells import heads, shown
+from nulledit.report.document import Status
 from nulledit.report.figures import figure_of
 from nulledit.report.images import as_png, as_svg
+from nulledit.report.markdown import markdown_page
 from nulledit.report.tables import as_markdown, as_text, percent
+from nulledit.report.terminal import has_colours, on_terminal
+from nulledit.runs.document import RunFolder, run_document
 from nulledit.runs.folder import read_lines, write_run
-from nulledit.runs.page import report_page
-from nulledit.runs.rates import rate_rows, rates_spec
-from nulledit.runs.tables import preservation_table, rates_table
+from nulledit.runs.tables import answers_table, layers_table, rate_rows, rates_spec, rates_tables
 
 
 @pytest.mark.parametrize(
@@ -58,33 +62,44 @@ def test_a_cell_with_a_bar_does_not_break_a_markdown_table():
     assert table.split("\n")[2] == "| x \\| y | 2 |"
 
 
+def cells(*tables):
+    """Heads and, by the first cell, the rest of each row, as they are shown."""
+    rows = {str(row[0]): [str(c) for c in row[1:]] for t in tables for row in shown(t)}
+    return [heads(table) for table in tables], rows
+
+
+def page_of(told, lines):
+    return markdown_page(run_document(RunFolder("run", told, lines, {}, [])), figures="figure")
+
+
 def test_what_the_data_lacks_is_absent():
-    head, rows = rates_table({"before": side(0.04), "after": side(1.0)})
-    cells = {row[0]: row[1:] for row in rows}
-    assert head == ["", "before", "after", "n"]
-    assert cells["efficacy, preference (%)"] == ["4.0 ± 4.0", "100.0 ± 4.0", "25"]
-    assert cells["generalization, preference (%)"] == ["absent", "absent", ""]
-    assert cells["specificity, strict (%)"] == ["50.0", "50.0", "1"]  # one fact has no error
-    assert cells["perplexity"] == ["absent", "absent", ""]
-    assert not [name for name in cells if name.startswith("KL")]
+    head, rows = cells(*rates_tables({"before": side(0.04), "after": side(1.0)}))
+    assert head == [["", "before", "after", "n"]]
+    assert rows["efficacy, preference (%)"] == ["4.0 ± 4.0", "100.0 ± 4.0", "25"]
+    assert rows["generalization, preference (%)"] == ["absent", "absent", ""]
+    assert rows["specificity, strict (%)"] == ["50.0", "50.0", "1"]  # one fact has no error
+    assert not [name for name in rows if name.startswith(("KL", "perplexity"))]
+    _, rows = cells(*rates_tables({"after": side(1.0)}, absent=False))
+    assert "generalization, preference (%)" not in rows
 
 
 def test_kl_is_told_from_a_base_that_has_none():
     perplexity = {"value": 20.5, "standard_error": 1.25, "tokens": 4335}
     sides = {"before": side(0.04, perplexity), "after": side(1.0, perplexity, KL)}
-    rows = {row[0]: row[1:] for row in rates_table(sides)[1]}
-    assert rows["KL per token (mnat)"] == ["0", "18.6 ± 2.13", "4335 tokens"]
-    assert rows["KL, share of the worst 1 % (%)"] == ["", "32.0", "4335 tokens"]
+    _, rows = cells(*rates_tables(sides))
+    assert rows["perplexity"] == ["20.50 ± 1.25"] * 2
+    assert rows["KL per token (mnat)"] == ["0.00", "18.62 ± 2.13"]
+    assert rows["KL, share of the worst 1 % (%)"] == ["absent", "32.00"]
     sides["after"]["kl"] = KL | {"value": None, "worst_share": None}
-    rows = {row[0]: row[1:] for row in rates_table(sides)[1]}
+    _, rows = cells(*rates_tables(sides))
     assert rows["KL per token (mnat)"][1] == "not finite"
 
 
 def test_rounding_is_shown_where_there_is_some():
-    assert "rounding/‖Δ‖" not in preservation_table([LAYER])[0]
-    head, rows = preservation_table([LAYER | {"rounding_share": 0.01, "error": None}])
+    assert "rounding/‖Δ‖" not in heads(layers_table([LAYER]))
+    (head,), rows = cells(layers_table([LAYER | {"rounding_share": 0.01, "error": None}]))
     assert head[-1] == "rounding/‖Δ‖"
-    assert rows[0][1] == "absent"
+    assert rows["4"][0] == "absent"
 
 
 def test_a_figure_has_its_numbers_and_saves_nothing(tmp_path, monkeypatch):
@@ -108,14 +123,13 @@ def test_a_figure_of_nothing_is_drawn():
 def test_rates_of_further_prompts_have_their_rows():
     more = side(1.0)
     more["rates"] |= {"portability": rate(0.5), "efficacy_tokens": rate(0.9)}
-    _, rows = rates_table({"after": more})
-    labels = [row[0] for row in rows]
+    _, labels = cells(*rates_tables({"after": more}))
     assert "portability, preference (%)" in labels
     assert not any("tokens" in label for label in labels)
 
 
 def test_the_page_shows_answers_and_tables():
-    page = report_page(summary(), [line(1), line(2, says=False)])
+    page = page_of(summary(), [line(1), line(2, says=False)])
     assert "| efficacy, preference (%) | 4.0 ± 4.0 | 100.0 ± 4.0 | 25 |" in page
     assert "20.50 ± 1.25" in page
     assert "Paris \\| or\\\\x1b" in page
@@ -126,7 +140,7 @@ def test_the_page_shows_answers_and_tables():
 
 def test_the_page_of_a_run_without_evaluation():
     bare = line(1) | {"before": None, "after": None}
-    page = report_page(summary(before=None, after=None, text=None, layers=[]), [bare])
+    page = page_of(summary(before=None, after=None, text=None, layers=[]), [bare])
     assert "Not evaluated" in page
     assert "figure.png" not in page
 
@@ -167,3 +181,95 @@ def test_json_has_null_for_what_is_not_finite():
 def test_one_fact_has_no_standard_error():
     assert percent({"mean": 1.0, "standard_error": float("nan"), "n": 1}) == "100.0"
     assert percent({"mean": 0.5, "standard_error": 0.1, "n": 2}) == "50.0 ± 10.0"
+
+
+# -- the terminal ----------------------------------------------------------------------------------
+
+ANSWERS = [line(1, prompt="東京 is a city in the land of"), line(2, says=False)]
+LONG = [x | {"after": x["after"] | {"answer": "Madrid, as everyone knows. " * 9}} for x in ANSWERS]
+STORY = (
+    ["event", "time (UTC)", "what", "method", "facts", "in the model"],
+    [["1", "2026-01-01 00:00:00", "edit", "alphaedit", "+ " + "ada, lyra, " * 20, "1024"]],
+)
+
+
+@pytest.mark.parametrize("columns", [80, 60, 40])
+@pytest.mark.parametrize(
+    ("table", "numbers"),
+    [
+        (answers_table(LONG), ()),
+        (layers_table([LAYER] * 2), ("0.0123", "0.200", "0.500", "100 of 1536")),
+        (STORY, ("1024",)),
+    ],
+)
+def test_a_table_fits_the_terminal_and_no_number_is_cut(table, numbers, columns):
+    whole, text = as_text(table), as_text(table, columns=columns)
+    assert max(map(width, whole.split("\n"))) > 60
+    assert max(map(width, text.split("\n"))) <= columns
+    assert all(text.count(number) == whole.count(number) for number in numbers)
+
+
+def test_columns_stay_under_each_other_where_texts_are_cut():
+    head, rule, *rows = as_text(answers_table(LONG), columns=80).split("\n")
+    assert width(head) <= width(rule) == 80
+    assert [
+        width(row[: row.index(end)]) for row, end in zip(rows, ("ok", "prefers"), strict=True)
+    ] == [73] * 2
+    assert rows[0].startswith("東京 is a ")
+    assert all("…" in row for row in rows)
+
+
+def test_rows_become_blocks_where_columns_do_not_fit():
+    lines = as_text(layers_table([LAYER | {"rounding_share": 0.25}]), columns=40).split("\n")
+    assert lines[0] == "layer 4"
+    assert lines[-1].split() == ["rounding/‖Δ‖", "0.250"]
+    assert all(line.startswith("  ") for line in lines[1:])
+
+
+def test_a_column_may_be_empty():
+    table = (["limit", "", ""], [["kl", Status("ok", "good"), ""], ["growth", "", ""]])
+    assert as_text(table).split("\n")[2:] == ["kl      ok", "growth"]
+    assert as_text((["", ""], [["", ""]]), columns=20) == "\n\n"
+
+
+def test_a_status_is_coloured_and_nothing_else():
+    text = as_text(answers_table(ANSWERS), colour=True)
+    assert "\x1b[32mok\x1b[0m" in text
+    assert "\x1b[33mprefers\x1b[0m" in text
+    assert text.count("\x1b") == 4
+    assert "or\\x1b[31m so" in text
+    block = as_text(answers_table(LONG), columns=40, colour=True)
+    assert "\x1b[32mok\x1b[0m" in block
+
+
+@pytest.mark.parametrize(
+    ("terminal", "asked", "coloured"),
+    [(True, None, True), (True, "1", False), (False, None, False)],
+)
+def test_colours_are_for_a_terminal_that_wants_them(monkeypatch, terminal, asked, coloured):
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: terminal))
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if asked:
+        monkeypatch.setenv("NO_COLOR", asked)
+    assert has_colours() == coloured
+
+
+def test_stdout_that_is_no_terminal_has_no_width(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert max(map(width, as_text(answers_table(LONG)).split("\n"))) > 80
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: True))
+    assert max(map(width, as_text(answers_table(LONG)).split("\n"))) <= 60
+
+
+def test_a_document_is_shown_whole_on_a_terminal():
+    run = RunFolder("A run", summary(), ANSWERS, {}, [])
+    text = on_terminal(run_document(run), columns=80)
+    assert text.startswith("A run\n\n2 facts in tiny")
+    for part in (
+        "2 of 2 facts hold.",
+        "Rates\n",
+        "efficacy, preference (%)",
+        "ok: says the target",
+    ):
+        assert part in text or part.startswith("2 of 2"), part
+    assert "\x1b" not in text

@@ -2,27 +2,39 @@
 
 import dataclasses
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 from support import world
 from support.models import statistics_of
 
-from nulledit.config import Recipe, StatisticsSettings
+from nulledit import Editor
+from nulledit.config import Recipe, StatisticsSettings, layers_by_depth
 from nulledit.editing import batch as batch_module
-from nulledit.errors import ConfigError
+from nulledit.errors import ConfigError, ModelError
+from nulledit.evaluation.runner import evaluate
 from nulledit.linalg.spectrum import RULES
 from nulledit.methods import find_method
+from nulledit.report.document import Value
 from nulledit.report.points import Point
 from nulledit.report.study import read_study
 from nulledit.statistics.manifest import read_manifest
 from nulledit.statistics.spectra import Statistics
-from nulledit.studies import side_effects as behaviour
+from nulledit.studies import categories
+from nulledit.studies.build import along, head, labels, lines
 from nulledit.studies.context import Lab, Sources
+from nulledit.studies.declaration import Cells, Part, StudySpec, Table
 from nulledit.studies.estimate import estimate
-from nulledit.studies.methods_table import _leaders
-from nulledit.studies.registry import STUDIES, find_study, run_study
+from nulledit.studies.questions import FACTS, NORMS
+from nulledit.studies.registry import STUDIES, find_study, register, run_study
+from nulledit.studies.results import (
+    Spot,
+    best_and_worst,
+    extremes,
+    numbers,
+    quantity,
+    update_share,
+)
 from nulledit.studies.scale import Scale, load_scale
 from nulledit.studies.stream import Stream, Workbench, shuffled
 
@@ -231,15 +243,17 @@ def test_a_checkpoint_is_the_stream_that_ended_there(make_lab):
     lab = make_lab("table1", work="long")
     queue = lab.facts(12)
     for arm in ARMS:
-        long = lab.edited(lab.plan(arm, queue))
-        early = lab.asked(long, 6, queue[:6])
+        plan = lab.plan(arm, queue)
+        long = lab.edited(plan)
+        early = FACTS.answer(lab, plan, 6, long)
         with long.at(6) as editor:
             held = {layer: editor.weights.exact(layer).clone() for layer in editor.weights.layers}
-        short = lab.edited(lab.plan(arm, queue[:6]))
+        plan = lab.plan(arm, queue[:6])
+        short = lab.edited(plan)
         for layer, weight in held.items():
             there = short.editor.weights.exact(layer)
             assert float((weight - there).norm() / there.norm()) < 1e-5
-        assert lab.asked(short, 6, queue[:6]) == early
+        assert FACTS.answer(lab, plan, 6, short) == early
 
 
 def test_arms_share_the_values_of_their_first_batch(make_lab, monkeypatch):
@@ -324,7 +338,7 @@ def test_what_the_data_lack_is_absent(make_lab, data, tmp_path):
 def test_bad_input_is_refused_by_name(make_lab, data):
     with pytest.raises(ConfigError, match="did you mean 'table1'"):
         find_study("tabel1")
-    with pytest.raises(ConfigError, match=r"has 18 facts.*needs 40"):
+    with pytest.raises(ConfigError, match=r"has 18 facts.*needs 40.*--set facts=18"):
         make_lab("table1", facts=40).facts(40)
     lab = make_lab("table1")
     with pytest.raises(ConfigError, match="did you mean 'memit'"):
@@ -354,6 +368,77 @@ def test_shipped_scales_have_every_study_and_only_known_arms(name):
         find_method(recipe.method.name).read(recipe.method)
 
 
+# -- a study of one's own --------------------------------------------------------------------------
+
+UPDATE = Cells(head("update", "update"), update_share)
+STEPS = StudySpec(
+    name="steps",
+    title="Steps of the search",
+    question="How many steps does a value need?",
+    needs=("facts",),
+    cannot_show="Other models.",
+    settings={"facts": 6, "skip": 0, "batch_size": 3, "steps": [1, 6]},
+    parts=(
+        Part(
+            lambda lab, queue: [
+                lab.plan({"values.steps": n}, queue, label=f"{n} steps")
+                for n in lab.settings["steps"]
+            ],
+            asked=(FACTS, NORMS),
+            tables=(
+                Table(
+                    "steps",
+                    "Steps on {data}",
+                    "After {edits} edits in batches of {batch_size}.",
+                    (labels("arm"), "efficacy_strict", "generation", UPDATE),
+                ),
+            ),
+            figures=(lines("steps", "All so far.", "%", along({"": update_share})),),
+            shows=best_and_worst("efficacy_strict"),
+        ),
+    ),
+)
+
+
+def test_a_new_study_is_one_declaration(make_lab, known, words, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("nulledit.studies.registry.STUDIES", dict(STUDIES))
+    assert find_study(register(STEPS).name) is STEPS
+    with pytest.raises(ConfigError, match="a study 'steps' is registered already"):
+        register(dataclasses.replace(STEPS))
+    lab = make_lab("order")
+    lab.scale = STEPS.scaled(Scale("small", ARMS, {}))
+    lab.settings = lab.scale.of("steps", {"facts": 4})
+    assert estimate(lab, STEPS.work(lab))["streams"] == 2
+    (table,) = run_study(STEPS, lab, tmp_path / "out").tables
+    assert [row["arm"] for row in table.rows] == ["unedited", "1 steps", "6 steps"]
+    assert "generation" not in {column.key for column in table.columns}, "nobody was asked"
+    assert (table.title, table.caption) == ("Steps on facts.json", "After 4 edits in batches of 3.")
+    queue, statistics = lab.facts(4), statistics_of(known, words, (0, 1), world.sentences())
+    for steps, row in zip((1, 6), table.rows[1:], strict=True):
+        model = type(known)(known.config).eval()
+        model.load_state_dict(known.state_dict())
+        recipe = RECIPE.with_fields({"values.steps": steps})
+        editor = Editor(model, words, recipe=recipe, statistics=statistics, seed=0)
+        editor.edit(queue, batch_size=3, shuffle=False)
+        found = evaluate(editor.editable, queue, generate=False).rates["efficacy_strict"]
+        assert row["efficacy_strict"] == Value.percent(found)
+        shares = [report.update_share for report in editor.weights.reports()]
+        assert row["update"] == pytest.approx(100 * max(shares), rel=1e-4)
+    (figure,) = read_study(tmp_path / "out").figures
+    assert [p.y for p in figure.points] == pytest.approx([r["update"] for r in table.rows[1:]])
+
+
+def test_a_model_without_layers_in_its_recipe_gets_them_by_depth(make_lab):
+    lab = make_lab("order")
+    lab.recipe = dataclasses.replace(RECIPE, layers=())
+    lab.fit(["alphaedit"])
+    assert lab.recipe.layers == layers_by_depth(lab.bench.model.depth)
+    assert any("by depth" in notice for notice in lab.notices)
+    lab.scale = dataclasses.replace(lab.scale, arms={"far": {"layers": [40]}})
+    with pytest.raises(ModelError, match="arm far: layer 40 is out of range"):
+        lab.fit(["far"])
+
+
 # -- what a study says -----------------------------------------------------------------------------
 
 
@@ -365,29 +450,28 @@ def test_an_arm_called_alphaedit_is_alphaedit(name):
 
 def test_changes_of_zero_have_no_rank_correlation():
     points = [Point(x, 0.0, series="relation") for x in range(8)]
-    assert "+1.00" not in behaviour._correlation(points)
+    assert "+1.00" not in categories._correlation(points)
 
 
 def test_a_tie_has_no_single_leader():
     rows = {"a": {"efficacy_strict": True}, "b": {"efficacy_strict": True}}
-    arms = [
-        SimpleNamespace(label=label, end=rows, checkpoints=[2], text={2: None})
-        for label in ("first", "second")
-    ]
-    assert "highest with first (" not in _leaders(arms, None)
+    spots = [Spot(label, 2, {"facts": rows}) for label in ("first", "second")]
+    assert extremes(numbers(spots, quantity("efficacy_strict"))) == "100.0 % with first, second"
 
 
 def test_leaks_depend_on_how_many_prompts_are_read(make_lab, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        behaviour, "_free_share", lambda editor, texts: asked.append(len(texts)) or 0.0
+        categories, "_free_share", lambda editor, texts: asked.append(len(texts)) or 0.0
     )
     found = {}
     for most in (2, 8):
         lab = make_lab("categories", leak_prompts=most)
-        (plan, *_) = behaviour.plans_of(lab)
-        found[most] = behaviour._leaks(lab, lab.edited(plan), {"g": list("abcdefghij")})
-    assert asked == [2, 8]
+        plan = lab.plan("alphaedit", lab.facts(12))
+        found[most] = len(categories.LEAKS.answer(lab, plan, 12, lab.edited(plan)))
+        assert len(asked) == found[most], "every group is asked again for another number"
+        assert max(asked) == most if most == 2 else max(asked) > 2
+        asked.clear()
 
 
 def test_drift_of_arms_with_other_layers(make_lab, tmp_path):

@@ -14,7 +14,7 @@ from support.studies import BAD, lines, spec, study, table
 
 from nulledit.errors import ReportError
 from nulledit.report import images
-from nulledit.report.cells import BEST, TIE, notes, shown, study_table
+from nulledit.report.cells import BEST, TIE, heads, notes, shown
 from nulledit.report.colours import FIXED, styles
 from nulledit.report.document import Column, Value
 from nulledit.report.figures import figure_of
@@ -157,9 +157,16 @@ def test_marks_equal_a_plain_search(pairs, better):
 def test_n_is_shown_once_where_it_is_the_same():
     same = table(("a", Value(1.0, 0.1, 50)), ("b", Value(2.0, 0.1, 50)))
     assert "n = 50" in notes(same)
-    assert study_table(same)[1][0][1] == "1.0 ± 0.1"
+    assert [str(cell) for cell in shown(same)[0]] == ["a", "1.0 ± 0.1"]
     other = table(("a", Value(1.0, 0.1, 50)), ("b", Value(2.0, 0.1, 49)))
-    assert study_table(other)[1][1][1] == "2.0 ± 0.1 (n 49) ●"
+    assert [str(cell) for cell in shown(other)[1]] == ["b", "2.0 ± 0.1 ●", "49"]
+    assert heads(other)[-1] == "n"
+    assert not any(note.startswith("n =") for note in notes(other))
+    columns = (*other.columns, Column("more", "more"))
+    both = replace(other, columns=columns, rows=({**other.rows[0], "more": Value(3, 1, 7)},) * 2)
+    assert [cell.n for cell in shown(replace(both, rows=(*both.rows, other.rows[1])))[0]] == [
+        *("", "50", ""),
+    ]
 
 
 def test_small_numbers_are_not_shown_as_zero():
@@ -172,8 +179,8 @@ def test_small_numbers_are_not_shown_as_zero():
 # -- figures -------------------------------------------------------------------------------------
 
 
-def draw(kind, *points, width="wide", **more):
-    return figure_of(spec(kind, **more), points, width=width)
+def draw(kind, *points, **more):
+    return figure_of(spec(kind, **more), points)
 
 
 def test_a_method_has_one_colour_whatever_is_beside_it():
@@ -209,14 +216,14 @@ def test_a_far_unedited_model_does_not_flatten_the_others():
     assert [t.get_text() for t in axes.texts] == ["unedited: 1 ↓"]
 
 
-def test_bars_stand_up_or_lie_where_there_is_no_room():
+def test_bars_are_grouped_and_have_their_number_where_there_is_room():
     points = [Point(f"task {i}", 50.0 + i, 1.0, 9, m) for i in range(6) for m in ("rect", "memit")]
+    many, few = draw("bars", *points).axes[0], draw("bars", *points[:4]).axes[0]
+    assert [p.get_height() for p in few.patches] == [50.0, 51.0, 50.0, 51.0]
+    assert (len(many.patches), len(few.patches)) == (12, 4)
+    assert [len(axes.texts) for axes in (many, few)] == [12, 4]
     points += [Point(f"task {i}", 60.0, 1.0, 9, m) for i in range(6) for m in ("prune", "rome")]
-    wide = draw("bars", *points).axes[0]
-    narrow = draw("bars", *points, width="narrow").axes[0]
-    assert [p.get_height() for p in wide.patches] == [p.get_width() for p in narrow.patches]
-    assert narrow.get_ylim()[0] > narrow.get_ylim()[1]  # the first on top
-    assert narrow.get_xlabel() == wide.get_ylabel() == "rate"
+    assert not draw("bars", *points).axes[0].texts
 
 
 def test_intervals_are_hollow_where_they_reach_zero():
@@ -245,9 +252,8 @@ def test_clouds_share_their_axes():
     assert all(len(c.get_offsets()) == 5 for ax in axes for c in ax.collections)
 
 
-@pytest.mark.parametrize("width", ["wide", "narrow"])
-def test_many_series_have_their_legend_outside(width):
-    figure = draw("lines", *(p for i in range(8) for p in lines(f"method {i}")), width=width)
+def test_many_series_have_their_legend_outside():
+    figure = draw("lines", *(p for i in range(8) for p in lines(f"method {i}")))
     figure.draw_without_rendering()
     legend = figure.legends[0].get_window_extent()
     assert len(figure.legends[0].get_texts()) == 8

@@ -30,7 +30,7 @@ from support.runs import summary, write_a_run
 from nulledit.cli.common import echo, emit, say
 from nulledit.cli.evaluation_tables import read_references
 from nulledit.cli.main import _describe, cli
-from nulledit.cli.run_page import as_page
+from nulledit.cli.run_page import page_of
 from nulledit.config import Recipe, StatisticsSettings, load_recipe, shipped_recipes
 from nulledit.data import Fact, corpus, read_facts
 from nulledit.editing.editor import Editor as EditorClass
@@ -50,14 +50,31 @@ from nulledit.io.jsonfiles import as_json
 from nulledit.io.text import markdown, plain
 from nulledit.linalg.spectrum import Spectrum
 from nulledit.models.load import load_model
-from nulledit.report.document import Column, Example, FigureSpec, Study, StudyTable, Value
-from nulledit.report.html import Part, html_page
-from nulledit.report.markdown import study_page
+from nulledit.report.document import (
+    Code,
+    Column,
+    Details,
+    Document,
+    Example,
+    Examples,
+    FigureSpec,
+    Heading,
+    Items,
+    Picture,
+    Status,
+    Study,
+    StudyTable,
+    Text,
+    Value,
+)
+from nulledit.report.html import html_page
+from nulledit.report.markdown import markdown_page
 from nulledit.report.points import Point
-from nulledit.report.study import read_study, write_study
+from nulledit.report.study import read_study, study_document, write_study
+from nulledit.report.terminal import on_terminal
+from nulledit.runs.document import RunFolder, run_document
 from nulledit.runs.folder import read_json, read_lines
 from nulledit.runs.limits import load_limits
-from nulledit.runs.page import report_page
 from nulledit.runs.pages import Result
 from nulledit.runs.report import collect
 from nulledit.statistics.manifest import HASHES, Manifest
@@ -745,8 +762,9 @@ def quick_figures():
 
 
 def skeleton_of(text):
-    part = Part(study_of(text), text if text.strip() else "x", text if text.strip() else "x")
-    return Skeleton(html_page(text, [part, part]))
+    about = text if text.strip() else "x"
+    document = study_document(study_of(text), about, about)
+    return Skeleton(html_page(text, [document, document]))
 
 
 @pytest.fixture(scope="module")
@@ -780,6 +798,15 @@ def line_of(i, text):
     }
 
 
+def page_of_run(told, lines):
+    run = RunFolder(told["version"], told, lines, {}, [])
+    return markdown_page(run_document(run))
+
+
+def page_of_study(study):
+    return markdown_page(study_document(study))
+
+
 def summary_with(text):
     told = summary(notices=[text] * 3, text=text, time=text, seconds={text: 1.0})
     base = {"model": text, "hash": text, "dtype": text}
@@ -794,7 +821,7 @@ def test_a_run_folder_with_hostile_texts_makes_a_plain_page(text, tmp_path):
         (folder / "summary.json").write_text(as_json(summary_with(told)))
         (folder / "environment.json").write_text(as_json([{told: told, "model": told}]))
         (folder / "recipe.yaml").write_text(yaml.safe_dump({plain(told): plain(told)}))
-        pages.append(Skeleton(html_page("Title", collect([folder]).parts())))
+        pages.append(Skeleton(html_page("Title", collect([folder]).documents())))
     assert pages[0].shape == pages[1].shape
     assert not steering(pages[1].text)
 
@@ -804,7 +831,7 @@ def test_a_folder_with_a_hostile_name(tmp_path):
     (folder / "summary.json").write_text(as_json(summary_with(BENIGN)))
     plain_one = write_a_run(tmp_path / "plain", [line_of(1, BENIGN)])
     (plain_one / "summary.json").write_text(as_json(summary_with(BENIGN)))
-    pages = [Skeleton(html_page("T", collect([f]).parts())) for f in (folder, plain_one)]
+    pages = [Skeleton(html_page("T", collect([f]).documents())) for f in (folder, plain_one)]
     assert pages[0].shape == pages[1].shape
     assert not steering(pages[0].text)
 
@@ -829,12 +856,43 @@ def bones(page):
 def test_nothing_in_a_page_of_markdown_comes_from_the_data(text):
     lines = [line_of(i, text) for i in range(3)]
     expected = [line_of(i, BENIGN) for i in range(3)]
-    found = report_page(summary_with(text), lines)
-    assert bones(found) == bones(report_page(summary_with(BENIGN), expected))
+    found = page_of_run(summary_with(text), lines)
+    assert bones(found) == bones(page_of_run(summary_with(BENIGN), expected))
     assert not steering(found)
     if text.strip():
-        assert bones(study_page(study_of(text))) == bones(study_page(study_of(BENIGN)))
-        assert not steering(study_page(study_of(text)))
+        assert bones(page_of_study(study_of(text))) == bones(page_of_study(study_of(BENIGN)))
+        assert not steering(page_of_study(study_of(text)))
+
+
+def document_of(text):
+    """A document of every kind of part, in which every text that is free is `text`."""
+    return Document(
+        text,
+        (
+            Heading(text),
+            *(Text(text, tone) for tone in ("", "strong", "question", "quiet")),
+            Items((text, (text, text)), title=text, tone="note"),
+            Items(((text, text),), tone="limits"),
+            Picture("a.png", text),
+            Examples(text, (Example(text, text, text, text, text, True),)),
+            Details(text, ({text: text}, {text: f"{text}2"})),
+            StudyTable("t", text, text, (Column("a", text),), ({"a": Status(text, "bad")},)),
+        ),
+    )
+
+
+@pytest.mark.parametrize("text", [t for t in HOSTILE if t.strip()], ids=lambda t: ascii(t)[:30])
+def test_every_kind_of_part_is_plain_wherever_it_is_shown(text):
+    found, expected = (Skeleton(html_page(t, [document_of(t)])) for t in (text, BENIGN))
+    assert without_marks(found.shape) == without_marks(expected.shape)
+    assert not steering(found.text)
+    page = markdown_page(document_of(text))
+    assert bones(page) == bones(markdown_page(document_of(BENIGN)))
+    code = Document("t", (Code(f"{text}\n```\n<b>"),))
+    skeleton = Skeleton(html_page("t", [code]))
+    assert "b" not in {part[0] for part in skeleton.shape}
+    shown = [on_terminal(d, columns=60) for d in (document_of(text), code)]
+    assert not steering("".join([page, markdown_page(code), skeleton.text, *shown]))
 
 
 @given(
@@ -917,13 +975,17 @@ def test_notices_and_pages_steer_nothing(capsys):
     assert told.out.count("\n") == told.err.count("\n") + 1 == 2
 
 
+def printed(result):
+    return "\n\n".join(map(on_terminal, page_of(result)))
+
+
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda t: ascii(t)[:30])
 def test_what_edit_prints_of_facts_and_answers_is_plain(text):
     lines = [line_of(i, text) for i in range(30)]
     told = summary(notices=[text])
-    page = as_page(Result(Path("run"), told, lines))
+    page = printed(Result(Path("run"), told, lines))
     assert not steering(page)
-    expected = as_page(Result(Path("run"), told, [line_of(i, BENIGN) for i in range(30)]))
+    expected = printed(Result(Path("run"), told, [line_of(i, BENIGN) for i in range(30)]))
     assert len(page.split("\n")) == len(expected.split("\n"))
     assert max(map(len, page.split("\n"))) < 1000
 
@@ -1229,7 +1291,7 @@ def test_fuzzed_run_folders(tmp_path, draw):
     if draw.random() < 0.2:
         raw = mutated(draw, (tmp_path / chosen).read_bytes())
         (tmp_path / chosen).write_bytes(raw)
-    survives(lambda: report_page(read_json(tmp_path, "summary.json", None), read_lines(tmp_path)))
+    survives(lambda: page_of_run(read_json(tmp_path, "summary.json", None), read_lines(tmp_path)))
     survives(lambda: collect([tmp_path]))
 
 
@@ -1291,9 +1353,10 @@ def test_fuzzed_study_folders(tmp_path, study_folder, draw):
     (tmp_path / "figures/figure.csv").write_bytes(points)
 
     def pages():
-        for part in collect([tmp_path]).parts():
-            html_page("Title", [part])
-            study_page(part.study)
+        for document in collect([tmp_path]).documents():
+            html_page("Title", [document])
+            markdown_page(document)
+            on_terminal(document, columns=60, colour=True)
 
     survives(pages)
 

@@ -32,14 +32,13 @@ def check(call: Call) -> None:
     $ nulledit check run
     $ nulledit check run --limits release.yaml --text wiki.txt --capability tasks
     """
-    from nulledit.report.tables import as_text
     from nulledit.runs.limits import load_limits
 
     limits = load_limits(call.limits)
     report = call.open().check(limits, text=call.text, tasks=call.capability)
     call.show(
         {"run_folder": call.run, **report.to_dict()},
-        lambda: as_text(gate_table(report), left=2, most=90),
+        lambda: [gate_table(report)],
     )
     if not report.passed:
         broken = ", ".join(report.failed)
@@ -49,10 +48,17 @@ def check(call: Call) -> None:
 
 
 def gate_table(report: GateReport) -> Table:
-    """One row per limit: whether it holds, what was found, what is allowed; two columns at left."""
+    """One row per limit: whether it holds, what was found, what is allowed."""
+    from nulledit.report.document import Status
+
+    tones = {"ok": "good", "FAILED": "bad"}
     head = ["limit", "", "found (%)", "n", "allowed (%)", ""]
     rows: list[Sequence[str]] = [
-        [row.name, row.verdict, _found(row), _count(row), _allowed(row), row.note]
+        [
+            row.name,
+            Status(row.verdict, tones.get(row.verdict, "weak")),
+            *(_found(row), _count(row), _allowed(row), row.note),
+        ]
         for row in report.rows
     ]
     return head, rows

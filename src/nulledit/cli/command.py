@@ -145,7 +145,7 @@ class Call:
             writing=writing,
         )
 
-    def show(self, data: Any, page: str | Callable[[], str | list[str]]) -> None:
+    def show(self, data: Any, page: str | Callable[[], str | list[Any]]) -> None:
         """A result on stdout: as JSON where that was asked for, else as a page, or its parts."""
         if self.as_json:
             return emit(data() if callable(data) else data)

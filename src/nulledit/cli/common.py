@@ -22,6 +22,8 @@ from nulledit.runs.talk import Talk
 if TYPE_CHECKING:
     from nulledit.config import Placement
     from nulledit.parallel.ranks import Ranks
+    from nulledit.report.document import Document, Part
+    from nulledit.report.tables import Table
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 EVERY = 10.0  # seconds between lines of progress where stderr is no terminal
@@ -38,9 +40,12 @@ def emit(data: Any) -> None:
     click.echo(as_json(data), nl=False)
 
 
-def echo(*parts: str) -> None:
-    """A result on stdout, an empty line between its parts, none of which can steer the terminal."""
-    click.echo("\n".join(map(plain, "\n\n".join(parts).split("\n"))))
+def echo(*parts: str | Table | Part | Document) -> None:
+    """A result on stdout, an empty line between its parts; none can steer the terminal."""
+    from nulledit.report.terminal import has_colours, on_terminal
+
+    colour = has_colours()
+    click.echo("\n\n".join(filter(None, (on_terminal(p, colour=colour) for p in parts))))
 
 
 def say(message: str, *, quiet: bool) -> None:

@@ -75,24 +75,24 @@ def evaluate(call: Call) -> None:
     )
 
 
-def _page(found: Evaluated, *, relations: bool) -> list[str]:
+def _page(found: Evaluated, *, relations: bool) -> list[Any]:
     from nulledit.cli import evaluation_tables as tables
-    from nulledit.report.tables import as_text
-    from nulledit.runs.tables import rates_table
+    from nulledit.runs.tables import rates_tables
 
-    parts = [as_text(rates_table({s: e.summary() for s, e in found.sides.items()}))]
+    parts: list[Any] = [*rates_tables({s: e.summary() for s, e in found.sides.items()})]
     if found.kept:
         errors = ", ".join(
             f"{p.error:.3g} ± {p.standard_error:.1g} (layer {p.layer})" for p in found.kept
         )
         parts.append(f"‖ΔK₀‖/‖W₀K₀‖: {errors}\nPerplexity, KL and ‖ΔK₀‖ are on {found.text}.")
-    more: dict[str, Any] = {f"Asked {name}": rates_table(s) for name, s in found.others.items()}
+    for name, rates in found.others.items():
+        parts += rates_tables(rates, which=f". Asked {name}")
     if relations:
-        more["By relation, edited"] = tables.relations_table(found.facts, found.sides["edited"])
+        parts.append(tables.relations_table(found.facts, found.sides["edited"]))
     if found.tasks:
-        more["Six tasks (%)"] = tables.capability_table(found.tasks)
+        parts.append(tables.capability_table(found.tasks))
     if found.drift:
-        more["Drift of hidden states"] = tables.drift_table(found.drift)
+        parts.append(tables.drift_table(found.drift))
     if found.harness:
-        more["lm-evaluation-harness"] = tables.harness_table(found.harness)
-    return [*parts, *([tables.as_sections(more)] if more else [])]
+        parts.append(tables.harness_table(found.harness))
+    return parts

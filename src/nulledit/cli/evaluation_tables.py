@@ -11,9 +11,11 @@ from nulledit.errors import ConfigError
 from nulledit.evaluation.capability import TaskResult, compare
 from nulledit.evaluation.drift import Drift
 from nulledit.evaluation.groups import by_relation, rates_of_rows
+from nulledit.evaluation.measures import find
 from nulledit.evaluation.runner import Evaluation
 from nulledit.io.untrusted import MAX_DOCUMENT, parse_json, read_text
-from nulledit.report.tables import Table, as_text, number, percent
+from nulledit.report.document import Cell, Column, StudyTable, Value
+from nulledit.runs.tables import interval
 
 SEEN = ("efficacy_strict", "generalization", "specificity")
 
@@ -31,75 +33,70 @@ def read_references(file: str | None) -> dict[str, list[str]] | None:
     return found
 
 
-def relations_table(facts: Sequence[Fact], evaluation: Evaluation) -> Table:
+def relations_table(facts: Sequence[Fact], evaluation: Evaluation) -> StudyTable:
     """Rates by relation, of groups of at least ten facts."""
-    found = rates_of_rows(evaluation.rows(), by_relation(facts))
-    rows: list[Sequence[str]] = [
-        [name, *(percent(_plain(rates.get(m))) for m in SEEN)] for name, rates in found.items()
+    columns = [Column("relation", "relation")]
+    columns += [Column(m, find(m).title, unit="%") for m in SEEN]
+    rows = [
+        {"relation": name, **{m: Value.percent(rates.get(m)) for m in SEEN}}
+        for name, rates in rates_of_rows(evaluation.rows(), by_relation(facts)).items()
     ]
-    return ["relation", *(f"{m.replace('_', ', ')} (%)" for m in SEEN)], rows
+    return StudyTable("relations", "By relation, edited", "", tuple(columns), tuple(rows))
 
 
-def capability_table(sides: Mapping[str, Mapping[str, TaskResult]]) -> Table:
+def capability_table(sides: Mapping[str, Mapping[str, TaskResult]]) -> StudyTable:
     """F1 beside chance, and how the right answer's probability moved."""
     (first, *_), last = sides.values(), list(sides.values())[-1]
     moved = compare(first, last) if len(sides) > 1 else {}
-    rows: list[Sequence[str]] = []
+    columns = [Column("task", "task"), Column("chance", "chance F1")]
+    columns += [Column(f"f1-{side}", f"F1, {side}") for side in sides]
+    columns += [Column(f"p-{side}", f"p(right), {side}") for side in sides]
+    rows: list[dict[str, Cell]] = []
     for task, result in last.items():
-        f1 = [_percent_of(s[task].f1, s[task].f1_standard_error) for s in sides.values()]
-        p = [percent(_plain(s[task].probability)) for s in sides.values()]
-        change = moved.get(task)
-        said = (
-            ""
-            if change is None
-            else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in change))
-        )
-        rows.append([task, f"{100 * result.chance_f1:.1f}", *f1, *p, said, str(result.n)])
-    names = list(sides)
-    head = ["task", "chance F1", *(f"F1, {n}" for n in names)]
-    return [*head, *(f"p(right), {n}" for n in names), "change, 95 %", "n"], rows
+        row: dict[str, Cell] = {"task": task, "chance": 100 * result.chance_f1}
+        for side, of in sides.items():
+            row[f"f1-{side}"] = Value(100 * of[task].f1, 100 * of[task].f1_standard_error, result.n)
+            row[f"p-{side}"] = Value.percent(of[task].probability)
+        if change := moved.get(task):
+            row["change"] = interval(100 * x for x in change)
+        rows.append(row)
+    if moved:
+        columns.append(Column("change", "change, 95 %"))
+    return StudyTable("tasks", "Six tasks (%)", "", tuple(columns), tuple(rows))
 
 
-def drift_table(found: Drift) -> Table:
+def drift_table(found: Drift) -> StudyTable:
     """One row a layer."""
-    rows: list[Sequence[str]] = [
-        [
-            str(layer.layer),
-            percent(_plain(layer.distance)),
-            f"{layer.cosine.mean:.4f}",
-            number(layer.shift),
-            number(layer.energy),
-            str(layer.distance.n),
-        ]
+    rows = tuple(
+        {
+            "layer": str(layer.layer),
+            "distance": Value.percent(layer.distance),
+            "cosine": layer.cosine.mean,
+            "shift": layer.shift,
+            "energy": layer.energy,
+        }
         for layer in found.layers
-    ]
-    return ["layer", "‖h′ − h‖/‖h‖ (%)", "cosine", "shift", "energy", "n"], rows
+    )
+    columns = (
+        Column("layer", "layer"),
+        Column("distance", "‖h′ − h‖/‖h‖", unit="%"),
+        Column("cosine", "cosine", digits=4),
+        Column("shift", "shift", digits=4),
+        Column("energy", "energy", digits=4),
+    )
+    return StudyTable("drift", "Drift of hidden states", "", columns, rows)
 
 
-def harness_table(sides: Mapping[str, Mapping[str, Any]]) -> Table:
+def harness_table(sides: Mapping[str, Mapping[str, Any]]) -> StudyTable:
     """One row a task and metric."""
-    last = list(sides.values())[-1]
-    rows: list[Sequence[str]] = [
-        [task, metric, *(_harness_cell(s[task]["metrics"][metric]) for s in sides.values())]
-        for task, found in last.items()
-        for metric in found["metrics"]
-    ]
-    return ["task", "metric", *sides], rows
-
-
-def _harness_cell(found: Mapping[str, Any]) -> str:
-    error = found["standard_error"]
-    return number(found["value"]) + ("" if error is None else f" ± {number(error)}")
-
-
-def as_sections(titled: Mapping[str, Table]) -> str:
-    """Tables under their titles."""
-    return "\n\n".join(f"{title}\n{as_text(table)}" for title, table in titled.items())
-
-
-def _plain(rate: Any) -> dict[str, Any] | None:
-    return None if rate is None else dict(vars(rate))
-
-
-def _percent_of(value: float, error: float) -> str:
-    return percent({"mean": value, "standard_error": error, "n": 1})
+    rows: list[dict[str, Cell]] = []
+    for task, found in list(sides.values())[-1].items():
+        for metric in found["metrics"]:
+            row: dict[str, Cell] = {"task": task, "metric": metric}
+            for side, of in sides.items():
+                told = of[task]["metrics"][metric]
+                row[side] = Value(told["value"], told["standard_error"])
+            rows.append(row)
+    columns = [Column("task", "task"), Column("metric", "metric")]
+    columns += [Column(side, side, digits=4) for side in sides]
+    return StudyTable("harness", "lm-evaluation-harness", "", tuple(columns), tuple(rows))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nulledit.cli.command import Call, command
 from nulledit.cli.options import FACTS, PLACED, TEXT, arg, opt
@@ -54,27 +54,24 @@ def _run(call: Call) -> Run:
     return Run(folder, call.editor(call.run), call.talk)
 
 
-def _page(found: Preview) -> list[str]:
-    from nulledit.report.tables import as_text
+def _page(found: Preview) -> list[Any]:
     from nulledit.runs.history import answer_of
-    from nulledit.runs.tables import rates_table
+    from nulledit.runs.tables import rates_tables
 
-    before, after = found.asked.before, found.asked.after
+    before, after, held = found.asked.before, found.asked.after, found.held
     then = before.answers if before else {}
     answers: list[Sequence[str]] = [
         [f.render(f.prompt), answer_of(f), then.get(f.id, ""), after.answers.get(f.id, "")]
         for f in found.facts
     ]
-    parts = [as_text((["prompt", "target", "before", "after"], answers), left=4, most=40)]
-    parts.append(as_text(rates_table(found.asked.summary())))
-    if found.held:
-        head, rows = rates_table(found.held.summary())
-        measured = [row for row in rows if any(cell[:1].isdigit() for cell in row[1:])]
-        parts.append(f"The last {len(found.held.after.rows())} facts in the model:")
-        parts.append(as_text((head, measured)))
-    parts.append(as_text(_norms(found)))
-    parts.append(f"Perplexity and KL are on {found.asked.text}. Nothing was written.")
-    return parts
+    return [
+        (["prompt", "target", "before", "after"], answers),
+        *rates_tables(found.asked.summary()),
+        f"The last {len(held.after.rows())} facts in the model:" if held else "",
+        *(rates_tables(held.summary(), absent=False) if held else ()),
+        _norms(found),
+        f"Perplexity and KL are on {found.asked.text}. Nothing was written.",
+    ]
 
 
 def _norms(found: Preview) -> Table:

@@ -24,7 +24,7 @@ from nulledit.errors import ConfigError
 
 if TYPE_CHECKING:
     from nulledit.studies.context import Lab
-    from nulledit.studies.results import StudySpec
+    from nulledit.studies.declaration import StudySpec
 
 
 @command(
@@ -93,7 +93,6 @@ def _listed(name: str, about: dict[str, Any]) -> str:
 
 def _lab(call: Call, spec: StudySpec) -> Lab:
     """Everything that needs no model is checked before it is loaded, the rest just after."""
-    from nulledit.editing.recipes import resolve_recipe
     from nulledit.studies.context import SOURCE_HELP, Lab, Sources
     from nulledit.studies.scale import chosen, load_scale
     from nulledit.studies.stream import Workbench
@@ -103,31 +102,24 @@ def _lab(call: Call, spec: StudySpec) -> Lab:
     for source in SOURCE_HELP:
         if call.given[source] is not None:
             sources.need(source)
-    scale = load_scale(call.scale)
+    scale = spec.scaled(load_scale(call.scale))
     changes = parse_changes(call.changes) | ({"arms": call.arms} if call.arms else {})
     settings = scale.of(spec.name, changes)
     recipe = call.own_recipe(call.recipe, call.model)
     if call.layers:
         recipe = recipe.with_fields({"layers": parse_layers(call.layers)})
-    if not recipe.layers:
-        raise ConfigError("the recipe names no layers: give --layers or --recipe")
     arms = [
         arm for key in ("arms", "zsre_arms") if key in settings for arm in chosen(settings, key)
     ]
-    recipes = [recipe, *(scale.recipe(recipe, arm) for arm in arms)]
-    for arm in chosen(settings, "arms") if "projections" in settings else ():
-        for way in chosen(settings, "projections"):
-            scale.recipe(recipe, f"{arm}+{way}")
+    ways = chosen(settings, "projections") if "projections" in settings else ()
+    for arm in [*arms, *(f"{arm}+{way}" for arm in arms for way in ways)]:
+        scale.recipe(recipe, arm)
     out = Path(call.out or Path("studies") / spec.name)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: is a file; give a folder")
     source = model_source(call.model)
     bench = Workbench(*call.load(call.model), Path(call.work), name=source)
-    for each in recipes:
-        if each.chat:
-            raise ConfigError("studies ask plain text: give a recipe without chat")
-        resolve_recipe(each, source, bench.model, bench.base.history.base.hash)
-    return Lab(
+    lab = Lab(
         bench,
         recipe,
         scale,
@@ -137,6 +129,8 @@ def _lab(call: Call, spec: StudySpec) -> Lab:
         skip_bad=call.skip_bad,
         progress=None if call.talk.quiet else _Teller(),
     )
+    lab.fit(arms)
+    return lab
 
 
 class _Teller:

@@ -27,7 +27,7 @@ def verify(call: Call) -> None:
     from nulledit.api.editor import Editor
     from nulledit.errors import CheckFailed
     from nulledit.io.text import count
-    from nulledit.report.tables import as_text
+    from nulledit.report.document import Status
     from nulledit.runs.verify import KINDS
     from nulledit.runs.verify import verify as check
 
@@ -38,11 +38,12 @@ def verify(call: Call) -> None:
     call.say(f"Checking the files of {call.run}")
     found = check(call.run, load)
     call.notes((*found.finished, *found.mentioned))
-    rows = [(kind, str(len(found.of(kind))), found.says(kind)) for kind in KINDS]
-    call.show(
-        {"run": call.run, **_plain(found)},
-        lambda: as_text((("", "checked", "result"), [*rows]), left=3, most=100),
-    )
+    rows = []
+    for kind in KINDS:
+        wrong = any(each.problem for each in found.of(kind))
+        tone = "bad" if wrong else "good" if found.of(kind) else ""
+        rows.append((kind, str(len(found.of(kind))), Status(found.says(kind), tone)))
+    call.show({"run": call.run, **_plain(found)}, lambda: [(("", "checked", "result"), rows)])
     if found.problems:
         raise CheckFailed(
             f"{call.run}: {count(len(found.problems), 'problem')}: " + "; ".join(found.problems)

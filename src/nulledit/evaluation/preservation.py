@@ -43,12 +43,17 @@ def preservation_error(
     """
     W = base_weight.double()
     D = edited_weight.to(W) - W
-    moved = torch.stack([(K.to(W) @ D.mT).square().sum() for K in windows])
-    energy = torch.stack([(K.to(W) @ W.mT).square().sum() for K in windows])
+    moved = [(K.to(W) @ D.mT).square().sum() for K in windows]
+    return _ratio(moved, [(K.to(W) @ W.mT).square().sum() for K in windows])
+
+
+def _ratio(by_window: Sequence[Tensor], energies: Sequence[Tensor]) -> tuple[float, float]:
+    """√(Σ moved / Σ energy) over windows, and its standard error."""
+    moved, energy = torch.stack(list(by_window)), torch.stack(list(energies))
     if energy.sum() == 0:
         return math.nan, math.nan
     ratio = moved.sum() / energy.sum()
-    error, n = float(ratio.sqrt()), len(windows)
+    error, n = float(ratio.sqrt()), len(moved)
     if n < 2 or error == 0:
         return error, math.nan if n < 2 else 0.0
     spread = (moved - ratio * energy).square().sum() * n / (n - 1)
@@ -62,6 +67,8 @@ def preservation_report(editor: Editor, token_windows: Sequence[list[int]]) -> l
     the statistics did not see.
     """
     layers = editor.weights.layers or editor.recipe.layers
+    if editor.weights.grown:
+        return [_of_neurons(editor, layer, token_windows) for layer in layers]
     edited = _weights(editor, layers)
     keys: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     with frozen(editor.model), torch.no_grad(), editor.base_weights():
@@ -77,6 +84,24 @@ def preservation_report(editor: Editor, token_windows: Sequence[list[int]]) -> l
         Preservation(layer, *preservation_error(base[layer], edited[layer], keys[layer]), n)
         for layer in layers
     ]
+
+
+def _of_neurons(editor: Editor, layer: int, token_windows: Sequence[list[int]]) -> Preservation:
+    """What a layer's neurons, as stored, add to the output of its MLP on text."""
+    model, form = editor.editable, editor.editable.form(layer)
+    neurons, moved, energy = form.held(), [], []
+    with frozen(editor.model), torch.no_grad(), editor.base_weights():
+        for window in token_windows:
+            batch = model.collate([window])
+            with model.reading_inputs([layer]) as found, model.reading_output(layer) as written:
+                model.run(batch, last=layer)
+            given = found[layer][0].mT.double()  # [d, t]
+            added = given.new_zeros(1)
+            if neurons is not None:
+                added = neurons.columns.double() @ neurons.units(given, form.activation)
+            moved.append(added.square().sum().cpu())
+            energy.append(written[0].double().square().sum().cpu())
+    return Preservation(layer, *_ratio(moved, energy), len(token_windows))
 
 
 def shipped_text() -> str:

@@ -92,6 +92,11 @@ def perplexity_growth(before: Sequence[np.ndarray], after: Sequence[np.ndarray])
     return Growth(100 * grown, 100 * (1 + grown) * error, len(before))
 
 
+def growth_of(before: float, after: float) -> float:
+    """Growth in % from one number to another, such as a perplexity."""
+    return 100 * (after / before - 1)
+
+
 def exponential(value: float) -> float:
     """exp; infinity where it overflows, nan of nan."""
     if value < LARGEST_EXPONENT:
@@ -120,3 +125,42 @@ def jackknife_variance(left_out: Sequence[float]) -> float:
         return 0.0
     mean = statistics.fmean(left_out)
     return (n - 1) / n * sum((value - mean) ** 2 for value in left_out)
+
+
+class Correlation(NamedTuple):
+    """How two rankings agree."""
+
+    rho: float
+    """Spearman's rank correlation, −1 to 1."""
+    p: float
+    """Share of random orders that agree or disagree as much, the found one among them."""
+
+
+def rank_correlation(
+    x: Sequence[float], y: Sequence[float], *, samples: int = 1999, seed: int = 0
+) -> Correlation | None:
+    """Spearman's rank correlation of pairs, ties with their mean rank, and a permutation test.
+
+    None where all of `x` or all of `y` are equal: there is no order to compare.
+    """
+    a, b = _ranks(x), _ranks(y)
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return None
+    rho = float(np.corrcoef(a, b)[0, 1])
+    random = np.random.default_rng(seed)
+    drawn = (float(np.corrcoef(a, random.permutation(b))[0, 1]) for _ in range(samples))
+    extreme = sum(abs(value) >= abs(rho) - 1e-12 for value in drawn)
+    return Correlation(rho, (1 + extreme) / (samples + 1))
+
+
+def _ranks(values: Sequence[float]) -> np.ndarray:
+    """Ranks from 1, ties with their mean."""
+    _, place, count = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+    last = count.cumsum()
+    ranks: np.ndarray = (last - (count - 1) / 2)[place]
+    return ranks
+
+
+def power_of(x: Sequence[float], y: Sequence[float]) -> float:
+    """k of y ~ xᵏ, by least squares in logarithms."""
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from nulledit._version import __version__
 from nulledit.data.facts import Fact
 from nulledit.editing.editor import Editor
 from nulledit.export.updates import Export, LayerExport
-from nulledit.io.text import count, markdown, plain, shorten
+from nulledit.io.text import count, plain, shorten
 from nulledit.models.embedded import EMBEDDED
-from nulledit.report.tables import as_markdown, number
-from nulledit.runs.tables import rates_table
+from nulledit.report import document as doc
+from nulledit.report.markdown import markdown_page
+from nulledit.report.tables import number
+from nulledit.runs.tables import rates_tables
 
 SHOWN = 50  # facts in the table
 LONGEST = 80  # columns of a cell
@@ -31,21 +33,21 @@ STATISTICS = ("corpus", "corpus_hash", "tokens", "dtype", "layers", "settings")
 
 def model_card(editor: Editor, layers: Sequence[LayerExport], *, run: str, summary: Any) -> str:
     """The card of a whole checkpoint. `summary`: the run's `summary.json`, or None."""
-    return _page(
-        _front_matter(editor, "transformers", "finetune"),
-        "# Edited model",
-        _origin(editor),
-        *_facts(editor),
+    parts: list[doc.Part] = [
+        *(_origin(editor), _note(editor), doc.Heading("Edited facts"), _facts(editor)),
         *_method(editor),
-        "## Layers",
-        _layers(layers),
+        *(doc.Heading("Layers"), _layers(layers)),
         *_measures(summary, editor),
-        "## Undo",
-        f"The run's ledger, `{_code(run)}/ledger`, takes back single facts exactly, or all:",
-        f"```sh\nnulledit undo {_code(run)} ID...\nnulledit restore {_code(run)}\n```",
-        "Without the ledger, go back to the base model named above; these weights alone do not "
-        "hold what they were before.",
-    )
+        doc.Heading("Undo"),
+        doc.Text(f"The ledger in {_code(run)}/ledger takes back single facts exactly, or all:"),
+        doc.Code(f"nulledit undo {_code(run)} ID...\nnulledit restore {_code(run)}", "sh"),
+        doc.Text(
+            "Without the ledger, go back to the base model named above; these weights alone do not "
+            "hold what they were before."
+        ),
+    ]
+    front = _front_matter(editor, "transformers", "finetune")
+    return f"{front}\n\n{markdown_page(doc.Document('Edited model', tuple(parts)))}"
 
 
 def adapter_card(editor: Editor, export: Export, *, run: str) -> str:
@@ -56,23 +58,20 @@ def adapter_card(editor: Editor, export: Export, *, run: str) -> str:
         if exact
         else "The update was cut to this rank: the adapter is not the whole of it"
     )
-    cost = _cost(export)
-    return _page(
-        _front_matter(editor, "peft", "adapter"),
-        "# Edited facts as an adapter",
-        _origin(editor),
-        f"Rank {export.rank}, padded with zeros; scaling 1; factors in {export.dtype}. {said}."
-        + (f" {cost}" if cost else ""),
-        "```python\nfrom peft import PeftModel\n\n"
-        "model = PeftModel.from_pretrained(base_model, this_folder)\n```",
-        *_facts(editor),
+    kind = f"Rank {export.rank}, padded with zeros; scaling 1; factors in {export.dtype}. {said}."
+    code = "model = PeftModel.from_pretrained(base_model, this_folder)"
+    parts: list[doc.Part] = [
+        *(_origin(editor), _note(editor), doc.Text(f"{kind} {_cost(export)}".strip())),
+        doc.Code(f"from peft import PeftModel\n\n{code}", "python"),
+        *(doc.Heading("Edited facts"), _facts(editor)),
         *_method(editor),
-        "## Layers",
-        _layers(export.layers),
-        "## Undo",
-        "Unload the adapter. Single facts are taken back in the run and exported again: "
-        f"`nulledit undo {_code(run)} ID...`.",
-    )
+        *(doc.Heading("Layers"), _layers(export.layers)),
+        doc.Heading("Undo"),
+        doc.Text("Unload the adapter. Single facts are taken back in the run and exported again:"),
+        doc.Code(f"nulledit undo {_code(run)} ID...", "sh"),
+    ]
+    front = _front_matter(editor, "peft", "adapter")
+    return f"{front}\n\n{markdown_page(doc.Document('Edited facts as an adapter', tuple(parts)))}"
 
 
 def _front_matter(editor: Editor, library: str, relation: str) -> str:
@@ -100,38 +99,40 @@ def hub_id(name: str) -> str | None:
     return name if _HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
-def _origin(editor: Editor) -> str:
+def _origin(editor: Editor) -> doc.StudyTable:
     base = editor.history.base
     name = plain(Path(base.model).name if Path(base.model).is_dir() else base.model)
-    rows: list[Sequence[str]] = [
-        ["base model", name or "a model in memory"],
-        ["base weights", f"{base.hash} ({base.dtype})"],
-        ["state of the ledger", editor.history.state_id],
-        ["edited facts", str(len(set(_present(editor))))],
-        ["made with", f"nulledit {__version__}"],
+    rows = [
+        ("base model", name or "a model in memory"),
+        ("base weights", f"{base.hash} ({base.dtype})"),
+        ("state of the ledger", editor.history.state_id),
+        ("edited facts", str(len(set(_present(editor))))),
+        ("made with", f"nulledit {__version__}"),
     ]
-    note = ""
-    if base.model in EMBEDDED:
-        note = (
-            f"\n\nThe base is {markdown(base.model)}, a quantised copy of the model on the Hub "
-            "converted back to float32: its weights are near those of the Hub's, not the same."
-        )
-    return as_markdown((["", ""], rows), left=2) + note
+    return doc.StudyTable.of("origin", "", ("", ""), rows)
+
+
+def _note(editor: Editor) -> doc.Text:
+    base = editor.history.base.model
+    return doc.Text(
+        f"The base is {base}, a quantised copy of the model on the Hub converted back to float32: "
+        "its weights are near those of the Hub's, not the same."
+        if base in EMBEDDED
+        else ""
+    )
 
 
 def _present(editor: Editor) -> list[Fact]:
     return list(dict.fromkeys(column.fact for column in editor.history.present))
 
 
-def _facts(editor: Editor) -> list[str]:
+def _facts(editor: Editor) -> doc.StudyTable:
     facts = _present(editor)
-    head = ["id", "prompt", "new answer", "old answer"]
-    shown = [[f.id, f.render(f.prompt), *_answers(f)] for f in facts[:SHOWN]]
-    rows: list[Sequence[str]] = [[shorten(plain(t), LONGEST) for t in row] for row in shown]
-    parts = ["## Edited facts", as_markdown((head, rows), left=len(head))]
-    if len(facts) > SHOWN:
-        parts.append(f"and {len(facts) - SHOWN} more.")
-    return parts
+    head = ("id", "prompt", "new answer", "old answer")
+    shown = [(f.id, f.render(f.prompt), *_answers(f)) for f in facts[:SHOWN]]
+    rows = [[shorten(plain(text), LONGEST) for text in row] for row in shown]
+    more = f"and {len(facts) - SHOWN} more" if len(facts) > SHOWN else ""
+    return doc.StudyTable.of("facts", "", head, rows, more)
 
 
 def _answers(fact: Fact) -> tuple[str, str]:
@@ -139,25 +140,22 @@ def _answers(fact: Fact) -> tuple[str, str]:
     return ("(forgotten)", fact.target) if fact.forget else (fact.target, fact.old_answer or "")
 
 
-def _method(editor: Editor) -> list[str]:
+def _method(editor: Editor) -> Iterator[doc.Part]:
     epochs = editor.history.epochs
-    parts = ["## Method"]
+    if epochs:
+        yield doc.Heading("Method")
     for epoch in epochs:
-        recipe = yaml.safe_dump(epoch.stored, sort_keys=False, allow_unicode=False)
         known = {k: epoch.statistics[k] for k in STATISTICS if k in epoch.statistics}
-        statistics = yaml.safe_dump(_plain(known), sort_keys=False, allow_unicode=False)
-        if len(epochs) > 1:
-            parts.append(f"### Epoch {epoch.id}")
-        parts += [
-            f"Recipe, seed {epoch.seed}:",
-            _fenced(recipe),
-            "Statistics of the preserved keys:",
-            _fenced(statistics),
-        ]
-    return parts if epochs else []
+        which = f"Epoch {epoch.id}: recipe" if len(epochs) > 1 else "Recipe"
+        for title, data in (
+            (f"{which}, seed {epoch.seed}:", epoch.stored),
+            ("Statistics of the preserved keys:", _plain(known)),
+        ):
+            yield doc.Text(title)
+            yield doc.Code(yaml.safe_dump(data, sort_keys=False, allow_unicode=False))
 
 
-def _measures(summary: Any, editor: Editor) -> list[str]:
+def _measures(summary: Any, editor: Editor) -> list[doc.Part]:
     """The last evaluation of the run folder, if it can be read."""
     runs = summary.get("runs") if isinstance(summary, dict) else None
     if not isinstance(runs, list):
@@ -166,30 +164,31 @@ def _measures(summary: Any, editor: Editor) -> list[str]:
     if not told:
         return []
     last = told[-1]
-    try:
-        table = as_markdown(rates_table({"base": last["before"], "edited": last["after"]}))
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return []
     now = summary.get("state") == editor.history.state_id and last is runs[-1]
     when = "of this state" if now else "of an earlier state of the run"
-    facts = count(int(last.get("facts") or 0), "fact")
-    return ["## Measures", f"An evaluation {when}, on the {facts} of one call of `edit`.", table]
+    try:
+        facts = count(int(last.get("facts") or 0), "fact")
+        said = doc.Text(f"An evaluation {when}, on the {facts} of one call of edit.")
+        tables = rates_tables({"base": last["before"], "edited": last["after"]})
+        return [doc.Heading("Measures"), said, *tables]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return []
 
 
-def _layers(layers: Sequence[LayerExport]) -> str:
-    head = ["matrix", "shape", "rank", "‖Δ‖/‖W₀‖", "‖Δ − BA‖/‖Δ‖", "rounding/‖Δ‖"]
-    rows: list[Sequence[str]] = [
-        [
+def _layers(layers: Sequence[LayerExport]) -> doc.StudyTable:
+    head = ("matrix", "shape", "rank", "‖Δ‖/‖W₀‖", "‖Δ − BA‖/‖Δ‖", "rounding/‖Δ‖")
+    rows = [
+        (
             layer.parameter,
             f"{layer.shape[0]} × {layer.shape[1]}",
             f"{layer.rank} of {layer.of}" if layer.of else "",
             number(layer.update_share),
             number(layer.error) if layer.of else "",
             number(layer.rounding_share),
-        ]
+        )
         for layer in layers
     ]
-    return as_markdown((head, rows))
+    return doc.StudyTable.of("layers", "", head, rows)
 
 
 def _cost(export: Export) -> str:
@@ -208,13 +207,6 @@ def _cost(export: Export) -> str:
     )
 
 
-def _fenced(text: str) -> str:
-    """A block of code that nothing in `text` can end."""
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}yaml\n{text}{fence}"
-
-
 def _code(name: str) -> str:
     """A folder's name fit to stand in code."""
     return re.sub(r"[^\w./-]", "_", plain(name))
@@ -226,7 +218,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return value if isinstance(value, int | float | bool | None) else plain(value)
-
-
-def _page(*parts: str) -> str:
-    return "\n\n".join(parts) + "\n"

@@ -1,10 +1,12 @@
-"""How results are written: each file whole or not at all, JSON without nan."""
+"""How results are written: each file whole or not at all, JSON and CSV without nan."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,15 @@ def as_json(value: Any, *, indent: int | None = 2) -> str:
     """
     text = json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
     return _STEERING.sub(lambda found: json.dumps(found.group())[1:-1], text) + "\n"
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]], head: Sequence[str] = ()) -> str:
+    """A line for each row below `head` (left out: the first row's keys); empty for nan and None."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(head or rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([{k: v for k, v in _finite(row).items() if v is not None} for row in rows])
+    return text.getvalue()
 
 
 def _finite(value: Any) -> Any:

@@ -1,15 +1,15 @@
-"""Cells of a study's tables: how numbers are written, and which ones are best."""
+"""Cells of tables: how numbers are written, and which ones are best."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from nulledit.report.colours import is_unedited
-from nulledit.report.document import Cell, Column, StudyTable, Value
-from nulledit.report.tables import ABSENT, Table
+from nulledit.report.document import Cell, Column, Status, StudyTable, Value
 
+ABSENT = "absent"
 BEST, TIE = "best", "tie"
 SIGNS = {BEST: "●", TIE: "○"}
 MEANING = {BEST: "best of its column", TIE: "within one standard error of the best"}
@@ -24,29 +24,55 @@ class Shown:
     error: str = ""
     """`± 0.5`, empty without a standard error."""
     n: str = ""
-    """n, empty where all numbers of the column have the same (`common_n`)."""
+    """n, empty where a note or a column has it."""
     mark: str = ""
     """`best`, `tie` or nothing."""
     numeric: bool = False
     """Whether it stands on the right."""
+    tone: str = ""
+    """Of a status."""
+
+    def __str__(self) -> str:
+        n = f"(n {self.n})" if self.n else ""
+        return " ".join(filter(None, (self.text, self.error, n, SIGNS.get(self.mark, ""))))
 
 
 def shown(table: StudyTable) -> list[list[Shown]]:
-    """The table's cells, row by row."""
+    """The table's cells, row by row; n in a last column where it differs from row to row alone."""
     marks = {column.key: _marks(table, column) for column in table.columns}
+    by_row = _n_of_rows(table)
     hidden = {key for keys in common_n(table).values() for key in keys}
-    return [
-        [_cell(row.get(c.key), c, marks[c.key][i], hide_n=c.key in hidden) for c in table.columns]
-        for i, row in enumerate(table.rows)
-    ]
+    rows = []
+    for i, row in enumerate(table.rows):
+        cells = [_cell(row.get(c.key), c, marks[c.key][i]) for c in table.columns]
+        for j, column in enumerate(table.columns):
+            if by_row or column.key in hidden:
+                cells[j] = replace(cells[j], n="")
+        rows.append([*cells, Shown(by_row[i], numeric=True)] if by_row else cells)
+    return rows
+
+
+def heads(table: StudyTable) -> list[str]:
+    """The columns' heads with their units, and an arrow to the better end."""
+    found = []
+    for column in table.columns:
+        arrow = {"high": "\u00a0↑", "low": "\u00a0↓"}.get(column.better or "", "")
+        unit = f" ({column.unit})" if column.unit and column.unit not in column.title else ""
+        found.append(f"{column.title}{unit}{arrow}")
+    return [*found, "n"] if _n_of_rows(table) else found
+
+
+def at_right(table: StudyTable) -> list[bool]:
+    """Which of the shown columns hold numbers."""
+    rows = shown(table)
+    return [any(row[i].numeric for row in rows) for i in range(len(heads(table)))]
 
 
 def common_n(table: StudyTable) -> dict[int, list[str]]:
     """n -> keys of the columns whose numbers all have it, the n of most columns first."""
     found: dict[int, list[str]] = {}
     for column in table.columns:
-        cells = [row.get(column.key) for row in table.rows]
-        agreed = {cell.n for cell in cells if isinstance(cell, Value) and cell.n}
+        agreed = {n for row in table.rows if (n := _n(row.get(column.key)))}
         if len(agreed) == 1:
             found.setdefault(agreed.pop(), []).append(column.key)
     return dict(sorted(found.items(), key=lambda item: -len(item[1])))
@@ -58,9 +84,10 @@ def notes(table: StudyTable) -> list[str]:
     said = []
     if any(cell.error for cell in cells):
         said.append("± is one standard error")
-    titles = {column.key: column.title for column in table.columns}
-    for i, (n, keys) in enumerate(common_n(table).items()):
-        said.append(f"n = {n}" + (f" in {', '.join(titles[key] for key in keys)}" if i else ""))
+    if not _n_of_rows(table):
+        titles = {column.key: column.title for column in table.columns}
+        for i, (n, keys) in enumerate(common_n(table).items()):
+            said.append(f"n = {n}" + (f" in {', '.join(titles[key] for key in keys)}" if i else ""))
     marks = [mark for mark in MEANING if any(cell.mark == mark for cell in cells)]
     if marks:
         apart = any(is_unedited(_name(table, row)) for row in table.rows)
@@ -69,27 +96,23 @@ def notes(table: StudyTable) -> list[str]:
     return said
 
 
-def head(column: Column) -> str:
-    """The column's head with its unit, and an arrow to the better end."""
-    arrow = {"high": "\u00a0↑", "low": "\u00a0↓"}.get(column.better or "", "")
-    unit = f" ({column.unit})" if column.unit and column.unit not in column.title else ""
-    return f"{column.title}{unit}{arrow}"
+def caption(table: StudyTable) -> str:
+    """The table's caption with its notes."""
+    said = ". ".join(filter(None, (table.caption.rstrip(". "), *notes(table))))
+    return f"{said}." if said else ""
 
 
-def study_table(table: StudyTable) -> Table:
-    """The table as text cells, for a terminal or Markdown."""
-    rows: list[Sequence[str]] = [
-        [
-            " ".join(
-                part
-                for part in (c.text, c.error, c.n and f"(n {c.n})", SIGNS.get(c.mark, ""))
-                if part
-            )
-            for c in row
-        ]
-        for row in shown(table)
-    ]
-    return [head(column) for column in table.columns], rows
+def _n(cell: Cell) -> int | None:
+    return cell.n if isinstance(cell, Value) else None
+
+
+def _n_of_rows(table: StudyTable) -> list[str]:
+    """n of each row, where each has one and a column has several; else nothing."""
+    columns = [{n for row in table.rows if (n := _n(row.get(c.key)))} for c in table.columns]
+    rows = [{n for cell in row.values() if (n := _n(cell))} for row in table.rows]
+    if all(len(found) <= 1 for found in columns) or any(len(found) > 1 for found in rows):
+        return []
+    return ["".join(map(str, found)) for found in rows]
 
 
 def _marks(table: StudyTable, column: Column) -> list[str]:
@@ -116,16 +139,14 @@ def _marks(table: StudyTable, column: Column) -> list[str]:
     return marks
 
 
-def _cell(value: Cell, column: Column, mark: str, *, hide_n: bool) -> Shown:
+def _cell(value: Cell, column: Column, mark: str) -> Shown:
     if isinstance(value, str):
-        return Shown(value)
+        return Shown(value, tone=value.tone if isinstance(value, Status) else "")
     number, error = _numbers(value)
     if number is None:
-        missing = isinstance(value, Value)
-        return Shown("not finite" if missing else ABSENT, numeric=True)
-    n = str(value.n) if isinstance(value, Value) and value.n and not hide_n else ""
+        return Shown("not finite" if isinstance(value, Value) else ABSENT, numeric=True)
     said = "" if error is None else f"± {_write(error, column)}"
-    return Shown(_write(number, column), said, n, mark, numeric=True)
+    return Shown(_write(number, column), said, str(_n(value) or ""), mark, numeric=True)
 
 
 def _numbers(value: Cell) -> tuple[float | None, float | None]:

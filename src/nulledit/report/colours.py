@@ -31,28 +31,29 @@ class Style:
 
 
 FIXED = {
-    "after": Style("#0b5fa5", "o"),
-    "edited": Style("#0b5fa5", "o"),
-    "before": Style("#b4b4b4", "s"),
-    "alphaedit": Style(BLUE, "o"),
-    "memit": Style(ORANGE, "s"),
-    "memithistory": Style(VERMILLION, "D"),
-    "memitseq": Style(VERMILLION, "D"),
-    "softnullspace": Style(GREEN, "^"),
-    "soft": Style(GREEN, "^"),
-    "rome": Style(BROWN, "v"),
-    "emmet": Style(OLIVE, "P"),
-    "betaedit": Style(SKY, "X"),
-    "encore": Style(TEAL, "<"),
-    "evoedit": Style(INK, ">"),
-    "rlsedit": Style(ROSE, "p"),
-    "rect": Style(PURPLE, "D"),
-    "prune": Style(PLUM, "s"),
-    "ft": Style("#5f4bb6", "v"),
-    "finetune": Style("#5f4bb6", "v"),
-    "lora": Style("#a6611a", "^"),
-    "incontext": Style("#4d6b2f", "P"),
+    name: Style(colour, marker)
+    for colour, marker, *names in (
+        ("#0b5fa5", "o", "after", "edited"),
+        ("#b4b4b4", "s", "before"),
+        (BLUE, "o", "alphaedit"),
+        (ORANGE, "s", "memit"),
+        (VERMILLION, "D", "memithistory", "memitseq"),
+        (GREEN, "^", "softnullspace", "soft"),
+        (BROWN, "v", "rome"),
+        (OLIVE, "P", "emmet"),
+        (SKY, "X", "betaedit"),
+        (TEAL, "<", "encore"),
+        (INK, ">", "evoedit"),
+        (ROSE, "p", "rlsedit"),
+        (PURPLE, "D", "rect"),
+        (PLUM, "s", "prune"),
+        ("#5f4bb6", "v", "ft", "finetune"),
+        ("#a6611a", "^", "lora"),
+        ("#4d6b2f", "P", "incontext"),
+    )
+    for name in names
 }
+"""By plain name."""
 _UNEDITED = {"unedited", "uneditedmodel", "base", "basemodel", "noedit", "before"}
 
 

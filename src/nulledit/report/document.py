@@ -1,14 +1,14 @@
-"""What a page shows: tables, figures and examples, and the study that holds them."""
+"""What is shown: tables, figures, examples and text, in a study that is kept or a document."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nulledit._version import __version__
-from nulledit.report.points import Point
+from nulledit.report.points import Point, Stored
 
 FORMAT = 1
 
@@ -20,7 +20,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
-class Value:
+class Value(Stored):
     """A measured number of a table, in its column's unit."""
 
     mean: float | None
@@ -46,7 +46,7 @@ Cell = str | int | float | Value | None
 
 
 @dataclass(frozen=True)
-class Column:
+class Column(Stored):
     """One column of a table."""
 
     key: str
@@ -62,10 +62,11 @@ class Column:
 
     def __post_init__(self) -> None:
         _one_of("better", self.better, ("high", "low", None))
+        _one_of("digits", self.digits, range(21))
 
 
 @dataclass(frozen=True)
-class StudyTable:
+class StudyTable(Stored):
     """One table. The first column names the rows; what the data can't give is None or left out."""
 
     name: str
@@ -88,9 +89,23 @@ class StudyTable:
             if unknown := set(row) - set(keys):
                 raise ValueError(f"table {self.name}: a row has {sorted(unknown)}, not in {keys}")
 
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        title: str,
+        head: Sequence[str],
+        rows: Iterable[Sequence[Cell]],
+        said: str = "",
+    ) -> StudyTable:
+        """A table from its head and rows; `said`: its caption."""
+        columns = tuple(Column(str(i), text) for i, text in enumerate(head))
+        told = tuple({str(i): cell for i, cell in enumerate(row)} for row in rows)
+        return cls(name, title, said, columns, told)
+
 
 @dataclass(frozen=True)
-class FigureSpec:
+class FigureSpec(Stored):
     """What a figure shows; its points are tidy rows, kept as CSV."""
 
     name: str
@@ -126,7 +141,7 @@ class FigureSpec:
 
 
 @dataclass(frozen=True)
-class Example:
+class Example(Stored):
     """What the model says by itself, before and after."""
 
     arm: str
@@ -144,7 +159,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Study:
+class Study(Stored):
     """A comparison: its question, its numbers, and what they can and cannot say."""
 
     name: str
@@ -200,3 +215,105 @@ def check_name(name: str) -> None:
 def _one_of(what: str, found: Any, known: Sequence[Any]) -> None:
     if found not in known:
         raise ValueError(f"{what} {found!r}: expected one of {', '.join(map(str, known))}")
+
+
+class Status(str):
+    """A word in a cell that says how something went."""
+
+    tone: str
+    """`good`, `weak` or `bad`: what it is coloured by."""
+
+    def __new__(cls, text: str, tone: str = "") -> Status:
+        """`text` in a tone."""
+        made = super().__new__(cls, text)
+        made.tone = tone
+        return made
+
+
+@dataclass(frozen=True)
+class Heading:
+    """What the parts after it are of."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph."""
+
+    text: str
+    tone: str = ""
+    """`strong`, `question` or `quiet`."""
+
+
+@dataclass(frozen=True)
+class Items:
+    """Short texts, or names and what is said of them, below each other."""
+
+    items: tuple[str | tuple[str, str], ...]
+    title: str = ""
+    tone: str = ""
+    """`note` for what must be seen, `limits` for what numbers show and can't."""
+    most: int | None = None
+    """Shown of them."""
+    more: str = ""
+    """Where the others are."""
+
+    def shown(self) -> list[tuple[str, str]]:
+        """Names (or nothing) and texts, and how many are left out."""
+        pairs = [item if isinstance(item, tuple) else ("", item) for item in self.items]
+        left = len(pairs) - (self.most or len(pairs))
+        if left > 0:
+            pairs = [*pairs[: self.most], ("", f"and {left} more{self.more and f', {self.more}'}")]
+        return pairs
+
+
+@dataclass(frozen=True)
+class Code:
+    """Lines to copy."""
+
+    text: str
+    language: str = "yaml"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image that lies beside the page."""
+
+    file: str
+    text: str
+    """What it shows."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Generated texts before and after."""
+
+    title: str
+    items: tuple[Example, ...]
+
+
+@dataclass(frozen=True)
+class Details:
+    """Names and values of one or more runs; folded, and only where nothing else holds them."""
+
+    title: str
+    items: tuple[Mapping[str, str], ...]
+
+
+Part = Heading | Text | Items | Code | Picture | Examples | Details | StudyTable | FigureSpec
+
+
+@dataclass(frozen=True)
+class Document:
+    """What a terminal, a page of Markdown and one of HTML show alike."""
+
+    title: str
+    parts: tuple[Part, ...]
+    """In their order; those without content are left out."""
+
+    def __post_init__(self) -> None:
+        full = tuple(
+            p for p in self.parts if getattr(p, "text", True) and getattr(p, "items", True)
+        )
+        object.__setattr__(self, "parts", full)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nulledit.report import marks
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from nulledit.report.document import FigureSpec
     from nulledit.report.points import Point
 
-WIDTHS = {"wide": 8.6, "narrow": 3.9}  # inches: for a page or a screen, and for a telephone
+WIDTH = 8.6  # inches
 INSIDE = 4  # more series than these have their legend beside the panels
 LOOK: dict[Any, Any] = {
     "font.size": 9,
@@ -40,62 +39,54 @@ LOOK: dict[Any, Any] = {
 }
 
 
-def figure_of(spec: FigureSpec, rows: Sequence[Point], *, width: str = "wide") -> Figure:
-    """The figure of a spec: `lines`, `bars`, `scatter` or `intervals`; `narrow` for small screens.
+def figure_of(spec: FigureSpec, rows: Sequence[Point]) -> Figure:
+    """The figure of a spec: `lines`, `bars`, `scatter` or `intervals`, panels beside each other.
 
-    Panels stand beside each other where it is wide, else below. Error bars are standard errors,
-    intervals 95 %. The unedited model is grey.
+    Error bars are standard errors, intervals 95 %. The unedited model is grey.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     panels = list(dict.fromkeys(row.panel for row in rows)) or [""]
     look = styles(row.series for row in rows)
-    lying = spec.kind == "bars" and width == "narrow" and marks.crowded(rows)
-    columns = _columns(len(panels), width)
+    columns = {1: 1, 2: 2, 4: 2}.get(len(panels), 3)
     lines = math.ceil(len(panels) / columns)
-    legend = _Legend.of([name for name in look if name], width)
-    height = lines * _height(spec, rows, width, lying=lying) + legend.height
-    shared = _shares_y(spec, rows, lying=lying)
     with rc_context(LOOK):
-        figure = Figure(figsize=(WIDTHS[width], height), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 0.2 + lines * _height(spec, rows)), layout="constrained")
         grid = figure.subplots(
-            lines, columns, squeeze=False, sharey=shared, sharex=spec.kind == "scatter"
+            *(lines, columns),
+            squeeze=False,
+            sharey=_shares_y(spec, rows),
+            sharex=spec.kind == "scatter",
         )
         for i, axes in enumerate(grid.flat):
             if i >= len(panels):
                 axes.set_visible(False)
                 continue
-            mine = [row for row in rows if row.panel == panels[i]]
-            _panel(axes, spec, mine, look, lying=lying)
-            if panels[i]:
-                axes.set_title(marks.literal(panels[i]))
-            _labels(axes, spec, width, first=i % columns == 0, lying=lying)
-        legend.draw(figure, grid)
+            _panel(axes, spec, [row for row in rows if row.panel == panels[i]], look)
+            axes.set_title(marks.literal(panels[i]))
+            _labels(axes, spec, first=i % columns == 0)
+        _legend(figure, grid, look)
     return figure
 
 
-def _panel(
-    axes: Axes, spec: FigureSpec, rows: Sequence[Point], look: Mapping[str, Style], *, lying: bool
-) -> None:
+def _panel(axes: Axes, spec: FigureSpec, rows: Sequence[Point], look: Mapping[str, Style]) -> None:
     if not any(row.y is not None for row in rows):
         axes.text(0.5, 0.5, "no data", ha="center", transform=axes.transAxes)
         return
     far = marks.far_references(rows) if spec.kind == "lines" and "y" not in spec.log else []
     near = [row for row in rows if row not in far]
-    marks.DRAW[spec.kind](axes, near, look, lying)
+    marks.DRAW[spec.kind](axes, near, look)
     if far:
         marks.beyond(axes, far, near)
 
 
-def _labels(axes: Axes, spec: FigureSpec, width: str, *, first: bool, lying: bool) -> None:
-    across = lying or spec.kind == "intervals"  # the quantity runs along x
-    x, y = (_wrapped(spec.label(axis), width) for axis in ("x", "y"))
-    if spec.kind == "intervals":
-        x = ""  # the names say themselves what they are
+def _labels(axes: Axes, spec: FigureSpec, *, first: bool) -> None:
+    across = spec.kind == "intervals"  # the quantity runs along x, and the names say what they are
+    x, y = (_lines(spec.label(axis), 60) for axis in ("x", "y"))
     axes.set_xlabel(y if across else x)
-    if first:
-        axes.set_ylabel(x if across else y)
+    if first and not across:
+        axes.set_ylabel(y)
     for axis in spec.log:
         along_x = (axis == "x") != across
         (axes.set_xscale if along_x else axes.set_yscale)("log", nonpositive="clip")
@@ -103,72 +94,38 @@ def _labels(axes: Axes, spec: FigureSpec, width: str, *, first: bool, lying: boo
     axes.grid(True, axis=grid, color="#e6e6e6", linewidth=0.8)
 
 
-def _wrapped(label: str, width: str) -> str:
-    return "\n".join(textwrap.wrap(marks.literal(label), 36 if width == "narrow" else 60))
+def _lines(text: str, width: int) -> str:
+    return "\n".join(textwrap.wrap(marks.literal(text), width))
 
 
-@dataclass(frozen=True)
-class _Legend:
-    """One for all panels: beside them (wide) or below (narrow) if there are many series."""
-
-    labels: Mapping[str, str]
-    """Series to its name in short lines; none, no legend."""
-    columns: int
-    """Names beside each other."""
-    place: Any
-    """Matplotlib's name of it."""
-    height: float
-    """Inches that it takes above or below the panels."""
-
-    @classmethod
-    def of(cls, series: Sequence[str], width: str) -> _Legend:
-        labels = {name: "\n".join(textwrap.wrap(marks.literal(name), 26)) for name in series}
-        text = [line for label in labels.values() for line in label.split("\n")]
-        longest = max(map(len, text), default=1)
-        fit = int(WIDTHS[width] * 14 // (longest + 5))  # characters of the legend's size, roughly
-        columns = max(1, min(len(series), fit))
-        if len(series) > INSIDE and width == "wide":
-            return cls(labels, 1, "outside right upper", 0.0)
-        place = "outside upper left" if len(series) <= INSIDE else "outside lower left"
-        return cls(labels, columns, place, 0.19 * math.ceil(len(text) / columns))
-
-    def draw(self, figure: Figure, grid: Any) -> None:
-        """Put it there, in the order of the series."""
-        found: dict[str, Any] = {}
-        for axes in grid.flat:
-            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-                found.setdefault(label, handle)
-        shown = [name for name in self.labels if marks.literal(name) in found]
-        if shown:
-            figure.legend(
-                [found[marks.literal(name)] for name in shown],
-                [self.labels[name] for name in shown],
-                loc=self.place,
-                ncols=self.columns,
-                frameon=False,
-            )
+def _legend(figure: Figure, grid: Any, look: Mapping[str, Style]) -> None:
+    """One for all panels, in the order of the series: above, or beside where there are many."""
+    found: dict[str, Any] = {}
+    for axes in grid.flat:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    shown = [name for name in look if name and marks.literal(name) in found]
+    if shown:
+        beside = len(shown) > INSIDE
+        figure.legend(
+            [found[marks.literal(name)] for name in shown],
+            [_lines(name, 26) for name in shown],
+            loc="outside right upper" if beside else "outside upper left",
+            ncols=1 if beside else len(shown),
+            frameon=False,
+        )
 
 
-def _columns(panels: int, width: str) -> int:
-    if width == "narrow":
-        return 1
-    return {1: 1, 2: 2, 3: 3, 4: 2}.get(panels, 3)
-
-
-def _height(spec: FigureSpec, rows: Sequence[Point], width: str, *, lying: bool) -> float:
+def _height(spec: FigureSpec, rows: Sequence[Point]) -> float:
     """Inches for one row of panels."""
-    names = len({row.x for row in rows})
-    series = len({row.series for row in rows})
-    if spec.kind == "intervals":
-        return 0.8 + names * (0.18 + 0.16 * series)
-    if lying:
-        return 0.7 + names * (0.12 + 0.13 * series)
-    return 3.0 if width == "wide" else 2.5
+    if spec.kind != "intervals":
+        return 3.0
+    return 0.8 + len({row.x for row in rows}) * (0.18 + 0.16 * len({row.series for row in rows}))
 
 
-def _shares_y(spec: FigureSpec, rows: Sequence[Point], *, lying: bool) -> bool:
+def _shares_y(spec: FigureSpec, rows: Sequence[Point]) -> bool:
     """Panels of one scale are compared by height, unless this flattens one of them."""
-    if spec.kind in ("scatter", "intervals") or lying:
+    if spec.kind in ("scatter", "intervals"):
         return True
     ranges = []
     for panel in {row.panel for row in rows}:

@@ -8,8 +8,10 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from nulledit.io.text import plain
-from nulledit.report.colours import Style, is_unedited, plain_name
+from nulledit.report.colours import GREY, Style, is_unedited, plain_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,9 +23,8 @@ FEW = 14  # bars that have room for their number
 NORMAL = 1.959964  # 97.5 % point
 
 
-def lines(axes: Axes, rows: Sequence[Point], look: Look, lying: bool = False) -> None:
+def lines(axes: Axes, rows: Sequence[Point], look: Look) -> None:
     """A line with error bars per series; the unedited model as a grey line with a band."""
-    del lying
     places, names = positions(rows)
     span = max(places.values(), default=0) - min(places.values(), default=0)
     shown = [name for name in look if not _reference(name)]
@@ -49,41 +50,43 @@ def lines(axes: Axes, rows: Sequence[Point], look: Look, lying: bool = False) ->
     _ticks(axes, places, names)
 
 
-def bars(axes: Axes, rows: Sequence[Point], look: Look, lying: bool = False) -> None:
-    """Grouped bars, upright or lying; the unedited model as a grey line through each group."""
+def bars(axes: Axes, rows: Sequence[Point], look: Look) -> None:
+    """Grouped bars; the unedited model as a grey line through each group."""
     categories = list(dict.fromkeys(row.x for row in rows))
     shown = [name for name in look if not _reference(name)]
     thick = 0.8 / max(1, len(shown))
-    draw = axes.barh if lying else axes.bar
     many = len(categories) * len(shown) > FEW
     for name, style in look.items():
         mine = [row for row in rows if row.series == name and row.y is not None]
-        middle = [categories.index(row.x) for row in mine]
-        heights = [_number(row.y) for row in mine]
+        middle = np.array([categories.index(row.x) for row in mine])
+        heights = np.array([_number(row.y) for row in mine])
+        errors = np.array([row.error or 0.0 for row in mine])
         if _reference(name):
-            _through(axes, middle, mine, literal(name), lying)
+            ends, label = (middle - 0.45, middle + 0.45), literal(name)
+            axes.hlines(heights, *ends, color="#6e6e6e", linewidth=1.6, label=label, zorder=4)
+            band: dict[str, Any] = {"color": GREY, "alpha": 0.3, "linewidth": 0, "zorder": 0}
+            axes.bar(middle, 2 * errors, 0.9, heights - errors, **band)
             continue
-        at = [m + (shown.index(name) - (len(shown) - 1) / 2) * thick for m in middle]
-        draw(at, heights, 0.92 * thick, color=style.colour, label=literal(name))
-        ends = [row.error or 0.0 for row in mine]
-        if any(ends):
-            where = (heights, at) if lying else (at, heights)
-            along: dict[str, Any] = {"xerr" if lying else "yerr": ends}
-            cap = 1.5 if many else 2.5
-            axes.errorbar(*where, **along, fmt="none", ecolor="black", elinewidth=0.8, capsize=cap)
+        drawn = axes.bar(
+            middle + (shown.index(name) - (len(shown) - 1) / 2) * thick,
+            *(heights, 0.92 * thick),
+            yerr=errors if errors.any() else None,
+            color=style.colour,
+            label=literal(name),
+            error_kw={"elinewidth": 0.8, "capsize": 1.5 if many else 2.5},
+        )
         if not many:
-            axes.margins(
-                x=0.12 if lying else None, y=None if lying else 0.12
-            )  # room for the numbers
-            _heights(axes, at, heights, ends, lying)
-    _categories(axes, categories, lying=lying)
+            axes.margins(y=0.12)  # room for the numbers
+            axes.bar_label(drawn, fmt=_short, padding=3, fontsize=8)
+    axes.set_xticks(range(len(categories)), [category(name) for name in categories])
+    axes.set_xlim(-0.6, len(categories) - 0.4)
+    axes.tick_params(axis="x", length=0)
     if any((row.y or 0) < 0 for row in rows):
-        (axes.axvline if lying else axes.axhline)(0, color="#555555", linewidth=0.8)
+        axes.axhline(0, color="#555555", linewidth=0.8)
 
 
-def scatter(axes: Axes, rows: Sequence[Point], look: Look, lying: bool = False) -> None:
+def scatter(axes: Axes, rows: Sequence[Point], look: Look) -> None:
     """A cloud of points per series, the first series lowest."""
-    del lying
     size = 22 if len(rows) < 200 else 10
     for name, style in look.items():
         mine = [row for row in rows if row.series == name]
@@ -99,57 +102,41 @@ def scatter(axes: Axes, rows: Sequence[Point], look: Look, lying: bool = False) 
         )
 
 
-def intervals(axes: Axes, rows: Sequence[Point], look: Look, lying: bool = False) -> None:
-    """Differences with 95 % intervals and a line at zero; hollow where the interval reaches it."""
-    del lying
+def intervals(axes: Axes, rows: Sequence[Point], look: Look) -> None:
+    """Differences with 95 % intervals and a line at zero; hollow where the interval reaches it.
+
+    An interval is as given, else normal from the standard error, else the point alone.
+    """
     names = list(dict.fromkeys(row.x for row in rows))
     step = 0.7 / max(1, len(look))
     axes.axvline(0, color="#555555", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     for i, (name, style) in enumerate(look.items()):
         shift = (i - (len(look) - 1) / 2) * step
-        label: str | None = literal(name)
-        for row in rows:
-            if row.series != name or row.y is None:
-                continue
-            low, high = interval(row)
-            at = names.index(row.x) + shift
+        for j, row in enumerate(row for row in rows if row.series == name and row.y is not None):
+            y, half = _number(row.y), NORMAL * (row.error or 0.0)
+            low = y - half if row.low is None else row.low
+            high = y + half if row.high is None else row.high
             axes.errorbar(
-                row.y,
-                at,
-                xerr=[[max(0.0, row.y - low)], [max(0.0, high - row.y)]],
+                *(y, names.index(row.x) + shift),
+                xerr=[[max(0.0, y - low)], [max(0.0, high - y)]],
                 color=style.colour,
                 marker=style.marker,
                 markersize=5.5,
                 markerfacecolor="white" if low <= 0 <= high else style.colour,
-                label=label,
+                label=None if j else literal(name),
                 zorder=3,
             )
-            label = None
-    _categories(axes, names, lying=True)
+    axes.set_yticks(range(len(names)), [category(name) for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)  # the first on top
+    axes.tick_params(axis="y", length=0)
 
 
-DRAW: dict[str, Callable[[Axes, Sequence[Point], Look, bool], None]] = {
+DRAW: dict[str, Callable[[Axes, Sequence[Point], Look], None]] = {
     "lines": lines,
     "bars": bars,
     "scatter": scatter,
     "intervals": intervals,
 }
-
-
-def interval(row: Point) -> tuple[float, float]:
-    """The 95 % interval: as given, else normal from the standard error, else the point alone."""
-    y = _number(row.y)
-    half = NORMAL * (row.error or 0.0)
-    return (
-        y - half if row.low is None else row.low,
-        y + half if row.high is None else row.high,
-    )
-
-
-def crowded(rows: Sequence[Point]) -> bool:
-    """Whether a panel's bars are too many, or their names too long, to stand on a telephone."""
-    bars_here = len({row.x for row in rows}) * len({row.series for row in rows})
-    return bars_here > FEW or sum(len(str(x)) for x in {row.x for row in rows}) > 36
 
 
 def positions(rows: Sequence[Point]) -> tuple[dict[float | str, float], list[str] | None]:
@@ -196,7 +183,7 @@ def beyond(axes: Axes, far: Sequence[Point], rows: Sequence[Point]) -> None:
     """Say where the unedited model lies that has no place in the panel."""
     values = [_number(row.y) for row in far]
     below = max(values) < min(y for row in rows if math.isfinite(y := _number(row.y)))
-    ends = list(dict.fromkeys(f"{v:.3g}".replace("-", "−") for v in (min(values), max(values))))
+    ends = list(dict.fromkeys(map(_short, (min(values), max(values)))))
     axes.text(
         *(0.03, 0.03 if below else 0.97),
         f"{literal(far[0].series)}: {' to '.join(ends)} {'↓' if below else '↑'}",
@@ -218,66 +205,17 @@ def _evenly(rows: Sequence[Point]) -> bool:
 def _band(
     axes: Axes, rows: Sequence[Point], places: Mapping[float | str, float], name: str
 ) -> None:
-    colour = "#8c8c8c"
-    heights = [_number(row.y) for row in rows]
-    low = [y - (row.error or 0) for y, row in zip(heights, rows, strict=True)]
-    high = [y + (row.error or 0) for y, row in zip(heights, rows, strict=True)]
+    y = np.array([_number(row.y) for row in rows])
+    errors = np.array([row.error or 0.0 for row in rows])
+    line: dict[str, Any] = {"color": GREY, "label": name, "zorder": 1}
+    band: dict[str, Any] = {"color": GREY, "alpha": 0.25, "linewidth": 0, "zorder": 0}
     if len(rows) == 1:
-        axes.axhline(heights[0], color=colour, label=name, zorder=1)
-        axes.axhspan(low[0], high[0], color=colour, alpha=0.25, linewidth=0, zorder=0)
+        axes.axhline(y[0], **line)
+        axes.axhspan(y[0] - errors[0], y[0] + errors[0], **band)
         return
     x = [places[row.x] for row in rows]
-    axes.plot(x, heights, color=colour, label=name, zorder=1)
-    axes.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0, zorder=0)
-
-
-def _through(
-    axes: Axes, middle: Sequence[int], rows: Sequence[Point], name: str, lying: bool
-) -> None:
-    label: str | None = name
-    for m, row in zip(middle, rows, strict=True):
-        y, error = _number(row.y), row.error or 0.0
-        ends = [m - 0.45, m + 0.45]
-        axes.plot(
-            *([[y, y], ends] if lying else [ends, [y, y]]),
-            color="#6e6e6e",
-            linewidth=1.6,
-            label=label,
-            zorder=4,
-        )
-        fill = axes.fill_betweenx if lying else axes.fill_between
-        fill(ends, y - error, y + error, color="#8c8c8c", alpha=0.3, linewidth=0, zorder=0)
-        label = None
-
-
-def _heights(
-    axes: Axes, at: Sequence[float], heights: Sequence[float], ends: Sequence[float], lying: bool
-) -> None:
-    """Each bar's number behind its error bar."""
-    for x, height, end in zip(at, heights, ends, strict=True):
-        top = height + math.copysign(end, height)
-        up = 3 if height >= 0 else -3
-        axes.annotate(
-            f"{height:.3g}".replace("-", "−"),
-            (top, x) if lying else (x, top),
-            xytext=(up, 0) if lying else (0, up),
-            textcoords="offset points",
-            ha=("left" if up > 0 else "right") if lying else "center",
-            va="center" if lying else ("bottom" if up > 0 else "top"),
-            fontsize=8,
-        )
-
-
-def _categories(axes: Axes, names: Sequence[float | str], *, lying: bool) -> None:
-    shown = [category(name) for name in names]
-    if lying:
-        axes.set_yticks(range(len(names)), shown)
-        axes.set_ylim(len(names) - 0.5, -0.5)  # the first on top
-        axes.tick_params(axis="y", length=0)
-        return
-    axes.set_xticks(range(len(names)), shown)
-    axes.set_xlim(-0.6, len(names) - 0.4)
-    axes.tick_params(axis="x", length=0)
+    axes.plot(x, y, **line)
+    axes.fill_between(x, y - errors, y + errors, **band)
 
 
 def _ticks(axes: Axes, places: Mapping[float | str, float], names: list[str] | None) -> None:
@@ -289,6 +227,10 @@ def _ticks(axes: Axes, places: Mapping[float | str, float], names: list[str] | N
         gaps = [b - a for a, b in itertools.pairwise(at)]
         if min(gaps) > 0.1 * (at[-1] - at[0]):
             axes.set_xticks(at, [f"{x:,.10g}".replace(",", "\u2009") for x in at])
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}".replace("-", "−")
 
 
 def _number(value: float | str | None) -> float:

@@ -7,14 +7,22 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
+
+from nulledit.io.jsonfiles import as_csv
 
 COLUMNS = ("x", "y", "error", "n", "series", "panel", "low", "high")
 """Of the CSV; the last two only where a point has them."""
 
 
+class Stored:
+    """What pydantic reads back from a folder: no other fields, and numbers that are finite."""
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "allow_inf_nan": False}
+
+
 @dataclass(frozen=True)
-class Point:
+class Point(Stored):
     """One point, bar or interval of a figure."""
 
     x: float | str
@@ -39,44 +47,29 @@ def points_csv(points: Sequence[Point]) -> str:
     """Points as CSV with a head; `low` and `high` only where a point has them."""
     wide = any(p.low is not None or p.high is not None for p in points)
     names = COLUMNS if wide else COLUMNS[:6]
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(names)
-    rows.writerows([_csv(getattr(p, name)) for name in names] for p in points)
-    return text.getvalue()
+    return as_csv([{name: getattr(p, name) for name in names} for p in points], names)
 
 
 def read_points(text: str) -> tuple[Point, ...]:
     """Points from CSV. x is a number where every x is one. ValueError if it is another table."""
+    from pydantic import TypeAdapter
+
     try:
-        rows = list(csv.DictReader(io.StringIO(text)))
+        reader = csv.DictReader(io.StringIO(text))
+        rows = list(reader)
     except csv.Error as error:
         raise ValueError(f"a figure's CSV is broken: {error}") from None
-    head = text.split("\n", 1)[0].strip().split(",")
-    if missing := set(COLUMNS[:6]) - set(head):
+    if missing := set(COLUMNS[:6]) - set(reader.fieldnames or ()):
         raise ValueError(f"a figure's CSV lacks {', '.join(sorted(missing))}")
     if any(row[name] is None for row in rows for name in COLUMNS[:6]):
         raise ValueError("a figure's CSV has a row that is too short")
     numeric = all(_is_number(row["x"]) for row in rows)
-    return tuple(
-        Point(
-            x=float(row["x"]) if numeric else row["x"],
-            y=_number(row["y"]),
-            error=_number(row["error"]),
-            n=int(row["n"]) if row["n"] else None,
-            series=row["series"],
-            panel=row["panel"],
-            low=_number(row.get("low")),
-            high=_number(row.get("high")),
-        )
+    given = [
+        {"x": float(row["x"]) if numeric else row["x"], "y": None}
+        | {name: row[name] for name in COLUMNS[1:] if row.get(name)}
         for row in rows
-    )
-
-
-def _csv(value: Any) -> str:
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return ""
-    return repr(float(value)) if isinstance(value, float) else str(value)
+    ]
+    return TypeAdapter(tuple[Point, ...]).validate_python(given)
 
 
 def _is_number(text: str) -> bool:
@@ -84,9 +77,3 @@ def _is_number(text: str) -> bool:
         return math.isfinite(float(text))
     except ValueError:
         return False
-
-
-def _number(text: str | None) -> float | None:
-    if text and not _is_number(text):
-        raise ValueError(f"{text[:60]!r} is no finite number")
-    return float(text) if text else None

@@ -7,34 +7,56 @@ STUDY/figures/NAME.png, NAME.svg, STUDY/study.md    drawn from these
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 from nulledit._version import __version__
 from nulledit.errors import ReportError
 from nulledit.io.jsonfiles import as_json, write
-from nulledit.io.shapes import misfit
+from nulledit.io.shapes import is_shallow
 from nulledit.io.untrusted import MAX_DOCUMENT, check_values, one_line, parse_json, read_text
+from nulledit.report.captions import chosen_examples, flat, sentence
 from nulledit.report.document import (
     FORMAT,
-    Column,
-    Example,
-    FigureSpec,
+    Details,
+    Document,
+    Items,
+    Part,
     Study,
-    StudyTable,
-    Value,
-    check_name,
+    Text,
 )
-from nulledit.report.points import points_csv, read_points
-from nulledit.report.schema import STUDY
+from nulledit.report.markdown import markdown_page
+from nulledit.report.points import Point, points_csv, read_points
+
+
+def study_document(study: Study, about: str | None = None, source: str = "") -> Document:
+    """A study as it is shown; `about`: what was run, if said otherwise; `source`: where it lies."""
+    claims = {"It shows": study.shows, "It cannot show": study.cannot_show}
+    parts: list[Part] = [
+        Text(study.question, "question"),
+        Text(sentence(study) if about is None else about, "quiet"),
+        Items(study.notices, tone="note", most=25, more="in study.json"),
+        Items(tuple((name, said) for name, said in claims.items() if said), tone="limits"),
+        *study.tables,
+        *study.figures,
+        *chosen_examples(study.examples),
+    ]
+    return Document(study.title, (*parts, *settings_of(study, source)))
+
+
+def settings_of(study: Study, source: str = "") -> tuple[Part, ...]:
+    """What a page ends with: settings, environment, and where they lie."""
+    return (
+        Details("Settings", (flat(study.settings),) if study.settings else ()),
+        Details("Environment", tuple(map(flat, study.environment))),
+        Text(source and f"Source: {source}", "quiet"),
+    )
 
 
 def write_study(folder: Path, study: Study) -> None:
     """Write every file of a study's folder; `study.json` comes last."""
     from nulledit.report.figures import figure_of
     from nulledit.report.images import as_png, as_svg
-    from nulledit.report.markdown import study_page
 
     folder = Path(folder)
     place = folder / "figures"
@@ -44,12 +66,16 @@ def write_study(folder: Path, study: Study) -> None:
         figure = figure_of(spec, spec.points)
         write(place / f"{spec.name}.svg", as_svg(figure))
         write(place / f"{spec.name}.png", as_png(figure))
-    write(folder / "study.md", study_page(study))
+    page = study_document(study)
+    last = Text("Settings, environment and every number are in study.json and figures/.")
+    write(folder / "study.md", markdown_page(replace(page, parts=(*page.parts, last))))
     write(folder / "study.json", as_json(study.to_dict(points=False)))
 
 
 def read_study(folder: Path) -> Study:
     """The study of a folder, with its figures' points. ReportError if it can't be read."""
+    from pydantic import TypeAdapter, ValidationError
+
     file = Path(folder) / "study.json"
     if not file.exists():
         raise ReportError(f"{folder}: no study here (expected {file})")
@@ -64,41 +90,27 @@ def read_study(folder: Path) -> Study:
     try:
         if missing := [f.name for f in fields(Study) if f.name not in plain]:
             raise ValueError(f"lacks {', '.join(missing)}")
-        if wrong := misfit(STUDY, plain):
-            raise ValueError(wrong)
-        return _study(plain, Path(folder))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        said = one_line(f"{file}: not a study ({error}); run the study again")
-        raise ReportError(said) from error
+        if not is_shallow(plain):
+            raise ValueError("nested too deep")
+        given = {key: value for key, value in plain.items() if key != "format"}
+        if unknown := set(given) - {f.name for f in fields(Study)}:
+            raise ValueError(f"unknown keys {sorted(unknown)}")
+        study: Study = TypeAdapter(Study).validate_python(given)
+        figures = tuple(replace(f, points=_points(f.name, Path(folder))) for f in study.figures)
+        return replace(study, figures=figures)
+    except ValidationError as error:
+        first = error.errors()[0]
+        at = ".".join(map(str, first["loc"]))
+        wrong = f"{at}: {first['msg']}, found {first['input']!r}"
+    except ValueError as error:
+        wrong = str(error)
+    raise ReportError(one_line(f"{file}: not a study ({wrong}); run the study again"))
 
 
-def _study(plain: dict[str, Any], folder: Path) -> Study:
-    given = {key: value for key, value in plain.items() if key != "format"}
-    if unknown := set(given) - {f.name for f in fields(Study)}:
-        raise ValueError(f"unknown keys {sorted(unknown)}")
-    given["tables"] = tuple(_table(t) for t in given["tables"])
-    given["figures"] = tuple(_figure(f, folder) for f in given["figures"])
-    given["examples"] = tuple(Example(**e) for e in given["examples"])
-    given["notices"] = tuple(given["notices"])
-    given["environment"] = tuple(given["environment"])
-    return Study(**given)
-
-
-def _table(plain: dict[str, Any]) -> StudyTable:
-    columns = tuple(Column(**c) for c in plain["columns"])
-    rows = tuple(
-        {k: Value(**v) if isinstance(v, dict) else v for k, v in row.items()}
-        for row in plain["rows"]
-    )
-    return StudyTable(**{**plain, "columns": columns, "rows": rows})
-
-
-def _figure(plain: dict[str, Any], folder: Path) -> FigureSpec:
-    check_name(plain["name"])
-    file = folder / "figures" / f"{plain['name']}.csv"
+def _points(name: str, folder: Path) -> tuple[Point, ...]:
+    file = folder / "figures" / f"{name}.csv"
     if not file.is_file():
         raise ReportError(f"{file} is missing: the figure's numbers are kept there; run it again")
     text = read_text(file, most=MAX_DOCUMENT, error=ReportError)
     check_values(text, source=str(file), error=ReportError)
-    points = read_points(text)
-    return FigureSpec(**{**plain, "log": tuple(plain["log"]), "points": points})
+    return read_points(text)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from nulledit.evaluation.measures import find, measured
 from nulledit.evaluation.stats import Rate, paired_bootstrap
 from nulledit.report.document import Cell, Column, FigureSpec, Study, StudyTable, Value
 from nulledit.report.points import Point
-from nulledit.runs.document import RunFolder, kl, pairs, perplexity, signed
+from nulledit.runs.document import RunFolder
 from nulledit.runs.holding import after_row
+from nulledit.runs.tables import interval, of_text, pairs
 
-Key = tuple[str, str, str]
-"""Id, prompt and target: what makes two lines the same fact."""
+Rows = Mapping[tuple[str, str, str], Mapping[str, Any]]
+"""Each fact (id, prompt and target) in the model: its measures after the edit."""
+OF_TEXT = ("perplexity", "kl", "kl_worst")
 
 
 def comparison(runs: Sequence[RunFolder]) -> Study | None:
@@ -23,9 +26,9 @@ def comparison(runs: Sequence[RunFolder]) -> Study | None:
         return None
     rows = [_rows(run) for run in runs]
     shared = [key for key in rows[0] if all(key in other for other in rows[1:])]
-    notices = [] if shared else ["The runs share no fact: each row is of the run's own facts."]
-    tables = [_table(runs, rows, shared)]
-    points = _points(runs, rows)
+    names = measured(run.evaluated[-1]["after"] for run in runs)
+    points = _points(runs, rows, [name for name in names if find(name).unit == "%"])
+    tables = [_table(runs, rows, shared, names)]
     if points:
         tables.append(_differences(runs, points))
     return Study(
@@ -38,14 +41,14 @@ def comparison(runs: Sequence[RunFolder]) -> Study | None:
         seconds={},
         shows="",
         cannot_show="",
-        notices=tuple(notices),
+        notices=() if shared else ("The runs share no fact: each row is of the run's own facts.",),
         tables=tuple(tables),
         figures=(_figure(runs[0].name, points),) if points else (),
     )
 
 
-def _rows(run: RunFolder) -> dict[Key, Mapping[str, Any]]:
-    """Each fact in the model: its row after the edit; the latest counts."""
+def _rows(run: RunFolder) -> Rows:
+    """The latest counts."""
     return {
         (line["id"], line["prompt"], line["target"]): after_row(line)
         for line in run.lines
@@ -53,38 +56,28 @@ def _rows(run: RunFolder) -> dict[Key, Mapping[str, Any]]:
     }
 
 
-def _measures(runs: Sequence[RunFolder]) -> list[str]:
-    return measured(run.evaluated[-1]["after"] for run in runs)
-
-
 def _table(
-    runs: Sequence[RunFolder], rows: Sequence[Mapping[Key, Mapping[str, Any]]], shared: list[Key]
+    runs: Sequence[RunFolder], rows: Sequence[Rows], shared: Sequence[Any], names: Sequence[str]
 ) -> StudyTable:
     """After the edits, on the shared facts; only these are a contest."""
-    columns = [Column("run", "run"), Column("method", "method")]
     table: list[dict[str, Cell]] = [
         {"run": run.name, "method": str((run.recipe.get("method") or {}).get("name", ""))}
         for run in runs
     ]
-    for name in _measures(runs):
-        column = Column(**find(name).head())
-        better = column.better if shared else None
-        columns.append(Column(name, column.title, better, column.unit, column.digits))
+    columns = [Column("run", "run"), Column("method", "method")]
+    for name in names:
+        head = find(name).head()
+        columns.append(Column(**head | ({} if shared else {"better": None})))
         for row, held in zip(table, rows, strict=True):
-            keys = shared or list(held)
-            row[name] = _mean([held[key].get(name) for key in keys], find(name).scale)
-    texts = {run.evaluated[-1]["text"] for run in runs}
-    if len(texts) == 1 and any(perplexity(run.evaluated[-1]["after"]) for run in runs):
-        columns.append(Column(**find("perplexity").head()))
-        for row, run in zip(table, runs, strict=True):
-            found = perplexity(run.evaluated[-1]["after"])
-            row["perplexity"] = found and Value(found.mean, found.standard_error)
-        moved = [kl(run.evaluated[-1]["after"]) for run in runs]
-        if any(moved):
-            columns += [Column(**find(name).head(short=True)) for name in ("kl", "kl_worst")]
-            for row, told in zip(table, moved, strict=True):
-                row["kl"] = told and Value(told[0].mean, told[0].standard_error)
-                row["kl_worst"] = told and told[1]
+            row[name] = _mean([held[key].get(name) for key in shared or held], find(name).scale)
+    sides = [run.evaluated[-1]["after"] for run in runs]
+    if len({run.evaluated[-1]["text"] for run in runs}) == 1:
+        for name in OF_TEXT:
+            found = [of_text(side, name) for side in sides]
+            if any(cell is not None for cell in found):
+                columns.append(Column(**find(name).head(short=name != "perplexity")))
+                for row, cell in zip(table, found, strict=True):
+                    row[name] = replace(cell, n=None) if isinstance(cell, Value) else cell
     caption = f"After the edits, on the {len(shared)} facts that all share" if shared else ""
     return StudyTable("runs", "After the edits", caption, tuple(columns), tuple(table))
 
@@ -98,40 +91,29 @@ def _mean(found: Sequence[float | bool | None], scale: float) -> Value | None:
 
 
 def _points(
-    runs: Sequence[RunFolder], rows: Sequence[Mapping[Key, Mapping[str, Any]]]
-) -> list[Point]:
+    runs: Sequence[RunFolder], rows: Sequence[Rows], names: Sequence[str]
+) -> tuple[Point, ...]:
     """Each later run minus the first, per measure, on the facts that the two share."""
     points = []
     for run, held in zip(runs[1:], rows[1:], strict=True):
         keys = [key for key in rows[0] if key in held]
-        for name in _measures(runs):
-            if find(name).unit != "%":
-                continue
+        for name in names:
             a, b = pairs([rows[0][key] for key in keys], [held[key] for key in keys], name)
             if a:
                 mean, low, high = paired_bootstrap(a, b)
-                points.append(
-                    Point(
-                        x=find(name).title,
-                        y=mean,
-                        n=len(a),
-                        series=run.name,
-                        low=low,
-                        high=high,
-                    )
-                )
-    return points
+                title = find(name).title
+                points.append(Point(title, mean, n=len(a), series=run.name, low=low, high=high))
+    return tuple(points)
 
 
 def _differences(runs: Sequence[RunFolder], points: Sequence[Point]) -> StudyTable:
     names = list(dict.fromkeys(str(p.x) for p in points))
     rows: list[dict[str, Cell]] = []
     for run in runs[1:]:
-        mine = {str(p.x): p for p in points if p.series == run.name}
-        if not mine:
-            continue
-        told: dict[str, Cell] = {name: _interval(p) for name, p in mine.items()}
-        rows.append({"run": run.name, "facts": str(max(p.n or 0 for p in mine.values())), **told})
+        mine = [p for p in points if p.series == run.name]
+        if mine:
+            told = {str(p.x): interval((p.y or 0.0, p.low or 0.0, p.high or 0.0)) for p in mine}
+            rows.append({"run": run.name, "facts": str(max(p.n or 0 for p in mine)), **told})
     return StudyTable(
         "differences",
         f"Difference from {runs[0].name}",
@@ -142,12 +124,7 @@ def _differences(runs: Sequence[RunFolder], points: Sequence[Point]) -> StudyTab
     )
 
 
-def _interval(point: Point) -> str:
-    mean, low, high = (signed(v or 0.0, 1) for v in (point.y, point.low, point.high))
-    return f"{mean} [{low}, {high}]"
-
-
-def _figure(first: str, points: Sequence[Point]) -> FigureSpec:
+def _figure(first: str, points: tuple[Point, ...]) -> FigureSpec:
     return FigureSpec(
         name="differences",
         caption=f"Difference from {first} with 95 % intervals; hollow where the interval has 0.",
@@ -156,5 +133,5 @@ def _figure(first: str, points: Sequence[Point]) -> FigureSpec:
         y="difference",
         series="run",
         labels={"x": "", "y": f"difference from {first} (percentage points)"},
-        points=tuple(points),
+        points=points,
     )

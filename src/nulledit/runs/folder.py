@@ -10,14 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 from nulledit._version import __version__
 from nulledit.errors import ReportError
-from nulledit.io.jsonfiles import as_json, write
+from nulledit.io.jsonfiles import as_csv, as_json, write
 from nulledit.io.shapes import misfit
-from nulledit.io.untrusted import MAX_DOCUMENT, MAX_LINES, check_values, parse_json, read_text
+from nulledit.io.untrusted import (
+    MAX_DOCUMENT,
+    MAX_LINES,
+    MAX_SETTINGS,
+    check_values,
+    parse_json,
+    parse_yaml,
+    read_text,
+)
 from nulledit.report.figures import figure_of
 from nulledit.report.images import as_png, as_svg
-from nulledit.runs.page import report_page
-from nulledit.runs.rates import rate_rows, rates_spec
+from nulledit.report.markdown import markdown_page
+from nulledit.runs.document import RunFolder, run_document
 from nulledit.runs.schema import ENVIRONMENTS, LINE, SUMMARY
+from nulledit.runs.tables import rate_rows, rates_spec
 
 if TYPE_CHECKING:
     from nulledit.editing.editor import Editor
@@ -92,6 +101,26 @@ def fact_line(
     }
 
 
+def read_run(folder: Path, name: str) -> RunFolder:
+    """The run of a folder; ReportError if it lacks a file or one can't be read."""
+    missing = [f for f in ("summary.json", "results.jsonl") if not (folder / f).is_file()]
+    if missing:
+        raise ReportError(f"{folder}: no run here (no {' and no '.join(missing)})")
+    recipe, settings = folder / "recipe.yaml", {}
+    if recipe.exists():
+        text = read_text(recipe, most=MAX_SETTINGS, error=ReportError)
+        settings = parse_yaml(text, source=str(recipe), error=ReportError)
+    if not isinstance(settings, dict) or not isinstance(settings.get("method", {}), dict):
+        raise ReportError(f"{recipe}: not a recipe; move the file away")
+    summary = read_json(folder, "summary.json", {})
+    if not isinstance(summary, dict) or not {"runs", "base", "version"} <= set(summary):
+        raise ReportError(
+            f"{folder / 'summary.json'}: not the summary of a run; edit again into a new folder"
+        )
+    environment = read_json(folder, "environment.json", [])
+    return RunFolder(name, summary, read_lines(folder), settings, environment)
+
+
 def read_lines(folder: Path) -> list[dict[str, Any]]:
     """The lines of `results.jsonl`, none if there is no such file; ReportError for others."""
     file = folder / "results.jsonl"
@@ -148,15 +177,14 @@ def write_run(
     evaluated = [run for run in summary["runs"] if run["after"]]
     if evaluated:
         _write_figure(folder, {side: evaluated[-1][side] for side in ("before", "after")})
-    write(folder / "report.md", report_page(summary, lines))
+    run = RunFolder("Edited facts", summary, lines, {}, environments)
+    write(folder / "report.md", markdown_page(run_document(run), figures="figure"))
     write(folder / "summary.json", as_json(summary))  # last: it counts the run
 
 
 def _write_figure(folder: Path, sides: Mapping[str, Mapping[str, Any]]) -> None:
-    rows = rate_rows(sides)
     head = ("metric", "score", "side", "mean", "standard_error", "n")
-    cells = [["" if row[name] is None else str(row[name]) for name in head] for row in rows]
-    write(folder / "figure.csv", "".join(",".join(c) + "\n" for c in (head, *cells)))
+    write(folder / "figure.csv", as_csv(rate_rows(sides), head))
     spec = rates_spec(sides)
     figure = figure_of(spec, spec.points)
     write(folder / "figure.png", as_png(figure))

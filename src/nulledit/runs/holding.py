@@ -8,15 +8,18 @@ from typing import Any
 from nulledit.io.text import count
 
 MARKS = {
-    "ok": "says the target by itself",
-    "loops": "says the target, then repeats itself",
-    "by argmax": "each token of the target is the likeliest, but its own words read otherwise",
-    "prefers": "the target is only likelier than the old answer",
-    "missed": "none of these",
-    "forgotten": "no longer says the answer to forget",
-    "leaks": "still says the answer to forget",
+    "ok": ("good", "says the target by itself"),
+    "loops": ("weak", "says the target, then repeats itself"),
+    "by argmax": (
+        "weak",
+        "each token of the target is the likeliest, but its own words read otherwise",
+    ),
+    "prefers": ("weak", "the target is only likelier than the old answer"),
+    "missed": ("bad", "none of these"),
+    "forgotten": ("good", "no longer says the answer to forget"),
+    "leaks": ("bad", "still says the answer to forget"),
 }
-"""What the last column of an answers table says of a fact -> in words."""
+"""What the last column of an answers table says of a fact -> its tone, and in words."""
 
 
 def mark(line: Mapping[str, Any]) -> str:
@@ -34,6 +37,11 @@ def mark(line: Mapping[str, Any]) -> str:
     if after.get("efficacy_strict"):
         return "by argmax"
     return "prefers" if after.get("efficacy") else "missed"
+
+
+def tone(line: Mapping[str, Any]) -> str:
+    """`good`, `weak` or `bad`; empty for a line that was not evaluated."""
+    return MARKS.get(mark(line), ("", ""))[0]
 
 
 def held(line: Mapping[str, Any]) -> bool:
@@ -59,7 +67,7 @@ def headline(lines: Sequence[Mapping[str, Any]]) -> str:
 def legend(lines: Sequence[Mapping[str, Any]]) -> str:
     """The marks that `lines` have, in words."""
     shown = {mark(line) for line in lines}
-    return "; ".join(f"{name}: {text}" for name, text in MARKS.items() if name in shown)
+    return "; ".join(f"{name}: {text}" for name, (_, text) in MARKS.items() if name in shown)
 
 
 def reasons(lines: Sequence[Mapping[str, Any]], run: str = "RUN") -> list[tuple[str, str]]:

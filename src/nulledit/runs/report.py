@@ -9,34 +9,34 @@ from typing import Any
 
 from nulledit.errors import ReportError
 from nulledit.io.jsonfiles import write
-from nulledit.report.document import Study
-from nulledit.report.html import Part, html_page, is_ours
-from nulledit.report.study import read_study
-from nulledit.report.words import sentence
+from nulledit.report.document import Document, Study
+from nulledit.report.html import html_page, is_ours
+from nulledit.report.study import read_study, study_document
 from nulledit.runs.compare import comparison
-from nulledit.runs.document import RunFolder, read_run, run_sentence, run_study
+from nulledit.runs.document import RunFolder, run_document, run_study
+from nulledit.runs.folder import read_run
 
 
 @dataclass(frozen=True)
 class Collected:
     """What a page is made of."""
 
-    folders: tuple[tuple[str, str, Part], ...]
-    """Folder as given, `run` or `study`, and its part."""
+    folders: tuple[tuple[str, str, Study, Document], ...]
+    """Folder as given, `run` or `study`, its numbers, and what is shown of it."""
     compared: Study | None
     """The runs beside each other; None for fewer than two."""
 
-    def parts(self) -> list[Part]:
+    def documents(self) -> list[Document]:
         """In the order of the page: the comparison comes first."""
-        told = [part for _, _, part in self.folders]
-        return [*([Part(self.compared, "")] if self.compared else []), *told]
+        first = [study_document(self.compared, about="")] if self.compared else []
+        return [*first, *(document for _, _, _, document in self.folders)]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with every figure's points."""
         return {
             "folders": [
-                {"folder": folder, "kind": kind, **part.study.to_dict()}
-                for folder, kind, part in self.folders
+                {"folder": folder, "kind": kind, **study.to_dict()}
+                for folder, kind, study, _ in self.folders
             ],
             "comparison": self.compared.to_dict() if self.compared else None,
         }
@@ -45,23 +45,25 @@ class Collected:
 def collect(folders: Sequence[Path]) -> Collected:
     """Read run and study folders, each once; ReportError for a folder that is neither."""
     folders = list({folder.resolve(): folder for folder in folders}.values())
-    found: list[tuple[str, str, Part]] = []
+    found: list[tuple[str, str, Study, Document]] = []
     runs: list[RunFolder] = []
     for folder, name in zip(folders, _names(folders), strict=True):
         if (folder / "study.json").is_file():
             study = read_study(folder)
-            found.append((str(folder), "study", Part(study, sentence(study), str(folder))))
+            page = study_document(study, source=str(folder))
+            found.append((str(folder), "study", study, page))
         elif (folder / "summary.json").is_file():
             run = read_run(folder, name)
             runs.append(run)
             try:
-                part = Part(run_study(run), run_sentence(run), str(folder))
+                study = run_study(run)
+                page = run_document(run, study, str(folder))
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise ReportError(
                     f"{folder}: not a run's files ({type(error).__name__}: {error}); "
                     "edit again into a new folder"
                 ) from error
-            found.append((str(folder), "run", part))
+            found.append((str(folder), "run", study, page))
         else:
             what = "is no folder" if not folder.is_dir() else "holds no run and no study"
             raise ReportError(
@@ -85,7 +87,7 @@ def write_report(collected: Collected, file: Path, *, title: str, force: bool = 
                     f"{file}: is there and not made by `nulledit report`; choose another --out, "
                     "or --force"
                 )
-    write(file, html_page(title, collected.parts()))
+    write(file, html_page(title, collected.documents()))
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

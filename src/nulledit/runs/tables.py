@@ -1,81 +1,225 @@
-"""Evaluations and layers as tables, for a terminal and for Markdown alike."""
+"""Evaluations, layers and answers of a run as tables, and its rates as a figure."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from nulledit.evaluation.measures import OF_FACTS, PREFERENCE, STRICT, find
-from nulledit.report.tables import ABSENT, Table, number, number_plus_minus, percent, plus_minus
+from nulledit.evaluation.measures import OF_FACTS, PREFERENCE, STRICT, find, measured
+from nulledit.evaluation.stats import paired_bootstrap
+from nulledit.report.cells import ABSENT
+from nulledit.report.document import Cell, Column, FigureSpec, Status, StudyTable, Value
+from nulledit.report.points import Point
+from nulledit.runs.holding import after_row, legend, mark, tone
+
+SHOWN = 25  # facts whose answers are shown
+PANELS = {"preference": "by preference", "strict": "strict: every token is the likeliest"}
+Sides = Mapping[str, Mapping[str, Any]]
+"""Evaluations by name, such as `before` and `after`."""
+_ALWAYS = {
+    "rates": {name: {"n": 1} for name in (*PREFERENCE, *STRICT)},
+    OF_FACTS[0].name: {"n": 1},
+}
+RATES = (
+    "Means over facts. Preference: the answer is likelier than the other one; strict: every token "
+    "of it is the likeliest"
+)
+TOKENS = "; tokens: the share of its tokens that are"
+DIFFERENCE = (
+    ". Difference: after minus before, with the 95 % interval of a paired bootstrap over facts"
+)
+TEXT = (
+    "On {}; n are its tokens. KL: of the base's next token from the edited model's, in thousandths "
+    "of a nat"
+)
+LAYERS = (
+    "‖ΔK₀‖/‖W₀K₀‖: how far the layer's output moves on text that the statistics did not see (the "
+    "paper's claim is 0). Edit keys free: the share of the edited keys' energy outside the "
+    "protected directions. Room left: the share of the usable directions that no edit has taken yet"
+)
 
 
-def rates_table(sides: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Evaluations by name (`before`, `after`) as columns, one row per measure, n last."""
-    rows: list[Sequence[str]] = []
-    for name in [*(n for kind in PREFERENCE for n in (kind, f"{kind}_strict")), *_others(sides)]:
-        rows.append(_row(name, [side["rates"].get(name) for side in sides.values()]))
-    for measure in OF_FACTS:
-        found = [side.get(measure.name) for side in sides.values()]
-        if any(found) or measure.name == "generation":
-            rows.append(_row(measure.name, found))
-    texts = [side.get("perplexity") for side in sides.values()]
-    said = [ABSENT if not p else plus_minus(p["value"], p["standard_error"], 2) for p in texts]
-    tokens = next((f"{p['tokens']} tokens" for p in texts if p), "")
-    rows.append([find("perplexity").label, *said, tokens])
-    moved = [side.get("kl") for side in sides.values()]
-    if any(moved):  # what the others are compared with has none
-        rows.append([find("kl").label, *map(_moved, moved), tokens])
-        shares = [k and k["worst_share"] for k in moved]
-        held = ["" if share is None else f"{100 * share:.1f}" for share in shares]
-        rows.append([find("kl_worst").label, *held, tokens])
-    return ["", *sides, "n"], rows
+def rates_tables(
+    sides: Sides,
+    *,
+    name: str = "1",
+    which: str = "",
+    text: str | None = None,
+    lines: Sequence[Mapping[str, Any]] | None = None,
+    absent: bool = True,
+) -> list[StudyTable]:
+    """Rates by measure and, apart, what other text and fluency say; a column for each side.
+
+    `which`: said in the titles; `text`: the name of the other text. `lines`: those of
+    `results.jsonl`; with them come shares of tokens and after minus before, fact by fact. What the
+    facts lack is absent, or left out.
+    """
+    rates: list[dict[str, Cell]] = []
+    other: list[dict[str, Cell]] = []
+    for key in measured((_ALWAYS if absent else None, *sides.values())):
+        measure = find(key)
+        if key.endswith("_tokens") and lines is None:
+            continue
+        row: dict[str, Cell] = {"measure": measure.label}
+        row |= {side: _value(summary, key) for side, summary in sides.items()}
+        if lines is not None:
+            a, b = pairs([x["before"] for x in lines], [after_row(x) for x in lines], key)
+            row["difference"] = interval(paired_bootstrap(a, b), measure.digits) if a else None
+        (rates if measure.unit == "%" else other).append(row)
+    for key in ("perplexity", "kl", "kl_worst"):
+        found = {side: of_text(summary, key) for side, summary in sides.items()}
+        if any(cell is not None for cell in found.values()):
+            if key == "kl":  # the model that the others are compared with has none
+                n = next(cell.n for cell in found.values() if isinstance(cell, Value))
+                found = {s: Value(0.0, None, n) if c is None else c for s, c in found.items()}
+            other.append({"measure": find(key).label, **found})
+    caption = RATES
+    if any(str(row["measure"]).endswith("tokens (%)") for row in rates):
+        caption += TOKENS
+    if any(row.get("difference") for row in rates):
+        caption += DIFFERENCE
+    about = TEXT.format(text) if text else ""
+    found_tables = [
+        _by_measure(f"rates-{name}", f"Rates{which}", caption, sides, rates, 1),
+        _by_measure(f"text-{name}", f"Other text{which}", about, sides, other, 2),
+    ]
+    return [table for table in found_tables if table.rows]
 
 
-def _row(name: str, rates: Sequence[Mapping[str, Any] | None]) -> list[str]:
-    measure = find(name)
-    shown = [percent(r) if measure.unit == "%" else _value(r, measure.digits) for r in rates]
-    return [measure.label, *shown, _count(rates)]
-
-
-def _value(rate: Mapping[str, Any] | None, digits: int) -> str:
-    """A rate that is no share."""
-    return plus_minus(rate["mean"], rate["standard_error"], digits) if rate else ABSENT
-
-
-def preservation_table(layers: Sequence[Mapping[str, Any]]) -> Table:
+def layers_table(layers: Sequence[Mapping[str, Any]], name: str = "layers") -> StudyTable:
     """Per layer: what the edits do to keys of other text, and how large they are."""
-    head = ["layer", "‖ΔK₀‖/‖W₀K₀‖", "‖Δ‖/‖W₀‖", "edit keys free", "protected", "room left (%)"]
-    rows: list[Sequence[str]] = [
-        [
-            str(row["layer"]),
-            number_plus_minus(row.get("error"), row.get("error_standard_error")),
-            number(row["update_share"]),
-            number_plus_minus(row["free_share"], row.get("free_share_error")),
-            f"{row['protected']} of {row['d_in']}",
-            number(None if row.get("room") is None else 100 * row["room"]),
-        ]
-        for row in layers
+    columns = [
+        Column("layer", "layer"),
+        Column("error", "‖ΔK₀‖/‖W₀K₀‖", digits=4),
+        Column("update", "‖Δ‖/‖W₀‖", digits=3),
+        Column("free", "edit keys free", digits=3),
+        Column("protected", "protected"),
+        Column("room", "room left", unit="%"),
     ]
     if any(row["rounding_share"] for row in layers):
-        head.append("rounding/‖Δ‖")
-        rows = [[*r, number(x["rounding_share"])] for r, x in zip(rows, layers, strict=True)]
-    return head, rows
+        columns.append(Column("rounding", "rounding/‖Δ‖", digits=3))
+    rows: list[dict[str, Cell]] = []
+    for row in layers:
+        error, room = row.get("error"), row.get("room")
+        cells: dict[str, Cell] = {
+            "layer": str(row["layer"]),
+            "error": None if error is None else Value(error, row.get("error_standard_error")),
+            "update": row["update_share"],
+            "free": Value(row["free_share"], row.get("free_share_error")),
+            "protected": f"{row['protected']} of {row['d_in']}",
+            "room": None if room is None else 100 * room,
+            "rounding": row["rounding_share"],
+        }
+        rows.append({column.key: cells[column.key] for column in columns})
+    return StudyTable(name, "What is preserved, per layer", LAYERS, tuple(columns), tuple(rows))
 
 
-def _moved(kl: Mapping[str, Any] | None) -> str:
-    """KL from the base, of any size; the base itself has none."""
-    if kl is None:
-        return "0"
-    value, error = kl["value"], kl["standard_error"]
-    return "not finite" if value is None else number_plus_minus(value, error)
+def answers_table(lines: Sequence[Mapping[str, Any]], name: str = "answers") -> StudyTable:
+    """What the model says by itself before and after, and how each fact holds."""
+    few = f" (the first {SHOWN} of {len(lines)})" if len(lines) > SHOWN else ""
+    rows: list[dict[str, Cell]] = [
+        {
+            "prompt": line["prompt"],
+            "target": line["target"],
+            **{side: _spoken(line[side]) for side in ("before", "after")},
+            "mark": Status(mark(line), tone(line)),
+        }
+        for line in lines[:SHOWN]
+    ]
+    heads = ("prompt", "target", "before", "after")
+    columns = (*(Column(head, head) for head in heads), Column("mark", ""))
+    title = f"What the model says{few}"
+    return StudyTable(name, title, legend(lines[:SHOWN]), columns, tuple(rows))
 
 
-def _others(sides: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Preference and strict rates of further kinds of prompts, where there are any."""
-    found = {k: None for side in sides.values() for k, rate in side["rates"].items() if rate}
-    known = (*PREFERENCE, *STRICT)
-    return [key for key in found if key not in known and not key.endswith("_tokens")]
+def rate_rows(sides: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row per metric, score and side (`before`, `after`) that the data has."""
+    rows = []
+    for metric in PREFERENCE:
+        for score, key in (("preference", metric), ("strict", f"{metric}_strict")):
+            for side, evaluation in sides.items():
+                if rate := evaluation["rates"].get(key):
+                    rows.append({"metric": metric, "score": score, "side": side, **rate})
+    return rows
 
 
-def _count(rates: Sequence[Mapping[str, Any] | None]) -> str:
-    return "/".join(dict.fromkeys(str(r["n"]) for r in rates if r and r["n"]))
+def rates_spec(sides: Mapping[str, Mapping[str, Any]]) -> FigureSpec:
+    """Bars of efficacy, generalization and specificity, before and after."""
+    points = tuple(
+        Point(
+            x=row["metric"],
+            y=None if row["mean"] is None else 100 * row["mean"],
+            error=row["standard_error"] and 100 * row["standard_error"],
+            n=row["n"],
+            series=row["side"],
+            panel=PANELS[row["score"]],
+        )
+        for row in sorted(rate_rows(sides), key=lambda row: list(PANELS).index(row["score"]))
+    )
+    return FigureSpec(
+        name="rates",
+        caption="Efficacy, generalization and specificity. Bars: mean over facts ± standard error.",
+        kind="bars",
+        x="metric",
+        y="mean over facts",
+        series="model",
+        panel="score",
+        labels={"x": "", "y": "mean over facts (%)"},
+        points=points,
+    )
+
+
+def of_text(summary: Mapping[str, Any] | None, key: str) -> Value | float | None:
+    """`perplexity`, `kl` (mnat a token) or `kl_worst` (%) of a summary; n are tokens."""
+    told = (summary or {}).get("perplexity" if key == "perplexity" else "kl")
+    if not told:
+        return None
+    if key == "kl_worst":
+        share = told["worst_share"]
+        return None if share is None else 100.0 * share
+    return Value(told["value"], told["standard_error"], told["tokens"])
+
+
+def pairs(
+    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], measure: str
+) -> tuple[list[float], list[float]]:
+    """A measure of two rows per fact, in its column's unit, where both rows have it."""
+    scale = find(measure).scale
+    both = [
+        (scale * float(one[measure]), scale * float(other[measure]))
+        for one, other in zip(first, second, strict=True)
+        if one.get(measure) is not None and other.get(measure) is not None
+    ]
+    return [a for a, _ in both], [b for _, b in both]
+
+
+def interval(found: Iterable[float], digits: int = 1) -> str:
+    """A mean difference, low and high end, as `+1.0 [−2.0, +4.0]`."""
+    texts = (f"{value:+.{digits}f}" for value in found)
+    signed = (text.replace("-", "−") if float(text) else text[1:] for text in texts)
+    return "{} [{}, {}]".format(*signed)
+
+
+def _spoken(row: Mapping[str, Any] | None) -> str:
+    answer = (row or {}).get("answer")
+    return ABSENT if answer is None else str(answer)
+
+
+def _value(summary: Mapping[str, Any], name: str) -> Value | None:
+    """The measure of a summary, in its unit; None where the data can't give it."""
+    rate = summary["rates"].get(name) or summary.get(name)
+    if not rate or not rate["n"]:
+        return None
+    return Value.percent(rate) if find(name).unit == "%" else Value(**rate)
+
+
+def _by_measure(
+    name: str, title: str, caption: str, sides: Sides, rows: list[dict[str, Cell]], digits: int
+) -> StudyTable:
+    names = [*sides]
+    if any(row.get("difference") for row in rows):
+        names.append("difference")
+    kept = ["measure", *names]
+    columns = (Column("measure", ""), *(Column(side, side, digits=digits) for side in names))
+    own = tuple({key: row.get(key) for key in kept} for row in rows)
+    return StudyTable(name, title, caption, columns, own)

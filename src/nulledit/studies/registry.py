@@ -1,10 +1,15 @@
-"""The studies by name, and how one is run into a folder."""
+"""The studies by name, and how one is run into a folder.
+
+Every `StudySpec` in a module of this package is a study of the command line: a new one is a file.
+"""
 
 from __future__ import annotations
 
 import json
+import pkgutil
 import time
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +18,26 @@ from nulledit.errors import ConfigError, ReportError
 from nulledit.report.document import Study
 from nulledit.report.study import read_study, write_study
 from nulledit.runs.folder import environment
-from nulledit.studies.alternatives import INSTEAD
-from nulledit.studies.collapse import COLLAPSE
+from nulledit.studies.build import examples, figures, tables
 from nulledit.studies.context import Lab
-from nulledit.studies.methods_table import PROJECTION, TABLE1
-from nulledit.studies.one_batch import CORPUS, PRESERVATION, THRESHOLD
-from nulledit.studies.results import StudySpec
+from nulledit.studies.declaration import StudySpec
+from nulledit.studies.follow import follow
 from nulledit.studies.scale import check_settings
-from nulledit.studies.scaling import ORDER, SCALE
-from nulledit.studies.side_effects import CAPABILITY, CATEGORIES, DRIFT
 
-STUDIES: Mapping[str, StudySpec] = {
-    spec.name: spec
-    for spec in (
-        TABLE1,
-        PROJECTION,
-        CAPABILITY,
-        DRIFT,
-        CATEGORIES,
-        THRESHOLD,
-        PRESERVATION,
-        CORPUS,
-        SCALE,
-        ORDER,
-        INSTEAD,
-        COLLAPSE,
-    )
-}
+STUDIES: dict[str, StudySpec] = {}
+
+
+def register(spec: StudySpec) -> StudySpec:
+    """Make `spec` known to the command line; ConfigError if its name is taken."""
+    if STUDIES.setdefault(spec.name, spec) is not spec:
+        raise ConfigError(f"a study {spec.name!r} is registered already")
+    return spec
+
+
+for _module in pkgutil.iter_modules([str(Path(__file__).parent)], "nulledit.studies."):
+    for _spec in tuple(vars(import_module(_module.name)).values()):
+        if isinstance(_spec, StudySpec):
+            register(_spec)
 
 
 def find_study(name: str) -> StudySpec:
@@ -50,11 +48,17 @@ def find_study(name: str) -> StudySpec:
 
 
 def run_study(spec: StudySpec, lab: Lab, folder: Path) -> Study:
-    """Run `spec` and write its folder; what was edited or measured before is taken up."""
+    """Run `spec` and write its folder; what was edited or answered before is taken up."""
     spec.check(lab.sources)
     check_settings(lab.settings)
     wall, cpu = time.perf_counter(), time.process_time()
-    outcome = spec.run(lab)
+    found = [(part, results) for part in spec.parts if (results := follow(lab, part))]
+    shown: dict[str, Any] = {
+        "shows": " ".join(filter(None, (part.shows(results) for part, results in found))),
+        "tables": tuple(table for part, results in found for table in tables(results, part)),
+        "figures": tuple(figure for part, results in found for figure in figures(results, part)),
+        "examples": tuple(example for _, results in found for example in examples(results)),
+    }
     seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
     settings = _settings(lab)
     here = ({**environment(lab.bench.base), "seed": lab.seed, "seconds": seconds},)
@@ -70,12 +74,9 @@ def run_study(spec: StudySpec, lab: Lab, folder: Path) -> Study:
             name: spent + sum(e["seconds"][name] for e in earlier if "seconds" in e)
             for name, spent in seconds.items()
         },
-        shows=outcome.shows,
         cannot_show=spec.cannot_show,
         notices=tuple(lab.notices),
-        tables=tuple(outcome.tables),
-        figures=tuple(outcome.figures),
-        examples=tuple(outcome.examples),
+        **shown,
     )
     write_study(folder, study)
     return study

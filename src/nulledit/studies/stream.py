@@ -44,14 +44,18 @@ class StreamPlan:
     facts: tuple[Fact, ...]
     """The queue, in the order that it is edited in."""
     batch_size: int
-    """Facts solved together; a checkpoint stands behind each batch."""
+    """Facts solved together; a checkpoint follows each batch."""
     seed: int = 0
     """Of the contexts."""
     statistics: Path | None = None
     """A statistics file or folder; None: those found for the model."""
+    against: str = ""
+    """Label of the stream that a study compares it with; decides nothing."""
+    x: float = 0
+    """Its place on a figure's axis that is no number of edits; decides nothing."""
 
     def checkpoints(self) -> list[int]:
-        """Numbers of facts behind each batch, from 0."""
+        """Numbers of facts edited after each batch, from 0."""
         return [*range(0, len(self.facts), self.batch_size), len(self.facts)]
 
     def digest(self, model_hash: str) -> str:
@@ -78,27 +82,38 @@ class Stream:
 
     def edit(self, progress: Progress | None = None) -> None:
         """Edit what is missing; every finished batch is kept."""
+        for _ in self.batches(progress):
+            pass
+
+    def batches(self, progress: Progress | None = None) -> Iterator[int]:
+        """Each checkpoint but 0, as soon as it is edited: a stream may be left between two."""
         marks = self._marks()
         for start, end in pairwise(self.plan.checkpoints()):
-            if str(end) in marks:
-                continue
-            known = max((mark["event"] for mark in marks.values()), default=0)
-            begun = len(self.editor.history.events) > known  # its time was lost with the process
-            report = self.editor.edit(
-                self.plan.facts[start:end],
-                batch_size=self.plan.batch_size,
-                shuffle=False,
-                progress=progress,
-            )
-            marks[str(end)] = {
-                "event": len(self.editor.history.events),
-                "seconds": None if begun else report.seconds,
-                "optimised": report.optimised,
-                "notices": list(report.notices),
-            }
-            write_text(self.folder / "marks.json", as_json(marks))
-            if progress:
-                progress("edited", end, len(self.plan.facts))
+            if str(end) not in marks:
+                marks[str(end)] = self._batch(marks, start, end, progress)
+                write_text(self.folder / "marks.json", as_json(marks))
+                if progress:
+                    progress("edited", end, len(self.plan.facts))
+            yield end
+
+    def _batch(
+        self, marks: Mapping[str, Any], start: int, end: int, progress: Progress | None
+    ) -> dict[str, Any]:
+        """Edit one batch, and say what it took."""
+        known = max((mark["event"] for mark in marks.values()), default=0)
+        begun = len(self.editor.history.events) > known  # its time was lost with the process
+        report = self.editor.edit(
+            self.plan.facts[start:end],
+            batch_size=self.plan.batch_size,
+            shuffle=False,
+            progress=progress,
+        )
+        return {
+            "event": len(self.editor.history.events),
+            "seconds": None if begun else report.seconds,
+            "optimised": report.optimised,
+            "notices": list(report.notices),
+        }
 
     def seconds(self, *stages: str) -> float | None:
         """Wall seconds per fact of the stages `keys` and `solve`, or of a value's optimisation.
@@ -118,7 +133,7 @@ class Stream:
 
     @contextmanager
     def at(self, facts: int) -> Iterator[Editor]:
-        """The model behind the first `facts` facts of the queue."""
+        """The model after the first `facts` facts of the queue."""
         event = self._marks()[str(facts)]["event"] if facts else 0
         with self.editor.as_of(event):
             yield self.editor
@@ -128,7 +143,7 @@ class Stream:
     ) -> Any:
         """What `ask` says of the model at a checkpoint, as plain data; kept in the folder.
 
-        `name` and `settings` are everything that decides the answer beside stream and checkpoint.
+        `name` and `settings` are everything that decides the answer besides stream and checkpoint.
         """
         asked: list[Any] = [name, settings]
         if MEASURES > 1:
@@ -153,12 +168,7 @@ class Workbench:
     """One model, lent to one stream after the other."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        folder: Path,
-        *,
-        name: str,
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, name: str
     ):
         """`model` is unedited, loaded by `name`; streams and values are kept in `folder`."""
         self.folder, self.name = folder, name

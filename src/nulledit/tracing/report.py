@@ -9,17 +9,15 @@ FOLDER/summary.json           settings, means, suggestion, seconds; it comes las
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from nulledit.evaluation.stats import Rate
-from nulledit.io.jsonfiles import as_json, write
-from nulledit.io.text import count, markdown
-from nulledit.report.tables import Table, as_markdown
+from nulledit.io.jsonfiles import as_csv, as_json, write
+from nulledit.io.text import count
+from nulledit.report import document as doc
+from nulledit.report.markdown import markdown_page
 from nulledit.tracing.location import Location
 from nulledit.tracing.trace import LAST
 
@@ -104,47 +102,53 @@ def said(found: Location) -> list[str]:
     return lines
 
 
-def page(found: Location, model: str) -> str:
-    """The report as Markdown."""
-    settings, suggestion = found.settings, found.suggestion
-    parts = [f"# Causal trace of {markdown(model)}", *map(markdown, said(found))]
+def location_document(found: Location, model: str) -> doc.Document:
+    """What the folder's page shows."""
+    settings, suggestion, n = found.settings, found.suggestion, len(found.traces)
+    parts: list[doc.Part] = [doc.Text(sentence) for sentence in said(found)]
     if suggestion.layers:
-        parts += [
-            "A line for a recipe, a range that ends at the peak (after MEMIT, arXiv:2210.07229):",
-            f"```yaml\n{suggestion.recipe_line}\n```",
-            markdown(NOT_SAID),
-        ]
+        line = "A line for a recipe, a range that ends at the peak (after MEMIT, arXiv:2210.07229):"
+        parts += [doc.Text(line), doc.Code(suggestion.recipe_line), doc.Text(NOT_SAID)]
     parts += [
-        "![Effects by place and layer](heatmap.png)",
-        "## Effects at the subject's last token",
-        f"Change of p(answer), mean ± standard error over {count(len(found.traces), 'fact')}. A "
-        "window has its layer in the middle and is shorter at both ends. All places are in "
-        "effects.csv.",
-        as_markdown(effects_table(found)),
-        "## How",
-        f"{count(settings.draws, 'draw')} of noise a fact, {settings.noise:g} times "
-        f"{found.spread:.4g} (standard deviation of the subjects' embeddings), seed "
-        f"{settings.seed}; windows of {count(found.window, 'layer')}; the answer's first token. "
-        "ROME, arXiv:2202.05262.",
-        f"{found.cpu_seconds:.1f} CPU-seconds, {found.wall_seconds:.1f} of wall time: "
-        f"{found.cpu_seconds / len(found.traces):.2f} CPU-seconds a traced fact, asking included.",
+        doc.Picture("heatmap.png", "Effects by place and layer"),
+        effects_table(found),
+        doc.Text(
+            f"{count(settings.draws, 'draw')} of noise a fact, {settings.noise:g} times "
+            f"{found.spread:.4g} (standard deviation of the subjects' embeddings), seed "
+            f"{settings.seed}; windows of {count(found.window, 'layer')}; the answer's first "
+            "token. ROME, arXiv:2202.05262."
+        ),
+        doc.Text(
+            f"{found.cpu_seconds:.1f} CPU-seconds, {found.wall_seconds:.1f} of wall time: "
+            f"{found.cpu_seconds / n:.2f} CPU-seconds a traced fact, asking included."
+        ),
     ]
-    left = [("not known", found.questions.unknown), ("at the end", found.questions.at_the_end)]
-    if any(ids for _, ids in left):
-        parts.append("## Left out")
-        parts += [f"- {why}: {', '.join(map(markdown, ids))}" for why, ids in left if ids]
-    return "\n\n".join(parts) + "\n"
+    left = {"not known": found.questions.unknown, "at the end": found.questions.at_the_end}
+    out = tuple((why, ", ".join(ids)) for why, ids in left.items() if ids)
+    return doc.Document(f"Causal trace of {model}", (*parts, doc.Items(out, title="Left out")))
 
 
-def effects_table(found: Location) -> Table:
+def effects_table(found: Location) -> doc.StudyTable:
     """Both kinds of effects by layer, at the subject's last token."""
     rates = {(e.kind, e.layer): e.rate for e in found.effects() if e.place == LAST}
-    head = ["layer", "state", f"window of {found.window}"]
-    kinds = ("state", "mlp")
-    rows: list[Sequence[str]] = [
-        [str(i), *(_rate(rates[kind, i]) for kind in kinds)] for i in range(found.depth)
-    ]
-    return head, rows
+    columns = (
+        doc.Column("layer", "layer"),
+        doc.Column("state", "state", digits=3),
+        doc.Column("mlp", f"window of {found.window}", digits=3),
+    )
+    rows: tuple[dict[str, doc.Cell], ...] = tuple(
+        {
+            "layer": str(i),
+            **{kind: doc.Value(**asdict(rates[kind, i])) for kind in ("state", "mlp")},
+        }
+        for i in range(found.depth)
+    )
+    caption = (
+        "Mean change of p(answer) over facts. A window has its layer in the middle and is shorter "
+        "at both ends. All places are in effects.csv"
+    )
+    title = "Effects at the subject's last token"
+    return doc.StudyTable("effects", title, caption, columns, rows)
 
 
 def write_location(folder: Path, found: Location, model: str) -> None:
@@ -157,7 +161,7 @@ def write_location(folder: Path, found: Location, model: str) -> None:
         {"kind": e.kind, "place": e.place, "layer": e.layer, **asdict(e.rate)}
         for e in found.effects()
     ]
-    write(folder / "effects.csv", _csv(effects))
+    write(folder / "effects.csv", as_csv(effects))
     facts = [
         {
             "id": t.question.fact_id,
@@ -168,23 +172,13 @@ def write_location(folder: Path, found: Location, model: str) -> None:
         }
         for t in found.traces
     ]
-    write(folder / "facts.csv", _csv(facts))
+    write(folder / "facts.csv", as_csv(facts))
     figure = heat_map(found)
     write(folder / "heatmap.svg", as_svg(figure))
     write(folder / "heatmap.png", as_png(figure))
-    write(folder / "report.md", page(found, model))
+    write(folder / "report.md", markdown_page(location_document(found, model)))
     write(folder / "summary.json", as_json(summary_of(found, model)))
 
 
 def _rate(rate: Rate) -> str:
     return f"{rate.mean:.3f} ± {rate.standard_error:.3f}"
-
-
-def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
-    rows = list(rows)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    # One fact has no standard error: nothing is written, rather than nan.
-    writer.writerows({k: "" if v != v else v for k, v in row.items()} for row in rows)
-    return text.getvalue()

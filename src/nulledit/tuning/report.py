@@ -7,25 +7,28 @@ NAME.tune.csv     the candidates in numbers
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nulledit.data.facts import Fact
-from nulledit.evaluation.stats import Rate
-from nulledit.io.jsonfiles import write
-from nulledit.io.text import count, markdown, plain
-from nulledit.report.tables import Table, as_markdown, number
+from nulledit.io.jsonfiles import as_csv, write
+from nulledit.io.text import count, plain
+from nulledit.report.cells import ABSENT, heads, shown
+from nulledit.report.document import Cell, Column, Document, Items, StudyTable, Text, Value
+from nulledit.report.markdown import markdown_page
 from nulledit.tuning.measure import Measured
 from nulledit.tuning.moves import said
-from nulledit.tuning.objective import KINDS, Outcome, difference, score, score_error
+from nulledit.tuning.objective import KINDS, difference, score, score_error
 from nulledit.tuning.search import BOUND, NO_TIME, Candidate, Tuning
 
 FORMULA = "H(efficacy, paraphrases, neighbours) - {weight:g} KL"
-TEXT = ("KL (mnat)", "worst 1 %", "perplexity")
+MEASURES = (
+    *(Column(kind, kind, unit="%") for kind in KINDS),
+    Column("kl", "KL", unit="mnat", digits=2),
+    Column("worst", "worst 1 %", unit="%", digits=0),
+    Column("growth", "growth of perplexity", unit="%", digits=2),
+    Column("score", "score", digits=3),
+)
 RULE = (
     "A candidate whose score is less than one standard error of the paired difference below the "
     "best ties with it; of those that tie, the one with the smallest KL is taken, then the one "
@@ -44,8 +47,8 @@ def write_tuning(file: Path, found: Tuning, about: dict[str, str]) -> None:
     `about`: what was asked (model, facts, text, seed, start), for people.
     """
     page_file, table_file = beside(file)
-    write(page_file, page(found, about))
-    write(table_file, as_csv(found))
+    write(page_file, markdown_page(tuning_document(found, about)))
+    write(table_file, as_csv(numbers_of(found)))
     write(file, recipe_text(found, about))
 
 
@@ -106,100 +109,89 @@ def path_of(found: Tuning) -> str:
     return ", then ".join(reversed(labels)) or found.candidates[0].label
 
 
-def page(found: Tuning, about: dict[str, str]) -> str:
-    """The report as Markdown."""
-    weight = found.settings.weight
-    parts = [
-        f"# Tuning of {markdown(about.get('model', 'a model'))}",
-        "\n".join(f"- {markdown(name)}: {markdown(told)}" for name, told in about.items()),
-        *map(markdown, outline(found)),
-        "## Candidates, in their order",
-        as_markdown(candidates_table(found), left=(1, 2)),
-        f"{RULE} Seconds are wall time; values that an earlier candidate had optimised are not "
-        "optimised again.",
-        "## Judged on the report facts",
-        as_markdown(judged_table(found)),
-        f"Score: {markdown(FORMULA.format(weight=weight))}.",
-        "## Not tried",
+def tuning_document(found: Tuning, about: dict[str, str]) -> Document:
+    """What the report shows."""
+    nothing = "" if found.untried else "Not tried: nothing. No single change was taken any more."
+    facts = [
+        Items(tuple((f.id, f.subject) for f in side), title=f"{name} facts ({len(side)})")
+        for name, side in (("Tuning", found.split.tuning), ("Report", found.split.report))
     ]
-    if found.untried:
-        parts.append(as_markdown(untried_table(found), left=3))
-    else:
-        parts.append("Nothing: the search ended where no single change was taken any more.")
-    for title, facts in (("Tuning", found.split.tuning), ("Report", found.split.report)):
-        parts += [f"## {title} facts ({len(facts)})", _names(facts)]
-    parts.append(f"{count(found.split.left_out, 'fact')} of the file on neither side.")
-    return "\n\n".join(parts) + "\n"
+    return Document(
+        f"Tuning of {about.get('model', 'a model')}",
+        (
+            Items(tuple(about.items())),
+            *map(Text, outline(found)),
+            candidates_table(found),
+            judged_table(found),
+            Text(nothing),
+            *([untried_table(found)] if found.untried else []),
+            *facts,
+            Text(f"{count(found.split.left_out, 'fact')} of the file on neither side."),
+        ),
+    )
 
 
-def candidates_table(found: Tuning) -> Table:
+def candidates_table(found: Tuning) -> StudyTable:
     """Every candidate with its measures; the winner is marked."""
-    head = ["", "changed", "from", *KINDS, *TEXT, "score", "to the best", "s"]
     weight = found.settings.weight
     best = max(found.candidates, key=lambda c: score(c.measured.outcome, weight))
-    rows: list[Sequence[str]] = []
+    rows: list[dict[str, Cell]] = []
     for place, c in enumerate(found.candidates):
-        m = c.measured
-        apart = (
-            "best"
-            if c is best
-            else _plus_minus(*difference(m.outcome, best.measured.outcome, weight))
-        )
-        mark = f"{_number(place)}{' (chosen)' if place == found.chosen else ''}"
+        apart = difference(c.measured.outcome, best.measured.outcome, weight)
         rows.append(
-            [
-                mark,
-                c.label,
-                "" if place == 0 else _number(c.base),
-                *_measures(m, weight),
-                apart,
-                f"{m.seconds:.0f}",
-            ]
+            {
+                "name": f"{_number(place)}{' (chosen)' if place == found.chosen else ''}",
+                "changed": c.label,
+                "from": "" if place == 0 else _number(c.base),
+                **_cells(c.measured, weight),
+                "apart": "best" if c is best else Value(*apart),
+                "seconds": c.measured.seconds,
+            }
         )
-    return head, rows
+    columns = (
+        *(Column("name", ""), Column("changed", "changed"), Column("from", "from")),
+        *MEASURES,
+        *(Column("apart", "to the best", digits=3), Column("seconds", "s", digits=0)),
+    )
+    caption = (
+        f"{RULE} Seconds are wall time; values that an earlier candidate had optimised are not "
+        "optimised again"
+    )
+    return StudyTable("candidates", "Candidates, in their order", caption, columns, tuple(rows))
 
 
-def judged_table(found: Tuning) -> Table:
+def judged_table(found: Tuning) -> StudyTable:
     """The unedited model, the starting recipe and the winner on the report facts."""
     weight = found.settings.weight
-    unedited = [*(_rate(found.unedited.rate(kind)) for kind in KINDS), *[""] * len(TEXT), "", ""]
-    rows: list[Sequence[str]] = [["unedited model", *unedited]]
-    sides = {"starting recipe": found.started}
-    if found.chosen:
-        sides["chosen"] = found.judged
+    sides = {"starting recipe": found.started} | ({"chosen": found.judged} if found.chosen else {})
+    none = ("kl", "worst", "growth", "score", "update")
+    unedited: dict[str, Cell] = {"name": "unedited model", **dict.fromkeys(none, "")}
+    rows = [unedited | {kind: Value.percent(found.unedited.rate(kind)) for kind in KINDS}]
     for name, m in sides.items():
-        rows.append([name, *_measures(m, weight), f"{m.update_share:.3f}"])
-    return ["", *KINDS, *TEXT, "score", "‖Δ‖/‖W₀‖"], rows
+        rows.append({"name": name, **_cells(m, weight), "update": m.update_share})
+    columns = (Column("name", ""), *MEASURES, Column("update", "‖Δ‖/‖W₀‖", digits=3))
+    caption = f"Score: {FORMULA.format(weight=weight)}"
+    return StudyTable("judged", "Judged on the report facts", caption, columns, tuple(rows))
 
 
-def untried_table(found: Tuning) -> Table:
+def untried_table(found: Tuning) -> StudyTable:
     """What was not measured, and why."""
-    rows: list[Sequence[str]] = [
-        [u.label, f"changes {_number(u.base)}", u.reason] for u in found.untried
-    ]
-    return ["changed", "from", "why not"], rows
+    rows = [(u.label, f"changes {_number(u.base)}", u.reason) for u in found.untried]
+    return StudyTable.of("untried", "Not tried", ("changed", "from", "why not"), rows)
 
 
-def as_csv(found: Tuning) -> str:
+def numbers_of(found: Tuning) -> list[dict[str, Any]]:
     """A row for each candidate on the tuning facts; start and winner on the report facts."""
-    rows = [
-        _row("tuning", number, c, c.measured, found) for number, c in enumerate(found.candidates)
-    ]
+    rows = [_row("tuning", i, c, c.measured, found) for i, c in enumerate(found.candidates)]
     rows.append(_row("report", 0, found.candidates[0], found.started, found))
     if found.chosen:
         rows.append(_row("report", found.chosen, found.winner, found.judged, found))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    # Nothing is written for what there is not, rather than nan.
-    writer.writerows({k: "" if v is None or v != v else v for k, v in r.items()} for r in rows)
-    return text.getvalue()
+    return rows
 
 
 def summary_of(found: Tuning, about: dict[str, str]) -> dict[str, Any]:
     """Plain data for --json."""
-    rows = [_row("tuning", i, c, c.measured, found) for i, c in enumerate(found.candidates)]
-    gain, error = found.gain
+    rows, (gain, error) = numbers_of(found), found.gain
     return {
         "asked": about,
         "formula": FORMULA.format(weight=found.settings.weight),
@@ -208,12 +200,12 @@ def summary_of(found: Tuning, about: dict[str, str]) -> dict[str, Any]:
             "report": [fact.id for fact in found.split.report],
             "left_out": found.split.left_out,
         },
-        "candidates": rows,
+        "candidates": [row for row in rows if row["facts"] == "tuning"],
         "not_tried": [vars(u) for u in found.untried],
         "chosen": found.chosen,
         "recipe": found.winner.recipe.to_dict(),
         "report": {
-            "unedited": {kind: _mean(found.unedited, kind) for kind in KINDS},
+            "unedited": {k: (r := found.unedited.rate(k)) and r.mean for k in KINDS},
             "start": _row("report", 0, found.candidates[0], found.started, found),
             "chosen": _row("report", found.chosen, found.winner, found.judged, found),
             "gain": {"mean": gain, "standard_error": error},
@@ -257,42 +249,21 @@ def _row(side: str, number: int, c: Candidate, m: Measured, found: Tuning) -> di
     }
 
 
-def _measures(m: Measured, weight: float) -> list[str]:
-    rates = [_rate(m.outcome.rate(kind)) for kind in KINDS]
-    own = _plus_minus(score(m.outcome, weight), score_error(m.outcome, weight), sign="")
-    kl = m.kl
-    text = [number(kl.value), f"{100 * kl.worst_share:.0f} %", f"{100 * m.growth:+.2f} %"]
-    return [*rates, *text, own]
+def _cells(m: Measured, weight: float) -> dict[str, Cell]:
+    return {
+        **{kind: Value.percent(m.outcome.rate(kind)) for kind in KINDS},
+        "kl": m.kl.value,
+        "worst": 100 * m.kl.worst_share,
+        "growth": 100 * m.growth,
+        "score": Value(score(m.outcome, weight), score_error(m.outcome, weight)),
+    }
 
 
 def _line(m: Measured, weight: float) -> str:
-    kinds = [f"{kind} {_rate(m.outcome.rate(kind))}" for kind in KINDS if m.outcome.rate(kind)]
-    own = _plus_minus(score(m.outcome, weight), score_error(m.outcome, weight), sign="")
-    return (
-        f"score {own}: {', '.join(kinds)}, KL {number(m.kl.value)} mnat a token "
-        f"({100 * m.kl.worst_share:.0f} % of it in the worst 1 %), perplexity "
-        f"{100 * m.growth:+.2f} %"
-    )
-
-
-def _mean(outcome: Outcome, kind: str) -> float | None:
-    rate = outcome.rate(kind)
-    return rate.mean if rate else None
-
-
-def _rate(rate: Rate | None) -> str:
-    if rate is None:
-        return "absent"
-    return f"{100 * rate.mean:.1f} ± {100 * rate.standard_error:.1f} %"
-
-
-def _plus_minus(value: float, error: float, sign: str = "+") -> str:
-    return f"{value:{sign}.3f} ± {error:.3f}"
+    table = StudyTable("line", "", "", MEASURES, (_cells(m, weight),))
+    cells = zip(heads(table), shown(table)[0], strict=False)  # but n
+    return ", ".join(f"{head} {c.text} {c.error}".strip() for head, c in cells if c.text != ABSENT)
 
 
 def _number(number: int) -> str:
     return f"candidate {number}" if number else "candidate 0, the start"
-
-
-def _names(facts: Sequence[Fact]) -> str:
-    return "\n".join(f"- {markdown(f.id)}: {markdown(f.subject)}" for f in facts)

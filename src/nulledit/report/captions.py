@@ -1,4 +1,4 @@
-"""Sentences and captions of a page: what was run, n, time, which examples are shown."""
+"""Sentences and captions: what was run, n, time, which examples are shown."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import chain, zip_longest
 from typing import Any
 
 from nulledit.io.text import count
-from nulledit.report.document import Example, FigureSpec, Study
+from nulledit.report.document import Example, Examples, FigureSpec, Study
 
 EXAMPLES = 5
 """Of each kind that a page shows."""
@@ -51,18 +51,16 @@ def figure_caption(spec: FigureSpec) -> str:
     return said.strip()
 
 
-def chosen_examples(
-    examples: Sequence[Example], most: int = EXAMPLES
-) -> list[tuple[str, list[Example]]]:
-    """Titles and the first few examples that hold and that fail, in turn from each arm."""
+def chosen_examples(examples: Sequence[Example], most: int = EXAMPLES) -> list[Examples]:
+    """The first few examples that hold and that fail, in turn from each arm, with a title."""
     chosen = []
     for title, holds in (("hold", True), ("fail", False)):
         mine = [e for e in examples if e.holds is holds]
         if not mine:
             continue
-        shown = _in_turn(mine)[:most]
-        few = f"{len(shown)} of {len(mine)} edits" if len(mine) > most else count(len(mine), "edit")
-        chosen.append((f"{few} that {title}{'s' if few == '1 edit' else ''}", shown))
+        few = f"{most} of {len(mine)} edits" if len(mine) > most else count(len(mine), "edit")
+        told = f"{few} that {title}{'s' if few == '1 edit' else ''}"
+        chosen.append(Examples(told, tuple(_in_turn(mine)[:most])))
     return chosen
 
 
