@@ -14,8 +14,9 @@ from nulledit.editing.values import optimise_values
 from nulledit.editing.weights import EditedWeights
 from nulledit.ledger.journal import Journal
 from nulledit.ledger.records import Base, Column, Epoch, History, ValueOutcome
-from nulledit.ledger.solver import LayerSolver, spectrum_tensors
+from nulledit.ledger.solver import LayerSolver
 from nulledit.ledger.store import tensor_bytes
+from nulledit.ledger.tensors import spectrum_tensors
 from nulledit.linalg.moments import SecondMoment
 from nulledit.linalg.solve import solve_update
 from nulledit.linalg.spectrum import Block, Spectrum
@@ -23,7 +24,8 @@ from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import as_out_in, write_weight
 from nulledit.models.load import model_hash
 from nulledit.models.tokens import chunks_by_length
-from nulledit.statistics.collect import find_statistics, key_moments
+from nulledit.statistics.collect import key_moments
+from nulledit.statistics.found import find_statistics
 from nulledit.statistics.manifest import Manifest
 from nulledit.statistics.spectra import Statistics
 

@@ -18,7 +18,7 @@ from nulledit.editing.value_cache import ValueCache
 from nulledit.editing.values import bare_leads, optimise_values
 from nulledit.errors import ConfigError, StatisticsError
 from nulledit.ledger.records import ValueOutcome
-from nulledit.ledger.solver import recorded
+from nulledit.ledger.tensors import recorded
 from nulledit.methods import METHODS
 from nulledit.models.layouts import as_out_in, frozen
 

@@ -73,7 +73,9 @@ def data(tmp_path_factory):
 def make_lab(worlds, data, tmp_path, monkeypatch):
     known, words = worlds("llama")
     statistics = statistics_of(known, words, layers=(0, 1), lines=world.sentences())
-    monkeypatch.setattr("nulledit.editing.session.find_statistics", lambda *_: iter([statistics]))
+    monkeypatch.setattr(
+        "nulledit.editing.session.find_statistics", lambda *_, **__: iter([statistics])
+    )
 
     def make(work="work", **changes):
         model = type(known)(known.config).eval()

@@ -20,7 +20,8 @@ from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import LAYOUTS, mlp_out
 from nulledit.models.load import model_hash
 from nulledit.statistics import collect as module
-from nulledit.statistics.collect import collect, find_statistics
+from nulledit.statistics.collect import collect
+from nulledit.statistics.found import find_statistics
 from nulledit.statistics.manifest import Manifest
 from nulledit.statistics.merge import merge_statistics
 from nulledit.statistics.spectra import Statistics

@@ -158,7 +158,9 @@ def data(tmp_path_factory):
 def make_lab(known, words, data, tmp_path, monkeypatch):
     """A lab for a study on a fresh copy of the model; `work` is shared unless given."""
     statistics = statistics_of(known, words, layers=(0, 1), lines=world.sentences())
-    monkeypatch.setattr("nulledit.editing.session.find_statistics", lambda *_: iter([statistics]))
+    monkeypatch.setattr(
+        "nulledit.editing.session.find_statistics", lambda *_, **__: iter([statistics])
+    )
 
     def make(name, *, work="work", sources=data, **changes):
         model = type(known)(known.config).eval()

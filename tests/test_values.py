@@ -10,7 +10,7 @@ from support.values import CONTEXTS, SETTINGS, distance, ours, walk
 from nulledit import Editor, Fact
 from nulledit.config import Recipe
 from nulledit.editing.values import plan_rows
-from nulledit.ledger.solver import read_spectrum
+from nulledit.ledger.tensors import read_spectrum
 from nulledit.models.layouts import as_out_in
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import RowEncoder

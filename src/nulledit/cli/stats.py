@@ -179,7 +179,7 @@ def show(call: Call) -> None:
     """
     null_space(call.null_space)
     call.prepare()
-    from nulledit.statistics.collect import named_statistics
+    from nulledit.statistics.found import named_statistics
 
     _show(call, named_statistics(model_source(call.source)))
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from nulledit.config import Recipe
 from nulledit.errors import ConfigError, StatisticsError
 from nulledit.ledger.records import Epoch, History
-from nulledit.ledger.solver import LayerPreconditioners, form_tensors, spectrum_tensors
+from nulledit.ledger.solver import LayerPreconditioners
 from nulledit.ledger.store import tensor_bytes
+from nulledit.ledger.tensors import form_tensors, spectrum_tensors
 from nulledit.linalg.spectrum import RULES, Spectrum
 from nulledit.methods import Gate, find_method
 from nulledit.models.editable_model import EditableModel

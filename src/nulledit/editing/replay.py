@@ -12,7 +12,7 @@ from nulledit.editing.descent import Value
 from nulledit.editing.session import EditSession
 from nulledit.editing.undo import facts_of
 from nulledit.ledger.records import Column, History
-from nulledit.ledger.solver import by_batch
+from nulledit.ledger.tensors import by_batch
 from nulledit.methods import find_method
 
 

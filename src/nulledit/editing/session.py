@@ -30,7 +30,7 @@ from nulledit.methods import Method, find_method
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.load import model_hash
 from nulledit.parallel.ranks import Ranks
-from nulledit.statistics.collect import find_statistics
+from nulledit.statistics.found import find_statistics
 from nulledit.statistics.spectra import Statistics
 
 

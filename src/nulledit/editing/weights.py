@@ -14,7 +14,8 @@ from torch import Tensor
 from nulledit.errors import LedgerError
 from nulledit.io.text import count
 from nulledit.ledger.records import Column, History, Ledger
-from nulledit.ledger.solver import LayerSolver, LayerState, recorded
+from nulledit.ledger.solver import LayerSolver, LayerState
+from nulledit.ledger.tensors import recorded
 from nulledit.linalg.angles import unit_columns
 from nulledit.linalg.preconditioner import Preconditioner
 from nulledit.methods.problem import TargetLoss

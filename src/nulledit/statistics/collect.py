@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from nulledit.config import StatisticsSettings
 from nulledit.data.corpus import Corpus, windows
 from nulledit.errors import StatisticsError
-from nulledit.io.files import cache_folder, replacing
+from nulledit.io.files import replacing
 from nulledit.linalg.moments import SecondMoment
 from nulledit.linalg.spectrum import Spectrum
 from nulledit.models.editable_model import EditableModel
@@ -32,6 +32,7 @@ from nulledit.models.tokens import (
     context_length,
 )
 from nulledit.parallel.ranks import Ranks
+from nulledit.statistics.found import default_folder
 from nulledit.statistics.manifest import (
     UNCHECKED,
     Manifest,
@@ -286,57 +287,6 @@ def ready(folder: Path, manifest: Manifest) -> Statistics | None:
     if found.manifest.uncounted() != manifest.uncounted():
         raise StatisticsError(f"{folder}: holds other statistics; choose another folder")
     return found
-
-
-def default_folder(manifest: Manifest) -> Path:
-    """The place in the cache that this manifest's content has."""
-    key = hashlib.sha256(manifest.uncounted().to_json().encode()).hexdigest()[:16]
-    return cache_folder() / "statistics" / manifest.model_hash[:16] / key
-
-
-def find_statistics(
-    model_hash: str, layers: Sequence[int], mlp_out: str = "", *, inputs: bool = False
-) -> Iterator[Statistics]:
-    """Statistics of that model covering `layers`: shipped ones, then the cache's, largest first.
-
-    `mlp_out`: the path of W, where a recipe's layout names it; `inputs`: as for `collect`.
-    """
-
-    def of_it(manifest: Manifest) -> bool:
-        same = manifest.model_hash == model_hash and manifest.mlp_out == mlp_out
-        same = same and manifest.inputs == inputs
-        return same and set(layers) <= set(manifest.layers)
-
-    return _kept(of_it, f"{model_hash[:16]}/*")
-
-
-def named_statistics(source: str | Path) -> Statistics:
-    """Statistics at a path, or of the model that they were made under this name: the largest.
-
-    StatisticsError where there are none.
-    """
-    path = Path(source)
-    if path.is_file() or (path / "manifest.json").is_file():
-        return Statistics.load(path)
-    found = next(_kept(lambda manifest: manifest.model == str(source), "*/*"), None)
-    if found is None:
-        raise StatisticsError(
-            f"no statistics at or of {str(source)!r}: "
-            f"make them with `nulledit stats make {source} --text ...`"
-        )
-    return found
-
-
-def _kept(wanted: Callable[[Manifest], bool], folders: str) -> Iterator[Statistics]:
-    """Those with a `wanted` manifest: shipped, then the cache's in `folders`, largest first."""
-    yield from Statistics.shipped(wanted)
-    found = []
-    for file in (cache_folder() / "statistics").glob(f"{folders}/manifest.json"):
-        manifest, _ = read_manifest(file.parent)
-        if wanted(manifest):
-            found.append((manifest.tokens, file.parent))
-    for _, folder in sorted(found, reverse=True):
-        yield Statistics.load(folder)
 
 
 def key_moments(

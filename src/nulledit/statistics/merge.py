@@ -9,7 +9,8 @@ from pathlib import Path
 
 from nulledit._version import __version__
 from nulledit.errors import StatisticsError
-from nulledit.statistics.collect import default_folder, finished, read_moments, ready
+from nulledit.statistics.collect import finished, read_moments, ready
+from nulledit.statistics.found import default_folder
 from nulledit.statistics.manifest import Manifest, Source
 from nulledit.statistics.spectra import Statistics
 
