@@ -12,11 +12,12 @@ from torch import Tensor
 from nulledit.config import Recipe
 from nulledit.errors import LedgerError
 from nulledit.ledger.records import Column, Epoch, History, Ledger
+from nulledit.linalg.neurons import UnitForm
 from nulledit.linalg.preconditioner import Preconditioner
 from nulledit.linalg.solve import RecursiveState, room_left
 from nulledit.linalg.spectrum import Block, Spectrum, part_names
 from nulledit.methods import Descent, Filter, Gate, Method, Solve, find_method
-from nulledit.methods.gates import UnitForm, gated_neurons, moments_of
+from nulledit.methods.gates import gated_neurons, moments_of
 from nulledit.methods.problem import LayerProblem, TargetLoss
 from nulledit.models.layer_edit import LayerEdit, NeuronUpdate, WeightUpdate, update_of
 
