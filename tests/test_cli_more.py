@@ -83,7 +83,7 @@ def test_studies_are_listed_and_refused_by_name(tmp_path):
     given = ("study", "table1", "--facts", facts, "--quiet")
     assert "did you mean 'memit'" in refused(*given, "--arms", "memti")
     assert "did you mean 'batch_size'" in refused(*given, "--set", "batchsize=3")
-    assert "expected small, paper or a YAML file" in refused(*given, "--scale", "medium")
+    assert "expected a YAML file, or paper, small" in refused(*given, "--scale", "medium")
 
 
 @pytest.mark.slow

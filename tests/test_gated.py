@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 from nulledit import Editor
 from nulledit.errors import ConfigError, LedgerError, ModelError, StatisticsError
 from nulledit.evaluation.preservation import preservation_report
-from nulledit.methods.gates import ACTIVATIONS, GateSettings, UnitForm, gated_neurons
+from nulledit.linalg.neurons import ACTIVATIONS, UnitForm
+from nulledit.methods.gates import GateSettings, gated_neurons
 from nulledit.models.load import model_hash
 from nulledit.runs.verify import verify
 

@@ -7,7 +7,7 @@ import torch
 from support.models import build_model
 
 from nulledit.errors import ModelError
-from nulledit.methods.gates import Neurons
+from nulledit.linalg.neurons import Neurons
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.mlp import find_form
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from nulledit.cli.command import Call, command
 from nulledit.cli.common import emit
 from nulledit.cli.methods import field_docs
 
@@ -19,8 +20,8 @@ def recipe() -> None:
     """
 
 
-@recipe.command(short_help="The JSON Schema of recipes.")
-def schema() -> None:
+@command("The JSON Schema of recipes.", group=recipe)
+def schema(_call: Call) -> None:
     """The JSON Schema of recipes: every setting, what it does, its bounds and its default.
 
     An editor with a YAML language server completes and checks a recipe whose first line is

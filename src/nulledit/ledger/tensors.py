@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from nulledit.ledger.records import Column, History
+from nulledit.linalg.neurons import UnitForm
 from nulledit.linalg.spectrum import Block, Spectrum, part_names
-from nulledit.methods.gates import UnitForm
 
 
 def by_batch(columns: Sequence[Column]) -> dict[int, list[Column]]:

@@ -20,30 +20,19 @@ Relatives: T-Patcher (arXiv:2301.09785) trains such neurons in the last block by
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from nulledit.io.settings import Expected, NotNegative, Positive, checked
+from nulledit.linalg.neurons import ACTIVATIONS, Neurons, UnitForm
 from nulledit.linalg.spectrum import Spectrum
 from nulledit.methods.registry import Gate
 
-Activation = Callable[[Tensor], Tensor]
 Below1 = Annotated[float, Expected("a share from 0, below 1", ge=0, lt=1)]
 
-ACTIVATIONS: dict[str, Activation] = {
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": functional.relu,
-    "relu2": lambda x: functional.relu(x).square(),
-}
-"""Activations φ of MLPs, by name."""
 CONSTANT = 0.99
 """μᵀC⁻¹μ below which text has no constant direction that could hold a threshold."""
 SMALLEST = 1e-6
@@ -64,40 +53,6 @@ class GateSettings:
     """λ: keeps the columns small of neurons that open on each other's subjects."""
     widening: NotNegative = 0.1
     """Weight in C of the facts' own second moment, which tells like subjects apart."""
-
-
-@dataclass(frozen=True)
-class UnitForm:
-    """What a unit of an MLP is, as far as its formula goes."""
-
-    activation: str
-    """Name of φ."""
-    biased: bool
-    """Whether what φ is applied to has a bias."""
-    gated: bool
-    """Whether φ's result is multiplied by a second factor."""
-
-
-@dataclass(frozen=True)
-class Neurons:
-    """n units of an MLP."""
-
-    rows: Tensor
-    """[n, d]: what φ is applied to."""
-    biases: Tensor | None
-    """[n]; None where the MLP has none there."""
-    factors: Tensor | None
-    """[n, d]: the second factor of a gated MLP; None in a plain one."""
-    columns: Tensor
-    """Of W [d_out, n]."""
-
-    def units(self, inputs: Tensor, activation: str) -> Tensor:
-        """What they give for `inputs` X [d, tokens]: [n, tokens], in the inputs' dtype."""
-        driven = self.rows.to(inputs) @ inputs
-        if self.biases is not None:
-            driven = driven + self.biases.to(inputs)[:, None]
-        found = ACTIVATIONS[activation](driven)
-        return found if self.factors is None else found * (self.factors.to(inputs) @ inputs)
 
 
 def moments_of(spectrum: Spectrum) -> tuple[Tensor, Tensor]:

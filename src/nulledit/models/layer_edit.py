@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nulledit.errors import ModelError
-from nulledit.methods.gates import Neurons
+from nulledit.linalg.neurons import Neurons
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import as_out_in, holds_weight, write_weight
 

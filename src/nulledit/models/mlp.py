@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from nulledit.errors import ModelError
-from nulledit.methods.gates import ACTIVATIONS, Neurons, UnitForm
+from nulledit.linalg.neurons import ACTIVATIONS, Neurons, UnitForm
 from nulledit.models.dense import is_quantised
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import collate

@@ -171,14 +171,14 @@ class Limits:
     """File name, or the name of the shipped set."""
 
     @classmethod
-    def from_dict(cls, data: Any) -> Limits:
+    def from_dict(cls, data: Any, *, source: str = "") -> Limits:
         """From plain data; ConfigError for unknown names, wrong types and numbers that can't be."""
         if not isinstance(data, Mapping) or not data:
             raise ConfigError(
                 f"expected limits by name, such as `efficacy_strict: {{at_least: 80}}`, found "
                 f"{quote(data)}"
             )
-        return cls({name: _bound(name, given) for name, given in data.items()})
+        return cls({name: _bound(name, given) for name, given in data.items()}, source)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back."""
