@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 from nulledit import Editor
 from nulledit.errors import ConfigError, LedgerError, ModelError, StatisticsError
 from nulledit.evaluation.preservation import preservation_report
+from nulledit.export.write import write_export
 from nulledit.linalg.neurons import ACTIVATIONS, UnitForm
 from nulledit.methods.gates import GateSettings, gated_neurons
 from nulledit.models.load import model_hash
@@ -219,3 +220,20 @@ def test_preservation_is_what_the_neurons_add_on_text(family, tokenizer, facts):
     assert found.error == pytest.approx((moved / energy) ** 0.5)
     editor.restore()
     assert preservation_report(editor, windows)[0].error == 0
+
+
+def test_a_checkpoint_has_the_neurons_and_no_adapter_can(tokenizer, facts, tmp_path):
+    model = build_model("llama", dtype=torch.float32)
+    editor = editor_of(model, tokenizer)
+    editor.edit(facts)
+    found = write_export(editor, tmp_path / "whole", "checkpoint")
+    assert found.layers[0].shape == (16, 48 + len(facts))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
+    assert plain.config.intermediate_size == 64
+    ids = torch.tensor([[3, 14, 15, 92, 65]])
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    for kind in ("lora", "delta"):
+        with pytest.raises(ModelError, match="gated edits are neurons"):
+            write_export(editor, tmp_path / kind, kind)
+        assert not (tmp_path / kind).exists()

@@ -10,8 +10,8 @@ from nulledit.export.card import model_card
 from nulledit.export.updates import (
     Export,
     check_shard_size,
-    layer_report,
     refuse_existing,
+    whole_report,
     write_origin,
 )
 from nulledit.io.files import replacing_folder
@@ -37,8 +37,8 @@ def write_checkpoint(
     refuse_existing(folder)
     refuse_dense(editor.model, "exported as a checkpoint")
     editor.weights.check_unchanged()
-    layers = tuple(layer_report(editor, layer) for layer in editor.weights.layers)
-    with replacing_folder(folder) as partial:
+    layers = tuple(whole_report(editor, layer) for layer in editor.weights.layers)
+    with editor.weights.as_saved(), replacing_folder(folder) as partial:
         save_weights(editor.model, partial, max_shard_size=max_shard_size)
         editor.tokenizer.save_pretrained(partial)
         write_origin(editor, partial, "checkpoint")

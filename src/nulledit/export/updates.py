@@ -233,30 +233,45 @@ def substituted(editor: Editor, weights: Mapping[int, Tensor]) -> Iterator[None]
             write_weight(editor.editable.matrix(layer), weight)
 
 
-def layer_report(
-    editor: Editor, layer: int, factors: tuple[Tensor, Tensor] | None = None, *, of: int = 0
-) -> LayerExport:
-    """The numbers of one layer, with `factors` (B, A) as stored or, without, as a whole.
+def whole_report(editor: Editor, layer: int) -> LayerExport:
+    """The numbers of one layer as it is in the model, whatever the edits leave in it."""
+    edit, weights = editor.weights.edit(layer), editor.weights
+    stored = as_out_in(editor.editable.matrix(layer))
+    norm, base = edit.norm, weights.base(layer)
+    return LayerExport(
+        layer=layer,
+        parameter=editor.editable.parameter_name(layer),
+        shape=(stored.shape[0], stored.shape[1]),
+        rank=0,
+        of=0,
+        error=0.0,
+        key_error=0.0,
+        update_share=norm / float(torch.linalg.matrix_norm(base)),
+        rounding_share=edit.rounding(editor.editable, layer) / norm if norm else 0.0,
+        bytes=stored.nbytes,
+    )
 
-    `of`: the rank of Δ.
-    """
+
+def layer_report(
+    editor: Editor, layer: int, factors: tuple[Tensor, Tensor], *, of: int
+) -> LayerExport:
+    """The numbers of one layer with `factors` (B, A) as stored; `of`: the rank of Δ."""
     update, base = update_of(editor, layer)
     stored = as_out_in(editor.editable.matrix(layer))
     norm = float(torch.linalg.matrix_norm(update))
     rounding = float(torch.linalg.matrix_norm(stored.to(base) - (base + update)))
-    left, right = factors or (update[:, :0], update[:0])
-    held = left.nbytes + right.nbytes if factors else stored.nbytes
+    left, right = factors
     return LayerExport(
         layer=layer,
         parameter=editor.editable.parameter_name(layer),
         shape=(base.shape[0], base.shape[1]),
         rank=left.shape[1],
         of=of,
-        error=relative_error(update, left, right) if factors else 0.0,
-        key_error=_key_error(editor, layer, update, left, right) if factors else 0.0,
+        error=relative_error(update, left, right),
+        key_error=_key_error(editor, layer, update, left, right),
         update_share=norm / float(torch.linalg.matrix_norm(base)),
         rounding_share=rounding / norm if norm else 0.0,
-        bytes=held,
+        bytes=left.nbytes + right.nbytes,
     )
 
 
