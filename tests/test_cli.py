@@ -417,7 +417,7 @@ def test_statistics_of_another_model(place, options, tokenizer, tmp_path):
         (("--text", "nowhere.txt"), "no such file"),
         (("--set", "values.step=3"), "did you mean 'steps'"),
         (("--set", "values"), "FIELD=VALUE"),
-        (("--set", "values.steps=many"), "expected int"),
+        (("--set", "values.steps=many"), "expected a whole number"),
         (("--null-space", "leakage"), "RULE=VALUE"),
         (("--null-space", "leaky=0.1"), "leaky"),
         (("--method", "magic"), "alphaedit"),

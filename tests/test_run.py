@@ -111,7 +111,8 @@ def test_a_run_is_looked_at_without_a_trace(editor, place, tmp_path):
     assert set(would.held.summary()) == {"before", "after"}
     assert looked.check(EASY).passed
     assert not looked.check(IMPOSSIBLE).passed
-    assert set(looked.ask("The mother tongue of Ada Byron is")) == {"base", "edited"}
+    said = looked.ask("The mother tongue of Ada Byron is", target="Velmish")
+    assert said == looked.editor.ask(said.prompt, "Velmish")
     assert looked.history.state_id == run.history.state_id
     assert {p: p.read_bytes() for p in sorted(run.folder.rglob("*")) if p.is_file()} == before
 

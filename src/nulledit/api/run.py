@@ -14,6 +14,7 @@ from nulledit.data.readers import Facts, as_facts
 from nulledit.editing.merge import Decide
 from nulledit.editing.reports import ChangeReport, EditReport
 from nulledit.errors import CheckFailed, ConfigError, LedgerError
+from nulledit.evaluation.asking import Answer
 from nulledit.evaluation.forgetting import TOKENS, Recall, recall_of
 from nulledit.evaluation.old_answers import with_base_answers
 from nulledit.evaluation.retry import check_retry, check_values, joined, retry_failing
@@ -283,6 +284,10 @@ class Run:
         return report
 
     # -- looking, which writes nothing into the ledger ---------------------------------------------
+
+    def ask(self, prompt: str, target: str | None = None, **asked: Any) -> Answer:
+        """`Editor.ask`: what the base and the edited model say after `prompt`."""
+        return self.editor.ask(prompt, target, **asked)
 
     def recall(
         self, facts: Sequence[Fact], *, tokens: int = TOKENS, before: Sequence[Recall] | None = None
