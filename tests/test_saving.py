@@ -166,7 +166,8 @@ def test_public_paths_may_be_text():
     doors += [collect, merge_statistics]
     for module in (nulledit, evaluation, export, runs):
         doors += [getattr(module, name) for name in module.__all__]
-    doors = [d for d in doors if d is not nulledit.NullEditError]
+    results = (nulledit.NullEditError, nulledit.Export)  # an error, and what an export returns
+    doors = [d for d in doors if d not in results]
     functions = {getattr(d, "__func__", d) for d in doors if callable(getattr(d, "__func__", d))}
     seen = 0
     for function in functions:

@@ -9,15 +9,15 @@ from pathlib import Path
 from nulledit.config import Recipe, layers_by_depth, read_recipe
 from nulledit.errors import ConfigError, ModelError
 from nulledit.methods import find_method
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import as_out_in
-from nulledit.models.partial import PartialModel
 from nulledit.models.quantized import make_editable
 
 logger = logging.getLogger(__name__)
 
 
 def resolve_recipe(
-    recipe: Recipe | str | Path | None, name: str, model: PartialModel, base_hash: str
+    recipe: Recipe | str | Path | None, name: str, model: EditableModel, base_hash: str
 ) -> Recipe:
     """The recipe to use on `model`, with all of its constants and with layers, whose matrices are
     made ready to be written.
@@ -48,4 +48,7 @@ def resolve_recipe(
     make_editable(model.model, model.layout, recipe.layers, base_hash)
     for layer in recipe.layers:
         as_out_in(model.mlp_out(layer))
-    return method.filled(recipe)
+    recipe = method.filled(recipe)
+    for layer in recipe.layers if method.apart else ():
+        model.form(layer)
+    return recipe
