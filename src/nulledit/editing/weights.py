@@ -101,7 +101,8 @@ class EditedWeights:
 
     def leakage(self, layer: int) -> float:
         """Share of the preserved keys' energy that edits of `layer` may disturb, 0 to 1."""
-        return self._solver(layer).latest.preconditioners.leakage
+        columns = self.history.at_layer(layer, self.history.active)
+        return self._solver(layer).latest.leakage(columns)
 
     def digest(self) -> str:
         """Hash of the model as it is: the base's, and what differs from it.

@@ -159,6 +159,10 @@ class EpochSolver:
             self._shares.update(zip((names[i] for i in new), shares, strict=True))
         return torch.tensor([self._shares[name] for name in names], dtype=torch.float64)
 
+    def leakage(self, columns: Sequence[Column]) -> float:
+        """Share of the preserved keys' energy that edits may disturb, whatever their `columns`."""
+        return self.preconditioners.leakage
+
     def protected(self, d_in: int) -> int:
         """How many of the d_in directions edits may not use."""
         return d_in - self.confining.rank
@@ -354,6 +358,10 @@ class GateSolver(EpochSolver):
         """1 − E[s²] [n] of the directions s of `columns`: the share that text does not drive."""
         X = self._recorded(columns)[0]
         return 1 - 1 / (X * torch.linalg.solve(self.moment, X)).sum(0).cpu()
+
+    def leakage(self, columns: Sequence[Column]) -> float:
+        """Mean E[s²] of the directions s of `columns`: how far text drives their gates."""
+        return float(1 - self.null_space_shares(columns).mean()) if columns else 0.0
 
     def protected(self, d_in: int) -> int:
         """None of the d_in directions: W stays as it is."""

@@ -89,16 +89,16 @@ class NeuronUpdate:
 
     @property
     def change(self) -> Tensor:
-        """Columns times rows [d_out, d] on the CPU, whose norm tells states apart."""
+        """Columns times rows of length 1 [d_out, d] on the CPU, whose norm tells states apart."""
         found = self.neurons
         if found is None:
             return self.base.new_zeros(len(self.base), 1).cpu()
-        return (found.columns @ found.rows).cpu()
+        return (found.columns @ torch.nn.functional.normalize(found.rows, dim=1)).cpu()
 
     @property
     def norm(self) -> float:
-        """‖columns‖ of all neurons."""
-        return float(self.neurons.columns.norm()) if self.neurons else 0.0
+        """0: W stays as it is."""
+        return 0.0
 
     def answer(self, keys: Tensor) -> Tensor:
         """What the neurons give at `keys` [d, n]: [d_out, n], float64, on the CPU."""

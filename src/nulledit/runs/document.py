@@ -120,12 +120,8 @@ def call_parts(
     yield Text(headline(lines) if call["after"] else "Not evaluated.", "strong")
     if lines:
         yield answers_table(lines, f"answers-{call['run']}")
-    yield Items(
-        tuple(reasons(lines, folder)),
-        title="What does not hold, and why",
-        most=SHOWN,
-        more="in results.jsonl",
-    )
+    if wrong := tuple(reasons(lines, folder)):
+        yield Items(wrong, title="What does not hold, and why", most=SHOWN, more="in results.jsonl")
     if call["after"]:
         yield from _rates(run, call, whole=False) if tables is None else tables
         for i, (name, sides) in enumerate(call.get("others", {}).items()):
