@@ -240,15 +240,15 @@ def holds_weight(module: nn.Module, weight: Tensor) -> bool:
 def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients for weights inside; both as before afterwards."""
     was_training = model.training
-    wanted = [p for p in model.parameters() if p.requires_grad]
+    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
     model.eval()
-    for parameter in wanted:
+    for parameter in model.parameters():
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
+        for name, parameter in model.named_parameters():  # some may be others: a block has grown
+            parameter.requires_grad_(name in wanted)
         model.train(was_training)
 
 
