@@ -7,8 +7,9 @@ import pytest
 from nulledit import read_facts
 from nulledit.config import load_recipe, shipped_recipes
 from nulledit.evaluation.preservation import shipped_text
-from nulledit.ledger.solver import LayerPreconditioners
+from nulledit.ledger.update_solver import LayerPreconditioners
 from nulledit.linalg.spectrum import RULES
+from nulledit.statistics.found import find_statistics, named_statistics
 from nulledit.statistics.spectra import Statistics
 
 ASSETS = resources.files("nulledit") / "assets"
@@ -49,3 +50,10 @@ def test_example_facts_are_complete():
 
 def test_preservation_text_is_of_the_promised_size():
     assert 18_000 < len(shipped_text().encode()) < 22_000
+
+
+def test_the_name_of_a_model_shows_the_statistics_of_its_keys():
+    found = named_statistics("smollm2-135m")
+    assert not found.manifest.inputs
+    inputs = find_statistics(found.manifest.model_hash, [5], inputs=True)
+    assert next(inputs).manifest.inputs

@@ -35,14 +35,14 @@ def find_statistics(
 
 
 def named_statistics(source: str | Path) -> Statistics:
-    """Statistics at a path, or of the model that they were made under this name: the largest.
+    """Statistics at a path, or of keys of the model that they were made under this name.
 
-    StatisticsError where there are none.
+    Shipped ones first, then the largest. StatisticsError where there are none.
     """
     path = Path(source)
     if path.is_file() or (path / "manifest.json").is_file():
         return Statistics.load(path)
-    found = next(_kept(lambda manifest: manifest.model == str(source), "*/*"), None)
+    found = next(_kept(lambda found: found.model == str(source) and not found.inputs, "*/*"), None)
     if found is None:
         raise StatisticsError(
             f"no statistics at or of {str(source)!r}: "
