@@ -19,9 +19,9 @@ from nulledit.config import (
 from nulledit.errors import ConfigError, FactError, LedgerError, ModelError, StatisticsError
 from nulledit.io.settings import read_settings
 from nulledit.ledger.records import History
-from nulledit.ledger.solver import LayerPreconditioners
 from nulledit.ledger.store import Store
 from nulledit.ledger.tensors import read_spectrum
+from nulledit.ledger.update_solver import LayerPreconditioners
 from nulledit.methods import METHODS
 from nulledit.methods.registry import Method
 from nulledit.runs.verify import verify

@@ -10,7 +10,7 @@ from nulledit.errors import ConfigError, LedgerError, ModelError, StatisticsErro
 from nulledit.evaluation.preservation import preservation_report
 from nulledit.export.write import write_export
 from nulledit.linalg.neurons import ACTIVATIONS, UnitForm
-from nulledit.methods.gates import GateSettings, gated_neurons
+from nulledit.methods.gates import GateSettings, TextInputs, gated_neurons
 from nulledit.models.load import model_hash
 from nulledit.runs.verify import verify
 
@@ -113,7 +113,7 @@ def test_neurons_are_the_formula(activation, biased, gated):
     moment, mean = text @ text.T / 300, text.mean(1)
     form, settings = UnitForm(activation, biased, gated), GateSettings(6.0, 0.3, 0.02, 0.1)
     inputs, targets = text[:, :4] * 1.1, drawn(5, 4)
-    found = gated_neurons(inputs, targets, moment, mean, form, settings)
+    found = gated_neurons(inputs, targets, TextInputs(moment, mean), form, settings)
     expected = dense(inputs, targets, moment, mean, form, 6.0, 0.3, 0.02, 0.1)
     for x in text[:, :20].T:
         given = found.columns @ found.units(x[:, None], activation)[:, 0]
@@ -125,7 +125,7 @@ def test_a_threshold_needs_a_constant_or_a_bias():
     text = torch.randn(5, 400, generator=generator, dtype=torch.float64)
     moment, mean = text @ text.T / 400, text.mean(1)  # no direction is constant
     form, settings = UnitForm("silu", False, True), GateSettings()
-    found = gated_neurons(text[:, :2], text[:, 5:7], moment, mean, form, settings)
+    found = gated_neurons(text[:, :2], text[:, 5:7], TextInputs(moment, mean), form, settings)
     solved = torch.linalg.solve(moment + settings.widening / 2 * text[:, :2] @ text[:, :2].T,
                                 text[:, :2])  # fmt: skip
     directions = solved / (text[:, :2] * solved).sum(0)
@@ -192,6 +192,12 @@ def test_gates_are_refused_what_they_can_not_do(tokenizer, facts):
     editor.next_epoch(RECIPE, statistics=statistics_of(model, tokenizer))
     with pytest.raises(ConfigError, match="can't be in one run"):
         editor.edit(facts[1:])
+    other = statistics_of(build_model("llama"), tokenizer, layers=(2,), inputs=True)
+    editor.next_epoch(GATED.with_fields({"layers": [2]}), statistics=other)
+    with pytest.raises(ConfigError, match="this one's are in 1, the recipe names 2"):
+        editor.edit(facts[1:])
+    with pytest.raises(ModelError, match="MLPs of 48, 49 units; expected one width"):
+        editor_of(editor.model, tokenizer)
 
 
 def keep(found, _module, _args, output):
@@ -237,3 +243,54 @@ def test_a_checkpoint_has_the_neurons_and_no_adapter_can(tokenizer, facts, tmp_p
         with pytest.raises(ModelError, match="gated edits are neurons"):
             write_export(editor, tmp_path / kind, kind)
         assert not (tmp_path / kind).exists()
+
+
+def test_a_further_epoch_stands_on_the_one_before(tokenizer, facts, tmp_path):
+    model = build_model("llama")
+    before = bits(model)
+    editor = editor_of(model, tokenizer)
+    editor.edit(facts[:2])
+    keys, _ = editor.weights.recorded(editor.history.active, 1)
+    first = editor.weights.edit(1).answer(keys)
+    one = bits(model)
+    again = statistics_of(build_model("llama"), tokenizer, layers=(1,), inputs=True)
+    editor.next_epoch(GATED.with_fields({"method.sharpness": 8}), statistics=again)
+    editor.edit(facts[2:])
+    torch.testing.assert_close(editor.weights.edit(1).answer(keys), first, rtol=0.2, atol=0.05)
+    both = bits(model)
+    editor.save(tmp_path)
+    assert same_bits(bits(Editor.load(tmp_path).model), both)
+    editor.undo(*(f.id for f in facts[2:]))
+    assert same_bits(bits(model), one)
+    editor.redo()
+    assert same_bits(bits(model), both)
+    editor.restore()
+    assert same_bits(bits(model), before)
+
+
+def test_rebuilt_and_merged_facts_are_what_they_were(tokenizer, facts, tmp_path):
+    def fresh():
+        return editor_of(build_model("llama"), tokenizer, value_cache=tmp_path)
+
+    inputs = torch.randn(16, 50, generator=torch.Generator().manual_seed(1)).double()
+    whole, one, other = fresh(), fresh(), fresh()
+    whole.edit(facts)
+    expected = whole.weights.edit(1).answer(inputs)
+    whole.rebuild()
+    torch.testing.assert_close(whole.weights.edit(1).answer(inputs), expected)
+    one.edit(facts[:2])
+    other.edit(facts[2:])
+    one.merge(other.history)
+    assert {f.id for f in one.facts} == {f.id for f in facts}
+    torch.testing.assert_close(one.weights.edit(1).answer(inputs), expected, rtol=1e-8, atol=1e-8)
+
+
+def test_weights_that_had_gradients_have_them_after_an_edit(tokenizer, facts):
+    model = build_model("llama")
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    editor = editor_of(model, tokenizer)
+    editor.edit(facts[:2])
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == wanted
+    editor.restore()
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == wanted

@@ -32,7 +32,7 @@ from nulledit.editing.reads import Reads
 from nulledit.editing.values import plan_rows
 from nulledit.errors import ConfigError, ModelError
 from nulledit.evaluation.generation import generate_answers
-from nulledit.ledger.solver import EpochSolver
+from nulledit.ledger.epoch_solver import EpochSolver
 from nulledit.linalg.moments import SecondMoment
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import LAYOUTS, as_out_in, mlp_out, parameter_name

@@ -16,9 +16,10 @@ from nulledit.config import Recipe
 from nulledit.editing.descent import Value
 from nulledit.editing.merge import conflicts, newest
 from nulledit.errors import ConfigError, FactError, LedgerError, NoRoomError
-from nulledit.ledger.solver import LayerPreconditioners, LayerSolver
+from nulledit.ledger.solver import LayerSolver
 from nulledit.ledger.store import Store
 from nulledit.ledger.tensors import read_spectrum
+from nulledit.ledger.update_solver import LayerPreconditioners
 
 OTHERS = {
     "history": {"method": {"name": "memit-history", "moment_weight": 3.0}},

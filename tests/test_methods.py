@@ -18,8 +18,9 @@ from nulledit.cli.main import cli
 from nulledit.config import MethodSettings, Recipe
 from nulledit.errors import ConfigError, LedgerError, NoRoomError
 from nulledit.ledger.records import Base, Column, Epoch, History, ValueOutcome
-from nulledit.ledger.solver import LayerPreconditioners, LayerSolver
+from nulledit.ledger.solver import LayerSolver
 from nulledit.ledger.tensors import recorded, spectrum_tensors
+from nulledit.ledger.update_solver import LayerPreconditioners
 from nulledit.linalg.postprocess import keep_largest, restrain
 from nulledit.linalg.solve import solve_update
 from nulledit.linalg.spectrum import Block, Spectrum

@@ -12,9 +12,9 @@ from torch import Tensor
 from nulledit.config import Recipe
 from nulledit.errors import ConfigError, StatisticsError
 from nulledit.ledger.records import Epoch, History
-from nulledit.ledger.solver import LayerPreconditioners
 from nulledit.ledger.store import tensor_bytes
 from nulledit.ledger.tensors import form_tensors, spectrum_tensors
+from nulledit.ledger.update_solver import LayerPreconditioners
 from nulledit.linalg.spectrum import RULES, Spectrum
 from nulledit.methods import Gate, find_method
 from nulledit.models.editable_model import EditableModel
@@ -39,6 +39,11 @@ def open_epoch(
         raise ConfigError(
             "gated edits and updates of W can't be in one run: start a new one, on what `nulledit "
             "export --as checkpoint` makes of this one"
+        )
+    if gated and history.layers and recipe.layers != history.layers:
+        raise ConfigError(
+            f"gated edits of one run are in one block: this one's are in {history.layers[0]}, the "
+            f"recipe names {recipe.layers[-1]}; start a new run"
         )
     for layer in recipe.layers:
         weight = as_out_in(model.mlp_out(layer))

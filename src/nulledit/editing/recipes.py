@@ -49,6 +49,13 @@ def resolve_recipe(
     for layer in recipe.layers:
         as_out_in(model.mlp_out(layer))
     recipe = method.filled(recipe)
-    for layer in recipe.layers if method.apart else ():
-        model.form(layer)
+    if method.apart:
+        model.form(recipe.layers[0])
+        holding = [layer for layer in range(model.depth) if model.fits(layer)]
+        widths = sorted({model.width(layer) for layer in holding})
+        if len(widths) > 1:
+            raise ModelError(
+                f"its blocks have MLPs of {', '.join(map(str, widths))} units; expected one width "
+                "(a model that was given neurons in memory: save it, and load it again)"
+            )
     return recipe

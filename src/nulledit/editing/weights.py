@@ -11,11 +11,13 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
-from nulledit.errors import LedgerError
+from nulledit.errors import LedgerError, ModelError
 from nulledit.io.text import count
+from nulledit.ledger.epoch_solver import LayerState
 from nulledit.ledger.records import Column, History, Ledger
-from nulledit.ledger.solver import LayerSolver, LayerState
+from nulledit.ledger.solver import LayerSolver
 from nulledit.ledger.tensors import recorded
+from nulledit.ledger.update_solver import UpdateSolver
 from nulledit.linalg.angles import unit_columns
 from nulledit.linalg.preconditioner import Preconditioner
 from nulledit.methods.problem import TargetLoss
@@ -96,8 +98,13 @@ class EditedWeights:
         return self._solver(layer).base.cpu()
 
     def projector(self, layer: int) -> Preconditioner:
-        """P of `layer`, on the null space of its preserved keys."""
-        return self._solver(layer).latest.preconditioners.projector
+        """P of `layer`, on the null space of its preserved keys; ModelError for gated edits."""
+        solver = self._solver(layer).latest
+        if not isinstance(solver, UpdateSolver):
+            raise ModelError(
+                f"{solver.method.name} has no null space: its gates are closed on text"
+            )
+        return solver.preconditioners.projector
 
     def leakage(self, layer: int) -> float:
         """Share of the preserved keys' energy that edits of `layer` may disturb, 0 to 1."""

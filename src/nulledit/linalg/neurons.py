@@ -54,3 +54,25 @@ class Neurons:
             driven = driven + self.biases.to(inputs)[:, None]
         found = ACTIVATIONS[activation](driven)
         return found if self.factors is None else found * (self.factors.to(inputs) @ inputs)
+
+    def first(self, n: int) -> Neurons:
+        """The first `n` of them."""
+        return Neurons(
+            self.rows[:n],
+            None if self.biases is None else self.biases[:n],
+            None if self.factors is None else self.factors[:n],
+            self.columns[:, :n],
+        )
+
+    def with_others(self, other: Neurons) -> Neurons:
+        """These and, after them, `other` units of the same MLP."""
+
+        def joined(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+            return None if a is None or b is None else torch.cat([a, b])
+
+        return Neurons(
+            torch.cat([self.rows, other.rows]),
+            joined(self.biases, other.biases),
+            joined(self.factors, other.factors),
+            torch.cat([self.columns, other.columns], dim=1),
+        )

@@ -20,7 +20,8 @@ Relatives: T-Patcher (arXiv:2301.09785) trains such neurons in the last block by
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Annotated
 
 import torch
@@ -55,51 +56,61 @@ class GateSettings:
     """Weight in C of the facts' own second moment, which tells like subjects apart."""
 
 
-def moments_of(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
-    """C [d, d] and μ [d] of the spectrum of inputs with a 1 at their end, float64."""
-    block = spectrum.whole()
-    values = block.eigenvalues.clamp_min(SMALLEST * float(block.eigenvalues.median()))
-    vectors = block.eigenvectors.double()
-    joined = (vectors * values) @ vectors.mT
-    return joined[:-1, :-1] / joined[-1, -1], joined[:-1, -1] / joined[-1, -1]
+@dataclass(frozen=True)
+class TextInputs:
+    """What the inputs x [d] of one MLP are over text, position 0 left out; float64."""
+
+    moment: Tensor
+    """C = E[x xᵀ] [d, d]."""
+    mean: Tensor
+    """μ = E[x] [d]."""
+
+    @classmethod
+    def of(cls, spectrum: Spectrum) -> TextInputs:
+        """From the spectrum of inputs with a 1 at their end."""
+        block = spectrum.whole()
+        values = block.eigenvalues.clamp_min(SMALLEST * float(block.eigenvalues.median()))
+        vectors = block.eigenvectors.double()
+        joined = (vectors * values) @ vectors.mT
+        return cls(joined[:-1, :-1] / joined[-1, -1], joined[:-1, -1] / joined[-1, -1])
+
+    @cached_property
+    def constant(self) -> Tensor | None:
+        """c [d] with cᵀx ≈ 1 on text; None where text has no constant direction."""
+        inverse = torch.linalg.solve(self.moment, self.mean)
+        size = float(self.mean @ inverse)
+        return inverse / size if size >= CONSTANT else None
+
+    def energies(self, inputs: Tensor) -> Tensor:
+        """xᵀC⁻¹x [n] of `inputs` X [d, n]."""
+        return (inputs * torch.linalg.solve(self.moment, inputs)).sum(0)
 
 
 def gated_neurons(
-    inputs: Tensor,
-    targets: Tensor,
-    moment: Tensor,
-    mean: Tensor,
-    form: UnitForm,
-    settings: GateSettings,
+    inputs: Tensor, targets: Tensor, text: TextInputs, form: UnitForm, settings: GateSettings
 ) -> Neurons:
-    """Neurons that write `targets` T [d_out, n] at the facts' `inputs` X [d, n], float64.
-
-    `moment` C [d, d] and `mean` μ [d] are those of the MLP's inputs over text, position 0 left out.
-    """
+    """Neurons that write `targets` T [d_out, n] at the facts' `inputs` X [d, n], float64."""
     X, n = inputs.double(), inputs.shape[1]
     beta, theta = settings.sharpness, settings.threshold
-    solved = torch.linalg.solve(moment + settings.widening * X @ X.mT / n, X)
+    solved = torch.linalg.solve(text.moment + settings.widening * X @ X.mT / n, X)
     directions = solved / (X * solved).sum(0)  # [d, n]
-    shift = torch.zeros_like(mean)
-    if not form.biased:
-        inverse = torch.linalg.solve(moment, mean)
-        constant = float(mean @ inverse)
-        if constant >= CONSTANT:
-            shift = theta * inverse / constant
-        else:
-            theta = 0.0  # no threshold: the gate closes by its steepness alone
+    shift = torch.zeros_like(text.mean)
+    if not form.biased and text.constant is None:
+        theta = 0.0  # no threshold: the gate closes by its steepness alone
+    elif not form.biased and text.constant is not None:
+        shift = theta * text.constant
     activation = ACTIVATIONS[form.activation]
     opening = float(activation(torch.tensor(beta * (1 - theta), dtype=torch.float64)))
-    open_neurons = Neurons(
+    neurons = Neurons(
         rows=beta * (directions - shift[:, None]).mT,
         biases=X.new_full((n,), -beta * theta) if form.biased else None,
         factors=directions.mT / opening if form.gated else None,
         columns=X.new_zeros(len(targets), n),
     )
     scale = 1.0 if form.gated else opening
-    activations = open_neurons.units(X, form.activation).mT / scale
+    activations = neurons.units(X, form.activation).mT / scale
     columns = solve_columns(activations, targets.double(), settings.ridge) / scale
-    return Neurons(open_neurons.rows, open_neurons.biases, open_neurons.factors, columns)
+    return replace(neurons, columns=columns)
 
 
 def solve_columns(activations: Tensor, targets: Tensor, ridge: float) -> Tensor:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nulledit.config import ChatSettings, Layout
 from nulledit.errors import ModelError
 from nulledit.models.hooks import collect_input, hooked
+from nulledit.models.layouts import as_out_in
 from nulledit.models.mlp import MlpForm, find_form
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import Batch, RowEncoder, collate, pad_id
@@ -75,6 +76,11 @@ class EditableModel(PartialModel):
         if layer not in self._forms:
             self._forms[layer] = find_form(self, layer)
         return self._forms[layer]
+
+    def width(self, layer: int) -> int:
+        """d_in of block `layer`, without neurons that it was given here."""
+        known = self._forms.get(layer)
+        return known.width if known else as_out_in(self.matrix(layer)).shape[1]
 
     def forms(self) -> list[MlpForm]:
         """Of all blocks whose MLP a form explains."""

@@ -44,6 +44,8 @@ def _leaks(lab: Lab, plan: StreamPlan, facts: Facts) -> Asked:
         prompts.setdefault(f"task {item.task.name}", []).append(item.task.render(item.record))
 
     def leaks(editor: Editor) -> Any:
+        if editor.weights.grown:
+            return dict.fromkeys(prompts)  # gated edits have no null space
         with editor.base_weights():
             return {
                 name: _free_share(editor, list(dict.fromkeys(texts))[:most]) if texts else None
