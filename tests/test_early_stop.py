@@ -112,12 +112,13 @@ def test_a_value_ends_at_so_many_steps_at_which_every_context_says_the_target(kn
 def test_the_bare_prompt_is_not_looked_at(known):
     """Where it comes to the target last, the value ends without it."""
     settings = dataclasses.replace(SETTINGS, stop_when_likeliest=1, learning_rate=0.01)
-    contexts, fact = ("{}", "she said . {}"), edits(3)[2]
+    contexts = ("{}", "she said . {}")
+    runs = ((fact, plain(known, fact, settings, 1, contexts)) for fact in edits(12))
+    late = ((fact, z, steps) for fact, (z, steps, said) in runs if said[-1] == [False, True])
+    fact, z, steps = next(late)  # which facts they are is the world's affair
     value = ours(known, [fact], settings, contexts=contexts)[0]
-    z, steps, said = plain(known, fact, settings, 1, contexts)
     assert value.outcome.steps == steps
     assert torch.allclose(value.z, z, atol=1e-5)
-    assert said[-1] == [False, True]
     assert value.outcome.lead < 0
 
 

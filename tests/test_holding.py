@@ -7,7 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from support import world
-from support.editors import WORLD, in_the_world
+from support.editors import LASTING, WORLD, in_the_world
 from support.models import RECIPE, build_model, statistics_of
 
 from nulledit import Editor, Fact
@@ -59,13 +59,17 @@ def test_what_ran_out_of_steps_or_met_the_clamp_is_told(make, facts):
 
 def test_a_value_that_the_solve_did_not_take_up_is_told(known, edits):
     editor = in_the_world(known, method__l2=1e6)
+    before = evaluate(editor.editable, edits).answers
     editor.edit(edits)
     assert all(c.outcome.lead > 0 for c in editor.history.active)
-    assert causes(editor, edits) == {fact.id: ["solve"] for fact in edits}
+    # The base may come to a target further on, in words about somebody else.
+    unsaid = [fact for fact in edits if not says(before[fact.id], fact.target)]
+    assert len(unsaid) > 1
+    assert causes(editor, edits) == {fact.id: ["solve"] for fact in unsaid}
 
 
 def test_facts_that_hold_have_no_diagnosis(known, edits):
-    editor = in_the_world(known)
+    editor = in_the_world(known, LASTING)
     editor.edit(edits)
     rows = evaluate(editor.editable, edits).rows()
     failing = {f.id for f in edits if not holds(rows[f.id])}
@@ -340,8 +344,9 @@ def test_retry_on_the_command_line(world_folder, edits, tmp_path, at_once):
         page = invoke("retry", run, "--times", 5)
         assert {line["id"] for line in lines_of(run) if line["run"] == 2} >= failing
     assert "written again with values.steps" in page.stderr
-    held = sum(line["diagnosis"] is None for line in lines_of(run))
+    last = [line for line in lines_of(run) if at_once or line["run"] == 2]
+    held = sum(line["diagnosis"] is None for line in last)
     assert held > 0
-    assert f"{held} of 4 facts hold." in page.stdout
+    assert f"{held} of {len(last)} facts hold." in page.stdout
     assert "retry" in invoke("log", run).stdout
     assert invoke("verify", run).exit_code == 0

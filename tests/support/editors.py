@@ -30,10 +30,10 @@ WORLD = Recipe.from_dict(
 """Quicker, and enough for most."""
 
 
-def in_the_world(known, **changes):
-    """An editor of a fresh copy of a known world, (model, tokenizer), by WORLD with `changes`."""
+def in_the_world(known, recipe=WORLD, **changes):
+    """An editor of a fresh copy of a known world, (model, tokenizer); a recipe with `changes`."""
     model = type(known[0])(known[0].config).eval()
     model.load_state_dict(known[0].state_dict())
     statistics = statistics_of(model, known[1], layers=(0, 1), lines=world.sentences())
-    recipe = WORLD.with_fields({k.replace("__", "."): v for k, v in changes.items()})
+    recipe = recipe.with_fields({k.replace("__", "."): v for k, v in changes.items()})
     return Editor(model, known[1], recipe=recipe, statistics=statistics)
