@@ -43,14 +43,15 @@ def resolve_recipe(
         )
     method = find_method(recipe.method.name)
     method.check(recipe)
+    if method.apart:
+        recipe = replace(recipe, layers=(last,))  # gated edits are in one block
     for layer in recipe.layers:
         model.mlp_out(layer)
     make_editable(model.model, model.layout, recipe.layers, base_hash)
     for layer in recipe.layers:
         as_out_in(model.mlp_out(layer))
-    recipe = method.filled(recipe)
     if method.apart:
-        model.form(recipe.layers[0])
+        model.form(last)
         holding = [layer for layer in range(model.depth) if model.fits(layer)]
         widths = sorted({model.width(layer) for layer in holding})
         if len(widths) > 1:
@@ -58,4 +59,4 @@ def resolve_recipe(
                 f"its blocks have MLPs of {', '.join(map(str, widths))} units; expected one width "
                 "(a model that was given neurons in memory: save it, and load it again)"
             )
-    return recipe
+    return method.filled(recipe)

@@ -175,10 +175,6 @@ class Gate(Method):
     linear = False
     cost: str = "n × n solve, and one of the MLP input's width"
 
-    def filled(self, recipe: Recipe) -> Recipe:
-        """As of any method, for one block: the last of those that the recipe names."""
-        return replace(super().filled(recipe), layers=recipe.layers[-1:])
-
     def check(self, recipe: Recipe) -> None:
         """ConfigError for what gates can't use."""
         super().check(recipe)
