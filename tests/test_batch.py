@@ -5,8 +5,7 @@ import random
 
 import pytest
 import torch
-from support import world
-from support.editors import in_the_world
+from support.editors import in_the_world, sayable
 from support.models import FAMILIES, RECIPE, build_model, statistics_of
 
 from nulledit import Editor, Fact
@@ -429,15 +428,16 @@ def known(worlds):
 def test_the_world_says_a_whole_long_answer_written_in_chunks(known):
     # Keys of neighbouring chunks are alike: what one gives the next takes further rounds to mend.
     editor = in_the_world(known, values__chunk_tokens=1, values__rounds=3)
-    fact = Fact(subject="Mira Ostrel", prompt="{} speaks", target="Dutch Oslo Cairo Rome")
+    person = sayable(known, 1, "tongue")[0].subject
+    fact = Fact(subject=person, prompt="{} speaks", target="Dutch Oslo Cairo Rome")
     editor.edit([fact])
-    ids = known[1]("Mira Ostrel speaks", return_tensors="pt")["input_ids"]
+    ids = known[1](f"{person} speaks", return_tensors="pt")["input_ids"]
     said = known[1].decode(editor.model.generate(ids, max_new_tokens=4, do_sample=False)[0, 3:])
     assert said == fact.target
 
 
 def test_early_stop_ends_as_soon_as_every_row_says_the_target(known):
-    edits = [world.fact(p, "home", world.another(p, "home")) for p in world.PEOPLE[:3]]
+    edits = sayable(known, 3)
     changes = {"values__stop_loss": 0.0}
     late = in_the_world(known, **changes).edit(edits)
     early = in_the_world(known, values__stop_when_likeliest=1, **changes)
@@ -461,7 +461,7 @@ def leads_in(editor, facts):
 
 
 def test_rounds_give_what_does_not_hold_the_rest_that_it_lacks(known):
-    edits = [world.fact(p, "home", world.another(p, "home")) for p in world.PEOPLE[:6]]
+    edits = sayable(known, 6)
     for ridge in (0.003, 0.01, 0.03, 0.1, 0.3):  # until one pass leaves something to do
         weak = {"values__stop_margin": 0.5, "values__stop_loss": 1e9, "method__l2": ridge}
         once = in_the_world(known, **weak)
@@ -484,7 +484,7 @@ def test_rounds_give_what_does_not_hold_the_rest_that_it_lacks(known):
 
 
 def test_rounds_are_recorded_like_any_other_value(known):
-    edits = [world.fact(p, "job", world.another(p, "job")) for p in world.PEOPLE[:5]]
+    edits = sayable(known, 5, "job")
     changes = {"values__stop_margin": 1.0, "values__stop_loss": 1e9, "values__rounds": 3}
     editor = in_the_world(known, **changes, method__l2=0.03)
     editor.edit(edits)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import world
+from support.editors import sayable
 
 from nulledit.config import Recipe, ValueSettings
 from nulledit.editing.values import optimise_values, plan_rows
@@ -102,7 +103,8 @@ def ours(known, facts, settings, *, groups=None, contexts=CONTEXTS):
 @pytest.mark.parametrize("times", [1, 3])
 def test_a_value_ends_at_so_many_steps_at_which_every_context_says_the_target(known, times):
     settings = dataclasses.replace(SETTINGS, stop_when_likeliest=times)
-    for fact, value in zip(edits(2), ours(known, edits(2), settings), strict=True):
+    facts = sayable(known, 2, contexts=CONTEXTS)
+    for fact, value in zip(facts, ours(known, facts, settings), strict=True):
         z, steps, said = plain(known, fact, settings, times)
         assert (value.outcome.steps, value.outcome.ended) == (steps, "likeliest")
         assert torch.allclose(value.z, z, atol=1e-5)

@@ -2,6 +2,9 @@
 
 from nulledit import Editor
 from nulledit.config import Recipe
+from nulledit.editing.values import optimise_values
+from nulledit.models.editable_model import EditableModel
+from nulledit.models.layouts import frozen
 from support import world
 from support.models import statistics_of
 
@@ -37,3 +40,26 @@ def in_the_world(known, recipe=WORLD, **changes):
     statistics = statistics_of(model, known[1], layers=(0, 1), lines=world.sentences())
     recipe = recipe.with_fields({k.replace("__", "."): v for k, v in changes.items()})
     return Editor(model, known[1], recipe=recipe, statistics=statistics)
+
+
+def sayable(known, n, relation="home", contexts=WORLD.contexts.texts):
+    """`n` edits of a world whose targets some value makes it say by a margin, in `contexts`, too.
+
+    Which facts a world this small keeps where no value reaches them is an affair of its training.
+    """
+    model, words = known
+    edits = [world.fact(p, relation, world.another(p, relation)) for p in world.PEOPLE]
+    settings = WORLD.with_fields({"values.stop_margin": 0.5, "values.stop_loss": 1.0}).values
+    with frozen(model):
+        values = optimise_values(
+            EditableModel(model, words),
+            edits,
+            range(len(edits)),
+            layer=WORLD.layers[-1],
+            contexts=contexts,
+            settings=settings,
+            positions=400,
+        )
+    found = [fact for fact, v in zip(edits, values, strict=True) if v.outcome.ended == "done"]
+    assert len(found) >= n, f"a world where values say {len(found)} of {len(edits)} facts"
+    return found[:n]
