@@ -81,7 +81,7 @@ def test_what_was_cut_off_after_a_round_is_made_up_for(run, found, monkeypatch, 
     held = state(run)
     with monkeypatch.context() as patch:
         found(["ada"], [])
-        stop(patch, "nulledit.editing.editor.Editor.keep_model", error)
+        stop(patch, "nulledit.editing.engine.EditEngine.keep_model", error)
         result = invoke("retry", run, "-q")
     assert result.exit_code == code
     assert f"1 finished batch is kept in {run}; go on with: nulledit retry" in result.stderr

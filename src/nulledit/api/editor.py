@@ -1,4 +1,4 @@
-"""`Editor`, whole: the engine of `editing`, and all that evaluation, runs and exports do with it.
+"""`Editor`: the engine of `editing`, with what evaluation, runs and exports do with its edits.
 
 Each method is the command of the same name, by the same function.
 """
@@ -11,8 +11,8 @@ from typing import Any
 
 from nulledit.config import ChatSettings
 from nulledit.data.readers import Facts, as_facts
-from nulledit.editing import editor as engine
 from nulledit.editing.call_log import Progress
+from nulledit.editing.engine import EditEngine
 from nulledit.errors import LedgerError
 from nulledit.evaluation.asking import MOST_TOKENS, Answer
 from nulledit.evaluation.asking import ask as ask_both
@@ -27,7 +27,7 @@ from nulledit.runs.gate import GateReport
 from nulledit.runs.gate import check as check_limits
 from nulledit.runs.history import events_of, facts_in, story_of
 from nulledit.runs.limits import Limits, load_limits
-from nulledit.runs.measure import check_lengths, evaluate_both, read_text
+from nulledit.runs.measure import evaluate_given, read_text
 from nulledit.runs.preview import Preview
 from nulledit.runs.preview import preview as preview_of
 from nulledit.runs.talk import Told
@@ -35,7 +35,7 @@ from nulledit.runs.verify import Verification
 from nulledit.runs.verify import verify as verify_folder
 
 
-class Editor(engine.Editor):
+class Editor(EditEngine):
     """Edits a causal language model in place, remembers how, and answers for it."""
 
     def ask(
@@ -76,12 +76,11 @@ class Editor(engine.Editor):
         others are as for `nulledit.evaluate`. Nothing is changed.
         """
         asked = self.facts if facts is None else as_facts(facts).facts
-        check_lengths(self, asked)
-        return evaluate_both(
+        return evaluate_given(
             self,
             asked,
-            read_text(self, text),
             Told(progress),
+            text=text,
             base=base,
             distract=distract,
             fluency=fluency,
@@ -161,7 +160,7 @@ class Editor(engine.Editor):
         return facts_in(self.history) if id_ is None else story_of(self.history, id_)
 
     def diff(
-        self, other: int | str | Path | engine.Editor | History, *, at: int | None = None
+        self, other: int | str | Path | EditEngine | History, *, at: int | None = None
     ) -> Difference:
         """This model beside another state of the same base: facts, probabilities, norms.
 
@@ -176,7 +175,7 @@ class Editor(engine.Editor):
         elif isinstance(other, int):
             theirs, event, name = self.history, other, "this editor"
         else:
-            theirs = other.history if isinstance(other, engine.Editor) else other
+            theirs = other.history if isinstance(other, EditEngine) else other
             name = "the other"
         return difference(
             self,

@@ -28,7 +28,7 @@ from nulledit.parallel.ranks import Ranks
 from nulledit.runs.evaluated import Evaluated, evaluate_sides
 from nulledit.runs.gate import GateReport, check
 from nulledit.runs.limits import Limits, Tasks
-from nulledit.runs.measure import Text, check_lengths, read_text
+from nulledit.runs.measure import Text, check_lengths, read_text, text_name
 from nulledit.runs.pages import (
     Result,
     check_fresh,
@@ -319,14 +319,11 @@ class Run:
     def check(
         self, limits: Limits, *, text: str | None = None, tasks: str | Path | None = None
     ) -> GateReport:
-        """The edited model against `limits` (`runs.gate.check`); only what they ask is measured."""
-        windows = None
+        """`Editor.check`: the edited model against `limits`; only what they ask is measured."""
         if limits.needs("text"):
-            found = read_text(self.editor, text)
-            windows = found.windows
-            self.talk.say(f"Perplexity and KL on {found.name}")
+            self.talk.say(f"Perplexity and KL on {text_name(text)}")
         with self.talk.progress() as tell:
-            return check(self.editor, limits, windows=windows, tasks=tasks, progress=tell)
+            return self.editor.check(limits, text=text, tasks=tasks, progress=tell)
 
     def verify(self) -> Verification:
         """Check every file of the folder, and the weights computed anew (`runs.verify`)."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nulledit.data.facts import Fact
-from nulledit.editing.editor import Editor
+from nulledit.editing.engine import EditEngine
 from nulledit.editing.undo import facts_of
 from nulledit.editing.weights import EditedWeights
 from nulledit.errors import ConfigError, LedgerError
@@ -101,7 +101,7 @@ def columns_at(history: History, event: int | None, name: str) -> list[Column]:
 
 
 def difference(
-    editor: Editor,
+    editor: EditEngine,
     other: History,
     *,
     first: Sequence[Column] | None = None,

@@ -8,7 +8,7 @@ from typing import Any
 
 from nulledit.config import ChatSettings
 from nulledit.data.facts import Fact
-from nulledit.editing.editor import Editor
+from nulledit.editing.engine import EditEngine
 from nulledit.evaluation.capability import TaskResult, capability
 from nulledit.evaluation.drift import Drift, drift_report, read_texts
 from nulledit.evaluation.forms import form_name, forms
@@ -17,8 +17,7 @@ from nulledit.evaluation.harness import harness_results
 from nulledit.evaluation.preservation import Preservation
 from nulledit.evaluation.runner import Evaluation
 from nulledit.evaluation.tasks import Item
-from nulledit.io.text import count
-from nulledit.runs.measure import check_lengths, evaluate_both, in_other_forms, read_text
+from nulledit.runs.measure import evaluate_given, in_other_forms
 from nulledit.runs.talk import Talk
 
 
@@ -73,7 +72,7 @@ class Evaluated:
 
 
 def evaluate_sides(
-    editor: Editor,
+    editor: EditEngine,
     facts: Sequence[Fact],
     talk: Talk,
     *,
@@ -91,13 +90,9 @@ def evaluate_sides(
     too. `items` are of the six tasks, `prompts` a file for the drift of hidden states, `harness`
     tasks of lm-evaluation-harness; `asked` is as for `evaluation.runner.evaluate`.
     """
-    windows = read_text(editor, text)
-    check_lengths(editor, facts)
-    talk.say(f"Evaluating {count(len(facts), 'fact')}, perplexity on {windows.name}")
-    forms_of = forms(editor.editable, also=chat)
-    both = evaluate_both(editor, facts, windows, talk, base=base, **asked)
+    both = evaluate_given(editor, facts, talk, text=text, base=base, **asked)
     sides = ({"base": both.before} if both.before else {}) | {"edited": both.after}
-    found = Evaluated(facts, windows.name, form_name(editor.editable.encoder), sides)
+    found = Evaluated(facts, both.text, form_name(editor.editable.encoder), sides)
 
     def more(side: str) -> None:
         if items:
@@ -109,7 +104,7 @@ def evaluate_sides(
         with editor.base_weights():
             more("base")
     more("edited")
-    found.others = in_other_forms(editor, facts, forms_of, talk, base=base)
+    found.others = in_other_forms(editor, facts, forms(editor.editable, also=chat), talk, base=base)
     found.kept = both.preservation
     if prompts:
         subjects = {fact.subject for fact in facts}  # whose states are meant to move

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from nulledit.data.facts import Fact
 from nulledit.editing.call_log import Progress
-from nulledit.editing.editor import Editor
+from nulledit.editing.engine import EditEngine
 from nulledit.errors import FactError
 from nulledit.evaluation.capability import TaskResult, capability
 from nulledit.evaluation.hidden_norms import edit_rows, hidden_growth, text_rows
@@ -168,7 +168,7 @@ Outcome = Found | Missing
 
 
 def check(
-    editor: Editor,
+    editor: EditEngine,
     limits: Limits,
     *,
     facts: Sequence[Fact] | None = None,
@@ -230,7 +230,7 @@ class _Measuring:
 
     def __init__(
         self,
-        editor: Editor,
+        editor: EditEngine,
         limits: Limits,
         facts: Sequence[Fact] | None,
         windows: Sequence[Sequence[int]] | None,

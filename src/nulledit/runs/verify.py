@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from nulledit.editing.editor import Editor
+from nulledit.editing.engine import EditEngine
 from nulledit.editing.saved import write_edited
 from nulledit.errors import LedgerError, NullEditError
 from nulledit.io.files import recover_folder, sha256_of
@@ -106,7 +106,7 @@ class Verification:
         return KINDS[kind] + (f" ({'; '.join(remarks)})" if remarks else "")
 
 
-def verify(run: str | Path, load: Callable[[Path], Editor] = Editor.load) -> Verification:
+def verify(run: str | Path, load: Callable[[Path], EditEngine] = EditEngine.load) -> Verification:
     """Check the run folder `run`; `load` makes an editor of it.
 
     Every file is looked at, whatever is wrong with the others; the weights are computed again only
@@ -146,8 +146,8 @@ def verify(run: str | Path, load: Callable[[Path], Editor] = Editor.load) -> Ver
 
 
 def _check_base(
-    run: Path, history: History, load: Callable[[Path], Editor], found: Verification
-) -> Editor | None:
+    run: Path, history: History, load: Callable[[Path], EditEngine], found: Verification
+) -> EditEngine | None:
     """The loaded run, if its base is the ledger's."""
     try:
         editor = load(run)
@@ -241,7 +241,7 @@ def _damage(folder: Path, name: str, hashes: tuple[str, ...]) -> str:
 
 
 def _finish(
-    run: Path, folder: Path, editor: Editor, found: Verification, *, may_write: bool
+    run: Path, folder: Path, editor: EditEngine, found: Verification, *, may_write: bool
 ) -> None:
     """Bring a model that an interrupted write left behind to the ledger's state."""
     if not may_write:
@@ -258,13 +258,13 @@ def _finish(
     _check_folder(run, folder, found)
 
 
-def _compare(folder: Path, editor: Editor) -> list[Check]:
+def _compare(folder: Path, editor: EditEngine) -> list[Check]:
     """The edited matrices on disk beside those computed from base and ledger."""
     with editor.weights.as_saved() as names:
         return _compared(folder, editor, names)
 
 
-def _compared(folder: Path, editor: Editor, names: dict[str, int]) -> list[Check]:
+def _compared(folder: Path, editor: EditEngine, names: dict[str, int]) -> list[Check]:
     parameters = as_saved(editor.model, list(names))
     files = files_with(folder, list(parameters))
     if files is None:

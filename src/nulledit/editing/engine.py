@@ -1,6 +1,6 @@
-"""The driver: facts in batches, through keys, values and solves, into weights and ledger.
+"""A model, the ledger of its edits, and all changes of both: the engine of `nulledit.Editor`.
 
-`nulledit.Editor` is this one with what needs evaluation, runs and exports (`nulledit.api`).
+The rooms that look at edits take it; `Editor` (`nulledit.api`) adds what those rooms do to it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from nulledit.parallel.ranks import Ranks
 from nulledit.statistics.spectra import Statistics
 
 
-class Editor:
+class EditEngine:
     """Edits a causal language model in place and remembers how, exactly."""
 
     def __init__(
@@ -232,7 +232,7 @@ class Editor:
     def __repr__(self) -> str:
         name = self.history.base.model or type(self.model).__name__
         method = self.recipe.method.name
-        return f"<Editor of {name}: {count(len(self.facts), 'fact')} by {method}>"
+        return f"<{type(self).__name__} of {name}: {count(len(self.facts), 'fact')} by {method}>"
 
     def _with_template(self, recipe: Recipe) -> Recipe:
         """The recipe with the hash of the tokenizer's chat template, if it asks for one.
