@@ -166,7 +166,7 @@ def test_kl_is_that_of_an_evaluation_and_holds_or_not(editor, windows):
     assert (row.found, row.error) == (pytest.approx(slow.value), pytest.approx(slow.standard_error))
     assert (row.n, row.over, row.unit, row.verdict) == (6, "windows", "mnat", "ok")
     assert row.note == f"{100 * slow.worst_share:.0f} % of it in the worst 1 %"
-    cells = gate_table(GateReport((row,)))[1][0]
+    cells = list(gate_table(GateReport((row,))).rows[0].values())
     assert cells[2].endswith(" mnat")
     assert cells[4].endswith(" mnat")
     narrow = {"at_most": 1.01 * slow.value, "confident": True}
@@ -486,7 +486,7 @@ def test_the_command_s_exit_code_and_where_things_go(run, tmp_path):
 
 def test_nothing_is_shown_as_minus_nothing():
     row = Row("x", -0.04, 0.01, 3, "facts", "at_most", 5.0, False, "ok")
-    (cells,) = gate_table(GateReport((row,)))[1]
+    cells = list(gate_table(GateReport((row,))).rows[0].values())
     assert cells[2] == "0.0 ± 0.0"
 
 

@@ -10,7 +10,7 @@ from nulledit.cli.options import PLACED, RUN, TEXT, opt
 from nulledit.errors import CheckFailed
 
 if TYPE_CHECKING:
-    from nulledit.report.tables import Table
+    from nulledit.report.document import StudyTable
     from nulledit.runs.gate import GateReport, Row
 
 
@@ -38,7 +38,7 @@ def check(call: Call) -> None:
     report = call.open().check(limits, text=call.text, tasks=call.capability)
     call.show(
         {"run_folder": call.run, **report.to_dict()},
-        lambda: [gate_table(report)],
+        lambda: gate_table(report),
     )
     if not report.passed:
         broken = ", ".join(report.failed)
@@ -47,9 +47,9 @@ def check(call: Call) -> None:
         )
 
 
-def gate_table(report: GateReport) -> Table:
+def gate_table(report: GateReport) -> StudyTable:
     """One row per limit: whether it holds, what was found, what is allowed."""
-    from nulledit.report.document import Status
+    from nulledit.report.document import Status, StudyTable
 
     tones = {"ok": "good", "FAILED": "bad"}
     head = ["limit", "", "found (%)", "n", "allowed (%)", ""]
@@ -61,7 +61,7 @@ def gate_table(report: GateReport) -> Table:
         ]
         for row in report.rows
     ]
-    return head, rows
+    return StudyTable.of("limits", "", head, rows)
 
 
 def _found(row: Row) -> str:

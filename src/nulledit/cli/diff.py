@@ -9,6 +9,7 @@ from nulledit.cli.command import Call, command
 from nulledit.cli.options import PLACED, arg
 
 if TYPE_CHECKING:
+    from nulledit.report.document import Part, StudyTable
     from nulledit.runs.diff import Difference, FactDifference
 
 SHOWN = 50  # facts in the table
@@ -46,12 +47,12 @@ def diff(call: Call) -> None:
     call.show(lambda: _plain(found, first, second), lambda: _page(found, first, second))
 
 
-def _page(found: Difference, first: str, second: str) -> list[str]:
-    from nulledit.report.tables import as_text
+def _page(found: Difference, first: str, second: str) -> list[str | Part]:
+    from nulledit.report.document import StudyTable
 
-    parts = []
+    parts: list[str | Part] = []
     if found.facts:
-        parts.append(as_text(_facts_table(found, first, second), left=2, most=48))
+        parts.append(_facts_table(found, first, second))
         if len(found.facts) > SHOWN:
             parts.append(f"and {len(found.facts) - SHOWN} more, with --json")
     parts.append(f"{len(found.facts)} facts differ, {found.common} are in both.")
@@ -61,11 +62,13 @@ def _page(found: Difference, first: str, second: str) -> list[str]:
             for x in found.layers
         ]
         head = ["layer", f"‖Δ‖/‖W₀‖, {first}", second, "apart"]
-        parts.append(as_text((head, rows)))
+        parts.append(StudyTable.of("norms", "", head, rows))
     return parts
 
 
-def _facts_table(found: Difference, first: str, second: str) -> tuple[Sequence[str], Any]:
+def _facts_table(found: Difference, first: str, second: str) -> StudyTable:
+    from nulledit.report.document import StudyTable
+
     rows: list[Sequence[str]] = []
     for item in found.facts[:SHOWN]:
         fact = item.first or item.second
@@ -80,7 +83,8 @@ def _facts_table(found: Difference, first: str, second: str) -> tuple[Sequence[s
                     f"{q:.3f}",
                 ]
             )
-    return ["prompt", "answer", "taught in", f"p, {first}", f"p, {second}"], rows
+    head = ["prompt", "answer", "taught in", f"p, {first}", f"p, {second}"]
+    return StudyTable.of("facts", "", head, rows)
 
 
 def _taught(item: FactDifference, answer: str, first: str, second: str) -> str:

@@ -28,7 +28,7 @@ def refusal_shown(call: Call) -> Iterator[None]:
         yield
     except Refused as error:
         found = error.report
-        call.show(found.to_dict(), lambda: [gate_table(found)])
+        call.show(found.to_dict(), lambda: gate_table(found))
         raise
 
 

@@ -27,7 +27,7 @@ def verify(call: Call) -> None:
     from nulledit.api.editor import Editor
     from nulledit.errors import CheckFailed
     from nulledit.io.text import count
-    from nulledit.report.document import Status
+    from nulledit.report.document import Status, StudyTable
     from nulledit.runs.verify import KINDS
     from nulledit.runs.verify import verify as check
 
@@ -43,7 +43,10 @@ def verify(call: Call) -> None:
         wrong = any(each.problem for each in found.of(kind))
         tone = "bad" if wrong else "good" if found.of(kind) else ""
         rows.append((kind, str(len(found.of(kind))), Status(found.says(kind), tone)))
-    call.show({"run": call.run, **_plain(found)}, lambda: [(("", "checked", "result"), rows)])
+    call.show(
+        {"run": call.run, **_plain(found)},
+        StudyTable.of("checks", "", ("", "checked", "result"), rows),
+    )
     if found.problems:
         raise CheckFailed(
             f"{call.run}: {count(len(found.problems), 'problem')}: " + "; ".join(found.problems)
