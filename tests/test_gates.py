@@ -17,7 +17,6 @@ from support.models import statistics_of
 
 from nulledit import Editor, Fact
 from nulledit.cli.check import check as check_command
-from nulledit.cli.check import gate_table
 from nulledit.cli.main import Root
 from nulledit.config import Recipe
 from nulledit.editing.weights import LayerReport
@@ -30,7 +29,8 @@ from nulledit.evaluation.stats import Rate, perplexity_growth
 from nulledit.evaluation.tasks import read_tasks
 from nulledit.models.layouts import as_out_in
 from nulledit.runs import warnings as warn_module
-from nulledit.runs.gate import Found, GateReport, Row, _judged, check
+from nulledit.runs.gate import Found, _judged, check
+from nulledit.runs.gate_report import GateReport, Row, gate_table
 from nulledit.runs.limits import KINDS, Limits, load_limits
 from nulledit.runs.warnings import warnings_of
 

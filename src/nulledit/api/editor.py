@@ -23,8 +23,8 @@ from nulledit.export.write import Kind, write_export
 from nulledit.ledger.records import History
 from nulledit.ledger.store import Store
 from nulledit.runs.diff import Difference, columns_at, difference, read_state
-from nulledit.runs.gate import GateReport
 from nulledit.runs.gate import check as check_limits
+from nulledit.runs.gate_report import GateReport
 from nulledit.runs.history import events_of, facts_in, story_of
 from nulledit.runs.limits import Limits, load_limits
 from nulledit.runs.measure import evaluate_given, read_text

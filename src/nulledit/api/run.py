@@ -26,7 +26,8 @@ from nulledit.ledger.store import Store
 from nulledit.models.placement import Device
 from nulledit.parallel.ranks import Ranks
 from nulledit.runs.evaluated import Evaluated, evaluate_sides
-from nulledit.runs.gate import GateReport, check
+from nulledit.runs.gate import check
+from nulledit.runs.gate_report import GateReport
 from nulledit.runs.limits import Limits, Tasks
 from nulledit.runs.measure import Text, check_lengths, read_text, text_name
 from nulledit.runs.pages import (
@@ -303,7 +304,7 @@ class Run:
             )
 
     def evaluate(self, facts: Facts | None = None, **asked: Any) -> Evaluated:
-        """Rates, perplexity and KL of the edited model beside its base; nothing is written.
+        """`Editor.evaluate`, and whatever else is asked of both sides; nothing is written.
 
         `facts`: by default those in the model. `asked`: what else, as for `evaluate_sides`.
         """

@@ -80,15 +80,15 @@ def _page(found: Evaluated, *, relations: bool) -> list[Any]:
     from nulledit.runs.tables import rates_tables
 
     parts: list[Any] = [*rates_tables({s: e.summary() for s, e in found.sides.items()})]
-    if found.kept:
+    if found.preservation:
         errors = ", ".join(
-            f"{p.error:.3g} ± {p.standard_error:.1g} (layer {p.layer})" for p in found.kept
+            f"{p.error:.3g} ± {p.standard_error:.1g} (layer {p.layer})" for p in found.preservation
         )
         parts.append(f"‖ΔK₀‖/‖W₀K₀‖: {errors}\nPerplexity, KL and ‖ΔK₀‖ are on {found.text}.")
     for name, rates in found.others.items():
         parts += rates_tables(rates, which=f". Asked {name}")
     if relations:
-        parts.append(tables.relations_table(found.facts, found.sides["edited"]))
+        parts.append(tables.relations_table(found.facts, found.after))
     if found.tasks:
         parts.append(tables.capability_table(found.tasks))
     if found.drift:

@@ -292,12 +292,11 @@ class EditEngine:
         something else changed the model in memory: it is not what the ledger says.
         """
         self.weights.check_unchanged()
-        target = Store(Path(folder) / "ledger")
-        store = self._journal.store
+        store, place = self._journal.store, Path(folder) / "ledger"
         if store is None:
             self.attach(folder)
-        elif store.folder.resolve() != target.folder.resolve():
-            self._journal.copy_to(target)
+        elif store.folder.resolve() != place.resolve():
+            self._journal.copy_to(Store(place))
         self.keep_model(folder)
 
     def keep_model(self, folder: str | Path) -> None:

@@ -31,7 +31,6 @@ class FactDifference:
     first: Fact | None
     """As the first has it; None if it was not edited there."""
     second: Fact | None
-    """As the second has it."""
     probabilities: dict[str, tuple[float, float]]
     """Answer -> its probability per token (geometric mean) in the first and in the second."""
 

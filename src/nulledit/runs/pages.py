@@ -35,7 +35,6 @@ class Result:
     """What one run did."""
 
     folder: Path
-    """The run folder."""
     summary: dict[str, Any]
     """The content of `summary.json`."""
     lines: list[dict[str, Any]]

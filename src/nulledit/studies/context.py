@@ -70,9 +70,7 @@ class Lab:
     scale: Scale
     """Arms by name."""
     settings: dict[str, Any]
-    """The study's own."""
     sources: Sources
-    """Data."""
     seed: int = 0
     """Of queues, contexts and draws."""
     skip_bad: bool = False

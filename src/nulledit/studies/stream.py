@@ -40,7 +40,6 @@ class StreamPlan:
     label: str
     """What tables call it; decides nothing."""
     recipe: Recipe
-    """Settings."""
     facts: tuple[Fact, ...]
     """The queue, in the order that it is edited in."""
     batch_size: int
