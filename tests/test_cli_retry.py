@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from support.cli import done, invoke, refused, results, state
+from support.cli import done, edit_all, invoke, refused, results, state
 
 from nulledit import Editor
 from nulledit.editing.batch import BatchWriter
@@ -14,13 +14,7 @@ from nulledit.evaluation import retry
 @pytest.fixture(scope="module")
 def made(place, tmp_path_factory):
     """A run of all facts in two batches, made once."""
-    run = tmp_path_factory.mktemp("made") / "run"
-    done(
-        *("edit", place / "facts.json", "--no-shuffle", "--out", run),
-        *("--model", place / "model", "--recipe", place / "recipe.yaml"),
-        *("--stats", place / "stats", "--quiet"),
-    )
-    return run
+    return edit_all(place, tmp_path_factory.mktemp("made") / "run")
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ from nulledit.evaluation.runner import Evaluation
 from nulledit.evaluation.scores import Score, rates
 from nulledit.report.tables import as_text
 from nulledit.runs.tables import rates_tables
-from nulledit.studies.build import _cells
+from nulledit.studies.results import Spot, quantity
 
 def side(answer):
     query = Query("ada", "efficacy", "Ada lives in", "Oslo", "Rome")
@@ -51,7 +51,7 @@ print(json.dumps({
     "change": Comparison(before, after).changes()["brevity"].mean,
     "page": after._repr_html_(),
     "table": "".join(map(as_text, rates_tables({"edited": after.summary()}))),
-    "study": _cells("brevity").head.title,
+    "study": quantity("brevity")(Spot("edited", found={"facts": after.rows()})).mean,
 }))
 """
 
@@ -106,7 +106,7 @@ def test_a_measure_is_a_row_and_a_function(told):
     assert found["change"] == -2
     assert "short answers (words)" in found["page"]
     assert "short answers (words)" in found["table"]
-    assert found["study"] == "short answers"
+    assert found["study"] == 1
 
 
 def test_a_family_is_a_row(tokenizer, facts, make_statistics, monkeypatch, caplog):

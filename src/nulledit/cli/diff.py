@@ -24,7 +24,7 @@ SHOWN = 50  # facts in the table
 def diff(call: Call) -> None:
     """What differs between two runs on one base model, or between two states of one run.
 
-    RUN@N is the model behind event N of `nulledit log RUN`, RUN@0 the base. The table shows facts
+    RUN@N is the model after event N of `nulledit log RUN`, RUN@0 the base. The table shows facts
     that only one has or that they answer differently, with the probability of each answer in both.
 
     \b

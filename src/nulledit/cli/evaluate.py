@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         "Text for perplexity, KL and preservation.  [default: one that comes with nulledit]",
     ),
     Opt(["--base/--no-base"], default=True, show_default=True, help="The base model, too."),
-    opt("--distract", "Ask again behind distracting text.", bool),
+    opt("--distract", "Ask again after distracting text.", bool),
     opt("--fluency", "Let it write longer texts; n-gram entropy.", bool),
     opt("--references FILE", "Texts by fact, for consistency (JSON)."),
     CHAT,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     PLACED,
 )
 def evaluate(call: Call) -> None:
-    """Evaluate the edited model of a run beside its base. Nothing in RUN is changed.
+    """Compare the edited model of a run with its base. Nothing in RUN is changed.
 
     Efficacy asks the fact's prompt, generalization its paraphrases, specificity its neighbours:
     each by preference (the answer is likelier than the other one) and strictly (every token of the

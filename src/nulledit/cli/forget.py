@@ -42,7 +42,7 @@ def forget(call: Call) -> None:
     It is an edit like any other: in the ledger, undone by `undo`, replaced when the same question
     is edited, and in the place of an earlier edit of it.
 
-    A leak is the answer in what the model then says by itself, behind the fact's prompt or its
+    A leak is the answer in what the model then says by itself, after the fact's prompt or its
     paraphrases. docs/forget.md says what to expect: other wordings of a question often still find
     the answer. It is no protection of data.
 

@@ -16,7 +16,7 @@ from nulledit.cli.options import RUN, arg, least, opt
 def log(call: Call) -> None:
     """Every event in the ledger of RUN, oldest first: what came in, what went out, and when.
 
-    RUN@N, in `nulledit diff`, is the model behind event N.
+    RUN@N, in `nulledit diff`, is the model after event N.
 
     \b
     $ nulledit log run

@@ -320,7 +320,7 @@ class EditEngine:
 
     @contextmanager
     def as_of(self, event: int) -> Iterator[PreTrainedModel]:
-        """The model behind event number `event` of the ledger inside; as before afterwards."""
+        """The model after event number `event` of the ledger inside; as before afterwards."""
         with self.weights.holding(self.history.active_as_of(event)):
             yield self.model
 

@@ -58,7 +58,7 @@ class Column(Stored):
     unit: str = ""
     """Of its numbers as they are stored: `%` means 0 to 100."""
     digits: int = 1
-    """Shown behind the point."""
+    """Shown after the point."""
 
     def __post_init__(self) -> None:
         _one_of("better", self.better, ("high", "low", None))

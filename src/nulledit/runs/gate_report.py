@@ -20,7 +20,7 @@ class Row:
     """One limit and what was found."""
 
     name: str
-    """As in the limits; a task's name behind capability_drop."""
+    """As in the limits; a task's name follows capability_drop."""
     found: float | None
     """In the unit; None if it was not measured, nan or infinite where the model is."""
     error: float | None
