@@ -72,8 +72,8 @@ class Editor(EditEngine):
         """Evaluate the base and the edited model: rates, answers, perplexity and KL, with errors.
 
         `facts`: as for `edit`; left out, those in the model. `text`: a file for perplexity, KL and
-        preservation; left out, the one that comes along. `base=False`: only the edited model. The
-        others are as for `nulledit.evaluate`. Nothing is changed.
+        preservation; left out, the one that comes with nulledit. `base=False`: only the edited
+        model. The others are as for `nulledit.evaluate`. Nothing is changed.
         """
         asked = self.facts if facts is None else as_facts(facts).facts
         return evaluate_given(
@@ -99,8 +99,8 @@ class Editor(EditEngine):
         """Compare the edited model with its base against `limits`; `report.passed` if all hold.
 
         `limits`: as `load_limits` gives them, a file, or the shipped "default". `text`: a file for
-        perplexity and KL; left out, the one that comes along. `tasks`: the folder of the six tasks.
-        Only what the limits ask for is measured.
+        perplexity and KL; left out, the one that comes with nulledit. `tasks`: the folder of the
+        six tasks. Only what the limits ask for is measured.
         """
         asked = limits if isinstance(limits, Limits) else load_limits(limits)
         windows = read_text(self, text).windows if asked.needs("text") else None
@@ -117,7 +117,7 @@ class Editor(EditEngine):
         """Edit in memory and measure what would change; model, ledger and folder stay as they are.
 
         `facts`: to write, as for `edit`. `undo`: ids to take out. `text`: a file for perplexity and
-        KL; left out, the one that comes along. ConfigError where neither is given.
+        KL; left out, the one that comes with nulledit. ConfigError where neither is given.
         """
         return preview_of(self, facts, undo, text=text, talk=Told(progress))
 
@@ -162,7 +162,7 @@ class Editor(EditEngine):
     def diff(
         self, other: int | str | Path | EditEngine | History, *, at: int | None = None
     ) -> Difference:
-        """This model beside another state of the same base: facts, probabilities, norms.
+        """Compare this model with another state of the same base: facts, probabilities, norms.
 
         `other`: the number of an event of this ledger (0: the base), another editor or its history,
         or a run's folder (`"run@3"`: after its event 3). `at`: an event of this ledger to compare
@@ -185,9 +185,10 @@ class Editor(EditEngine):
         )
 
     def verify(self) -> Verification:
-        """Check the folder that this editor is kept in: every hash, the weights computed anew.
+        """Check the folder that this editor is kept in: every hash, and the weights once more.
 
-        The model is loaded again for it. LedgerError for an editor that is in memory alone.
+        The model is loaded and its weights are computed again. LedgerError for an editor that is in
+        memory alone.
         """
         if self.folder is None:
             raise LedgerError("the ledger is in memory alone: save(folder) before verify()")

@@ -166,10 +166,10 @@ class Run:
 
         `retry`: write what does not hold again, so many times at most, each time stronger.
         `old_answers`: take what the base says as the old answer of facts that name none. `text`: a
-        file for perplexity, KL and preservation, by default the one that comes along. With `limits`
-        all is kept at the end, or, where one is broken, nothing (Refused); `tasks`: their folder.
-        Whatever ends it early, finished batches stay, and one more call goes on. Of several ranks,
-        rank 0 keeps the run; the others take part in its edits, and get None.
+        file for perplexity, KL and preservation, by default the one that comes with nulledit. With
+        `limits` all is kept at the end, or, where one is broken, nothing (Refused); `tasks`: their
+        folder. Whatever ends it early, finished batches stay, and one more call goes on. Of several
+        ranks, rank 0 keeps the run; the others take part in its edits, and get None.
         """
         editor = self.editor
         asked = list(as_facts(facts).facts)
@@ -327,7 +327,7 @@ class Run:
             return self.editor.check(limits, text=text, tasks=tasks, progress=tell)
 
     def verify(self) -> Verification:
-        """Check every file of the folder, and the weights computed anew (`runs.verify`)."""
+        """Check every file of the folder, and the weights, computed again (`runs.verify`)."""
         return verify(self.folder)
 
     def report(self, out: str | Path | None = None, *, title: str = "Report") -> Path:

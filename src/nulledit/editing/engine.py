@@ -395,8 +395,8 @@ class EditEngine:
         """Take facts out again, exactly: the weights become the solve without their columns.
 
         An answer that an undone fact had replaced comes back; facts on the same key as it are
-        rebuilt without it. A batch by gradient is taken out whole, and the rest of it descended
-        anew. LedgerError if an id is not in the model.
+        rebuilt without it. A batch by gradient is taken out whole, and the rest of it descends
+        again. LedgerError if an id is not in the model.
         """
         return changes.undo(self._session, ids)
 
@@ -414,10 +414,10 @@ class EditEngine:
         return changes.restore(self._session)
 
     def rebuild(self, *, values: bool = False, progress: Progress | None = None) -> ChangeReport:
-        """Write the facts in the model anew, batch by batch, as if the others had never been.
+        """Write the facts in the model again, batch by batch, as if the others had never been.
 
-        Keys and residuals are taken again, so that no trace of undone facts is left in them; the
-        stored values stay, or with `values` are optimised again. A batch by gradient descends anew.
+        Keys and residuals are taken again, so that no trace of undone facts is left in them. Stored
+        values stay, or with `values` are optimised again; a batch by gradient descends again.
         """
         return changes.rebuild(self._session, values=values, progress=progress)
 

@@ -272,7 +272,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image that lies beside the page."""
+    """An image in the page's folder."""
 
     file: str
     text: str

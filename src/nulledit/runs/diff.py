@@ -106,7 +106,7 @@ def difference(
     first: Sequence[Column] | None = None,
     second: Sequence[Column] | None = None,
 ) -> Difference:
-    """The editor's model beside the one of another ledger on the same base.
+    """Compare the editor's model with the one of another ledger on the same base.
 
     `first`, `second`: the columns that are in each, by default the active ones. The editor is as
     before afterwards. LedgerError for another base.

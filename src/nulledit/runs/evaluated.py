@@ -1,4 +1,4 @@
-"""A run's model beside its base, on facts, text and whatever else is asked; nothing is written."""
+"""A run's model and its base, on facts, text and whatever else is asked; nothing is written."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def evaluate_given(
 ) -> Comparison:
     """`evaluate_both` on facts and on the text of a file, once all of them are known to fit.
 
-    `text`: left out, the one that comes along.
+    `text`: left out, the one that comes with nulledit.
     """
     windows = read_text(editor, text)
     check_lengths(editor, facts)
