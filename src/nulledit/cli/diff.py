@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nulledit.cli.command import Call, command
 from nulledit.cli.options import PLACED, arg
@@ -44,7 +44,10 @@ def diff(call: Call) -> None:
         first=columns_at(run.history, at_a, first),
         second=columns_at(other, at_b, second),
     )
-    call.show(lambda: _plain(found, first, second), lambda: _page(found, first, second))
+    call.show(
+        lambda: {"first": first, "second": second, **found.to_dict()},
+        lambda: _page(found, first, second),
+    )
 
 
 def _page(found: Difference, first: str, second: str) -> list[str | Part]:
@@ -94,23 +97,3 @@ def _taught(item: FactDifference, answer: str, first: str, second: str) -> str:
         if fact and fact.target == answer
     ]
     return ", ".join(names)
-
-
-def _plain(found: Difference, first: str, second: str) -> dict[str, Any]:
-    return {
-        "first": first,
-        "second": second,
-        "common": found.common,
-        "facts": [
-            {
-                "first": x.first.to_dict() if x.first else None,
-                "second": x.second.to_dict() if x.second else None,
-                "probabilities": [
-                    {"answer": answer, "first": p, "second": q}
-                    for answer, (p, q) in x.probabilities.items()
-                ],
-            }
-            for x in found.facts
-        ],
-        "layers": [vars(x) for x in found.layers],
-    }

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from nulledit.cli.command import Call, command
 from nulledit.cli.options import PLACED, RUN
-
-if TYPE_CHECKING:
-    from nulledit.runs.verify import Verification
 
 
 @command("Every hash, and the weights computed again.", RUN, PLACED)
@@ -44,24 +40,10 @@ def verify(call: Call) -> None:
         tone = "bad" if wrong else "good" if found.of(kind) else ""
         rows.append((kind, str(len(found.of(kind))), Status(found.says(kind), tone)))
     call.show(
-        {"run": call.run, **_plain(found)},
+        {"run": call.run, **found.to_dict()},
         StudyTable.of("checks", "", ("", "checked", "result"), rows),
     )
     if found.problems:
         raise CheckFailed(
             f"{call.run}: {count(len(found.problems), 'problem')}: " + "; ".join(found.problems)
         )
-
-
-def _plain(found: Verification) -> dict[str, Any]:
-    return {
-        "passed": found.passed,
-        "problems": found.problems,
-        "finished": found.finished,
-        "mentioned": found.mentioned,
-        "not_checked": list(found.skipped),
-        "checks": [
-            {"kind": c.kind, "name": c.name, "problem": c.problem, "remark": c.remark}
-            for c in found.checks
-        ],
-    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,24 @@ class Difference:
     """Facts that both have."""
     layers: tuple[LayerDifference, ...]
     """Layers that either edits."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "common": self.common,
+            "facts": [
+                {
+                    "first": x.first.to_dict() if x.first else None,
+                    "second": x.second.to_dict() if x.second else None,
+                    "probabilities": [
+                        {"answer": answer, "first": p, "second": q}
+                        for answer, (p, q) in x.probabilities.items()
+                    ],
+                }
+                for x in self.facts
+            ],
+            "layers": [vars(x) for x in self.layers],
+        }
 
     def __repr__(self) -> str:
         return f"<Difference: {count(len(self.facts), 'fact')} differ, {self.common} in both>"

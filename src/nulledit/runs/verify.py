@@ -9,8 +9,9 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -87,6 +88,17 @@ class Verification:
     def __repr__(self) -> str:
         found = "; ".join(self.problems) or "nothing is wrong"
         return f"<Verification of {count(len(self.checks), 'thing')}: {found}>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "passed": self.passed,
+            "problems": self.problems,
+            "finished": self.finished,
+            "mentioned": self.mentioned,
+            "not_checked": list(self.skipped),
+            "checks": [asdict(check) for check in self.checks],
+        }
 
     def of(self, kind: str) -> list[Check]:
         """The checks of one kind."""
