@@ -16,7 +16,7 @@ import torch
 
 from nulledit.config import ChatSettings, load_recipe
 from nulledit.data.readers import read_facts
-from nulledit.editing.editor import Editor
+from nulledit.editing.engine import EditEngine
 from nulledit.evaluation.generation import contains, generate_answers
 from nulledit.evaluation.queries import queries_of
 from nulledit.evaluation.scores import score
@@ -62,7 +62,7 @@ def main() -> None:
         start = time.process_time()
         if settings is not False:
             recipe = replace(load_recipe(given.model), chat=settings)
-            Editor(model, tokenizer, recipe=recipe, name=given.model).edit(facts)
+            EditEngine(model, tokenizer, recipe=recipe, name=given.model).edit(facts)
         spent = time.process_time() - start
         editable = EditableModel(model, tokenizer)
         for asked, form in ASKED.items():

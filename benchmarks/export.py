@@ -19,7 +19,7 @@ import torch
 import transformers
 from torch.nn.functional import pad
 
-from nulledit.editing.editor import Editor
+from nulledit.editing.engine import EditEngine
 from nulledit.evaluation.preservation import shipped_corpus
 from nulledit.evaluation.reading import read_windows
 from nulledit.export import apply_delta, write_delta, write_lora
@@ -211,7 +211,7 @@ def main():
     torch.set_num_threads(options.threads)
     transformers.utils.logging.disable_progress_bar()
     print(f"torch {torch.__version__}, peft {peft.__version__}, {options.threads} thread(s)")
-    editor = Editor.load(options.run)
+    editor = EditEngine.load(options.run)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         files(editor, options.run, scratch)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from support.cli import RECORDS, done, invoke, refused, results, state
+from support.cli import RECORDS, done, edit_all, invoke, refused, results, state
 
 from nulledit import Editor
 from nulledit.cli.change import change_text
@@ -18,13 +18,7 @@ from nulledit.editing.reports import ChangeReport
 @pytest.fixture(scope="module")
 def made(place, tmp_path_factory):
     """A run of all facts in two batches, made once."""
-    run = tmp_path_factory.mktemp("made") / "run"
-    done(
-        *("edit", place / "facts.json", "--no-shuffle", "--out", run, "--no-evaluate"),
-        *("--model", place / "model", "--recipe", place / "recipe.yaml"),
-        *("--stats", place / "stats", "--quiet"),
-    )
-    return run
+    return edit_all(place, tmp_path_factory.mktemp("made") / "run", "--no-evaluate")
 
 
 @pytest.fixture

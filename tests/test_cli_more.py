@@ -24,6 +24,7 @@ def test_any_method_and_the_projection_switch(place, options, tmp_path):
 
 def test_methods_are_listed_with_their_settings():
     text = done("methods").stdout
+    assert "Settings: moment_weight=" in text
     for method in METHODS:
         assert method.name in text
         assert method.paper in text
@@ -114,7 +115,10 @@ def test_a_study_runs_from_the_command_line(place, tmp_path):
         *("stats", "make", place / "model", "--text", place / "corpus.txt"),
         *("--layers", "1-2", "--window", "64", "--quiet"),
     )
-    assert "Shuffled" in done(*given).stdout
+    shown = done(*given).stdout
+    assert "By order" in shown
+    assert "─────" in shown, "a table of a terminal, not of the page"
+    assert "| ---" not in shown
     assert json.loads(done(*given, "--dry-run", "--json").stdout)["to_edit"] == 0
     page = done("report", tmp_path / "order", "--quiet")
     assert (tmp_path / "order" / "report.html").is_file(), page.output

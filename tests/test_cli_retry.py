@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from support.cli import done, invoke, refused, results, state
+from support.cli import done, edit_all, invoke, refused, results, state
 
 from nulledit import Editor
 from nulledit.editing.batch import BatchWriter
@@ -14,13 +14,7 @@ from nulledit.evaluation import retry
 @pytest.fixture(scope="module")
 def made(place, tmp_path_factory):
     """A run of all facts in two batches, made once."""
-    run = tmp_path_factory.mktemp("made") / "run"
-    done(
-        *("edit", place / "facts.json", "--no-shuffle", "--out", run),
-        *("--model", place / "model", "--recipe", place / "recipe.yaml"),
-        *("--stats", place / "stats", "--quiet"),
-    )
-    return run
+    return edit_all(place, tmp_path_factory.mktemp("made") / "run")
 
 
 @pytest.fixture
@@ -81,7 +75,7 @@ def test_what_was_cut_off_after_a_round_is_made_up_for(run, found, monkeypatch, 
     held = state(run)
     with monkeypatch.context() as patch:
         found(["ada"], [])
-        stop(patch, "nulledit.editing.editor.Editor.keep_model", error)
+        stop(patch, "nulledit.editing.engine.EditEngine.keep_model", error)
         result = invoke("retry", run, "-q")
     assert result.exit_code == code
     assert f"1 finished batch is kept in {run}; go on with: nulledit retry" in result.stderr

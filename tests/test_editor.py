@@ -649,7 +649,7 @@ def test_the_largest_seed_and_batch_size_are_kept(make_editor, facts, tmp_path):
 
 def test_a_ledger_whose_seed_is_below_zero_still_loads(make_editor, facts, tmp_path, monkeypatch):
     with monkeypatch.context() as earlier:
-        earlier.setattr("nulledit.editing.editor.check_whole", lambda *_, **__: None)
+        earlier.setattr("nulledit.editing.engine.check_whole", lambda *_, **__: None)
         editor = make_editor(seed=-1)
     editor.edit(facts[:1])
     editor.save(tmp_path / "run")

@@ -17,7 +17,6 @@ from support.models import statistics_of
 
 from nulledit import Editor, Fact
 from nulledit.cli.check import check as check_command
-from nulledit.cli.check import gate_table
 from nulledit.cli.main import Root
 from nulledit.config import Recipe
 from nulledit.editing.weights import LayerReport
@@ -30,7 +29,8 @@ from nulledit.evaluation.stats import Rate, perplexity_growth
 from nulledit.evaluation.tasks import read_tasks
 from nulledit.models.layouts import as_out_in
 from nulledit.runs import warnings as warn_module
-from nulledit.runs.gate import Found, GateReport, Row, _judged, check
+from nulledit.runs.gate import Found, _judged, check
+from nulledit.runs.gate_report import GateReport, Row, gate_table
 from nulledit.runs.limits import KINDS, Limits, load_limits
 from nulledit.runs.warnings import warnings_of
 
@@ -166,7 +166,7 @@ def test_kl_is_that_of_an_evaluation_and_holds_or_not(editor, windows):
     assert (row.found, row.error) == (pytest.approx(slow.value), pytest.approx(slow.standard_error))
     assert (row.n, row.over, row.unit, row.verdict) == (6, "windows", "mnat", "ok")
     assert row.note == f"{100 * slow.worst_share:.0f} % of it in the worst 1 %"
-    cells = gate_table(GateReport((row,)))[1][0]
+    cells = list(gate_table(GateReport((row,))).rows[0].values())
     assert cells[2].endswith(" mnat")
     assert cells[4].endswith(" mnat")
     narrow = {"at_most": 1.01 * slow.value, "confident": True}
@@ -486,7 +486,7 @@ def test_the_command_s_exit_code_and_where_things_go(run, tmp_path):
 
 def test_nothing_is_shown_as_minus_nothing():
     row = Row("x", -0.04, 0.01, 3, "facts", "at_most", 5.0, False, "ok")
-    (cells,) = gate_table(GateReport((row,)))[1]
+    cells = list(gate_table(GateReport((row,))).rows[0].values())
     assert cells[2] == "0.0 ± 0.0"
 
 

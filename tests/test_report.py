@@ -9,7 +9,7 @@ from support.runs import KL, LAYER, line, rate, side, summary
 from nulledit.io.jsonfiles import as_json, write
 from nulledit.io.text import markdown, plain, shorten, width
 from nulledit.report.cells import heads, shown
-from nulledit.report.document import Status
+from nulledit.report.document import Status, StudyTable
 from nulledit.report.figures import figure_of
 from nulledit.report.images import as_png, as_svg
 from nulledit.report.markdown import markdown_page
@@ -43,8 +43,12 @@ def test_markdown_has_no_meaning_left():
     assert "\\[a\\]" in shown
 
 
+def text_table(head, *rows):
+    return StudyTable.of("table", "", head, rows)
+
+
 def test_columns_stand_under_each_other_in_wide_scripts():
-    table = as_text((["subject", "n"], [["東京", "1"], ["Zoe\u0301", "22"], ["Лев", "3"]]))
+    table = as_text(text_table(["subject", "n"], ["東京", "1"], ["Zoe\u0301", "22"], ["Лев", "3"]))
     lines = table.split("\n")
     assert {width(text) for text in lines} == {width(lines[0])}
     assert width("東京") == 4
@@ -57,7 +61,7 @@ def test_a_long_cell_is_cut_by_its_width():
 
 
 def test_a_cell_with_a_bar_does_not_break_a_markdown_table():
-    table = as_markdown((["a", "b"], [["x | y", "2"]]))
+    table = as_markdown(text_table(["a", "b"], ["x | y", "2"]))
     assert table.split("\n")[1] == "| --- | ---: |"
     assert table.split("\n")[2] == "| x \\| y | 2 |"
 
@@ -187,9 +191,9 @@ def test_one_fact_has_no_standard_error():
 
 ANSWERS = [line(1, prompt="東京 is a city in the land of"), line(2, says=False)]
 LONG = [x | {"after": x["after"] | {"answer": "Madrid, as everyone knows. " * 9}} for x in ANSWERS]
-STORY = (
+STORY = text_table(
     ["event", "time (UTC)", "what", "method", "facts", "in the model"],
-    [["1", "2026-01-01 00:00:00", "edit", "alphaedit", "+ " + "ada, lyra, " * 20, "1024"]],
+    ["1", "2026-01-01 00:00:00", "edit", "alphaedit", "+ " + "ada, lyra, " * 20, "1024"],
 )
 
 
@@ -227,9 +231,9 @@ def test_rows_become_blocks_where_columns_do_not_fit():
 
 
 def test_a_column_may_be_empty():
-    table = (["limit", "", ""], [["kl", Status("ok", "good"), ""], ["growth", "", ""]])
+    table = text_table(["limit", "", ""], ["kl", Status("ok", "good"), ""], ["growth", "", ""])
     assert as_text(table).split("\n")[2:] == ["kl      ok", "growth"]
-    assert as_text((["", ""], [["", ""]]), columns=20) == "\n\n"
+    assert as_text(text_table(["", ""], ["", ""]), columns=20) == "\n\n"
 
 
 def test_a_status_is_coloured_and_nothing_else():

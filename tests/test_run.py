@@ -104,6 +104,8 @@ def test_a_run_is_looked_at_without_a_trace(editor, place, tmp_path):
     looked = Run.open(run.folder, writing=False)
     found = looked.evaluate(text=str(place / "corpus.txt"))
     assert set(found.sides) == {"base", "edited"}
+    mine = looked.editor.evaluate(text=place / "corpus.txt")
+    assert (found.summary(), found.changes()) == (mine.summary(), mine.changes())
     assert found.to_dict(relations=True)["facts"] == len(RECORDS)
     assert set(looked.evaluate(base=False).sides) == {"edited"}
     would = looked.preview(undo=["zola"])

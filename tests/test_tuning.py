@@ -513,6 +513,8 @@ def test_a_chat_model_is_tuned_in_its_template(place, tmp_path, tokenizer):
     )
     assert result.exit_code == 0, result.stderr or result.exception
     assert load_recipe(tmp_path / "tuned.yaml").chat is not None
+    for part in ("Candidates, in their order", "─────", f"Recipe: {tmp_path / 'tuned.yaml'}"):
+        assert part in result.stdout, "sentences, tables and where they are"
 
 
 def test_the_same_seed_tunes_the_same(place, tmp_path):

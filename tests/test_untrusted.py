@@ -33,7 +33,7 @@ from nulledit.cli.main import _describe, cli
 from nulledit.cli.run_page import page_of
 from nulledit.config import Recipe, StatisticsSettings, load_recipe, shipped_recipes
 from nulledit.data import Fact, corpus, read_facts
-from nulledit.editing.editor import Editor as EditorClass
+from nulledit.editing.engine import EditEngine
 from nulledit.errors import (
     ConfigError,
     FactError,
@@ -178,7 +178,7 @@ def test_code_of_a_model_is_not_run_unless_asked_for():
     context = click.Context(cli)
     assert all(isinstance(o, click.Option) and o.is_flag for o in found)
     assert not any(o.get_default(context) for o in found)
-    for call in (load_model, EditorClass.from_pretrained, EditorClass.load):
+    for call in (load_model, EditEngine.from_pretrained, EditEngine.load):
         assert call.__kwdefaults__["trust_remote_code"] is False
 
 

@@ -65,19 +65,29 @@ def place(tmp_path_factory, tokenizer):
     return folder
 
 
-@pytest.fixture
-def options(place):
+def options_of(place):
     return (
         *("--model", place / "model", "--recipe", place / "recipe.yaml"),
         *("--stats", place / "stats", "--quiet"),
     )
 
 
+def edit_all(place, run, *more):
+    """A run of all facts in two batches, in their order."""
+    words = ("edit", place / "facts.json", "--no-shuffle", "--out", run)
+    done(*words, *more, *options_of(place))
+    return run
+
+
 @pytest.fixture
-def edited(place, options, tmp_path):
+def options(place):
+    return options_of(place)
+
+
+@pytest.fixture
+def edited(place, tmp_path):
     """A run of all facts in two batches."""
-    done("edit", place / "facts.json", *options, "--no-shuffle", "--out", tmp_path / "run")
-    return tmp_path / "run"
+    return edit_all(place, tmp_path / "run")
 
 
 def state(run):

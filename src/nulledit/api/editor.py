@@ -1,4 +1,4 @@
-"""`Editor`, whole: the engine of `editing`, and all that evaluation, runs and exports do with it.
+"""`Editor`: the engine of `editing`, with what evaluation, runs and exports do with its edits.
 
 Each method is the command of the same name, by the same function.
 """
@@ -11,8 +11,8 @@ from typing import Any
 
 from nulledit.config import ChatSettings
 from nulledit.data.readers import Facts, as_facts
-from nulledit.editing import editor as engine
 from nulledit.editing.call_log import Progress
+from nulledit.editing.engine import EditEngine
 from nulledit.errors import LedgerError
 from nulledit.evaluation.asking import MOST_TOKENS, Answer
 from nulledit.evaluation.asking import ask as ask_both
@@ -23,11 +23,11 @@ from nulledit.export.write import Kind, write_export
 from nulledit.ledger.records import History
 from nulledit.ledger.store import Store
 from nulledit.runs.diff import Difference, columns_at, difference, read_state
-from nulledit.runs.gate import GateReport
 from nulledit.runs.gate import check as check_limits
+from nulledit.runs.gate_report import GateReport
 from nulledit.runs.history import events_of, facts_in, story_of
 from nulledit.runs.limits import Limits, load_limits
-from nulledit.runs.measure import check_lengths, evaluate_both, read_text
+from nulledit.runs.measure import evaluate_given, read_text
 from nulledit.runs.preview import Preview
 from nulledit.runs.preview import preview as preview_of
 from nulledit.runs.talk import Told
@@ -35,7 +35,7 @@ from nulledit.runs.verify import Verification
 from nulledit.runs.verify import verify as verify_folder
 
 
-class Editor(engine.Editor):
+class Editor(EditEngine):
     """Edits a causal language model in place, remembers how, and answers for it."""
 
     def ask(
@@ -72,16 +72,15 @@ class Editor(engine.Editor):
         """Evaluate the base and the edited model: rates, answers, perplexity and KL, with errors.
 
         `facts`: as for `edit`; left out, those in the model. `text`: a file for perplexity, KL and
-        preservation; left out, the one that comes along. `base=False`: only the edited model. The
-        others are as for `nulledit.evaluate`. Nothing is changed.
+        preservation; left out, the one that comes with nulledit. `base=False`: only the edited
+        model. The others are as for `nulledit.evaluate`. Nothing is changed.
         """
         asked = self.facts if facts is None else as_facts(facts).facts
-        check_lengths(self, asked)
-        return evaluate_both(
+        return evaluate_given(
             self,
             asked,
-            read_text(self, text),
             Told(progress),
+            text=text,
             base=base,
             distract=distract,
             fluency=fluency,
@@ -100,8 +99,8 @@ class Editor(engine.Editor):
         """Compare the edited model with its base against `limits`; `report.passed` if all hold.
 
         `limits`: as `load_limits` gives them, a file, or the shipped "default". `text`: a file for
-        perplexity and KL; left out, the one that comes along. `tasks`: the folder of the six tasks.
-        Only what the limits ask for is measured.
+        perplexity and KL; left out, the one that comes with nulledit. `tasks`: the folder of the
+        six tasks. Only what the limits ask for is measured.
         """
         asked = limits if isinstance(limits, Limits) else load_limits(limits)
         windows = read_text(self, text).windows if asked.needs("text") else None
@@ -118,7 +117,7 @@ class Editor(engine.Editor):
         """Edit in memory and measure what would change; model, ledger and folder stay as they are.
 
         `facts`: to write, as for `edit`. `undo`: ids to take out. `text`: a file for perplexity and
-        KL; left out, the one that comes along. ConfigError where neither is given.
+        KL; left out, the one that comes with nulledit. ConfigError where neither is given.
         """
         return preview_of(self, facts, undo, text=text, talk=Told(progress))
 
@@ -161,9 +160,9 @@ class Editor(engine.Editor):
         return facts_in(self.history) if id_ is None else story_of(self.history, id_)
 
     def diff(
-        self, other: int | str | Path | engine.Editor | History, *, at: int | None = None
+        self, other: int | str | Path | EditEngine | History, *, at: int | None = None
     ) -> Difference:
-        """This model beside another state of the same base: facts, probabilities, norms.
+        """Compare this model with another state of the same base: facts, probabilities, norms.
 
         `other`: the number of an event of this ledger (0: the base), another editor or its history,
         or a run's folder (`"run@3"`: after its event 3). `at`: an event of this ledger to compare
@@ -176,7 +175,7 @@ class Editor(engine.Editor):
         elif isinstance(other, int):
             theirs, event, name = self.history, other, "this editor"
         else:
-            theirs = other.history if isinstance(other, engine.Editor) else other
+            theirs = other.history if isinstance(other, EditEngine) else other
             name = "the other"
         return difference(
             self,
@@ -186,9 +185,10 @@ class Editor(engine.Editor):
         )
 
     def verify(self) -> Verification:
-        """Check the folder that this editor is kept in: every hash, the weights computed anew.
+        """Check the folder that this editor is kept in: every hash, and the weights once more.
 
-        The model is loaded again for it. LedgerError for an editor that is in memory alone.
+        The model is loaded and its weights are computed again. LedgerError for an editor that is in
+        memory alone.
         """
         if self.folder is None:
             raise LedgerError("the ledger is in memory alone: save(folder) before verify()")

@@ -26,9 +26,10 @@ from nulledit.ledger.store import Store
 from nulledit.models.placement import Device
 from nulledit.parallel.ranks import Ranks
 from nulledit.runs.evaluated import Evaluated, evaluate_sides
-from nulledit.runs.gate import GateReport, check
+from nulledit.runs.gate import check
+from nulledit.runs.gate_report import GateReport
 from nulledit.runs.limits import Limits, Tasks
-from nulledit.runs.measure import Text, check_lengths, read_text
+from nulledit.runs.measure import Text, check_lengths, read_text, text_name
 from nulledit.runs.pages import (
     Result,
     check_fresh,
@@ -165,10 +166,10 @@ class Run:
 
         `retry`: write what does not hold again, so many times at most, each time stronger.
         `old_answers`: take what the base says as the old answer of facts that name none. `text`: a
-        file for perplexity, KL and preservation, by default the one that comes along. With `limits`
-        all is kept at the end, or, where one is broken, nothing (Refused); `tasks`: their folder.
-        Whatever ends it early, finished batches stay, and one more call goes on. Of several ranks,
-        rank 0 keeps the run; the others take part in its edits, and get None.
+        file for perplexity, KL and preservation, by default the one that comes with nulledit. With
+        `limits` all is kept at the end, or, where one is broken, nothing (Refused); `tasks`: their
+        folder. Whatever ends it early, finished batches stay, and one more call goes on. Of several
+        ranks, rank 0 keeps the run; the others take part in its edits, and get None.
         """
         editor = self.editor
         asked = list(as_facts(facts).facts)
@@ -303,7 +304,7 @@ class Run:
             )
 
     def evaluate(self, facts: Facts | None = None, **asked: Any) -> Evaluated:
-        """Rates, perplexity and KL of the edited model beside its base; nothing is written.
+        """`Editor.evaluate`, and whatever else is asked of both sides; nothing is written.
 
         `facts`: by default those in the model. `asked`: what else, as for `evaluate_sides`.
         """
@@ -319,17 +320,14 @@ class Run:
     def check(
         self, limits: Limits, *, text: str | None = None, tasks: str | Path | None = None
     ) -> GateReport:
-        """The edited model against `limits` (`runs.gate.check`); only what they ask is measured."""
-        windows = None
+        """`Editor.check`: the edited model against `limits`; only what they ask is measured."""
         if limits.needs("text"):
-            found = read_text(self.editor, text)
-            windows = found.windows
-            self.talk.say(f"Perplexity and KL on {found.name}")
+            self.talk.say(f"Perplexity and KL on {text_name(text)}")
         with self.talk.progress() as tell:
-            return check(self.editor, limits, windows=windows, tasks=tasks, progress=tell)
+            return self.editor.check(limits, text=text, tasks=tasks, progress=tell)
 
     def verify(self) -> Verification:
-        """Check every file of the folder, and the weights computed anew (`runs.verify`)."""
+        """Check every file of the folder, and the weights, computed again (`runs.verify`)."""
         return verify(self.folder)
 
     def report(self, out: str | Path | None = None, *, title: str = "Report") -> Path:

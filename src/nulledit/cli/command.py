@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from nulledit.data.readers import FactFile
     from nulledit.models.editable_model import EditableModel
     from nulledit.parallel.ranks import Ranks
+    from nulledit.report import document as doc
+
+    Shown = str | doc.Part | doc.Document | list[Any]
 
 MOST_NOTICES = 20  # of a file of facts on the terminal
 
@@ -145,8 +148,8 @@ class Call:
             writing=writing,
         )
 
-    def show(self, data: Any, page: str | Callable[[], str | list[Any]]) -> None:
-        """A result on stdout: as JSON where that was asked for, else as a page, or its parts."""
+    def show(self, data: Any, page: Shown | Callable[[], Shown]) -> None:
+        """A result on stdout: as JSON where that was asked for, else as a document's parts."""
         if self.as_json:
             return emit(data() if callable(data) else data)
         parts = page() if callable(page) else page

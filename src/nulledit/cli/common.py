@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from nulledit.config import Placement
     from nulledit.parallel.ranks import Ranks
     from nulledit.report.document import Document, Part
-    from nulledit.report.tables import Table
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 EVERY = 10.0  # seconds between lines of progress where stderr is no terminal
@@ -40,7 +39,7 @@ def emit(data: Any) -> None:
     click.echo(as_json(data), nl=False)
 
 
-def echo(*parts: str | Table | Part | Document) -> None:
+def echo(*parts: str | Part | Document) -> None:
     """A result on stdout, an empty line between its parts; none can steer the terminal."""
     from nulledit.report.terminal import has_colours, on_terminal
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nulledit.cli.command import Call, command
 from nulledit.cli.options import PLACED, arg
 
 if TYPE_CHECKING:
+    from nulledit.report.document import Part, StudyTable
     from nulledit.runs.diff import Difference, FactDifference
 
 SHOWN = 50  # facts in the table
@@ -23,7 +24,7 @@ SHOWN = 50  # facts in the table
 def diff(call: Call) -> None:
     """What differs between two runs on one base model, or between two states of one run.
 
-    RUN@N is the model behind event N of `nulledit log RUN`, RUN@0 the base. The table shows facts
+    RUN@N is the model after event N of `nulledit log RUN`, RUN@0 the base. The table shows facts
     that only one has or that they answer differently, with the probability of each answer in both.
 
     \b
@@ -43,15 +44,18 @@ def diff(call: Call) -> None:
         first=columns_at(run.history, at_a, first),
         second=columns_at(other, at_b, second),
     )
-    call.show(lambda: _plain(found, first, second), lambda: _page(found, first, second))
+    call.show(
+        lambda: {"first": first, "second": second, **found.to_dict()},
+        lambda: _page(found, first, second),
+    )
 
 
-def _page(found: Difference, first: str, second: str) -> list[str]:
-    from nulledit.report.tables import as_text
+def _page(found: Difference, first: str, second: str) -> list[str | Part]:
+    from nulledit.report.document import StudyTable
 
-    parts = []
+    parts: list[str | Part] = []
     if found.facts:
-        parts.append(as_text(_facts_table(found, first, second), left=2, most=48))
+        parts.append(_facts_table(found, first, second))
         if len(found.facts) > SHOWN:
             parts.append(f"and {len(found.facts) - SHOWN} more, with --json")
     parts.append(f"{len(found.facts)} facts differ, {found.common} are in both.")
@@ -61,11 +65,13 @@ def _page(found: Difference, first: str, second: str) -> list[str]:
             for x in found.layers
         ]
         head = ["layer", f"‖Δ‖/‖W₀‖, {first}", second, "apart"]
-        parts.append(as_text((head, rows)))
+        parts.append(StudyTable.of("norms", "", head, rows))
     return parts
 
 
-def _facts_table(found: Difference, first: str, second: str) -> tuple[Sequence[str], Any]:
+def _facts_table(found: Difference, first: str, second: str) -> StudyTable:
+    from nulledit.report.document import StudyTable
+
     rows: list[Sequence[str]] = []
     for item in found.facts[:SHOWN]:
         fact = item.first or item.second
@@ -80,7 +86,8 @@ def _facts_table(found: Difference, first: str, second: str) -> tuple[Sequence[s
                     f"{q:.3f}",
                 ]
             )
-    return ["prompt", "answer", "taught in", f"p, {first}", f"p, {second}"], rows
+    head = ["prompt", "answer", "taught in", f"p, {first}", f"p, {second}"]
+    return StudyTable.of("facts", "", head, rows)
 
 
 def _taught(item: FactDifference, answer: str, first: str, second: str) -> str:
@@ -90,23 +97,3 @@ def _taught(item: FactDifference, answer: str, first: str, second: str) -> str:
         if fact and fact.target == answer
     ]
     return ", ".join(names)
-
-
-def _plain(found: Difference, first: str, second: str) -> dict[str, Any]:
-    return {
-        "first": first,
-        "second": second,
-        "common": found.common,
-        "facts": [
-            {
-                "first": x.first.to_dict() if x.first else None,
-                "second": x.second.to_dict() if x.second else None,
-                "probabilities": [
-                    {"answer": answer, "first": p, "second": q}
-                    for answer, (p, q) in x.probabilities.items()
-                ],
-            }
-            for x in found.facts
-        ],
-        "layers": [vars(x) for x in found.layers],
-    }

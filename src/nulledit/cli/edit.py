@@ -194,7 +194,7 @@ def _estimate(call: Call, found: FactFile, recipe: Recipe) -> None:
     """Show what the edit would take."""
     from nulledit.evaluation.costs import estimate_edit
     from nulledit.io.text import count
-    from nulledit.report.tables import as_text
+    from nulledit.report.document import StudyTable
 
     size = estimate_edit(
         model_source(call.model),
@@ -219,7 +219,7 @@ def _estimate(call: Call, found: FactFile, recipe: Recipe) -> None:
         f"Peak memory: about {size['peak_bytes'] / 1e9:.1f} GB. Nothing was edited; whether there "
         "are statistics was not looked up."
     )
-    call.show(size, lambda: [line, as_text((["stage", "seconds"], [*cells])), memory])
+    call.show(size, lambda: [line, StudyTable.of("cost", "", ["stage", "seconds"], cells), memory])
 
 
 def _edited(call: Call, found: FactFile, recipe: Recipe | None, ranks: Ranks) -> Result | None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         "Text for perplexity, KL and preservation.  [default: one that comes with nulledit]",
     ),
     Opt(["--base/--no-base"], default=True, show_default=True, help="The base model, too."),
-    opt("--distract", "Ask again behind distracting text.", bool),
+    opt("--distract", "Ask again after distracting text.", bool),
     opt("--fluency", "Let it write longer texts; n-gram entropy.", bool),
     opt("--references FILE", "Texts by fact, for consistency (JSON)."),
     CHAT,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     PLACED,
 )
 def evaluate(call: Call) -> None:
-    """Evaluate the edited model of a run beside its base. Nothing in RUN is changed.
+    """Compare the edited model of a run with its base. Nothing in RUN is changed.
 
     Efficacy asks the fact's prompt, generalization its paraphrases, specificity its neighbours:
     each by preference (the answer is likelier than the other one) and strictly (every token of the
@@ -80,15 +80,15 @@ def _page(found: Evaluated, *, relations: bool) -> list[Any]:
     from nulledit.runs.tables import rates_tables
 
     parts: list[Any] = [*rates_tables({s: e.summary() for s, e in found.sides.items()})]
-    if found.kept:
+    if found.preservation:
         errors = ", ".join(
-            f"{p.error:.3g} ± {p.standard_error:.1g} (layer {p.layer})" for p in found.kept
+            f"{p.error:.3g} ± {p.standard_error:.1g} (layer {p.layer})" for p in found.preservation
         )
         parts.append(f"‖ΔK₀‖/‖W₀K₀‖: {errors}\nPerplexity, KL and ‖ΔK₀‖ are on {found.text}.")
     for name, rates in found.others.items():
         parts += rates_tables(rates, which=f". Asked {name}")
     if relations:
-        parts.append(tables.relations_table(found.facts, found.sides["edited"]))
+        parts.append(tables.relations_table(found.facts, found.after))
     if found.tasks:
         parts.append(tables.capability_table(found.tasks))
     if found.drift:

@@ -14,6 +14,7 @@ from nulledit.export.write import EXPORTS, OPTIONS, write_export
 
 if TYPE_CHECKING:
     from nulledit.export.updates import Export, FactsCost
+    from nulledit.report.document import StudyTable
 
 
 @command(
@@ -56,7 +57,6 @@ def export(call: Call) -> None:
         raise ConfigError(f"{', '.join(refused)} can't be given with --as {call.kind}")
     call.prepare()
     from nulledit.export.updates import check_shard_size, refuse_existing
-    from nulledit.report.tables import as_text
 
     refuse_existing(Path(call.out))
     if call.max_shard_size:
@@ -66,12 +66,13 @@ def export(call: Call) -> None:
     with call.progress() as tell:
         options = {name: call.given[name] for name in given}
         done = write_export(run.editor, call.out, call.kind, run=call.run, progress=tell, **options)
-    table = f"{as_text(layers_table(done), left=0)}\n\n" if done.layers else ""
-    call.show(done.to_dict(), lambda: table + "\n".join(lines_of(done)))
+    tables = [layers_table(done)] if done.layers else []
+    call.show(done.to_dict(), [*tables, "\n".join(lines_of(done))])
 
 
-def layers_table(done: Export) -> tuple[Sequence[str], list[Sequence[str]]]:
+def layers_table(done: Export) -> StudyTable:
     """One row per edited matrix."""
+    from nulledit.report.document import StudyTable
     from nulledit.report.tables import number
 
     whole = not any(layer.of for layer in done.layers)
@@ -88,7 +89,7 @@ def layers_table(done: Export) -> tuple[Sequence[str], list[Sequence[str]]]:
         rows.append(row)
     total = sum(layer.bytes for layer in done.layers)
     rows.append(["all", *[""] * (len(head) - 2), f"{total:,}"])
-    return head, rows
+    return StudyTable.of("layers", "", head, rows)
 
 
 def lines_of(done: Export) -> list[str]:

@@ -18,6 +18,7 @@ from nulledit.errors import BadRecordsError, ConfigError
 if TYPE_CHECKING:
     from nulledit.data.facts import Fact
     from nulledit.evaluation.outlook import Outlook
+    from nulledit.report.document import Part
 
 MOST_FACTS = 50  # in the table of what a model says
 
@@ -98,21 +99,21 @@ def check(call: Call) -> None:
     call.show(told, lambda: _page(call, rows, seen))
 
 
-def _page(call: Call, rows: list[Sequence[str]], seen: Sequence[Outlook]) -> str:
-    from nulledit.report.tables import as_text
+def _page(call: Call, rows: list[Sequence[str]], seen: Sequence[Outlook]) -> list[str | Part]:
+    from nulledit.report.document import StudyTable
 
-    parts = [as_text(([call.file, ""], rows))]
+    parts: list[str | Part] = [StudyTable.of("file", "", [call.file, ""], rows)]
     if seen:
         cells: list[Sequence[str]] = [
             [item.fact.id, item.fact.target, str(item.tokens), item.says, _remarks(item)]
             for item in seen[:MOST_FACTS]
         ]
         head = ["fact", "target", "tokens", "the model says", "remarks"]
-        parts += ["", as_text((head, cells), left=5, most=40)]
+        parts.append(StudyTable.of("facts", "", head, cells))
         if len(seen) > MOST_FACTS:
             parts.append(f"{len(seen) - MOST_FACTS} more facts: --json has all")
-        parts += ["", as_text(([call.model, "facts"], _summary(seen)))]
-    return "\n".join(parts)
+        parts.append(StudyTable.of("model", "", [call.model, "facts"], _summary(seen)))
+    return parts
 
 
 @facts.command(short_help="A commented file to begin with.")

@@ -12,7 +12,7 @@ from nulledit.errors import ConfigError
 if TYPE_CHECKING:
     from nulledit.data.facts import Fact
     from nulledit.evaluation.forgetting import Recall
-    from nulledit.report.tables import Table
+    from nulledit.report.document import StudyTable
 
 
 @command(
@@ -42,7 +42,7 @@ def forget(call: Call) -> None:
     It is an edit like any other: in the ledger, undone by `undo`, replaced when the same question
     is edited, and in the place of an earlier edit of it.
 
-    A leak is the answer in what the model then says by itself, behind the fact's prompt or its
+    A leak is the answer in what the model then says by itself, after the fact's prompt or its
     paraphrases. docs/forget.md says what to expect: other wordings of a question often still find
     the answer. It is no protection of data.
 
@@ -56,7 +56,6 @@ def forget(call: Call) -> None:
     from nulledit.cli.going_on import followed
     from nulledit.editing.session import some
     from nulledit.evaluation.forgetting import asked_to_forget, doubts, summary
-    from nulledit.report.tables import as_text
     from nulledit.runs.measure import check_lengths
 
     run, whence = call.open(writing=True), f"as {call.facts} says"
@@ -82,9 +81,7 @@ def forget(call: Call) -> None:
         plain = {s: {"summary": rates[s], "facts": [*map(asdict, r)]} for s, r in sides.items()}
         return {"run_folder": call.run, **plain, "notices": [*report.notices, *warnings]}
 
-    call.show(
-        data, lambda: [as_text(_answers(before, after), left=4, most=44), as_text(_rates(rates))]
-    )
+    call.show(data, lambda: [_answers(before, after), _rates(rates)])
 
 
 def _check(call: Call) -> None:
@@ -113,8 +110,10 @@ def _read(call: Call) -> list[Fact]:
     return [f.forgotten(f.old_answer if call.old_answers else None) for f in found]
 
 
-def _answers(before: Sequence[Recall], after: Sequence[Recall]) -> Table:
+def _answers(before: Sequence[Recall], after: Sequence[Recall]) -> StudyTable:
     """What was said of each fact, and what is."""
+    from nulledit.report.document import StudyTable
+
     rows: list[Sequence[str]] = [
         [
             old.own.prompt,
@@ -128,7 +127,7 @@ def _answers(before: Sequence[Recall], after: Sequence[Recall]) -> Table:
         for old, new in zip(before, after, strict=True)
     ]
     head = ["prompt", "old answer", "said", "says", "p(telling token)", "leaks", "in paraphrases"]
-    return head, rows
+    return StudyTable.of("answers", "", head, rows)
 
 
 def _leaks(old: Recall, new: Recall) -> str:
@@ -139,8 +138,9 @@ def _leaks(old: Recall, new: Recall) -> str:
     return f"{count[0]} → {count[1]} of {len(new.paraphrases)}"
 
 
-def _rates(sides: Mapping[str, Mapping[str, Any]]) -> Table:
+def _rates(sides: Mapping[str, Mapping[str, Any]]) -> StudyTable:
     """Rates over facts, before and after."""
+    from nulledit.report.document import StudyTable
     from nulledit.report.tables import number, percent
 
     labels = {"leaks": "answer leaks (%)", "leaks_in_paraphrases": "in paraphrases (%)"}
@@ -150,4 +150,4 @@ def _rates(sides: Mapping[str, Mapping[str, Any]]) -> Table:
     for name, label in {"chance": "p(telling token)", "entropy": "entropy of texts (bits)"}.items():
         rates = [side[name] for side in sides.values()]
         rows.append([label, *(number(rate["mean"] if rate else None) for rate in rates)])
-    return ["", *sides], rows
+    return StudyTable.of("rates", "", ["", *sides], rows)

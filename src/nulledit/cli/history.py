@@ -16,20 +16,19 @@ from nulledit.cli.options import RUN, arg, least, opt
 def log(call: Call) -> None:
     """Every event in the ledger of RUN, oldest first: what came in, what went out, and when.
 
-    RUN@N, in `nulledit diff`, is the model behind event N.
+    RUN@N, in `nulledit diff`, is the model after event N.
 
     \b
     $ nulledit log run
     """
     from nulledit.ledger.store import Store
-    from nulledit.report.tables import as_text
     from nulledit.runs.history import events_of, log_table
 
     history = Store(Path(call.run) / "ledger").read()  # also where tensors are large, or damaged
     events = events_of(history)[-(call.limit or 0) :]
     call.show(
         {"run": call.run, "base": history.base.model, "state": history.state_id, "events": events},
-        lambda: as_text(log_table(events), left=5),
+        lambda: log_table(events),
     )
 
 
@@ -42,7 +41,6 @@ def show(call: Call) -> None:
     $ nulledit show run capital-of-france
     """
     from nulledit.ledger.store import Store
-    from nulledit.report.tables import as_text
     from nulledit.runs.history import facts_in, facts_table, story_of, story_text
 
     store = Store(Path(call.run) / "ledger")
@@ -51,4 +49,4 @@ def show(call: Call) -> None:
         return call.show({"run": call.run, **story}, lambda: story_text(story))
     history = store.read()
     facts = {"run": call.run, "facts": facts_in(history)}
-    return call.show(facts, lambda: as_text(facts_table(history), left=3))
+    return call.show(facts, lambda: facts_table(history))

@@ -18,8 +18,9 @@ def info(call: Call) -> None:
     """
     call.prepare()
     found = collect()
-    width = max(map(len, found))
-    call.show(found, "\n".join(f"{name:<{width}}  {_line(v)}" for name, v in found.items()))
+    from nulledit.report.document import Items
+
+    call.show(found, Items(tuple((name, _line(value)) for name, value in found.items())))
 
 
 def _line(value: Any) -> str:

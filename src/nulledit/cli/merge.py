@@ -13,6 +13,7 @@ from nulledit.io.untrusted import MAX_SETTINGS, parse_yaml, read_text
 
 if TYPE_CHECKING:
     from nulledit.editing.merge import Conflict
+    from nulledit.report.document import StudyTable
 
 
 @command(
@@ -73,10 +74,10 @@ def merge(call: Call) -> None:
     call.notes(report.notices)
     call.show(
         lambda: {"run": call.out, "conflicts": listed, **change_dict(run.editor, report)},
-        lambda: (
-            (f"{_table(choice)}\n\n" if choice else "")
-            + f"{change_text(run.editor, report)}\nModel:  {Path(call.out) / 'model'}"
-        ),
+        lambda: [
+            *([_table(choice)] if choice else []),
+            f"{change_text(run.editor, report)}\nModel:  {Path(call.out) / 'model'}",
+        ],
     )
 
 
@@ -109,8 +110,8 @@ def _check_choices(file: str, choices: Mapping[str, str], found: Sequence[Confli
             decided([conflict], {conflict.first.id: said.pop()})  # refuses a word that is no choice
 
 
-def _table(choice: Mapping[Conflict, str]) -> str:
-    from nulledit.report.tables import as_text
+def _table(choice: Mapping[Conflict, str]) -> StudyTable:
+    from nulledit.report.document import StudyTable
     from nulledit.runs.history import answer_of
 
     rows: list[Sequence[str]] = [
@@ -121,7 +122,7 @@ def _table(choice: Mapping[Conflict, str]) -> str:
         ]
         for c, said in choice.items()
     ]
-    return as_text((["question", "first", "second", "counts"], rows), left=4, most=48)
+    return StudyTable.of("conflicts", "", ["question", "first", "second", "counts"], rows)
 
 
 def _plain(conflict: Conflict, said: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import inspect
 import itertools
 import math
 import textwrap
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from nulledit.cli.command import Call, command
@@ -16,6 +15,7 @@ from nulledit.cli.options import arg
 
 if TYPE_CHECKING:
     from nulledit.methods import Method
+    from nulledit.report.document import Document, Part
 
 TRAITS = {
     "history": "past facts stay in the solve: batches equal one joint solve, in any order",
@@ -67,36 +67,44 @@ def describe(method: Method) -> dict[str, Any]:
     }
 
 
-def table(found: list[dict[str, Any]]) -> str:
+def table(found: list[dict[str, Any]]) -> list[Part]:
     """One line a method, and one below that says what it does."""
-    from nulledit.report.tables import as_text
+    from nulledit.report.document import Items, StudyTable
 
-    head = ["method", "history", "projected", "linear", "paper", "settings"]
-    rows: list[Sequence[str]] = [
-        [
-            m["name"],
-            *("yes" if m["traits"][trait] else "-" for trait in head[1:4]),
-            m["paper"],
-            ", ".join(f"{s['name']}={_plain(s['default'])}" for s in m["settings"]),
-        ]
+    shown = ("history", "projected", "linear")
+    rows = [
+        [m["name"], *("yes" if m["traits"][trait] else "-" for trait in shown), m["paper"]]
         for m in found
     ]
-    lines = as_text((head, rows), left=len(head), most=90).splitlines()
-    said = [f"{m['name']}: {m['about']}. A batch costs: {m['cost']}." for m in found]
-    notes = [f"{trait}: {TRAITS[trait]}" for trait in head[1:4]]
-    return "\n".join([*lines, "", *notes, "", *said])
+    said = []
+    for m in found:
+        own = ", ".join(f"{s['name']}={_plain(s['default'])}" for s in m["settings"])
+        settings = f" Settings: {own}." if own else ""
+        said.append((m["name"], f"{m['about']}. A batch costs: {m['cost']}.{settings}"))
+    return [
+        StudyTable.of("methods", "", ("method", *shown, "paper"), rows),
+        Items(tuple((trait, TRAITS[trait]) for trait in shown)),
+        Items(tuple(said)),
+    ]
 
 
-def page(method: dict[str, Any]) -> str:
+def page(method: dict[str, Any]) -> Document:
     """One method in detail."""
-    traits = [said for trait, said in TRAITS.items() if method["traits"][trait]]
-    lines = [f"{method['name']}: {method['about']}", ""]
-    lines += [f"{name:<6} {method[name]}" for name in ("paper", "page", "cost") if method[name]]
-    lines += ["", *(f"- {said}" for said in traits)]
-    for setting in method["settings"]:
-        lines += ["", f"{setting['name']} (default {_plain(setting['default'])})"]
-        lines += textwrap.wrap(setting["about"], 96, initial_indent="  ", subsequent_indent="  ")
-    return "\n".join(lines)
+    from nulledit.report.document import Document, Items
+
+    settings = method["settings"]
+    return Document(
+        f"{method['name']}: {method['about']}",
+        (
+            Items(tuple((k, method[k]) for k in ("paper", "page", "cost") if method[k])),
+            Items(tuple(said for trait, said in TRAITS.items() if method["traits"][trait])),
+            Items(
+                tuple(
+                    (f"{s['name']} (default {_plain(s['default'])})", s["about"]) for s in settings
+                )
+            ),
+        ),
+    )
 
 
 def field_docs(settings: type) -> dict[str, str]:

@@ -12,7 +12,7 @@ from nulledit.errors import ConfigError
 
 if TYPE_CHECKING:
     from nulledit.api.run import Run
-    from nulledit.report.tables import Table
+    from nulledit.report.document import StudyTable
     from nulledit.runs.preview import Preview
 
 
@@ -55,6 +55,7 @@ def _run(call: Call) -> Run:
 
 
 def _page(found: Preview) -> list[Any]:
+    from nulledit.report.document import StudyTable
     from nulledit.runs.history import answer_of
     from nulledit.runs.tables import rates_tables
 
@@ -65,7 +66,7 @@ def _page(found: Preview) -> list[Any]:
         for f in found.facts
     ]
     return [
-        (["prompt", "target", "before", "after"], answers),
+        StudyTable.of("answers", "", ["prompt", "target", "before", "after"], answers),
         *rates_tables(found.asked.summary()),
         f"The last {len(held.after.rows())} facts in the model:" if held else "",
         *(rates_tables(held.summary(), absent=False) if held else ()),
@@ -74,7 +75,8 @@ def _page(found: Preview) -> list[Any]:
     ]
 
 
-def _norms(found: Preview) -> Table:
+def _norms(found: Preview) -> StudyTable:
+    from nulledit.report.document import StudyTable
     from nulledit.report.tables import number
 
     then, rows = {r.layer: r for r in found.before}, []
@@ -83,4 +85,5 @@ def _norms(found: Preview) -> Table:
         share, room = (old.update_share, old.room) if old else (0.0, 1.0)
         cells = (share, now.update_share, 100 * room, 100 * now.room)
         rows.append([str(now.layer), *map(number, cells)])
-    return ["layer", "‖Δ‖/‖W₀‖ before", "after", "room left before (%)", "after (%)"], [*rows]
+    head = ["layer", "‖Δ‖/‖W₀‖ before", "after", "room left before (%)", "after (%)"]
+    return StudyTable.of("norms", "", head, rows)

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from nulledit.api.run import Refused
-from nulledit.cli.check import gate_table
 from nulledit.cli.command import Call
 from nulledit.io.text import count
 from nulledit.report.document import Heading, Part, StudyTable
 from nulledit.runs.document import RunFolder, call_parts
+from nulledit.runs.gate_report import gate_table
 from nulledit.runs.pages import Result
 
 
@@ -28,7 +28,7 @@ def refusal_shown(call: Call) -> Iterator[None]:
         yield
     except Refused as error:
         found = error.report
-        call.show(found.to_dict(), lambda: [gate_table(found)])
+        call.show(found.to_dict(), lambda: gate_table(found))
         raise
 
 

@@ -17,6 +17,7 @@ from nulledit.errors import ConfigError, RankError
 if TYPE_CHECKING:
     from nulledit.config import Recipe, StatisticsSettings
     from nulledit.parallel.ranks import Ranks
+    from nulledit.report.document import Part
     from nulledit.statistics.spectra import Statistics
 
 OUT = opt("--out FOLDER", "Where to keep them.  [default: the cache]")
@@ -194,17 +195,16 @@ def _show(call: Call, found: Statistics) -> None:
     call.show({**told, "null_space": asdict(rule), "layers": rows}, lambda: _page(found, rows))
 
 
-def _page(found: Statistics, rows: Sequence[dict[str, Any]]) -> str:
-    from nulledit.io.text import plain
-    from nulledit.report.tables import as_text
+def _page(found: Statistics, rows: Sequence[dict[str, Any]]) -> list[str | Part]:
+    from nulledit.report.document import Items, StudyTable
 
     manifest, settings = found.manifest, found.manifest.settings
     first = "counted" if settings.count_first else "left out"
     head = (
-        f"{plain(manifest.model)} (weights {manifest.model_hash[:12]}, {manifest.dtype}) on "
-        f"{plain(manifest.corpus)}, {settings.packing}, windows of {settings.window}, "
+        f"{manifest.model} (weights {manifest.model_hash[:12]}, {manifest.dtype}) on "
+        f"{manifest.corpus}, {settings.packing}, windows of {settings.window}, "
         f"position 0 {first}; "
-        f"{'hashes checked' if found.checked else 'no hashes to check them by'}\n"
+        f"{'hashes checked' if found.checked else 'no hashes to check them by'}"
     )
     cells: list[Sequence[str]] = [
         [
@@ -219,11 +219,11 @@ def _page(found: Statistics, rows: Sequence[dict[str, Any]]) -> str:
         for r in rows
     ]
     columns = "layer,tokens,protected,leakage,threshold,median,largest eigenvalues".split(",")
-    parts = [head, as_text((columns, cells))]
+    parts: list[str | Part] = [head, StudyTable.of("layers", "", columns, cells)]
     if any(r["experts"] for r in rows):
-        parts.append("")
-        parts += [_of_experts(r["layer"], r["experts"], r["d_in"]) for r in rows]
-    return "\n".join(parts)
+        spread = (_of_experts(r["layer"], r["experts"], r["d_in"]) for r in rows)
+        parts.append(Items(tuple(spread)))
+    return parts
 
 
 def _of_experts(layer: int, tokens: Sequence[int], d_in: int) -> str:

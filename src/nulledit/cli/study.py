@@ -23,6 +23,7 @@ from nulledit.cli.options import (
 from nulledit.errors import ConfigError
 
 if TYPE_CHECKING:
+    from nulledit.report.document import Items, StudyTable
     from nulledit.studies.context import Lab
     from nulledit.studies.declaration import StudySpec
 
@@ -72,23 +73,30 @@ def study(call: Call) -> None:
     name = call.name
     if name is None:
         found = {n: {"question": s.question, "needs": list(s.needs)} for n, s in STUDIES.items()}
-        return call.show(found, lambda: "\n".join(_listed(*item) for item in found.items()))
+        return call.show(found, lambda: _listed(found))
     spec = find_study(name)
     lab = _lab(call, spec)
     if call.dry_run:
         from nulledit.studies.estimate import estimate
 
         size = estimate(lab, spec.work(lab))
-        return call.show(size, lambda: _as_text(name, size))
+        return call.show(size, lambda: _cost(name, size))
     folder = Path(call.out or Path("studies") / name)
     result = run_study(spec, lab, folder)
-    page = (folder / "study.md").read_text(encoding="utf-8")
-    return call.show(result.to_dict, f"{page}\nFolder: {folder}\nPage:   nulledit report {folder}")
+    from nulledit.report.study import study_document
+
+    place = f"Folder: {folder}\nPage:   nulledit report {folder}"
+    return call.show(result.to_dict, lambda: [study_document(result), place])
 
 
-def _listed(name: str, about: dict[str, Any]) -> str:
-    needs = " ".join(f"--{source}" for source in about["needs"])
-    return f"{name:<13} {about['question']}\n{'':<13} needs {needs}"
+def _listed(found: dict[str, dict[str, Any]]) -> Items:
+    from nulledit.report.document import Items
+
+    said = {
+        name: f"{about['question']} Needs {' '.join(f'--{source}' for source in about['needs'])}."
+        for name, about in found.items()
+    }
+    return Items(tuple(said.items()))
 
 
 def _lab(call: Call, spec: StudySpec) -> Lab:
@@ -145,8 +153,11 @@ class _Teller:
         say(f"[{spent:7.0f} s] {stage}{share}", quiet=False)
 
 
-def _as_text(name: str, size: dict[str, Any]) -> str:
-    lines = [f"{name}: {size['streams']} streams, {size['to_edit']} batches still to edit"]
-    lines += [f"  {stage:<12} {value:>7} s" for stage, value in size["seconds"].items()]
-    lines.append(f"  {'in all':<12} {size['seconds_in_all']:>7} s, within a factor of about two")
-    return "\n".join(lines)
+def _cost(name: str, size: dict[str, Any]) -> StudyTable:
+    from nulledit.report.document import StudyTable
+
+    title = f"{name}: {size['streams']} streams, {size['to_edit']} batches still to edit"
+    rows = [(stage, str(value)) for stage, value in size["seconds"].items()]
+    rows.append(("in all", str(size["seconds_in_all"])))
+    within = "Within a factor of about two"
+    return StudyTable.of("cost", title, ("stage", "seconds"), rows, within)

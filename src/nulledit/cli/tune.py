@@ -96,8 +96,10 @@ def tune(call: Call) -> None:
     start = call.own_recipe(call.start, call.model)
     start = replace(start, chat=call.chat_form(start.chat))
     call.prepare()
+    from nulledit.report.document import Items
+    from nulledit.runs.measure import text_name
     from nulledit.tuning import split_facts
-    from nulledit.tuning.report import beside, outline, summary_of, write_tuning
+    from nulledit.tuning.report import beside, evidence, summary_of, write_tuning
 
     _refuse_there(*beside(out))
     split = split_facts(read.facts, count=call.count, seed=call.seed)
@@ -105,17 +107,15 @@ def tune(call: Call) -> None:
     about = {
         "model": call.model,
         "facts": Path(call.facts).name,
-        "text": Path(call.text).name if call.text else "the text that comes with nulledit",
+        "text": text_name(call.text),
         "start": call.start or "as nulledit edit begins",
         "seed": str(call.seed),
         "minutes": f"{call.minutes:g}",
     }
     write_tuning(out, found, about)
     page, table = beside(out)
-    call.show(
-        lambda: summary_of(found, about),
-        lambda: "\n".join([*outline(found), "", f"Recipe: {out}", f"Report: {page}, {table}"]),
-    )
+    files = Items((("Recipe", str(out)), ("Report", f"{page}, {table}")))
+    call.show(lambda: summary_of(found, about), lambda: [*evidence(found), files])
 
 
 def _searched(

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from nulledit.cli.command import Call, command
 from nulledit.cli.options import PLACED, RUN
-
-if TYPE_CHECKING:
-    from nulledit.runs.verify import Verification
 
 
 @command("Every hash, and the weights computed again.", RUN, PLACED)
@@ -27,7 +23,7 @@ def verify(call: Call) -> None:
     from nulledit.api.editor import Editor
     from nulledit.errors import CheckFailed
     from nulledit.io.text import count
-    from nulledit.report.document import Status
+    from nulledit.report.document import Status, StudyTable
     from nulledit.runs.verify import KINDS
     from nulledit.runs.verify import verify as check
 
@@ -43,22 +39,11 @@ def verify(call: Call) -> None:
         wrong = any(each.problem for each in found.of(kind))
         tone = "bad" if wrong else "good" if found.of(kind) else ""
         rows.append((kind, str(len(found.of(kind))), Status(found.says(kind), tone)))
-    call.show({"run": call.run, **_plain(found)}, lambda: [(("", "checked", "result"), rows)])
+    call.show(
+        {"run": call.run, **found.to_dict()},
+        StudyTable.of("checks", "", ("", "checked", "result"), rows),
+    )
     if found.problems:
         raise CheckFailed(
             f"{call.run}: {count(len(found.problems), 'problem')}: " + "; ".join(found.problems)
         )
-
-
-def _plain(found: Verification) -> dict[str, Any]:
-    return {
-        "passed": found.passed,
-        "problems": found.problems,
-        "finished": found.finished,
-        "mentioned": found.mentioned,
-        "not_checked": list(found.skipped),
-        "checks": [
-            {"kind": c.kind, "name": c.name, "problem": c.problem, "remark": c.remark}
-            for c in found.checks
-        ],
-    }

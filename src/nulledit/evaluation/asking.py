@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nulledit.editing.editor import Editor
+from nulledit.editing.engine import EditEngine
 from nulledit.evaluation.generation import generate_answers
 from nulledit.evaluation.queries import Query
 from nulledit.evaluation.scores import probabilities
@@ -45,7 +45,7 @@ class Answer:
 
 
 def ask(
-    editor: Editor,
+    editor: EditEngine,
     prompt: str,
     *,
     target: str | None = None,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nulledit.data.facts import Fact, quote
-from nulledit.editing.editor import Editor
+from nulledit.editing.engine import EditEngine
 from nulledit.evaluation.generation import contains, loops
 from nulledit.evaluation.runner import Evaluation
 from nulledit.ledger.records import Column
@@ -85,7 +85,7 @@ def holds(row: Mapping[str, Any]) -> bool:
 
 
 def diagnose(
-    editor: Editor,
+    editor: EditEngine,
     facts: Sequence[Fact],
     after: Evaluation,
     *,
@@ -108,7 +108,7 @@ def diagnose(
 
 
 def _diagnosis(
-    editor: Editor,
+    editor: EditEngine,
     fact: Fact,
     columns: Sequence[Column],
     after: Evaluation,
@@ -172,7 +172,7 @@ def _spoken(fact: Fact, answer: str) -> list[Cause]:
     ]
 
 
-def _shared(editor: Editor, columns: Sequence[Column]) -> list[Cause]:
+def _shared(editor: EditEngine, columns: Sequence[Column]) -> list[Cause]:
     """Other facts on the same key, or nearly."""
     mine = {c.id for c in columns}
     groups = {(c.batch, c.group) for c in columns}
@@ -187,7 +187,7 @@ def _shared(editor: Editor, columns: Sequence[Column]) -> list[Cause]:
     return [Cause("near key", f"its key is nearly that of {column.fact.id} (cosine {cosine:.3f})")]
 
 
-def _value(editor: Editor, columns: Sequence[Column]) -> list[Cause]:
+def _value(editor: EditEngine, columns: Sequence[Column]) -> list[Cause]:
     """What the value itself lacked, by the recorded outcome of the weakest of `columns`."""
     told = [c.outcome for c in columns if c.outcome.lead is not None]
     if not told:

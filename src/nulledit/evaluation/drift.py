@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nulledit.data.facts import Fact, quote
-from nulledit.editing.editor import Editor
+from nulledit.editing.engine import EditEngine
 from nulledit.errors import ConfigError, FactError
 from nulledit.evaluation.reading import read_windows
 from nulledit.evaluation.runner import _plain
@@ -186,7 +186,7 @@ def drift(base: States, edited: States) -> Drift:
 
 
 def drift_report(
-    editor: Editor,
+    editor: EditEngine,
     rows: Sequence[Sequence[int]],
     *,
     layers: Sequence[int] | None = None,
@@ -211,13 +211,13 @@ def drift_report(
     return drift(base, read())
 
 
-def default_layers(editor: Editor) -> list[int]:
+def default_layers(editor: EditEngine) -> list[int]:
     """The last edited block, the middle one and the final one; each once."""
     depth = editor.editable.depth
     return sorted({editor.recipe.layers[-1], depth // 2, depth - 1})
 
 
-def edited_token_norm(editor: Editor, facts: Sequence[Fact], *, positions: int = 2048) -> Rate:
+def edited_token_norm(editor: EditEngine, facts: Sequence[Fact], *, positions: int = 2048) -> Rate:
     """Mean ‖h‖ behind the last edited block at the subject's last token of each fact's prompt."""
     rows = [
         editor.editable.encoder.encode_template(fact.prompt, fact.subject).upto_subject().ids

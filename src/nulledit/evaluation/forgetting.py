@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from nulledit.data.facts import Fact, quote
-from nulledit.editing.editor import Editor
+from nulledit.editing.engine import EditEngine
 from nulledit.editing.unlearning import blinded, telling
 from nulledit.errors import FactError
 from nulledit.evaluation.fluency import generation_entropy
@@ -169,7 +169,7 @@ def find_answer(model: EditableModel, subject: str, prompt: str) -> str:
 
 
 def asked_to_forget(
-    editor: Editor, subject: str, prompt: str, target: str | None
+    editor: EditEngine, subject: str, prompt: str, target: str | None
 ) -> tuple[Fact, str]:
     """The fact to forget, as the one in the model that asks the same if there is one.
 

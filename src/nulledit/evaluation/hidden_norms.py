@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nulledit.data.facts import Fact
-from nulledit.editing.editor import Editor
+from nulledit.editing.engine import EditEngine
 from nulledit.evaluation.drift import read_states
 from nulledit.evaluation.stats import Rate
 from nulledit.models.editable_model import EditableModel
@@ -52,7 +52,7 @@ def norm_growth(base: Tensor, edited: Tensor) -> Rate:
     return Rate.of(grown.tolist())
 
 
-def hidden_growth(editor: Editor, rows: Sequence[Sequence[int]]) -> Rate:
+def hidden_growth(editor: EditEngine, rows: Sequence[Sequence[int]]) -> Rate:
     """Growth of hidden states' norm at `rows` of token ids, edited against base model.
 
     After the last edited block.

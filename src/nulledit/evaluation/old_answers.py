@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from nulledit.data.facts import Fact, quote
-from nulledit.editing.editor import Editor
+from nulledit.editing.engine import EditEngine
 from nulledit.editing.session import some
 from nulledit.evaluation.generation import contains, generate_answers
 from nulledit.evaluation.runner import Evaluation
@@ -17,7 +17,7 @@ NO_TEXT = "\ufffd"  # stands for bytes that are no character
 _CLAUSE = re.compile(r"(?:[^.,;:!?。、，！？]|[.,:](?=\w))+")
 
 
-def with_base_answers(editor: Editor, facts: Sequence[Fact]) -> list[Fact]:
+def with_base_answers(editor: EditEngine, facts: Sequence[Fact]) -> list[Fact]:
     """`facts`, where those that name no old answer have the base's own.
 
     One that already says the target, or nothing, gets none.

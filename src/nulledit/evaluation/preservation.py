@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nulledit.data.corpus import Corpus
-from nulledit.editing.editor import Editor
+from nulledit.editing.engine import EditEngine
 from nulledit.models.layouts import as_out_in, frozen
 
 SHIPPED = "preservation.txt"
@@ -60,7 +60,9 @@ def _ratio(by_window: Sequence[Tensor], energies: Sequence[Tensor]) -> tuple[flo
     return error, float(spread.sqrt() / energy.sum()) / (2 * error)
 
 
-def preservation_report(editor: Editor, token_windows: Sequence[list[int]]) -> list[Preservation]:
+def preservation_report(
+    editor: EditEngine, token_windows: Sequence[list[int]]
+) -> list[Preservation]:
     """The edited layers' preservation on `token_windows`, by layer.
 
     Keys are the base model's; the edited weights are as stored, rounding included. Use a text that
@@ -86,7 +88,7 @@ def preservation_report(editor: Editor, token_windows: Sequence[list[int]]) -> l
     ]
 
 
-def _of_neurons(editor: Editor, layer: int, token_windows: Sequence[list[int]]) -> Preservation:
+def _of_neurons(editor: EditEngine, layer: int, token_windows: Sequence[list[int]]) -> Preservation:
     """What a layer's neurons, as stored, add to the output of its MLP on text."""
     model, form = editor.editable, editor.editable.form(layer)
     neurons, moved, energy = form.held(), [], []
@@ -116,6 +118,6 @@ def shipped_corpus() -> Corpus:
     return Corpus(SHIPPED, digest, lambda: iter(text.splitlines(keepends=True)))
 
 
-def _weights(editor: Editor, layers: Sequence[int]) -> dict[int, Tensor]:
+def _weights(editor: EditEngine, layers: Sequence[int]) -> dict[int, Tensor]:
     """A copy of W [d_out, d_in] of `layers`, as stored now."""
     return {i: as_out_in(editor.editable.mlp_out(i)).clone() for i in layers}

@@ -8,7 +8,7 @@ from dataclasses import replace
 from nulledit.config import Recipe
 from nulledit.data.facts import Fact
 from nulledit.editing.call_log import Progress
-from nulledit.editing.editor import Editor
+from nulledit.editing.engine import EditEngine
 from nulledit.editing.reports import EditReport
 from nulledit.editing.session import some
 from nulledit.editing.stronger import differences, stronger
@@ -20,7 +20,7 @@ from nulledit.parallel.ranks import Ranks
 
 
 def retry_failing(
-    editor: Editor, facts: Sequence[Fact], times: int = 1, *, progress: Progress | None = None
+    editor: EditEngine, facts: Sequence[Fact], times: int = 1, *, progress: Progress | None = None
 ) -> EditReport:
     """Ask `facts` of the editor's model, and write those again that do not hold.
 
@@ -58,7 +58,7 @@ def retry_failing(
     return report
 
 
-def _failing(editor: Editor, facts: Sequence[Fact], progress: Progress | None) -> list[Fact]:
+def _failing(editor: EditEngine, facts: Sequence[Fact], progress: Progress | None) -> list[Fact]:
     """Those of `facts` that do not hold in the editor's model."""
     if not facts:
         return []

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nulledit.editing.editor import Editor
+from nulledit.editing.engine import EditEngine
 from nulledit.errors import CheckFailed, LedgerError, ModelError
 from nulledit.export.delta import Manifest, read_delta, read_manifest
 from nulledit.export.factors import ordered_sum
@@ -157,7 +157,7 @@ def _from_base(base: str | Path, manifest: Manifest, trust_remote_code: bool) ->
 
 
 def _from_run(run: str | Path, manifest: Manifest, trust_remote_code: bool) -> dict[int, Tensor]:
-    editor = Editor.load(run, trust_remote_code=trust_remote_code)
+    editor = EditEngine.load(run, trust_remote_code=trust_remote_code)
     found = editor.history.base.hash
     if found != manifest.base_hash:
         raise LedgerError(

@@ -15,7 +15,7 @@ import yaml
 
 from nulledit._version import __version__
 from nulledit.data.facts import Fact
-from nulledit.editing.editor import Editor
+from nulledit.editing.engine import EditEngine
 from nulledit.export.updates import Export, LayerExport
 from nulledit.io.text import count, plain, shorten
 from nulledit.models.embedded import EMBEDDED
@@ -31,7 +31,7 @@ STATISTICS = ("corpus", "corpus_hash", "tokens", "dtype", "layers", "settings")
 """Fields of the statistics' manifest that a card tells."""
 
 
-def model_card(editor: Editor, layers: Sequence[LayerExport], *, run: str, summary: Any) -> str:
+def model_card(editor: EditEngine, layers: Sequence[LayerExport], *, run: str, summary: Any) -> str:
     """The card of a whole checkpoint. `summary`: the run's `summary.json`, or None."""
     parts: list[doc.Part] = [
         *(_origin(editor), _note(editor), doc.Heading("Edited facts"), _facts(editor)),
@@ -50,7 +50,7 @@ def model_card(editor: Editor, layers: Sequence[LayerExport], *, run: str, summa
     return f"{front}\n\n{markdown_page(doc.Document('Edited model', tuple(parts)))}"
 
 
-def adapter_card(editor: Editor, export: Export, *, run: str) -> str:
+def adapter_card(editor: EditEngine, export: Export, *, run: str) -> str:
     """The card of an adapter."""
     exact = all(layer.rank == layer.of for layer in export.layers)
     said = (
@@ -74,7 +74,7 @@ def adapter_card(editor: Editor, export: Export, *, run: str) -> str:
     return f"{front}\n\n{markdown_page(doc.Document('Edited facts as an adapter', tuple(parts)))}"
 
 
-def _front_matter(editor: Editor, library: str, relation: str) -> str:
+def _front_matter(editor: EditEngine, library: str, relation: str) -> str:
     """The YAML block. `base_model` is there only if it can be the id of a model on the Hub."""
     data: dict[str, Any] = {}
     base = hub_id(editor.history.base.model)
@@ -99,7 +99,7 @@ def hub_id(name: str) -> str | None:
     return name if _HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
-def _origin(editor: Editor) -> doc.StudyTable:
+def _origin(editor: EditEngine) -> doc.StudyTable:
     base = editor.history.base
     name = plain(Path(base.model).name if Path(base.model).is_dir() else base.model)
     rows = [
@@ -112,7 +112,7 @@ def _origin(editor: Editor) -> doc.StudyTable:
     return doc.StudyTable.of("origin", "", ("", ""), rows)
 
 
-def _note(editor: Editor) -> doc.Text:
+def _note(editor: EditEngine) -> doc.Text:
     base = editor.history.base.model
     return doc.Text(
         f"The base is {base}, a quantised copy of the model on the Hub converted back to float32: "
@@ -122,11 +122,11 @@ def _note(editor: Editor) -> doc.Text:
     )
 
 
-def _present(editor: Editor) -> list[Fact]:
+def _present(editor: EditEngine) -> list[Fact]:
     return list(dict.fromkeys(column.fact for column in editor.history.present))
 
 
-def _facts(editor: Editor) -> doc.StudyTable:
+def _facts(editor: EditEngine) -> doc.StudyTable:
     facts = _present(editor)
     head = ("id", "prompt", "new answer", "old answer")
     shown = [(f.id, f.render(f.prompt), *_answers(f)) for f in facts[:SHOWN]]
@@ -140,7 +140,7 @@ def _answers(fact: Fact) -> tuple[str, str]:
     return ("(forgotten)", fact.target) if fact.forget else (fact.target, fact.old_answer or "")
 
 
-def _method(editor: Editor) -> Iterator[doc.Part]:
+def _method(editor: EditEngine) -> Iterator[doc.Part]:
     epochs = editor.history.epochs
     if epochs:
         yield doc.Heading("Method")
@@ -155,7 +155,7 @@ def _method(editor: Editor) -> Iterator[doc.Part]:
             yield doc.Code(yaml.safe_dump(data, sort_keys=False, allow_unicode=False))
 
 
-def _measures(summary: Any, editor: Editor) -> list[doc.Part]:
+def _measures(summary: Any, editor: EditEngine) -> list[doc.Part]:
     """The last evaluation of the run folder, if it can be read."""
     runs = summary.get("runs") if isinstance(summary, dict) else None
     if not isinstance(runs, list):

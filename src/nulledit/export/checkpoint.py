@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nulledit.editing.editor import Editor
+from nulledit.editing.engine import EditEngine
 from nulledit.export.card import model_card
 from nulledit.export.updates import (
     Export,
@@ -20,7 +20,7 @@ from nulledit.models.saving import save_weights
 
 
 def write_checkpoint(
-    editor: Editor,
+    editor: EditEngine,
     folder: str | Path,
     *,
     max_shard_size: str | int = "50GB",

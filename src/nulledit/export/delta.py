@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nulledit.editing.call_log import Progress
-from nulledit.editing.editor import Editor
+from nulledit.editing.engine import EditEngine
 from nulledit.errors import ConfigError, LedgerError
 from nulledit.export.updates import (
     MEASURED_ABOVE,
@@ -123,7 +123,7 @@ class Delta:
 
 
 def write_delta(
-    editor: Editor,
+    editor: EditEngine,
     folder: str | Path,
     *,
     rank: int | None = None,
@@ -224,7 +224,7 @@ def dtype_of(name: str, known: Mapping[str, torch.dtype]) -> torch.dtype:
     return known[name]
 
 
-def _outcome(editor: Editor, kept: list[StoredLayer]) -> tuple[int, str, str]:
+def _outcome(editor: EditEngine, kept: list[StoredLayer]) -> tuple[int, str, str]:
     """Weights in which base and delta differ from the run's model, and the hashes of both."""
     replaced, differing = {}, 0
     changed = {s.layer: s for s in kept}

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nulledit.editing.call_log import Progress
-from nulledit.editing.editor import Editor
+from nulledit.editing.engine import EditEngine
 from nulledit.errors import ConfigError
 from nulledit.export.card import adapter_card
 from nulledit.export.delta import DTYPES, dtype_of
@@ -30,7 +30,7 @@ from nulledit.models.experts import is_experts
 
 
 def write_lora(
-    editor: Editor,
+    editor: EditEngine,
     folder: str | Path,
     *,
     rank: int | None = None,
@@ -81,7 +81,7 @@ def write_lora(
     return replace(written, bytes=size)
 
 
-def _config(editor: Editor, layers: list[StoredLayer], rank: int) -> dict[str, Any]:
+def _config(editor: EditEngine, layers: list[StoredLayer], rank: int) -> dict[str, Any]:
     """The fields that PEFT reads; those left out have its defaults, which change nothing.
 
     Modules by their full names, so that the others' layers stay bare. A list and not a pattern:

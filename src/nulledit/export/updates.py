@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from nulledit.editing.call_log import Progress
-from nulledit.editing.editor import Editor
+from nulledit.editing.engine import EditEngine
 from nulledit.errors import ConfigError, LedgerError
 from nulledit.evaluation.queries import queries_of
 from nulledit.evaluation.scores import score
@@ -127,7 +127,7 @@ class StoredLayer:
     """What they miss."""
 
 
-def write_origin(editor: Editor, folder: Path, kind: str) -> None:
+def write_origin(editor: EditEngine, folder: Path, kind: str) -> None:
     """Say in `folder` which state of which base it was made from."""
     history = editor.history
     origin = {"kind": kind, "state": history.state_id, "base_hash": history.base.hash}
@@ -160,7 +160,7 @@ def check_shard_size(size: str | int) -> None:
 
 
 def stored_layers(
-    editor: Editor, *, rank: int | None, dtype: torch.dtype, progress: Progress | None = None
+    editor: EditEngine, *, rank: int | None, dtype: torch.dtype, progress: Progress | None = None
 ) -> list[StoredLayer]:
     """Factors of every matrix that the run changed, rounded to `dtype`.
 
@@ -179,7 +179,7 @@ def stored_layers(
     return found
 
 
-def update_of(editor: Editor, layer: int) -> tuple[Tensor, Tensor]:
+def update_of(editor: EditEngine, layer: int) -> tuple[Tensor, Tensor]:
     """Δ and W₀ [d_out, d_in] of `layer`, float64, where the exact weight lies."""
     exact = editor.weights.exact(layer)
     base = editor.weights.base(layer).to(exact.device)
@@ -187,7 +187,7 @@ def update_of(editor: Editor, layer: int) -> tuple[Tensor, Tensor]:
 
 
 def facts_cost(
-    editor: Editor, layers: Sequence[StoredLayer], progress: Progress | None = None
+    editor: EditEngine, layers: Sequence[StoredLayer], progress: Progress | None = None
 ) -> FactsCost:
     """Ask the edited facts of the run's model and of W₀ + BA; the model is as before afterwards."""
     facts = list(dict.fromkeys(column.fact for column in editor.history.present))
@@ -213,13 +213,13 @@ def facts_cost(
     )
 
 
-def weight_with(editor: Editor, stored: StoredLayer) -> Tensor:
+def weight_with(editor: EditEngine, stored: StoredLayer) -> Tensor:
     """W₀ + BA [d_out, d_in] of a stored layer, float64, on the CPU."""
     return ordered_sum(editor.weights.base(stored.layer), stored.left, stored.right)
 
 
 @contextmanager
-def substituted(editor: Editor, weights: Mapping[int, Tensor]) -> Iterator[None]:
+def substituted(editor: EditEngine, weights: Mapping[int, Tensor]) -> Iterator[None]:
     """The given weights [d_out, d_in] by layer in the model inside; bit for bit as before after."""
     kept = {
         layer: as_out_in(editor.editable.matrix(layer)).clone() for layer in editor.weights.layers
@@ -233,7 +233,7 @@ def substituted(editor: Editor, weights: Mapping[int, Tensor]) -> Iterator[None]
             write_weight(editor.editable.matrix(layer), weight)
 
 
-def whole_report(editor: Editor, layer: int) -> LayerExport:
+def whole_report(editor: EditEngine, layer: int) -> LayerExport:
     """The numbers of one layer as it is in the model, whatever the edits leave in it."""
     edit, weights = editor.weights.edit(layer), editor.weights
     stored = as_out_in(editor.editable.matrix(layer))
@@ -253,7 +253,7 @@ def whole_report(editor: Editor, layer: int) -> LayerExport:
 
 
 def layer_report(
-    editor: Editor, layer: int, factors: tuple[Tensor, Tensor], *, of: int
+    editor: EditEngine, layer: int, factors: tuple[Tensor, Tensor], *, of: int
 ) -> LayerExport:
     """The numbers of one layer with `factors` (B, A) as stored; `of`: the rank of Δ."""
     update, base = update_of(editor, layer)
@@ -275,7 +275,7 @@ def layer_report(
     )
 
 
-def _stored(editor: Editor, layer: int, rank: int | None, dtype: torch.dtype) -> StoredLayer:
+def _stored(editor: EditEngine, layer: int, rank: int | None, dtype: torch.dtype) -> StoredLayer:
     update, base = update_of(editor, layer)
     columns = len(editor.history.active)
     # W₀ + Δ was rounded to float64 before W₀ was taken off again: that much of Δ is no edit.
@@ -295,7 +295,9 @@ def _stored(editor: Editor, layer: int, rank: int | None, dtype: torch.dtype) ->
     )
 
 
-def _key_error(editor: Editor, layer: int, update: Tensor, left: Tensor, right: Tensor) -> float:
+def _key_error(
+    editor: EditEngine, layer: int, update: Tensor, left: Tensor, right: Tensor
+) -> float:
     """‖(Δ − BA)K‖/‖ΔK‖ over the active columns that have a key in `layer`."""
     keys = editor.weights.recorded(editor.history.active, layer)[0].to(update)  # [d_in, n]
     written = update @ keys

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from nulledit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from nulledit.editing.editor import Editor
+    from nulledit.editing.engine import EditEngine
     from nulledit.export.updates import Export
 
 Kind: TypeAlias = Literal["checkpoint", "lora", "delta"]
@@ -47,7 +47,7 @@ OPTIONS = frozenset(name for kind in EXPORTS.values() for name in kind.options)
 
 
 def write_export(
-    editor: Editor,
+    editor: EditEngine,
     folder: str | Path,
     kind: Kind,
     *,

@@ -58,7 +58,7 @@ class Column(Stored):
     unit: str = ""
     """Of its numbers as they are stored: `%` means 0 to 100."""
     digits: int = 1
-    """Shown behind the point."""
+    """Shown after the point."""
 
     def __post_init__(self) -> None:
         _one_of("better", self.better, ("high", "low", None))
@@ -72,7 +72,6 @@ class StudyTable(Stored):
     name: str
     """For links."""
     title: str
-    """Its heading."""
     caption: str
     """What the numbers are of."""
     columns: tuple[Column, ...]
@@ -127,7 +126,6 @@ class FigureSpec(Stored):
     log: tuple[str, ...] = ()
     """Axes (`x`, `y`) on a logarithmic scale."""
     points: tuple[Point, ...] = ()
-    """The data."""
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -165,7 +163,6 @@ class Study(Stored):
     name: str
     """Short, as on the command line."""
     title: str
-    """Heading of its page."""
     question: str
     """What it asks, one sentence."""
     scale: str
@@ -179,13 +176,10 @@ class Study(Stored):
     shows: str
     """What the numbers show."""
     cannot_show: str
-    """What they can't."""
     notices: tuple[str, ...] = ()
     """What a reader must know of this run."""
     tables: tuple[StudyTable, ...] = ()
-    """The numbers."""
     figures: tuple[FigureSpec, ...] = ()
-    """The same to look at."""
     examples: tuple[Example, ...] = ()
     """Generated text; a page shows the first five that hold and that fail."""
     nulledit: str = __version__
@@ -278,11 +272,10 @@ class Code:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image that lies beside the page."""
+    """An image in the page's folder."""
 
     file: str
     text: str
-    """What it shows."""
 
 
 @dataclass(frozen=True)

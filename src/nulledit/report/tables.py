@@ -16,8 +16,7 @@ from nulledit.report import cells
 from nulledit.report.cells import ABSENT
 from nulledit.report.document import Status, StudyTable
 
-Table = tuple[Sequence[str], Sequence[Sequence[str]]]
-"""Column heads and rows, all text."""
+LONGEST = 60  # columns of a text on a terminal
 LEAST, HEAD = 12, 6  # columns that a text keeps beside others, and a head that is broken
 GAP = "  "
 NO_NUMBER = ("", ABSENT, "not finite", "not measured")
@@ -25,23 +24,16 @@ NO_NUMBER = ("", ABSENT, "not finite", "not measured")
 _COLOURS = {"good": "32", "weak": "33", "bad": "31"}
 
 
-def as_text(
-    table: Table | StudyTable,
-    *,
-    left: int | None = None,
-    most: int = 60,
-    columns: int | None = None,
-    colour: bool = False,
-) -> str:
-    """Aligned columns for a terminal; the first `left` (left out: texts) stand left, others right.
+def as_text(table: StudyTable, *, columns: int | None = None, colour: bool = False) -> str:
+    """Aligned columns for a terminal: texts at the left, numbers at the right.
 
-    Cells are made plain and cut to `most` columns; wide (East Asian) characters count as two. What
-    is wider than `columns` (left out: than the terminal on stdout, if it is one) has its texts cut
-    further, never a number; where that is not enough each row becomes a block of lines.
+    Cells are made plain and cut to `LONGEST` columns; wide (East Asian) characters count as two.
+    What is wider than `columns` (left out: than the terminal on stdout, if it is one) has its texts
+    cut further, never a number; where that is not enough each row becomes a block of lines.
     `colour`: statuses in the colour of their tone.
     """
-    head, rows, at_left = _grid(table, left)
-    shown = [[shorten(plain(c), most) for c in row] for row in (head, *rows)]
+    head, rows, at_left = _grid(table)
+    shown = [[shorten(plain(c), LONGEST) for c in row] for row in (head, *rows)]
     columns = columns or (shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
     widths = _widths(shown, columns)
     if widths is None:
@@ -63,7 +55,7 @@ def as_text(
     return "\n".join(lines)
 
 
-def as_markdown(table: Table | StudyTable) -> str:
+def as_markdown(table: StudyTable) -> str:
     """The same table in Markdown."""
     head, rows, at_left = _grid(table)
     rule = ["---" if i in at_left else "---:" for i in range(len(head))]
@@ -87,17 +79,12 @@ def number(value: float | None) -> str:
     return ABSENT if value is None or value != value else f"{value:.3g}"
 
 
-def _grid(
-    table: Table | StudyTable, left: int | None = None
-) -> tuple[Sequence[str], Sequence[Sequence[str]], Collection[int]]:
-    """Heads, rows, and which columns stand left."""
-    if not isinstance(table, StudyTable):
-        head, rows = table
-        texts = (i for i in range(1, len(head)) if any(not _counts(row[i]) for row in rows))
-        return head, rows, {0, *texts} if left is None else range(left)
-    rows = [[Status(str(cell), cell.tone) for cell in row] for row in cells.shown(table)]
-    right = cells.at_right(table)
-    return cells.heads(table), rows, {i for i, numbers in enumerate(right) if not numbers}
+def _grid(table: StudyTable) -> tuple[Sequence[str], list[list[Status]], Collection[int]]:
+    """Heads, rows, and which columns are at the left: the first, and those with any text."""
+    head, shown = cells.heads(table), cells.shown(table)
+    rows = [[Status(str(cell), cell.tone) for cell in row] for row in shown]
+    texts = (i for i in range(1, len(head)) if not all(_counts(row[i]) for row in rows))
+    return head, rows, {0, *texts}
 
 
 def _widths(shown: Sequence[Sequence[str]], columns: int | None) -> list[int] | None:
@@ -119,7 +106,7 @@ def _widths(shown: Sequence[Sequence[str]], columns: int | None) -> list[int] | 
 
 
 def _blocks(
-    shown: Sequence[Sequence[str]], rows: Sequence[Sequence[str]], columns: int, *, colour: bool
+    shown: Sequence[Sequence[str]], rows: Sequence[Sequence[Status]], columns: int, *, colour: bool
 ) -> str:
     """Each row as lines of its own: what it is of, then head and cell."""
     (first, *names), *below = shown
@@ -143,9 +130,10 @@ def _is_number(cell: str) -> bool:
 
 
 def _counts(cell: str) -> bool:
+    """Whether it may be in a column of numbers."""
     return cell in NO_NUMBER or _is_number(cell)
 
 
-def _painted(text: str, cell: str) -> str:
-    code = _COLOURS.get(cell.tone) if isinstance(cell, Status) else None
+def _painted(text: str, cell: Status) -> str:
+    code = _COLOURS.get(cell.tone)
     return f"\x1b[{code}m{text}\x1b[0m" if code else text

@@ -1,4 +1,4 @@
-"""Several runs beside each other, on the facts that they share."""
+"""Several runs compared, on the facts that they share."""
 
 from __future__ import annotations
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nulledit.data.facts import Fact
-from nulledit.editing.editor import Editor
+from nulledit.editing.engine import EditEngine
 from nulledit.editing.undo import facts_of
 from nulledit.editing.weights import EditedWeights
 from nulledit.errors import ConfigError, LedgerError
@@ -31,7 +32,6 @@ class FactDifference:
     first: Fact | None
     """As the first has it; None if it was not edited there."""
     second: Fact | None
-    """As the second has it."""
     probabilities: dict[str, tuple[float, float]]
     """Answer -> its probability per token (geometric mean) in the first and in the second."""
 
@@ -60,6 +60,24 @@ class Difference:
     """Facts that both have."""
     layers: tuple[LayerDifference, ...]
     """Layers that either edits."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "common": self.common,
+            "facts": [
+                {
+                    "first": x.first.to_dict() if x.first else None,
+                    "second": x.second.to_dict() if x.second else None,
+                    "probabilities": [
+                        {"answer": answer, "first": p, "second": q}
+                        for answer, (p, q) in x.probabilities.items()
+                    ],
+                }
+                for x in self.facts
+            ],
+            "layers": [vars(x) for x in self.layers],
+        }
 
     def __repr__(self) -> str:
         return f"<Difference: {count(len(self.facts), 'fact')} differ, {self.common} in both>"
@@ -101,13 +119,13 @@ def columns_at(history: History, event: int | None, name: str) -> list[Column]:
 
 
 def difference(
-    editor: Editor,
+    editor: EditEngine,
     other: History,
     *,
     first: Sequence[Column] | None = None,
     second: Sequence[Column] | None = None,
 ) -> Difference:
-    """The editor's model beside the one of another ledger on the same base.
+    """Compare the editor's model with the one of another ledger on the same base.
 
     `first`, `second`: the columns that are in each, by default the active ones. The editor is as
     before afterwards. LedgerError for another base.

@@ -29,7 +29,7 @@ from nulledit.runs.schema import ENVIRONMENTS, LINE, SUMMARY
 from nulledit.runs.tables import rate_rows, rates_spec
 
 if TYPE_CHECKING:
-    from nulledit.editing.editor import Editor
+    from nulledit.editing.engine import EditEngine
     from nulledit.ledger.records import Column
 
 FILES = (
@@ -38,7 +38,7 @@ FILES = (
 )
 
 
-def environment(editor: Editor) -> dict[str, Any]:
+def environment(editor: EditEngine) -> dict[str, Any]:
     """Versions, machine and model that results depend on, beside the recipe and the facts."""
     import safetensors
     import torch

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from nulledit.data.facts import Fact
 from nulledit.editing.call_log import Progress
-from nulledit.editing.editor import Editor
+from nulledit.editing.engine import EditEngine
 from nulledit.errors import FactError
 from nulledit.evaluation.capability import TaskResult, capability
 from nulledit.evaluation.hidden_norms import edit_rows, hidden_growth, text_rows
@@ -22,96 +22,13 @@ from nulledit.evaluation.runner import ACCELERATOR_POSITIONS, CPU_POSITIONS
 from nulledit.evaluation.scores import Score, per_fact, score
 from nulledit.evaluation.stats import Rate, perplexity_growth
 from nulledit.evaluation.tasks import read_tasks
-from nulledit.io.notebook import html_table
-from nulledit.io.text import count
+from nulledit.runs.gate_report import FAILED, OK, UNMEASURED, GateReport, Row
 from nulledit.runs.limits import KINDS, Bound, Least, Limits, Most, Oldest, Tasks
 from nulledit.runs.measure import read_text
 
 SURE = 1.645  # standard errors of a one-sided 95 %
 DOUBT = 0.05  # chance of a sample like this that `confident` accepts
 NO_TEXT = "no window of text with two tokens or more"
-FAILED, OK, UNMEASURED = "FAILED", "ok", "not measured"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One limit and what was found."""
-
-    name: str
-    """As in the limits; a task's name behind capability_drop."""
-    found: float | None
-    """In the unit; None if it was not measured, nan or infinite where the model is."""
-    error: float | None
-    """Standard error, same unit; None for what is no estimate, or for n = 1."""
-    n: int | None
-    """What an estimate is over."""
-    over: str
-    """facts, windows, pieces, items or layers."""
-    side: str
-    """at_least or at_most."""
-    limit: float
-    """The bound, same unit."""
-    confident: bool
-    """Whether the bound has to hold by one-sided 95 %."""
-    verdict: str
-    """ok, FAILED or not measured (only of a limit that is optional)."""
-    note: str = ""
-    """The layer where it was found, how it is spread, or why nothing was."""
-    unit: str = "%"
-    """% or points of %; mnat for KL per token."""
-
-
-@dataclass(frozen=True, repr=False)
-class GateReport:
-    """What became of each limit."""
-
-    rows: tuple[Row, ...]
-    """In the limits' order."""
-    source: str = ""
-    """Where the limits came from."""
-
-    @property
-    def passed(self) -> bool:
-        """Whether no limit failed."""
-        return not self.failed
-
-    @property
-    def failed(self) -> tuple[str, ...]:
-        """Names of those that did."""
-        return tuple(row.name for row in self.rows if row.verdict == FAILED)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; numbers that are not finite are None."""
-        rows = [
-            {
-                key: None if isinstance(value, float) and not math.isfinite(value) else value
-                for key, value in asdict(row).items()
-            }
-            for row in self.rows
-        ]
-        return {
-            "passed": self.passed,
-            "failed": list(self.failed),
-            "limits": self.source,
-            "rows": rows,
-        }
-
-    def __repr__(self) -> str:
-        found = f"failed: {', '.join(self.failed)}" if self.failed else "all hold"
-        return f"<GateReport of {count(len(self.rows), 'limit')} ({self.source}): {found}>"
-
-    def _repr_html_(self) -> str:
-        head = ("limit", "", "found", "± standard error", "n", "allowed", "unit", "")
-        rows = []
-        for r in self.rows:
-            found = (_short(x) for x in (r.found, r.error))
-            allowed = f"{r.side.replace('_', ' ')} {r.limit:g}" + " at 95 %" * r.confident
-            rows.append([r.name, r.verdict, *found, r.n or "", allowed, r.unit, r.note])
-        return html_table(f"Limits: {self.source}", head, rows)
-
-
-def _short(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
 
 
 @dataclass(frozen=True)
@@ -168,7 +85,7 @@ Outcome = Found | Missing
 
 
 def check(
-    editor: Editor,
+    editor: EditEngine,
     limits: Limits,
     *,
     facts: Sequence[Fact] | None = None,
@@ -230,7 +147,7 @@ class _Measuring:
 
     def __init__(
         self,
-        editor: Editor,
+        editor: EditEngine,
         limits: Limits,
         facts: Sequence[Fact] | None,
         windows: Sequence[Sequence[int]] | None,

@@ -9,7 +9,7 @@ from nulledit.data.facts import Fact, suggest
 from nulledit.editing.undo import facts_of
 from nulledit.errors import LedgerError
 from nulledit.ledger.records import Column, Event, History
-from nulledit.report.tables import Table
+from nulledit.report.document import StudyTable
 
 NEAR = 0.9  # cosine of keys above which another edit is named as near
 SHOWN = 3  # facts named on a line of the log
@@ -43,7 +43,7 @@ def events_of(history: History) -> list[dict[str, Any]]:
     return told
 
 
-def log_table(events: Sequence[dict[str, Any]]) -> Table:
+def log_table(events: Sequence[dict[str, Any]]) -> StudyTable:
     """`events_of` as a table."""
     rows: list[Sequence[str]] = []
     for event in events:
@@ -62,16 +62,17 @@ def log_table(events: Sequence[dict[str, Any]]) -> Table:
                 str(event["facts"]),
             ]
         )
-    return ["event", "time (UTC)", "what", "method", "facts", "in the model"], rows
+    head = ["event", "time (UTC)", "what", "method", "facts", "in the model"]
+    return StudyTable.of("log", "", head, rows)
 
 
-def facts_table(history: History) -> Table:
+def facts_table(history: History) -> StudyTable:
     """The facts in the model."""
     rows: list[Sequence[str]] = [
         [c.fact.id, c.fact.render(c.fact.prompt), answer_of(c.fact), str(c.batch)]
         for c in history.present
     ]
-    return ["id", "prompt", "answer", "batch"], rows
+    return StudyTable.of("facts", "", ["id", "prompt", "answer", "batch"], rows)
 
 
 def facts_in(history: History) -> list[dict[str, Any]]:

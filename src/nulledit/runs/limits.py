@@ -111,7 +111,7 @@ class Kind:
     """A limit that a file may name."""
 
     settings: type[Bound]
-    """What stands behind its name."""
+    """What is given under its name."""
     about: str
     """What is measured."""
     needs: str

@@ -9,7 +9,7 @@ from typing import Any
 
 from nulledit.data.corpus import Corpus
 from nulledit.data.facts import Fact
-from nulledit.editing.editor import Editor
+from nulledit.editing.engine import EditEngine
 from nulledit.errors import FactError
 from nulledit.evaluation.comparison import Comparison
 from nulledit.evaluation.generation import answer_room
@@ -17,6 +17,7 @@ from nulledit.evaluation.preservation import preservation_report, shipped_corpus
 from nulledit.evaluation.queries import Kind, queries_of
 from nulledit.evaluation.reading import read_windows
 from nulledit.evaluation.runner import evaluate
+from nulledit.io.text import count
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.tokens import RowEncoder
 from nulledit.runs.talk import Talk
@@ -35,7 +36,7 @@ class Text:
     """[windows, tokens]."""
 
 
-def read_text(editor: Editor, file: str | Path | None) -> Text:
+def read_text(editor: EditEngine, file: str | Path | None) -> Text:
     """Windows of `file`, or of the text that comes with the package, for the editor's model."""
     return windows_of(editor.editable.encoder, file)
 
@@ -44,11 +45,15 @@ def windows_of(encoder: RowEncoder, file: str | Path | None) -> Text:
     """The first 40 windows of 256 tokens (or of the model's context) of a text."""
     window = min(WINDOW, encoder.max_length)
     corpus: str | Path | Corpus = file or shipped_corpus()
-    name = Path(file).name if file else "the text that comes with nulledit"
-    return Text(name, read_windows(corpus, encoder.tokenizer, window=window))
+    return Text(text_name(file), read_windows(corpus, encoder.tokenizer, window=window))
 
 
-def check_lengths(editor: Editor, facts: Sequence[Fact]) -> None:
+def text_name(file: str | Path | None) -> str:
+    """What a text is called where numbers on it are shown."""
+    return Path(file).name if file else "the text that comes with nulledit"
+
+
+def check_lengths(editor: EditEngine, facts: Sequence[Fact]) -> None:
     """Refuse what will not fit the context when it is asked, before anything is edited."""
     whole = editor.editable.encoder
     for fact in facts:
@@ -66,8 +71,26 @@ def check_lengths(editor: Editor, facts: Sequence[Fact]) -> None:
                 raise FactError(f"fact {fact.id}, {query.kind}: {error}") from error
 
 
+def evaluate_given(
+    editor: EditEngine,
+    facts: Sequence[Fact],
+    talk: Talk,
+    *,
+    text: str | Path | None = None,
+    **asked: Any,
+) -> Comparison:
+    """`evaluate_both` on facts and on the text of a file, once all of them are known to fit.
+
+    `text`: left out, the one that comes with nulledit.
+    """
+    windows = read_text(editor, text)
+    check_lengths(editor, facts)
+    talk.say(f"Evaluating {count(len(facts), 'fact')}, perplexity on {windows.name}")
+    return evaluate_both(editor, facts, windows, talk, **asked)
+
+
 def evaluate_both(
-    editor: Editor,
+    editor: EditEngine,
     facts: Sequence[Fact],
     text: Text | None,
     talk: Talk,
@@ -94,7 +117,7 @@ def evaluate_both(
 
 
 def in_other_forms(
-    editor: Editor,
+    editor: EditEngine,
     facts: Sequence[Fact],
     asked: Mapping[str, EditableModel],
     talk: Talk,

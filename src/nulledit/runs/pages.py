@@ -11,7 +11,7 @@ from typing import Any
 
 from nulledit._version import __version__
 from nulledit.config import Recipe
-from nulledit.editing.editor import Editor
+from nulledit.editing.engine import EditEngine
 from nulledit.editing.reports import EditReport
 from nulledit.editing.session import some
 from nulledit.errors import LedgerError
@@ -35,7 +35,6 @@ class Result:
     """What one run did."""
 
     folder: Path
-    """The run folder."""
     summary: dict[str, Any]
     """The content of `summary.json`."""
     lines: list[dict[str, Any]]
@@ -76,7 +75,7 @@ def check_pages(folder: Path) -> None:
 
 
 def finish(
-    editor: Editor,
+    editor: EditEngine,
     folder: Path,
     report: EditReport,
     text: Text | None,
@@ -145,13 +144,13 @@ def finish(
     return Result(folder, summary, lines)
 
 
-def is_current(editor: Editor, folder: Path) -> bool:
+def is_current(editor: EditEngine, folder: Path) -> bool:
     """Whether the pages of a run are of its ledger's state, as an interruption may prevent."""
     summary = folder_of.read_json(folder, "summary.json", None)
     return bool(summary) and summary["state"] == editor.history.state_id
 
 
-def write_derived(editor: Editor, folder: Path) -> None:
+def write_derived(editor: EditEngine, folder: Path) -> None:
     """Bring the model and the pages of a run to its ledger, after a change that edits nothing."""
     editor.keep_model(folder)
     summary = folder_of.read_json(folder, "summary.json", None)
@@ -168,7 +167,7 @@ def write_derived(editor: Editor, folder: Path) -> None:
     )
 
 
-def _replaced(editor: Editor, columns: Sequence[Column]) -> str:
+def _replaced(editor: EditEngine, columns: Sequence[Column]) -> str:
     """One line on the answers of earlier edits that `columns` took the place of; empty for none."""
     by_id = {c.id: c.fact for c in editor.history.columns}
     answers = {
@@ -182,7 +181,7 @@ def _replaced(editor: Editor, columns: Sequence[Column]) -> str:
     return f"{count(len(answers), 'earlier answer')} replaced ({told})"
 
 
-def _state(editor: Editor) -> dict[str, Any]:
+def _state(editor: EditEngine) -> dict[str, Any]:
     return {
         "version": __version__,
         "state": editor.history.state_id,
@@ -192,7 +191,7 @@ def _state(editor: Editor) -> dict[str, Any]:
     }
 
 
-def _recipe(editor: Editor) -> Recipe:
+def _recipe(editor: EditEngine) -> Recipe:
     """Of the current epoch, whatever is to come next; before the first, of the one to open."""
     epochs = editor.history.epochs
     return epochs[-1].recipe if epochs else editor.recipe

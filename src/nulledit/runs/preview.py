@@ -9,7 +9,7 @@ from typing import Any
 
 from nulledit.data.facts import Fact
 from nulledit.data.readers import Facts, as_facts
-from nulledit.editing.editor import Editor
+from nulledit.editing.engine import EditEngine
 from nulledit.editing.weights import LayerReport
 from nulledit.errors import ConfigError
 from nulledit.evaluation.comparison import Comparison
@@ -70,7 +70,7 @@ class Preview:
 
 
 def preview(
-    editor: Editor,
+    editor: EditEngine,
     facts: Facts = (),
     undo: Sequence[str] = (),
     *,

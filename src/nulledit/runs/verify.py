@@ -9,14 +9,15 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from nulledit.editing.editor import Editor
+from nulledit.editing.engine import EditEngine
 from nulledit.editing.saved import write_edited
 from nulledit.errors import LedgerError, NullEditError
 from nulledit.io.files import recover_folder, sha256_of
@@ -88,6 +89,17 @@ class Verification:
         found = "; ".join(self.problems) or "nothing is wrong"
         return f"<Verification of {count(len(self.checks), 'thing')}: {found}>"
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "passed": self.passed,
+            "problems": self.problems,
+            "finished": self.finished,
+            "mentioned": self.mentioned,
+            "not_checked": list(self.skipped),
+            "checks": [asdict(check) for check in self.checks],
+        }
+
     def of(self, kind: str) -> list[Check]:
         """The checks of one kind."""
         return [check for check in self.checks if check.kind == kind]
@@ -106,7 +118,7 @@ class Verification:
         return KINDS[kind] + (f" ({'; '.join(remarks)})" if remarks else "")
 
 
-def verify(run: str | Path, load: Callable[[Path], Editor] = Editor.load) -> Verification:
+def verify(run: str | Path, load: Callable[[Path], EditEngine] = EditEngine.load) -> Verification:
     """Check the run folder `run`; `load` makes an editor of it.
 
     Every file is looked at, whatever is wrong with the others; the weights are computed again only
@@ -146,8 +158,8 @@ def verify(run: str | Path, load: Callable[[Path], Editor] = Editor.load) -> Ver
 
 
 def _check_base(
-    run: Path, history: History, load: Callable[[Path], Editor], found: Verification
-) -> Editor | None:
+    run: Path, history: History, load: Callable[[Path], EditEngine], found: Verification
+) -> EditEngine | None:
     """The loaded run, if its base is the ledger's."""
     try:
         editor = load(run)
@@ -241,7 +253,7 @@ def _damage(folder: Path, name: str, hashes: tuple[str, ...]) -> str:
 
 
 def _finish(
-    run: Path, folder: Path, editor: Editor, found: Verification, *, may_write: bool
+    run: Path, folder: Path, editor: EditEngine, found: Verification, *, may_write: bool
 ) -> None:
     """Bring a model that an interrupted write left behind to the ledger's state."""
     if not may_write:
@@ -258,13 +270,13 @@ def _finish(
     _check_folder(run, folder, found)
 
 
-def _compare(folder: Path, editor: Editor) -> list[Check]:
+def _compare(folder: Path, editor: EditEngine) -> list[Check]:
     """The edited matrices on disk beside those computed from base and ledger."""
     with editor.weights.as_saved() as names:
         return _compared(folder, editor, names)
 
 
-def _compared(folder: Path, editor: Editor, names: dict[str, int]) -> list[Check]:
+def _compared(folder: Path, editor: EditEngine, names: dict[str, int]) -> list[Check]:
     parameters = as_saved(editor.model, list(names))
     files = files_with(folder, list(parameters))
     if files is None:

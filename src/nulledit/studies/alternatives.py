@@ -10,7 +10,7 @@ from typing import Any
 from nulledit.baselines import LoraBaseline, LoraSettings, in_context
 from nulledit.config import ContextSettings
 from nulledit.data.facts import Fact
-from nulledit.editing.editor import Editor
+from nulledit.editing.engine import EditEngine
 from nulledit.errors import ConfigError
 from nulledit.evaluation.measures import PREFERENCE, STRICT
 from nulledit.evaluation.runner import evaluate
@@ -45,7 +45,7 @@ def _others(lab: Lab, results: Results) -> Iterator[Spot]:
 
 
 def _prompted(lab: Lab, queue: Sequence[Fact], crowd: int) -> Any:
-    def ask(editor: Editor) -> Any:
+    def ask(editor: EditEngine) -> Any:
         return in_context(editor.editable, queue, crowd=crowd, seed=lab.seed, generate=False).rows()
 
     settings = {**hashed(queue), "crowd": crowd, "seed": lab.seed}
@@ -58,7 +58,7 @@ def _lora(lab: Lab, queue: Sequence[Fact]) -> dict[str, Any]:
     wanted = LoraSettings(seed=lab.seed, contexts=ContextSettings(count=2))
     windows = lab.windows() if lab.sources.text else None
 
-    def ask(editor: Editor) -> Any:
+    def ask(editor: EditEngine) -> Any:
         base = lab.base_reading(editor) if windows else None
         start = time.perf_counter()
         with LoraBaseline(editor.editable, wanted) as lora:

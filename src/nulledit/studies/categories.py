@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nulledit.data.facts import Fact
-from nulledit.editing.editor import Editor
+from nulledit.editing.engine import EditEngine
 from nulledit.evaluation.groups import OTHER, by_relation
 from nulledit.evaluation.stats import rank_correlation
 from nulledit.models.layouts import frozen
@@ -43,7 +43,7 @@ def _leaks(lab: Lab, plan: StreamPlan, facts: Facts) -> Asked:
     for item in lab.items():
         prompts.setdefault(f"task {item.task.name}", []).append(item.task.render(item.record))
 
-    def leaks(editor: Editor) -> Any:
+    def leaks(editor: EditEngine) -> Any:
         if editor.weights.grown:
             return dict.fromkeys(prompts)  # gated edits have no null space
         with editor.base_weights():
@@ -55,7 +55,7 @@ def _leaks(lab: Lab, plan: StreamPlan, facts: Facts) -> Asked:
     return {"prompts": prompts, "most": most}, leaks
 
 
-def _free_share(editor: Editor, texts: Sequence[str]) -> float:
+def _free_share(editor: EditEngine, texts: Sequence[str]) -> float:
     layers = editor.recipe.layers
     rows = [editor.editable.encoder.encode(text).ids for text in texts]
     shares = []

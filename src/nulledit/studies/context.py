@@ -12,7 +12,7 @@ from typing import Any
 from nulledit.config import Recipe
 from nulledit.data.facts import Fact
 from nulledit.data.readers import read_facts
-from nulledit.editing.editor import Editor
+from nulledit.editing.engine import EditEngine
 from nulledit.editing.recipes import resolve_recipe
 from nulledit.errors import ConfigError, NullEditError
 from nulledit.evaluation.drift import read_texts
@@ -70,9 +70,7 @@ class Lab:
     scale: Scale
     """Arms by name."""
     settings: dict[str, Any]
-    """The study's own."""
     sources: Sources
-    """Data."""
     seed: int = 0
     """Of queues, contexts and draws."""
     skip_bad: bool = False
@@ -188,7 +186,7 @@ class Lab:
     # -- the unedited model ----------------------------------------------------------------------
 
     def of_unedited(
-        self, name: str, settings: Mapping[str, Any], ask: Callable[[Editor], Any]
+        self, name: str, settings: Mapping[str, Any], ask: Callable[[EditEngine], Any]
     ) -> Any:
         """What `ask` says of the model without edits, from the work folder if it has it."""
         self.bench.clear()
@@ -201,11 +199,11 @@ class Lab:
             write_text(file, as_json(ask(self.bench.base)))
         return json.loads(file.read_text(encoding="utf-8"))
 
-    def read(self, editor: Editor, base: Reading | None = None) -> Reading:
+    def read(self, editor: EditEngine, base: Reading | None = None) -> Reading:
         """The text with the editor's model as it is, compared with `base` if there is one."""
         return read(editor.editable, self.windows(), base=base, keep=base is None)
 
-    def base_reading(self, editor: Editor) -> Reading:
+    def base_reading(self, editor: EditEngine) -> Reading:
         """The text with the model of every stream before its edits; read once."""
         if self._base is None:
             with editor.base_weights():

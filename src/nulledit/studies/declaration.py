@@ -42,9 +42,7 @@ class Table:
     name: str
     """For links."""
     title: str
-    """Its heading."""
     caption: str
-    """What the numbers are of."""
     columns: Sequence[Columns]
     """The first one names the rows."""
     rows: Callable[[Results], Iterable[Any]] = lambda results: results.rows
@@ -60,7 +58,6 @@ class Figure:
     spec: FigureSpec
     """All but the points; the caption as a table's."""
     points: Callable[[Results], Iterable[Point]]
-    """Its data."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +69,7 @@ class Part:
     asked: tuple[Question, ...] = EVERYTHING
     """At each checkpoint."""
     tables: Sequence[Table] = ()
-    """Numbers."""
     figures: Sequence[Figure] = ()
-    """The same to look at."""
     shows: Callable[[Results], str] = lambda results: ""
     """What the numbers show, made from them."""
     source: str = "facts"
@@ -137,7 +132,6 @@ class StudySpec:
     name: str
     """On the command line."""
     title: str
-    """Heading."""
     question: str
     """One sentence."""
     needs: tuple[str, ...]
@@ -145,7 +139,6 @@ class StudySpec:
     cannot_show: str
     """What its numbers can't say."""
     parts: tuple[Part, ...]
-    """Streams, tables and figures."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Its settings where a scale has none for it: `facts`, `skip`, `batch_size`, `arms`, ..."""
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from nulledit.data.facts import Fact
-from nulledit.editing.editor import Editor
+from nulledit.editing.engine import EditEngine
 from nulledit.evaluation.capability import capability
 from nulledit.evaluation.drift import drift, read_states
 from nulledit.evaluation.fluency import write_texts
@@ -18,7 +18,7 @@ from nulledit.studies.context import Lab, hash_of
 from nulledit.studies.stream import Stream, StreamPlan
 
 Facts = Sequence[Fact]
-Asked = tuple[Mapping[str, Any], Callable[[Editor], Any]]
+Asked = tuple[Mapping[str, Any], Callable[[EditEngine], Any]]
 """Everything that decides an answer besides stream and checkpoint, and what gives the answer, plain
 data, of an editor's model as it is."""
 
@@ -72,7 +72,7 @@ def _evaluate(lab: Lab, plan: StreamPlan, facts: Facts, generate: bool = False) 
 
 
 def _write(lab: Lab, plan: StreamPlan, facts: Facts) -> Asked:
-    def write(editor: Editor) -> Any:
+    def write(editor: EditEngine) -> Any:
         said = write_texts(editor.editable, facts, seed=lab.seed)
         return {"fluency": said.fluency, "texts": {k: list(v) for k, v in said.texts.items()}}
 
@@ -80,14 +80,14 @@ def _write(lab: Lab, plan: StreamPlan, facts: Facts) -> Asked:
 
 
 def _read(lab: Lab, plan: StreamPlan, facts: Facts) -> Asked:
-    def read(editor: Editor) -> Any:
+    def read(editor: EditEngine) -> Any:
         base = lab.base_reading(editor)
         return told(base if editor is lab.bench.base else lab.read(editor, base))
 
     return {"windows": hash_of(lab.windows())}, read
 
 
-def _update_shares(editor: Editor) -> Any:
+def _update_shares(editor: EditEngine) -> Any:
     weights, shares = editor.weights, {}
     for layer in editor.recipe.layers:
         shares[str(layer)] = weights.edit(layer).norm / float(weights.base(layer).norm())
@@ -105,7 +105,7 @@ def _drift(lab: Lab, plan: StreamPlan, facts: Facts) -> Asked:
     rows, depth = lab.prompts(facts), lab.bench.model.depth
     layers = sorted({lab.recipe.layers[-1], depth // 2, depth - 1})
 
-    def moved(editor: Editor) -> Any:
+    def moved(editor: EditEngine) -> Any:
         with editor.base_weights():
             base = read_states(editor.editable, rows, layers)
         found = drift(base, read_states(editor.editable, rows, layers))

@@ -27,7 +27,6 @@ class Work:
     """What a study does, for an estimate: the streams' plans and what is asked of them."""
 
     plans: Sequence[Any]
-    """Stream plans."""
     asked: int = 0
     """Facts asked about, over all checkpoints."""
     written: int = 0
@@ -37,7 +36,6 @@ class Work:
     capabilities: int = 0
     """Rounds of the six tasks."""
     drifts: int = 0
-    """Drifts of hidden states."""
     other_tokens: int = 0
     """Tokens run for anything else."""
 
@@ -83,7 +81,6 @@ class Results:
     title: str = ""
     """What tables call the data."""
     arms: tuple[Along, ...] = ()
-    """The streams."""
     made: Any = None
     """What the part's `prepare` gave."""
     others: tuple[Spot, ...] = ()

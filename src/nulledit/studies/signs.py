@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nulledit.editing.editor import Editor
+from nulledit.editing.engine import EditEngine
 from nulledit.errors import ConfigError
 from nulledit.evaluation.hidden_norms import edit_rows, norm_growth, state_norms, text_rows
 from nulledit.evaluation.stats import Rate
@@ -39,7 +39,7 @@ def _room(lab: Lab, plan: StreamPlan, facts: Facts) -> Asked:
     batch, and only missing where an interruption came just between the two.
     """
 
-    def room(editor: Editor) -> Any:
+    def room(editor: EditEngine) -> Any:
         at_end = len(editor.facts) == len(facts)
         return {str(r.layer): r.room if at_end else None for r in editor.weights.reports()}
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nulledit.config import Recipe
 from nulledit.data.facts import Fact
-from nulledit.editing.editor import Editor
+from nulledit.editing.engine import EditEngine
 from nulledit.errors import ConfigError
 from nulledit.io.files import replacing_folder, write_text
 from nulledit.io.jsonfiles import as_json
@@ -40,7 +40,6 @@ class StreamPlan:
     label: str
     """What tables call it; decides nothing."""
     recipe: Recipe
-    """Settings."""
     facts: tuple[Fact, ...]
     """The queue, in the order that it is edited in."""
     batch_size: int
@@ -76,7 +75,7 @@ class StreamPlan:
 class Stream:
     """A plan at work in its folder."""
 
-    def __init__(self, plan: StreamPlan, folder: Path, editor: Editor):
+    def __init__(self, plan: StreamPlan, folder: Path, editor: EditEngine):
         """`editor` holds what the folder's ledger has so far."""
         self.plan, self.folder, self.editor = plan, folder, editor
 
@@ -132,14 +131,14 @@ class Stream:
         return spent / count if count else None
 
     @contextmanager
-    def at(self, facts: int) -> Iterator[Editor]:
+    def at(self, facts: int) -> Iterator[EditEngine]:
         """The model after the first `facts` facts of the queue."""
         event = self._marks()[str(facts)]["event"] if facts else 0
         with self.editor.as_of(event):
             yield self.editor
 
     def measure(
-        self, facts: int, name: str, settings: Mapping[str, Any], ask: Callable[[Editor], Any]
+        self, facts: int, name: str, settings: Mapping[str, Any], ask: Callable[[EditEngine], Any]
     ) -> Any:
         """What `ask` says of the model at a checkpoint, as plain data; kept in the folder.
 
@@ -172,7 +171,7 @@ class Workbench:
     ):
         """`model` is unedited, loaded by `name`; streams and values are kept in `folder`."""
         self.folder, self.name = folder, name
-        self.base = Editor(model, tokenizer, recipe=Recipe(layers=(0,)), name=name)
+        self.base = EditEngine(model, tokenizer, recipe=Recipe(layers=(0,)), name=name)
         self.model = self.base.editable
         self._open: Stream | None = None
 
@@ -186,7 +185,7 @@ class Workbench:
         if not Store(folder / "ledger").exists:
             self._fork(plan, folder)
         if Store(folder / "ledger").exists:
-            editor = Editor.resume(
+            editor = EditEngine.resume(
                 folder,
                 self.base.model,
                 self.base.tokenizer,
@@ -194,7 +193,7 @@ class Workbench:
                 value_cache=cache,
             )
         else:
-            editor = Editor(
+            editor = EditEngine(
                 self.base.model,
                 self.base.tokenizer,
                 recipe=plan.recipe,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from nulledit.config import ContextSettings, Recipe
 from nulledit.data.facts import Fact
 from nulledit.editing.contexts import make_contexts
-from nulledit.editing.editor import Editor
+from nulledit.editing.engine import EditEngine
 from nulledit.evaluation.reading import Divergence, divergence, read
 from nulledit.evaluation.runner import evaluate
 from nulledit.evaluation.stats import perplexity_growth
@@ -48,7 +48,7 @@ class Bench:
 
     def __init__(
         self,
-        editor: Editor,
+        editor: EditEngine,
         windows: Sequence[Sequence[int]],
         *,
         statistics: Statistics | None = None,

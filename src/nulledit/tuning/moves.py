@@ -27,7 +27,6 @@ class Move:
     label: str
     """The change in words."""
     recipe: Recipe
-    """The candidate."""
 
 
 def stages_of(recipe: Recipe) -> tuple[str, ...]:

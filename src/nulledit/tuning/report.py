@@ -14,7 +14,7 @@ from typing import Any
 from nulledit.io.jsonfiles import as_csv, write
 from nulledit.io.text import count, plain
 from nulledit.report.cells import ABSENT, heads, shown
-from nulledit.report.document import Cell, Column, Document, Items, StudyTable, Text, Value
+from nulledit.report.document import Cell, Column, Document, Items, Part, StudyTable, Text, Value
 from nulledit.report.markdown import markdown_page
 from nulledit.tuning.measure import Measured
 from nulledit.tuning.moves import said
@@ -120,15 +120,18 @@ def tuning_document(found: Tuning, about: dict[str, str]) -> Document:
         f"Tuning of {about.get('model', 'a model')}",
         (
             Items(tuple(about.items())),
-            *map(Text, outline(found)),
-            candidates_table(found),
-            judged_table(found),
+            *evidence(found),
             Text(nothing),
             *([untried_table(found)] if found.untried else []),
             *facts,
             Text(f"{count(found.split.left_out, 'fact')} of the file on neither side."),
         ),
     )
+
+
+def evidence(found: Tuning) -> list[Part]:
+    """What speaks for the recipe: in sentences, by candidate, and on facts that did not choose."""
+    return [*map(Text, outline(found)), candidates_table(found), judged_table(found)]
 
 
 def candidates_table(found: Tuning) -> StudyTable:

@@ -69,9 +69,7 @@ class Candidate:
     base: int
     """Number of the candidate that was changed, from 0; its own for the starting recipe."""
     recipe: Recipe
-    """The recipe."""
     measured: Measured
-    """What it did."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +91,7 @@ class Tuning:
     """What a search did and found."""
 
     settings: TuneSettings
-    """Bounds and weight."""
     split: Split
-    """The facts."""
     candidates: tuple[Candidate, ...]
     """Measured ones in their order; the first is the starting recipe."""
     untried: tuple[Untried, ...]
@@ -132,9 +128,7 @@ class Search:
     bench: Measures
     """Measures recipes."""
     split: Split
-    """The facts."""
     settings: TuneSettings
-    """Bounds and weight."""
     clock: Callable[[], float] = time.perf_counter
     """Seconds of wall time."""
     begun: float | None = None

@@ -1,6 +1,6 @@
-"""The driver: facts in batches, through keys, values and solves, into weights and ledger.
+"""A model, the ledger of its edits, and all changes of both: the engine of `nulledit.Editor`.
 
-`nulledit.Editor` is this one with what needs evaluation, runs and exports (`nulledit.api`).
+The rooms that look at edits take it; `Editor` (`nulledit.api`) adds what those rooms do to it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from nulledit.parallel.ranks import Ranks
 from nulledit.statistics.spectra import Statistics
 
 
-class Editor:
+class EditEngine:
     """Edits a causal language model in place and remembers how, exactly."""
 
     def __init__(
@@ -232,7 +232,7 @@ class Editor:
     def __repr__(self) -> str:
         name = self.history.base.model or type(self.model).__name__
         method = self.recipe.method.name
-        return f"<Editor of {name}: {count(len(self.facts), 'fact')} by {method}>"
+        return f"<{type(self).__name__} of {name}: {count(len(self.facts), 'fact')} by {method}>"
 
     def _with_template(self, recipe: Recipe) -> Recipe:
         """The recipe with the hash of the tokenizer's chat template, if it asks for one.
@@ -292,12 +292,11 @@ class Editor:
         something else changed the model in memory: it is not what the ledger says.
         """
         self.weights.check_unchanged()
-        target = Store(Path(folder) / "ledger")
-        store = self._journal.store
+        store, place = self._journal.store, Path(folder) / "ledger"
         if store is None:
             self.attach(folder)
-        elif store.folder.resolve() != target.folder.resolve():
-            self._journal.copy_to(target)
+        elif store.folder.resolve() != place.resolve():
+            self._journal.copy_to(Store(place))
         self.keep_model(folder)
 
     def keep_model(self, folder: str | Path) -> None:
@@ -321,7 +320,7 @@ class Editor:
 
     @contextmanager
     def as_of(self, event: int) -> Iterator[PreTrainedModel]:
-        """The model behind event number `event` of the ledger inside; as before afterwards."""
+        """The model after event number `event` of the ledger inside; as before afterwards."""
         with self.weights.holding(self.history.active_as_of(event)):
             yield self.model
 
@@ -396,8 +395,8 @@ class Editor:
         """Take facts out again, exactly: the weights become the solve without their columns.
 
         An answer that an undone fact had replaced comes back; facts on the same key as it are
-        rebuilt without it. A batch by gradient is taken out whole, and the rest of it descended
-        anew. LedgerError if an id is not in the model.
+        rebuilt without it. A batch by gradient is taken out whole, and the rest of it descends
+        again. LedgerError if an id is not in the model.
         """
         return changes.undo(self._session, ids)
 
@@ -415,10 +414,10 @@ class Editor:
         return changes.restore(self._session)
 
     def rebuild(self, *, values: bool = False, progress: Progress | None = None) -> ChangeReport:
-        """Write the facts in the model anew, batch by batch, as if the others had never been.
+        """Write the facts in the model again, batch by batch, as if the others had never been.
 
-        Keys and residuals are taken again, so that no trace of undone facts is left in them; the
-        stored values stay, or with `values` are optimised again. A batch by gradient descends anew.
+        Keys and residuals are taken again, so that no trace of undone facts is left in them. Stored
+        values stay, or with `values` are optimised again; a batch by gradient descends again.
         """
         return changes.rebuild(self._session, values=values, progress=progress)
 

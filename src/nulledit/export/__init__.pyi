@@ -1,0 +1,6 @@
+from nulledit.export.apply import apply_delta as apply_delta
+from nulledit.export.apply import put_delta as put_delta
+from nulledit.export.apply import remove_delta as remove_delta
+from nulledit.export.checkpoint import write_checkpoint as write_checkpoint
+from nulledit.export.delta import write_delta as write_delta
+from nulledit.export.lora import write_lora as write_lora
