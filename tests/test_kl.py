@@ -7,13 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from support.models import build_model
+from support.models import build_model, changed
 
 from nulledit import Editor, Fact
 from nulledit.evaluation import evaluate, perplexity, read
 from nulledit.evaluation.reading import divergence, divergences
 from nulledit.models.editable_model import EditableModel
-from nulledit.models.layouts import as_out_in, write_weight
 from nulledit.models.partial import PartialModel
 from nulledit.runs.tables import rates_tables
 
@@ -36,17 +35,6 @@ def whole(base, edited, window):
             for m in (base, edited)
         )
     return (p.exp() * (p - q)).sum(-1).numpy()
-
-
-def changed(model, layers=(1, 2), scale=0.03):
-    """A copy of `model` with other matrices W in `layers`."""
-    edited = copy.deepcopy(model)
-    partial = PartialModel(edited)
-    for layer in layers:
-        W = as_out_in(partial.mlp_out(layer)).double()
-        noise = torch.randn(W.shape, generator=torch.manual_seed(layer), dtype=torch.float64)
-        write_weight(partial.mlp_out(layer), W + scale * noise)
-    return edited
 
 
 def compared(model, edited, tokenizer, windows=WINDOWS):

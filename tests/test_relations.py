@@ -7,8 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.models import RECIPE, build_model, statistics_of
-from test_kl import WINDOWS, changed
+from support.models import RECIPE, build_model, changed, statistics_of
 
 from nulledit import Editor, Fact
 from nulledit.data.facts import Probe
@@ -21,6 +20,7 @@ from nulledit.runs.gate import check
 from nulledit.runs.limits import Limits
 from nulledit.runs.measure import check_lengths
 
+WINDOWS = [[3, 1, 4, 1, 5, 9], [2, 6, 5]]
 PROMPTS = ("Ada Byron was a", "The mother tongue of Ada Byron is", "Ada Byron wrote", "Ada Byron")
 ADA = Fact(
     id="ada",
@@ -175,9 +175,9 @@ def test_limits_ask_base_and_edited_model(editor):
 
 def test_a_prompt_that_does_not_fit_is_found_before_an_edit(editor):
     long = dataclasses.replace(ADA, other_relations=(Probe("Ada " * 600),))
-    with pytest.raises(FactError, match="fact ada, other_relations: .*longer than"):
+    with pytest.raises(FactError, match=r"fact ada, other_relations: .*longer than"):
         check_lengths(editor, [long])
-    with pytest.raises(FactError, match="other_relations: .*longer than"):
+    with pytest.raises(FactError, match=r"other_relations: .*longer than"):
         relation_states(editor.editable, [long])
 
 
