@@ -242,7 +242,7 @@ class Fact:
     @property
     def bare(self) -> Fact:
         """The fact without what is asked beside its own prompt."""
-        return replace(self, paraphrases=(), **dict.fromkeys(PROBES, ()))
+        return replace(self, paraphrases=(), neighbours=(), other_relations=(), portability=())
 
     def forgotten(self, answer: str | None = None) -> Fact:
         """The fact that suppresses `answer` to this question, by default this fact's target.

@@ -270,9 +270,9 @@ def _questions(
     if not first:
         return asked
     asked["paraphrases"] += outer.all_texts(PARAPHRASES)
-    neighbours, own = [], []
-    for block, probe in _all(outer, shape.neighbours, "locality"):
-        (own if block == OTHER_RELATIONS else neighbours).append(probe)
+    local = list(_all(outer, shape.neighbours, "locality"))
+    own = [probe for block, probe in local if block == OTHER_RELATIONS]
+    neighbours = [probe for block, probe in local if block != OTHER_RELATIONS]
     if shape.same_answer:
         old = core.answers(shape.old_answer)
         prompts = outer.all_texts((shape.same_answer,))
