@@ -13,12 +13,15 @@ from nulledit import Editor, Fact
 from nulledit.data.facts import Probe
 from nulledit.errors import ConfigError, FactError
 from nulledit.evaluation import evaluate, queries_of
+from nulledit.evaluation.comparison import Comparison
 from nulledit.evaluation.measures import AT_RELATIONS
 from nulledit.evaluation.relations import kept_relations, relation_states
 from nulledit.models.editable_model import EditableModel
 from nulledit.runs.gate import check
 from nulledit.runs.limits import Limits
 from nulledit.runs.measure import check_lengths
+from nulledit.runs.tables import rates_tables
+from nulledit.studies.questions import FACTS as FACTS_QUESTION
 
 WINDOWS = [[3, 1, 4, 1, 5, 9], [2, 6, 5]]
 PROMPTS = ("Ada Byron was a", "The mother tongue of Ada Byron is", "Ada Byron wrote", "Ada Byron")
@@ -190,3 +193,21 @@ def test_facts_keep_what_is_asked_beside_them():
     assert Fact.from_dict(record) == KARO
     assert "other_relations" not in NONE.to_dict()
     assert KARO.bare == dataclasses.replace(KARO, other_relations=())
+
+
+def test_pages_and_studies_show_it(editor):
+    before = evaluate(editor.editable, FACTS)
+    _, ask = FACTS_QUESTION.ask(None, None, FACTS)
+    assert ask(editor)["ada"]["relation_kl"] == 0
+    editor.edit(FACTS)
+    after = evaluate(editor.editable, FACTS, base=before)
+    assert ask(editor) == after.rows() | {
+        fact: {**row, "generation": None, "answer": None} for fact, row in after.rows().items()
+    }
+    rates, other = rates_tables({"before": before.summary(), "after": after.summary()})
+    shown = {row["measure"]: row for row in (*rates.rows, *other.rows)}
+    kept, apart = shown["relation specificity (%)"], shown["KL at other relations (nat)"]
+    assert kept["before"] is None
+    assert kept["after"].n == apart["after"].n == 2
+    assert apart["after"].value == pytest.approx(after.summary()["relation_kl"]["mean"])
+    assert "relation specificity" in Comparison(before, after)._repr_html_()
