@@ -209,5 +209,5 @@ def test_pages_and_studies_show_it(editor):
     kept, apart = shown["relation specificity (%)"], shown["KL at other relations (nat)"]
     assert kept["before"] is None
     assert kept["after"].n == apart["after"].n == 2
-    assert apart["after"].value == pytest.approx(after.summary()["relation_kl"]["mean"])
+    assert apart["after"].mean == pytest.approx(after.summary()["relation_kl"]["mean"])
     assert "relation specificity" in Comparison(before, after)._repr_html_()
