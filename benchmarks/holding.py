@@ -1,4 +1,6 @@
-"""Do facts hold, and what do they cost other text? Rates and KL along a stream of batches.
+"""Do facts hold, and what do they cost other text and other facts of their subjects?
+
+Rates and KL along a stream of batches.
 
     python benchmarks/holding.py benchmarks/facts/everyday-reporting.yaml --data ../shared/data
 
@@ -11,7 +13,6 @@ import argparse
 import json
 import time
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,12 +21,12 @@ from nulledit import Editor
 from nulledit.config import load_recipe
 from nulledit.data.readers import read_facts
 from nulledit.evaluation import evaluate, read_windows, retry_failing
-from nulledit.evaluation.reading import read
 from nulledit.evaluation.stats import Rate
 
 WINDOW = 256
 HEAD = (
     *("facts", "strict", "said", "paraphrases, strict", "neighbours, strict"),
+    *("other relations kept", "KL there, nat"),
     *("KL, mnat (worst 1 %)", "perplexity", "steps", "CPU s a fact"),
 )
 FIRST = {"choosing": 0, "reporting": 60_000 // WINDOW + 1}  # windows
@@ -58,10 +59,11 @@ def arguments():
     return parser.parse_args()
 
 
-def shown(rate):
+def shown(rate, scale=100, digits=1):
     if rate is None:
         return "–"
-    return f"{100 * rate['mean']:.1f} ± {100 * (rate['standard_error'] or 0):.1f}"
+    mean, error = scale * rate["mean"], scale * (rate["standard_error"] or 0)
+    return f"{mean:.{digits}f} ± {error:.{digits}f}"
 
 
 def main():
@@ -75,7 +77,7 @@ def main():
     text = options.data / "wikitext-2" / "test.txt"
     first = FIRST[options.text]
     windows = read_windows(text, editor.tokenizer, windows=first + options.windows)[first:]
-    base = read(editor.editable, windows, keep=True)
+    base = evaluate(editor.editable, facts, windows=windows, generate=False)
     size = options.batch_size
     print(f"| {' | '.join(HEAD)} |\n{'| --- ' * len(HEAD)}|", flush=True)
     stages, spent = [], 0.0
@@ -104,7 +106,7 @@ def recipe_of(options):
 
 def stage(editor, facts, windows, base, spent, options, last):
     """What holds after a batch: all measures at the end of the stream, strict efficacy before."""
-    asked = facts if last else [replace(f, paraphrases=(), neighbours=()) for f in facts]
+    asked = facts if last else [fact.bare for fact in facts]
     generate = last and not options.no_answers
     found = evaluate(editor.editable, asked, windows=windows, generate=generate, base=base)
     told = found.summary()
@@ -143,6 +145,8 @@ def row(found):
         shown(found["generation"]),
         shown(rates["generalization_strict"]),
         shown(rates["specificity_strict"]),
+        shown(found.get("relation_specificity")),
+        shown(found.get("relation_kl"), scale=1, digits=2),
         f"{kl['value']:.1f} ± {kl['standard_error']:.1f} ({100 * kl['worst_share']:.0f} %)",
         f"{found['perplexity']['value']:.2f}",
         f"{found['steps']:.1f}",

@@ -189,6 +189,7 @@ def test_a_template_to_begin_with(tmp_path, monkeypatch):
     assert found.notices == ()
     fields = {name for fact in found.facts for name in fact.to_dict()}
     assert fields >= {"target_aliases", "paraphrases", "neighbours", "portability", "old_answer"}
+    assert "other_relations" in fields
     assert "is there already" in refused("facts", "new", "mine.yaml")
     assert "ends in .yaml" in refused("facts", "new", "mine.json")
     done("facts", "new")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nulledit import Editor, Fact, read_facts
+from nulledit.evaluation import evaluate
 from nulledit.evaluation.generation import contains, generate_answers
 
 pytestmark = pytest.mark.slow
@@ -57,6 +58,16 @@ def test_three_relations_of_one_subject_hold(size):
     editor.edit(facts, batch_size=size, shuffle=False)
     assert len({(c.batch, c.group) for c in editor.history.active}) == 1
     assert [says(editor, fact) for fact in facts] == [True, True, True]
+
+
+@pytest.mark.parametrize("purpose", ["choosing", "reporting"])
+def test_what_is_asked_about_other_relations_is_known(purpose):
+    folder = Path(__file__).parents[1] / "benchmarks" / "facts"
+    facts = read_facts(folder / f"other-relations-{purpose}.yaml").facts
+    editor = Editor.from_pretrained("smollm2-135m", dtype="float32")
+    found = evaluate(editor.editable, facts, generate=False).rates
+    assert found["other_relations_strict"].mean == 1
+    assert found["efficacy_strict"].mean == 0
 
 
 def test_a_new_answer_replaces_the_older_one():

@@ -86,3 +86,32 @@ def test_a_correction_answers_a_question_of_its_set_anew(purpose):
         earlier = by_question[fact.subject, fact.prompt, fact.relation]
         assert fact.old_answer == earlier.target != fact.target
         assert fact.id != earlier.id
+
+
+def other_relations(purpose):
+    return read_facts(FOLDER / f"other-relations-{purpose}.yaml")
+
+
+@pytest.mark.parametrize("purpose", PURPOSES)
+def test_other_relations_are_of_the_fact_s_subject(purpose):
+    file = other_relations(purpose)
+    assert not file.notices
+    assert len(file.facts) >= 30
+    for fact in file.facts:
+        subject = fact.subject.casefold().removeprefix("the ")
+        assert len(set(fact.paraphrases)) == 2
+        assert 2 <= len(fact.other_relations) <= 3
+        assert len({probe.prompt for probe in fact.other_relations}) == len(fact.other_relations)
+        for probe in fact.other_relations:
+            assert subject in probe.prompt.casefold()
+            assert probe.answer
+            assert fact.target.casefold() not in probe.answer.casefold()
+            assert probe.prompt not in (*fact.paraphrases, fact.render(fact.prompt))
+
+
+def test_facts_with_other_relations_are_apart_too():
+    one, other = (other_relations(purpose).facts for purpose in PURPOSES)
+    for name in ("id", "subject", "prompt", "target"):
+        assert not {getattr(f, name) for f in one} & {getattr(f, name) for f in other}, name
+    asked = [{p.prompt for f in facts for p in f.other_relations} for facts in (one, other)]
+    assert not asked[0] & asked[1]

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.facts import ROME, facts, subjects, texts
 
-from nulledit.data.facts import Fact, Probe
+from nulledit.data.facts import PROBES, Fact, Probe
 from nulledit.errors import CheckFailed, FactError, NullEditError
 
 
@@ -98,9 +98,7 @@ def test_the_key_is_the_relation_or_else_the_prompt():
 
 
 def test_null_stands_for_a_field_left_out():
-    blank = dict.fromkeys(
-        ("id", "old_answer", "relation", "paraphrases", "neighbours", "portability")
-    )
+    blank = dict.fromkeys(("id", "old_answer", "relation", "paraphrases", *PROBES))
     assert Fact.from_dict(ROME | blank) == Fact(**ROME)
 
 

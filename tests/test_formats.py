@@ -283,6 +283,19 @@ def test_of_several_answers_none_is_lost(answers):
     assert one(CORE | {"locality": {"near": probe}}).neighbours == wanted
 
 
+def test_other_relations_of_the_subject_are_told_from_neighbours():
+    """KnowEdit's blocks of `locality` are about the subject, or about others."""
+    own = {"prompt": "Velm lies at the", "ground_truth": [["Sea", "North Sea"]]}
+    blocks = {"Relation_Specificity": [own, {"prompt": "Velm is a"}], "Forgetfulness": own}
+    fact = one(CORE | {"locality": blocks})
+    answered = Probe("Velm lies at the", "Sea", ("North Sea",))
+    assert fact.other_relations == (answered, Probe("Velm is a"))
+    assert fact.neighbours == (answered,)
+    assert "have no answer" not in said(CORE | {"locality": blocks})
+    assert one(CORE | {"locality_prompt": "Velm is a"}).other_relations == ()
+    assert Fact.from_dict(fact.to_dict()) == fact
+
+
 def test_several_targets_are_one_to_write_and_its_aliases():
     fact = one(CORE | {"target_new": ["the Osk", "Osk", "Osk"]})
     assert fact.answers == ("the Osk", "Osk")
@@ -370,7 +383,8 @@ def test_well_known_records_are_read(name):
     assert fact.render(fact.prompt) == QUESTION
     assert fact.target == "the Osk"
     assert (PARAPHRASE in fact.paraphrases) == (PARAPHRASE in record.values())
-    assert [p.prompt for p in fact.neighbours] == [NEIGHBOUR.prompt] * (name != "questions")
+    beside = (*fact.neighbours, *fact.other_relations)
+    assert [p.prompt for p in beside] == [NEIGHBOUR.prompt] * (name != "questions")
     assert (SEA in fact.portability) == (SEA.prompt in str(record))
 
 
@@ -537,12 +551,13 @@ def test_columns_as_pandas_flattens_them(write):
 @pytest.mark.parametrize("bar", ["|", " | ", " |", "| "])
 def test_lists_in_cells_need_no_spaces(write, bar):
     text = (
-        "subject,prompt,target,paraphrases,neighbours\n"
-        f"Velm,{{}} is in,a,One{bar}Two,Oslo is in=>Norway{bar}Bonn is in\n"
+        "subject,prompt,target,paraphrases,neighbours,other_relations\n"
+        f"Velm,{{}} is in,a,One{bar}Two,Oslo is in=>Norway{bar}Bonn is in,Velm is a{bar}b=>c\n"
     )
     (fact,) = read_facts(write(text)).facts
     assert fact.paraphrases == ("One", "Two")
     assert fact.neighbours == (Probe("Oslo is in", "Norway"), Probe("Bonn is in"))
+    assert fact.other_relations == (Probe("Velm is a"), Probe("b", "c"))
     (fact,) = read_facts(write(sheet([RECORD | {"rephrase_prompt": f"One{bar}Two"}]))).facts
     assert fact.paraphrases == ("One", "Two")
 

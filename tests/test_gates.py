@@ -161,7 +161,7 @@ def test_the_error_of_a_growth_is_that_of_its_mean_difference():
 def test_kl_is_that_of_an_evaluation_and_holds_or_not(editor, windows):
     with editor.base_weights():
         before = evaluate(editor.editable, [], windows=windows)
-    slow = evaluate(editor.editable, [], windows=windows, base=before.reading).kl
+    slow = evaluate(editor.editable, [], windows=windows, base=before).kl
     row = row_of(editor, "kl", {"at_most": 1.01 * slow.value}, windows=windows)
     assert (row.found, row.error) == (pytest.approx(slow.value), pytest.approx(slow.standard_error))
     assert (row.n, row.over, row.unit, row.verdict) == (6, "windows", "mnat", "ok")

@@ -7,13 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from support.models import build_model
+from support.models import build_model, changed
 
 from nulledit import Editor, Fact
 from nulledit.evaluation import evaluate, perplexity, read
-from nulledit.evaluation.reading import _divergences, divergence
+from nulledit.evaluation.reading import divergence, divergences
 from nulledit.models.editable_model import EditableModel
-from nulledit.models.layouts import as_out_in, write_weight
 from nulledit.models.partial import PartialModel
 from nulledit.runs.tables import rates_tables
 
@@ -36,17 +35,6 @@ def whole(base, edited, window):
             for m in (base, edited)
         )
     return (p.exp() * (p - q)).sum(-1).numpy()
-
-
-def changed(model, layers=(1, 2), scale=0.03):
-    """A copy of `model` with other matrices W in `layers`."""
-    edited = copy.deepcopy(model)
-    partial = PartialModel(edited)
-    for layer in layers:
-        W = as_out_in(partial.mlp_out(layer)).double()
-        noise = torch.randn(W.shape, generator=torch.manual_seed(layer), dtype=torch.float64)
-        write_weight(partial.mlp_out(layer), W + scale * noise)
-    return edited
 
 
 def compared(model, edited, tokenizer, windows=WINDOWS):
@@ -81,7 +69,7 @@ def test_without_edits_it_is_exactly_nothing(tiny_model, tokenizer, recipe, make
     editor = Editor(model, tokenizer, recipe=recipe, statistics=make_statistics(model))
     with editor.base_weights():
         before = evaluate(editor.editable, [], windows=WINDOWS)
-    found = evaluate(editor.editable, [], windows=WINDOWS, base=before.reading).kl
+    found = evaluate(editor.editable, [], windows=WINDOWS, base=before).kl
     assert (found.value, found.standard_error, found.worst_share) == (0, 0, 0)
 
 
@@ -113,7 +101,7 @@ def test_it_is_never_negative_and_does_not_drown_in_rounding():
     logits = 3 * torch.randn(64, 3000, generator=random)
     for scale in (0.0, 1e-6, 1e-3, 0.1, 3.0, 300.0):
         moved = logits + scale * torch.randn(64, 3000, generator=random)
-        found = _divergences(logits.log_softmax(-1), moved.log_softmax(-1))
+        found = divergences(logits.log_softmax(-1), moved.log_softmax(-1))
         p, q = (x.double().log_softmax(-1) for x in (logits, moved))
         assert (found >= 0).all()
         torch.testing.assert_close(
@@ -125,8 +113,8 @@ def test_tokens_that_a_model_never_gives_and_broken_numbers():
     never = torch.tensor([[0.0, 1.0, -math.inf]]).log_softmax(-1)
     other = torch.tensor([[1.0, 1.0, -math.inf]]).log_softmax(-1)
     p, q = never[:, :2].double(), other[:, :2].double()
-    assert float(_divergences(never, other)) == pytest.approx(float((p.exp() * (p - q)).sum()))
-    assert _divergences(never, torch.full((1, 3), math.nan)).isnan().all()
+    assert float(divergences(never, other)) == pytest.approx(float((p.exp() * (p - q)).sum()))
+    assert divergences(never, torch.full((1, 3), math.nan)).isnan().all()
     found = divergence([np.array([0.1, math.nan]), np.array([0.1])])
     assert math.isnan(found.value)
     assert math.isnan(found.worst_share)
@@ -159,7 +147,7 @@ def test_an_evaluation_tells_it_beside_perplexity(tokenizer, recipe, make_statis
     editor.edit([FACT])
     with editor.base_weights():
         before = evaluate(editor.editable, [FACT], windows=WINDOWS, generate=False)
-    after = evaluate(editor.editable, [FACT], windows=WINDOWS, base=before.reading, generate=False)
+    after = evaluate(editor.editable, [FACT], windows=WINDOWS, base=before, generate=False)
     assert before.kl is None
     tokens = np.concatenate([whole(plain, model, window) for window in WINDOWS])
     assert after.kl.value == pytest.approx(1000 * tokens.mean(), rel=1e-6)

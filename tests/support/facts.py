@@ -48,6 +48,7 @@ def facts(draw):
         more_prompts=tuple(draw(st.lists(templates, max_size=2))),
         paraphrases=draw(lists),
         neighbours=tuple(draw(st.lists(st.builds(Probe, texts, optional), max_size=3))),
+        other_relations=tuple(draw(st.lists(st.builds(Probe, texts, optional), max_size=3))),
         portability=tuple(draw(st.lists(st.builds(Probe, texts, texts, lists), max_size=2))),
         target_aliases=draw(lists),
     )

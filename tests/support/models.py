@@ -1,11 +1,15 @@
 """Tiny random models of real architectures, and statistics of their keys."""
 
+import copy
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nulledit.config import Recipe, StatisticsSettings
 from nulledit.models.editable_model import EditableModel
+from nulledit.models.layouts import as_out_in, write_weight
 from nulledit.models.load import model_hash
+from nulledit.models.partial import PartialModel
 from nulledit.statistics.collect import key_moments
 from nulledit.statistics.manifest import Manifest
 from nulledit.statistics.spectra import Statistics
@@ -197,3 +201,14 @@ def untabled(kind, **more):
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **{**SIZES, **more})
     return AutoModelForCausalLM.from_config(config).eval()
+
+
+def changed(model, layers=(1, 2), scale=0.03):
+    """A copy of `model` with other matrices W in `layers`."""
+    edited = copy.deepcopy(model)
+    partial = PartialModel(edited)
+    for layer in layers:
+        W = as_out_in(partial.mlp_out(layer)).double()
+        noise = torch.randn(W.shape, generator=torch.manual_seed(layer), dtype=torch.float64)
+        write_weight(partial.mlp_out(layer), W + scale * noise)
+    return edited

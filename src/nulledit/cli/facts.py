@@ -28,8 +28,8 @@ def facts() -> None:
     """Files of facts.
 
     A fact has a subject, a prompt with {} where the subject stands (or containing it once) and a
-    target; an id, an old_answer, a relation, target_aliases, more_prompts, paraphrases, neighbours
-    and portability may be added.
+    target; an id, an old_answer, a relation, target_aliases, more_prompts, paraphrases,
+    neighbours, other_relations and portability may be added.
 
     \b
     $ nulledit facts check facts.yaml
@@ -144,6 +144,7 @@ def count(found: Sequence[Fact]) -> dict[str, Any]:
         "with_target_aliases": sum(bool(f.target_aliases) for f in found),
         "with_paraphrases": sum(bool(f.paraphrases) for f in found),
         "with_neighbours": sum(any(p.answer for p in f.neighbours) for f in found),
+        "with_other_relations": sum(bool(f.other_relations) for f in found),
         "with_portability": sum(bool(f.portability) for f in found),
         "with_more_prompts": sum(bool(f.more_prompts) for f in found),
         "subjects": len({f.subject for f in found}),

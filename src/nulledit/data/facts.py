@@ -160,6 +160,8 @@ class Fact:
     """Full texts that ask the same, to evaluate on; a slot in them is filled in."""
     neighbours: tuple[Probe, ...] = ()
     """Prompts about something else whose answers must stay."""
+    other_relations: tuple[Probe, ...] = ()
+    """Prompts about something else of the subject, where the model should say what it says now."""
     portability: tuple[Probe, ...] = ()
     """Prompts that follow from the fact, each with the answer it should have after the edit."""
     forget: bool = False
@@ -203,6 +205,7 @@ class Fact:
                 text.replace(SLOT, subject) for text in _texts(self.paraphrases, "paraphrases")
             ),
             "neighbours": _probes(self.neighbours, "neighbours"),
+            "other_relations": _probes(self.other_relations, "other_relations"),
             "portability": _probes(self.portability, "portability", answered=True),
             "target_aliases": _aliases(self.target_aliases, "target_aliases", self.target),
         }
@@ -236,6 +239,11 @@ class Fact:
         """Target and `forget`: two facts of one key agree only if these are the same."""
         return self.target, self.forget
 
+    @property
+    def bare(self) -> Fact:
+        """The fact without what is asked beside its own prompt."""
+        return replace(self, paraphrases=(), neighbours=(), other_relations=(), portability=())
+
     def forgotten(self, answer: str | None = None) -> Fact:
         """The fact that suppresses `answer` to this question, by default this fact's target.
 
@@ -266,7 +274,7 @@ class Fact:
         for name in ("target_aliases", "more_prompts", "paraphrases"):
             if getattr(self, name):
                 record[name] = list(getattr(self, name))
-        for name in ("neighbours", "portability"):
+        for name in PROBES:
             if probes := getattr(self, name):
                 record[name] = [probe.to_dict() for probe in probes]
         if self.forget:  # left out otherwise, so that the records of other facts stay as they were
@@ -301,6 +309,8 @@ def refuse_forgetting(facts: Iterable[Fact], who: str) -> None:
 
 
 FIELDS = tuple(field.name for field in fields(Fact))
+PROBES = ("neighbours", "other_relations", "portability")
+"""Fields of prompts with answers."""
 REQUIRED = ("subject", "prompt", "target")
 
 

@@ -47,6 +47,8 @@ PORTABILITY = (
     Questions("alter_question", ("answer",)),
     *(Questions(f"question_{n}hop", (f"answer_{n}hop",)) for n in range(2, 7)),
 )
+OTHER_RELATIONS = "Relation_Specificity"
+"""The block of `locality` whose questions are about the fact's own subject."""
 PARAPHRASES = (
     *("rephrase_prompt", "rephrase", "paraphrase_prompts", "paraphrased_question"),
     *("para_question", "personas"),
@@ -268,28 +270,36 @@ def _questions(
     if not first:
         return asked
     asked["paraphrases"] += outer.all_texts(PARAPHRASES)
-    neighbours = list(_all(outer, shape.neighbours, "locality"))
+    local = list(_all(outer, shape.neighbours, "locality"))
+    own = [probe for block, probe in local if block == OTHER_RELATIONS]
+    neighbours = [probe for block, probe in local if block != OTHER_RELATIONS]
     if shape.same_answer:
         old = core.answers(shape.old_answer)
         prompts = outer.all_texts((shape.same_answer,))
         neighbours += [{"prompt": prompt} | _right(old) for prompt in prompts]
     for probe in neighbours:
         probe["prompt"] = _question(probe["prompt"])
-    portability = list(_all(outer, PORTABILITY, "portability"))
+    portability = [probe for _, probe in _all(outer, PORTABILITY, "portability")]
     left_out = sum("answer" not in probe for probe in portability)
     if left_out:
         reason = "questions of portability have no answer and were left out"
         outer.coverage.left_out[reason] += left_out
     asked["neighbours"] = neighbours
+    asked["other_relations"] = own
     asked["portability"] = [probe for probe in portability if "answer" in probe]
     return asked
 
 
-def _all(outer: View, rows: Iterable[Questions], blocks: str) -> Iterator[dict[str, Any]]:
+def _all(
+    outer: View, rows: Iterable[Questions], blocks: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Questions, each with the name of its block, empty for none."""
     for row in rows:
-        yield from _probes(outer, (row.prompts,), row.answers, shared=row.shared)
-    for block in outer.blocks(blocks):
-        yield from _probes(block, PROMPTS, ANSWERS)
+        for probe in _probes(outer, (row.prompts,), row.answers, shared=row.shared):
+            yield "", probe
+    for name, block in outer.blocks(blocks):
+        for probe in _probes(block, PROMPTS, ANSWERS):
+            yield name, probe
 
 
 def _probes(

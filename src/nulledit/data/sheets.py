@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from nulledit.data.facts import FIELDS, REQUIRED, quote, suggest
+from nulledit.data.facts import FIELDS, PROBES, REQUIRED, quote, suggest
 from nulledit.data.formats import KNOWN_NAMES, NATIVE, SEVERAL, detect_shape, essential_names
 from nulledit.data.views import Row
 from nulledit.errors import FactError
@@ -17,8 +17,7 @@ from nulledit.errors import FactError
 LIST_SEPARATOR = "|"
 ANSWER_SEPARATOR = "=>"
 DELIMITERS = ",;\t"
-_PROBES = ("neighbours", "portability")
-_LISTS = ("target_aliases", "more_prompts", "paraphrases", *_PROBES)
+_LISTS = ("target_aliases", "more_prompts", "paraphrases", *PROBES)
 _NOTHING = ("NaN", "nan")  # pandas' word for an empty cell
 _INDEX = re.compile(r"(Unnamed: \d+)?")  # pandas' name for the column of its index
 _FLOAT = re.compile(r"-?\d+\.0")  # what pandas makes of integers beside an empty cell
@@ -160,7 +159,7 @@ def _native(pairs: list[tuple[str, str]]) -> dict[str, Any]:
     for name, cell in pairs:
         if cell.strip() or name in REQUIRED:
             record[name] = _split(cell) if name in _LISTS else cell
-    for name in _PROBES:
+    for name in PROBES:
         if name in record:
             record[name] = [_probe(text) for text in record[name]]
     return record

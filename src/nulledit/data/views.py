@@ -121,20 +121,23 @@ class View:
             for i, item in enumerate(value)
         ]
 
-    def blocks(self, name: str) -> Iterator[View]:
-        """The questions at `name`: one, a list of them, or either under names of blocks."""
+    def blocks(self, name: str) -> Iterator[tuple[str, View]]:
+        """The questions at `name`: one, a list of them, or either under names of blocks.
+
+        Each with its block's name, empty for none.
+        """
         place, value = self.get(name)
         if value is None:
             return
-        parts = [(place, value)]
+        parts = [("", place, value)]
         if isinstance(value, Mapping) and not any(key in PROMPTS for key in value):
-            parts = [(f"{place}[{quote(key)}]", block) for key, block in value.items()]
-        for where, part in parts:
+            parts = [(str(k), f"{place}[{quote(k)}]", block) for k, block in value.items()]
+        for block, where, part in parts:
             several = isinstance(part, list | tuple)
             for i, item in enumerate(part if several else [part]):
                 if not blank(item):
                     at = f"{where}[{i}]" if several else where
-                    yield View(item, self.coverage, where=at, kind=self._kind(name))
+                    yield block, View(item, self.coverage, where=at, kind=self._kind(name))
 
     def place(self, name: str) -> str:
         """A field's place in the record, for messages."""

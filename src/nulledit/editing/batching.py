@@ -52,6 +52,7 @@ def merged(fact: Fact, other: Fact) -> Fact:
         more_prompts=tuple(p for p in prompts if p != fact.prompt),
         paraphrases=tuple(dict.fromkeys((*fact.paraphrases, *other.paraphrases))),
         neighbours=tuple(dict.fromkeys((*fact.neighbours, *other.neighbours))),
+        other_relations=tuple(dict.fromkeys((*fact.other_relations, *other.other_relations))),
         portability=tuple(dict.fromkeys((*fact.portability, *other.portability))),
         target_aliases=tuple(dict.fromkeys((*fact.target_aliases, *other.answers))),
     )

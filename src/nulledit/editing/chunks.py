@@ -42,14 +42,12 @@ def _request(fact: Fact, chunks: list[str], number: int) -> Fact:
     before = [" ".join(filter(None, (fact.render(p), head))) for p in fact.prompts]
     prompts = [f"{text.replace(SLOT, '')} {SLOT}" for text in before]
     return replace(
-        fact,
+        fact.bare,
         subject=last,
         prompt=prompts[0],
         more_prompts=tuple(prompts[1:]),
         target=chunks[number],
         old_answer=None,
-        paraphrases=(),
-        neighbours=(),
     )
 
 

@@ -58,10 +58,14 @@ class Measure:
 
 OF_FACTS = (
     Measure("generation", "said in generation", "says it freely"),
+    Measure("relation_specificity", "relation specificity", "other relations kept"),
+    Measure("relation_kl", "KL at other relations", unit="nat", better="low", digits=2),
     Measure("fluency", "fluency", unit="bits", digits=2),
     Measure("consistency", "consistency"),
 )
 """Values by fact that no query of an answer gives."""
+AT_RELATIONS = ("relation_specificity", "relation_kl")
+"""Those of prompts on other relations of the edited subjects, beside the base (`relations`)."""
 OF_TEXT = (
     Measure("perplexity", "perplexity", unit="", better="low", digits=2),
     Measure("growth", "growth of perplexity", "growth", better="low"),

@@ -19,6 +19,7 @@ Kind = Literal[
     "generalization",
     "specificity",
     "portability",
+    "other_relations",
     "efficacy_distracted",
     "specificity_distracted",
     "forgotten",
@@ -27,7 +28,9 @@ Kind = Literal[
 FORGOTTEN: tuple[Kind, ...] = ("forgotten", "forgotten_paraphrases")
 """Asked of facts to forget, in the place of efficacy and generalization: right is not to say it."""
 KINDS: tuple[Kind, ...] = ("efficacy", "generalization", "specificity")
-MORE_KINDS: tuple[Kind, ...] = ("portability", "efficacy_distracted", "specificity_distracted")
+MORE_KINDS: tuple[Kind, ...] = (
+    *("portability", "other_relations", "efficacy_distracted", "specificity_distracted"),
+)
 """Only measured where facts have such prompts, or on request."""
 MIN_WORDS = 6  # of a sentence that distracts
 
@@ -40,7 +43,8 @@ class Query:
     """The fact that is asked about."""
     kind: Kind
     """efficacy: the fact's own prompt; generalization: a paraphrase; specificity: a neighbour;
-    portability: what follows from the fact; distracted: behind another text; forgotten: the own
+    portability: what follows from the fact; other_relations: what else is true of its subject;
+    distracted: behind another text; forgotten: the own
     prompt, or the paraphrases, of a fact to forget."""
     prompt: str
     """Full text, no slot."""
@@ -69,8 +73,8 @@ def queries_of(
 
     The target stands against the old answer on the fact's own prompt and on its paraphrases. A
     neighbour's answer stands against the target; a neighbour that has the target for an answer has
-    nothing to stand against, and neighbours without an answer are left out. What follows from the
-    fact stands against nothing.
+    nothing to stand against, and neighbours without an answer are left out. The same holds of
+    other relations of the subject. What follows from the fact stands against nothing.
 
     Any accepted answer is right where an answer is asked for, the target's aliases included.
 
@@ -95,6 +99,10 @@ def queries_of(
             of_fact("forgotten", prompt, None),
             *(of_fact("forgotten_paraphrases", text, None) for text in fact.paraphrases),
             *(of_probe("specificity", p.prompt, p, None) for p in _answered(fact.neighbours)),
+            *(
+                of_probe("other_relations", p.prompt, p, None)
+                for p in _answered(fact.other_relations)
+            ),
         )
     queries = [
         of_fact("efficacy", prompt, fact.old_answer),
@@ -104,6 +112,10 @@ def queries_of(
             for p in _answered(fact.neighbours)
         ),
         *(of_probe("portability", p.prompt, p, None) for p in _answered(fact.portability)),
+        *(
+            of_probe("other_relations", p.prompt, p, _rival(fact, p))
+            for p in _answered(fact.other_relations)
+        ),
     ]
     if distract:
         before = unrelated(fact, shipped_sentences() if texts is None else texts)
@@ -150,6 +162,6 @@ def _answered(probes: Sequence[Probe]) -> Iterator[Probe]:
 
 
 def _rival(fact: Fact, probe: Probe) -> str | None:
-    """What a neighbour's answer stands against."""
+    """What the answer of a neighbour, or of another relation, stands against."""
     right = {answer.casefold() for answer in (probe.answer or "", *probe.aliases)}
     return None if fact.target.casefold() in right else fact.target

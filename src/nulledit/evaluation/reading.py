@@ -200,15 +200,26 @@ def _compare(
     model: EditableModel, base: Tensor, now: Tensor, targets: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Losses [n] of `targets` [n] after the states `now` [n, d], and KL(base ‖ now) [n], nats."""
-    size = max(1, LOGITS // model.model.config.get_text_config().vocab_size)
     losses, apart = [], []
-    parts = zip(base.split(size), now.split(size), targets.split(size), strict=True)
-    for before, after, ids in parts:
-        log_p = _log_probabilities(model, before.to(after.device))
-        log_q = _log_probabilities(model, after)
-        losses.append(-log_q.gather(1, ids[:, None].to(log_q.device))[:, 0].cpu())
-        apart.append(_divergences(log_p, log_q).cpu())
+    for at, log_p, log_q in side_by_side(model, base, now):
+        ids = targets[at].to(log_q.device)
+        losses.append(-log_q.gather(1, ids[:, None])[:, 0].cpu())
+        apart.append(divergences(log_p, log_q).cpu())
     return torch.cat(losses), torch.cat(apart)
+
+
+def side_by_side(
+    model: EditableModel, base: Tensor, now: Tensor
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Log-probabilities [m, vocabulary] after normed states `base` and `now` [n, d], in parts.
+
+    Each part with its place among the n.
+    """
+    size = max(1, LOGITS // model.model.config.get_text_config().vocab_size)
+    for first in range(0, len(now), size):
+        at = slice(first, first + size)
+        before = _log_probabilities(model, base[at].to(now.device))
+        yield at, before, _log_probabilities(model, now[at])
 
 
 def _log_probabilities(model: EditableModel, states: Tensor) -> Tensor:
@@ -216,7 +227,7 @@ def _log_probabilities(model: EditableModel, states: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
-def _divergences(log_p: Tensor, log_q: Tensor) -> Tensor:
+def divergences(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p ‖ q) [n] of log-probabilities [n, vocabulary].
 
     As the sum of p (log p − log q) + q − p, whose terms are not negative: what the logarithms have

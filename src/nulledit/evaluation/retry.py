@@ -30,11 +30,7 @@ def retry_failing(
     columns where every fact holds.
     """
     report = EditReport((), editor.weights.reports(), (), {})
-    asked = [
-        replace(fact, paraphrases=(), neighbours=(), portability=())
-        for fact in facts
-        if not fact.forget
-    ]
+    asked = [fact.bare for fact in facts if not fact.forget]
     left = _failing(editor, asked, progress)
     for number in range(1, times + 1):
         if not left:

@@ -16,6 +16,7 @@ from nulledit.evaluation.generation import fact_answers, says
 from nulledit.evaluation.measures import entry, find, measured, shown
 from nulledit.evaluation.queries import queries_of, shipped_sentences
 from nulledit.evaluation.reading import Divergence, Perplexity, Reading, read
+from nulledit.evaluation.relations import ByFact, kept_relations, relation_states
 from nulledit.evaluation.scores import Score, per_fact, rates, score
 from nulledit.evaluation.stats import Rate
 from nulledit.io.notebook import frame, html_table
@@ -24,6 +25,7 @@ from nulledit.models.editable_model import EditableModel
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import Tensor
 
 CPU_POSITIONS = 512  # small chunks stay in a processor's cache
 ACCELERATOR_POSITIONS = 8192
@@ -54,7 +56,11 @@ class Evaluation:
     kl: Divergence | None = None
     """From the base on the windows; None without windows or without a base to compare with."""
     reading: Reading | None = field(default=None, repr=False, compare=False)
-    """Of the windows, by token: what a later evaluation takes for its `base`."""
+    """Of the windows, by token."""
+    relations: Mapping[str, ByFact] = field(default_factory=dict)
+    """Measure -> fact id -> value at other relations of the subjects; empty without a base."""
+    relation_states: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    """Prompt on another relation -> the state that predicts what follows it."""
 
     @property
     def fluency(self) -> Rate | None:
@@ -69,13 +75,15 @@ class Evaluation:
     def by_fact(self) -> dict[str, Mapping[str, float]]:
         """Measure -> fact id -> value, of those that no query of an answer gives."""
         if self.writing is None:
-            return {}
-        return {"fluency": self.writing.fluency, "consistency": self.writing.consistency}
+            return dict(self.relations)
+        written = {"fluency": self.writing.fluency, "consistency": self.writing.consistency}
+        return {**self.relations, **written}
 
     def summary(self) -> dict[str, Any]:
         """Rates, generation, perplexity and KL as plain data for JSON; nan and infinity are None.
 
-        Fluency and consistency are there if longer texts were asked for.
+        Fluency and consistency are there if longer texts were asked for, what is kept at other
+        relations if there was a base.
         """
         told: dict[str, Any] = {
             "rates": {name: _plain(rate) for name, rate in self.rates.items()},
@@ -142,7 +150,7 @@ def evaluate(
     facts: Sequence[Fact],
     *,
     windows: Sequence[Sequence[int]] | None = None,
-    base: Reading | None = None,
+    base: Evaluation | None = None,
     generate: bool = True,
     judge: Judge | None = None,
     distract: bool = False,
@@ -156,8 +164,9 @@ def evaluate(
 
     Facts are asked in the model's form, plain or in the chat template: `editor.editable` asks as
     they are edited. Longer texts and `windows` are plain text in any case.
-    `windows` of token ids are for perplexity, and for KL per token where `base` is given: the
-    `reading` of an evaluation of the model before its edits, on the same windows. `judge` says
+    `windows` of token ids are for perplexity. `base`, an evaluation of the model before its edits
+    on the same windows and facts (or more facts), is what the model is compared with: KL per token
+    of the windows, and what is kept at other relations of the facts' subjects. `judge` says
     whether an answer says the target or an alias; by default whether it contains it and does not
     loop. `distract` asks again behind other texts (`queries_of`). With `fluency`, or `references`
     for consistency, the model writes longer texts, drawn by `seed` (`write_texts`). For the model
@@ -185,8 +194,9 @@ def evaluate(
     reading = None
     if windows:
         stage = _stage(progress, "perplexity")
-        keep = base is None
-        reading = read(model, windows, base=base, keep=keep, progress=stage)
+        read_by_base = base.reading if base else None
+        reading = read(model, windows, base=read_by_base, keep=base is None, progress=stage)
+    at_relations = relation_states(model, facts)
     return Evaluation(
         scores=tuple(scores),
         answers=answers,
@@ -197,6 +207,8 @@ def evaluate(
         writing=writing,
         kl=reading.kl if reading else None,
         reading=reading,
+        relations=kept_relations(model, facts, base.relation_states, at_relations) if base else {},
+        relation_states=at_relations,
     )
 
 

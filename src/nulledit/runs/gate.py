@@ -15,15 +15,17 @@ from nulledit.editing.engine import EditEngine
 from nulledit.errors import FactError
 from nulledit.evaluation.capability import TaskResult, capability
 from nulledit.evaluation.hidden_norms import edit_rows, hidden_growth, text_rows
+from nulledit.evaluation.measures import AT_RELATIONS
 from nulledit.evaluation.queries import KINDS as ASKED
 from nulledit.evaluation.queries import queries_of
 from nulledit.evaluation.reading import Reading, read
+from nulledit.evaluation.relations import kept_relations, relation_states
 from nulledit.evaluation.runner import ACCELERATOR_POSITIONS, CPU_POSITIONS
 from nulledit.evaluation.scores import Score, per_fact, score
 from nulledit.evaluation.stats import Rate, perplexity_growth
 from nulledit.evaluation.tasks import read_tasks
 from nulledit.runs.gate_report import FAILED, OK, UNMEASURED, GateReport, Row
-from nulledit.runs.limits import KINDS, Bound, Least, Limits, Most, Oldest, Tasks
+from nulledit.runs.limits import KINDS, Bound, Least, Limits, Most, Oldest, Tasks, why_absent
 from nulledit.runs.measure import read_text
 
 SURE = 1.645  # standard errors of a one-sided 95 %
@@ -170,6 +172,8 @@ class _Measuring:
             return {name: self._rate("efficacy_strict", (said or self.facts)[: bound.first])}
         if name.startswith("specificity") and name.endswith("_drop"):
             return {name: self._drop(name.removesuffix("_drop"))}
+        if name in AT_RELATIONS:
+            return {name: self._at_relations(name)}
         if name.removesuffix("_strict") in ASKED:
             return {name: self._rate(name, self.facts)}
         found: dict[str, Callable[[], Outcome]] = {
@@ -189,15 +193,27 @@ class _Measuring:
         values = per_fact(self._asked("edited"))[measure]
         held = [values[fact.id] for fact in facts if fact.id in values]
         if not held:
-            return _absent(measure, facts)
+            return Missing(why_absent(measure, facts))
         return Found.of(Rate.of(held), "facts", shares=True)
 
     def _drop(self, measure: str) -> Outcome:
         before, after = (per_fact(self._asked(side))[measure] for side in ("base", "edited"))
         moved = [before[i] - after[i] for i in before if i in after]
         if not moved:
-            return _absent(measure, self.facts)
+            return Missing(why_absent(measure, self.facts))
         return Found.of(Rate.of(moved), "facts", shares=True)
+
+    def _at_relations(self, measure: str) -> Outcome:
+        model = self.editor.editable
+        with self.editor.base_weights():
+            base = relation_states(model, self.facts)
+        now = relation_states(model, self.facts)
+        if not now:
+            return Missing(why_absent(measure, self.facts))
+        rate = Rate.of(list(kept_relations(model, self.facts, base, now)[measure].values()))
+        if KINDS[measure].unit == "%":
+            return Found.of(rate, "facts", shares=True)
+        return Found(rate.mean, rate.standard_error, rate.n, "facts")
 
     def _asked(self, side: str) -> list[Score]:
         """Scores of the facts' queries, of those kinds that the limits ask for."""
@@ -347,21 +363,3 @@ def _worst(by_layer: Mapping[int, float], *, highest: bool) -> Found:
     pick = max if highest else min
     layer = pick(by_layer, key=lambda layer: by_layer[layer])
     return Found(100 * by_layer[layer], note=f"layer {layer}")
-
-
-def _absent(measure: str, facts: Sequence[Fact]) -> Missing:
-    if not facts:
-        return Missing("no facts in the model")
-    lacking = {
-        "efficacy": "no fact has an old answer to prefer the new one to",
-        "generalization": "no fact has a paraphrase",
-        "generalization_strict": "no fact has a paraphrase",
-        "specificity": "no fact has a neighbour with an answer",
-        "specificity_strict": "no fact has a neighbour with an answer",
-    }
-    found = lacking.get(measure, "the facts lack what it needs")
-    if not measure.startswith("specificity") and all(fact.forget for fact in facts):
-        found = "all facts are to be forgotten"
-    elif measure == "generalization" and any(fact.paraphrases for fact in facts):
-        found = "no fact with a paraphrase has an old answer"
-    return Missing(found)

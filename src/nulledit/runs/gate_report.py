@@ -40,7 +40,7 @@ class Row:
     note: str = ""
     """The layer where it was found, how it is spread, or why nothing was."""
     unit: str = "%"
-    """% or points of %; mnat for KL per token."""
+    """% or points of %; mnat for KL per token, nat for KL at other relations."""
 
 
 @dataclass(frozen=True, repr=False)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from nulledit.data.facts import quote, suggest
+from nulledit.data.facts import Fact, quote, suggest
 from nulledit.errors import ConfigError
+from nulledit.evaluation.measures import AT_RELATIONS
 from nulledit.evaluation.tasks import TASKS
 from nulledit.io.settings import (
     Count,
@@ -138,6 +139,14 @@ def _rates() -> Iterator[tuple[str, Kind]]:
 KINDS: Mapping[str, Kind] = {
     **dict(_rates()),
     "oldest_cohort": Kind(Oldest, "strict efficacy of the facts edited first", "facts"),
+    "relation_specificity": Kind(
+        SampledLeast,
+        "prompts on other relations of the facts' subjects: the base's likeliest token stays",
+        "facts",
+    ),
+    "relation_kl": Kind(
+        SampledMost, "KL there of the base's next token from the edited one's", "facts", "nat"
+    ),
     "perplexity_growth": Kind(SampledMost, "growth of perplexity on a text", "text"),
     "kl": Kind(
         SampledMost, "KL per token of the base's next token from the edited one's", "text", "mnat"
@@ -155,7 +164,7 @@ KINDS: Mapping[str, Kind] = {
         Least, "share of usable directions that no edit took, least of the layers", "weights"
     ),
 }
-"""Limits by name; numbers are in %, or in points of %, but for that of `kl`."""
+"""Limits by name; numbers are in %, or in points of %, but for those of `kl` and `relation_kl`."""
 
 
 @dataclass(frozen=True)
@@ -217,3 +226,23 @@ def _bound(name: object, given: Any) -> Bound:
         return read_settings(kind, given)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
+
+
+def why_absent(measure: str, facts: Sequence[Fact]) -> str:
+    """Why a measure of `facts` has no value."""
+    if not facts:
+        return "no facts in the model"
+    lacking = {
+        "efficacy": "no fact has an old answer to prefer the new one to",
+        "generalization": "no fact has a paraphrase",
+        "generalization_strict": "no fact has a paraphrase",
+        "specificity": "no fact has a neighbour with an answer",
+        "specificity_strict": "no fact has a neighbour with an answer",
+        **dict.fromkeys(AT_RELATIONS, "no fact has a prompt on another relation of its subject"),
+    }
+    found = lacking.get(measure, "the facts lack what it needs")
+    if measure.startswith(("efficacy", "generalization")) and all(fact.forget for fact in facts):
+        found = "all facts are to be forgotten"
+    elif measure == "generalization" and any(fact.paraphrases for fact in facts):
+        found = "no fact with a paraphrase has an old answer"
+    return found

@@ -58,6 +58,11 @@ def check_lengths(editor: EditEngine, facts: Sequence[Fact]) -> None:
     whole = editor.editable.encoder
     for fact in facts:
         room = answer_room(whole, fact)
+        for probe in fact.other_relations:
+            try:
+                whole.encode(probe.prompt)
+            except FactError as error:
+                raise FactError(f"fact {fact.id}, other_relations: {error}") from error
         for query in queries_of(fact):
             answer = max(query.said, key=len)
             size = len(f"{query.prompt} {answer}".encode())
@@ -110,8 +115,7 @@ def evaluate_both(
         with talk.progress("before: ") as tell, editor.base_weights():
             before = evaluate(model, facts, windows=windows, progress=tell, **asked)
     with talk.progress("after: ") as tell:
-        read = before.reading if before else None
-        after = evaluate(model, facts, windows=windows, base=read, progress=tell, **asked)
+        after = evaluate(model, facts, windows=windows, base=before, progress=tell, **asked)
     kept = preservation_report(editor, windows) if windows and editor.history.epochs else []
     return Comparison(before, after, text.name if text else "", tuple(kept))
 

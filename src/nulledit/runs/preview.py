@@ -13,7 +13,6 @@ from nulledit.editing.engine import EditEngine
 from nulledit.editing.weights import LayerReport
 from nulledit.errors import ConfigError
 from nulledit.evaluation.comparison import Comparison
-from nulledit.evaluation.reading import read
 from nulledit.evaluation.runner import Evaluation, evaluate
 from nulledit.io.text import count
 from nulledit.runs.measure import check_lengths, read_text
@@ -92,7 +91,7 @@ def preview(
     keys = {f.key for f in asked}
     held = [f for f in editor.facts if f.key not in keys][-HELD:]
     with editor.base_weights():
-        base = read(editor.editable, found.windows, keep=True)
+        base = evaluate(editor.editable, asked, windows=found.windows, generate=False)
 
     def measure(name: str) -> tuple[Evaluation, Evaluation | None]:
         model = editor.editable

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from nulledit.evaluation.measures import PREFERENCE, STRICT, TOKENS, find
+from nulledit.evaluation.measures import AT_RELATIONS, PREFERENCE, STRICT, TOKENS, find
 from nulledit.report.document import Column, Example, FigureSpec, StudyTable, Value
 from nulledit.report.points import Point
 from nulledit.studies.declaration import Cells, Columns, Figure, Part, Table
@@ -110,8 +110,12 @@ def labels(title: str) -> Cells:
 
 
 def usual(results: Results) -> Iterable[str]:
-    """Preference and strict measures, or tokens where the data have no old answers."""
-    return (*PREFERENCE, *STRICT) if _has_preference(results) else OF_TOKENS
+    """Preference and strict measures, or tokens where the data have no old answers.
+
+    And what stays at other relations of the subjects, where the data ask.
+    """
+    rates = (*PREFERENCE, *STRICT) if _has_preference(results) else OF_TOKENS
+    return (*rates, *AT_RELATIONS)
 
 
 def _has_preference(results: Results) -> bool:

@@ -67,8 +67,14 @@ def told(reading: Reading) -> dict[str, Any]:
 
 
 def _evaluate(lab: Lab, plan: StreamPlan, facts: Facts, generate: bool = False) -> Asked:
-    settings = {**hashed(facts), "generate": generate}
-    return settings, lambda e: evaluate(e.editable, facts, generate=generate).rows()
+    def ask(editor: EditEngine) -> Any:
+        base = None
+        if any(fact.other_relations for fact in facts):
+            with editor.base_weights():
+                base = evaluate(editor.editable, facts, generate=False)
+        return evaluate(editor.editable, facts, generate=generate, base=base).rows()
+
+    return {**hashed(facts), "generate": generate}, ask
 
 
 def _write(lab: Lab, plan: StreamPlan, facts: Facts) -> Asked:
@@ -119,7 +125,7 @@ def _first(setting: str) -> Callable[[Lab, Facts], Facts]:
 
 
 def _bare(lab: Lab, facts: Facts) -> Facts:
-    return [replace(f, paraphrases=(), neighbours=(), portability=()) for f in facts]
+    return [fact.bare for fact in facts]
 
 
 def _with_text(lab: Lab, facts: Facts) -> Facts:
