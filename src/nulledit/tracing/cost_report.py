@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nulledit.evaluation.stats import Rate
 from nulledit.io.jsonfiles import as_csv, as_json, write
 from nulledit.io.text import count
 from nulledit.report import document as doc
@@ -83,22 +82,23 @@ def cost_table(found: Costs) -> doc.StudyTable:
     """A row for each block."""
     columns = (
         doc.Column("layer", "layer"),
-        doc.Column("keys", "cost in W", better="low", unit="1e-4", digits=2),
-        doc.Column("inputs", "cost of a neuron", better="low", unit="1e-4", digits=2),
-        doc.Column("past_gate", "past its gate", better="low", unit="1e-4", digits=3),
-        doc.Column("text", "drive, text", digits=3),
-        doc.Column("text_rare", "1 in 1000", digits=3),
-        doc.Column("rivals", "other facts", digits=3),
-        doc.Column("rival", "largest", digits=2),
-        doc.Column("text_open", "open, text", unit="1e-4", digits=2),
-        doc.Column("facts_open", "open, facts", unit="%", digits=2),
+        doc.Column("keys", "cost in W", better="low", digits=2),
+        doc.Column("inputs", "neuron", better="low", digits=2),
+        doc.Column("past_gate", "past its gate", better="low", digits=3),
+        doc.Column("text_rare", "drive by text", better="low", digits=3),
+        doc.Column("rivals", "by a fact", better="low", digits=3),
+        doc.Column("rival", "at most", better="low", digits=2),
+        doc.Column("text_open", "text opens", better="low", digits=2),
+        doc.Column("facts_open", "facts open", unit="%", digits=2),
     )
     caption = (
-        "Costs are nats a token of text: of a value that W writes, of one written by a neuron that "
-        "answers in proportion, and of the part of it where the neuron's gate is open. Drives are "
-        "shares of a gate's own subject's: on text (root mean square; what one token in 1000 "
-        "exceeds; medians over facts) and the largest on another fact's subject (mean, and the "
-        f"largest of all). A gate is open above {found.threshold:g}"
+        "Costs are in 1e-4 nats a token of text, means over facts: of a value that W writes, of "
+        "one written by a neuron that answers in proportion, and of the part of that where the "
+        "neuron's gate is open. Drives are shares of what a gate's own subject drives: exceeded "
+        "by one token of text in 1000 (median fact), the largest by another fact's subject (mean "
+        f"over facts) and the largest of all. A gate is open above {found.threshold:g}: so many of "
+        "10,000 pairs of a fact and a token of text open it, and so many % of pairs of facts. "
+        "Standard errors are in costs.csv"
     )
     rows = tuple(_row(block) for block in found.blocks)
     used = {key for row in rows for key, cell in row.items() if cell is not None}
@@ -115,26 +115,19 @@ def _row(block: BlockCost) -> dict[str, doc.Cell]:
     gates = block.gates
     row: dict[str, doc.Cell] = {
         "layer": str(block.layer),
-        "keys": _value(block.keys, UNIT),
-        "inputs": _value(block.inputs, UNIT),
+        "keys": block.keys.mean / UNIT if block.keys else None,
+        "inputs": block.inputs.mean / UNIT if block.inputs else None,
     }
     if gates is not None:
         row |= {
-            "past_gate": _value(gates.past_gate, UNIT),
-            "text": gates.text,
+            "past_gate": gates.past_gate.mean / UNIT,
             "text_rare": gates.text_rare,
-            "rivals": _value(gates.rivals, 1.0),
+            "rivals": gates.rivals.mean if gates.rivals else None,
             "rival": gates.rival,
             "text_open": gates.text_open / UNIT,
             "facts_open": 100 * gates.facts_open,
         }
     return row
-
-
-def _value(rate: Rate | None, unit: float) -> doc.Value | None:
-    if rate is None:
-        return None
-    return doc.Value(rate.mean / unit, rate.standard_error / unit, rate.n)
 
 
 def write_costs(folder: Path, found: Costs, model: str) -> None:
