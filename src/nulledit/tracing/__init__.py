@@ -1,11 +1,15 @@
-"""Where in a model a fact is read from: causal tracing, and what it suggests."""
+"""Which blocks to edit: causal tracing of where facts are read, and what a value costs."""
 
+from nulledit.tracing.costs import Costs, CostSettings, cost_of, measure_costs
 from nulledit.tracing.location import Location, locate
 from nulledit.tracing.questions import Question, Questions, ask
-from nulledit.tracing.suggestion import Suggestion, suggest
+from nulledit.tracing.suggestion import CheapBlocks, Suggestion, cheapest, suggest
 from nulledit.tracing.trace import Trace, TraceSettings, trace
 
 __all__ = [
+    "CheapBlocks",
+    "CostSettings",
+    "Costs",
     "Location",
     "Question",
     "Questions",
@@ -13,7 +17,10 @@ __all__ = [
     "Trace",
     "TraceSettings",
     "ask",
+    "cheapest",
+    "cost_of",
     "locate",
+    "measure_costs",
     "suggest",
     "trace",
 ]

@@ -1,10 +1,10 @@
-"""From effects to a range of layers that one may try first.
+"""From effects, or costs, to layers that one may try first.
 
-The rule is after MEMIT (arXiv:2210.07229), which edits a range of blocks that ends where the MLPs'
-effect at the subject's last token is still high. Its GPT-2 XL setting is five blocks, 13 to 17,
-and 17 is the one that ROME edits, at the peak of its trace. Windows that hold the first block are
-left out: its MLP sees little but the token's own embedding, where the noise is, so putting its
-output back takes the noise away again instead of showing where a fact is read.
+The rule for effects is after MEMIT (arXiv:2210.07229), which edits a range of blocks that ends
+where the MLPs' effect at the subject's last token is still high. Its GPT-2 XL setting is five
+blocks, 13 to 17, and 17 is the one that ROME edits, at the peak of its trace. Windows that hold the
+first block are left out: its MLP sees little but the token's own embedding, where the noise is, so
+putting its output back takes the noise away again instead of showing where a fact is read.
 
 This is a place to begin, no more: where tracing finds an effect does not tell where editing works
 best (Hase et al., arXiv:2301.04213).
@@ -13,6 +13,7 @@ best (Hase et al., arXiv:2301.04213).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -75,3 +76,54 @@ def suggest(effects: Tensor, *, lowest: int, count: int = COUNT) -> Suggestion:
     effect = float(mean[top])
     layers = tuple(range(max(0, peak - count + 1), peak + 1)) if effect > CLEAR * error else ()
     return Suggestion(layers, peak, effect, error, lowest, low, high, facts)
+
+
+FLAT = 1.15
+"""Times the least cost, up to which a block next to the cheapest is as good as it."""
+
+
+@dataclass(frozen=True)
+class CheapBlocks:
+    """Blocks where a value costs other text least, for both kinds of methods."""
+
+    layers: tuple[int, ...]
+    """For methods that change W: the span round the cheapest that costs hardly more; empty if it
+    was not measured."""
+    gated: int | None
+    """For gated edits: the cheapest block; None if there is none."""
+
+    @property
+    def recipe_line(self) -> str:
+        """The line for a recipe of a method that changes W; empty without layers."""
+        return f"layers: {list(self.layers)}" if self.layers else ""
+
+    @property
+    def gated_line(self) -> str:
+        """Lines for a recipe of gated edits; empty without a block."""
+        return "" if self.gated is None else f"method: {{name: gated}}\nlayers: [{self.gated}]"
+
+
+def cheapest(
+    keys: Mapping[int, float], inputs: Mapping[int, float], *, depth: int, count: int = COUNT
+) -> CheapBlocks:
+    """Blocks from costs by layer, of what W writes (`keys`) and of neurons (`inputs`).
+
+    The span holds neighbours within `FLAT` of the least cost, `count` at most, the costlier end
+    left out first. The last of `depth` blocks does not count: nothing above it would read an edit.
+    """
+    keys, inputs = (
+        {layer: cost for layer, cost in costs.items() if layer < depth - 1}
+        for costs in (keys, inputs)
+    )
+    span: tuple[int, ...] = ()
+    if keys:
+        low = high = min(keys, key=keys.__getitem__)
+        most = FLAT * keys[low]
+        while high - low + 1 < count:
+            ends = [layer for layer in (low - 1, high + 1) if keys.get(layer, math.inf) <= most]
+            if not ends:
+                break
+            added = min(ends, key=keys.__getitem__)
+            low, high = min(low, added), max(high, added)
+        span = tuple(range(low, high + 1))
+    return CheapBlocks(span, min(inputs, key=inputs.__getitem__) if inputs else None)
