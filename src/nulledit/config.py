@@ -245,6 +245,9 @@ class Recipe:
     """Cosine at the first edited layer above which facts share one key and so one δ."""
     batch_size: Count = 100
     """Facts solved together."""
+    batching: Literal["order", "keys"] = "order"
+    """Which facts of a call make a batch. order: those that follow each other, in an order fixed by
+    the seed. keys: those whose keys are alike, around facts taken in that order."""
     chunk_positions: Whole = 0
     """Token positions that run together while values are optimised; 0: by device."""
     layout: Layout | None = None

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from nulledit.config import Recipe, ValueSettings
@@ -320,6 +321,14 @@ class EditSession:
             cache=self.cache,
             ranks=self.ranks,
         )
+
+    def keys_alone(self, facts: Sequence[Fact], run: CallLog) -> Tensor:
+        """Keys [d_in, n] of `facts` at the first edited layer of the unedited model.
+
+        Each is made on its own, so that its bits do not depend on the facts beside it.
+        """
+        with self.weights.holding([]):
+            return torch.cat([self.writer([fact], run).first_keys[:, :1] for fact in facts], dim=1)
 
     def agree(self, facts: Sequence[Fact]) -> None:
         """RankError unless all ranks are to do the same to the same."""
