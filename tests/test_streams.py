@@ -9,6 +9,10 @@ from support.models import RECIPE, build_model, statistics_of
 from nulledit import Editor, Fact
 from nulledit.editing.batching import batches
 from nulledit.editing.call_log import CallLog
+from nulledit.editing.displacement import of_history
+from nulledit.models.layouts import as_out_in
+from nulledit.runs.gate import check
+from nulledit.runs.limits import Limits
 
 PEOPLE = ("Ada Byron", "Émile Zola", "Karo Dun", "Velm", "Ostrel", "Lyra Holm", "Ada Zola")
 FACTS = [Fact(id=f"f{i}", subject=s, prompt="{} says", target="x") for i, s in enumerate(PEOPLE)]
@@ -90,6 +94,54 @@ def test_an_interrupted_stream_goes_on_with_the_batches_that_would_have_come(mak
     cut.edit([f for f in FACTS if f.id not in {c.id for c in cut.facts}])  # as `--continue` does
     assert batch_ids(cut) == batch_ids(whole)
     assert cut.history.state_id == whole.history.state_id
+
+
+# -- what a batch does to the facts before it ------------------------------------------------------
+
+
+def dense_displacement(weights, keys):
+    """‖(W_t − W_{t−1}) K_old‖ / ‖W_{t−1} K_old‖ of each batch t after the first."""
+    found = []
+    for t in range(1, len(keys)):
+        old, change = torch.cat(keys[:t], dim=1), weights[t + 1] - weights[t]
+        found.append(float((change @ old).norm() / (weights[t] @ old).norm()))
+    return found
+
+
+@pytest.mark.parametrize("method", ["alphaedit", "memit", "ft"])
+def test_displacement_is_its_formula_in_report_and_ledger(method, make):
+    editor = make(method__name=method)
+    weights = {i: [as_out_in(editor.editable.mlp_out(i)).clone()] for i in (1, 2)}
+    told = []
+    for at in (0, 2, 4):
+        report = editor.edit(FACTS[at : at + 2])
+        told += report.displaced
+        for layer, kept in weights.items():
+            kept.append(editor.weights.exact(layer))
+    again = of_history(editor.weights)
+    assert [d.batch for d in told] == [d.batch for d in again] == [2, 3]
+    by_batch = [[c for c in editor.history.active if c.batch == b] for b in (1, 2, 3)]
+    for layer, kept in weights.items():
+        keys = [editor.weights.recorded(batch, layer)[0] for batch in by_batch]
+        expected = dense_displacement(kept, keys)
+        assert [d.layers[layer] for d in told] == pytest.approx(expected, rel=1e-8)
+        assert [d.layers[layer] for d in again] == pytest.approx(expected, rel=1e-8)
+        assert min(expected) > 1e-6
+    editor.undo(*[c.fact.id for c in by_batch[1]])
+    assert [d.batch for d in of_history(editor.weights)] == [3]
+
+
+def test_displacement_is_a_limit(make):
+    editor = make()
+    report = editor.edit(FACTS)
+    most = 100 * max(d.largest for d in report.displaced)
+    for bound, passed in ((1.01 * most, True), (0.99 * most, False)):
+        found = check(editor, Limits.from_dict({"displacement": {"at_most": bound}}))
+        assert found.passed == passed
+        assert found.rows[0].found == pytest.approx(most, rel=1e-6)
+        assert found.rows[0].note.startswith("batch ")
+    editor.undo(*[c.fact.id for c in editor.history.active if c.batch > 1])
+    assert check(editor, Limits.from_dict({"displacement": {"at_most": 0}})).passed
 
 
 def batch_ids(editor):

@@ -92,7 +92,8 @@ def _written(session: EditSession, facts: Sequence[Fact], run: CallLog) -> EditR
     asked = {fact.id for fact in facts}
     columns = tuple(c for c in session.history.present if c.fact.id in asked)
     layers = session.weights.reports()
-    return EditReport(columns, layers, tuple(run.notices), run.seconds, run.optimised)
+    told = tuple(run.notices), run.seconds, run.optimised, tuple(run.displaced)
+    return EditReport(columns, layers, *told)
 
 
 def undo(session: EditSession, ids: Sequence[str]) -> ChangeReport:

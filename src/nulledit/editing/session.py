@@ -17,6 +17,7 @@ from nulledit.data.facts import Fact, refuse_forgetting, suggest
 from nulledit.editing.batch import BatchResult, BatchWriter, KnownValues
 from nulledit.editing.call_log import CallLog
 from nulledit.editing.contexts import make_contexts
+from nulledit.editing.displacement import of_batch
 from nulledit.editing.epochs import open_epoch
 from nulledit.editing.stronger import differences
 from nulledit.editing.undo import Plan, check_id, facts_of, with_groups
@@ -239,7 +240,7 @@ class EditSession:
         `given`: values, where they are known; then no older fact may share a key with a new one.
         `values`: settings of their optimisation in the place of the recipe's.
         """
-        asked = {fact.key: fact for fact in facts}
+        asked, before = {fact.key: fact for fact in facts}, self.weights.states()
         out = {c.id for c in dropped}
         present = [c for c in self.history.active if c.id not in out] + list(restored)
         present.sort(key=lambda c: c.id)
@@ -299,6 +300,8 @@ class EditSession:
         self.journal.commit(
             kind, made, deactivated=leaving, activated=back, tensors=written.tensors
         )
+        if staying:
+            run.displaced.append(of_batch(self.weights, before, staying, made[0].batch))
 
     def on_key(self, keys: Tensor, others: Sequence[Column]) -> list[Column]:
         """Those of `others` on the same first-layer key as one of `keys` [d_in, n]."""
