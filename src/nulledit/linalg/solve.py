@@ -27,6 +27,18 @@ def solve_update(keys: Tensor, residual: Tensor, preconditioner: Preconditioner)
     return solve_with(K, R, preconditioner.apply(K))
 
 
+def solve_weighed(keys: Tensor, residual: Tensor, weighted: Tensor, own: Tensor) -> Tensor:
+    """The same where a column weighs otherwise in the system than in what is written.
+
+        Δ = R (I + M T)⁻¹ KᵀG   =   R Kᵀ (G⁻¹ + K T Kᵀ)⁻¹,   M = KᵀGK
+
+    `weighted` is GK [d_in, n], `own` T [n, n] >= 0, symmetric; all float64. T = I: `solve_update`.
+    """
+    system = keys.mT @ weighted @ own.to(weighted)
+    system.diagonal().add_(1.0)  # eigenvalues >= 1: those of M T are of a product of two >= 0
+    return residual @ torch.linalg.solve(system, weighted.mT)
+
+
 def factor(keys: Tensor, weighted: Tensor) -> Tensor:
     """The lower factor of I + KᵀGK [n, n] for `keys` K and GK = `weighted`, [d_in, n] each."""
     system = keys.mT @ weighted
@@ -84,11 +96,19 @@ class RecursiveState:
             weighted -= Z @ (Z.mT @ keys)
         return weighted
 
-    def write(self, keys: Tensor, residual: Tensor) -> tuple[Tensor, RecursiveState]:
-        """Δ [d_out, d_in] that writes `residual` R_b at `keys` K_b, and what is left after it."""
+    def write(
+        self, keys: Tensor, residual: Tensor, own: Tensor | None = None
+    ) -> tuple[Tensor, RecursiveState]:
+        """Δ [d_out, d_in] that writes `residual` R_b at `keys` K_b, and what is left after it.
+
+        With `own` T [n, n] Δ is that of `solve_weighed`; what is left is the same, so that later
+        batches meet these keys as they meet all others.
+        """
         weighted = self.apply(keys)
         L = factor(keys, weighted)
         Z = torch.linalg.solve_triangular(L, weighted.mT, upper=False).mT
+        if own is not None:
+            return solve_weighed(keys, residual, weighted, own), self._without(Z)
         Y = torch.linalg.solve_triangular(L, residual.mT, upper=False)
         return Y.mT @ Z.mT, self._without(Z)
 
