@@ -272,6 +272,46 @@ def test_a_ridge_that_knows_the_batch_is_its_formula(name, tau, rho):
     assert gap(batch_ridge(name, stream.batches(), 1.0, 0.0), paper(name, stream.batches())) < 1e-8
 
 
+def guarded(name, batches, guard, most, tau):
+    """W after `batches`, each with D = I + λ·diag(largest cosines) on the past keys; dense."""
+    s, W, past = SETTINGS[name], W0, torch.zeros(D, 0, dtype=torch.float64)
+    A = s["l2"] * torch.linalg.pinv(P) if name == "alphaedit" else s["moment_weight"] * C
+    free = BASIS[:, VALUES < THRESHOLD] if name == "alphaedit" else EYE
+    for K, V in batches:
+        weights = torch.ones(past.shape[1], dtype=torch.float64)
+        if past.shape[1]:
+            cosines = torch.cosine_similarity(past[:, :, None], K[:, None], dim=0).max(1).values
+            near = cosines.argsort(descending=True)[:most]
+            weights[near] += guard * cosines[near].clamp_min(0)
+        system = free.mT @ (A + past @ torch.diag(weights) @ past.mT + tau * K @ K.mT) @ free
+        W = W + (V - W @ K) @ K.mT @ free @ torch.linalg.inv(system) @ free.mT
+        past = torch.cat([past, K], dim=1)
+    return W
+
+
+@pytest.mark.parametrize(("guard", "most", "tau"), [(8.0, 4, 1.0), (3.0, 100, 0.5), (3.0, 1, 1.0)])
+@pytest.mark.parametrize("name", ["alphaedit", "memit-history"])
+def test_endangered_facts_weigh_more_by_their_formula(name, guard, most, tau):
+    stream = Stream(name, guard=guard, guarded=most, tau=tau)
+    assert gap(stream.state.weight, guarded(name, stream.batches(), guard, most, tau)) < 1e-8
+    assert torch.equal(stream.fold.fold(stream.history.columns).weight, stream.state.weight)
+    staying = [c for c in stream.history.columns if c.id not in (2, 4, 6)]
+    without = guarded(name, stream.batches(staying), guard, most, tau)
+    assert gap(stream.fold.fold(staying).weight, without) < 1e-8
+
+
+def test_a_guard_holds_old_facts_faster():
+    keys = [draw(D, N, seed=10)]
+    keys.append(keys[0] + 0.5 * draw(D, N, seed=11))
+    moved = []
+    for guard in (0.0, 1.0, 10.0):
+        stream = Stream("memit-history", 2, keys=keys, guard=guard)
+        first = stream.fold.fold([c for c in stream.history.columns if c.batch == 1]).weight
+        moved.append(float(((stream.state.weight - first) @ keys[0]).norm()))
+    assert moved == sorted(moved, reverse=True)
+    assert moved[2] < 0.5 * moved[0]
+
+
 @pytest.mark.parametrize("name", ["alphaedit", "memit-history"])
 def test_a_filter_alone_knows_the_batchs_ridge_too(name):
     stream = Stream(name, 1, tau=0.5, rho=2.5)
@@ -664,6 +704,8 @@ def test_fine_tuning_without_a_loss_is_a_slip():
         ("rect", {"moment_weight": 0}),
         ("alphaedit", {"tau": 0}),
         ("memit-history", {"rho": -1}),
+        ("memit-history", {"guard": -1}),
+        ("alphaedit", {"guarded": 0}),
         ("prune", {"base": 1.0}),
         ("nse", {"neurons": 1.5}),
         ("nse", {"neuron": 0.5}),

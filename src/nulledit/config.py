@@ -100,9 +100,11 @@ class ValueSettings:
     norm_anchor: bool = False
     """Scale what W is to give, v* = v₀ + δ, to its mean norm over a fixed sample of facts in the
     unedited model; where it is over twice that, leave δ out (NAS, arXiv:2602.02543)."""
-    at: Literal["last", "each"] = "last"
+    at: Literal["last", "each", "first"] = "last"
     """last: one value behind the last edited layer; the others take a share of what is missing.
-    each: a value at every edited layer, each written whole (BLUE, which edits two layers)."""
+    each: a value at every edited layer, each written whole (BLUE, which edits two layers).
+    first: one value behind the first; the states that it causes at the others are their values
+    (forward replay, FE), each written whole."""
     rounds: Count = 1
     """Passes over a batch. An update answers every key in proportion to its likeness, also those of
     the fact's own prompt and target, which its value did not see. In each further pass, what does

@@ -18,8 +18,8 @@ from nulledit.linalg.preconditioner import Preconditioner
 from nulledit.linalg.solve import RecursiveState, room_left
 from nulledit.linalg.spectrum import Spectrum
 from nulledit.methods import Filter, find_method
-from nulledit.methods.batch_ridge import own_weights
 from nulledit.methods.problem import LayerProblem, TargetLoss
+from nulledit.methods.streams import endangered, own_weights
 from nulledit.models.layer_edit import LayerEdit, update_of
 
 
@@ -158,7 +158,7 @@ class UpdateSolver(EpochSolver[UpdateState]):
         target_loss: TargetLoss | None = None,
     ) -> UpdateState:
         if self.recursive:
-            return self._continued(state, before, K, V)
+            return self._continued(state, before, own, K, V)
         past, (own_keys, own_targets) = self._recorded(before)[0], self._recorded(own)
         if self.keeps:
             start, weight = torch.zeros_like(state.total), state.start
@@ -185,9 +185,14 @@ class UpdateSolver(EpochSolver[UpdateState]):
         return self._state(state, start + self.method.update(problem))
 
     def _continued(
-        self, state: UpdateState, before: Sequence[Column], K: Tensor, V: Tensor
+        self,
+        state: UpdateState,
+        before: Sequence[Column],
+        own: Sequence[Column],
+        K: Tensor,
+        V: Tensor,
     ) -> UpdateState:
-        recursion = state.recursion
+        recursion, settings = state.recursion, self.settings
         if recursion is None:
             recursion = RecursiveState(self.preconditioners.own)
             if before:
@@ -195,8 +200,10 @@ class UpdateSolver(EpochSolver[UpdateState]):
                 _, recursion = recursion.write(past, V.new_zeros(len(V), past.shape[1]))
         plain = self.method.linear and self.projection != "after"
         weight = state.weight if plain else state.start + state.total
-        own = own_weights(self.settings, K.shape[1])
-        update, recursion = recursion.write(K, V - weight @ K, own)
+        guarded = getattr(settings, "guard", 0)  # else old keys need not be looked at
+        past = self._recorded([*before, *own])[0] if guarded else K[:, :0]
+        T, beside = own_weights(settings, K.shape[1]), endangered(settings, K, past)
+        update, recursion = recursion.write(K, V - weight @ K, own=T, beside=beside)
         return self._state(state, state.total + update, recursion)
 
     def _state(

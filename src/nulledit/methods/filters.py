@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nulledit.io.settings import Positive, checked
-from nulledit.methods.batch_ridge import BatchRidge
 from nulledit.methods.registry import Filter
+from nulledit.methods.streams import StreamSettings
 
 FLOOR = 1e-6  # of the largest eigenvalue: 1/s of a direction that the text never used has no end
 
@@ -33,13 +33,13 @@ class MomentSettings:
 
 @checked
 @dataclass(frozen=True)
-class AlphaEditSettings(BatchRidge, RidgeSettings):
+class AlphaEditSettings(StreamSettings, RidgeSettings):
     """A plain ridge, and what a batch weighs in its own solve."""
 
 
 @checked
 @dataclass(frozen=True)
-class HistorySettings(BatchRidge, MomentSettings):
+class HistorySettings(StreamSettings, MomentSettings):
     """Preservation by the second moment, and what a batch weighs in its own solve."""
 
 

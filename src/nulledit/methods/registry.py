@@ -16,8 +16,8 @@ from nulledit.errors import ConfigError
 from nulledit.io.settings import from_yaml, read_settings
 from nulledit.linalg.preconditioner import Preconditioner
 from nulledit.linalg.solve import solve_update, solve_weighed
-from nulledit.methods.batch_ridge import own_weights
 from nulledit.methods.problem import LayerProblem
+from nulledit.methods.streams import own_weights
 
 Gains = Callable[[Tensor, float, Any], Tensor]
 Function = Callable[[LayerProblem], Tensor]
@@ -30,10 +30,10 @@ def ones(eigenvalues: Tensor, threshold: float, settings: Any) -> Tensor:
 
 
 def closed_form(problem: LayerProblem) -> Tensor:
-    """What every filter solves: Δ = R (I + Kᵀ G K)⁻¹ Kᵀ G, or with T (`BatchRidge`)."""
+    """What every filter solves: Δ = R (I + Kᵀ G K)⁻¹ Kᵀ G, or with T (`StreamSettings`)."""
     K, R, G = problem.keys, problem.residual, problem.preconditioner
     own = own_weights(problem.settings, K.shape[1])
-    return solve_update(K, R, G) if own is None else solve_weighed(K, R, G.apply(K), own)
+    return solve_update(K, R, G) if own is None else solve_weighed(K, R, G.apply(K), own.to(R))
 
 
 @dataclass(frozen=True, kw_only=True)
