@@ -4,15 +4,23 @@ from hashlib import sha256
 
 import pytest
 import torch
-from support.models import RECIPE, build_model, statistics_of
+from support.models import LINES, RECIPE, build_model, statistics_of
 
 from nulledit import Editor, Fact
+from nulledit.config import StatisticsSettings
+from nulledit.data.corpus import open_corpus
 from nulledit.editing.batching import batches
 from nulledit.editing.call_log import CallLog
 from nulledit.editing.displacement import of_history
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import as_out_in
+from nulledit.models.load import model_hash
 from nulledit.runs.gate import check
 from nulledit.runs.limits import Limits
+from nulledit.statistics.collect import collect
+from nulledit.statistics.found import find_statistics
+from nulledit.statistics.manifest import Manifest
+from nulledit.statistics.names import name_ends
 
 PEOPLE = ("Ada Byron", "Émile Zola", "Karo Dun", "Velm", "Ostrel", "Lyra Holm", "Ada Zola")
 FACTS = [Fact(id=f"f{i}", subject=s, prompt="{} says", target="x") for i, s in enumerate(PEOPLE)]
@@ -142,6 +150,56 @@ def test_displacement_is_a_limit(make):
         assert found.rows[0].note.startswith("batch ")
     editor.undo(*[c.fact.id for c in editor.history.active if c.batch > 1])
     assert check(editor, Limits.from_dict({"displacement": {"at_most": 0}})).passed
+
+
+# -- subjects' last tokens as what is preserved ----------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_names_end_where_capitalised_words_do(size):
+    text = (
+        "The river flows to Paris. Then Émile Zola met Du Fu's aunt in New York-Newark, and He said"
+    )
+    pieces = [text[i : i + size] for i in range(0, len(text), size)]
+    ends = [text.index(name) + len(name) - 1 for name in ("Paris", "Zola", "Du Fu", "Newark", "He")]
+    expected = {end // size for end in ends}
+    assert {i for i, is_end in enumerate(name_ends(pieces)) if is_end} == expected
+
+
+def test_statistics_of_names_are_the_moment_of_their_last_tokens(tokenizer, tmp_path):
+    model = EditableModel(build_model("llama"), tokenizer)
+    file = tmp_path / "corpus.txt"
+    file.write_text("\n".join(LINES * 12), encoding="utf-8")
+    given = {"layers": [1], "name": "tiny", "model_hash": model_hash(model.model)}
+
+    def made(where, **settings):
+        settings = StatisticsSettings(packing="lines", window=64, **settings)
+        return collect(model, open_corpus(file), settings, folder=tmp_path / where, **given)
+
+    found, plain = made("names", names=True), made("plain")
+    keys = []
+    for line in LINES * 12:
+        ids = tokenizer(line)["input_ids"][:64]
+        ends = name_ends([tokenizer.decode([i]) for i in ids])
+        with model.reading_keys([1]) as read:
+            model.run(model.collate([ids]), last=1)
+        keys.append(read[1][0][torch.tensor(ends)])
+    keys = torch.cat(keys)
+    assert found.manifest.tokens == len(keys) < plain.manifest.tokens / 4
+    eigenvalues = torch.linalg.eigvalsh(keys.double().mT @ keys.double() / len(keys))
+    assert torch.allclose(found.spectra[1].eigenvalues.double(), eigenvalues, atol=1e-5)
+    assert "names" not in plain.manifest.to_json()  # as in manifests from before there was one
+    assert Manifest.from_json(found.manifest.to_json(), "") == found.manifest
+    found.check(given["model_hash"], [1])  # an edit takes them where they are given
+
+
+def test_statistics_of_names_are_not_taken_unasked(tokenizer, tmp_path):
+    model = EditableModel(build_model("llama"), tokenizer)
+    file, digest = tmp_path / "corpus.txt", model_hash(model.model)
+    file.write_text("\n".join(LINES * 12), encoding="utf-8")
+    settings = StatisticsSettings(packing="lines", window=64, names=True)
+    collect(model, open_corpus(file), settings, layers=[1], name="tiny", model_hash=digest)
+    assert next(find_statistics(digest, [1]), None) is None
 
 
 def batch_ids(editor):

@@ -187,6 +187,9 @@ class StatisticsSettings:
     """Window in tokens; with `lines`, longer lines are cut."""
     count_first: bool = True
     """Whether position 0 of a window counts. It is an attention sink with an unusual key."""
+    names: bool = False
+    """Whether only the last tokens of names (capitalised words) count: what subjects' keys are like
+    is then what is preserved (after SUIT, which has the subjects themselves)."""
 
 
 @checked
