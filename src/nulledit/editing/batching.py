@@ -78,8 +78,8 @@ def batches(
     while left:
         nearest = torch.arange(len(left))
         if unit is not None:
-            cosines = unit[:, left].mT @ unit[:, left[0]]
-            nearest = cosines.argsort(descending=True, stable=True)
+            cosines = (unit.mT @ unit[:, left[0]]).round(decimals=12)  # equal keys: as dealt
+            nearest = cosines[left].argsort(descending=True, stable=True)
         batch = {left[i] for i in nearest[:size].tolist()}
         yield [queue[i] for i in sorted(batch)]
         left = [i for i in left if i not in batch]

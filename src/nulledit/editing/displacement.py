@@ -18,7 +18,7 @@ from nulledit.ledger.epoch_solver import LayerState
 from nulledit.ledger.records import Column
 from nulledit.models.layer_edit import LayerEdit
 
-MOST = 1000  # old keys that are looked at, spread evenly over the stream
+MOST = 256  # old keys that are looked at, spread evenly over the stream
 
 
 @dataclass(frozen=True)

@@ -330,8 +330,12 @@ class EditSession:
 
         Each is made on its own, so that its bits do not depend on the facts beside it.
         """
+        keys, counter = [], run.counter("keys", len(facts))
         with self.weights.holding([]):
-            return torch.cat([self.writer([fact], run).first_keys[:, :1] for fact in facts], dim=1)
+            for fact in facts:
+                keys.append(self.writer([fact], run).first_keys[:, :1])
+                counter(1)
+        return torch.cat(keys, dim=1)
 
     def agree(self, facts: Sequence[Fact]) -> None:
         """RankError unless all ranks are to do the same to the same."""

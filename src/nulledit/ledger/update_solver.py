@@ -200,9 +200,8 @@ class UpdateSolver(EpochSolver[UpdateState]):
                 _, recursion = recursion.write(past, V.new_zeros(len(V), past.shape[1]))
         plain = self.method.linear and self.projection != "after"
         weight = state.weight if plain else state.start + state.total
-        guarded = getattr(settings, "guard", 0)  # else old keys need not be looked at
-        past = self._recorded([*before, *own])[0] if guarded else K[:, :0]
-        T, beside = own_weights(settings, K.shape[1]), endangered(settings, K, past)
+        T = own_weights(settings, K.shape[1])
+        beside = endangered(settings, K, lambda: self._recorded([*before, *own])[0])
         update, recursion = recursion.write(K, V - weight @ K, own=T, beside=beside)
         return self._state(state, state.total + update, recursion)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,13 +37,15 @@ def own_weights(settings: object, n: int) -> Tensor | None:
     return settings.tau * torch.eye(n, dtype=torch.float64) + settings.rho / n
 
 
-def endangered(settings: object, keys: Tensor, past: Tensor) -> Tensor | None:
-    """√(λ c_j) k_j [d_in, m] of the `past` keys k_j nearest to a batch's `keys` [d_in, n].
+def endangered(settings: object, keys: Tensor, past_keys: Callable[[], Tensor]) -> Tensor | None:
+    """√(λ c_j) k_j [d_in, m] of the past keys k_j nearest to a batch's `keys` [d_in, n].
 
-    c_j is the largest cosine of k_j with one of them, at least 0. None where nothing is guarded.
+    c_j is the largest cosine of k_j with one of them, at least 0. None where nothing is guarded;
+    `past_keys` [d_in, N] are not asked for then.
     """
-    if not isinstance(settings, StreamSettings) or not settings.guard or not past.shape[1]:
+    if not isinstance(settings, StreamSettings) or not settings.guard:
         return None
+    past = past_keys()
     cosines = (unit_columns(past).mT @ unit_columns(keys)).max(1).values.clamp_min(0)
     c, nearest = cosines.topk(min(settings.guarded, past.shape[1]))
     return past[:, nearest] * (settings.guard * c).sqrt()
