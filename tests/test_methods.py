@@ -855,7 +855,7 @@ def test_the_command_lists_every_method_with_defaults():
     said = invoke().stdout
     for name in NAMES:
         assert re.search(rf"^{name} ", said, re.M)
-    assert "moment_weight=15000, keep=0.4" in said
+    assert "moment_weight=15000, compensate=false, keep=0.4" in said
     listed = json.loads(invoke("--json").stdout)
     assert [m["name"] for m in listed] == [m.name for m in METHODS]
     assert all(s["about"] for m in listed for s in m["settings"]), "a setting without a docstring"
