@@ -272,6 +272,49 @@ def test_a_value_at_each_layer_is_written_whole(make, facts):
         assert torch.allclose(walk.hidden(layer).mT, z, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["alphaedit", "memit", "nse"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_value_at_the_first_layer_sets_what_the_others_are_to_give(name, family, make, facts):
+    """Forward replay: in the edited model the states are those that δ alone had caused."""
+    changes = {"values__at": "first", "method__projection": "none"}
+    changes |= {"method__l2": 1e-9} if name == "alphaedit" else {"method__moment_weight": 1e-7}
+    recipe = recipe_of(name, contexts__texts=["{}"], contexts__bare_weight=1.0, **changes)
+    recipe = recipe.with_fields({"layers": [0, 2], "values.rounds": 1})
+    editor, fresh = make(recipe, family), make(recipe, family)
+    editor.edit(facts[:2])
+    z = editor.history.column_tensor(editor.history.active, "z")
+    for i, fact in enumerate(facts[:2]):
+        row = fresh.editable.encoder.encode_template(fact.prompt, fact.subject).upto_subject().ids
+        ids = torch.tensor([row])
+
+        def write(_block, _args, output, i=i):
+            states = output[0] if isinstance(output, tuple) else output
+            states[:, -1] = z[i]  # the subject's last token
+            return output
+
+        def states_of(model, layer, ids=ids):
+            return model(ids, output_hidden_states=True).hidden_states[layer + 1][0, -1]
+
+        hook = fresh.editable.blocks[0].register_forward_hook(write)
+        with torch.no_grad():
+            expected = {layer: states_of(fresh.model, layer) for layer in (0, 2)}
+            hook.remove()
+            before = states_of(fresh.model, 2)
+            for layer, state in expected.items():
+                assert torch.allclose(states_of(editor.model, layer), state, atol=1e-5)
+        assert not torch.allclose(before, expected[2], atol=1e-2)
+
+
+def test_forward_replay_is_replayed_and_refused_where_a_norm_follows(make, facts):
+    editor = make(recipe_of("memit-history", values__at="first", values__rounds=2))
+    editor.edit(facts, batch_size=2, shuffle=False)
+    edited = weights(editor)
+    editor.rebuild()
+    assert gap(edited, weights(editor)) < 1e-8
+    with pytest.raises(ConfigError, match=r"values\.at is first, but a norm follows W"):
+        make(recipe_of("alphaedit", values__at="first"), "gemma2")
+
+
 LONG = Fact(
     id="long",
     subject="Karo Dun",

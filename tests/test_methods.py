@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from nulledit import Fact
 from nulledit.cli.main import cli
-from nulledit.config import MethodSettings, Recipe
+from nulledit.config import MethodSettings, Recipe, load_recipe
 from nulledit.errors import ConfigError, LedgerError, NoRoomError
 from nulledit.ledger.records import Base, Column, Epoch, History, ValueOutcome
 from nulledit.ledger.solver import LayerSolver
@@ -229,6 +229,136 @@ def test_no_two_methods_are_the_same():
         for b in NAMES:
             one = {a, b} <= {"encore", "rlsedit"}  # the same solve; ENCORE's values stop earlier
             assert a == b or one == (gap(weights[a], weights[b]) < 1e-3), (a, b)
+
+
+def test_alphaedit_with_c_inside_is_its_formula():
+    """MEMIT with history in the null space's own coordinates, three batches; and a recipe of it."""
+    stream, U, W, past = Stream("memit-history", projection="inside"), BASIS[:, VALUES < 0.1], W0, 0
+    for K, V in stream.batches():
+        past = past + K @ K.mT
+        system = U.mT @ (20.0 * C + past) @ U
+        W = W + (V - W @ K) @ K.mT @ U @ torch.linalg.inv(system) @ U.mT
+    assert gap(stream.state.weight, W) < 1e-8
+    assert gap(Stream("alphaedit").state.weight, W) > 1e-3
+    shipped = load_recipe("llama3-8b-inside")
+    assert (shipped.method.name, shipped.method.projection) == ("memit-history", "inside")
+    assert find_method("memit-history").read(shipped.method).moment_weight == 15000
+
+
+def batch_ridge(name, batches, tau, rho):
+    """W after `batches`, each by R Kᵀ (A + K T Kᵀ)⁻¹, A with all keys before; dense."""
+    s, W = SETTINGS[name], W0
+    A = s["l2"] * torch.linalg.pinv(P) if name == "alphaedit" else s["moment_weight"] * C
+    free = BASIS[:, VALUES < THRESHOLD] if name == "alphaedit" else EYE
+    for K, V in batches:
+        n = K.shape[1]
+        T = tau * torch.eye(n, dtype=torch.float64) + rho / n * torch.ones(n, n).double()
+        system = free.mT @ (A + K @ T @ K.mT) @ free
+        W = W + (V - W @ K) @ K.mT @ free @ torch.linalg.inv(system) @ free.mT
+        A = A + K @ K.mT  # T is of its own batch alone
+    return W
+
+
+@pytest.mark.parametrize(("tau", "rho"), [(0.5, 2.5), (0.3, 0.0), (1.0, 2.0)])
+@pytest.mark.parametrize("name", ["alphaedit", "memit-history"])
+def test_a_ridge_that_knows_the_batch_is_its_formula(name, tau, rho):
+    stream = Stream(name, tau=tau, rho=rho)
+    assert gap(stream.state.weight, batch_ridge(name, stream.batches(), tau, rho)) < 1e-8
+    assert gap(stream.state.weight, Stream(name).state.weight) > 1e-2
+    assert torch.equal(stream.fold.fold(stream.history.columns).weight, stream.state.weight)
+    staying = [c for c in stream.history.columns if c.id not in (2, 4, 6)]
+    without = batch_ridge(name, stream.batches(staying), tau, rho)
+    assert gap(stream.fold.fold(staying).weight, without) < 1e-8
+    assert gap(batch_ridge(name, stream.batches(), 1.0, 0.0), paper(name, stream.batches())) < 1e-8
+
+
+def guarded(name, batches, guard, most, tau):
+    """W after `batches`, each with D = I + λ·diag(largest cosines) on the past keys; dense."""
+    s, W, past = SETTINGS[name], W0, torch.zeros(D, 0, dtype=torch.float64)
+    A = s["l2"] * torch.linalg.pinv(P) if name == "alphaedit" else s["moment_weight"] * C
+    free = BASIS[:, VALUES < THRESHOLD] if name == "alphaedit" else EYE
+    for K, V in batches:
+        weights = torch.ones(past.shape[1], dtype=torch.float64)
+        if past.shape[1]:
+            cosines = torch.cosine_similarity(past[:, :, None], K[:, None], dim=0).max(1).values
+            near = cosines.argsort(descending=True)[:most]
+            weights[near] += guard * cosines[near].clamp_min(0)
+        system = free.mT @ (A + past @ torch.diag(weights) @ past.mT + tau * K @ K.mT) @ free
+        W = W + (V - W @ K) @ K.mT @ free @ torch.linalg.inv(system) @ free.mT
+        past = torch.cat([past, K], dim=1)
+    return W
+
+
+@pytest.mark.parametrize(("guard", "most", "tau"), [(8.0, 4, 1.0), (3.0, 100, 0.5), (3.0, 1, 1.0)])
+@pytest.mark.parametrize("name", ["alphaedit", "memit-history"])
+def test_endangered_facts_weigh_more_by_their_formula(name, guard, most, tau):
+    stream = Stream(name, guard=guard, guarded=most, tau=tau)
+    assert gap(stream.state.weight, guarded(name, stream.batches(), guard, most, tau)) < 1e-8
+    assert torch.equal(stream.fold.fold(stream.history.columns).weight, stream.state.weight)
+    staying = [c for c in stream.history.columns if c.id not in (2, 4, 6)]
+    without = guarded(name, stream.batches(staying), guard, most, tau)
+    assert gap(stream.fold.fold(staying).weight, without) < 1e-8
+
+
+def test_a_guard_holds_old_facts_faster():
+    keys = [draw(D, N, seed=10)]
+    keys.append(keys[0] + 0.5 * draw(D, N, seed=11))
+    moved = []
+    for guard in (0.0, 1.0, 10.0):
+        stream = Stream("memit-history", 2, keys=keys, guard=guard)
+        first = stream.fold.fold([c for c in stream.history.columns if c.batch == 1]).weight
+        moved.append(float(((stream.state.weight - first) @ keys[0]).norm()))
+    assert moved == sorted(moved, reverse=True)
+    assert moved[2] < 0.5 * moved[0]
+
+
+@pytest.mark.parametrize("name", ["alphaedit", "memit-history"])
+def test_a_filter_alone_knows_the_batchs_ridge_too(name):
+    stream = Stream(name, 1, tau=0.5, rho=2.5)
+    (K, V) = stream.batches()[0]
+    update = find_method(name).update(problem_of(stream, K, V - W0 @ K))
+    assert gap(W0 + update, stream.state.weight) < 1e-10
+
+
+def compensated(name, batches):
+    """W and W − E A⁻¹ after `batches`, with E and A written out; dense."""
+    s, W, A, E = SETTINGS[name], W0, SETTINGS[name]["moment_weight"] * C, 0 * W0
+    for K, V in batches:
+        A = A + K @ K.mT
+        delta = ((V - W @ K) @ K.mT - E) @ torch.linalg.inv(A)
+        if name == "rect":
+            relative = (delta / W).abs()
+            least = relative.flatten().sort(descending=True).values[round(s["keep"] * OUT * D) - 1]
+            written = torch.where(relative >= least, delta, torch.zeros_like(delta))
+        else:
+            written = W0 + restrain(W - W0 + delta, W0, s["base"]) - W
+        W, E = W + written, (written - delta) @ A
+    return W, W - E @ torch.linalg.inv(A)
+
+
+@pytest.mark.parametrize("gone", [set(), {2}, {2, 4, 6}, {1, 2, 3}])
+@pytest.mark.parametrize("name", ["rect", "prune"])
+def test_compensation_is_its_formula_and_keeps_the_joint_solution(name, gone):
+    stream = Stream(name, compensate=True)
+    if name == "prune":  # so much that something is restrained
+        assert gap(stream.state.weight, W0 + stream.state.total) > 1e-2
+    staying = [c for c in stream.history.columns if c.id not in gone]
+    state = stream.fold.fold(staying)
+    W, joint = compensated(name, stream.batches(staying))
+    assert gap(state.weight, W) < 1e-8
+    assert gap(W0 + state.total, joint) < 1e-8
+    assert gap(joint, paper("memit-history", stream.batches(staying))) < 1e-8
+    if not gone:
+        assert torch.equal(state.weight, stream.state.weight)
+        assert gap(W, Stream(name).state.weight) > 1e-2
+
+
+@pytest.mark.parametrize("projection", ["none", "inside", "after"])
+@pytest.mark.parametrize("name", ["rect", "prune"])
+def test_compensation_keeps_out_of_what_a_projection_protects(name, projection):
+    total = Stream(name, compensate=True, projection=projection).state.weight - W0
+    leak = (total @ PROTECTED).norm() / (total.norm() * PROTECTED.norm())
+    assert (leak < 1e-10) == (projection != "none")
 
 
 @pytest.mark.parametrize("projection", ["none", "inside", "after"])
@@ -572,6 +702,10 @@ def test_fine_tuning_without_a_loss_is_a_slip():
         ("rect", {"keep": 0}),
         ("rect", {"keep": 1.1}),
         ("rect", {"moment_weight": 0}),
+        ("alphaedit", {"tau": 0}),
+        ("memit-history", {"rho": -1}),
+        ("memit-history", {"guard": -1}),
+        ("alphaedit", {"guarded": 0}),
         ("prune", {"base": 1.0}),
         ("nse", {"neurons": 1.5}),
         ("nse", {"neuron": 0.5}),
@@ -669,8 +803,9 @@ def test_every_method_has_a_page_with_its_settings_and_source(name):
     for setting, default in method.constants().items():
         row = next(r for r in text.splitlines() if r.startswith(f"| `{setting}`"))
         shown = row.split("|")[2].strip().replace(",", "")
-        assert shown == {math.e: "e", True: "true"}.get(default, shown)
-        if default not in (math.e, True):
+        words = {math.e: "e"} if not isinstance(default, bool) else {True: "true", False: "false"}
+        assert shown == words.get(default, shown)
+        if default not in words:
             assert float(shown) == default
 
 
@@ -720,7 +855,7 @@ def test_the_command_lists_every_method_with_defaults():
     said = invoke().stdout
     for name in NAMES:
         assert re.search(rf"^{name} ", said, re.M)
-    assert "moment_weight=15000, keep=0.4" in said
+    assert "moment_weight=15000, compensate=false, keep=0.4" in said
     listed = json.loads(invoke("--json").stdout)
     assert [m["name"] for m in listed] == [m.name for m in METHODS]
     assert all(s["about"] for m in listed for s in m["settings"]), "a setting without a docstring"

@@ -100,9 +100,11 @@ class ValueSettings:
     norm_anchor: bool = False
     """Scale what W is to give, v* = v₀ + δ, to its mean norm over a fixed sample of facts in the
     unedited model; where it is over twice that, leave δ out (NAS, arXiv:2602.02543)."""
-    at: Literal["last", "each"] = "last"
+    at: Literal["last", "each", "first"] = "last"
     """last: one value behind the last edited layer; the others take a share of what is missing.
-    each: a value at every edited layer, each written whole (BLUE, which edits two layers)."""
+    each: a value at every edited layer, each written whole (BLUE, which edits two layers).
+    first: one value behind the first; the states that it causes at the others are their values
+    (forward replay, FE), each written whole."""
     rounds: Count = 1
     """Passes over a batch. An update answers every key in proportion to its likeness, also those of
     the fact's own prompt and target, which its value did not see. In each further pass, what does
@@ -185,6 +187,9 @@ class StatisticsSettings:
     """Window in tokens; with `lines`, longer lines are cut."""
     count_first: bool = True
     """Whether position 0 of a window counts. It is an attention sink with an unusual key."""
+    names: bool = False
+    """Whether only the last tokens of names (capitalised words) count: what subjects' keys are like
+    is then what is preserved (after SUIT, which has the subjects themselves)."""
 
 
 @checked
@@ -245,6 +250,9 @@ class Recipe:
     """Cosine at the first edited layer above which facts share one key and so one δ."""
     batch_size: Count = 100
     """Facts solved together."""
+    batching: Literal["order", "keys"] = "order"
+    """Which facts of a call make a batch. order: those that follow each other, in an order fixed by
+    the seed. keys: those whose keys are alike, around facts taken in that order."""
     chunk_positions: Whole = 0
     """Token positions that run together while values are optimised; 0: by device."""
     layout: Layout | None = None

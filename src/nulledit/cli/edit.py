@@ -72,6 +72,12 @@ if TYPE_CHECKING:
     ),
     STATS,
     opt("--batch-size N", "Facts solved together.", int, field="batch_size"),
+    opt(
+        "--batching",
+        "What makes a batch: facts in the seed's order, or those with like keys.",
+        ("order", "keys"),
+        field="batching",
+    ),
     opt("--method NAME", "See nulledit methods.", field="method.name"),
     opt(
         "--project",

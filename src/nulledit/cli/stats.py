@@ -64,6 +64,7 @@ def stats(ctx: click.Context) -> None:
     ),
     opt("--inputs", "Of the MLPs' inputs in the place of keys, for gated edits.", bool),
     opt("--skip-first", "Leave out position 0, the attention sink.", bool),
+    opt("--names", "Count the last tokens of names alone; give them to edit by --stats.", bool),
     OUT,
     COMPACT,
     NULL_SPACE,
@@ -92,7 +93,8 @@ def make(call: Call) -> None:
         raise ConfigError(
             f"give --layers: no recipe that comes with nulledit is for {call.model!r}"
         )
-    settings = StatisticsSettings(call.tokens, call.packing, call.window, not call.skip_first)
+    first = not call.skip_first
+    settings = StatisticsSettings(call.tokens, call.packing, call.window, first, call.names)
     call.prepare()
     ranks = meet(call.device)
     try:

@@ -127,27 +127,36 @@ class BatchWriter:
         find: Callable[[int], list[Value]],
     ) -> dict[str, Tensor]:
         """Edit layer after layer to the values that `find` gives; they are kept in `values`."""
-        whole = self.recipe.values.at == "each"
-        each = whole or self.model.values_at_output
-        last = self.recipe.layers[-1]
+        where, layers = self.recipe.values.at, self.recipe.layers
+        each = where == "each" or self.model.values_at_output
+        one = layers[0] if where == "first" else layers[-1]
         if not each:
-            values[last] = find(last)
+            values[one] = find(one)
+        goals = self._caused(values[one]) if where == "first" else {}
         tensors = {}
         for layer in self._upwards():
-            at = layer if each else last
+            at = layer if each or goals else one
             if each:
                 values[layer] = find(layer)
                 tensors[f"z.{layer}"] = _stacked(values[layer])
             with self.run.timed("keys"):
                 keys = self.walk.keys()
+                goal = goals[layer] if goals else _stacked(values[at]).double().mT
                 with self._unedited(self.method.apart):
-                    missing = _stacked(values[at]).double().mT - self.walk.hidden(at)
+                    missing = goal - self.walk.hidden(at)
                 keys, missing = self._of_first(keys, missing)
-            left = 1 if whole else sum(other >= layer for other in self.recipe.layers)
+            left = 1 if where != "last" else sum(other >= layer for other in layers)
             with self.run.timed("solve"):
                 residual = missing / (left * self.model.scale(layer))
                 tensors |= self.weights.write(layer, staying, keys, residual)
-        return tensors | {"z": _stacked(values[last])}
+        return tensors | {"z": _stacked(values[one])}
+
+    def _caused(self, values: Sequence[Value]) -> dict[int, Tensor]:
+        """Goals [d, n] by layer: the states that `values` behind the first one cause."""
+        unedited = self.method.rewinds or self.method.apart
+        with self.run.timed("keys"), self._unedited(unedited):
+            walk = self._walk() if unedited else self.walk
+            return walk.caused(_stacked(values).double().mT, self.recipe.layers)
 
     def _in_rounds(
         self,

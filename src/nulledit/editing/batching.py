@@ -6,9 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from hashlib import sha256
 
+import torch
+from torch import Tensor
+
 from nulledit.data.facts import Fact
 from nulledit.errors import FactError
 from nulledit.ledger.records import History
+from nulledit.linalg.angles import unit_columns
 
 
 def admitted(history: History, facts: Iterable[Fact]) -> tuple[list[Fact], list[str]]:
@@ -58,14 +62,25 @@ def merged(fact: Fact, other: Fact) -> Fact:
     )
 
 
-def batches(queue: Sequence[Fact], size: int, *, seed: int | None) -> Iterator[list[Fact]]:
+def batches(
+    queue: Sequence[Fact], size: int, *, seed: int | None, keys: Tensor | None = None
+) -> Iterator[list[Fact]]:
     """`queue` in batches, each in the queue's order.
 
-    With a `seed` the facts are dealt out by a hash of their ids: the batches that are left after
-    an interruption are those that would have come.
+    With a `seed` the facts are dealt out by a hash of their ids. With `keys` [d_in, n] of the queue
+    each batch is the next fact dealt and those left whose keys have the largest cosines with its
+    own, so that like facts come together and batches in no order. Either way a batch depends only
+    on what is left: those that are left after an interruption are those that would have come.
     """
-    dealt = list(range(len(queue)))
+    left = list(range(len(queue)))
     if seed is not None:
-        dealt.sort(key=lambda i: sha256(f"{seed}/{queue[i].id}".encode()).digest())
-    for start in range(0, len(queue), size):
-        yield [queue[i] for i in sorted(dealt[start : start + size])]
+        left.sort(key=lambda i: sha256(f"{seed}/{queue[i].id}".encode()).digest())
+    unit = None if keys is None else unit_columns(keys)
+    while left:
+        nearest = torch.arange(len(left))
+        if unit is not None:
+            cosines = (unit.mT @ unit[:, left[0]]).round(decimals=12)  # equal keys: as dealt
+            nearest = cosines[left].argsort(descending=True, stable=True)
+        batch = {left[i] for i in nearest[:size].tolist()}
+        yield [queue[i] for i in sorted(batch)]
+        left = [i for i in left if i not in batch]

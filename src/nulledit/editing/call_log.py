@@ -5,6 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nulledit.editing.displacement import Displacement  # which needs torch
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage, what is done, and what there is in all."""
@@ -17,6 +21,7 @@ class CallLog:
         self.notices: list[str] = []
         self.seconds: dict[str, float] = {}
         self.optimised = 0  # values that were not in a cache
+        self.displaced: list[Displacement] = []  # of each batch that came after others
         self.progress = progress
 
     def tell(self, stage: str, done: int, total: int) -> None:

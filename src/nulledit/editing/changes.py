@@ -48,7 +48,10 @@ def edit(
             done = 0
             if session.method.one_by_one:
                 size = 1
-            for batch in batches(queue, size, seed=session.seed if shuffle else None):
+            seed = session.seed if shuffle else None
+            alike = session.recipe.batching == "keys" and 1 < size < len(queue)
+            keys = session.keys_alone(queue, run) if alike else None
+            for batch in batches(queue, size, seed=seed, keys=keys):
                 run.tell("batches", done, len(queue))
                 kind = "forget" if all(f.forget for f in batch) else "edit"
                 session.batch(batch, run, kind=kind)
@@ -89,7 +92,8 @@ def _written(session: EditSession, facts: Sequence[Fact], run: CallLog) -> EditR
     asked = {fact.id for fact in facts}
     columns = tuple(c for c in session.history.present if c.fact.id in asked)
     layers = session.weights.reports()
-    return EditReport(columns, layers, tuple(run.notices), run.seconds, run.optimised)
+    told = tuple(run.notices), run.seconds, run.optimised, tuple(run.displaced)
+    return EditReport(columns, layers, *told)
 
 
 def undo(session: EditSession, ids: Sequence[str]) -> ChangeReport:

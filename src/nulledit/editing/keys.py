@@ -8,7 +8,7 @@ a rule, is run once for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -138,9 +138,46 @@ class LayerwiseForward:
     @torch.no_grad()
     def standing(self, layer: int) -> tuple[Tensor, Tensor]:
         """`hidden`, and what W's output v₀ adds to it at the same places, [d, n] each."""
-        place = {row: i for i, row in enumerate(self.bare)}
         found: dict[int, tuple[Tensor, Tensor]] = {}
-        front = self._front(layer)
+        for facts, last, batch, states, prefix in self._bare_rows(self._front(layer)):
+            with self.model.reading_output(layer) as written:
+                _, out = self.model.run_to_values(
+                    batch, states=states, first=self.layer, layer=layer, prefix=prefix
+                )
+            at = torch.arange(len(facts)), last.to(out.device)
+            output = written[0].view(out.shape).to(out.device)
+            pairs = zip(*(t[at].cpu().double() for t in (out, output)), strict=True)
+            found.update(zip(facts, pairs, strict=True))
+        columns = [found[i] for i in range(self.n)]
+        hidden = torch.stack([h for h, _ in columns], dim=1)
+        output = torch.stack([w for _, w in columns], dim=1)
+        return hidden, self.model.scale(layer) * output
+
+    @torch.no_grad()
+    def caused(self, values: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+        """States [d, n] behind each of `layers`, where `values` [d, n] stand behind the first.
+
+        Bare prompts, subject's last token; the model is as it is now.
+        """
+        found = {layer: values.new_empty(values.shape).double() for layer in layers}
+        for facts, last, batch, states, prefix in self._bare_rows(self._front(layers[-1])):
+            first = self.layer
+            for layer in layers:
+                states = self.model.run(
+                    batch, states=states, first=first, last=layer, prefix=prefix
+                ).clone()
+                at = torch.arange(len(facts)), last.to(states.device)
+                if layer == layers[0]:
+                    states[at] = values[:, facts].mT.to(states)
+                found[layer][:, facts] = states[at].mT.to(found[layer])
+                first = layer + 1
+        return found
+
+    def _bare_rows(
+        self, front: Prefix
+    ) -> Iterator[tuple[list[int], Tensor, Batch, Tensor, Prefix]]:
+        """Bare prompts: facts, subjects' last tokens, rows, states now, what is before them."""
+        place = {row: i for i, row in enumerate(self.bare)}
         for chunk in self.chunks:
             mine = [i for i, row in enumerate(chunk.rows.tolist()) if row in place]
             if not mine:
@@ -150,23 +187,8 @@ class LayerwiseForward:
             batch = Batch(*(t[index, :length] for t in vars(chunk.batch).values()))
             states = chunk.states[index.to(chunk.states.device), :length]
             prefix = front.select(chunk.stem[index])
-            with self.model.reading_output(layer) as written:
-                _, out = self.model.run_to_values(
-                    prefix.before(batch),
-                    states=states,
-                    first=self.layer,
-                    layer=layer,
-                    prefix=prefix,
-                )
-            at = torch.arange(len(mine)), chunk.last[index].to(out.device)
-            output = written[0].view(out.shape).to(out.device)
-            pairs = zip(*(t[at].cpu().double() for t in (out, output)), strict=True)
-            for i, pair in zip(mine, pairs, strict=True):
-                found[place[int(chunk.rows[i])]] = pair
-        columns = [found[i] for i in range(self.n)]
-        hidden = torch.stack([h for h, _ in columns], dim=1)
-        output = torch.stack([w for _, w in columns], dim=1)
-        return hidden, self.model.scale(layer) * output
+            facts = [place[int(chunk.rows[i])] for i in mine]
+            yield facts, chunk.last[index], prefix.before(batch), states, prefix
 
     @torch.no_grad()
     def advance(self) -> None:

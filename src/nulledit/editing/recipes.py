@@ -43,6 +43,11 @@ def resolve_recipe(
         )
     method = find_method(recipe.method.name)
     method.check(recipe)
+    if recipe.values.at == "first" and model.values_at_output:
+        raise ConfigError(
+            "values.at is first, but a norm follows W, so that values are of each layer's own W: "
+            "set it to last or each"
+        )
     if method.apart:
         recipe = replace(recipe, layers=(last,))  # gated edits are in one block
     for layer in recipe.layers:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from nulledit.editing.displacement import Displacement
 from nulledit.editing.weights import LayerReport
 from nulledit.io.notebook import frame, html_table
 from nulledit.io.text import count
@@ -29,6 +30,8 @@ class EditReport:
     """Wall time by stage: values, keys, solve."""
     optimised: int = 0
     """Values that were optimised in this call, not taken from a cache."""
+    displaced: tuple[Displacement, ...] = ()
+    """Of each batch that came after others: how far it moved what layers give at old keys."""
 
     def rows(self) -> dict[str, dict[str, Any]]:
         """Fact id -> its batch, prompt, target, and how its value was reached."""

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from nulledit.config import Recipe, ValueSettings
@@ -16,6 +17,7 @@ from nulledit.data.facts import Fact, refuse_forgetting, suggest
 from nulledit.editing.batch import BatchResult, BatchWriter, KnownValues
 from nulledit.editing.call_log import CallLog
 from nulledit.editing.contexts import make_contexts
+from nulledit.editing.displacement import of_batch
 from nulledit.editing.epochs import open_epoch
 from nulledit.editing.stronger import differences
 from nulledit.editing.undo import Plan, check_id, facts_of, with_groups
@@ -238,7 +240,7 @@ class EditSession:
         `given`: values, where they are known; then no older fact may share a key with a new one.
         `values`: settings of their optimisation in the place of the recipe's.
         """
-        asked = {fact.key: fact for fact in facts}
+        asked, before = {fact.key: fact for fact in facts}, self.weights.states()
         out = {c.id for c in dropped}
         present = [c for c in self.history.active if c.id not in out] + list(restored)
         present.sort(key=lambda c: c.id)
@@ -298,6 +300,8 @@ class EditSession:
         self.journal.commit(
             kind, made, deactivated=leaving, activated=back, tensors=written.tensors
         )
+        if staying:
+            run.displaced.append(of_batch(self.weights, before, staying, made[0].batch))
 
     def on_key(self, keys: Tensor, others: Sequence[Column]) -> list[Column]:
         """Those of `others` on the same first-layer key as one of `keys` [d_in, n]."""
@@ -320,6 +324,18 @@ class EditSession:
             cache=self.cache,
             ranks=self.ranks,
         )
+
+    def keys_alone(self, facts: Sequence[Fact], run: CallLog) -> Tensor:
+        """Keys [d_in, n] of `facts` at the first edited layer of the unedited model.
+
+        Each is made on its own, so that its bits do not depend on the facts beside it.
+        """
+        keys, counter = [], run.counter("keys", len(facts))
+        with self.weights.holding([]):
+            for fact in facts:
+                keys.append(self.writer([fact], run).first_keys[:, :1])
+                counter(1)
+        return torch.cat(keys, dim=1)
 
     def agree(self, facts: Sequence[Fact]) -> None:
         """RankError unless all ranks are to do the same to the same."""

@@ -220,6 +220,10 @@ class EditedWeights:
         self._set(layer, state)
         return rows
 
+    def batches(self, layer: int) -> Iterator[tuple[list[Column], LayerState, LayerState]]:
+        """Each batch in the model in turn, with the states of `layer` before and after it."""
+        return self._solver(layer).batches(self.history.active)
+
     def recorded(self, columns: Sequence[Column], layer: int) -> tuple[Tensor, Tensor]:
         """Keys [d_in, n] and absolute targets [d_out, n] of those of `columns` that have them."""
         return recorded(self.history, self.history.at_layer(layer, columns), layer)

@@ -68,7 +68,8 @@ SLACK = 1.2  # on what was timed once: the machine may have other work
 def value_layers(recipe: Recipe, *, normed: bool = False) -> tuple[int, ...]:
     """Layers behind which values are optimised; `normed`: a norm follows W."""
     each = normed or recipe.values.at == "each"
-    return recipe.layers if each else recipe.layers[-1:]
+    one = recipe.layers[:1] if recipe.values.at == "first" else recipe.layers[-1:]
+    return recipe.layers if each else one
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,7 @@ def joined(first: EditReport, then: EditReport) -> EditReport:
         notices=(*first.notices, *then.notices),
         seconds={s: first.seconds.get(s, 0.0) + then.seconds.get(s, 0.0) for s in stages},
         optimised=first.optimised + then.optimised,
+        displaced=(*first.displaced, *then.displaced),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from nulledit.ledger.epoch_solver import EpochSolver, LayerState
 from nulledit.ledger.gate_solver import GateSolver
 from nulledit.ledger.records import Column, Epoch, History, Ledger
+from nulledit.ledger.tensors import by_batch, recorded
 from nulledit.ledger.update_solver import DescentSolver, UpdateSolver
 from nulledit.methods import Descent, Filter, Gate, Method, Solve, find_method
 from nulledit.models.layer_edit import LayerEdit, WeightUpdate
@@ -51,6 +52,26 @@ class LayerSolver:
             state = self._solver(epoch).fold(edit, before, mine)
             edit, before = state.edit, before + mine
         return state
+
+    def batches(
+        self, columns: Sequence[Column]
+    ) -> Iterator[tuple[list[Column], LayerState, LayerState]]:
+        """Each batch of `columns` in turn, with the states before and after it."""
+        edit: LayerEdit = WeightUpdate(self.base, self.base)
+        before: list[Column] = []
+        for epoch in self._epochs():
+            solver = self._solver(epoch)
+            mine = [c for c in columns if self.history.epoch_of(c) == epoch.id]
+            state, own = solver.fold(edit, before, ()), list[Column]()
+            for batch in by_batch(mine).values():
+                if solver.method.by_gradient:
+                    after = solver.fold(edit, before, own + batch)
+                else:
+                    rows = recorded(self.history, batch, self.layer)
+                    after = solver.add(state, before + own, *rows)
+                yield batch, state, after
+                state, own = after, own + batch
+            edit, before = state.edit, before + mine
 
     def _epochs(self) -> list[Epoch]:
         return [e for e in self.history.epochs if self.layer in e.recipe.layers]

@@ -19,6 +19,7 @@ from nulledit.linalg.solve import RecursiveState, room_left
 from nulledit.linalg.spectrum import Spectrum
 from nulledit.methods import Filter, find_method
 from nulledit.methods.problem import LayerProblem, TargetLoss
+from nulledit.methods.streams import endangered, own_weights
 from nulledit.models.layer_edit import LayerEdit, update_of
 
 
@@ -157,7 +158,7 @@ class UpdateSolver(EpochSolver[UpdateState]):
         target_loss: TargetLoss | None = None,
     ) -> UpdateState:
         if self.recursive:
-            return self._continued(state, before, K, V)
+            return self._continued(state, before, own, K, V)
         past, (own_keys, own_targets) = self._recorded(before)[0], self._recorded(own)
         if self.keeps:
             start, weight = torch.zeros_like(state.total), state.start
@@ -184,26 +185,37 @@ class UpdateSolver(EpochSolver[UpdateState]):
         return self._state(state, start + self.method.update(problem))
 
     def _continued(
-        self, state: UpdateState, before: Sequence[Column], K: Tensor, V: Tensor
+        self,
+        state: UpdateState,
+        before: Sequence[Column],
+        own: Sequence[Column],
+        K: Tensor,
+        V: Tensor,
     ) -> UpdateState:
-        recursion = state.recursion
+        recursion, settings = state.recursion, self.settings
         if recursion is None:
             recursion = RecursiveState(self.preconditioners.own)
             if before:
                 past = self._recorded(before)[0]
                 _, recursion = recursion.write(past, V.new_zeros(len(V), past.shape[1]))
-        plain = self.method.finish is None and self.projection != "after"
+        plain = self.method.linear and self.projection != "after"
         weight = state.weight if plain else state.start + state.total
-        update, recursion = recursion.write(K, V - weight @ K)
+        T = own_weights(settings, K.shape[1])
+        beside = endangered(settings, K, lambda: self._recorded([*before, *own])[0])
+        update, recursion = recursion.write(K, V - weight @ K, own=T, beside=beside)
         return self._state(state, state.total + update, recursion)
 
     def _state(
         self, before: UpdateState, total: Tensor, recursion: RecursiveState | None = None
     ) -> UpdateState:
         """The state with `total` [d_out, d_in] as the epoch's ΣΔ."""
-        added, start = total, before.start
-        if recursion and self.projection == "after":  # else each Δ is projected already
-            added = self.preconditioners.projector.apply(added.mT).mT
+        added, start, P = total, before.start, self.preconditioners.projector
+        if recursion and self.method.trim:  # Δ leads to the joint solution from where W is
+            W = before.weight
+            step = start + total - W
+            added = W - start + self.method.written(step, W, self.settings, P, self.projection)
+        elif recursion and self.projection == "after":  # else each Δ is projected already
+            added = P.apply(added.mT).mT
         if self.method.finish:
             added = self.method.finish(added, start, self.settings)
         edit = replace(update_of(before.edit), weight=start + added)

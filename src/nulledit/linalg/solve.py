@@ -27,6 +27,18 @@ def solve_update(keys: Tensor, residual: Tensor, preconditioner: Preconditioner)
     return solve_with(K, R, preconditioner.apply(K))
 
 
+def solve_weighed(keys: Tensor, residual: Tensor, weighted: Tensor, own: Tensor) -> Tensor:
+    """The same where a column weighs otherwise in the system than in what is written.
+
+        Δ = R (I + M T)⁻¹ KᵀG   =   R Kᵀ (G⁻¹ + K T Kᵀ)⁻¹,   M = KᵀGK
+
+    `weighted` is GK [d_in, n], `own` T [n, n] >= 0, symmetric; all float64. T = I: `solve_update`.
+    """
+    system = keys.mT @ weighted @ own
+    system.diagonal().add_(1.0)  # eigenvalues >= 1: those of M T are of a product of two >= 0
+    return residual @ torch.linalg.solve(system, weighted.mT)
+
+
 def factor(keys: Tensor, weighted: Tensor) -> Tensor:
     """The lower factor of I + KᵀGK [n, n] for `keys` K and GK = `weighted`, [d_in, n] each."""
     system = keys.mT @ weighted
@@ -84,13 +96,32 @@ class RecursiveState:
             weighted -= Z @ (Z.mT @ keys)
         return weighted
 
-    def write(self, keys: Tensor, residual: Tensor) -> tuple[Tensor, RecursiveState]:
-        """Δ [d_out, d_in] that writes `residual` R_b at `keys` K_b, and what is left after it."""
+    def write(
+        self,
+        keys: Tensor,
+        residual: Tensor,
+        *,
+        own: Tensor | None = None,
+        beside: Tensor | None = None,
+    ) -> tuple[Tensor, RecursiveState]:
+        """Δ [d_out, d_in] that writes `residual` R_b at `keys` K_b, and what is left after it.
+
+        With `own` T [n, n], Δ is that of `solve_weighed`; with keys `beside` B [d_in, m], G'⁻¹ is
+        G'⁻¹ + BBᵀ in it. What is left is the same, so that later batches meet K_b as all others.
+        """
         weighted = self.apply(keys)
         L = factor(keys, weighted)
         Z = torch.linalg.solve_triangular(L, weighted.mT, upper=False).mT
-        Y = torch.linalg.solve_triangular(L, residual.mT, upper=False)
-        return Y.mT @ Z.mT, self._without(Z)
+        if own is None and beside is None:
+            Y = torch.linalg.solve_triangular(L, residual.mT, upper=False)
+            return Y.mT @ Z.mT, self._without(Z)
+        T = torch.eye(keys.shape[1]).to(keys) if own is None else own.to(keys)
+        if beside is not None:  # columns that are to give 0
+            keys = torch.cat([keys, beside], dim=1)
+            weighted = torch.cat([weighted, self.apply(beside)], dim=1)
+            residual = torch.nn.functional.pad(residual, (0, beside.shape[1]))
+            T = torch.block_diag(T, torch.eye(beside.shape[1]).to(T))
+        return solve_weighed(keys, residual, weighted, T), self._without(Z)
 
     def _without(self, block: Tensor) -> RecursiveState:
         """G' less ZZᵀ of a further `block` of Z [d_in, n]."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nulledit.io.settings import Positive, checked
 from nulledit.methods.registry import Filter
+from nulledit.methods.streams import StreamSettings
 
 FLOOR = 1e-6  # of the largest eigenvalue: 1/s of a direction that the text never used has no end
 
@@ -28,6 +29,28 @@ class MomentSettings:
 
     moment_weight: Positive = 15000.0
     """λ₀, weight of C (MEMIT: 15,000 for LLaMA3 and GPT-J, 20,000 for GPT2-XL)."""
+
+
+@checked
+@dataclass(frozen=True)
+class AlphaEditSettings(StreamSettings, RidgeSettings):
+    """A plain ridge, and what a batch weighs in its own solve."""
+
+
+@checked
+@dataclass(frozen=True)
+class HistorySettings(StreamSettings, MomentSettings):
+    """Preservation by the second moment, and what a batch weighs in its own solve."""
+
+
+@checked
+@dataclass(frozen=True)
+class CompensatedSettings(MomentSettings):
+    """Preservation by the second moment, of an update that is not written as it was solved."""
+
+    compensate: bool = False
+    """Whether each batch makes up for what was changed of the updates before: with all past facts
+    in the solve, W and what is missing of it stay together at the joint solution."""
 
 
 @checked
@@ -103,7 +126,7 @@ FILTERS = (
         name="alphaedit",
         about="ridge inside the null space of preserved keys; past facts stay in the solve",
         paper="arXiv:2410.02355",
-        settings=RidgeSettings,
+        settings=AlphaEditSettings,
         gains=ridge_gains,
         history=True,
         projected=True,
@@ -119,7 +142,7 @@ FILTERS = (
         name="memit-history",
         about="MEMIT with all past facts in the solve: the strongest simple baseline",
         paper="arXiv:2605.26670",
-        settings=MomentSettings,
+        settings=HistorySettings,
         gains=moment_gains,
         history=True,
     ),

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from nulledit.io.settings import Expected, checked
 from nulledit.linalg.postprocess import restrain
-from nulledit.methods.filters import MomentSettings, moment_gains
+from nulledit.methods.filters import CompensatedSettings, moment_gains
 from nulledit.methods.registry import Filter
 
 
 @checked
 @dataclass(frozen=True)
-class PruneSettings(MomentSettings):
+class PruneSettings(CompensatedSettings):
     """MEMIT's, and how hard singular values are held back."""
 
     base: Annotated[float, Expected("a number above 1", gt=1)] = math.e

@@ -14,8 +14,10 @@ from nulledit.config import MethodSettings, Recipe
 from nulledit.data.facts import suggest
 from nulledit.errors import ConfigError
 from nulledit.io.settings import from_yaml, read_settings
-from nulledit.linalg.solve import solve_update
+from nulledit.linalg.preconditioner import Preconditioner
+from nulledit.linalg.solve import solve_update, solve_weighed
 from nulledit.methods.problem import LayerProblem
+from nulledit.methods.streams import own_weights
 
 Gains = Callable[[Tensor, float, Any], Tensor]
 Function = Callable[[LayerProblem], Tensor]
@@ -28,8 +30,10 @@ def ones(eigenvalues: Tensor, threshold: float, settings: Any) -> Tensor:
 
 
 def closed_form(problem: LayerProblem) -> Tensor:
-    """What every filter solves: Δ = R (I + Kᵀ G K)⁻¹ Kᵀ G."""
-    return solve_update(problem.keys, problem.residual, problem.preconditioner)
+    """What every filter solves: Δ = R (I + Kᵀ G K)⁻¹ Kᵀ G, or with T (`StreamSettings`)."""
+    K, R, G = problem.keys, problem.residual, problem.preconditioner
+    own = own_weights(problem.settings, K.shape[1])
+    return solve_update(K, R, G) if own is None else solve_weighed(K, R, G.apply(K), own.to(R))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,8 @@ class Method:
     gains: Gains = ones
     """g: (eigenvalues [d_in], τ, settings) → gains [d_in] of the problem's preconditioner
     G = Q diag(g(s)) Qᵀ, before any projection."""
+    trim: Callable[[Tensor, Tensor, Any], Tensor] | None = None
+    """(Δ of a batch, the W that it finds, settings) → what of Δ is written."""
     finish: Callable[[Tensor, Tensor, Any], Tensor] | None = None
     """(ΣΔ of all batches, W₀, settings) → what is added to W₀ in its stead."""
     projected: bool = False
@@ -64,16 +70,27 @@ class Method:
     @property
     def linear(self) -> bool:
         """Whether what is added to W₀ is linear in R for given keys."""
-        return self.finish is None
+        return self.finish is None and self.trim is None
 
     def update(self, problem: LayerProblem) -> Tensor:
-        """Δ [d_out, d_in], projected as the problem asks."""
-        update = self.solve(problem)
-        return problem.projector.apply(update.mT).mT if problem.projection == "after" else update
+        """Δ [d_out, d_in], trimmed, and projected as the problem asks."""
+        update, how = self.solve(problem), (problem.projector, problem.projection)
+        return self.written(update, problem.weight, problem.settings, *how)
+
+    def written(
+        self, update: Tensor, weight: Tensor, settings: Any, projector: Preconditioner, how: str
+    ) -> Tensor:
+        """What is written of a solved `update` onto `weight`; `how`: none, inside or after."""
+        if self.trim:  # which may lead out of the null space again
+            update = self.trim(update, weight, settings)
+        projects = how == "after" or (how == "inside" and self.trim is not None)
+        return projector.apply(update.mT).mT if projects else update
 
     def keeps(self, settings: Any) -> bool:
-        """Whether it has history with these constants, one of which may turn it off."""
-        return self.history and bool(getattr(settings, "history", True))
+        """Whether it has history with these constants, one of which may turn it on or off."""
+        if self.history:
+            return bool(getattr(settings, "history", True))
+        return bool(getattr(settings, "compensate", False))
 
     def read(self, settings: MethodSettings) -> Any:
         """The constants of a recipe as this method's settings; ConfigError for unknown ones."""

@@ -130,6 +130,18 @@ def call_parts(
             yield rates_spec({side: call[side] for side in ("before", "after")})
     if call["layers"]:
         yield layers_table(call["layers"], f"layers-{call['run']}")
+    if shares := [
+        (share, d["batch"], layer)
+        for d in call.get("displaced", ())
+        for layer, share in d["layers"].items()
+        if share is not None
+    ]:
+        most, batch, layer = max(shares)
+        yield Text(
+            "Outputs at the keys of facts before a batch moved by at most "
+            f"{100 * most:.2g} % (batch {batch}, layer {layer}).",
+            "quiet",
+        )
     notices = tuple(call["notices"])
     yield Items(notices, title="Notices", tone="note", most=SHOWN, more="in summary.json")
 

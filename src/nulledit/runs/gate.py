@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from nulledit.data.facts import Fact
 from nulledit.editing.call_log import Progress
+from nulledit.editing.displacement import of_history
 from nulledit.editing.engine import EditEngine
 from nulledit.errors import FactError
 from nulledit.evaluation.capability import TaskResult, capability
@@ -179,11 +180,12 @@ class _Measuring:
         found: dict[str, Callable[[], Outcome]] = {
             "perplexity_growth": self._perplexity,
             "kl": self._kl,
-            "norm_growth": self._norms,
+            "norm_growth": partial(self._of_layers, "update_share", highest=True),
+            "displacement": self._displacement,
             "hidden_growth": self._hidden,
             "hidden_growth_text": self._hidden_text,
             "leakage": self._leakage,
-            "room_left": self._room,
+            "room_left": partial(self._of_layers, "room", highest=False),
         }
         return {name: found[name]()}
 
@@ -252,13 +254,14 @@ class _Measuring:
             self._reports = self.editor.weights.reports()
         return self._reports
 
-    def _norms(self) -> Outcome:
-        shares = {report.layer: report.update_share for report in self._layers()}
-        return _worst(shares, highest=True) if shares else Found(0.0, note="nothing is edited")
+    def _of_layers(self, name: str, *, highest: bool) -> Outcome:
+        found = {report.layer: getattr(report, name) for report in self._layers()}
+        none = Found(0.0 if highest else 100.0, note="nothing is edited")
+        return _worst(found, highest=highest) if found else none
 
-    def _room(self) -> Outcome:
-        rooms = {report.layer: report.room for report in self._layers()}
-        return _worst(rooms, highest=False) if rooms else Found(100.0, note="nothing is edited")
+    def _displacement(self) -> Outcome:
+        by_batch = {d.batch: d.largest for d in of_history(self.editor.weights)}
+        return _worst(by_batch, highest=True, what="batch") if by_batch else Found(0.0)
 
     def _leakage(self) -> Outcome:
         weights = self.editor.weights
@@ -355,11 +358,8 @@ def _task_drop(before: TaskResult, after: TaskResult) -> Outcome:
     return Found.of(Rate.of(moved), "items")
 
 
-def _worst(by_layer: Mapping[int, float], *, highest: bool) -> Found:
+def _worst(shares: Mapping[int, float], *, highest: bool, what: str = "layer") -> Found:
     """The largest or smallest share, in %, with its layer; nan if one is."""
-    broken = [layer for layer, value in by_layer.items() if math.isnan(value)]
-    if broken:
-        return Found(math.nan, note=f"layer {broken[0]}")
-    pick = max if highest else min
-    layer = pick(by_layer, key=lambda layer: by_layer[layer])
-    return Found(100 * by_layer[layer], note=f"layer {layer}")
+    pick, end = (max, math.inf) if highest else (min, -math.inf)
+    worst = pick(shares, key=lambda i: end if math.isnan(shares[i]) else shares[i])
+    return Found(100 * shares[worst], note=f"{what} {worst}")

@@ -155,6 +155,9 @@ KINDS: Mapping[str, Kind] = {
         Tasks, "points of the right answer's probability lost on a task", "tasks"
     ),
     "norm_growth": Kind(Most, "‖Δ‖/‖W₀‖, most of the layers", "weights"),
+    "displacement": Kind(
+        Most, "‖ΔK‖/‖WK‖ of a batch at the keys of facts before it, most of all", "weights"
+    ),
     "hidden_growth": Kind(SampledMost, "growth of ‖h‖ at the edited subjects", "hidden"),
     "hidden_growth_text": Kind(SampledMost, "growth of ‖h‖ on a text", "text"),
     "leakage": Kind(

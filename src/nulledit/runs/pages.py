@@ -128,6 +128,7 @@ def finish(
             "text": text.name if text and after else None,
             **({"asked": form_name(editor.editable.encoder), "others": others} if others else {}),
             "layers": layers,
+            "displaced": [displaced.to_dict() for displaced in report.displaced],
             "seconds": {k: round(v, 3) for k, v in seconds.items()},
             "notices": [*report.notices, *notices, *warnings],
         }

@@ -51,6 +51,7 @@ _RUN = has(
     after=or_none(_SIDE),
     text=or_none(str),
     layers=list_of(_LAYER),
+    displaced=left_out(list_of(has(batch=Whole, layers=named(Measured)))),
     seconds=named(Finite),
     notices=list_of(str),
     others=left_out(named(has(before=_SIDE, after=_SIDE))),

@@ -40,6 +40,7 @@ from nulledit.statistics.manifest import (
     read_manifest,
     write_manifest,
 )
+from nulledit.statistics.names import NameEnds
 from nulledit.statistics.spectra import Statistics
 from nulledit.statistics.tensor_files import (
     MAX_WIDTH,
@@ -155,12 +156,12 @@ def collect_together(
     counted = next(iter(moments.values())).count
     done, counted = ranks.from_first([done, counted])[0]
     stream = _within_budget(_windows(model, corpus, settings), settings)
-    pace = _Pace()
-    read = hashlib.sha256()
+    pace, read = _Pace(), hashlib.sha256()
+    ends = NameEnds(model.tokenizer) if settings.names else None
     rounds = 1 if ranks.alone else ROUND * ranks.size
     for number, group in enumerate(_groups(stream, done, positions)):
         if number % ranks.size == ranks.rank:
-            _add(model, moments, group, settings, inputs)
+            _add(model, moments, group, settings, inputs, ends)
         done += len(group)
         counted += sum(len(window) - (not settings.count_first) for window in group)
         if progress:
@@ -314,6 +315,7 @@ def _add(
     group: Sequence[list[int]],
     settings: StatisticsSettings,
     inputs: bool,
+    ends: NameEnds | None = None,
 ) -> None:
     for window in group:
         check_embedded(window, model.vocabulary, model.tokenizer)
@@ -321,6 +323,8 @@ def _add(
     counted = batch.mask.bool()
     if not settings.count_first:
         counted[:, 0] = False
+    if ends:
+        counted &= ends(group, counted.shape[1]).to(counted.device)
     full = bool(counted.all())
     reading = model.reading_inputs if inputs else model.reading_keys
     with reading(list(moments)) as keys:

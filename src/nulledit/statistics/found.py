@@ -28,7 +28,7 @@ def find_statistics(
 
     def of_it(manifest: Manifest) -> bool:
         same = manifest.model_hash == model_hash and manifest.mlp_out == mlp_out
-        same = same and manifest.inputs == inputs
+        same = same and manifest.inputs == inputs and not manifest.settings.names
         return same and set(layers) <= set(manifest.layers)
 
     return _kept(of_it, f"{model_hash[:16]}/*")

@@ -84,6 +84,8 @@ class Manifest:
         for name in ("mlp_out", "inputs", "sources"):
             if not content[name]:
                 del content[name]  # as in manifests from before there was one
+        if not self.settings.names:
+            del content["settings"]["names"]
         return json.dumps(content, indent=2)
 
     def uncounted(self) -> Manifest:

@@ -57,6 +57,7 @@ def _joined(a: Manifest, b: Manifest, first: str, second: str) -> Manifest:
         ("packing", a.settings.packing, b.settings.packing),
         ("the window", a.settings.window, b.settings.window),
         ("position 0 counted", a.settings.count_first, b.settings.count_first),
+        ("names alone counted", a.settings.names, b.settings.names),
     ):
         if mine != theirs:
             raise StatisticsError(
