@@ -1,6 +1,9 @@
-"""Prefix contexts: short texts of the model's own in front of a prompt."""
+"""Other ways to a subject: short texts of the model's own before a prompt, and other wordings."""
 
 from __future__ import annotations
+
+import random
+import re
 
 import torch
 from torch import Tensor
@@ -11,6 +14,12 @@ from nulledit.models.editable_model import EditableModel
 from nulledit.models.tokens import beginning
 
 TOP_K = 5  # as published
+LEFT_OUT = 0.3
+"""Share of a prompt's words that a rewording leaves out."""
+MOVED = 0.5
+"""Share of rewordings in which words before the subject come after it."""
+TRIES = 4
+"""Draws for each rewording; short prompts have few that differ."""
 
 
 @torch.no_grad()
@@ -62,3 +71,39 @@ def make_contexts(
             plain = " ".join(text.replace("{", " ").replace("}", " ").split())
             contexts.append(f"{plain}. {{}}")
     return tuple(contexts)
+
+
+def reworded(prompt: str, n: int, *, seed: str) -> tuple[str, ...]:
+    """At most `n` other wordings of a prompt with one slot for its subject, all different.
+
+    Words are left out, and words before the subject may come after it; at least half of each side
+    stays, and the last word last, as the target follows it. It is broken English that keeps the
+    relation, and costs no model. What touches the slot ("{}'s") stays there, so a prompt without
+    spaces has none.
+    """
+    before, after = prompt.split("{}")
+    before, left = _parted(before[::-1])
+    before, left = before[::-1], left[::-1]
+    after, right = _parted(after)
+    words, draw = after.split(), random.Random(seed)
+    found = dict.fromkeys([prompt])
+
+    def kept(words: list[str]) -> list[str]:
+        out = [i for i in range(len(words)) if draw.random() < LEFT_OUT]
+        out = out[: len(words) // 2]
+        return [word for i, word in enumerate(words) if i not in out]
+
+    for _ in range(TRIES * n):
+        first, last = kept(before.split()), kept(words[:-1]) + words[-1:]
+        if first and last and draw.random() < MOVED:
+            cut = draw.randrange(len(first))
+            first, last = first[:cut], first[cut:] + last
+        found[" ".join([*first, f"{left}{{}}{right}", *last])] = None
+    return tuple(found)[1 : n + 1]
+
+
+def _parted(text: str) -> tuple[str, str]:
+    """`text` from its first space on, and what is before that."""
+    touching = re.match(r"\S*", text)
+    assert touching is not None
+    return text[touching.end() :], touching.group()

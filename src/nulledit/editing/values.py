@@ -23,6 +23,7 @@ import torch
 
 from nulledit.config import ValueSettings
 from nulledit.data.facts import Fact
+from nulledit.editing.contexts import reworded
 from nulledit.editing.descent import Descent, Value, measured
 from nulledit.editing.kept_rows import Job, KeptRows
 from nulledit.editing.reads import leads_of
@@ -36,12 +37,22 @@ Work = Callable[[KeptRows, Sequence[int]], list[Value]]
 """The values of facts that run together, whose places in the whole are given."""
 
 
-def plan_rows(fact: Fact, encoder: RowEncoder, contexts: Sequence[str]) -> tuple[Row, ...]:
-    """Rewriting rows of a fact: each training prompt in each prefix context, with the target."""
+def plan_rows(
+    fact: Fact, encoder: RowEncoder, contexts: Sequence[str], rewordings: int = 0
+) -> tuple[Row, ...]:
+    """Rewriting rows of a fact: each training prompt in each prefix context, with the target.
+
+    After them, at most `rewordings` rows in which each prompt is worded otherwise.
+    """
+    asked = [(prompt, context) for prompt in fact.prompts for context in contexts]
+    asked += [
+        (worded, "{}")
+        for prompt in fact.prompts
+        for worded in reworded(prompt, rewordings, seed=fact.id)
+    ]
     return tuple(
         encoder.encode_template(prompt, fact.subject, context=context, target=fact.target)
-        for prompt in fact.prompts
-        for context in contexts
+        for prompt, context in asked
     )
 
 
@@ -105,10 +116,12 @@ def _jobs(
     jobs = []
     for fact, group in zip(facts, groups, strict=True):
         lessons = lessons_of(model, fact, contexts) if fact.forget else ()
-        rows = tuple(x.row for x in lessons) or plan_rows(fact, model.encoder, contexts)
+        rows = tuple(x.row for x in lessons)
+        rows = rows or plan_rows(fact, model.encoder, contexts, settings.rewordings)
         drift = model.encoder.encode_template(settings.kl_prompt, fact.subject).upto_subject()
         shared = rows[0].upto_subject().ids == drift.ids
-        labels = tuple(i % len(contexts) for i in range(len(rows)))
+        worded = len(fact.prompts) * len(contexts)  # the rows after them share no beginning
+        labels = tuple(i % len(contexts) if i < worded else -1 for i in range(len(rows)))
         jobs.append(Job(fact.id, rows, lessons, labels, None if shared else drift, group))
     return jobs
 
