@@ -23,6 +23,7 @@ from nulledit.export.updates import (
     refuse_existing,
     stored_layers,
     weight_with,
+    with_stored,
     write_json,
 )
 from nulledit.io.files import replacing_folder, sha256_of
@@ -144,7 +145,7 @@ def write_delta(
     kept = stored_layers(editor, rank=rank, dtype=dtype_of(dtype, DTYPES), progress=progress)
     reports = tuple(s.report for s in kept)
     inexact = any(r.error > MEASURED_ABOVE for r in reports)
-    cost = facts_cost(editor, kept, progress) if inexact else None
+    cost = facts_cost(editor, with_stored(editor, kept), progress) if inexact else None
     differing, result_hash, run_hash = _outcome(editor, kept)
     tensors = {
         name: tensor.contiguous()
