@@ -447,7 +447,7 @@ def test_a_size_is_refused_before_it_is_read(delta, monkeypatch):
     ("changes", "said"),
     [
         ({"format": "other"}, "not the manifest of a delta"),
-        ({"version": 2}, "format version 2; this nulledit reads 1"),
+        ({"version": 3}, "format version 3; this nulledit reads 1 and 2"),
         ({"layers": []}, r"layers is \[\]; expected some"),
         ({"layers": "x"}, "layers is 'x'; expected a list"),
         ({"layers": [1]}, "layers is 1; expected named settings"),

@@ -148,8 +148,8 @@ def shape_lines(found: SameShape) -> list[str]:
     kl, grown = found.kl, found.grown_kl
     price = (
         f"KL from the base per token: {kl.value:.3g} ± {kl.standard_error:.2g} mnat, with neurons "
-        f"besides the units {grown.value:.3g} ± {grown.standard_error:.2g} ({kl.tokens:,} tokens of "
-        f"{found.text} that did not choose them)."
+        f"besides the units {grown.value:.3g} ± {grown.standard_error:.2g} ({kl.tokens:,} tokens, "
+        f"those of {found.text} that did not choose them)."
     )
     return [*lines, price]
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nulledit.editing.call_log import Progress
 from nulledit.editing.editor import Editor
 from nulledit.errors import ConfigError
 from nulledit.export.card import model_card
-from nulledit.export.same_shape import Places, SameShape
+from nulledit.export.neuron_factors import neuron_factors
+from nulledit.export.same_shape import Places
 from nulledit.export.updates import (
     Export,
-    FactsCost,
     check_shard_size,
     facts_cost,
     refuse_existing,
@@ -52,21 +55,41 @@ def write_checkpoint(
     refuse_existing(folder)
     refuse_dense(editor.model, "exported as a checkpoint")
     editor.weights.check_unchanged()
-    found: SameShape | None = None
-    cost: FactsCost | None = None
-    shape: AbstractContextManager[Any] = editor.weights.as_saved()
+    written, shape = _whole(editor, folder)
     if same_shape:
-        places = Places(editor, text, progress)
-        found, cost = places.price(), facts_cost(editor, places.taken(), progress)
-        shape = places.taken()
+        written, shape = _in_shape(editor, folder, text, progress)
+    card = model_card(editor, written, run=run, summary=summary)
     with shape, replacing_folder(folder) as partial:
-        layers = tuple(whole_report(editor, layer) for layer in editor.weights.layers)
         save_weights(editor.model, partial, max_shard_size=max_shard_size)
         editor.tokenizer.save_pretrained(partial)
         write_origin(editor, partial, "checkpoint")
-        dtype = editor.history.base.dtype
-        written = Export("checkpoint", folder, layers, dtype, 0, cost=cost, same_shape=found)
-        card = model_card(editor, written, run=run, summary=summary)
         (partial / "README.md").write_text(card, encoding="utf-8")
         size = sum(file.stat().st_size for file in partial.iterdir())
     return replace(written, bytes=size)
+
+
+def _whole(editor: Editor, folder: Path) -> tuple[Export, AbstractContextManager[Any]]:
+    """What is said of the run's model, and the model as it is written."""
+    layers = tuple(whole_report(editor, layer) for layer in editor.weights.layers)
+    dtype = editor.history.base.dtype
+    return Export("checkpoint", folder, layers, dtype, 0), editor.weights.as_saved()
+
+
+def _in_shape(
+    editor: Editor, folder: Path, text: str | Path | None, progress: Progress | None
+) -> tuple[Export, AbstractContextManager[Any]]:
+    """The same with neurons in the place of units."""
+    places = Places(editor, text, progress)
+    cost = facts_cost(editor, places.taken(), progress)
+    layers = tuple(
+        replace(
+            stored.report,
+            rank=0,
+            of=0,
+            bytes=math.prod(stored.report.shape) * editor.model.dtype.itemsize,
+        )
+        for stored in neuron_factors(editor, places, torch.float64)[0]
+    )
+    dtype, price = editor.history.base.dtype, places.price()
+    written = Export("checkpoint", folder, layers, dtype, 0, cost=cost, same_shape=price)
+    return written, places.taken()

@@ -7,7 +7,7 @@ Only n rows of the matrices that make the key, and n columns of W, change: each 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ def neuron_factors(
     made: dict[int, Neurons] = {}
     for layer, neurons in places.neurons.items():
         form, at = editor.editable.form(layer), places.places(layer)
-        wanted, own = _on_cpu(neurons), _on_cpu(form.stored(at))
+        wanted, own = neurons.map(_plain), form.stored(at).map(_plain)
         inputs = editor.weights.recorded(editor.history.active, layer)[0].double().cpu()
         for change in _changes(form, at, wanted, own, inputs):
             stored = change.stored(layer, names[id(change.module)], dtype)
@@ -138,16 +138,47 @@ def _bias(module: nn.Module) -> Tensor | None:
     return found.data.double().cpu() if isinstance(found, nn.Parameter) else None
 
 
-def _on_cpu(neurons: Neurons) -> Neurons:
-    held = {name: t if t is None else t.double().cpu() for name, t in vars(neurons).items()}
-    return Neurons(**held)
-
-
 def _rounded(wanted: Neurons, own: Neurons, dtype: torch.dtype) -> Neurons:
     """What the units `own` become if their change to `wanted` is rounded to `dtype`."""
-    before = vars(own)
+    before = own.tensors()
     made = {
-        name: new if new is None else before[name] + (new - before[name]).to(dtype).double()
-        for name, new in vars(wanted).items()
+        name: before[name] + (new - before[name]).to(dtype).double()
+        for name, new in wanted.tensors().items()
     }
-    return Neurons(**made)
+    return replace(wanted, **made)
+
+
+def added_reports(
+    editor: Editor, layer: int, exact: Neurons, kept: Neurons
+) -> Iterator[LayerExport]:
+    """The numbers of each matrix that `kept` neurons, rounded from `exact`, are added to."""
+    form = editor.editable.form(layer)
+    names = {id(module): name for name, module in editor.model.named_modules()}
+    wanted = exact.map(_plain)
+    for rows, new, stored in (
+        (form.driven.module, wanted.rows, kept.rows),
+        (form.factor.module if form.factor else None, wanted.factors, kept.factors),
+        (form.out, wanted.columns, kept.columns),
+    ):
+        if rows is None or new is None or stored is None:
+            continue
+        own = as_out_in(rows)
+        base = own[:, : form.width] if rows is form.out else own[: form.width]
+        norm = float(new.norm())
+        yield LayerExport(
+            layer=layer,
+            parameter=f"{names[id(rows)]}.weight",
+            shape=(new.shape[0], new.shape[1]),
+            rank=0,
+            of=0,
+            error=float((new - stored.double()).norm()) / norm,
+            key_error=0.0,
+            update_share=norm / float(torch.linalg.matrix_norm(base.double())),
+            rounding_share=float((new.to(own.dtype).double() - new).norm()) / norm,
+            bytes=stored.nbytes,
+        )
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Float64 on the CPU."""
+    return tensor.double().cpu()

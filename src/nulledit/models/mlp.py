@@ -9,7 +9,7 @@ run of a few tokens shows which matrices and which φ give the key that W is giv
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import permutations
@@ -244,8 +244,11 @@ def one_width(model: PreTrainedModel, forms: Sequence[MlpForm]) -> Iterator[None
             form.put(neurons)
 
 
-def narrowed(model: PartialModel, width: int) -> None:
-    """Take units that `one_width` wrote out of every block, which then has `width` of its own."""
+def narrowed(model: PartialModel, width: int, kept: Mapping[int, int] | None = None) -> None:
+    """Take units that `one_width` wrote out of every block, which then has `width` of its own.
+
+    `kept`: by block, how many of those besides its own stay.
+    """
     config = model.model.config.get_text_config()
     for layer in range(model.depth):
         try:
@@ -253,7 +256,8 @@ def narrowed(model: PartialModel, width: int) -> None:
         except ModelError:
             continue  # a block of another kind, which has no neurons
         if form.width > width:
-            replace(form, width=width).put(None)
+            own, n = replace(form, width=width), (kept or {}).get(layer, 0)
+            own.put(own.stored(slice(width, width + n)) if n else None)
     for name in WIDTHS:
         if isinstance(getattr(config, name, None), int) and getattr(config, name) > width:
             setattr(config, name, width)
