@@ -284,7 +284,7 @@ def test_a_coarse_delta_counts_what_differs_and_leaves_the_run(places, tmp_path)
 def test_a_delta_of_neurons_is_not_put_on_anything_else(places, tmp_path):
     place, other = places("llama", torch.float32), places("phi3", torch.float32)
     write_export(place.editor, tmp_path / "delta", "delta")
-    with pytest.raises(ModelError, match="it is of another model|is not the base"):
+    with pytest.raises(ModelError, match="it is of another model"):
         apply_delta(tmp_path / "delta", other.base, tmp_path / "on")
     with pytest.raises(ModelError, match="is not the base with this delta"):
         remove_delta(tmp_path / "delta", place.base, tmp_path / "off")

@@ -73,30 +73,42 @@ def write_lora(
         inexact = any(stored.report.error > MEASURED_ABOVE for stored in layers)
         cost = facts_cost(editor, with_stored(editor, layers), progress) if inexact else None
     common = served_rank(max(1, *(s.report.rank for s in layers)))
-    tensors: dict[str, Tensor] = {}
-    reports = []
-    for stored in layers:
-        left, right = padded(stored.left, stored.right, common)
-        prefix = f"base_model.model.{stored.module}"
-        tensors[f"{prefix}.lora_A.weight"] = right.contiguous()
-        tensors[f"{prefix}.lora_B.weight"] = left.contiguous()
-        size = left.nbytes + right.nbytes
-        if _biased(layers):
-            bias = left.new_zeros(len(left)) if stored.bias is None else stored.bias
-            tensors[f"{prefix}.lora_B.bias"] = bias
-            size += bias.nbytes
-        reports.append(replace(stored.report, bytes=size))
+    tensors = adapter_tensors(layers, common)
+    reports = tuple(
+        replace(s.report, bytes=sum(t.nbytes for n, t in tensors.items() if _is_of(n, s.module)))
+        for s in layers
+    )
     with replacing_folder(folder) as partial:
-        write_json(partial / "adapter_config.json", _config(editor, layers, common))
+        config = adapter_config(editor.history.base.model, layers, common)
+        write_json(partial / "adapter_config.json", config)
         save_file(tensors, partial / "adapter_model.safetensors", {"format": "pt"})
         write_origin(editor, partial, "lora")
         written = Export(
-            "lora", folder, tuple(reports), dtype, 0, rank=common, cost=cost, same_shape=same_shape
+            "lora", folder, reports, dtype, 0, rank=common, cost=cost, same_shape=same_shape
         )
         card = adapter_card(editor, written, run=run)
         (partial / "README.md").write_text(card, encoding="utf-8")
         size = sum(file.stat().st_size for file in partial.iterdir())
     return replace(written, bytes=size)
+
+
+def adapter_tensors(layers: Sequence[StoredLayer], rank: int) -> dict[str, Tensor]:
+    """What the file of an adapter of `rank` holds, by the names that PEFT gives it."""
+    tensors: dict[str, Tensor] = {}
+    for stored in layers:
+        left, right = padded(stored.left, stored.right, rank)
+        prefix = f"base_model.model.{stored.module}"
+        tensors[f"{prefix}.lora_A.weight"] = right.contiguous()
+        tensors[f"{prefix}.lora_B.weight"] = left.contiguous()
+        if _biased(layers):
+            bias = left.new_zeros(len(left)) if stored.bias is None else stored.bias
+            tensors[f"{prefix}.lora_B.bias"] = bias
+    return tensors
+
+
+def _is_of(name: str, module: str) -> bool:
+    """Whether the tensor `name` of an adapter is of `module`."""
+    return name.startswith(f"base_model.model.{module}.lora_")
 
 
 def _of_updates(
@@ -135,7 +147,7 @@ def _biased(layers: Sequence[StoredLayer]) -> bool:
     return any(stored.bias is not None for stored in layers)
 
 
-def _config(editor: Editor, layers: list[StoredLayer], rank: int) -> dict[str, Any]:
+def adapter_config(base: str, layers: Sequence[StoredLayer], rank: int) -> dict[str, Any]:
     """The fields that PEFT reads; those left out have its defaults, which change nothing.
 
     Modules by their full names, so that the others' layers stay bare. A list and not a pattern:
@@ -144,7 +156,7 @@ def _config(editor: Editor, layers: list[StoredLayer], rank: int) -> dict[str, A
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": editor.history.base.model or None,
+        "base_model_name_or_path": base or None,
         "r": rank,
         "lora_alpha": rank,  # scaling = alpha / r = 1
         "lora_dropout": 0.0,
