@@ -39,6 +39,7 @@ class Place:
 
     def __init__(self, folder, family, dtype, tokenizer, recipe=GATED):
         self.folder, self.base, self.run = folder, folder / "base", folder / "run"
+        folder.mkdir(exist_ok=True)
         self.text = folder / "text.txt"
         self.text.write_text("\n".join(LINES * 8), encoding="utf-8")
         model = build_model(family, dtype=dtype)
@@ -133,9 +134,6 @@ def test_the_same_shape_is_neurons_for_units(family, places, tmp_path):
     base = place.base_model()
     shapes = [{n: t.shape for n, t in m.state_dict().items()} for m in (plain, base)]
     assert shapes[0] == shapes[1]
-    assert plain.config.to_dict() == base.config.to_dict() | {
-        "dtype": plain.config.to_dict()["dtype"]
-    }
     assert gap(logits(plain), transparent(place, at.units)) < 1e-9
     assert gap(logits(plain), logits(base)) > 1e-4
 
@@ -159,6 +157,7 @@ def test_the_adapter_is_the_same_shape_in_peft(family, places, tmp_path):
     assert sum(layer.bytes for layer in done.layers) == sum(t.nbytes for t in tensors.values())
 
 
+@torch.no_grad()
 def test_units_are_those_that_text_uses_least(places):
     from nulledit.export.same_shape import Places
 
@@ -178,6 +177,7 @@ def test_units_are_those_that_text_uses_least(places):
     assert found.layers[0].share == pytest.approx(float(share))
 
 
+@torch.no_grad()
 def test_the_price_is_measured_on_the_other_half(places):
     from nulledit.export.same_shape import Places
 
@@ -211,6 +211,7 @@ def transparent_logits(place, units, windows):
     return [model(input_ids=torch.tensor([window])).logits[0] for window in windows]
 
 
+@torch.no_grad()
 def test_halves_of_coarse_factors_are_what_is_measured(places, tmp_path):
     place = places("llama", torch.float32)
     done = write_export(place.editor, tmp_path / "half", "lora", dtype="bfloat16", text=place.text)
@@ -282,7 +283,7 @@ def test_a_coarse_delta_counts_what_differs_and_leaves_the_run(places, tmp_path)
 
 
 def test_a_delta_of_neurons_is_not_put_on_anything_else(places, tmp_path):
-    place, other = places("llama", torch.float32), places("phi3", torch.float32)
+    place, other = places("llama", torch.float32), places("gpt2", torch.float32)
     write_export(place.editor, tmp_path / "delta", "delta")
     with pytest.raises(ModelError, match="it is of another model"):
         apply_delta(tmp_path / "delta", other.base, tmp_path / "on")

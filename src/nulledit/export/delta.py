@@ -317,14 +317,14 @@ def _of_neurons(editor: Editor, dtype: torch.dtype, progress: Progress | None) -
         held = form.held()
         assert held is not None
         kept = held.map(lambda t: t.cpu().to(dtype))
-        back = kept.map(lambda t: t.to(editor.model.dtype))
         for name, tensor in kept.tensors().items():
             if not tensor.isfinite().all():
                 raise ConfigError(
                     f"layer {layer}: {dtype} can't hold its neurons; use another dtype"
                 )
             tensors[f"{name}.{layer}"] = tensor
-            differing += int((back.tensors()[name] != held.tensors()[name].cpu()).sum())
+            own = held.tensors()[name].cpu()
+            differing += int((tensor.to(own.dtype) != own).sum())
         rounded[layer] = kept
         reports += added_reports(editor, layer, neurons, kept)
         entries.append(
