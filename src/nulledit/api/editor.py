@@ -129,13 +129,17 @@ class Editor(EditEngine):
         rank: int | None = None,
         dtype: str | None = None,
         max_shard_size: str | int | None = None,
+        same_shape: bool | None = None,
+        text: str | Path | None = None,
         progress: Progress | None = None,
     ) -> Export:
         """Write the edits to `folder` for others: `kind` lora (PEFT), delta or checkpoint.
 
         `rank` cuts the factors of lora and delta, `dtype` is theirs (float32); `max_shard_size` is
-        of a checkpoint ("50GB"). LedgerError if nothing is edited or `folder` exists, ConfigError
-        for a setting of another kind.
+        of a checkpoint ("50GB"). Gated edits: `same_shape` has a checkpoint keep the base's shape,
+        as an adapter does in any case; `text` is the file that chooses the units which neurons then
+        stand in the place of. LedgerError if nothing is edited or `folder` exists, ConfigError for
+        a setting of another kind.
         """
         return write_export(
             self,
@@ -144,6 +148,8 @@ class Editor(EditEngine):
             rank=rank,
             dtype=dtype,
             max_shard_size=max_shard_size,
+            same_shape=same_shape,
+            text=text,
             run=self.folder,
             progress=progress,
         )

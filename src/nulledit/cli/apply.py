@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 
 from nulledit.cli.command import Call, command
 from nulledit.cli.options import TRUST, arg, opt
@@ -29,6 +30,7 @@ def apply(call: Call) -> None:
 
     With --remove, MODEL is such a result and the base comes back, bit for bit. Subtraction would
     leave rounding behind: the original weights are taken from --base, or from the ledger of --run.
+    Gated edits leave them in MODEL, so of those neither is needed.
 
     \b
     $ nulledit apply delta smollm2-135m --out edited
@@ -37,12 +39,16 @@ def apply(call: Call) -> None:
     base, run = call.base, call.run
     if not call.remove and (base or run):
         raise ConfigError("--base and --run go with --remove; without it, MODEL is the base")
-    if call.remove and (base is None) == (run is None):
+    if base and run:
+        raise ConfigError("--remove takes W₀ from one of two: give either --base or --run")
+    call.prepare()
+    from nulledit.export import apply_delta, remove_delta
+    from nulledit.export.delta import read_manifest
+
+    if call.remove and not (base or run) and not read_manifest(Path(call.delta)).neurons:
         raise ConfigError(
             "--remove needs the original weights: give either --base BASE or --run RUN"
         )
-    call.prepare()
-    from nulledit.export import apply_delta, remove_delta
 
     what = ("Taking", "off") if call.remove else ("Putting", "on")
     call.say(f"{what[0]} {call.delta} {what[1]} {call.model}")

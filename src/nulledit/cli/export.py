@@ -11,8 +11,10 @@ from nulledit.cli.command import Call, command
 from nulledit.cli.options import PLACED, RUN, given_options, least, opt
 from nulledit.errors import ConfigError
 from nulledit.export.write import EXPORTS, OPTIONS, write_export
+from nulledit.io.text import count
 
 if TYPE_CHECKING:
+    from nulledit.export.same_shape import SameShape
     from nulledit.export.updates import Export, FactsCost
     from nulledit.report.document import StudyTable
 
@@ -35,6 +37,16 @@ if TYPE_CHECKING:
         ("float32", "float64", "bfloat16", "float16"),
     ),
     opt("--max-shard-size SIZE", "Of a checkpoint's files.  [default: 50GB]"),
+    opt(
+        "--same-shape",
+        "Gated edits: a checkpoint of the base's shape, its least used units replaced.",
+        bool,
+    ),
+    opt(
+        "--text FILE",
+        "Gated edits: text that says which units are least used, and the price.  [default: one "
+        "that comes with nulledit]",
+    ),
     PLACED,
 )
 def export(call: Call) -> None:
@@ -80,8 +92,11 @@ def layers_table(done: Export) -> StudyTable:
     if not whole:
         head[1:1] = ["rank", "of", "‖Δ−BA‖/‖Δ‖", "at the keys"]
     rows: list[Sequence[str]] = []
+    several = len({layer.layer for layer in done.layers}) < len(done.layers)
     for layer in done.layers:
-        row = [str(layer.layer), number(layer.update_share)]
+        name = layer.parameter.removesuffix(".weight").rpartition(".")[2]
+        row = [f"{layer.layer} {name}" if several else str(layer.layer)]
+        row.append(number(layer.update_share))
         row += [number(layer.rounding_share), f"{layer.bytes:,}"]
         if not whole:
             errors = [number(layer.error), number(layer.key_error)]
@@ -96,6 +111,8 @@ def lines_of(done: Export) -> list[str]:
     """What stands below the table."""
     what = EXPORTS[done.kind].line.format(rank=done.rank, dtype=done.dtype)
     lines = [f"{what}: {done.folder} ({done.bytes:,} bytes in all files)."]
+    if done.same_shape:
+        lines += shape_lines(done.same_shape)
     cut = [layer for layer in done.layers if layer.rank < layer.of]
     if cut:
         ranks = ", ".join(f"{x.layer} ({x.rank} of {x.of})" for x in cut)
@@ -118,6 +135,24 @@ def exactly(done: Export) -> str:
     # An update of full rank may lie halfway between two weights: the last bit of float64 decides.
     cut = any(layer.rank < layer.of or layer.of >= min(layer.shape) for layer in done.layers)
     return "" if cut or done.dtype == "float64" else " --dtype float64 gives it to the bit."
+
+
+def shape_lines(found: SameShape) -> list[str]:
+    """What stands in the place of what, and what that costs other text."""
+    from nulledit.report.tables import number
+
+    lines = [
+        f"Block {at.layer}: {count(len(at.units), 'neuron')} in the place of as many of "
+        f"{at.of:,} units, which hold {number(100 * at.share)} % of Σ E[a²]‖column‖² on text."
+        for at in found.layers
+    ]
+    kl, grown = found.kl, found.grown_kl
+    price = (
+        f"KL from the base per token: {kl.value:.3g} ± {kl.standard_error:.2g} mnat, with neurons "
+        f"besides the units {grown.value:.3g} ± {grown.standard_error:.2g} ({kl.tokens:,} tokens, "
+        f"those of {found.text} that did not choose them)."
+    )
+    return [*lines, price]
 
 
 def cost_lines(cost: FactsCost) -> list[str]:

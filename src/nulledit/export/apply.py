@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nulledit.editing.engine import EditEngine
 from nulledit.errors import CheckFailed, LedgerError, ModelError
-from nulledit.export.delta import Manifest, read_delta, read_manifest
+from nulledit.export.delta import Delta, Manifest, read_delta, read_manifest
 from nulledit.export.factors import ordered_sum
 from nulledit.export.updates import check_shard_size, refuse_existing, write_json
 from nulledit.io.files import replacing_folder
 from nulledit.models.dense import is_quantised
 from nulledit.models.layouts import as_out_in, find_layout, mlp_out, parameter_name, write_weight
 from nulledit.models.load import load_model, model_hash
+from nulledit.models.mlp import MlpForm, find_form, narrowed, one_width
+from nulledit.models.partial import PartialModel
 from nulledit.models.quantized import make_editable
 from nulledit.models.saving import save_weights
 
@@ -61,10 +65,9 @@ def apply_delta(
     manifest = found.manifest
     model, tokenizer = _load(base, manifest, trust_remote_code)
     _check_base(model, manifest, base)
-    layout = find_layout(model)
-    for layer, (left, right) in found.factors.items():
-        module = mlp_out(model, layout, layer)
-        write_weight(module, ordered_sum(as_out_in(module), left, right))
+    blocks = PartialModel(model)
+    forms = _forms(blocks) if manifest.neurons else {}
+    _put(blocks, found, forms)
     _check_result(model, manifest.result_hash)
     mark = {
         "delta": manifest.sha256,
@@ -73,7 +76,8 @@ def apply_delta(
         "base_hash": manifest.base_hash,
         "result_hash": manifest.result_hash,
     }
-    _write(model, tokenizer, out, mark, max_shard_size)
+    with one_width(model, list(forms.values())) if forms else nullcontext():
+        _write(model, tokenizer, out, mark, max_shard_size)
     same = manifest.result_hash == manifest.run_hash
     return Applied(out, False, manifest.result_hash, len(manifest.facts), same)
 
@@ -92,38 +96,54 @@ def remove_delta(
 
     Subtracting would leave rounding behind, so W₀ itself is put back: from `base`, whose hash must
     match, or from the ledger of `run`. Only the delta's manifest is read. Refused without either,
-    where `model` is not base + delta, and where the result is not the base.
+    where `model` is not base + delta, and where the result is not the base. Neurons of gated edits
+    leave W₀ in `model` as it was and are cut off: neither `base` nor `run` is read.
     """
     out = Path(out)
     check_shard_size(max_shard_size)
     refuse_existing(out)
-    if (base is None) == (run is None):
+    manifest = read_manifest(Path(delta))
+    if not manifest.neurons and (base is None) == (run is None):
         raise LedgerError(
             "taking a delta off needs W₀: give either the base or the run whose ledger holds it"
         )
-    manifest = read_manifest(Path(delta))
-    held, tokenizer = _load(model, manifest, trust_remote_code)
+    held, tokenizer = _load(model, manifest, trust_remote_code, grown=True)
+    blocks = PartialModel(held)
+    if manifest.neurons:  # padding goes first
+        narrowed(blocks, manifest.neurons[0].width, {e.layer: e.n for e in manifest.neurons})
     if model_hash(held) not in (manifest.result_hash, manifest.run_hash):
         raise ModelError(
             f"{model}: is not the base with this delta on it (expected weights "
             f"{manifest.result_hash[:12]}); only such a model can be taken back"
         )
-    if base is not None:
-        originals = _from_base(base, manifest, trust_remote_code)
+    if manifest.neurons:
+        narrowed(blocks, manifest.neurons[0].width)
     else:
-        assert run is not None
-        originals = _from_run(run, manifest, trust_remote_code)
-    layout = find_layout(held)
-    for layer, weight in originals.items():
-        write_weight(mlp_out(held, layout, layer), weight)
+        for layer, weight in _originals(manifest, base, run, trust_remote_code).items():
+            write_weight(blocks.mlp_out(layer), weight)
     _check_result(held, manifest.base_hash)
     _write(held, tokenizer, out, None, max_shard_size)
     return Applied(out, True, manifest.base_hash, len(manifest.facts), False)
 
 
-def check_fits(model: PreTrainedModel, manifest: Manifest, name: object) -> None:
-    """ModelError unless `model` has the matrices that the delta names, in its shapes."""
+def check_fits(
+    model: PreTrainedModel, manifest: Manifest, name: object, *, grown: bool = False
+) -> None:
+    """ModelError unless `model` has the matrices that the delta names, in its shapes.
+
+    `grown`: with neurons of a delta on it, or others.
+    """
     layout = find_layout(model)
+    for block in manifest.neurons:
+        form = find_form(PartialModel(model), block.layer)
+        parameter = parameter_name(model, layout, block.layer)
+        its = (parameter, form.d, form.units.biased, form.units.gated)
+        fits = form.width >= block.width if grown else form.width == block.width
+        if its != (block.parameter, block.d, block.biased, block.gated) or not fits:
+            raise ModelError(
+                f"{name}: has an MLP of {form.width} units on {form.d} where the delta has neurons "
+                f"for {block.parameter} with {block.width} on {block.d}: it is of another model"
+            )
     for entry in manifest.layers:
         found = parameter_name(model, layout, entry.layer)
         shape = tuple(as_out_in(mlp_out(model, layout, entry.layer)).shape)
@@ -134,8 +154,26 @@ def check_fits(model: PreTrainedModel, manifest: Manifest, name: object) -> None
             )
 
 
+def _forms(blocks: PartialModel) -> dict[int, MlpForm]:
+    """By block, of those whose MLP a form explains."""
+    found = {}
+    for layer in range(blocks.depth):
+        with suppress(ModelError):
+            found[layer] = find_form(blocks, layer)
+    return found
+
+
+def _put(blocks: PartialModel, found: Delta, forms: Mapping[int, MlpForm]) -> None:
+    """Write what `found` holds into its base."""
+    for layer, (left, right) in found.factors.items():
+        module = blocks.mlp_out(layer)
+        write_weight(module, ordered_sum(as_out_in(module), left, right))
+    for layer, neurons in found.neurons.items():
+        forms[layer].put(neurons)
+
+
 def _load(
-    name: str | Path, manifest: Manifest, trust_remote_code: bool
+    name: str | Path, manifest: Manifest, trust_remote_code: bool, *, grown: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     options = {"dtype": manifest.base_dtype, "trust_remote_code": trust_remote_code}
     model, tokenizer = load_model(str(name), **options)  # type: ignore[arg-type]
@@ -145,8 +183,18 @@ def _load(
             f"{name}: is quantised, so no model folder can be written with the delta; put it on in "
             "memory (nulledit.export.put_delta), or load an adapter made by export --as lora"
         )
-    check_fits(model, manifest, name)
+    check_fits(model, manifest, name, grown=grown)
     return model, tokenizer
+
+
+def _originals(
+    manifest: Manifest, base: str | Path | None, run: str | Path | None, trust_remote_code: bool
+) -> dict[int, Tensor]:
+    """W₀ by layer."""
+    if base is not None:
+        return _from_base(base, manifest, trust_remote_code)
+    assert run is not None
+    return _from_run(run, manifest, trust_remote_code)
 
 
 def _from_base(base: str | Path, manifest: Manifest, trust_remote_code: bool) -> dict[int, Tensor]:
@@ -208,8 +256,9 @@ def _write(
 def put_delta(model: PreTrainedModel, delta: str | Path) -> None:
     """Put a delta on its base in memory; `model` is changed. For quantised bases, too.
 
-    Of those the matrices in question become dense first, as when they were edited. LedgerError and
-    ModelError say what does not fit; the model is as before then.
+    Of those the matrices in question become dense first, as when they were edited. Neurons make an
+    MLP wider than the model's configuration says: `apply_delta` writes such a model. LedgerError
+    and ModelError say what does not fit; the model is as before then.
     """
     found = read_delta(delta)
     manifest = found.manifest
@@ -222,6 +271,5 @@ def put_delta(model: PreTrainedModel, delta: str | Path) -> None:
     layout = find_layout(model)
     make_editable(model, layout, [entry.layer for entry in manifest.layers], digest)
     check_fits(model, manifest, "the model")
-    for layer, (left, right) in found.factors.items():
-        module = mlp_out(model, layout, layer)
-        write_weight(module, ordered_sum(as_out_in(module), left, right))
+    blocks = PartialModel(model)
+    _put(blocks, found, {e.layer: find_form(blocks, e.layer) for e in manifest.neurons})

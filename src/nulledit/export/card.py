@@ -31,12 +31,14 @@ STATISTICS = ("corpus", "corpus_hash", "tokens", "dtype", "layers", "settings")
 """Fields of the statistics' manifest that a card tells."""
 
 
-def model_card(editor: EditEngine, layers: Sequence[LayerExport], *, run: str, summary: Any) -> str:
+def model_card(editor: EditEngine, export: Export, *, run: str, summary: Any) -> str:
     """The card of a whole checkpoint. `summary`: the run's `summary.json`, or None."""
+    told = " ".join([*_shape(editor, export), _cost(export)]).strip()
+    shape = [doc.Text(told)] if told else []
     parts: list[doc.Part] = [
-        *(_origin(editor), _note(editor), doc.Heading("Edited facts"), _facts(editor)),
+        *(_origin(editor), _note(editor), *shape, doc.Heading("Edited facts"), _facts(editor)),
         *_method(editor),
-        *(doc.Heading("Layers"), _layers(layers)),
+        *(doc.Heading("Layers"), _layers(export.layers)),
         *_measures(summary, editor),
         doc.Heading("Undo"),
         doc.Text(f"The ledger in {_code(run)}/ledger takes back single facts exactly, or all:"),
@@ -59,6 +61,7 @@ def adapter_card(editor: EditEngine, export: Export, *, run: str) -> str:
         else "The update was cut to this rank: the adapter is not the whole of it"
     )
     kind = f"Rank {export.rank}, padded with zeros; scaling 1; factors in {export.dtype}. {said}."
+    kind = " ".join([kind, *_shape(editor, export)])
     code = "model = PeftModel.from_pretrained(base_model, this_folder)"
     parts: list[doc.Part] = [
         *(_origin(editor), _note(editor), doc.Text(f"{kind} {_cost(export)}".strip())),
@@ -191,13 +194,43 @@ def _layers(layers: Sequence[LayerExport]) -> doc.StudyTable:
     return doc.StudyTable.of("layers", "", head, rows)
 
 
+def _shape(editor: EditEngine, export: Export) -> Iterator[str]:
+    """What gated edits do to the model's shape; nothing of other edits."""
+    found = export.same_shape
+    if found is not None:
+        for at in found.layers:
+            yield (
+                f"Gated edits: {count(len(at.units), 'neuron')} in the place of the least used of "
+                f"the {at.of} units of block {at.layer}, so the shape is the base's. Replaced: "
+                f"{', '.join(map(str, at.units))}."
+            )
+        kl, grown = found.kl, found.grown_kl
+        yield (
+            f"On {kl.tokens} tokens of {plain(found.text)} the next token's distribution is "
+            f"{number(kl.value)} ± {number(kl.standard_error)} thousandths of a nat (KL per token) "
+            f"from the base's; {number(grown.value)} ± {number(grown.standard_error)} with the "
+            "neurons besides the block's units."
+        )
+    elif editor.weights.grown:
+        for layer in editor.weights.layers:
+            form = editor.editable.form(layer)
+            n = form.columns.shape[1]
+            yield (
+                f"Gated edits: {count(n, 'neuron')} in block {layer} besides its own {form.width} "
+                "units, which are as in the base. Other blocks are padded to the same width with "
+                "units that give nothing."
+            )
+
+
 def _cost(export: Export) -> str:
     if export.cost is None:
         return ""
     cost = export.cost
+    it = "in the base's shape" if export.same_shape else "with it"
+    whole = "with neurons besides the units" if export.same_shape else "with the whole update"
     held = (
-        f"Of {count(cost.facts, 'fact')}, {cost.stored_strict} hold by argmax with it and "
-        f"{cost.exact_strict} with the whole update"
+        f"Of {count(cost.facts, 'fact')}, {cost.stored_strict} hold by argmax {it} and "
+        f"{cost.exact_strict} {whole}"
     )
     if math.isnan(cost.exact_nll) and math.isfinite(cost.worst):  # all are to be forgotten
         return f"{held}."

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from nulledit.editing.call_log import Progress
 from nulledit.editing.engine import EditEngine
+from nulledit.errors import ConfigError
 from nulledit.export.card import model_card
+from nulledit.export.neuron_factors import neuron_factors
+from nulledit.export.same_shape import Places
 from nulledit.export.updates import (
     Export,
     check_shard_size,
+    facts_cost,
     refuse_existing,
     whole_report,
     write_origin,
@@ -24,25 +34,62 @@ def write_checkpoint(
     folder: str | Path,
     *,
     max_shard_size: str | int = "50GB",
+    same_shape: bool = False,
+    text: str | Path | None = None,
     run: str = "RUN",
     summary: Any = None,
+    progress: Progress | None = None,
 ) -> Export:
     """Write model, tokenizer and a model card to `folder`, in the base's dtype.
 
-    `summary`: the content of the run's `summary.json`, for the card's measures. `run`: what the
-    card calls the run. LedgerError if `folder` is taken.
+    Gated edits make MLPs wider; with `same_shape` their neurons stand in the place of the least
+    used units, as `text` (None: the one that comes with nulledit) shows, and it is measured what
+    that costs. `summary`: the content of the run's `summary.json`, for the card's measures. `run`:
+    what the card calls the run. LedgerError if `folder` is taken, ConfigError for `same_shape` or
+    `text` where edits change W.
     """
     folder = Path(folder)
+    if text is not None and not same_shape:
+        raise ConfigError("text goes with same_shape: on it the units to replace are chosen")
     check_shard_size(max_shard_size)
     refuse_existing(folder)
     refuse_dense(editor.model, "exported as a checkpoint")
     editor.weights.check_unchanged()
-    layers = tuple(whole_report(editor, layer) for layer in editor.weights.layers)
-    with editor.weights.as_saved(), replacing_folder(folder) as partial:
+    written, shape = _whole(editor, folder)
+    if same_shape:
+        written, shape = _in_shape(editor, folder, text, progress)
+    card = model_card(editor, written, run=run, summary=summary)
+    with shape, replacing_folder(folder) as partial:
         save_weights(editor.model, partial, max_shard_size=max_shard_size)
         editor.tokenizer.save_pretrained(partial)
         write_origin(editor, partial, "checkpoint")
-        card = model_card(editor, layers, run=run, summary=summary)
         (partial / "README.md").write_text(card, encoding="utf-8")
         size = sum(file.stat().st_size for file in partial.iterdir())
-    return Export("checkpoint", folder, layers, editor.history.base.dtype, size)
+    return replace(written, bytes=size)
+
+
+def _whole(editor: EditEngine, folder: Path) -> tuple[Export, AbstractContextManager[Any]]:
+    """What is said of the run's model, and the model as it is written."""
+    layers = tuple(whole_report(editor, layer) for layer in editor.weights.layers)
+    dtype = editor.history.base.dtype
+    return Export("checkpoint", folder, layers, dtype, 0), editor.weights.as_saved()
+
+
+def _in_shape(
+    editor: EditEngine, folder: Path, text: str | Path | None, progress: Progress | None
+) -> tuple[Export, AbstractContextManager[Any]]:
+    """The same with neurons in the place of units."""
+    places = Places(editor, text, progress)
+    cost = facts_cost(editor, places.taken(), progress)
+    layers = tuple(
+        replace(
+            stored.report,
+            rank=0,
+            of=0,
+            bytes=math.prod(stored.report.shape) * editor.model.dtype.itemsize,
+        )
+        for stored in neuron_factors(editor, places, torch.float64)[0]
+    )
+    dtype, price = editor.history.base.dtype, places.price()
+    written = Export("checkpoint", folder, layers, dtype, 0, cost=cost, same_shape=price)
+    return written, places.taken()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -15,24 +17,31 @@ from torch import Tensor
 from nulledit.editing.call_log import Progress
 from nulledit.editing.engine import EditEngine
 from nulledit.errors import ConfigError, LedgerError
+from nulledit.export.neuron_factors import added_reports
+from nulledit.export.same_shape import require_neurons
 from nulledit.export.updates import (
     MEASURED_ABOVE,
     Export,
+    FactsCost,
+    LayerExport,
     StoredLayer,
     facts_cost,
     refuse_existing,
     stored_layers,
     weight_with,
+    with_stored,
     write_json,
 )
 from nulledit.io.files import replacing_folder, sha256_of
 from nulledit.io.settings import Count, Expected, Several, checked, read_settings
 from nulledit.io.untrusted import MAX_DOCUMENT, parse_json, read_text
+from nulledit.linalg.neurons import Neurons
 from nulledit.models.layouts import as_out_in, as_stored
 from nulledit.models.load import model_hash
 
 FORMAT = "nulledit-delta"
-VERSION = 1
+VERSIONS = (1, 2)
+"""Of the format: the second has neurons."""
 OUTSIDE = {"format", "version"}  # of the manifest: what says how it is read
 MANIFEST_FILE = "manifest.json"
 TENSOR_FILE = "delta.safetensors"
@@ -75,6 +84,42 @@ class DeltaLayer:
 
 @checked
 @dataclass(frozen=True)
+class DeltaNeurons:
+    """Neurons that a delta gives one block's MLP besides its own units."""
+
+    layer: Block
+    """Block number."""
+    parameter: Text
+    """Name of W in the state dict."""
+    n: Side
+    """How many."""
+    d: Side
+    """Width of the MLP's input."""
+    d_out: Side
+    """Width of its output."""
+    width: Side
+    """Units of the block's own."""
+    biased: bool
+    """Whether what φ is applied to has a bias."""
+    gated: bool
+    """Whether φ's result is multiplied by a second factor."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors that hold them, by the fields of `Neurons`."""
+        found: dict[str, tuple[int, ...]] = {
+            "rows": (self.n, self.d),
+            "columns": (self.d_out, self.n),
+        }
+        if self.biased:
+            found["biases"] = (self.n,)
+        if self.gated:
+            found["factors"] = (self.n, self.d)
+        return found
+
+
+@checked
+@dataclass(frozen=True)
 class Manifest:
     """What a delta is of, and what it makes of its base."""
 
@@ -92,22 +137,38 @@ class Manifest:
     """`model_hash` of the run's model; the result's own if they are the same to the bit."""
     dtype: Dtype
     """Of the factors."""
-    layers: Annotated[Several[DeltaLayer], Expected("some layers", bool)]
-    """In order."""
+    layers: Several[DeltaLayer]
+    """Matrices with an update, in order; none where there are neurons."""
     facts: Several[str]
     """Ids of the facts in it."""
     sha256: Hash
     """Of the tensor file."""
     bytes: Size
     """Size of the tensor file."""
+    neurons: Several[DeltaNeurons] = ()
+    """Of gated edits, by block, in order."""
 
     def __post_init__(self) -> None:
-        if len({entry.layer for entry in self.layers}) < len(self.layers):
+        blocks: tuple[DeltaLayer | DeltaNeurons, ...] = self.layers or self.neurons
+        if not blocks or (self.layers and self.neurons):
+            raise ConfigError(f"layers is {list(self.layers)}; expected some layers, or neurons")
+        if len({entry.layer for entry in blocks}) < len(blocks):
             raise ConfigError("layers: one of them stands twice")
         width = DTYPES[self.dtype].itemsize
-        held = sum(sum(entry.shape) * entry.rank * width for entry in self.layers)
+        held = width * sum(math.prod(shape) for shape in self.shapes.values())
         if not held <= self.bytes <= held + MOST_HEADER:
             raise ConfigError(f"bytes is {self.bytes}, but the shapes need {held} and a header")
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors in the file, by name."""
+        found: dict[str, tuple[int, ...]] = {}
+        for entry in self.layers:
+            found[f"left.{entry.layer}"] = (entry.shape[0], entry.rank)
+            found[f"right.{entry.layer}"] = (entry.rank, entry.shape[1])
+        for block in self.neurons:
+            found |= {f"{name}.{block.layer}": shape for name, shape in block.shapes.items()}
+        return found
 
 
 @dataclass(frozen=True)
@@ -118,8 +179,49 @@ class Delta:
     """Where it lies."""
     manifest: Manifest
     """What it says."""
-    factors: dict[int, tuple[Tensor, Tensor]]
-    """Layer -> (B, A)."""
+    tensors: dict[str, Tensor]
+    """As in the file."""
+
+    @property
+    def factors(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Layer -> (B, A); empty where there are neurons."""
+        numbers = (entry.layer for entry in self.manifest.layers)
+        return {i: (self.tensors[f"left.{i}"], self.tensors[f"right.{i}"]) for i in numbers}
+
+    @property
+    def neurons(self) -> dict[int, Neurons]:
+        """Layer -> neurons; empty where W has an update."""
+        return {
+            block.layer: Neurons(
+                rows=self.tensors[f"rows.{block.layer}"],
+                biases=self.tensors.get(f"biases.{block.layer}"),
+                factors=self.tensors.get(f"factors.{block.layer}"),
+                columns=self.tensors[f"columns.{block.layer}"],
+            )
+            for block in self.manifest.neurons
+        }
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What a delta is made of."""
+
+    tensors: dict[str, Tensor]
+    """By name in the file."""
+    reports: tuple[LayerExport, ...]
+    """A row for each matrix that they change."""
+    differing: int
+    """Weights that base + delta has otherwise than the run's model."""
+    result_hash: str
+    """Of base + delta."""
+    run_hash: str
+    """Of the run's model."""
+    cost: FactsCost | None
+    """What that means for the facts."""
+    layers: tuple[DeltaLayer, ...] = ()
+    """Of the manifest."""
+    neurons: tuple[DeltaNeurons, ...] = ()
+    """Of the manifest."""
 
 
 def write_delta(
@@ -127,52 +229,138 @@ def write_delta(
     folder: str | Path,
     *,
     rank: int | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
     progress: Progress | None = None,
 ) -> Export:
     """Write the edits to `folder`, for `apply_delta`.
 
     `rank` cuts every layer's update; full-rank updates are cut in any case. In float64 the result
-    is the run's model to the bit, as long as nothing is cut; in float32 weights differ by a step of
-    the base's dtype here and there, and the report counts them. LedgerError if nothing is edited or
-    `folder` is taken.
+    is the run's model to the bit, as long as nothing is cut; in float32 (`dtype` left out) weights
+    differ by a step of the base's dtype here and there, and the report counts them. Neurons of
+    gated edits are stored as the run's model has them, so in the base's dtype (`dtype` left out) it
+    is that model to the bit. LedgerError if nothing is edited or `folder` is taken.
     """
     folder = Path(folder)
     refuse_existing(folder)
-    if rank is not None and rank < 1:
-        raise ConfigError(f"rank is {rank}; expected 1 or more")
-    kept = stored_layers(editor, rank=rank, dtype=dtype_of(dtype, DTYPES), progress=progress)
-    reports = tuple(s.report for s in kept)
-    inexact = any(r.error > MEASURED_ABOVE for r in reports)
-    cost = facts_cost(editor, kept, progress) if inexact else None
-    differing, result_hash, run_hash = _outcome(editor, kept)
-    tensors = {
-        name: tensor.contiguous()
-        for s in kept
-        for name, tensor in ((f"left.{s.layer}", s.left), (f"right.{s.layer}", s.right))
-    }
+    if editor.weights.grown:
+        if rank is not None:
+            raise ConfigError("rank can't be given for gated edits, whose neurons are stored whole")
+        dtype = dtype or editor.history.base.dtype
+        content = _of_neurons(editor, dtype_of(dtype, DTYPES), progress)
+    else:
+        dtype = dtype or "float32"
+        content = _of_updates(editor, rank, dtype_of(dtype, DTYPES), progress)
     history = editor.history
     with replacing_folder(folder) as partial:
         file = partial / TENSOR_FILE
-        save_file(tensors, file)
+        save_file({name: t.contiguous() for name, t in content.tensors.items()}, file)
         manifest = Manifest(
             base=history.base.model,
             base_hash=history.base.hash,
             base_dtype=history.base.dtype,
             state=history.state_id,
-            result_hash=result_hash,
-            run_hash=run_hash,
+            result_hash=content.result_hash,
+            run_hash=content.run_hash,
             dtype=dtype,
-            layers=tuple(DeltaLayer(r.layer, r.parameter, r.shape, r.rank) for r in reports),
+            layers=content.layers,
             facts=tuple(dict.fromkeys(c.fact.id for c in history.present)),
             sha256=sha256_of(file),
             bytes=file.stat().st_size,
+            neurons=content.neurons,
         )
-        content = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
-        write_json(partial / MANIFEST_FILE, content)
+        told = asdict(manifest)
+        if not content.neurons:  # as readers of the first version know it
+            del told["neurons"]
+        version = VERSIONS[1] if content.neurons else VERSIONS[0]
+        write_json(partial / MANIFEST_FILE, {"format": FORMAT, "version": version, **told})
         size = sum(f.stat().st_size for f in partial.iterdir())
-    written = Export("delta", folder, reports, dtype, size, cost=cost)
-    return replace(written, same_as_run=result_hash == run_hash, differing=differing)
+    return Export(
+        "delta",
+        folder,
+        content.reports,
+        dtype,
+        size,
+        cost=content.cost,
+        same_as_run=content.result_hash == content.run_hash,
+        differing=content.differing,
+    )
+
+
+def _of_updates(
+    editor: EditEngine, rank: int | None, dtype: torch.dtype, progress: Progress | None
+) -> _Content:
+    """Factors of updates of W."""
+    if rank is not None and rank < 1:
+        raise ConfigError(f"rank is {rank}; expected 1 or more")
+    kept = stored_layers(editor, rank=rank, dtype=dtype, progress=progress)
+    reports = tuple(s.report for s in kept)
+    inexact = any(r.error > MEASURED_ABOVE for r in reports)
+    cost = facts_cost(editor, with_stored(editor, kept), progress) if inexact else None
+    tensors = {
+        name: tensor
+        for s in kept
+        for name, tensor in ((f"left.{s.layer}", s.left), (f"right.{s.layer}", s.right))
+    }
+    layers = tuple(DeltaLayer(r.layer, r.parameter, r.shape, r.rank) for r in reports)
+    return _Content(tensors, reports, *_outcome(editor, kept), cost, layers=layers)
+
+
+def _of_neurons(editor: EditEngine, dtype: torch.dtype, progress: Progress | None) -> _Content:
+    """Neurons as the run's model has them, in `dtype`."""
+    exact = require_neurons(editor, "this")
+    tensors: dict[str, Tensor] = {}
+    rounded: dict[int, Neurons] = {}
+    reports: list[LayerExport] = []
+    entries, differing = [], 0
+    for layer, neurons in exact.items():
+        form = editor.editable.form(layer)
+        held = form.held()
+        assert held is not None
+        kept = held.map(lambda t: t.cpu().to(dtype))
+        for name, tensor in kept.tensors().items():
+            if not tensor.isfinite().all():
+                raise ConfigError(
+                    f"layer {layer}: {dtype} can't hold its neurons; use another dtype"
+                )
+            tensors[f"{name}.{layer}"] = tensor
+            own = held.tensors()[name].cpu()
+            differing += int((tensor.to(own.dtype) != own).sum())
+        rounded[layer] = kept
+        reports += added_reports(editor, layer, neurons, kept)
+        entries.append(
+            DeltaNeurons(
+                layer=layer,
+                parameter=editor.editable.parameter_name(layer),
+                n=len(kept.rows),
+                d=form.d,
+                d_out=len(kept.columns),
+                width=form.width,
+                biased=kept.biases is not None,
+                gated=kept.factors is not None,
+            )
+        )
+    run_hash = result_hash = model_hash(editor.model)
+    cost = None
+    if differing:
+        with _put(editor, rounded):
+            result_hash = model_hash(editor.model)
+        cost = facts_cost(editor, _put(editor, rounded), progress)
+    return _Content(
+        tensors, tuple(reports), differing, result_hash, run_hash, cost, neurons=tuple(entries)
+    )
+
+
+@contextmanager
+def _put(editor: EditEngine, neurons: Mapping[int, Neurons]) -> Iterator[None]:
+    """`neurons` in the place of the run's inside; afterwards those, to the bit."""
+    held = {layer: editor.editable.form(layer).held() for layer in neurons}
+    try:
+        for layer, others in neurons.items():
+            editor.editable.form(layer).put(others)
+        yield
+    finally:
+        for layer, own in held.items():
+            editor.editable.form(layer).put(own)
 
 
 def read_delta(folder: str | Path) -> Delta:
@@ -195,7 +383,7 @@ def read_delta(folder: str | Path) -> Delta:
         raise LedgerError(
             f"{file}: damaged: its hash is {found[:12]}, expected {manifest.sha256[:12]}"
         )
-    return Delta(folder, manifest, _read_factors(file, manifest))
+    return Delta(folder, manifest, _read_tensors(file, manifest))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -207,9 +395,10 @@ def read_manifest(folder: Path) -> Manifest:
     content = parse_json(text, source=str(file), error=LedgerError)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise LedgerError(f"{file}: not the manifest of a delta (expected format {FORMAT!r})")
-    if content.get("version") != VERSION:
+    if content.get("version") not in VERSIONS:
         raise LedgerError(
-            f"{file}: format version {content.get('version')!r}; this nulledit reads {VERSION}"
+            f"{file}: format version {content.get('version')!r}; this nulledit reads "
+            + " and ".join(map(str, VERSIONS))
         )
     try:
         return read_settings(Manifest, {k: content[k] for k in content.keys() - OUTSIDE})
@@ -238,12 +427,9 @@ def _outcome(editor: EditEngine, kept: list[StoredLayer]) -> tuple[int, str, str
     return differing, model_hash(editor.model, replaced), model_hash(editor.model)
 
 
-def _read_factors(file: Path, manifest: Manifest) -> dict[int, tuple[Tensor, Tensor]]:
+def _read_tensors(file: Path, manifest: Manifest) -> dict[str, Tensor]:
     """The tensors that the manifest names, in its shapes and dtype, and no others."""
-    shapes = {}
-    for entry in manifest.layers:
-        shapes[f"left.{entry.layer}"] = (entry.shape[0], entry.rank)
-        shapes[f"right.{entry.layer}"] = (entry.rank, entry.shape[1])
+    shapes = manifest.shapes
     try:
         with safe_open(file, "pt") as opened:
             names = set(opened.keys())
@@ -258,5 +444,4 @@ def _read_factors(file: Path, manifest: Manifest) -> dict[int, tuple[Tensor, Ten
     for name, tensor in tensors.items():
         if tensor.dtype != DTYPES[manifest.dtype] or not tensor.isfinite().all():
             raise LedgerError(f"{file}: {name} is not of finite {manifest.dtype} numbers")
-    numbers = (entry.layer for entry in manifest.layers)
-    return {i: (tensors[f"left.{i}"], tensors[f"right.{i}"]) for i in numbers}
+    return tensors

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -14,14 +16,18 @@ from nulledit.editing.engine import EditEngine
 from nulledit.errors import ConfigError
 from nulledit.export.card import adapter_card
 from nulledit.export.delta import DTYPES, dtype_of
+from nulledit.export.neuron_factors import neuron_factors
 from nulledit.export.ranks import SERVED, padded, served_rank
+from nulledit.export.same_shape import Places, SameShape
 from nulledit.export.updates import (
     MEASURED_ABOVE,
     Export,
+    FactsCost,
     StoredLayer,
     facts_cost,
     refuse_existing,
     stored_layers,
+    with_stored,
     write_json,
     write_origin,
 )
@@ -35,6 +41,7 @@ def write_lora(
     *,
     rank: int | None = None,
     dtype: str = "float32",
+    text: str | Path | None = None,
     run: str = "RUN",
     progress: Progress | None = None,
 ) -> Export:
@@ -45,9 +52,75 @@ def write_lora(
     edited facts are asked again. `dtype`: float32, float64, bfloat16 or float16. `run`: what the
     adapter's README calls the run. LedgerError if nothing is edited or `folder` is taken,
     ConfigError for a mixture of experts.
+
+    An adapter can't add units, so neurons of gated edits stand in the place of the least used ones
+    of their block, as `text` (None: the one that comes with nulledit) shows, and it is measured
+    what that costs. Their rank is never cut.
     """
     folder = Path(folder)
     refuse_existing(folder)
+    number = dtype_of(dtype, DTYPES)
+    same_shape: SameShape | None = None
+    if editor.weights.grown:
+        if rank is not None:
+            raise ConfigError(
+                "rank can't be given for gated edits: each neuron is a dimension of its own, and "
+                "an adapter without some of them is not the edited model"
+            )
+        layers, same_shape, cost = _of_neurons(editor, text, number, progress)
+    else:
+        layers = _of_updates(editor, rank, text, number, progress)
+        inexact = any(stored.report.error > MEASURED_ABOVE for stored in layers)
+        cost = facts_cost(editor, with_stored(editor, layers), progress) if inexact else None
+    common = served_rank(max(1, *(s.report.rank for s in layers)))
+    tensors = adapter_tensors(layers, common)
+    reports = tuple(
+        replace(s.report, bytes=sum(t.nbytes for n, t in tensors.items() if _is_of(n, s.module)))
+        for s in layers
+    )
+    with replacing_folder(folder) as partial:
+        config = adapter_config(editor.history.base.model, layers, common)
+        write_json(partial / "adapter_config.json", config)
+        save_file(tensors, partial / "adapter_model.safetensors", {"format": "pt"})
+        write_origin(editor, partial, "lora")
+        written = Export(
+            "lora", folder, reports, dtype, 0, rank=common, cost=cost, same_shape=same_shape
+        )
+        card = adapter_card(editor, written, run=run)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        size = sum(file.stat().st_size for file in partial.iterdir())
+    return replace(written, bytes=size)
+
+
+def adapter_tensors(layers: Sequence[StoredLayer], rank: int) -> dict[str, Tensor]:
+    """What the file of an adapter of `rank` holds, by the names that PEFT gives it."""
+    tensors: dict[str, Tensor] = {}
+    for stored in layers:
+        left, right = padded(stored.left, stored.right, rank)
+        prefix = f"base_model.model.{stored.module}"
+        tensors[f"{prefix}.lora_A.weight"] = right.contiguous()
+        tensors[f"{prefix}.lora_B.weight"] = left.contiguous()
+        if _biased(layers):
+            bias = left.new_zeros(len(left)) if stored.bias is None else stored.bias
+            tensors[f"{prefix}.lora_B.bias"] = bias
+    return tensors
+
+
+def _is_of(name: str, module: str) -> bool:
+    """Whether the tensor `name` of an adapter is of `module`."""
+    return name.startswith(f"base_model.model.{module}.lora_")
+
+
+def _of_updates(
+    editor: EditEngine,
+    rank: int | None,
+    text: str | Path | None,
+    dtype: torch.dtype,
+    progress: Progress | None,
+) -> list[StoredLayer]:
+    """Factors of updates of W, cut to what servers accept."""
+    if text is not None:
+        raise ConfigError("text is for gated edits, whose units it chooses; this run has none")
     if rank is not None and not 1 <= rank <= SERVED[-1]:
         raise ConfigError(f"rank is {rank}; expected 1 to {SERVED[-1]}, what servers accept")
     fused = [i for i in editor.weights.layers if is_experts(editor.editable.matrix(i))]
@@ -56,32 +129,25 @@ def write_lora(
             f"layers {fused} hold their experts in one parameter, for which an adapter has no "
             "place; export a delta or a checkpoint"
         )
-    layers = stored_layers(
-        editor, rank=rank or SERVED[-1], dtype=dtype_of(dtype, DTYPES), progress=progress
-    )
-    common = served_rank(max(1, *(s.report.rank for s in layers)))
-    tensors: dict[str, Tensor] = {}
-    reports = []
-    for stored in layers:
-        left, right = padded(stored.left, stored.right, common)
-        prefix = f"base_model.model.{stored.module}"
-        tensors[f"{prefix}.lora_A.weight"] = right.contiguous()
-        tensors[f"{prefix}.lora_B.weight"] = left.contiguous()
-        reports.append(replace(stored.report, bytes=left.nbytes + right.nbytes))
-    inexact = any(r.error > MEASURED_ABOVE for r in reports)
-    cost = facts_cost(editor, layers, progress) if inexact else None
-    with replacing_folder(folder) as partial:
-        write_json(partial / "adapter_config.json", _config(editor, layers, common))
-        save_file(tensors, partial / "adapter_model.safetensors", {"format": "pt"})
-        write_origin(editor, partial, "lora")
-        written = Export("lora", folder, tuple(reports), dtype, 0, rank=common, cost=cost)
-        card = adapter_card(editor, written, run=run)
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        size = sum(file.stat().st_size for file in partial.iterdir())
-    return replace(written, bytes=size)
+    return stored_layers(editor, rank=rank or SERVED[-1], dtype=dtype, progress=progress)
 
 
-def _config(editor: EditEngine, layers: list[StoredLayer], rank: int) -> dict[str, Any]:
+def _of_neurons(
+    editor: EditEngine, text: str | Path | None, dtype: torch.dtype, progress: Progress | None
+) -> tuple[list[StoredLayer], SameShape, FactsCost]:
+    """Factors of neurons in the place of units, and what that costs text and facts."""
+    places = Places(editor, text, progress)
+    layers, made = neuron_factors(editor, places, dtype)
+    cost = facts_cost(editor, places.taken(made), progress)
+    return layers, places.price(made), cost
+
+
+def _biased(layers: Sequence[StoredLayer]) -> bool:
+    """Whether biases change: PEFT then expects one of every B."""
+    return any(stored.bias is not None for stored in layers)
+
+
+def adapter_config(base: str, layers: Sequence[StoredLayer], rank: int) -> dict[str, Any]:
     """The fields that PEFT reads; those left out have its defaults, which change nothing.
 
     Modules by their full names, so that the others' layers stay bare. A list and not a pattern:
@@ -90,7 +156,7 @@ def _config(editor: EditEngine, layers: list[StoredLayer], rank: int) -> dict[st
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": editor.history.base.model or None,
+        "base_model_name_or_path": base or None,
         "r": rank,
         "lora_alpha": rank,  # scaling = alpha / r = 1
         "lora_dropout": 0.0,
@@ -101,4 +167,5 @@ def _config(editor: EditEngine, layers: list[StoredLayer], rank: int) -> dict[st
         "use_rslora": False,
         "use_dora": False,
         "inference_mode": True,
+        **({"lora_bias": True} if _biased(layers) else {}),
     }

@@ -10,11 +10,8 @@ SERVED = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def served_rank(rank: int) -> int:
-    """The least served rank that holds `rank` dimensions; ValueError beyond the largest."""
-    for served in SERVED:
-        if rank <= served:
-            return served
-    raise ValueError(f"rank {rank} is larger than any served one, {SERVED[-1]}")
+    """The least served rank that holds `rank` dimensions; beyond the largest, `rank` itself."""
+    return next((served for served in SERVED if rank <= served), rank)
 
 
 def padded(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:

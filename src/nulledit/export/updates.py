@@ -6,8 +6,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from nulledit.errors import ConfigError, LedgerError
 from nulledit.evaluation.queries import queries_of
 from nulledit.evaluation.scores import score
 from nulledit.export.factors import factorise, ordered_sum, relative_error
+from nulledit.export.same_shape import SameShape
 from nulledit.models.layouts import as_out_in, write_weight
 
 ORIGIN_FILE = "nulledit-export.json"
@@ -99,6 +100,8 @@ class Export:
     """Whether the delta gives the run's model to the bit; None for other kinds."""
     differing: int | None = None
     """Weights that base + delta has otherwise than the run's model; None for other kinds."""
+    same_shape: SameShape | None = None
+    """Which units gated edits stand in the place of, and what that costs; None where none do."""
 
     def __repr__(self) -> str:
         layers = ", ".join(str(layer.layer) for layer in self.layers)
@@ -125,6 +128,8 @@ class StoredLayer:
     """A [r, d_in]."""
     report: LayerExport
     """What they miss."""
+    bias: Tensor | None = None
+    """Added to what the module gives [d_out], where a bias changes."""
 
 
 def write_origin(editor: EditEngine, folder: Path, kind: str) -> None:
@@ -187,9 +192,14 @@ def update_of(editor: EditEngine, layer: int) -> tuple[Tensor, Tensor]:
 
 
 def facts_cost(
-    editor: EditEngine, layers: Sequence[StoredLayer], progress: Progress | None = None
+    editor: EditEngine,
+    held: AbstractContextManager[None],
+    progress: Progress | None = None,
 ) -> FactsCost:
-    """Ask the edited facts of the run's model and of W₀ + BA; the model is as before afterwards."""
+    """Ask the edited facts of the run's model, and with what is stored, as it is inside `held`.
+
+    The model is as before afterwards.
+    """
     facts = list(dict.fromkeys(column.fact for column in editor.history.present))
     queries = [queries_of(fact)[0] for fact in facts]
 
@@ -197,11 +207,11 @@ def facts_cost(
         tell = (lambda done, total: progress(stage, done, total)) if progress else None
         scores = score(editor.editable, queries, progress=tell)
         said = [s.answer_nll for s, fact in zip(scores, facts, strict=True) if not fact.forget]
-        held = sum(s.strict for s in scores)
-        return [s.answer_nll for s in scores], sum(said) / len(said) if said else math.nan, held
+        strict = sum(s.strict for s in scores)
+        return [s.answer_nll for s in scores], sum(said) / len(said) if said else math.nan, strict
 
     exact, exact_nll, exact_strict = ask("facts, exact")
-    with substituted(editor, {s.layer: weight_with(editor, s) for s in layers}):
+    with held:
         stored, stored_nll, stored_strict = ask("facts, as stored")
     return FactsCost(
         facts=len(facts),
@@ -219,8 +229,9 @@ def weight_with(editor: EditEngine, stored: StoredLayer) -> Tensor:
 
 
 @contextmanager
-def substituted(editor: EditEngine, weights: Mapping[int, Tensor]) -> Iterator[None]:
-    """The given weights [d_out, d_in] by layer in the model inside; bit for bit as before after."""
+def with_stored(editor: EditEngine, layers: Sequence[StoredLayer]) -> Iterator[None]:
+    """W₀ + BA of `layers` in the model inside; bit for bit as before after."""
+    weights = {s.layer: weight_with(editor, s) for s in layers}
     kept = {
         layer: as_out_in(editor.editable.matrix(layer)).clone() for layer in editor.weights.layers
     }

@@ -34,10 +34,14 @@ class ExportKind:
 
 EXPORTS: dict[str, ExportKind] = {
     "checkpoint": ExportKind(
-        "nulledit.export.checkpoint:write_checkpoint", ("max_shard_size",), "The model in {dtype}"
+        "nulledit.export.checkpoint:write_checkpoint",
+        ("max_shard_size", "same_shape", "text"),
+        "The model in {dtype}",
     ),
     "lora": ExportKind(
-        "nulledit.export.lora:write_lora", ("rank", "dtype"), "Adapter of rank {rank} in {dtype}"
+        "nulledit.export.lora:write_lora",
+        ("rank", "dtype", "text"),
+        "Adapter of rank {rank} in {dtype}",
     ),
     "delta": ExportKind("nulledit.export.delta:write_delta", ("rank", "dtype"), "Delta in {dtype}"),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,6 +54,14 @@ class Neurons:
             driven = driven + self.biases.to(inputs)[:, None]
         found = ACTIVATIONS[activation](driven)
         return found if self.factors is None else found * (self.factors.to(inputs) @ inputs)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that there are, by field."""
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Neurons:
+        """The same with each tensor changed."""
+        return replace(self, **{name: change(t) for name, t in self.tensors().items()})
 
     def first(self, n: int) -> Neurons:
         """The first `n` of them."""

@@ -155,5 +155,5 @@ def update_of(edit: LayerEdit) -> WeightUpdate:
         return edit
     raise ModelError(
         "gated edits are neurons of their own and leave W as it is, so there is no update of W to "
-        "read or to export (`nulledit export --as checkpoint` writes the model with them)"
+        "read (`nulledit export` writes the neurons)"
     )

@@ -9,7 +9,7 @@ run of a few tokens shows which matrices and which φ give the key that W is giv
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import permutations
@@ -84,6 +84,41 @@ class MlpForm:
             if before.shape != whole.shape or not torch.equal(before, whole):
                 fresh = nn.Parameter(whole.contiguous(), requires_grad=before.requires_grad)
                 setattr(module, name, fresh)
+        self._say_sizes()
+
+    @contextmanager
+    def replaced(self, places: Tensor, neurons: Neurons) -> Iterator[None]:
+        """`neurons` in the place of the own units at `places` [n] inside, no others besides.
+
+        Afterwards the block has the very parameters of before.
+        """
+        before = [(module, name, getattr(module, name)) for module, name, _ in self._made(None)]
+        try:
+            with torch.no_grad():
+                for module, name, own in list(self._made(None)):
+                    grad = getattr(module, name).requires_grad
+                    setattr(module, name, nn.Parameter(own.contiguous(), requires_grad=grad))
+                for rows in self._rows():
+                    driven = rows is self.driven
+                    weights = neurons.rows if driven else neurons.factors
+                    at = rows.part * self.width + places.to(self.columns.device)
+                    matrix, bias = _out_in(rows.module), rows.module.bias
+                    assert weights is not None
+                    matrix[at] = weights.to(matrix)
+                    if isinstance(bias, nn.Parameter):
+                        constants = neurons.biases if driven else None
+                        bias.data[at] = 0 if constants is None else constants.to(bias.data)
+                columns = _out_in(self.out)
+                columns[:, places.to(columns.device)] = neurons.columns.to(columns)
+            self._say_sizes()
+            yield
+        finally:
+            for module, name, parameter in before:
+                setattr(module, name, parameter)
+            self._say_sizes()
+
+    def _say_sizes(self) -> None:
+        """Have the modules' own numbers of rows and columns say what their weights are."""
         for rows in self._rows():
             size = "nf" if _turned(rows.module) else "out_features"
             vars(rows.module)[size] = _out_in(rows.module).shape[0]
@@ -94,6 +129,11 @@ class MlpForm:
         """The units besides the block's own, as they are stored; None: there are none."""
         if _out_in(self.out).shape[1] == self.width:
             return None
+        return self.stored(slice(self.width, None))
+
+    @torch.no_grad()
+    def stored(self, places: slice | Tensor) -> Neurons:
+        """A copy of the units at `places`: the block's own first, then those besides."""
 
         def rows(found: Rows | None, name: str) -> Tensor | None:
             stored = getattr(found.module, name, None) if found else None
@@ -101,12 +141,12 @@ class MlpForm:
                 return None
             whole = _out_in(found.module) if name == "weight" else stored.data
             part = whole.tensor_split(found.parts)[found.part]
-            return part[self.width :].clone()
+            return part[places].clone()
 
         driven = rows(self.driven, "weight")
         assert driven is not None
         biases, factors = rows(self.driven, "bias"), rows(self.factor, "weight")
-        return Neurons(driven, biases, factors, self.columns.clone())
+        return Neurons(driven, biases, factors, _out_in(self.out)[:, places].clone())
 
     @torch.no_grad()
     def holds(self, neurons: Neurons | None) -> bool:
@@ -204,8 +244,11 @@ def one_width(model: PreTrainedModel, forms: Sequence[MlpForm]) -> Iterator[None
             form.put(neurons)
 
 
-def narrowed(model: PartialModel, width: int) -> None:
-    """Take units that `one_width` wrote out of every block, which then has `width` of its own."""
+def narrowed(model: PartialModel, width: int, kept: Mapping[int, int] | None = None) -> None:
+    """Take units that `one_width` wrote out of every block, which then has `width` of its own.
+
+    `kept`: by block, how many of those besides its own stay.
+    """
     config = model.model.config.get_text_config()
     for layer in range(model.depth):
         try:
@@ -213,7 +256,8 @@ def narrowed(model: PartialModel, width: int) -> None:
         except ModelError:
             continue  # a block of another kind, which has no neurons
         if form.width > width:
-            replace(form, width=width).put(None)
+            own, n = replace(form, width=width), (kept or {}).get(layer, 0)
+            own.put(own.stored(slice(width, width + n)) if n else None)
     for name in WIDTHS:
         if isinstance(getattr(config, name, None), int) and getattr(config, name) > width:
             setattr(config, name, width)
