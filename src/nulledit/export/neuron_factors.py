@@ -32,19 +32,20 @@ def neuron_factors(
     names = {id(module): name for name, module in editor.model.named_modules()}
     matrices: list[StoredLayer] = []
     made: dict[int, Neurons] = {}
-    for layer, neurons in places.neurons.items():
-        form, at = editor.editable.form(layer), places.places(layer)
-        wanted, own = neurons.map(_plain), form.stored(at).map(_plain)
-        inputs = editor.weights.recorded(editor.history.active, layer)[0].double().cpu()
-        for change in _changes(form, at, wanted, own, inputs):
-            stored = change.stored(layer, names[id(change.module)], dtype)
-            held = (stored.left, stored.right, stored.bias)
-            if not all(t is None or t.isfinite().all() for t in held):
-                raise ConfigError(
-                    f"{stored.module}: {dtype} can't hold the factors; use another dtype"
-                )
-            matrices.append(stored)
-        made[layer] = _rounded(wanted, own, dtype)
+    with editor.base_weights():  # whose shapes the changes have
+        for layer, neurons in places.neurons.items():
+            form, at = editor.editable.form(layer), places.places(layer)
+            wanted, own = neurons.map(_plain), form.stored(at).map(_plain)
+            inputs = editor.weights.recorded(editor.history.active, layer)[0].double().cpu()
+            for change in _changes(form, at, wanted, own, inputs):
+                stored = change.stored(layer, names[id(change.module)], dtype)
+                held = (stored.left, stored.right, stored.bias)
+                if not all(t is None or t.isfinite().all() for t in held):
+                    raise ConfigError(
+                        f"{stored.module}: {dtype} can't hold the factors; use another dtype"
+                    )
+                matrices.append(stored)
+            made[layer] = _rounded(wanted, own, dtype)
     return matrices, made
 
 
