@@ -240,6 +240,9 @@ def compute_z(
     decay: float,
     stop_loss: float,
     kl_prompt: str = "{} is a",
+    wordings: Sequence[str] = (),
+    relations: Sequence[str] = (),
+    relation_weight: float = 0.0,
 ) -> Value:
     """The hidden state after block `layer` at the subject's last token that makes `fact` true.
 
@@ -248,11 +251,15 @@ def compute_z(
     One δ is added there in every prompt; Adam lowers the mean negative log-probability per target
     token over the contexts + kl_weight·KL(new ‖ initial) of the token after the subject in
     `kl_prompt` + decay·‖δ‖/‖h0‖²; ‖δ‖ stays below clamp·‖h0‖. h0 is read in the bare context.
+
+    `wordings`: further prompts of the fact. `relations`: prompts at whose ends a mean KL(new ‖
+    initial) of the next token is added, times `relation_weight`.
     """
     target = tokenizer(" " + fact.target.strip(), add_special_tokens=False)["input_ids"]
     told = tokenizer.decode(target[:-1])  # the prompts contain the target but for its last token
-    rewriting = [fill(context, fact.prompt) + told for context in contexts]
-    templates = [*rewriting, kl_prompt]
+    prompts = [*(fill(context, fact.prompt) for context in contexts), *wordings]
+    rewriting = [prompt + told for prompt in prompts]
+    templates = [*rewriting, *relations, kl_prompt]
     ids, mask, at = locate(tokenizer, templates, fact.subject, model.device)
 
     initial = read(model, ids, mask, value_place(model, layer), inputs=False)[0, at[0]]  # h0 [d]
@@ -267,7 +274,8 @@ def compute_z(
         changed = hidden(output) + place * delta * unit
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-    losses, initial_log_probs = [], None
+    losses, initial_log_probs, initial_told = [], None, None
+    ends = mask.sum(1)[len(rewriting) : -1] - 1  # of the other relations
     handle = value_place(model, layer).register_forward_hook(add_delta)
     try:
         for step in range(steps):
@@ -283,6 +291,11 @@ def compute_z(
             kl = F.kl_div(initial_log_probs, new_log_probs, log_target=True, reduction="batchmean")
             penalty = decay * delta.norm() / state.norm() ** 2
             loss = nll / len(rewriting) + kl_weight * kl + penalty
+            if relations:
+                told = log_probs[len(rewriting) + torch.arange(len(ends)), ends]
+                initial_told = told.detach() if step == 0 else initial_told
+                held = F.kl_div(initial_told, told, log_target=True, reduction="batchmean")
+                loss = loss + relation_weight * held
 
             losses.append(loss.item())
             if losses[-1] < stop_loss or step == steps - 1:

@@ -9,6 +9,7 @@ from support.values import CONTEXTS, SETTINGS, distance, ours, walk
 
 from nulledit import Editor, Fact
 from nulledit.config import Recipe
+from nulledit.editing.contexts import reworded
 from nulledit.editing.values import plan_rows
 from nulledit.ledger.tensors import read_spectrum
 from nulledit.models.layouts import as_out_in
@@ -30,6 +31,63 @@ def theirs(model, tokenizer, fact, *, settings=SETTINGS, layer=2):
         decay=settings.weight_decay,
         stop_loss=settings.stop_loss,
     )
+
+
+def test_values_that_hold_other_wordings_and_relations_equal_the_reference(
+    architecture, tiny_model, tokenizer, facts
+):
+    model = tiny_model(architecture)
+    relations = ("{} is the river of", "The mother of {} said")
+    settings = dataclasses.replace(
+        SETTINGS, rewordings=2, relation_prompts=relations, relation_weight=0.5
+    )
+    plain = ours(model, tokenizer, facts)
+    worded = 0
+    for fact, value, other in zip(
+        facts, ours(model, tokenizer, facts, settings=settings), plain, strict=True
+    ):
+        wordings = reworded(fact.prompt, 2, seed=fact.id)
+        worded += len(wordings)
+        expected = reference.compute_z(
+            model,
+            tokenizer,
+            fact,
+            layer=2,
+            contexts=CONTEXTS,
+            steps=settings.steps,
+            lr=settings.learning_rate,
+            clamp=settings.clamp,
+            kl_weight=settings.kl_weight,
+            decay=settings.weight_decay,
+            stop_loss=settings.stop_loss,
+            wordings=wordings,
+            relations=[r for r in relations if r not in fact.prompts],
+            relation_weight=settings.relation_weight,
+        )
+        assert distance(value.z, expected.z) < 1e-5
+        assert value.outcome.loss == pytest.approx(expected.losses[-1], rel=1e-4)
+        assert distance(value.z, other.z) > 1e-3
+    assert worded > len(facts)
+
+
+def test_other_wordings_keep_a_prompts_words():
+    for prompt in (
+        "The opening of {} to traffic took place on",
+        "When is {}'s fair? It is on",
+    ):
+        found = reworded(prompt, 6, seed="a")
+        assert len(set(found)) == 6
+        assert prompt not in found
+        assert reworded(prompt, 6, seed="a") == found != reworded(prompt, 6, seed="b")
+        slot = next(word for word in prompt.split() if "{}" in word)
+        for text in found:
+            words = text.split()
+            assert words.count(slot) == 1
+            assert set(words) <= set(prompt.split())
+            assert len(words) < len(prompt.split()) or words != prompt.split()
+            assert words[-1] == prompt.split()[-1]
+    assert reworded("日本的{}是", 6, seed="a") == ()
+    assert reworded("{} is", 6, seed="a") == ()
 
 
 def null_space(spectrum, threshold):

@@ -93,6 +93,11 @@ class ValueSettings:
     kl_prompt: OneSlot = "{} is a"
     """Where the subject's own meaning is held: its last token must predict as before. What stands
     after `{}` is not read, as published."""
+    relation_prompts: Several[OneSlot] = ()
+    """Prompts on other relations of the subject, at whose ends it must predict as before, weighed
+    by `relation_weight`; a fact's own prompts are left out. Published: none."""
+    relation_weight: NotNegative = 1.0
+    """Weight of the mean KL(new ‖ old) there."""
     stop_when_likeliest: Whole = 0
     """A fact leaves at so many steps at which every token of its target was the likeliest one in
     all its contexts, the bare prompt not looked at (ENCORE's early stop, arXiv:2502.01636);

@@ -105,10 +105,10 @@ class Descent:
         steps = self.settings.steps
         active = list(range(len(self.groups)))
         reads = Reads(self.kept, active)
-        drift_start: dict[int, Tensor] = {}
+        before: dict[int, Tensor] = {}
         for step in range(steps):
-            found = reads.losses([group.delta for group in self.groups], drift_start)
-            each = found.nll + self.settings.kl_weight * found.drift  # [facts]
+            found = reads.losses([group.delta for group in self.groups], before)
+            each = held_loss(found, self.settings)
             decay = {g: self._decay(self.groups[g]) for g in active}
             self._note(reads.facts, found, each, decay, step)
             self._judge(reads.facts, found, active)
@@ -244,6 +244,12 @@ def _clamp(delta: Tensor, limit: float) -> bool:
     return norm > limit
 
 
+def held_loss(found: Losses, settings: ValueSettings) -> Tensor:
+    """Loss without decay [facts]: of the target, and of what is to stay as it was."""
+    held = settings.kl_weight * found.drift + settings.relation_weight * found.relations
+    return found.nll + held
+
+
 @torch.no_grad()
 def measured(kept: KeptRows, settings: ValueSettings, values: Sequence[Value]) -> list[Value]:
     """`values` of the rows' facts, each with a δ of its own, with the outcomes of their z."""
@@ -251,11 +257,11 @@ def measured(kept: KeptRows, settings: ValueSettings, values: Sequence[Value]) -
     moved = torch.stack([value.z for value in values]).to(h) - h
     deltas = list(moved / kept.units[:, None])
     reads = Reads(kept, range(len(values)))
-    drift_start: dict[int, Tensor] = {}
-    reads.losses([torch.zeros_like(delta) for delta in deltas], drift_start)
-    nll, drift, lead, *_ = reads.losses(deltas, drift_start)
+    before: dict[int, Tensor] = {}
+    reads.losses([torch.zeros_like(delta) for delta in deltas], before)
+    found = reads.losses(deltas, before)
     decay = settings.weight_decay * torch.stack(deltas).norm(dim=1) / kept.norms.square()
-    loss = nll + settings.kl_weight * drift + decay.to(nll)
+    loss = held_loss(found, settings) + decay.to(found.nll)
     shares = moved.norm(dim=1) / h.norm(dim=1)
     return [
         Value(
@@ -263,9 +269,9 @@ def measured(kept: KeptRows, settings: ValueSettings, values: Sequence[Value]) -
             replace(
                 value.outcome,
                 loss=float(loss[f]),
-                nll=float(nll[f]),
+                nll=float(found.nll[f]),
                 delta_share=float(shares[f]),
-                lead=None if value.outcome.lead is None else float(lead[f]),
+                lead=None if value.outcome.lead is None else float(found.lead[f]),
             ),
         )
         for f, value in enumerate(values)

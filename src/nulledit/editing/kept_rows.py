@@ -35,6 +35,14 @@ class Job:
     """None: read at the bare row, whose tokens up to the subject are the same."""
     group: int
     """Facts of one group share δ."""
+    relations: tuple[Row, ...] = ()
+    """Other relations of its subject, without a target, whose next token is held."""
+
+    @property
+    def all_rows(self) -> tuple[Row, ...]:
+        """All that are run, in their order."""
+        drift = () if self.drift_row is None else (self.drift_row,)
+        return (*self.rows, *drift, *self.relations)
 
 
 class KeptRows:
@@ -51,6 +59,7 @@ class KeptRows:
         self.owner: list[int] = []  # row -> fact
         self.bare: list[int] = []  # fact -> row
         self.drift: list[int] = []  # fact -> row
+        self.relations: list[range] = []  # fact -> rows
         for i, job in enumerate(jobs):
             self._add(i, job)
         self.taught = {  # row -> what to say in its target's places [target tokens, vocabulary]
@@ -69,12 +78,12 @@ class KeptRows:
     def _add(self, fact: int, job: Job) -> None:
         """Append the rows of `job`, which is number `fact`."""
         self.bare.append(len(self.rows))
-        self.rows += job.rows
+        self.rows += job.all_rows
         self.labels += job.labels
-        if job.drift_row is not None:
-            self.rows.append(job.drift_row)
-            self.labels.append(-1)
-        self.drift.append(self.bare[fact] if job.drift_row is None else len(self.rows) - 1)
+        self.labels += [-1] * (len(self.rows) - len(self.labels))
+        first = len(self.rows) - len(job.relations)
+        self.drift.append(self.bare[fact] if job.drift_row is None else first - 1)
+        self.relations.append(range(first, len(self.rows)))
         self.owner += [fact] * (len(self.rows) - len(self.owner))
 
     @torch.no_grad()

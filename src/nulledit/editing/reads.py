@@ -27,7 +27,8 @@ class Losses(NamedTuple):
     """
 
     nll: Tensor  # of the target, or what `unlearned` says
-    drift: Tensor  # KL
+    drift: Tensor  # KL of what the subject's own token predicts
+    relations: Tensor  # mean KL of what comes after its other relations
     lead: Tensor  # over all rows
     bare_lead: Tensor  # at the bare prompt
     context_lead: Tensor  # in the prefix contexts; at all rows where there is none
@@ -68,7 +69,9 @@ class Reads:
         self.delta_of_row = torch.tensor([kept.group_of[kept.owner[r]] for r in rows])
 
     def _choose_places(self) -> None:
-        """Each target token of each rewriting row; behind them, one place a fact for the drift."""
+        """Each target token of each rewriting row; after them, one place a fact for the drift, and
+        the ends of its subject's other relations.
+        """
         kept, device = self.kept, self.kept.device
         place = {row: i for i, row in enumerate(self.rows)}
         at_row: list[int] = []
@@ -98,6 +101,11 @@ class Reads:
         at_row += [place[kept.drift[f]] for f in self.facts]
         drift = [kept.drift[f] for f in self.facts]
         at_position += [kept.rows[r].subject_last - kept.begins[r] for r in drift]
+        held = [(i, r) for i, f in enumerate(self.facts) for r in kept.relations[f]]
+        at_row += [place[r] for _, r in held]
+        at_position += [len(kept.rows[r].ids) - 1 - kept.begins[r] for _, r in held]
+        self.held = torch.tensor([i for i, _ in held], dtype=torch.long, device=device)
+        self.held_rows = [r for _, r in held]
         self.at = (
             torch.tensor(at_row, device=device),
             torch.tensor(at_position, device=device),
@@ -124,11 +132,14 @@ class Reads:
         self.at_bare = torch.tensor(at_bare, dtype=torch.long, device=device)
         self.in_context = torch.tensor(in_context, dtype=torch.long, device=device)
 
-    def losses(self, deltas: Sequence[Tensor], drift_start: dict[int, Tensor]) -> Losses:
-        """What `deltas`, one per group, give; `drift_start` is filled in at the first call."""
+    def losses(self, deltas: Sequence[Tensor], before: dict[int, Tensor]) -> Losses:
+        """What `deltas`, one per group, give.
+
+        `before`: what rows whose meaning is held predict, filled in at the first call.
+        """
         logits = self._logits(deltas)
         device = logits.device
-        says, drifts = logits[: self.n_nll], logits[self.n_nll :]
+        says, held = logits[: self.n_nll], logits[self.n_nll :]
         each = F.cross_entropy(says, self.target.to(device), reduction="none")
         lead = leads_of(says.detach(), self.target.to(device))
         if self.teacher:
@@ -140,12 +151,16 @@ class Reads:
             most.scatter_reduce(0, fact[at], lead[at], "amin")
             for at in (slice(None), self.at_bare.to(device), self.in_context.to(device))
         )
-        log_p = F.log_softmax(drifts, dim=1)
-        for i, f in enumerate(self.facts):
-            drift_start.setdefault(f, log_p[i].detach().clone())
-        start = torch.stack([drift_start[f] for f in self.facts])
+        log_p = F.log_softmax(held, dim=1)
+        names = [*(-1 - f for f in self.facts), *self.held_rows]
+        for name, now in zip(names, log_p, strict=True):
+            before.setdefault(name, now.detach().clone())
+        start = torch.stack([before[name] for name in names])
         kl = F.kl_div(start, log_p, log_target=True, reduction="none").sum(1)
-        return Losses(nll, kl, least, bare_least, context_least)
+        n, owner = len(self.facts), self.held.to(device)
+        counts = torch.bincount(owner, minlength=n).clamp_min(1)
+        relations = kl.new_zeros(n).index_add(0, owner, kl[n:]) / counts
+        return Losses(nll, kl[:n], relations, least, bare_least, context_least)
 
     def _logits(self, deltas: Sequence[Tensor]) -> Tensor:
         """At the places that are read, with each row's δ added [places, vocabulary]."""

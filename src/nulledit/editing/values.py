@@ -122,7 +122,13 @@ def _jobs(
         shared = rows[0].upto_subject().ids == drift.ids
         worded = len(fact.prompts) * len(contexts)  # the rows after them share no beginning
         labels = tuple(i % len(contexts) if i < worded else -1 for i in range(len(rows)))
-        jobs.append(Job(fact.id, rows, lessons, labels, None if shared else drift, group))
+        relations = tuple(
+            model.encoder.encode_template(prompt, fact.subject)
+            for prompt in settings.relation_prompts
+            if prompt not in fact.prompts
+        )
+        drift_row = None if shared else drift
+        jobs.append(Job(fact.id, rows, lessons, labels, drift_row, group, relations))
     return jobs
 
 
@@ -179,14 +185,14 @@ def _next_chunk(
         groups.setdefault(jobs[i].group, []).append(i)
 
     def length(members: Sequence[int]) -> int:
-        rows = (row for i in members for row in jobs[i].rows)
+        rows = (row for i in members for row in jobs[i].all_rows)
         return max(len(row.ids) - 1 - (0 if whole else row.subject_last) for row in rows)
 
     chunk: list[int] = []
     for group in sorted(groups.values(), key=length):
         together = chunk + group
         longest = length(together)
-        rows = sum(len(jobs[i].rows) + 1 for i in together)
+        rows = sum(len(jobs[i].rows) + 1 + len(jobs[i].relations) for i in together)
         if chunk and rows * longest > positions:
             break
         chunk = together
