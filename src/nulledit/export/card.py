@@ -34,7 +34,7 @@ STATISTICS = ("corpus", "corpus_hash", "tokens", "dtype", "layers", "settings")
 def model_card(editor: EditEngine, export: Export, *, run: str, summary: Any) -> str:
     """The card of a whole checkpoint. `summary`: the run's `summary.json`, or None."""
     told = " ".join([*_shape(editor, export), _cost(export)]).strip()
-    shape = [doc.Text(told)] if told else []
+    shape: list[doc.Part] = [doc.Text(told)] if told else []
     parts: list[doc.Part] = [
         *(_origin(editor), _note(editor), *shape, doc.Heading("Edited facts"), _facts(editor)),
         *_method(editor),

@@ -61,6 +61,7 @@ def write_lora(
     refuse_existing(folder)
     number = dtype_of(dtype, DTYPES)
     same_shape: SameShape | None = None
+    cost: FactsCost | None
     if editor.weights.grown:
         if rank is not None:
             raise ConfigError(
