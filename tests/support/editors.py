@@ -42,10 +42,11 @@ def in_the_world(known, recipe=WORLD, **changes):
     return Editor(model, known[1], recipe=recipe, statistics=statistics)
 
 
-def sayable(known, n, relation="home", contexts=WORLD.contexts.texts):
+def sayable(known, n, relation="home", contexts=WORLD.contexts.texts, *, slow=False):
     """`n` edits of a world whose targets some value makes it say by a margin, in `contexts`, too.
 
     Which facts a world this small keeps where no value reaches them is an affair of its training.
+    `slow`: those that take the most steps, instead of the first ones.
     """
     model, words = known
     edits = [world.fact(p, relation, world.another(p, relation)) for p in world.PEOPLE]
@@ -60,6 +61,7 @@ def sayable(known, n, relation="home", contexts=WORLD.contexts.texts):
             settings=settings,
             positions=400,
         )
-    found = [fact for fact, v in zip(edits, values, strict=True) if v.outcome.ended == "done"]
+    done = [(f, v) for f, v in zip(edits, values, strict=True) if v.outcome.ended == "done"]
+    found = [f for f, v in sorted(done, key=lambda x: -x[1].outcome.steps if slow else 0)]
     assert len(found) >= n, f"a world where values say {len(found)} of {len(edits)} facts"
     return found[:n]
