@@ -22,7 +22,7 @@ from nulledit.ledger.records import History
 from nulledit.ledger.store import Store
 from nulledit.ledger.tensors import read_spectrum
 from nulledit.ledger.update_solver import LayerPreconditioners
-from nulledit.methods import METHODS
+from nulledit.methods import METHODS, find_method
 from nulledit.methods.registry import Method
 from nulledit.runs.verify import verify
 from nulledit.tracing.trace import TraceSettings
@@ -558,7 +558,7 @@ def test_a_ledger_begun_before_the_first_edit(make_editor, facts, tmp_path, reci
     assert editor.edit([]).columns == ()
     editor.save(tmp_path / "run")
     loaded = Editor.load(tmp_path / "run")
-    assert (loaded.seed, loaded.recipe) == (7, recipe)
+    assert (loaded.seed, loaded.recipe) == (7, find_method("alphaedit").filled(recipe))
     long = Fact(id="long", subject="Velm", prompt="{} " + "is far and " * 60, target="Rome")
     with pytest.raises(FactError):
         editor.edit([long])
