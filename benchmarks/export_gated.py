@@ -11,6 +11,7 @@ neurons in one block of LLaMA3-8B's shape (random weights), as an adapter that P
 import argparse
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -111,6 +112,7 @@ def of_llama(n=100):
         editable=editable,
         history=SimpleNamespace(active=()),
         weights=SimpleNamespace(recorded=lambda *_: (inputs, None)),
+        base_weights=nullcontext,
     )
     places = SimpleNamespace(neurons={0: neurons}, places=lambda _layer: at)
     ids = torch.randint(400, (4, 32))
