@@ -35,7 +35,7 @@ def found(monkeypatch):
             names = next(looks)
             return [f for f in facts if f.id in names]
 
-        monkeypatch.setattr(retry, "_failing", look)
+        monkeypatch.setattr(retry, "failing_facts", look)
         return asked
 
     return set_found

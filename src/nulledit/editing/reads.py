@@ -106,6 +106,8 @@ class Reads:
         at_position += [len(kept.rows[r].ids) - 1 - kept.begins[r] for _, r in held]
         self.held = torch.tensor([i for i, _ in held], dtype=torch.long, device=device)
         self.held_rows = [r for _, r in held]
+        each = [1 / len(kept.relations[self.facts[i]]) for i, _ in held]
+        self.held_weight = torch.tensor(each, device=device)
         self.at = (
             torch.tensor(at_row, device=device),
             torch.tensor(at_position, device=device),
@@ -158,8 +160,8 @@ class Reads:
         start = torch.stack([before[name] for name in names])
         kl = F.kl_div(start, log_p, log_target=True, reduction="none").sum(1)
         n, owner = len(self.facts), self.held.to(device)
-        counts = torch.bincount(owner, minlength=n).clamp_min(1)
-        relations = kl.new_zeros(n).index_add(0, owner, kl[n:]) / counts
+        held = kl[n:] * self.held_weight.to(kl)
+        relations = kl.new_zeros(n).index_add(0, owner, held)
         return Losses(nll, kl[:n], relations, least, bare_least, context_least)
 
     def _logits(self, deltas: Sequence[Tensor]) -> Tensor:

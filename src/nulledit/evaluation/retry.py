@@ -31,7 +31,7 @@ def retry_failing(
     """
     report = EditReport((), editor.weights.reports(), (), {})
     asked = [fact.bare for fact in facts if not fact.forget]
-    left = _failing(editor, asked, progress)
+    left = failing_facts(editor, asked, progress)
     for number in range(1, times + 1):
         if not left:
             break
@@ -41,7 +41,7 @@ def retry_failing(
         names = some(fact.id for fact in left)
         with editor.trial() as trial:
             again = editor.retry(*(fact.id for fact in left), values=values, progress=progress)
-            found = _failing(editor, asked, progress)
+            found = failing_facts(editor, asked, progress)
             if len(found) < len(left):
                 trial.keep()
         if trial.kept:
@@ -54,7 +54,9 @@ def retry_failing(
     return report
 
 
-def _failing(editor: EditEngine, facts: Sequence[Fact], progress: Progress | None) -> list[Fact]:
+def failing_facts(
+    editor: EditEngine, facts: Sequence[Fact], progress: Progress | None
+) -> list[Fact]:
     """Those of `facts` that do not hold in the editor's model."""
     if not facts:
         return []

@@ -95,7 +95,7 @@ class Prefix:
 
     def __init__(self, entries: Sequence[tuple[Tensor, Tensor] | None], mask: Tensor):
         """`entries`: per block, or None where not recorded; `mask` [rows, length]."""
-        if _padded_behind(mask):
+        if padded_behind(mask):
             order = mask.argsort(dim=1, stable=True)
             entries = [e and (_in_order(e[0], order), _in_order(e[1], order)) for e in entries]
             mask = mask.gather(1, order)
@@ -396,7 +396,7 @@ def _agrees(found: str | None, declared: str) -> bool:
     return found == declared or (found == "plain" and declared == "scaled")
 
 
-def _padded_behind(mask: Tensor) -> bool:
+def padded_behind(mask: Tensor) -> bool:
     """Whether padding stands behind a token in any row of `mask`."""
     return bool((mask.diff(dim=1) < 0).any())
 
