@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import random
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from nulledit.config import (
     ValueSettings,
 )
 from nulledit.errors import ConfigError, FactError, LedgerError, ModelError, StatisticsError
+from nulledit.io.files import replacing
 from nulledit.io.settings import read_settings
 from nulledit.ledger.records import History
 from nulledit.ledger.store import Store
@@ -391,7 +393,7 @@ def test_a_store_that_refuses_leaves_everything_as_it_was(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "_write_tensors", full)
+        patch.setattr("nulledit.ledger.store.tensor_bytes", full)
         with pytest.raises(OSError, match="No space"):
             editor.edit(facts[2:])
     assert same(before, weights(editor))
@@ -584,20 +586,20 @@ def test_saving_elsewhere_again_and_never_over_another_model(make_editor, facts,
 
 def test_a_half_rewritten_model_is_never_taken_for_whole(make_editor, facts, tmp_path, monkeypatch):
     """State ids come back by undo; one that was interrupted in between must not."""
-    from nulledit.ledger import model_folder as checkpoint
-
     editor = make_editor("llama", torch.float32)
     editor.edit(facts[:1])
     editor.save(tmp_path / "run")
     editor.edit(facts[1:2])
-    real = checkpoint._rewrite
 
-    def full(file, replaced):
-        real(file, replaced)
-        raise OSError(28, "No space left on device")
+    @contextmanager
+    def full(file):
+        with replacing(file) as partial:
+            yield partial
+        if file.suffix == ".safetensors":
+            raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_rewrite", full)
+        patch.setattr("nulledit.ledger.model_folder.replacing", full)
         with pytest.raises(OSError, match="No space"):
             editor.save(tmp_path / "run")
     editor.undo(facts[1].id)

@@ -18,9 +18,10 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.fixture
-def own_methods(monkeypatch):
+def own_methods():
     """What an example registers is gone afterwards."""
-    monkeypatch.setattr(METHODS, "_methods", dict(METHODS._methods))
+    with METHODS.restored():
+        yield
 
 
 @pytest.fixture

@@ -875,10 +875,10 @@ def test_the_command_tells_one_method_in_detail_or_suggests_a_near_one():
 
 
 @pytest.fixture
-def registry(monkeypatch):
+def registry():
     """What a test registers is gone afterwards."""
-    monkeypatch.setattr(METHODS, "_methods", dict(METHODS._methods))
-    monkeypatch.setattr(METHODS, "_looked", False)
+    with METHODS.restored():
+        yield
 
 
 def test_a_plain_function_becomes_a_method(registry):

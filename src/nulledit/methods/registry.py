@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import entry_points
 from typing import Any
@@ -233,6 +234,16 @@ class Registry:
         """All of them, as registered."""
         self._look()
         return iter(tuple(self._methods.values()))
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """What is registered inside is gone afterwards, and packages are asked anew inside."""
+        before = self._looked, dict(self._methods)
+        self._looked = not self.group
+        try:
+            yield
+        finally:
+            self._looked, self._methods = before
 
     def _look(self) -> None:
         """Add what packages offer: a Method, several, or a module that registers its own."""
