@@ -17,7 +17,7 @@ from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import RowEncoder
 
 
-def theirs(model, tokenizer, fact, *, settings=SETTINGS, layer=2):
+def theirs(model, tokenizer, fact, *, settings=SETTINGS, layer=2, **more):
     return reference.compute_z(
         model,
         tokenizer,
@@ -30,6 +30,7 @@ def theirs(model, tokenizer, fact, *, settings=SETTINGS, layer=2):
         kl_weight=settings.kl_weight,
         decay=settings.weight_decay,
         stop_loss=settings.stop_loss,
+        **more,
     )
 
 
@@ -46,22 +47,15 @@ def test_values_that_hold_other_wordings_and_relations_equal_the_reference(
     for fact, value, other in zip(
         facts, ours(model, tokenizer, facts, settings=settings), plain, strict=True
     ):
-        wordings = reworded(fact.prompt, 2, seed=fact.id)
+        wordings = reworded(fact.prompt, 2)
         worded += len(wordings)
-        expected = reference.compute_z(
+        expected = theirs(
             model,
             tokenizer,
             fact,
-            layer=2,
-            contexts=CONTEXTS,
-            steps=settings.steps,
-            lr=settings.learning_rate,
-            clamp=settings.clamp,
-            kl_weight=settings.kl_weight,
-            decay=settings.weight_decay,
-            stop_loss=settings.stop_loss,
+            settings=settings,
             wordings=wordings,
-            relations=[r for r in relations if r not in fact.prompts],
+            relations=relations,
             relation_weight=settings.relation_weight,
         )
         assert distance(value.z, expected.z) < 1e-5
@@ -70,15 +64,34 @@ def test_values_that_hold_other_wordings_and_relations_equal_the_reference(
     assert worded > len(facts)
 
 
+def test_a_relation_that_is_asked_is_not_held(tiny_model, tokenizer):
+    """Neither a beginning of a fact's own prompt, nor what another fact on its key asks."""
+    home = Fact("Ada Byron", "{} lives in the", "river", id="home")
+    job = Fact("Ada Byron", "{} works as a", "sailor", id="job")
+    model, free = tiny_model("llama"), "{} and the river"
+    asked = ("{} lives", "{} works as a", "{} works as a mother of", free)
+
+    def found(groups, prompts):
+        settings = dataclasses.replace(SETTINGS, relation_prompts=prompts, relation_weight=2.0)
+        return ours(model, tokenizer, [home, job], groups=groups, settings=settings)
+
+    for a, b in zip(found([0, 0], asked), found([0, 0], (free,)), strict=True):
+        assert torch.equal(a.z, b.z)
+    alone = found([0, 1], asked)
+    assert distance(alone[0].z, found([0, 1], ("{} works as a", asked[2], free))[0].z) < 1e-6
+    assert distance(alone[1].z, found([0, 1], ("{} lives", free))[1].z) < 1e-6
+    assert distance(alone[0].z, found([0, 1], (free,))[0].z) > 1e-3
+
+
 def test_other_wordings_keep_a_prompts_words():
     for prompt in (
         "The opening of {} to traffic took place on",
         "When is {}'s fair? It is on",
     ):
-        found = reworded(prompt, 6, seed="a")
+        found = reworded(prompt, 6)
         assert len(set(found)) == 6
         assert prompt not in found
-        assert reworded(prompt, 6, seed="a") == found != reworded(prompt, 6, seed="b")
+        assert reworded(prompt, 6) == found
         slot = next(word for word in prompt.split() if "{}" in word)
         for text in found:
             words = text.split()
@@ -86,8 +99,8 @@ def test_other_wordings_keep_a_prompts_words():
             assert set(words) <= set(prompt.split())
             assert len(words) < len(prompt.split()) or words != prompt.split()
             assert words[-1] == prompt.split()[-1]
-    assert reworded("日本的{}是", 6, seed="a") == ()
-    assert reworded("{} is", 6, seed="a") == ()
+    assert reworded("日本的{}是", 6) == ()
+    assert reworded("{} is", 6) == ()
 
 
 def null_space(spectrum, threshold):

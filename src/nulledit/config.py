@@ -95,7 +95,8 @@ class ValueSettings:
     after `{}` is not read, as published."""
     relation_prompts: Several[OneSlot] = ()
     """Prompts on other relations of the subject, at whose ends it must predict as before, weighed
-    by `relation_weight`; a fact's own prompts are left out. Published: none."""
+    by `relation_weight`. Left out are those that begin a prompt of the fact, or of another one on
+    its key, and those that such a prompt begins. Published: none."""
     relation_weight: NotNegative = 1.0
     """Weight of the mean KL(new ‖ old) there."""
     stop_when_likeliest: Whole = 0

@@ -73,19 +73,19 @@ def make_contexts(
     return tuple(contexts)
 
 
-def reworded(prompt: str, n: int, *, seed: str) -> tuple[str, ...]:
+def reworded(prompt: str, n: int) -> tuple[str, ...]:
     """At most `n` other wordings of a prompt with one slot for its subject, all different.
 
     Words are left out, and words before the subject may come after it; at least half of each side
     stays, and the last word last, as the target follows it. It is broken English that keeps the
     relation, and costs no model. What touches the slot ("{}'s") stays there, so a prompt without
-    spaces has none.
+    spaces has none. The same prompt has the same wordings, whatever the fact.
     """
     before, after = prompt.split("{}")
     before, left = _parted(before[::-1])
     before, left = before[::-1], left[::-1]
     after, right = _parted(after)
-    words, draw = after.split(), random.Random(seed)
+    words, draw = after.split(), random.Random(prompt)
     found = dict.fromkeys([prompt])
 
     def kept(words: list[str]) -> list[str]:

@@ -101,13 +101,13 @@ class Reads:
         at_row += [place[kept.drift[f]] for f in self.facts]
         drift = [kept.drift[f] for f in self.facts]
         at_position += [kept.rows[r].subject_last - kept.begins[r] for r in drift]
-        held = [(i, r) for i, f in enumerate(self.facts) for r in kept.relations[f]]
-        at_row += [place[r] for _, r in held]
-        at_position += [len(kept.rows[r].ids) - 1 - kept.begins[r] for _, r in held]
-        self.held = torch.tensor([i for i, _ in held], dtype=torch.long, device=device)
-        self.held_rows = [r for _, r in held]
-        each = [1 / len(kept.relations[self.facts[i]]) for i, _ in held]
-        self.held_weight = torch.tensor(each, device=device)
+        others = [(i, r) for i, f in enumerate(self.facts) for r in kept.relations[f]]
+        at_row += [place[r] for _, r in others]
+        at_position += [len(kept.rows[r].ids) - 1 - kept.begins[r] for _, r in others]
+        self.meant_rows = [*drift, *(r for _, r in others)]  # each fact's own, then the others
+        self.relation_fact = torch.tensor([i for i, _ in others], dtype=torch.long, device=device)
+        share = [1 / len(kept.relations[self.facts[i]]) for i, _ in others]
+        self.relation_weight = torch.tensor(share, device=device)
         self.at = (
             torch.tensor(at_row, device=device),
             torch.tensor(at_position, device=device),
@@ -137,11 +137,11 @@ class Reads:
     def losses(self, deltas: Sequence[Tensor], before: dict[int, Tensor]) -> Losses:
         """What `deltas`, one per group, give.
 
-        `before`: what rows whose meaning is held predict, filled in at the first call.
+        `before`: row -> what it predicts of what is to stay, filled in at the first call.
         """
         logits = self._logits(deltas)
         device = logits.device
-        says, held = logits[: self.n_nll], logits[self.n_nll :]
+        says, meant = logits[: self.n_nll], logits[self.n_nll :]
         each = F.cross_entropy(says, self.target.to(device), reduction="none")
         lead = leads_of(says.detach(), self.target.to(device))
         if self.teacher:
@@ -153,15 +153,14 @@ class Reads:
             most.scatter_reduce(0, fact[at], lead[at], "amin")
             for at in (slice(None), self.at_bare.to(device), self.in_context.to(device))
         )
-        log_p = F.log_softmax(held, dim=1)
-        names = [*(-1 - f for f in self.facts), *self.held_rows]
-        for name, now in zip(names, log_p, strict=True):
-            before.setdefault(name, now.detach().clone())
-        start = torch.stack([before[name] for name in names])
+        log_p = F.log_softmax(meant, dim=1)
+        for row, now in zip(self.meant_rows, log_p, strict=True):
+            before.setdefault(row, now.detach().clone())
+        start = torch.stack([before[row] for row in self.meant_rows])
         kl = F.kl_div(start, log_p, log_target=True, reduction="none").sum(1)
-        n, owner = len(self.facts), self.held.to(device)
-        held = kl[n:] * self.held_weight.to(kl)
-        relations = kl.new_zeros(n).index_add(0, owner, held)
+        n = len(self.facts)
+        weighed = kl[n:] * self.relation_weight.to(kl)
+        relations = kl.new_zeros(n).index_add(0, self.relation_fact.to(device), weighed)
         return Losses(nll, kl[:n], relations, least, bare_least, context_least)
 
     def _logits(self, deltas: Sequence[Tensor]) -> Tensor:

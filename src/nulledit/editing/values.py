@@ -45,11 +45,7 @@ def plan_rows(
     After them, at most `rewordings` rows in which each prompt is worded otherwise.
     """
     asked = [(prompt, context) for prompt in fact.prompts for context in contexts]
-    asked += [
-        (worded, "{}")
-        for prompt in fact.prompts
-        for worded in reworded(prompt, rewordings, seed=fact.id)
-    ]
+    asked += [(worded, "{}") for prompt in fact.prompts for worded in reworded(prompt, rewordings)]
     return tuple(
         encoder.encode_template(prompt, fact.subject, context=context, target=fact.target)
         for prompt, context in asked
@@ -114,22 +110,30 @@ def _jobs(
     settings: ValueSettings,
 ) -> list[Job]:
     jobs = []
+    asked: dict[int, list[str]] = {}  # group -> prompts of all its facts
+    for fact, group in zip(facts, groups, strict=True):
+        asked.setdefault(group, []).extend(fact.prompts)
     for fact, group in zip(facts, groups, strict=True):
         lessons = lessons_of(model, fact, contexts) if fact.forget else ()
         rows = tuple(x.row for x in lessons)
         rows = rows or plan_rows(fact, model.encoder, contexts, settings.rewordings)
         drift = model.encoder.encode_template(settings.kl_prompt, fact.subject).upto_subject()
         shared = rows[0].upto_subject().ids == drift.ids
-        worded = len(fact.prompts) * len(contexts)  # the rows after them share no beginning
-        labels = tuple(i % len(contexts) if i < worded else -1 for i in range(len(rows)))
+        in_context = len(fact.prompts) * len(contexts)  # rows after them share no beginning
+        labels = tuple(i % len(contexts) if i < in_context else -1 for i in range(len(rows)))
         relations = tuple(
             model.encoder.encode_template(prompt, fact.subject)
             for prompt in settings.relation_prompts
-            if prompt not in fact.prompts
+            if not any(_begin_alike(prompt, own) for own in asked[group])
         )
         drift_row = None if shared else drift
         jobs.append(Job(fact.id, rows, lessons, labels, drift_row, group, relations))
     return jobs
+
+
+def _begin_alike(prompt: str, other: str) -> bool:
+    """Whether one is how the other begins: they ask for the same."""
+    return prompt.startswith(other) or other.startswith(prompt)
 
 
 def _by_chunks(

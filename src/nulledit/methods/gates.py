@@ -92,8 +92,7 @@ def gated_neurons(
     """Neurons that write `targets` T [d_out, n] at the facts' `inputs` X [d, n], float64."""
     X, n = inputs.double(), inputs.shape[1]
     beta, theta = settings.sharpness, settings.threshold
-    solved = torch.linalg.solve(text.moment + settings.widening * X @ X.mT / n, X)
-    directions = solved / (X * solved).sum(0)  # [d, n]
+    directions = gate_directions(text.moment, X, settings)
     shift = torch.zeros_like(text.mean)
     if not form.biased and text.constant is None:
         theta = 0.0  # no threshold: the gate closes by its steepness alone
@@ -111,6 +110,13 @@ def gated_neurons(
     activations = neurons.units(X, form.activation).mT / scale
     columns = solve_columns(activations, targets.double(), settings.ridge) / scale
     return replace(neurons, columns=columns)
+
+
+def gate_directions(moment: Tensor, inputs: Tensor, settings: GateSettings) -> Tensor:
+    """gᵢ [d, n] of facts' `inputs` X [d, n], C = `moment` [d, d] of text widened by theirs."""
+    widened = moment + settings.widening * inputs @ inputs.mT / inputs.shape[1]
+    solved = torch.linalg.solve(widened, inputs)
+    return solved / (inputs * solved).sum(0)
 
 
 def solve_columns(activations: Tensor, targets: Tensor, ridge: float) -> Tensor:

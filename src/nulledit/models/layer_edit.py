@@ -39,11 +39,11 @@ class WeightUpdate:
 
     def answer(self, keys: Tensor) -> Tensor:
         """What the layer gives at `keys` [d_in, n]: [d_out, n], float64, on the CPU."""
-        return self.weight.cpu() @ keys.double()
+        return (self.weight @ keys.to(self.weight)).cpu()
 
     def added(self, keys: Tensor) -> Tensor:
         """What the edits add to that."""
-        return self.answer(keys) - self.base.cpu() @ keys.double()
+        return self.answer(keys) - (self.base @ keys.to(self.base)).cpu()
 
     def put(self, model: EditableModel, layer: int) -> None:
         """Write it into block `layer` of `model`, rounded once to the model's dtype."""

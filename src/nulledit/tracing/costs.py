@@ -32,7 +32,7 @@ from nulledit.errors import ConfigError, FactError, ModelError, StatisticsError
 from nulledit.evaluation.reading import read_windows
 from nulledit.evaluation.stats import Rate
 from nulledit.linalg.moments import SecondMoment
-from nulledit.methods.gates import GateSettings
+from nulledit.methods.gates import GateSettings, gate_directions
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import frozen
 from nulledit.tracing.cost_passes import Drives, Moments, Passes, Progress, Subjects, Windows
@@ -197,7 +197,7 @@ def measure_costs(
     FactError without a fact that counts, StatisticsError with fewer tokens than a key is wide,
     ModelError where no block can be edited.
     """
-    settings = settings or CostSettings()
+    settings, gate_settings = settings or CostSettings(), GateSettings()
     wall, cpu = time.perf_counter(), time.process_time()
     layers = [layer for layer in range(model.depth) if model.fits(layer)]
     if not layers:
@@ -225,7 +225,11 @@ def measure_costs(
             _check_sampled(moment)
         at = passes.subjects(counted, contexts, bare_weight)
         gates = {
-            layer: Drives(directions(text.inputs[layer], X), GateSettings().threshold, rarest)
+            layer: Drives(
+                gate_directions(_ridged(text.inputs[layer].value.cpu()), X, gate_settings),
+                gate_settings.threshold,
+                rarest,
+            )
             for layer, X in at.inputs.items()
         }
         squared = passes.gradients(after, layers, gates, settings.seed)
@@ -234,7 +238,7 @@ def measure_costs(
     ]
     return Costs(
         settings=settings,
-        threshold=GateSettings().threshold,
+        threshold=gate_settings.threshold,
         depth=model.depth,
         facts=len(counted),
         at_first_token=tuple(fact.id for fact in first),
@@ -276,19 +280,8 @@ def energies(moment: SecondMoment, columns: Tensor) -> Tensor:
     return found
 
 
-def directions(moment: SecondMoment, inputs: Tensor) -> Tensor:
-    """What a gate for each of the `inputs` X [d, n] reads, as `methods.gates` makes it [d, n]."""
-    widened = moment.value.cpu() + GateSettings().widening * inputs @ inputs.mT / inputs.shape[1]
-    solved = torch.linalg.solve(_ridged(widened), inputs)
-    return solved / (inputs * solved).sum(0)
-
-
 def _ridged(moment: Tensor) -> Tensor:
     return moment + RIDGE * moment.diagonal().mean() * torch.eye(len(moment)).to(moment)
-
-
-def _over(value: Tensor, energy: Tensor) -> Rate:
-    return Rate.of((value / energy).tolist())
 
 
 def _drives(seen: Drives, inputs: Tensor, value: Tensor, facts: Sequence[Fact]) -> GateDrives:
