@@ -14,6 +14,7 @@ from nulledit.cli.tune import _traced
 from nulledit.config import ChatSettings, ContextSettings, Recipe
 from nulledit.editing.keys import LayerwiseForward
 from nulledit.errors import ConfigError, FactError, StatisticsError
+from nulledit.methods.gates import GateSettings, TextInputs, gated_neurons
 from nulledit.models.editable_model import EditableModel
 from nulledit.tracing import CostSettings, cheapest, cost_of, measure_costs
 from nulledit.tracing.cost_passes import Passes, _chances
@@ -133,8 +134,6 @@ def test_costs_equal_one_text_at_a_time(kind, tokenizer, windows, told):
 
 def test_drives_are_of_the_gates_that_edits_make(tokenizer, windows, told):
     """s of a gate's own subject is 1; what text and other facts reach is counted as it is."""
-    from nulledit.methods.gates import TextInputs, gated_neurons
-
     model = EditableModel(build_model("llama", layers=3), tokenizer)
     found = measure_costs(model, told, windows, SETTINGS, contexts=CONTEXTS)
     passes = Passes(model, [], [1], 4096, lambda *_: None)
@@ -144,8 +143,6 @@ def test_drives_are_of_the_gates_that_edits_make(tokenizer, windows, told):
     C = text.T @ text / len(text)
     given = TextInputs(C + RIDGE * C.diagonal().mean() * torch.eye(len(C)), text.mean(0))
     form = model.form(1).units
-    from nulledit.methods.gates import GateSettings
-
     neurons = gated_neurons(X, torch.zeros(16, len(told)), given, form, GateSettings())
     factors = neurons.factors / (neurons.factors @ X).diagonal()[:, None]  # s = 1 at its subject
     s, among = held @ factors.T, factors @ X

@@ -18,6 +18,7 @@ from nulledit.errors import ConfigError, LedgerError, ModelError, StatisticsErro
 from nulledit.evaluation.reading import read
 from nulledit.export import apply_delta, put_delta, remove_delta
 from nulledit.export.delta import read_delta
+from nulledit.export.neuron_factors import added_reports
 from nulledit.export.write import write_export
 from nulledit.models.load import load_model, model_hash
 from nulledit.runs.measure import windows_of
@@ -386,3 +387,12 @@ def test_the_commands(places, tmp_path):
     )
     assert isinstance(refused.exception, NullEditError)
     assert "--same-shape can't be given" in str(refused.exception)
+
+
+def test_a_fact_that_changes_nothing_has_numbers(places):
+    """The base says it already, so its value is what is there, and its column 0."""
+    place = places("llama")
+    neurons = place.editor.weights.edit(1).neurons
+    still = replace(neurons, columns=torch.zeros_like(neurons.columns))
+    for row in added_reports(place.editor, 1, still, still):
+        assert (row.error, row.rounding_share) == (0.0, 0.0)

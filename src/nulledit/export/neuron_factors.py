@@ -84,10 +84,10 @@ class _Change:
             shape=(base.shape[0], base.shape[1]),
             rank=len(self.places),
             of=len(self.places),
-            error=float(missing.norm()) / norm,
-            key_error=float((missing @ self.inputs).norm()) / written if written else 0.0,
+            error=_share(float(missing.norm()), norm),
+            key_error=_share(float((missing @ self.inputs).norm()), written),
             update_share=norm / float(torch.linalg.matrix_norm(base.double())),
-            rounding_share=rounding / norm,
+            rounding_share=_share(rounding, norm),
             bytes=left.nbytes + right.nbytes,
         )
         bias = None if self.bias is None else self.bias.to(dtype)
@@ -172,12 +172,17 @@ def added_reports(
             shape=(new.shape[0], new.shape[1]),
             rank=0,
             of=0,
-            error=float((new - stored.double()).norm()) / norm,
+            error=_share(float((new - stored.double()).norm()), norm),
             key_error=0.0,
             update_share=norm / float(torch.linalg.matrix_norm(base.double())),
-            rounding_share=float((new.to(own.dtype).double() - new).norm()) / norm,
+            rounding_share=_share(float((new.to(own.dtype).double() - new).norm()), norm),
             bytes=stored.nbytes,
         )
+
+
+def _share(part: float, whole: float) -> float:
+    """Of nothing, nothing: a fact that the base says already has a column of zeros."""
+    return part / whole if whole else 0.0
 
 
 def _plain(tensor: Tensor) -> Tensor:
