@@ -670,6 +670,28 @@ def test_an_interruption_keeps_the_finished_batches(edited, place, options, tmp_
     assert all(line["after"] for line in results(run))
 
 
+def broken_off(*_words, **_options):
+    """A signal in a library's bookkeeping, which fails as it is cleaned up."""
+    try:
+        raise KeyboardInterrupt
+    finally:
+        raise RuntimeError("trying to pop from empty mode stack")
+
+
+def test_an_interruption_under_a_librarys_error_is_one(place, options, tmp_path, monkeypatch):
+    """Where a model is loaded, and in a batch: exit code 130, and what is kept."""
+    words = ("edit", place / "facts.json", *options, "--no-shuffle", "--out", tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.AutoConfig.from_pretrained", broken_off)
+        result = invoke(*words)
+    assert (result.exit_code, result.stderr) == (130, "Error: interrupted\n")
+    with monkeypatch.context() as patch:
+        patch.setattr("nulledit.editing.batch.optimise_values", broken_off)
+        result = invoke(*words)
+    assert result.exit_code == 130
+    assert "before the first batch was finished: nothing was kept" in result.stderr
+
+
 @pytest.mark.parametrize("there", [False, True])
 def test_an_interruption_of_the_first_batch_leaves_nothing(
     there, place, options, tmp_path, monkeypatch

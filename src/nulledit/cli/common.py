@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nulledit.editing.call_log import Progress
-from nulledit.errors import ConfigError
+from nulledit.errors import ConfigError, RankError
 from nulledit.io.text import plain
 from nulledit.parallel.launch import Launch
 from nulledit.runs.talk import Talk
@@ -30,6 +30,34 @@ EVERY = 10.0  # seconds between lines of progress where stderr is no terminal
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or a termination, with a line that says what is kept."""
+
+
+@contextmanager
+def interruptions_kept() -> Iterator[None]:
+    """Any error that was raised on the way out of an interruption is that interruption.
+
+    A signal may arrive in the middle of a library's bookkeeping, which then fails as it is cleaned
+    up: torch's stack of modes, say. What the user must hear is that the command was stopped.
+    """
+    try:
+        yield
+    except (RankError, click.ClickException, click.Abort, click.exceptions.Exit):
+        raise
+    except Exception as error:
+        if (interruption := _interruption(error)) is None:
+            raise
+        raise interruption from error
+
+
+def _interruption(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The first interruption that `error` came from, through any number of errors between."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def emit(data: Any) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from nulledit.api.run import Run
-from nulledit.cli.common import Interrupted, say
+from nulledit.cli.common import Interrupted, interruptions_kept, say
 from nulledit.cli.options import given_options, given_words
 from nulledit.errors import RankError
 from nulledit.io.text import count
@@ -28,7 +28,8 @@ def followed(run: Run, again: Again | None = None) -> Iterator[None]:
     `again`: of a command that goes on; without it the change is in the ledger as a whole, or not.
     """
     try:
-        yield
+        with interruptions_kept():
+            yield
     except KeyboardInterrupt as error:
         if run.batches or not run.begins:
             raise Interrupted(f"interrupted{_advice(run, again)}") from error

@@ -19,7 +19,7 @@ from nulledit.cli.apply import apply
 from nulledit.cli.ask import ask
 from nulledit.cli.change import rebuild, redo, restore, undo
 from nulledit.cli.check import check
-from nulledit.cli.common import CONTEXT, Interrupted, refuse_ranks
+from nulledit.cli.common import CONTEXT, Interrupted, interruptions_kept, refuse_ranks
 from nulledit.cli.diff import diff
 from nulledit.cli.edit import edit
 from nulledit.cli.evaluate import evaluate
@@ -107,7 +107,8 @@ class Root(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; with --debug, errors keep their trace."""
         try:
-            result = super().invoke(ctx)
+            with interruptions_kept():
+                result = super().invoke(ctx)
             _end_with_others(ctx, 0, "", None)
             return result
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
