@@ -25,7 +25,8 @@ from nulledit.evaluation.stats import Rate
 
 WINDOW = 256
 HEAD = (
-    *("facts", "strict", "said", "paraphrases, strict", "neighbours, strict"),
+    *("facts", "strict", "of the first batch", "said"),
+    *("paraphrases, strict", "neighbours, strict"),
     *("other relations kept", "KL there, nat"),
     *("KL, mnat (worst 1 %)", "perplexity", "steps", "CPU s a fact"),
 )
@@ -80,7 +81,8 @@ def main():
     base = evaluate(editor.editable, facts, windows=windows, generate=False)
     size = options.batch_size
     print(f"| {' | '.join(HEAD)} |\n{'| --- ' * len(HEAD)}|", flush=True)
-    stages, spent = [], 0.0
+    stages, spent = [unedited(base)], 0.0
+    print(row(stages[0]), flush=True)
     for start in range(0, len(facts), size):
         batch = facts[start : start + size]
         begun = time.process_time()
@@ -125,9 +127,11 @@ def stage(editor, facts, windows, base, spent, options, last):
             print(f"{mark} {f.relation or '':10.10s} {f.id:28.28s} {columns[f.id].ended:8s} "
                   f"{lead:6.2f} {rows[f.id]['generalization_strict']} {f.target!r} -> "
                   f"{rows[f.id]['answer']!r}")  # fmt: skip
+    first = facts[: options.batch_size]
     return {
         "n": len(facts),
         **told,
+        "first_batch": vars(Rate.of([float(rows[f.id]["efficacy_strict"]) for f in first])),
         "by_kind": {kind: vars(rate) for kind, rate in by_kind.items()},
         "steps": sum((o.steps or 0) + 1 for o in columns.values()) / len(columns),
         "ended": Counter(o.ended for o in columns.values()),
@@ -137,11 +141,24 @@ def stage(editor, facts, windows, base, spent, options, last):
     }
 
 
+def unedited(base):
+    """The model before the stream, asked the same."""
+    return {
+        "n": 0,
+        **base.summary(),
+        "kl": {"value": 0.0, "standard_error": 0.0, "worst_share": 0.0},
+        "first_batch": None,
+        "steps": 0.0,
+        "cpu_seconds_a_fact": 0.0,
+    }
+
+
 def row(found):
     rates, kl = found["rates"], found["kl"]
     cells = [
         str(found["n"]),
         shown(rates["efficacy_strict"]),
+        shown(found["first_batch"]),
         shown(found["generation"]),
         shown(rates["generalization_strict"]),
         shown(rates["specificity_strict"]),
