@@ -123,7 +123,7 @@ def test_tables_mark_the_best_and_show_errors_small():
     assert re.search(r'>88.5</span><span class="mark"[^>]*>○</span>', page)
     assert re.search(r"<small[^>]*>± 2.0</small>", page)
     assert '<td class="num absent">absent</td>' in page
-    assert "● best of its column, ○ within one standard error of the best" in page
+    assert "● best, ○ within one standard error of the best" in page
     assert "n = 9" in page
 
 
@@ -261,6 +261,25 @@ def test_runs_and_studies_share_a_page(runs, tmp_path, monkeypatch):
     assert data["folders"][2]["tables"][0]["rows"][0]["rate"]["mean"] == 99.0
     text = (tmp_path / "report.html").read_text()
     assert text.index("Runs compared") < text.index("A long stream")
+
+
+def test_the_comparison_is_printed(runs, tmp_path):
+    """A line a measure: as a row for each run it would be wider than any terminal."""
+    done = report(*runs, "--out", tmp_path / "page.html", "-q")
+    assert done.exit_code == 0, done.output
+    shown = done.stdout.split("\n\n")[0].splitlines()
+
+    def cells(measure):
+        (found,) = (line for line in shown if line.startswith(measure))
+        return re.split(r"\s{2,}", found.removeprefix(measure).strip())[-2:]
+
+    assert cells("run ") == [folder.name for folder in runs]
+    assert cells("efficacy, preference") == ["100.0 ± 0.0 ●", "50.0 ± 28.9"]
+    assert cells("seconds of editing") == ["1.5", "1.5"]
+    assert "Difference from" in done.stdout
+    assert max(map(len, shown)) < 100
+    alone = report(runs[0], "-q")
+    assert alone.stdout.splitlines() == [alone.stdout.strip()], "nothing to compare"
 
 
 def test_another_file_is_not_overwritten(runs, tmp_path):

@@ -22,7 +22,8 @@ def report(call: Call) -> None:
 
     Tables with the best values marked, figures drawn again from their numbers, answers before and
     after, settings and environment. Two runs or more are compared, too, on the facts they share,
-    with paired bootstrap intervals. The page needs no network; --json prints its numbers, too.
+    with paired bootstrap intervals; that comparison is printed. The page needs no network; --json
+    prints its numbers, too.
 
     \b
     $ nulledit report run
@@ -36,7 +37,8 @@ def report(call: Call) -> None:
     alone = len({folder.resolve() for folder in folders}) == 1
     file = Path(call.out or (folders[0] / "report.html" if alone else "report.html"))
     write_report(collected, file, title=call.title or "Report", force=call.force)
+    compared = collected.compared.tables if collected.compared else ()
     call.show(
         lambda: {"report": str(file), **collected.to_dict()},
-        lambda: f"Report: {file} ({file.stat().st_size / 1000:.0f} kB)",
+        lambda: [*compared, f"Report: {file} ({file.stat().st_size / 1000:.0f} kB)"],
     )

@@ -12,7 +12,7 @@ from nulledit.report.document import Cell, Column, Status, StudyTable, Value
 ABSENT = "absent"
 BEST, TIE = "best", "tie"
 SIGNS = {BEST: "●", TIE: "○"}
-MEANING = {BEST: "best of its column", TIE: "within one standard error of the best"}
+MEANING = {BEST: "best", TIE: "within one standard error of the best"}
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from nulledit.report.cells import ABSENT
 from nulledit.report.document import Status, StudyTable
 
 LONGEST = 60  # columns of a text on a terminal
+WIDEST = 200  # columns where there is no terminal
+TURNED = 3  # a table with so many more columns than rows is turned where it is too wide
 LEAST, HEAD = 12, 6  # columns that a text keeps beside others, and a head that is broken
 GAP = "  "
 NO_NUMBER = ("", ABSENT, "not finite", "not measured")
@@ -29,12 +31,17 @@ def as_text(table: StudyTable, *, columns: int | None = None, colour: bool = Fal
 
     Cells are made plain and cut to `LONGEST` columns; wide (East Asian) characters count as two.
     What is wider than `columns` (left out: than the terminal on stdout, if it is one) has its texts
-    cut further, never a number; where that is not enough each row becomes a block of lines.
-    `colour`: statuses in the colour of their tone.
+    cut further, never a number; where that is not enough each row becomes a block of lines. A few
+    rows of very many columns are turned: a line a column. `colour`: statuses in the colour of their
+    tone.
     """
     head, rows, at_left = _grid(table)
-    shown = [[shorten(plain(c), LONGEST) for c in row] for row in (head, *rows)]
     columns = columns or (shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
+    turned = [list(column) for column in zip(map(Status, head), *rows, strict=True)]
+    if TURNED * len(rows) < len(head):
+        if _natural(turned) <= (columns or WIDEST) < _natural([head, *rows]):
+            (head, *rows), at_left = turned, {0}
+    shown = [[shorten(plain(c), LONGEST) for c in row] for row in (head, *rows)]
     widths = _widths(shown, columns)
     if widths is None:
         return _blocks(shown, rows, columns or 0, colour=colour)
@@ -85,6 +92,12 @@ def _grid(table: StudyTable) -> tuple[Sequence[str], list[list[Status]], Collect
     rows = [[Status(str(cell), cell.tone) for cell in row] for row in shown]
     texts = (i for i in range(1, len(head)) if not all(_counts(row[i]) for row in rows))
     return head, rows, {0, *texts}
+
+
+def _natural(rows: Sequence[Sequence[str]]) -> int:
+    """How wide the rows are, with nothing cut."""
+    widest = [max(width(plain(cell)) for cell in column) for column in zip(*rows, strict=True)]
+    return sum(min(w, LONGEST) for w in widest) + len(GAP) * (len(widest) - 1)
 
 
 def _widths(shown: Sequence[Sequence[str]], columns: int | None) -> list[int] | None:

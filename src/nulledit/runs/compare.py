@@ -17,6 +17,8 @@ from nulledit.runs.tables import interval, of_text, pairs
 Rows = Mapping[tuple[str, str, str], Mapping[str, Any]]
 """Each fact (id, prompt and target) in the model: its measures after the edit."""
 OF_TEXT = ("perplexity", "kl", "kl_worst")
+EDITING = ("keys", "values", "solve")
+"""Stages of a call that are the edit itself."""
 
 
 def comparison(runs: Sequence[RunFolder]) -> Study | None:
@@ -78,6 +80,11 @@ def _table(
                 columns.append(Column(**find(name).head(short=name != "perplexity")))
                 for row, cell in zip(table, found, strict=True):
                     row[name] = replace(cell, n=None) if isinstance(cell, Value) else cell
+    columns.append(Column("seconds", "seconds of editing"))
+    for row, run in zip(table, runs, strict=True):
+        row["seconds"] = sum(
+            call["seconds"].get(s, 0.0) for call in run.summary["runs"] for s in EDITING
+        )
     caption = f"After the edits, on the {len(shared)} facts that all share" if shared else ""
     return StudyTable("runs", "After the edits", caption, tuple(columns), tuple(table))
 
