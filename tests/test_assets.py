@@ -27,13 +27,23 @@ def test_shipped_statistics_serve_the_shipped_recipe_and_the_published_layers():
     manifest = statistics.manifest
     assert (manifest.corpus, manifest.tokens) == ("valid.txt", 272569)
     assert statistics.checked  # it has its hash
-    for recipe in (load_recipe("smollm2-135m"), load_recipe("smollm2-135m-published")):
+    for name in ("smollm2-135m", "smollm2-135m-published"):
+        recipe = load_recipe(name).with_fields({"method.name": "alphaedit"})
         for layer in recipe.layers:
             spectrum = statistics.spectra[layer]
             rule = recipe.null_space
             threshold = RULES[rule.rule](spectrum.eigenvalues, rule.value)
             found = LayerPreconditioners.of(recipe, spectrum, threshold)
             assert 0 < found.own.rank < spectrum.d_in
+
+
+def test_what_the_shipped_recipe_needs_is_there():
+    """Gated edits are in the last of its layers, of whose inputs statistics come along."""
+    recipe = load_recipe("smollm2-135m")
+    assert recipe.method.name == "gated"
+    statistics = Statistics.load(ASSETS / "statistics" / "smollm2-135m-inputs.safetensors")
+    assert statistics.manifest.inputs
+    assert recipe.layers[-1] in statistics.spectra
 
 
 def test_example_facts_are_complete():

@@ -187,6 +187,9 @@ def test_a_dry_run_estimates_and_leaves_nothing(place, options, tmp_path):
     assert size["batches"] == 2
     assert set(size["seconds"]) > {"keys", "solve", "evaluation"}
     assert size["peak_bytes"] > 1e8
+    assert size["layers"] == [1, 2]
+    gated = json.loads(done(*words, "--method", "gated", "--json").stdout)
+    assert gated["layers"] == [2], "gated edits are in the last of them"
     assert "Peak memory" in done(*words, "--out", tmp_path / "run").stdout
     assert not list(tmp_path.iterdir())
 

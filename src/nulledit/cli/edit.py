@@ -138,7 +138,7 @@ def edit(call: Call) -> None:
     \b
     $ nulledit edit facts.yaml --model smollm2-135m --out run
     $ nulledit edit more.yaml --continue run
-    $ nulledit edit more.yaml --continue run --new-epoch --method memit-history
+    $ nulledit edit facts.yaml --model smollm2-135m --method alphaedit --out other-run
     $ nulledit edit more.yaml --continue run --gate default
     $ torchrun --nproc-per-node 8 -m nulledit edit facts.yaml --model gpt2 --out run
     """

@@ -48,8 +48,7 @@ def resolve_recipe(
             "values.at is first, but a norm follows W, so that values are of each layer's own W: "
             "set it to last or each"
         )
-    if method.apart:
-        recipe = replace(recipe, layers=(last,))  # gated edits are in one block
+    recipe = replace(recipe, layers=method.edited(recipe.layers))
     for layer in recipe.layers:
         model.mlp_out(layer)
     make_editable(model.model, model.layout, recipe.layers, base_hash)

@@ -27,7 +27,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, Self
 
@@ -43,6 +43,7 @@ from nulledit.evaluation.forms import other_system
 from nulledit.evaluation.preservation import shipped_corpus
 from nulledit.evaluation.queries import queries_of
 from nulledit.evaluation.reading import read_windows
+from nulledit.methods import find_method
 from nulledit.models.embedded import EMBEDDED, embedded_folder
 from nulledit.models.experts import count_and_width, is_experts
 from nulledit.models.layouts import (
@@ -246,6 +247,7 @@ def estimate_edit(
             f"layer {recipe.layers[-1]} is out of range: layers 0 to {shape.blocks - 2} can be "
             "edited"
         )
+    recipe = replace(recipe, layers=find_method(recipe.method.name).edited(recipe.layers))
     n, rows = len(facts), count_rows(facts, encoder, recipe)
     speeds = shape.speed(named), shape.speed(named, torch.float64)
     costs = Costs.of(shape, recipe, rows, n, speeds)

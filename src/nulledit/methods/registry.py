@@ -87,6 +87,10 @@ class Method:
         projects = how == "after" or (how == "inside" and self.trim is not None)
         return projector.apply(update.mT).mT if projects else update
 
+    def edited(self, layers: tuple[int, ...]) -> tuple[int, ...]:
+        """Of a recipe's layers, those that it edits."""
+        return layers[-1:] if self.apart else layers
+
     def keeps(self, settings: Any) -> bool:
         """Whether it has history with these constants, one of which may turn it on or off."""
         if self.history:
