@@ -5,9 +5,14 @@ DATA ?= ../shared/data
 
 .PHONY: demo test test-slow test-worlds lint bench lock clean
 
+# The same facts twice: as the model's recipe says, by gated edits, and by AlphaEdit; then side by side.
+EXAMPLES := src/nulledit/assets/facts/examples.yaml
 demo: .venv/embedded
-	@$(BIN)/nulledit edit src/nulledit/assets/facts/examples.yaml --model smollm2-135m \
-		--out runs/demo-$$(date +%Y%m%d-%H%M%S)
+	@run=runs/demo-$$(date +%Y%m%d-%H%M%S) && \
+	$(BIN)/nulledit edit $(EXAMPLES) --model smollm2-135m --out $$run/gated && \
+	echo && echo "The same facts by AlphaEdit" && \
+	$(BIN)/nulledit edit $(EXAMPLES) --model smollm2-135m --method alphaedit --out $$run/alphaedit --quiet > /dev/null && \
+	$(BIN)/nulledit report $$run/alphaedit $$run/gated --out $$run/compared.html --quiet
 
 # Two processes: a test file runs in one of them, since what it builds is shared by its tests.
 test: .venv/dev
