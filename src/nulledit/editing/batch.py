@@ -341,6 +341,7 @@ class BatchWriter:
         All of them, where none are chosen.
         """
         wordings = [request.wording for request in self.requests]
+        stage = "values" if chosen is None else "corrections"
         chosen = range(len(wordings)) if chosen is None else chosen
         members: dict[int, list[int]] = {}
         for i in chosen:
@@ -362,7 +363,7 @@ class BatchWriter:
                     values.update(zip(mine, self.cache.get(names[group]) or (), strict=False))
             values = of_first(self.ranks, values)
         missing = [i for i in chosen if i not in values]
-        counter = self.run.counter("values", len(chosen))
+        counter = self.run.counter(stage, len(chosen))
         counter(len(values))
         self.run.optimised += len(missing)
         mine = dealt(self.ranks, wordings, shared, missing)
