@@ -17,6 +17,7 @@ from nulledit.errors import FactError
 from nulledit.evaluation.capability import TaskResult, capability
 from nulledit.evaluation.hidden_norms import edit_rows, hidden_growth, text_rows
 from nulledit.evaluation.measures import AT_RELATIONS
+from nulledit.evaluation.opening import gates_of
 from nulledit.evaluation.queries import KINDS as ASKED
 from nulledit.evaluation.queries import queries_of
 from nulledit.evaluation.reading import Reading, read
@@ -25,9 +26,11 @@ from nulledit.evaluation.runner import ACCELERATOR_POSITIONS, CPU_POSITIONS
 from nulledit.evaluation.scores import Score, per_fact, score
 from nulledit.evaluation.stats import Rate, perplexity_growth
 from nulledit.evaluation.tasks import read_tasks
+from nulledit.report.document import Value
 from nulledit.runs.gate_report import FAILED, OK, UNMEASURED, GateReport, Row
 from nulledit.runs.limits import KINDS, Bound, Least, Limits, Most, Oldest, Tasks, why_absent
 from nulledit.runs.measure import read_text
+from nulledit.runs.tables import OPENINGS, of_text
 
 SURE = 1.645  # standard errors of a one-sided 95 %
 DOUBT = 0.05  # chance of a sample like this that `confident` accepts
@@ -180,6 +183,7 @@ class _Measuring:
         found: dict[str, Callable[[], Outcome]] = {
             "perplexity_growth": self._perplexity,
             "kl": self._kl,
+            **{opening: partial(self._opening, opening) for opening in OPENINGS},
             "norm_growth": partial(self._of_layers, "update_share", highest=True),
             "displacement": self._displacement,
             "hidden_growth": self._hidden,
@@ -288,6 +292,18 @@ class _Measuring:
         note = f"{100 * found.worst_share:.0f} % of it in the worst 1 %"
         return Found(found.value, found.standard_error, len(texts[1].windows), "windows", note=note)
 
+    def _opening(self, name: str) -> Outcome:
+        if gates_of(self.editor.weights) is None:
+            return Missing("no gated edits in the model")
+        found = texts[1].opening if (texts := self._read()) else None
+        if found is None:
+            return Missing(NO_TEXT)
+        told = of_text({"opening_rate": vars(found)}, name)
+        if not isinstance(told, Value) or told.mean is None:  # one gate's share is no estimate
+            return Found(cast(float, told), note=f"gate of {found.worst_fact}")
+        note = f"{found.gates} neurons beside {found.units}"
+        return Found(told.mean, told.standard_error, len(texts[1].windows), "windows", note=note)
+
     def _read(self) -> tuple[Reading, ...]:
         """Base and edited model on the windows, the latter compared if that is asked for."""
         windows = [ids for ids in self._windows() if len(ids) > 1]
@@ -298,7 +314,8 @@ class _Measuring:
             with editor.base_weights():
                 base = read(*given, keep=compared, progress=tell)
             tell = self._stage("edited: perplexity")
-            edited = read(*given, base=base if compared else None, progress=tell)
+            gates = gates_of(editor.weights)
+            edited = read(*given, base=base if compared else None, gates=gates, progress=tell)
             self._texts = base, edited
         return self._texts
 

@@ -1,0 +1,109 @@
+"""What the gates of gated edits give at the facts' own inputs, from the closed form alone.
+
+A gate that opens on another fact's input makes the two share what they write. The columns of all
+facts together are to part them again; where two gates hardly differ, the ridge does not let them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nulledit.editing.weights import EditedWeights
+from nulledit.ledger.records import Column
+from nulledit.methods.gates import full_openings, rivals
+from nulledit.models.layer_edit import NeuronUpdate
+
+CROWDED = 0.3
+"""Share of its target that a fact lacks from which on its rivals are named."""
+SHOWN = 5  # crowded facts that a notice names
+
+
+@dataclass(frozen=True)
+class FactGate:
+    """The gate of a fact beside those of the other facts."""
+
+    fact_id: str
+    """Whose it is."""
+    rival: str | None
+    """Id of the fact whose input opens this gate the most, or whose gate opens the most here; None
+    without another fact. Facts that share a value are no rivals."""
+    share: float
+    """How far, as a share of what that gate gives on its own fact; 0 without another fact."""
+    missed: float
+    """‖what all neurons give at the fact's input − its target‖/‖target‖: what the columns, solved
+    together, do not hold of it. The ridge alone makes λ/(1 + λ) of it."""
+
+    @property
+    def crowded(self) -> bool:
+        """Whether its rivals take so much that the columns can not hold them all."""
+        return self.missed > CROWDED and self.rival is not None and self.share > CROWDED
+
+
+def fact_gates(weights: EditedWeights) -> list[FactGate]:
+    """The gates in the model, a neuron each, in the order of its columns; none of other methods."""
+    return [gate for layer in weights.layers for gate in _of_layer(weights, layer)]
+
+
+def opening_levels(weights: EditedWeights, layer: int) -> tuple[list[str], Tensor]:
+    """Whose the gates of `layer` are, and what each gives on its own fact [n]; nothing for others.
+
+    In the order in which they are in the block, after its own units.
+    """
+    columns, _, activations, _ = _at_own(weights, layer)
+    return [column.fact.id for column in columns], full_openings(activations)
+
+
+def crowded_notice(gates: Sequence[FactGate]) -> str | None:
+    """Which facts can not be held beside which, and what to do; None where all can."""
+    worst = sorted((gate for gate in gates if gate.crowded), key=lambda gate: -gate.missed)
+    if not worst:
+        return None
+    named = "; ".join(
+        f"{gate.fact_id} beside {gate.rival} (share {gate.share:.2f}, {100 * gate.missed:.0f} % "
+        "not held)"
+        for gate in worst[:SHOWN]
+    )
+    more = f"; and {len(worst) - SHOWN} more" if len(worst) > SHOWN else ""
+    return f"gates that open on each other's facts: {named}{more}: {TELL_APART}"
+
+
+TELL_APART = (
+    "another block may tell them apart (`nulledit locate --by cost`), or a higher method.threshold"
+)
+"""Of facts whose gates open on each other's."""
+
+
+def _of_layer(weights: EditedWeights, layer: int) -> list[FactGate]:
+    columns, targets, activations, given = _at_own(weights, layer)
+    if not columns:
+        return []
+    groups = {(c.batch, c.group): i for i, c in enumerate(columns)}
+    owners = torch.tensor([groups[c.batch, c.group] for c in columns], device=given.device)
+    nearest, shares = rivals(activations, owners)
+    missed = (given - targets).norm(dim=0) / targets.norm(dim=0).clamp_min(1e-12)
+    found = zip(columns, nearest.tolist(), shares.tolist(), missed.tolist(), strict=True)
+    return [
+        FactGate(
+            column.fact.id,
+            columns[other].fact.id if share > -torch.inf else None,
+            max(share, 0.0),
+            lacking,
+        )
+        for column, other, share, lacking in found
+    ]
+
+
+def _at_own(weights: EditedWeights, layer: int) -> tuple[list[Column], Tensor, Tensor, Tensor]:
+    """Columns of the neurons of `layer`, targets [d_out, n], A [n, n], and what they give there."""
+    edit = weights.edit(layer)
+    if not isinstance(edit, NeuronUpdate) or edit.neurons is None:
+        none = torch.empty(0, 0, dtype=torch.float64)
+        return [], none, none, none
+    columns = list(weights.history.at_layer(layer, weights.history.active))
+    keys, targets = (t.to(edit.neurons.rows) for t in weights.recorded(columns, layer))
+    units = edit.neurons.units(keys, edit.activation)  # [gates, facts]
+    return columns, targets, units.mT, edit.neurons.columns @ units
