@@ -95,9 +95,7 @@ def _written(session: EditSession, facts: Sequence[Fact], run: CallLog) -> EditR
     layers = session.weights.reports()
     crowded = crowded_notice(fact_gates(session.weights)) if facts else None
     notices = (*run.notices, *([crowded] if crowded else []))
-    return EditReport(
-        columns, layers, notices, run.seconds, run.optimised, tuple(run.displaced)
-    )
+    return EditReport(columns, layers, notices, run.seconds, run.optimised, tuple(run.displaced))
 
 
 def undo(session: EditSession, ids: Sequence[str]) -> ChangeReport:

@@ -19,6 +19,9 @@ from nulledit.models.layer_edit import NeuronUpdate
 
 CROWDED = 0.3
 """Share of its target that a fact lacks from which on its rivals are named."""
+SMALL = 0.1
+"""Share of the median target's length that the least of targets is taken to have: what the model
+says already lacks nothing, and a share of that would be no measure."""
 SHOWN = 5  # crowded facts that a notice names
 
 
@@ -84,7 +87,9 @@ def _of_layer(weights: EditedWeights, layer: int) -> list[FactGate]:
     groups = {(c.batch, c.group): i for i, c in enumerate(columns)}
     owners = torch.tensor([groups[c.batch, c.group] for c in columns], device=given.device)
     nearest, shares = rivals(activations, owners)
-    missed = (given - targets).norm(dim=0) / targets.norm(dim=0).clamp_min(1e-12)
+    sizes = targets.norm(dim=0)
+    sizes = sizes.clamp_min(max(SMALL * float(sizes.median()), 1e-12))
+    missed = (given - targets).norm(dim=0) / sizes
     found = zip(columns, nearest.tolist(), shares.tolist(), missed.tolist(), strict=True)
     return [
         FactGate(

@@ -177,9 +177,7 @@ def _spoken(fact: Fact, answer: str) -> list[Cause]:
     ]
 
 
-def _shared(
-    editor: EditEngine, columns: Sequence[Column], gate: FactGate | None
-) -> list[Cause]:
+def _shared(editor: EditEngine, columns: Sequence[Column], gate: FactGate | None) -> list[Cause]:
     """Other facts on the same key, or nearly; of gated edits, on each other's gates."""
     mine = {c.id for c in columns}
     groups = {(c.batch, c.group) for c in columns}
@@ -199,8 +197,8 @@ def _shared(
 def _crowded(gate: FactGate) -> Cause:
     return Cause(
         "gate",
-        f"its gate and that of {gate.rival} open on each other's facts (share {gate.share:.2f}), so "
-        f"its neurons hold {100 * (1 - gate.missed):.0f} % of its value",
+        f"its gate and that of {gate.rival} open on each other's facts (share {gate.share:.2f}), "
+        f"so {100 * gate.missed:.0f} % of its value is missed",
     )
 
 

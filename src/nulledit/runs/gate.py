@@ -165,7 +165,7 @@ class _Measuring:
         self._given_windows, self._folder, self._progress = windows, tasks, progress
         self._scores: dict[str, list[Score]] = {}
         self._reports: Sequence[Any] | None = None
-        self._texts: tuple[Reading, ...] = ()
+        self._readings: dict[str, Reading] = {}
 
     def outcomes(self, name: str, bound: Bound) -> Mapping[str, Outcome]:
         """Row name -> what was found for the limit `name`."""
@@ -280,44 +280,53 @@ class _Measuring:
         return self._given_windows
 
     def _perplexity(self) -> Outcome:
-        if not (texts := self._read()):
+        if not (texts := self._texts()):
             return Missing(NO_TEXT)
-        grown = perplexity_growth(*(reading.losses for reading in texts))
+        grown = perplexity_growth(*(texts[side].losses for side in ("base", "edited")))
         return Found(grown.percent, grown.standard_error, grown.n, "windows")
 
     def _kl(self) -> Outcome:
-        found = texts[1].kl if (texts := self._read()) else None
-        if found is None:
+        texts = self._texts()
+        if not texts or (found := texts["edited"].kl) is None:
             return Missing(NO_TEXT)
         note = f"{100 * found.worst_share:.0f} % of it in the worst 1 %"
-        return Found(found.value, found.standard_error, len(texts[1].windows), "windows", note=note)
+        n = len(texts["edited"].windows)
+        return Found(found.value, found.standard_error, n, "windows", note=note)
 
     def _opening(self, name: str) -> Outcome:
         if gates_of(self.editor.weights) is None:
             return Missing("no gated edits in the model")
-        found = texts[1].opening if (texts := self._read()) else None
-        if found is None:
+        texts = self._texts()
+        if not texts or (found := texts["edited"].opening) is None:
             return Missing(NO_TEXT)
         told = of_text({"opening_rate": vars(found)}, name)
-        if not isinstance(told, Value) or told.mean is None:  # one gate's share is no estimate
+        if not isinstance(told, Value):  # one gate's share is no estimate
             return Found(cast(float, told), note=f"gate of {found.worst_fact}")
-        note = f"{found.gates} neurons beside {found.units}"
-        return Found(told.mean, told.standard_error, len(texts[1].windows), "windows", note=note)
+        note, n = f"{found.gates} neurons beside {found.units}", len(texts["edited"].windows)
+        return Found(cast(float, told.mean), told.standard_error, n, "windows", note=note)
 
-    def _read(self) -> tuple[Reading, ...]:
-        """Base and edited model on the windows, the latter compared if that is asked for."""
+    def _texts(self) -> Mapping[str, Reading]:
+        """What the edited model makes of the windows, and where it is asked for the base, by side.
+
+        Empty without windows; the edited one is compared if that is asked for.
+        """
         windows = [ids for ids in self._windows() if len(ids) > 1]
-        if windows and not self._texts:
-            editor, compared = self.editor, "kl" in self.limits.bounds
-            given = (editor.editable, windows)
-            tell = self._stage("base: perplexity")
-            with editor.base_weights():
-                base = read(*given, keep=compared, progress=tell)
-            tell = self._stage("edited: perplexity")
-            gates = gates_of(editor.weights)
-            edited = read(*given, base=base if compared else None, gates=gates, progress=tell)
-            self._texts = base, edited
-        return self._texts
+        if windows and not self._readings:
+            editor, asked = self.editor, self.limits.bounds
+            base: Reading | None = None
+            if {"perplexity_growth", "kl"} & set(asked):
+                tell = self._stage("base: perplexity")
+                with editor.base_weights():
+                    base = read(editor.editable, windows, keep="kl" in asked, progress=tell)
+                self._readings["base"] = base
+            self._readings["edited"] = read(
+                editor.editable,
+                windows,
+                base=base if "kl" in asked else None,
+                gates=gates_of(editor.weights),
+                progress=self._stage("edited: perplexity"),
+            )
+        return self._readings
 
     def _hidden(self) -> Outcome:
         if not self.facts:
