@@ -8,13 +8,14 @@ import torch
 from support.models import LINES, RECIPE, build_model, statistics_of
 
 from nulledit import Editor, Fact
-from nulledit.editing.gates import CROWDED, fact_gates
+from nulledit.editing.gates import CROWDED, fact_gates, recorded_gates
 from nulledit.evaluation import evaluate, gates_of, read
 from nulledit.evaluation.diagnosis import diagnose
 from nulledit.evaluation.opening import OPEN
-from nulledit.linalg.neurons import ACTIVATIONS, UnitForm
+from nulledit.linalg.neurons import ACTIVATIONS, Neurons, UnitForm
 from nulledit.methods.gates import GateSettings, TextInputs, gated_neurons, rivals
 from nulledit.runs.gate import check
+from nulledit.runs.history import story_text
 from nulledit.runs.limits import Limits
 from nulledit.runs.tables import of_text, rates_tables
 
@@ -317,3 +318,30 @@ def test_rivals_do_not_hang_on_order_or_batches(tokenizer, tmp_path):
         for name in ("share", "missed"):
             values = [getattr(gate, name) for gate in other]
             assert values == pytest.approx([getattr(g, name) for g in found[0]], rel=1e-4)
+
+
+def test_the_ledger_alone_tells_a_fact_of_its_rival(tokenizer, tmp_path):
+    facts = of_one_subject(relations=RELATIONS[:1])
+    editor = editor_of(build_model("llama"), tokenizer)
+    assert recorded_gates(editor.history) == []
+    editor.edit(facts)
+    editor.save(tmp_path)
+    mine = {gate.fact_id: gate for gate in fact_gates(editor.weights)}
+    for fact in facts[:3]:
+        told = editor.show(fact.id)["gate"]
+        assert told["rival"] == mine[fact.id].rival
+        assert told["share"] == pytest.approx(mine[fact.id].share, rel=1e-6)
+        assert told["missed"] == pytest.approx(mine[fact.id].missed, rel=1e-6)
+        assert f"nearest rival {told['rival']} (share" in story_text(editor.show(fact.id))
+    editor.undo(facts[0].id)
+    assert "gate" not in editor.show(facts[0].id)
+
+
+def test_each_at_its_own_input_is_the_diagonal():
+    for gated, biased in ((True, False), (False, True), (True, True)):
+        biases = drawn(6, seed=1) if biased else None
+        factors = drawn(6, 4, seed=2) if gated else None
+        made = Neurons(drawn(6, 4), biases, factors, drawn(3, 6, seed=3))
+        inputs = drawn(4, 6, seed=4)
+        found = made.at_own(inputs, "silu")
+        torch.testing.assert_close(found, made.units(inputs, "silu").diagonal())

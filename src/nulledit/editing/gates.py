@@ -13,9 +13,14 @@ import torch
 from torch import Tensor
 
 from nulledit.editing.weights import EditedWeights
-from nulledit.ledger.records import Column
+from nulledit.ledger.journal import Journal
+from nulledit.ledger.records import Column, History
+from nulledit.ledger.solver import LayerSolver
+from nulledit.ledger.tensors import recorded
+from nulledit.linalg.neurons import Neurons
+from nulledit.methods import find_method
 from nulledit.methods.gates import full_openings, rivals
-from nulledit.models.layer_edit import NeuronUpdate
+from nulledit.models.layer_edit import LayerEdit, NeuronUpdate
 
 CROWDED = 0.3
 """Share of its target that a fact lacks from which on its rivals are named."""
@@ -48,16 +53,38 @@ class FactGate:
 
 def fact_gates(weights: EditedWeights) -> list[FactGate]:
     """The gates in the model, a neuron each, in the order of its columns; none of other methods."""
-    return [gate for layer in weights.layers for gate in _of_layer(weights, layer)]
+    return [
+        gate
+        for layer in weights.layers
+        for gate in _of_layer(weights.history, layer, weights.edit(layer))
+    ]
 
 
-def opening_levels(weights: EditedWeights, layer: int) -> tuple[list[str], Tensor]:
+def recorded_gates(history: History) -> list[FactGate]:
+    """The same from a ledger without its model, whose neurons are solved once more."""
+    if not history.epochs or not find_method(history.epoch.recipe.method.name).apart:
+        return []
+    ledger, cpu = Journal(history), torch.device("cpu")
+    return [
+        gate
+        for layer in history.layers
+        for gate in _of_layer(
+            history, layer, LayerSolver(ledger, layer, cpu).fold(history.active).edit
+        )
+    ]
+
+
+def own_openings(weights: EditedWeights, layer: int) -> tuple[list[str], Tensor]:
     """Whose the gates of `layer` are, and what each gives on its own fact [n]; nothing for others.
 
     In the order in which they are in the block, after its own units.
     """
-    columns, _, activations, _ = _at_own(weights, layer)
-    return [column.fact.id for column in columns], full_openings(activations)
+    edit = weights.edit(layer)
+    if not isinstance(edit, NeuronUpdate) or edit.neurons is None:
+        return [], torch.empty(0)
+    columns, keys, _ = _recorded(weights.history, layer, edit.neurons)
+    own = edit.neurons.at_own(keys, edit.activation)
+    return [column.fact.id for column in columns], full_openings(own)
 
 
 def crowded_notice(gates: Sequence[FactGate]) -> str | None:
@@ -80,16 +107,17 @@ TELL_APART = (
 """Of facts whose gates open on each other's."""
 
 
-def _of_layer(weights: EditedWeights, layer: int) -> list[FactGate]:
-    columns, targets, activations, given = _at_own(weights, layer)
-    if not columns:
+def _of_layer(history: History, layer: int, edit: LayerEdit) -> list[FactGate]:
+    if not isinstance(edit, NeuronUpdate) or edit.neurons is None:
         return []
+    columns, keys, targets = _recorded(history, layer, edit.neurons)
+    units = edit.neurons.units(keys, edit.activation)  # [gates, facts]
     groups = {(c.batch, c.group): i for i, c in enumerate(columns)}
-    owners = torch.tensor([groups[c.batch, c.group] for c in columns], device=given.device)
-    nearest, shares = rivals(activations, owners)
+    owners = torch.tensor([groups[c.batch, c.group] for c in columns], device=keys.device)
+    nearest, shares = rivals(units.mT, owners)
     sizes = targets.norm(dim=0)
     sizes = sizes.clamp_min(max(SMALL * float(sizes.median()), 1e-12))
-    missed = (given - targets).norm(dim=0) / sizes
+    missed = (edit.neurons.columns @ units - targets).norm(dim=0) / sizes
     found = zip(columns, nearest.tolist(), shares.tolist(), missed.tolist(), strict=True)
     return [
         FactGate(
@@ -102,13 +130,10 @@ def _of_layer(weights: EditedWeights, layer: int) -> list[FactGate]:
     ]
 
 
-def _at_own(weights: EditedWeights, layer: int) -> tuple[list[Column], Tensor, Tensor, Tensor]:
-    """Columns of the neurons of `layer`, targets [d_out, n], A [n, n], and what they give there."""
-    edit = weights.edit(layer)
-    if not isinstance(edit, NeuronUpdate) or edit.neurons is None:
-        none = torch.empty(0, 0, dtype=torch.float64)
-        return [], none, none, none
-    columns = list(weights.history.at_layer(layer, weights.history.active))
-    keys, targets = (t.to(edit.neurons.rows) for t in weights.recorded(columns, layer))
-    units = edit.neurons.units(keys, edit.activation)  # [gates, facts]
-    return columns, targets, units.mT, edit.neurons.columns @ units
+def _recorded(
+    history: History, layer: int, neurons: Neurons
+) -> tuple[list[Column], Tensor, Tensor]:
+    """Columns of `neurons`, one each, with their inputs [d, n] and targets [d_out, n]."""
+    columns = list(history.at_layer(layer, history.active))
+    keys, targets = recorded(history, columns, layer)
+    return columns, keys.to(neurons.rows), targets.to(neurons.rows)

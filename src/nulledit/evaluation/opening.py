@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nulledit.editing.gates import opening_levels
+from nulledit.editing.gates import own_openings
 from nulledit.editing.weights import EditedWeights
 from nulledit.evaluation.stats import mean_of
 from nulledit.models.editable_model import EditableModel
@@ -64,7 +64,7 @@ class Opening:
 def gates_of(weights: EditedWeights) -> Gates | None:
     """The gates that the edits have in the model now; None where there are none."""
     for layer in weights.layers:  # gated edits are in one block
-        facts, own = opening_levels(weights, layer)
+        facts, own = own_openings(weights, layer)
         if facts:
             units = weights.edit(layer).base.shape[1]
             return Gates(layer, units, tuple(facts), OPEN * own)

@@ -132,13 +132,12 @@ def solve_columns(activations: Tensor, targets: Tensor, ridge: float) -> Tensor:
     return torch.linalg.solve(system, activations.mT @ targets.mT).mT
 
 
-def full_openings(activations: Tensor) -> Tensor:
-    """What each of n gates gives on its own fact [n], of A [n, n] as `solve_columns` has it.
+def full_openings(own: Tensor) -> Tensor:
+    """What gates that give `own` [n] on their own facts count as giving there.
 
     A gate that stays shut there counts as one that gives `SHUT` of the median: a share of nothing
     would be no measure.
     """
-    own = activations.diagonal()
     return own.clamp_min(SHUT * float(own.median()))
 
 
@@ -149,7 +148,7 @@ def rivals(activations: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
     j max(A[i, j]/A[j, j], A[j, i]/A[i, i]). Facts of one owner (`owners` [n], numbers) are no
     rivals.
     """
-    shares = activations / full_openings(activations)
+    shares = activations / full_openings(activations.diagonal())
     shares = torch.maximum(shares, shares.mT)
     shares.masked_fill_(owners[:, None] == owners, -torch.inf)
     found = shares.max(1)
