@@ -22,8 +22,11 @@ from nulledit.methods import find_method
 from nulledit.methods.gates import full_openings, rivals
 from nulledit.models.layer_edit import LayerEdit, NeuronUpdate
 
-CROWDED = 0.3
-"""Share of its target that a fact lacks from which on its rivals are named."""
+CROWDED = 0.5
+"""Share of its target that a fact misses from which on it is named; facts that missed up to half of
+it said it no less often (docs/methods/gated.md)."""
+RIVAL = 0.3
+"""Share of a gate's opening from which on another fact is to blame for that."""
 SMALL = 0.1
 """Share of the median target's length that the least of targets is taken to have: what the model
 says already lacks nothing, and a share of that would be no measure."""
@@ -48,7 +51,7 @@ class FactGate:
     @property
     def crowded(self) -> bool:
         """Whether its rivals take so much that the columns can not hold them all."""
-        return self.missed > CROWDED and self.rival is not None and self.share > CROWDED
+        return self.missed > CROWDED and self.rival is not None and self.share > RIVAL
 
 
 def fact_gates(weights: EditedWeights) -> list[FactGate]:
