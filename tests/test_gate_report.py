@@ -8,12 +8,14 @@ import torch
 from support.models import LINES, RECIPE, build_model, statistics_of
 
 from nulledit import Editor, Fact
+from nulledit.api.run import Run
 from nulledit.editing.gates import CROWDED, fact_gates, recorded_gates
 from nulledit.evaluation import evaluate, gates_of, read
 from nulledit.evaluation.diagnosis import diagnose
 from nulledit.evaluation.opening import OPEN
 from nulledit.linalg.neurons import ACTIVATIONS, Neurons, UnitForm
 from nulledit.methods.gates import GateSettings, TextInputs, gated_neurons, rivals
+from nulledit.runs.folder import read_run
 from nulledit.runs.gate import check
 from nulledit.runs.history import story_text
 from nulledit.runs.limits import Limits
@@ -345,3 +347,25 @@ def test_each_at_its_own_input_is_the_diagonal():
         inputs = drawn(4, 6, seed=4)
         found = made.at_own(inputs, "silu")
         torch.testing.assert_close(found, made.units(inputs, "silu").diagonal())
+
+
+def test_a_run_has_it_on_its_pages(tokenizer, facts, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(LINES * 8), encoding="utf-8")
+    folder = tmp_path / "run"
+    run = Run(folder, editor_of(build_model("llama"), tokenizer))
+    run.edit(facts[:3], text=str(text))
+    (call,) = read_run(folder, "run").summary["runs"]
+    told = call["after"]["opening_rate"]
+    assert (told["gates"], told["units"]) == (3, 48)
+    assert told["worst_fact"] in {fact.id for fact in facts[:3]}
+    assert "opening_rate" not in call["before"]
+    assert call["layers"][0]["neurons"] == 3
+    page = (folder / "report.md").read_text(encoding="utf-8")
+    assert "3 beside 48" in page
+    assert "tokens that open any gate (of 10,000)" in page
+    assert "tokens that open any gate" in run.report().read_text(encoding="utf-8")
+    seen = run.preview(facts[3:], text=str(text)).to_dict()
+    assert seen["asked"]["before"]["opening_rate"]["gates"] == 3
+    assert seen["asked"]["after"]["opening_rate"]["gates"] == len(facts)
+    assert [layer["neurons"] for layer in seen["layers"]["after"]] == [len(facts)]
