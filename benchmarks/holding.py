@@ -20,7 +20,7 @@ import torch
 from nulledit import Editor
 from nulledit.config import load_recipe
 from nulledit.data.readers import read_facts
-from nulledit.evaluation import evaluate, read_windows, retry_failing
+from nulledit.evaluation import evaluate, gates_of, read_windows, retry_failing
 from nulledit.evaluation.stats import Rate
 
 WINDOW = 256
@@ -110,7 +110,14 @@ def stage(editor, facts, windows, base, spent, options, last):
     """What holds after a batch: all measures at the end of the stream, strict efficacy before."""
     asked = facts if last else [fact.bare for fact in facts]
     generate = last and not options.no_answers
-    found = evaluate(editor.editable, asked, windows=windows, generate=generate, base=base)
+    found = evaluate(
+        editor.editable,
+        asked,
+        windows=windows,
+        generate=generate,
+        base=base,
+        gates=gates_of(editor.weights),
+    )
     told = found.summary()
     columns = {c.fact.id: c.outcome for c in editor.history.present}
     rows = found.rows()

@@ -11,6 +11,7 @@ from nulledit.data.facts import Fact
 from nulledit.data.readers import FactFile
 from nulledit.editing.batching import admitted, batches
 from nulledit.editing.call_log import CallLog, Progress
+from nulledit.editing.gates import crowded_notice, fact_gates
 from nulledit.editing.merge import Decide, conflicts, decided, with_own_ids
 from nulledit.editing.replay import replay
 from nulledit.editing.reports import ChangeReport, EditReport, by_fact
@@ -92,8 +93,9 @@ def _written(session: EditSession, facts: Sequence[Fact], run: CallLog) -> EditR
     asked = {fact.id for fact in facts}
     columns = tuple(c for c in session.history.present if c.fact.id in asked)
     layers = session.weights.reports()
-    told = tuple(run.notices), run.seconds, run.optimised, tuple(run.displaced)
-    return EditReport(columns, layers, *told)
+    crowded = crowded_notice(fact_gates(session.weights)) if facts else None
+    notices = (*run.notices, *([crowded] if crowded else []))
+    return EditReport(columns, layers, notices, run.seconds, run.optimised, tuple(run.displaced))
 
 
 def undo(session: EditSession, ids: Sequence[str]) -> ChangeReport:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,12 @@ class LayerReport:
     room: float
     """1 − tr(KᵀGK (I + KᵀGK)⁻¹) / rank G: the share of the usable directions that no edit has
     taken yet; 1 without edits, nan where no direction is usable."""
+    neurons: int | None = None
+    """Those of gated edits, beside the block's own d_in; None for other methods."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; neurons are left out where there are none to be."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
     def __repr__(self) -> str:
         moved = f"‖Δ‖/‖W₀‖ {self.update_share:.3g}, room left {self.room:.3g}"
@@ -306,4 +313,5 @@ class EditedWeights:
             update_share=norm / float(edit.base.norm()),
             rounding_share=edit.rounding(self.model, layer) / norm if norm else 0.0,
             room=solver.room(self._states[layer], columns),
+            neurons=edit.size if isinstance(edit, NeuronUpdate) else None,
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nulledit.evaluation.measures import entry, find, measured, shown
 from nulledit.evaluation.preservation import Preservation
-from nulledit.evaluation.runner import Evaluation
+from nulledit.evaluation.runner import SEEN_OF_TEXT, Evaluation
 from nulledit.evaluation.stats import Interval, paired_bootstrap
 from nulledit.io.notebook import frame, html_table
 
@@ -75,7 +75,7 @@ class Comparison:
 
     def _table(self, changes: Mapping[str, Interval]) -> list[tuple[str, ...]]:
         sides, rows = self.summary(), list[tuple[str, ...]]()
-        for name in [*measured(sides.values()), "perplexity", "kl"]:
+        for name in [*measured(sides.values()), *SEEN_OF_TEXT]:
             now, measure = entry(sides["after"], name), find(name)
             if not now:
                 continue

@@ -10,6 +10,7 @@ import torch
 
 from nulledit.data.facts import Fact, quote
 from nulledit.editing.engine import EditEngine
+from nulledit.editing.gates import TELL_APART, FactGate, fact_gates
 from nulledit.evaluation.generation import contains, loops
 from nulledit.evaluation.runner import Evaluation
 from nulledit.ledger.records import Column
@@ -42,7 +43,8 @@ class Cause:
     """One reason why a fact does not hold."""
 
     name: str
-    """steps, clamp, patience, mean, solve, key, near key, first token, silent, loops or wording."""
+    """steps, clamp, patience, mean, solve, key, near key, gate, first token, silent, loops or
+    wording."""
     text: str
     """In words."""
 
@@ -102,8 +104,10 @@ def diagnose(
     columns: dict[str, list[Column]] = {}
     for column in editor.history.active:
         columns.setdefault(column.fact.id, []).append(column)
+    gates = {gate.fact_id: gate for gate in fact_gates(editor.weights)} if failing else {}
     return tuple(
-        _diagnosis(editor, fact, columns.get(fact.id, []), after, before) for fact in failing
+        _diagnosis(editor, fact, columns.get(fact.id, []), after, before, gates.get(fact.id))
+        for fact in failing
     )
 
 
@@ -113,6 +117,7 @@ def _diagnosis(
     columns: Sequence[Column],
     after: Evaluation,
     before: Evaluation | None,
+    gate: FactGate | None,
 ) -> Diagnosis:
     row = editor.editable.encoder.encode_template(fact.prompt, fact.subject, target=fact.target)
     slip = first_slip(editor.editable, row)
@@ -126,7 +131,7 @@ def _diagnosis(
     if slip is None:
         causes += _spoken(fact, after.answers.get(fact.id, ""))
     else:
-        causes += _shared(editor, columns)
+        causes += _shared(editor, columns, gate)
         causes += _value(editor, columns)
     return Diagnosis(fact.id, slip, tuple(causes), _remedy({cause.name for cause in causes}))
 
@@ -172,19 +177,29 @@ def _spoken(fact: Fact, answer: str) -> list[Cause]:
     ]
 
 
-def _shared(editor: EditEngine, columns: Sequence[Column]) -> list[Cause]:
-    """Other facts on the same key, or nearly."""
+def _shared(editor: EditEngine, columns: Sequence[Column], gate: FactGate | None) -> list[Cause]:
+    """Other facts on the same key, or nearly; of gated edits, on each other's gates."""
     mine = {c.id for c in columns}
     groups = {(c.batch, c.group) for c in columns}
     others = [c for c in editor.history.active if c.id not in mine]
     same = sorted({c.fact.id for c in others if (c.batch, c.group) in groups} - _ids(columns))
     if same:
         return [Cause("key", f"one value must say it and {_names(same)}, on the same key")]
+    if gate is not None:
+        return [_crowded(gate)] if gate.crowded else []
     found = editor.weights.near(columns, others, cosine=NEAR_KEY)
     if not found:
         return []
     column, cosine = found[0]
     return [Cause("near key", f"its key is nearly that of {column.fact.id} (cosine {cosine:.3f})")]
+
+
+def _crowded(gate: FactGate) -> Cause:
+    return Cause(
+        "gate",
+        f"its gate and that of {gate.rival} open on each other's facts (share {gate.share:.2f}), "
+        f"so {100 * gate.missed:.0f} % of its value is missed",
+    )
 
 
 def _value(editor: EditEngine, columns: Sequence[Column]) -> list[Cause]:
@@ -216,6 +231,8 @@ def _remedy(causes: set[str]) -> str:
         return "ask it in the chat template (--chat), or word the prompt as text that goes on"
     if "key" in causes or "near key" in causes:
         return f"{RETRY}, or a prompt in which the subject comes later"
+    if "gate" in causes:
+        return TELL_APART
     if "loops" in causes:
         return "end the target as a sentence ends, with a full stop"
     if "wording" in causes:

@@ -17,6 +17,9 @@ TOKENS = tuple(f"{name}_tokens" for name in PREFERENCE)
 WAYS = {"_strict": "strict", "_tokens": "tokens", "": "preference"}
 """How an answer counts, by the ending of a measure's name."""
 
+RARE = "of 10,000"
+"""Unit of what hardly any token does."""
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -29,7 +32,7 @@ class Measure:
     short: str = ""
     """In narrow heads; empty: the title."""
     unit: str = "%"
-    """What is shown; values of `%` are shares, 0 to 1, until they are shown."""
+    """What is shown; values of `%` and `of 10,000` are shares, 0 to 1, until they are shown."""
     better: Literal["high", "low"] | None = "high"
     """Which way is better; None: neither."""
     digits: int = 1
@@ -38,7 +41,7 @@ class Measure:
     @property
     def scale(self) -> float:
         """What a value is multiplied by to be in `unit`."""
-        return 100.0 if self.unit == "%" else 1.0
+        return {"%": 100.0, RARE: 10_000.0}.get(self.unit, 1.0)
 
     @property
     def label(self) -> str:
@@ -71,6 +74,9 @@ OF_TEXT = (
     Measure("growth", "growth of perplexity", "growth", better="low"),
     Measure("kl", "KL per token", unit="mnat", better="low", digits=2),
     Measure("kl_worst", "KL, share of the worst 1 %", "KL in the worst 1 %", better=None),
+    Measure("opening_rate", "tokens that open a gate, mean of gates", "mean gate", RARE, "low", 2),
+    Measure("opening_worst", "the same, the worst gate", "worst gate", RARE, "low", 2),
+    Measure("opening_any", "tokens that open any gate", "any gate", RARE, "low", 2),
 )
 """Of a text that has nothing to do with the facts."""
 OF_WEIGHTS = (

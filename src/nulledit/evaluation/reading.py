@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nulledit.data.corpus import Corpus, open_corpus
 from nulledit.errors import StatisticsError
+from nulledit.evaluation.opening import Gates, Opening, opened_on, opening_of
 from nulledit.evaluation.scores import token_losses
 from nulledit.evaluation.stats import exponential, mean_of
 from nulledit.models.editable_model import EditableModel
@@ -96,6 +97,8 @@ class Reading:
     """By window, each predicted token's KL(base ‖ this model), nats; None without a base."""
     states: tuple[Tensor, ...] | None = None
     """By window, the normed states that predict [tokens, d], on the CPU; None if not kept."""
+    opening: Opening | None = None
+    """How often gates open at the tokens that predict; None where no gate was asked for."""
 
     def __repr__(self) -> str:
         return f"<Reading of {len(self.windows)} windows: {self.perplexity!r}>"
@@ -119,14 +122,16 @@ def read(
     *,
     base: Reading | None = None,
     keep: bool = False,
+    gates: Gates | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Reading:
     """Read `windows` of token ids with the model as it is; those of one token are left out.
 
     With `base`, a reading of the same windows that the model without its edits kept, each token is
     compared with it. `keep` the states for that: width times tokens numbers in the model's dtype,
-    where logits of all tokens at once would be the vocabulary's size times tokens. Results don't
-    depend on how windows are put together. ValueError for a base of other windows.
+    where logits of all tokens at once would be the vocabulary's size times tokens. `gates` of the
+    model are watched on the way. Results don't depend on how windows are put together. ValueError
+    for a base of other windows.
     """
     texts = tuple(tuple(ids) for ids in windows if len(ids) > 1)
     if not texts:
@@ -135,9 +140,10 @@ def read(
         raise ValueError("the base has to have read the same windows, and to have kept its states")
     losses, apart = [np.empty(0)] * len(texts), [np.empty(0)] * len(texts)
     kept: dict[int, Tensor] = {}
+    opened: dict[int, Tensor] = {}
     done = 0
     with frozen(model.model), torch.no_grad():
-        for chunk, states in _read_chunks(model, texts):
+        for chunk, states, open_here in _read_chunks(model, texts, gates):
             lengths = [len(texts[i]) - 1 for i in chunk]
             targets = torch.tensor([token for i in chunk for token in texts[i][1:]])
             if base is None or base.states is None:
@@ -151,6 +157,8 @@ def read(
                 losses[i] = part.double().numpy()
             if keep:
                 kept |= dict(zip(chunk, states.cpu().split(lengths), strict=True))
+            if open_here is not None:
+                opened |= dict(zip(chunk, open_here.split(lengths), strict=True))
             done += len(chunk)
             if progress:
                 progress(done, len(texts))
@@ -159,6 +167,7 @@ def read(
         tuple(losses),
         None if base is None else tuple(apart),
         tuple(kept[i] for i in range(len(texts))) if keep else None,
+        opening_of(gates, [opened[i] for i in range(len(texts))]) if gates else None,
     )
 
 
@@ -186,14 +195,18 @@ def divergence(apart: Sequence[np.ndarray]) -> Divergence:
 
 
 def _read_chunks(
-    model: EditableModel, windows: Sequence[Sequence[int]]
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Places of windows that run together, and their normed states [tokens, d], one by one."""
+    model: EditableModel, windows: Sequence[Sequence[int]], gates: Gates | None
+) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
+    """Places of windows that run together, their normed states [tokens, d], one by one, and which
+    `gates` are open there [tokens, n].
+    """
     for chunk in chunks_by_length([len(ids) for ids in windows], POSITIONS):
         rows = [windows[i][:-1] for i in chunk]
         batch = model.collate(rows)
-        normed = model.run_normed(batch)  # [rows, length, d]
-        yield chunk, normed[batch.mask.bool().to(normed.device)]
+        real = batch.mask.bool()
+        with opened_on(model, gates) as opened:
+            normed = model.run_normed(batch)  # [rows, length, d]
+        yield chunk, normed[real.to(normed.device)], opened(real) if gates else None
 
 
 def _compare(

@@ -14,6 +14,7 @@ from nulledit.errors import FactError
 from nulledit.evaluation.fluency import Writing, write_texts
 from nulledit.evaluation.generation import fact_answers, says
 from nulledit.evaluation.measures import entry, find, measured, shown
+from nulledit.evaluation.opening import Gates, Opening
 from nulledit.evaluation.queries import queries_of, shipped_sentences
 from nulledit.evaluation.reading import Divergence, Perplexity, Reading, read
 from nulledit.evaluation.relations import ByFact, kept_relations, relation_states
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 CPU_POSITIONS = 512  # small chunks stay in a processor's cache
 ACCELERATOR_POSITIONS = 8192
+SEEN_OF_TEXT = ("perplexity", "kl", "opening_rate")
+"""Entries of a summary on the text that a notebook shows."""
 
 Judge = Callable[[str, str, str], bool]
 """Prompt, what the model said, an accepted answer -> whether that says it."""
@@ -55,6 +58,8 @@ class Evaluation:
     """Longer texts; None if not asked for."""
     kl: Divergence | None = None
     """From the base on the windows; None without windows or without a base to compare with."""
+    opening: Opening | None = None
+    """How often gates open on the windows; None without windows or where no gate was asked for."""
     reading: Reading | None = field(default=None, repr=False, compare=False)
     """Of the windows, by token."""
     relations: Mapping[str, ByFact] = field(default_factory=dict)
@@ -83,7 +88,7 @@ class Evaluation:
         """Rates, generation, perplexity and KL as plain data for JSON; nan and infinity are None.
 
         Fluency and consistency are there if longer texts were asked for, what is kept at other
-        relations if there was a base.
+        relations if there was a base, how often gates open if there are gates.
         """
         told: dict[str, Any] = {
             "rates": {name: _plain(rate) for name, rate in self.rates.items()},
@@ -91,6 +96,8 @@ class Evaluation:
             "perplexity": _plain(self.perplexity),
             "kl": _plain(self.kl),
         }
+        if self.opening:
+            told["opening_rate"] = _plain(self.opening)
         return told | {name: _plain(_rate(held)) for name, held in self.by_fact().items()}
 
     def to_dict(self) -> dict[str, Any]:
@@ -141,7 +148,7 @@ class Evaluation:
 
     def _table(self) -> list[tuple[str, str, str, str]]:
         told = self.summary()
-        names = [*measured([told]), *(n for n in ("perplexity", "kl") if told[n])]
+        names = [*measured([told]), *(n for n in SEEN_OF_TEXT if told.get(n))]
         return [(find(name).label, *shown(name, entry(told, name))) for name in names]
 
 
@@ -151,6 +158,7 @@ def evaluate(
     *,
     windows: Sequence[Sequence[int]] | None = None,
     base: Evaluation | None = None,
+    gates: Gates | None = None,
     generate: bool = True,
     judge: Judge | None = None,
     distract: bool = False,
@@ -166,7 +174,8 @@ def evaluate(
     they are edited. Longer texts and `windows` are plain text in any case.
     `windows` of token ids are for perplexity. `base`, an evaluation of the model before its edits
     on the same windows and facts (or more facts), is what the model is compared with: KL per token
-    of the windows, and what is kept at other relations of the facts' subjects. `judge` says
+    of the windows, and what is kept at other relations of the facts' subjects. `gates` that the
+    model has (`gates_of`) are watched on the windows. `judge` says
     whether an answer says the target or an alias; by default whether it contains it and does not
     loop. `distract` asks again behind other texts (`queries_of`). With `fluency`, or `references`
     for consistency, the model writes longer texts, drawn by `seed` (`write_texts`). For the model
@@ -195,7 +204,9 @@ def evaluate(
     if windows:
         stage = _stage(progress, "perplexity")
         read_by_base = base.reading if base else None
-        reading = read(model, windows, base=read_by_base, keep=base is None, progress=stage)
+        reading = read(
+            model, windows, base=read_by_base, keep=base is None, gates=gates, progress=stage
+        )
     at_relations = relation_states(model, facts)
     return Evaluation(
         scores=tuple(scores),
@@ -206,6 +217,7 @@ def evaluate(
         says_target=says,
         writing=writing,
         kl=reading.kl if reading else None,
+        opening=reading.opening if reading else None,
         reading=reading,
         relations=kept_relations(model, facts, base.relation_states, at_relations) if base else {},
         relation_states=at_relations,

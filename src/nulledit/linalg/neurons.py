@@ -55,6 +55,16 @@ class Neurons:
         found = ACTIVATIONS[activation](driven)
         return found if self.factors is None else found * (self.factors.to(inputs) @ inputs)
 
+    def at_own(self, inputs: Tensor, activation: str) -> Tensor:
+        """What each gives for its own of `inputs` X [d, n]: [n], the diagonal of `units`."""
+        driven = (self.rows.to(inputs) * inputs.mT).sum(1)
+        if self.biases is not None:
+            driven = driven + self.biases.to(inputs)
+        found = ACTIVATIONS[activation](driven)
+        if self.factors is None:
+            return found
+        return found * (self.factors.to(inputs) * inputs.mT).sum(1)
+
     def tensors(self) -> dict[str, Tensor]:
         """Those that there are, by field."""
         return {name: tensor for name, tensor in vars(self).items() if tensor is not None}

@@ -40,6 +40,9 @@ SMALLEST = 1e-6
 """Of the median eigenvalue of C, below which none is taken: a layer norm leaves a direction out of
 all its states, and 1/0 there would make much of their rounding."""
 
+SHUT = 0.1
+"""Share of the median gate's opening that the least of gates is taken to have."""
+
 
 @checked
 @dataclass(frozen=True)
@@ -127,6 +130,29 @@ def solve_columns(activations: Tensor, targets: Tensor, ridge: float) -> Tensor:
     system = activations.mT @ activations
     system.diagonal().add_(ridge)
     return torch.linalg.solve(system, activations.mT @ targets.mT).mT
+
+
+def full_openings(own: Tensor) -> Tensor:
+    """What gates that give `own` [n] on their own facts count as giving there.
+
+    A gate that stays shut there counts as one that gives `SHUT` of the median: a share of nothing
+    would be no measure.
+    """
+    return own.clamp_min(SHUT * float(own.median()))
+
+
+def rivals(activations: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest rival of each of n facts: which [n], and the share [n], -inf without another.
+
+    The share is of what a gate gives on its own fact, A[j, j] of `activations` A [n, n]: of i and
+    j max(A[i, j]/A[j, j], A[j, i]/A[i, i]). Facts of one owner (`owners` [n], numbers) are no
+    rivals.
+    """
+    shares = activations / full_openings(activations.diagonal())
+    shares = torch.maximum(shares, shares.mT)
+    shares.masked_fill_(owners[:, None] == owners, -torch.inf)
+    found = shares.max(1)
+    return found.indices, found.values
 
 
 GATED = Gate(

@@ -82,6 +82,11 @@ class NeuronUpdate:
     """Name of φ."""
 
     @property
+    def size(self) -> int:
+        """How many neurons."""
+        return 0 if self.neurons is None else len(self.neurons.rows)
+
+    @property
     def finite(self) -> bool:
         """Whether all of it are numbers."""
         found = self.neurons

@@ -12,11 +12,10 @@ from nulledit.report.document import Cell, Column, FigureSpec, Study, StudyTable
 from nulledit.report.points import Point
 from nulledit.runs.document import RunFolder
 from nulledit.runs.holding import after_row
-from nulledit.runs.tables import interval, of_text, pairs
+from nulledit.runs.tables import OF_TEXT, interval, of_text, pairs
 
 Rows = Mapping[tuple[str, str, str], Mapping[str, Any]]
 """Each fact (id, prompt and target) in the model: its measures after the edit."""
-OF_TEXT = ("perplexity", "kl", "kl_worst")
 EDITING = ("keys", "values", "solve")
 """Stages of a call that are the edit itself."""
 

@@ -17,6 +17,7 @@ from nulledit.errors import FactError
 from nulledit.evaluation.capability import TaskResult, capability
 from nulledit.evaluation.hidden_norms import edit_rows, hidden_growth, text_rows
 from nulledit.evaluation.measures import AT_RELATIONS
+from nulledit.evaluation.opening import gates_of
 from nulledit.evaluation.queries import KINDS as ASKED
 from nulledit.evaluation.queries import queries_of
 from nulledit.evaluation.reading import Reading, read
@@ -25,9 +26,11 @@ from nulledit.evaluation.runner import ACCELERATOR_POSITIONS, CPU_POSITIONS
 from nulledit.evaluation.scores import Score, per_fact, score
 from nulledit.evaluation.stats import Rate, perplexity_growth
 from nulledit.evaluation.tasks import read_tasks
+from nulledit.report.document import Value
 from nulledit.runs.gate_report import FAILED, OK, UNMEASURED, GateReport, Row
 from nulledit.runs.limits import KINDS, Bound, Least, Limits, Most, Oldest, Tasks, why_absent
 from nulledit.runs.measure import read_text
+from nulledit.runs.tables import OPENINGS, of_text
 
 SURE = 1.645  # standard errors of a one-sided 95 %
 DOUBT = 0.05  # chance of a sample like this that `confident` accepts
@@ -162,7 +165,7 @@ class _Measuring:
         self._given_windows, self._folder, self._progress = windows, tasks, progress
         self._scores: dict[str, list[Score]] = {}
         self._reports: Sequence[Any] | None = None
-        self._texts: tuple[Reading, ...] = ()
+        self._readings: dict[str, Reading] = {}
 
     def outcomes(self, name: str, bound: Bound) -> Mapping[str, Outcome]:
         """Row name -> what was found for the limit `name`."""
@@ -180,6 +183,7 @@ class _Measuring:
         found: dict[str, Callable[[], Outcome]] = {
             "perplexity_growth": self._perplexity,
             "kl": self._kl,
+            **{opening: partial(self._opening, opening) for opening in OPENINGS},
             "norm_growth": partial(self._of_layers, "update_share", highest=True),
             "displacement": self._displacement,
             "hidden_growth": self._hidden,
@@ -276,31 +280,53 @@ class _Measuring:
         return self._given_windows
 
     def _perplexity(self) -> Outcome:
-        if not (texts := self._read()):
+        if not (texts := self._texts()):
             return Missing(NO_TEXT)
-        grown = perplexity_growth(*(reading.losses for reading in texts))
+        grown = perplexity_growth(*(texts[side].losses for side in ("base", "edited")))
         return Found(grown.percent, grown.standard_error, grown.n, "windows")
 
     def _kl(self) -> Outcome:
-        found = texts[1].kl if (texts := self._read()) else None
-        if found is None:
+        texts = self._texts()
+        if not texts or (found := texts["edited"].kl) is None:
             return Missing(NO_TEXT)
         note = f"{100 * found.worst_share:.0f} % of it in the worst 1 %"
-        return Found(found.value, found.standard_error, len(texts[1].windows), "windows", note=note)
+        n = len(texts["edited"].windows)
+        return Found(found.value, found.standard_error, n, "windows", note=note)
 
-    def _read(self) -> tuple[Reading, ...]:
-        """Base and edited model on the windows, the latter compared if that is asked for."""
+    def _opening(self, name: str) -> Outcome:
+        if gates_of(self.editor.weights) is None:
+            return Missing("no gated edits in the model")
+        texts = self._texts()
+        if not texts or (found := texts["edited"].opening) is None:
+            return Missing(NO_TEXT)
+        told = of_text({"opening_rate": vars(found)}, name)
+        if not isinstance(told, Value):  # one gate's share is no estimate
+            return Found(cast(float, told), note=f"gate of {found.worst_fact}")
+        note, n = f"{found.gates} neurons beside {found.units}", len(texts["edited"].windows)
+        return Found(cast(float, told.mean), told.standard_error, n, "windows", note=note)
+
+    def _texts(self) -> Mapping[str, Reading]:
+        """What the edited model makes of the windows, and where it is asked for the base, by side.
+
+        Empty without windows; the edited one is compared if that is asked for.
+        """
         windows = [ids for ids in self._windows() if len(ids) > 1]
-        if windows and not self._texts:
-            editor, compared = self.editor, "kl" in self.limits.bounds
-            given = (editor.editable, windows)
-            tell = self._stage("base: perplexity")
-            with editor.base_weights():
-                base = read(*given, keep=compared, progress=tell)
-            tell = self._stage("edited: perplexity")
-            edited = read(*given, base=base if compared else None, progress=tell)
-            self._texts = base, edited
-        return self._texts
+        if windows and not self._readings:
+            editor, asked = self.editor, self.limits.bounds
+            base: Reading | None = None
+            if {"perplexity_growth", "kl"} & set(asked):
+                tell = self._stage("base: perplexity")
+                with editor.base_weights():
+                    base = read(editor.editable, windows, keep="kl" in asked, progress=tell)
+                self._readings["base"] = base
+            self._readings["edited"] = read(
+                editor.editable,
+                windows,
+                base=base if "kl" in asked else None,
+                gates=gates_of(editor.weights),
+                progress=self._stage("edited: perplexity"),
+            )
+        return self._readings
 
     def _hidden(self) -> Outcome:
         if not self.facts:

@@ -88,6 +88,7 @@ def story_of(history: History, id_: str) -> dict[str, Any]:
         raise LedgerError(f"no fact {id_!r} in the ledger{suggest(id_, known)}")
     by_id = {c.id: c for c in history.columns}
     last = next((c for c in reversed(mine) if history.is_active(c)), mine[-1])
+    gate = _gate_of(history, id_)
     return {
         "id": id_,
         "in_the_model": any(map(history.is_active, mine)),
@@ -99,7 +100,16 @@ def story_of(history: History, id_: str) -> dict[str, Any]:
             if {c.id for c in mine} & {*e.activated, *e.deactivated}
         ],
         "near": [{"id": name, "cosine": cosine} for name, cosine in near_of(history, last)],
+        **({"gate": gate} if gate else {}),
     }
+
+
+def _gate_of(history: History, id_: str) -> dict[str, Any] | None:
+    """Its nearest rival and what the neurons miss of it; None where no gate of it is there."""
+    from nulledit.editing.gates import recorded_gates  # with torch
+
+    found = next((gate for gate in recorded_gates(history) if gate.fact_id == id_), None)
+    return vars(found) if found else None
 
 
 def near_of(history: History, column: Column) -> list[tuple[str, float]]:
@@ -140,6 +150,11 @@ def story_text(story: dict[str, Any]) -> str:
         lines += [f"    {line}" for line in _details(version)]
     for event in story["events"]:
         lines.append(f"event {event['event']}, {event['time']}: {event['kind']}, {event['change']}")
+    if gate := story.get("gate"):
+        beside = f", nearest rival {gate['rival']} (share {gate['share']:.2g})" * bool(
+            gate["rival"]
+        )
+        lines.append(f"gate: {100 * gate['missed']:.0f} % of its value missed{beside}")
     for other in story["near"]:
         lines.append(f"near: {other['id']} (cosine of keys {other['cosine']:.3f})")
     return "\n".join(lines)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 
 from nulledit.data.facts import Fact, quote, suggest
 from nulledit.errors import ConfigError
-from nulledit.evaluation.measures import AT_RELATIONS
+from nulledit.evaluation.measures import AT_RELATIONS, RARE
 from nulledit.evaluation.tasks import TASKS
 from nulledit.io.settings import (
     Count,
@@ -151,6 +151,11 @@ KINDS: Mapping[str, Kind] = {
     "kl": Kind(
         SampledMost, "KL per token of the base's next token from the edited one's", "text", "mnat"
     ),
+    "opening_rate": Kind(
+        SampledMost, "tokens of a text that open a gate of gated edits, mean of gates", "text", RARE
+    ),
+    "opening_worst": Kind(Most, "the same of the gate that opens the most often", "text", RARE),
+    "opening_any": Kind(SampledMost, "tokens of a text that open any gate", "text", RARE),
     "capability_drop": Kind(
         Tasks, "points of the right answer's probability lost on a task", "tasks"
     ),
@@ -167,7 +172,7 @@ KINDS: Mapping[str, Kind] = {
         Least, "share of usable directions that no edit took, least of the layers", "weights"
     ),
 }
-"""Limits by name; numbers are in %, or in points of %, but for those of `kl` and `relation_kl`."""
+"""Limits by name; numbers are in %, or in points of %, but for those with a unit of their own."""
 
 
 @dataclass(frozen=True)

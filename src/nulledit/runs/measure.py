@@ -13,6 +13,7 @@ from nulledit.editing.engine import EditEngine
 from nulledit.errors import FactError
 from nulledit.evaluation.comparison import Comparison
 from nulledit.evaluation.generation import answer_room
+from nulledit.evaluation.opening import gates_of
 from nulledit.evaluation.preservation import preservation_report, shipped_corpus
 from nulledit.evaluation.queries import Kind, queries_of
 from nulledit.evaluation.reading import read_windows
@@ -114,8 +115,11 @@ def evaluate_both(
     if base:
         with talk.progress("before: ") as tell, editor.base_weights():
             before = evaluate(model, facts, windows=windows, progress=tell, **asked)
+    gates = gates_of(editor.weights)
     with talk.progress("after: ") as tell:
-        after = evaluate(model, facts, windows=windows, base=before, progress=tell, **asked)
+        after = evaluate(
+            model, facts, windows=windows, base=before, gates=gates, progress=tell, **asked
+        )
     kept = preservation_report(editor, windows) if windows and editor.history.epochs else []
     return Comparison(before, after, text.name if text else "", tuple(kept))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ def finish(
     found = diagnose(editor, [c.fact for c in columns], after, before=before) if after else ()
     lines = _lines(columns, number, before, after, found)
     batches = sorted({c.batch for c in columns})
-    layers = [asdict(r) | _error(kept.get(r.layer)) for r in report.layers]
+    layers = [r.to_dict() | _error(kept.get(r.layer)) for r in report.layers]
     runs.append(
         {
             "run": number,

@@ -13,6 +13,7 @@ from nulledit.editing.engine import EditEngine
 from nulledit.editing.weights import LayerReport
 from nulledit.errors import ConfigError
 from nulledit.evaluation.comparison import Comparison
+from nulledit.evaluation.opening import gates_of
 from nulledit.evaluation.runner import Evaluation, evaluate
 from nulledit.io.text import count
 from nulledit.runs.measure import check_lengths, read_text
@@ -55,8 +56,8 @@ class Preview:
                 for f in self.facts
             ],
             "layers": {
-                "before": [vars(r) for r in self.before],
-                "after": [vars(r) for r in self.after],
+                "before": [r.to_dict() for r in self.before],
+                "after": [r.to_dict() for r in self.after],
             },
             "notices": list(self.notices),
         }
@@ -94,9 +95,11 @@ def preview(
         base = evaluate(editor.editable, asked, windows=found.windows, generate=False)
 
     def measure(name: str) -> tuple[Evaluation, Evaluation | None]:
-        model = editor.editable
+        model, gates = editor.editable, gates_of(editor.weights)
         with talk.progress(f"{name}: ") as tell:
-            mine = evaluate(model, asked, windows=found.windows, base=base, progress=tell)
+            mine = evaluate(
+                model, asked, windows=found.windows, base=base, gates=gates, progress=tell
+            )
             others = evaluate(model, held, generate=False, progress=tell) if held else None
         return mine, others
 

@@ -34,12 +34,22 @@ _SIDE = has(
     rates=that(named(_RATE), "measures, not an answer", lambda rates: "answer" not in rates),
     perplexity=left_out(or_none(has(**_SHARE))),
     kl=left_out(or_none(has(**_SHARE, worst_share=Measured))),
+    opening_rate=left_out(
+        has(
+            **_SHARE,
+            **dict.fromkeys(("worst", "any", "any_standard_error"), Measured),
+            worst_fact=str,
+            gates=Whole,
+            units=Whole,
+        )
+    ),
     **{measure.name: left_out(_RATE) for measure in OF_FACTS},
 )
 _LAYER = has(
     **dict.fromkeys(("layer", "protected", "d_in"), Whole),
     **dict.fromkeys(("update_share", "free_share", "rounding_share"), Measured),
     **dict.fromkeys(("error", "error_standard_error", "free_share_error"), left_out(Measured)),
+    neurons=left_out(or_none(Whole)),
 )
 _RUN = has(
     run=Whole,

@@ -32,6 +32,19 @@ TEXT = (
     "On {}; n are its tokens. KL: of the base's next token from the edited model's, in thousandths "
     "of a nat"
 )
+OPENING = (
+    "; tokens that open a gate: of 10,000, at which a neuron gives more than a tenth of what it "
+    "gives on its own fact"
+)
+OPENINGS = ("opening_rate", "opening_worst", "opening_any")
+OF_TEXT = ("perplexity", "kl", "kl_worst", *OPENINGS)
+"""Measures of the other text, as they are shown."""
+PARTS: Mapping[str, tuple[str, str, str | None]] = {
+    "kl_worst": ("kl", "worst_share", None),
+    "opening_worst": ("opening_rate", "worst", None),
+    "opening_any": ("opening_rate", "any", "any_standard_error"),
+}
+"""Those that are a part of a summary's entry: its name, the value's, the error's."""
 LAYERS = (
     "‖ΔK₀‖/‖W₀K₀‖: how far the layer's output moves on text that the statistics did not see (the "
     "paper's claim is 0). Edit keys free: the share of the edited keys' energy outside the "
@@ -66,7 +79,7 @@ def rates_tables(
             a, b = pairs([x["before"] for x in lines], [after_row(x) for x in lines], key)
             row["difference"] = interval(paired_bootstrap(a, b), measure.digits) if a else None
         (rates if measure.unit == "%" else other).append(row)
-    for key in ("perplexity", "kl", "kl_worst"):
+    for key in OF_TEXT:
         found = {side: of_text(summary, key) for side, summary in sides.items()}
         if any(cell is not None for cell in found.values()):
             if key == "kl":  # the model that the others are compared with has none
@@ -79,6 +92,8 @@ def rates_tables(
     if any(row.get("difference") for row in rates):
         caption += DIFFERENCE
     about = TEXT.format(text) if text else ""
+    if about and any(summary.get("opening_rate") for summary in sides.values()):
+        about += OPENING
     found_tables = [
         _by_measure(f"rates-{name}", f"Rates{which}", caption, sides, rates, 1),
         _by_measure(f"text-{name}", f"Other text{which}", about, sides, other, 2),
@@ -96,6 +111,8 @@ def layers_table(layers: Sequence[Mapping[str, Any]], name: str = "layers") -> S
         Column("protected", "protected"),
         Column("room", "room left", unit="%"),
     ]
+    if any("neurons" in row for row in layers):
+        columns.append(Column("neurons", "neurons"))
     if any(row["rounding_share"] for row in layers):
         columns.append(Column("rounding", "rounding/‖Δ‖", digits=3))
     rows: list[dict[str, Cell]] = []
@@ -108,6 +125,7 @@ def layers_table(layers: Sequence[Mapping[str, Any]], name: str = "layers") -> S
             "free": Value(row["free_share"], row.get("free_share_error")),
             "protected": f"{row['protected']} of {row['d_in']}",
             "room": None if room is None else 100 * room,
+            "neurons": f"{row['neurons']} beside {row['d_in']}" if "neurons" in row else None,
             "rounding": row["rounding_share"],
         }
         rows.append({column.key: cells[column.key] for column in columns})
@@ -170,14 +188,18 @@ def rates_spec(sides: Mapping[str, Mapping[str, Any]]) -> FigureSpec:
 
 
 def of_text(summary: Mapping[str, Any] | None, key: str) -> Value | float | None:
-    """`perplexity`, `kl` (mnat a token) or `kl_worst` (%) of a summary; n are tokens."""
-    told = (summary or {}).get("perplexity" if key == "perplexity" else "kl")
+    """One of `OF_TEXT` of a summary, in its unit; n are tokens."""
+    entry, value, error = PARTS.get(key, (key, "value", "standard_error"))
+    told = (summary or {}).get(entry)
     if not told:
         return None
-    if key == "kl_worst":
-        share = told["worst_share"]
-        return None if share is None else 100.0 * share
-    return Value(told["value"], told["standard_error"], told["tokens"])
+
+    def scaled(name: str) -> float | None:
+        return None if told[name] is None else find(key).scale * told[name]
+
+    if error is None:
+        return scaled(value)
+    return Value(scaled(value), scaled(error), told["tokens"])
 
 
 def pairs(
