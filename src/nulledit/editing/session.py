@@ -18,7 +18,7 @@ from nulledit.editing.batch import BatchResult, BatchWriter, KnownValues
 from nulledit.editing.call_log import CallLog
 from nulledit.editing.contexts import make_contexts
 from nulledit.editing.displacement import of_batch
-from nulledit.editing.epochs import open_epoch
+from nulledit.editing.epochs import check_joins, open_epoch
 from nulledit.editing.stronger import differences
 from nulledit.editing.undo import Plan, check_id, facts_of, with_groups
 from nulledit.editing.value_cache import ValueCache
@@ -167,6 +167,7 @@ class EditSession:
         """Go on in `epoch` of `source`, or in a copy of it if it is not the current one."""
         if self.history.epochs and not self._opens and _same(self.history.epoch, epoch):
             return
+        check_joins(epoch.recipe, self.history)
         tensors = dict(source.tensors[epoch.tensors])
         for layer in epoch.recipe.layers:
             if layer not in self.history.layers:
