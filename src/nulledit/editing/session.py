@@ -33,6 +33,7 @@ from nulledit.models.editable_model import EditableModel
 from nulledit.models.load import model_hash
 from nulledit.parallel.ranks import Ranks
 from nulledit.statistics.found import find_statistics
+from nulledit.statistics.manifest import INPUTS, KEYS
 from nulledit.statistics.spectra import Statistics
 
 
@@ -188,7 +189,11 @@ class EditSession:
         if given is None:
             yield from find_statistics(base, self.recipe.layers, mlp_out, inputs=self.method.apart)
             return
-        statistics = given if isinstance(given, Statistics) else Statistics.load(Path(given))
+        if isinstance(given, Statistics):
+            statistics = given
+        else:
+            kind = INPUTS if self.method.apart else KEYS
+            statistics = Statistics.load(Path(given), kind=kind)
         if statistics.manifest.model_hash != base and self.history.events:
             base = model_hash(self.model.model)  # a refreshed second moment: of the model as it is
         statistics.check(base, self.recipe.layers, mlp_out, inputs=self.method.apart)

@@ -16,7 +16,14 @@ from nulledit.config import NullSpaceSettings
 from nulledit.errors import StatisticsError
 from nulledit.io.untrusted import parse_json
 from nulledit.linalg.spectrum import RULES, Spectrum
-from nulledit.statistics.manifest import UNCHECKED, Manifest, check_file, read_manifest
+from nulledit.statistics.manifest import (
+    KEYS,
+    UNCHECKED,
+    Manifest,
+    check_file,
+    parts_of,
+    read_manifest,
+)
 from nulledit.statistics.tensor_files import (
     SPECTRA,
     opened_file,
@@ -53,7 +60,7 @@ class Statistics:
         m = self.manifest
         if m.inputs != inputs:
             raise StatisticsError(
-                f"statistics are of {'inputs' if m.inputs else 'keys'} of MLPs, the method needs "
+                f"statistics are of {m.kind} of MLPs, the method needs "
                 f"those of {'inputs' if inputs else 'keys'}: run `nulledit stats make` "
                 f"{'with' if inputs else 'without'} --inputs"
             )
@@ -109,13 +116,16 @@ class Statistics:
         save_alone(Path(file), tensors, metadata)
 
     @classmethod
-    def load(cls, path: str | Path) -> Statistics:
+    def load(cls, path: str | Path, *, kind: str = KEYS) -> Statistics:
         """Read a folder made by `collect` or a compact file; StatisticsError otherwise.
+
+        `kind`: which to read of a folder that holds both, keys and inputs.
 
         What is not as it was written is refused; what is from before hashes were written with
         statistics can't be checked, which is said.
         """
         path = Path(path)
+        path = parts_of(path).get(kind, path)
         found = cls._of_folder(path) if path.is_dir() else cls._of_file(path)
         if not found.checked:
             logger.warning("%s: %s", path, UNCHECKED)
