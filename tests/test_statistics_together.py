@@ -3,7 +3,9 @@
 import json
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from support.cli import done, refused
 from support.models import LINES, RECIPE, build_model
 from support.ranks import launch
@@ -11,6 +13,8 @@ from support.ranks import launch
 from nulledit import Editor
 from nulledit.config import StatisticsSettings
 from nulledit.data.corpus import open_corpus
+from nulledit.errors import StatisticsError
+from nulledit.methods.gates import GateSettings, TextInputs, gate_directions
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.load import model_hash
 from nulledit.parallel.ranks import Ranks
@@ -139,6 +143,46 @@ def test_the_cache_finds_each(passes):
         digest = found[kind].manifest.model_hash
         again = list(find_statistics(digest, (0, 2), inputs=kind == "inputs"))
         assert [content(s) for s in again] == [content(found[kind])]
+
+
+def test_a_compact_file_of_inputs_serves_gates(passes, tmp_path):
+    found = passes("inputs", "full", StatisticsSettings(window=64))
+    found.save_compact(tmp_path / "small", {})
+    small = Statistics.load(tmp_path / "small")
+    assert (small.manifest, small.checked) == (found.manifest, True)
+    width = 17
+    held = load_file(tmp_path / "small")["inverse.2"]
+    assert (held.dtype, len(held)) == (torch.float16, width * (width - 1) // 2)
+    generator = torch.Generator().manual_seed(0)
+    for layer, spectrum in found.spectra.items():
+        full, read = TextInputs.of(spectrum), TextInputs.of(small.spectra[layer])
+        inputs = torch.linalg.cholesky(full.moment) @ torch.randn(
+            width - 1, 6, generator=generator, dtype=torch.float64
+        )
+        a, b = (gate_directions(text.moment, inputs, GateSettings()) for text in (full, read))
+        drive, moved = ((g * (full.moment @ g)).sum(0).sqrt() for g in (a, b - a))
+        assert float((moved / drive).max()) < 2e-3, "what text drives the gate with"
+        torch.testing.assert_close(read.energies(inputs), full.energies(inputs), rtol=5e-3, atol=0)
+
+
+def test_a_wrong_compact_file_of_inputs_is_refused(passes, tmp_path):
+    passes("inputs", "full").save_compact(tmp_path / "small", {})
+    with safe_open(tmp_path / "small", "pt") as opened:
+        metadata = opened.metadata()
+    whole = load_file(tmp_path / "small")
+    del metadata["sha256"]
+    for name, change, words in (
+        ("inverse.0", lambda t: t[1:], "inverse.0 has the shape"),
+        ("inverse.0", lambda t: t * torch.inf, "not finite"),
+        ("diagonals.0", lambda t: t[:1], "diagonals.0 has the shape"),
+        ("diagonals.0", lambda t: -t, "not all above 0"),
+        ("diagonals.0", lambda t: t * 1e-300, "no second moment"),
+        ("diagonals.0", lambda t: t[:, :0], "0 wide"),
+    ):
+        wrong = {**whole, name: change(whole[name]).contiguous()}
+        save_file(wrong, tmp_path / "wrong", metadata)
+        with pytest.raises(StatisticsError, match=words):
+            Statistics.load(tmp_path / "wrong")
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from nulledit.statistics.manifest import (
 )
 from nulledit.statistics.tensor_files import (
     SPECTRA,
+    inverse_tensors,
     opened_file,
     save_alone,
     spectrum_tensors,
@@ -104,13 +105,19 @@ class Statistics:
         ]
 
     def save_compact(self, file: str | Path, thresholds: dict[int, float]) -> None:
-        """One small file: all eigenvalues, and the thinner side at `thresholds` in float16."""
+        """One small file.
+
+        Of keys all eigenvalues, and the thinner side at `thresholds` in float16; of inputs, of
+        which every direction is needed, the inverse's factor in float16.
+        """
         tensors: dict[str, torch.Tensor] = {}
         starts: dict[str, int] = {}
-        whole = torch.float32 if self.manifest.inputs else None  # every direction is needed
         for layer, spectrum in self.spectra.items():
-            kept = spectrum if whole else spectrum.compact(thresholds[layer])
-            tensors |= spectrum_tensors(kept, layer, whole)
+            if self.manifest.inputs:
+                tensors |= inverse_tensors(spectrum, layer)
+                continue
+            kept = spectrum.compact(thresholds[layer])
+            tensors |= spectrum_tensors(kept, layer)
             starts |= {name: part.start for name, part in kept.parts(str(layer)).items()}
         metadata = {"manifest": self.manifest.to_json(), "starts": json.dumps(starts)}
         save_alone(Path(file), tensors, metadata)
