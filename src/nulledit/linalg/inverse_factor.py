@@ -25,15 +25,19 @@ def packed(block: Block) -> tuple[Tensor, Tensor]:
     scale = inverse.diagonal().sqrt()
     factor = torch.linalg.cholesky(inverse / scale / scale[:, None])
     pivots = factor.diagonal()
-    below = torch.tril_indices(*factor.shape, -1)
-    return (factor / pivots)[*below].half(), torch.stack([scale, pivots.square()])
+    return (factor / pivots)[_below(len(scale))].half(), torch.stack([scale, pivots.square()])
 
 
 def unpacked(below: Tensor, diagonals: Tensor) -> Block:
     """The spectrum of C [d, d], from what `packed` gave."""
     scale, pivots = diagonals.double()
     unit = torch.eye(len(scale), dtype=torch.float64)
-    unit[*torch.tril_indices(*unit.shape, -1)] = below.double()
+    unit[_below(len(scale))] = below.double()
     inverted = torch.linalg.solve_triangular(unit, torch.diag(1 / scale), upper=False)
     moment = inverted.mT @ (inverted / pivots[:, None])
     return Block.of(moment.flip(0, 1))
+
+
+def _below(d: int) -> tuple[Tensor, ...]:
+    """Rows and columns of what lies below the diagonal of a matrix [d, d]."""
+    return torch.tril_indices(d, d, -1).unbind()
