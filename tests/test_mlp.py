@@ -47,7 +47,7 @@ def written_and_inputs(model, form, layer):
 def test_neurons_add_what_they_give_and_leave_the_bits_of_before(architecture, tokenizer):
     model = EditableModel(build_model(architecture), tokenizer)
     if architecture in EXPERTS:
-        with pytest.raises(ModelError, match="block 1: no form of MLP"):
+        with pytest.raises(ModelError, match="block 1 is a mixture of experts"):
             find_form(model, 1)
         return
     form = find_form(model, 1)

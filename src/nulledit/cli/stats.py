@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +62,8 @@ def stats(ctx: click.Context) -> None:
         ("packed", "lines"),
         "packed",
     ),
-    opt("--inputs", "Of the MLPs' inputs in the place of keys, for gated edits.", bool),
+    opt("--inputs", "Of the MLPs' inputs, for gated edits.", bool),
+    opt("--keys", "Of keys, for updates of W; with --inputs both.  [default: keys alone]", bool),
     opt("--skip-first", "Leave out position 0, the attention sink.", bool),
     opt("--names", "Count the last tokens of names alone; give them to edit by --stats.", bool),
     OUT,
@@ -74,10 +75,13 @@ def stats(ctx: click.Context) -> None:
 def make(call: Call) -> None:
     """Sum the keys of all chosen layers in one pass over a text. A killed run goes on where it was.
 
-    Started by torchrun, several processes share the text.
+    Started by torchrun, several processes share the text. --keys --inputs makes both kinds of
+    statistics in the same pass, in FOLDER/keys and FOLDER/inputs; --stats FOLDER takes what the
+    method needs.
 
     \b
     $ nulledit stats make smollm2-135m --text wiki.txt
+    $ nulledit stats make smollm2-135m --text wiki.txt --keys --inputs
     $ nulledit stats make gpt2 --text datasets:wikimedia/wikipedia:20231101.en --layers 2-6
     $ torchrun --nproc-per-node 8 -m nulledit stats make gpt2 --text wiki --layers 2-6
     """
@@ -85,6 +89,11 @@ def make(call: Call) -> None:
     from nulledit.config import StatisticsSettings
 
     null_space(call.null_space)  # a wrong rule is told now, not when hours are spent
+    if call.keys and call.inputs and call.compact:
+        raise ConfigError(
+            "--compact is a file of one kind: leave out --keys or --inputs here, and make the "
+            "other copy by a second command, which reads no text again"
+        )
     recipe = call.own_recipe(call.recipe, call.model)
     layers = parse_layers(call.layers) if call.layers else list(recipe.layers)
     if not layers and call.recipe:
@@ -109,12 +118,13 @@ def make(call: Call) -> None:
 
 def _made(
     call: Call, ranks: Ranks, recipe: Recipe, layers: Sequence[int], settings: StatisticsSettings
-) -> Statistics | None:
-    """The statistics, on rank 0."""
+) -> dict[str, Statistics] | None:
+    """The statistics by kind, on rank 0."""
     from nulledit.data.corpus import find_files, open_corpus
     from nulledit.models.editable_model import EditableModel
     from nulledit.models.load import model_hash
     from nulledit.statistics.collect import collect_together
+    from nulledit.statistics.manifest import INPUTS, KEYS
 
     find_files(call.text)  # a wrong path needs no model
     name = model_source(call.model)
@@ -142,7 +152,7 @@ def _made(
             model_hash=digest,
             folder=Path(call.out) if call.out else None,
             progress=tell,
-            inputs=call.inputs,
+            of=[KEYS] * (call.keys or not call.inputs) + [INPUTS] * call.inputs,
         )
 
 
@@ -167,7 +177,8 @@ def merge(call: Call) -> None:
     from nulledit.statistics.merge import merge_statistics
 
     out = Path(call.out) if call.out else None
-    _show(call, merge_statistics([Path(folder) for folder in call.folders], out))
+    found = merge_statistics([Path(folder) for folder in call.folders], out)
+    _show(call, {found.manifest.kind: found})
 
 
 @command("What statistics hold.", arg("source", "PATH|MODEL"), NULL_SPACE, group=stats)
@@ -183,18 +194,29 @@ def show(call: Call) -> None:
     null_space(call.null_space)
     call.prepare()
     from nulledit.statistics.found import named_statistics
+    from nulledit.statistics.manifest import parts_of
 
-    _show(call, named_statistics(model_source(call.source)))
+    parts = parts_of(Path(call.source))
+    found = [named_statistics(part) for part in parts.values() or [model_source(call.source)]]
+    _show(call, {statistics.manifest.kind: statistics for statistics in found})
 
 
-def _show(call: Call, found: Statistics) -> None:
+def _show(call: Call, found: Mapping[str, Statistics]) -> None:
     """What was found, by the rule of the options; and a small copy of it, if that was asked for."""
     rule = null_space(call.null_space)
-    if call.given.get("compact"):
-        found.save_compact(call.compact, found.thresholds(rule))
-    rows = found.rows(rule)
-    told = {"manifest": asdict(found.manifest), "checked": found.checked}
-    call.show({**told, "null_space": asdict(rule), "layers": rows}, lambda: _page(found, rows))
+    told, page = {}, list[Any]()
+    for kind, statistics in found.items():
+        if call.given.get("compact"):
+            statistics.save_compact(call.compact, statistics.thresholds(rule))
+        rows = statistics.rows(rule)
+        told[kind] = {
+            "manifest": asdict(statistics.manifest),
+            "checked": statistics.checked,
+            "null_space": asdict(rule),
+            "layers": rows,
+        }
+        page += _page(statistics, rows)
+    call.show(told if len(told) > 1 else next(iter(told.values())), lambda: page)
 
 
 def _page(found: Statistics, rows: Sequence[dict[str, Any]]) -> list[str | Part]:

@@ -34,17 +34,8 @@ def open_epoch(
     """
     dtype = torch.float64 if model.model.dtype == torch.float64 else torch.float32
     tensors: dict[str, Tensor] = {}
-    gated = isinstance(find_method(recipe.method.name), Gate)
-    if any(isinstance(find_method(e.recipe.method.name), Gate) != gated for e in history.epochs):
-        raise ConfigError(
-            "gated edits and updates of W can't be in one run: start a new one, on what `nulledit "
-            "export --as checkpoint` makes of this one"
-        )
-    if gated and history.layers and recipe.layers != history.layers:
-        raise ConfigError(
-            f"gated edits of one run are in one block: this one's are in {history.layers[0]}, the "
-            f"recipe names {recipe.layers[-1]}; start a new run"
-        )
+    gated = is_gated(recipe)
+    check_joins(recipe, history)
     for layer in recipe.layers:
         weight = as_out_in(model.mlp_out(layer))
         if gated:
@@ -66,6 +57,26 @@ def open_epoch(
         ), tensors
 
     return make
+
+
+def check_joins(recipe: Recipe, history: History) -> None:
+    """ConfigError where an epoch of `recipe` can't follow those of `history`."""
+    gated = is_gated(recipe)
+    if any(is_gated(epoch.recipe) != gated for epoch in history.epochs):
+        raise ConfigError(
+            "gated edits and updates of W can't be in one run: start a new one, on what `nulledit "
+            "export --as checkpoint` makes of this one"
+        )
+    if gated and history.layers and recipe.layers != history.layers:
+        raise ConfigError(
+            f"gated edits of one run are in one block: this one's are in {history.layers[0]}, the "
+            f"recipe names {recipe.layers[-1]}; start a new run"
+        )
+
+
+def is_gated(recipe: Recipe) -> bool:
+    """Whether its edits are neurons, and no updates of W."""
+    return isinstance(find_method(recipe.method.name), Gate)
 
 
 def _inputs(spectrum: Spectrum, layer: int, d: int) -> Spectrum:

@@ -18,7 +18,7 @@ from nulledit.editing.batch import BatchResult, BatchWriter, KnownValues
 from nulledit.editing.call_log import CallLog
 from nulledit.editing.contexts import make_contexts
 from nulledit.editing.displacement import of_batch
-from nulledit.editing.epochs import open_epoch
+from nulledit.editing.epochs import check_joins, open_epoch
 from nulledit.editing.stronger import differences
 from nulledit.editing.undo import Plan, check_id, facts_of, with_groups
 from nulledit.editing.value_cache import ValueCache
@@ -33,6 +33,7 @@ from nulledit.models.editable_model import EditableModel
 from nulledit.models.load import model_hash
 from nulledit.parallel.ranks import Ranks
 from nulledit.statistics.found import find_statistics
+from nulledit.statistics.manifest import INPUTS, KEYS
 from nulledit.statistics.spectra import Statistics
 
 
@@ -167,6 +168,7 @@ class EditSession:
         """Go on in `epoch` of `source`, or in a copy of it if it is not the current one."""
         if self.history.epochs and not self._opens and _same(self.history.epoch, epoch):
             return
+        check_joins(epoch.recipe, self.history)
         tensors = dict(source.tensors[epoch.tensors])
         for layer in epoch.recipe.layers:
             if layer not in self.history.layers:
@@ -187,7 +189,11 @@ class EditSession:
         if given is None:
             yield from find_statistics(base, self.recipe.layers, mlp_out, inputs=self.method.apart)
             return
-        statistics = given if isinstance(given, Statistics) else Statistics.load(Path(given))
+        if isinstance(given, Statistics):
+            statistics = given
+        else:
+            kind = INPUTS if self.method.apart else KEYS
+            statistics = Statistics.load(Path(given), kind=kind)
         if statistics.manifest.model_hash != base and self.history.events:
             base = model_hash(self.model.model)  # a refreshed second moment: of the model as it is
         statistics.check(base, self.recipe.layers, mlp_out, inputs=self.method.apart)

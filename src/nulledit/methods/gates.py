@@ -37,8 +37,10 @@ Below1 = Annotated[float, Expected("a share from 0, below 1", ge=0, lt=1)]
 CONSTANT = 0.99
 """μᵀC⁻¹μ below which text has no constant direction that could hold a threshold."""
 SMALLEST = 1e-6
-"""Of the median eigenvalue of C, below which none is taken: a layer norm leaves a direction out of
-all its states, and 1/0 there would make much of their rounding."""
+"""Of the median eigenvalue of C, below which none is taken."""
+NOTHING = 1e-4
+"""Share of a direction that a constant 1 may have, if the direction is one that a layer norm leaves
+out of all states: they have nothing but rounding there, which is no mark of a fact."""
 
 SHUT = 0.1
 """Share of the median gate's opening that the least of gates is taken to have."""
@@ -72,8 +74,9 @@ class TextInputs:
     def of(cls, spectrum: Spectrum) -> TextInputs:
         """From the spectrum of inputs with a 1 at their end."""
         block = spectrum.whole()
-        values = block.eigenvalues.clamp_min(SMALLEST * float(block.eigenvalues.median()))
-        vectors = block.eigenvectors.double()
+        usual, vectors = block.eigenvalues.median(), block.eigenvectors.double()
+        left_out = (block.eigenvalues < SMALLEST * usual) & (vectors[-1].abs() < NOTHING)
+        values = block.eigenvalues.clamp_min(SMALLEST * float(usual)).where(~left_out, usual)
         joined = (vectors * values) @ vectors.mT
         return cls(joined[:-1, :-1] / joined[-1, -1], joined[:-1, -1] / joined[-1, -1])
 

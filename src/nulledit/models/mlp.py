@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from nulledit.errors import ModelError
 from nulledit.linalg.neurons import ACTIVATIONS, Neurons, UnitForm
 from nulledit.models.dense import is_quantised
+from nulledit.models.experts import is_experts
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import collate
 from nulledit.models.unchanged import bit_sum
@@ -322,10 +323,16 @@ def find_form(model: PartialModel, layer: int) -> MlpForm:
         found = _explained(out, key, [(m, o.reshape(len(key), -1).double()) for m, o in made])
         if found is not None:
             return replace(found, sums=found.own_sums())
+    if is_experts(out):
+        raise ModelError(
+            f"block {layer} is a mixture of experts, whose tokens go to different ones, so it "
+            "can't be given neurons of its own: name a block with one MLP by --layers, if the "
+            "model has some, or use --method alphaedit, which edits experts"
+        )
     raise ModelError(
         f"block {layer}: no form of MLP that is known explains the input of "
-        f"{model.layout.mlp_out} (a mixture of experts, quantised matrices, or factors between?), "
-        "so it can't be given neurons of its own"
+        f"{model.layout.mlp_out} (quantised or offloaded matrices, or factors between?), so it "
+        "can't be given neurons of its own"
     )
 
 

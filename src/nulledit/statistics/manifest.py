@@ -18,6 +18,8 @@ from nulledit.io.untrusted import MAX_SETTINGS, one_line, parse_json, read_text
 
 FORMAT = 1
 FILE = "manifest.json"
+KEYS, INPUTS = "keys", "inputs"
+"""What statistics are of: names of kinds, and of the folders of both."""
 HASHES = "sha256"
 """Key of the hashes of a folder's files, beside the manifest's own fields."""
 UNCHECKED = "made before hashes were kept with statistics: damage to them can't be seen"
@@ -78,6 +80,15 @@ class Manifest:
     format: int = FORMAT
     """Version of the file format."""
 
+    @property
+    def kind(self) -> str:
+        """What the statistics are of: keys, or inputs."""
+        return INPUTS if self.inputs else KEYS
+
+    def of_inputs(self) -> Manifest:
+        """The same of inputs, whose position 0 is always left out."""
+        return replace(self, inputs=True, settings=replace(self.settings, count_first=False))
+
     def to_json(self) -> str:
         """As JSON text."""
         content = asdict(self)
@@ -114,6 +125,12 @@ class Manifest:
                 one_line(f"{where}: layers are {list(found.layers)}; expected numbers from 0")
             )
         return found
+
+
+def parts_of(folder: Path) -> dict[str, Path]:
+    """Where statistics of keys and of inputs lie in a folder that one pass made of both."""
+    found = {kind: folder / kind for kind in (KEYS, INPUTS)}
+    return {kind: part for kind, part in found.items() if (part / FILE).is_file()}
 
 
 def write_manifest(folder: Path, manifest: Manifest, files: Sequence[str]) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from nulledit._version import __version__
 from nulledit.errors import StatisticsError
-from nulledit.statistics.collect import finished, read_moments, ready
 from nulledit.statistics.found import default_folder
 from nulledit.statistics.manifest import Manifest, Source
 from nulledit.statistics.spectra import Statistics
+from nulledit.statistics.sums import finished, read_moments, ready
 
 
 def merge_statistics(folders: Sequence[str | Path], folder: str | Path | None = None) -> Statistics:

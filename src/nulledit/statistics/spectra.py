@@ -16,9 +16,17 @@ from nulledit.config import NullSpaceSettings
 from nulledit.errors import StatisticsError
 from nulledit.io.untrusted import parse_json
 from nulledit.linalg.spectrum import RULES, Spectrum
-from nulledit.statistics.manifest import UNCHECKED, Manifest, check_file, read_manifest
+from nulledit.statistics.manifest import (
+    KEYS,
+    UNCHECKED,
+    Manifest,
+    check_file,
+    parts_of,
+    read_manifest,
+)
 from nulledit.statistics.tensor_files import (
     SPECTRA,
+    inverse_tensors,
     opened_file,
     save_alone,
     spectrum_tensors,
@@ -53,7 +61,7 @@ class Statistics:
         m = self.manifest
         if m.inputs != inputs:
             raise StatisticsError(
-                f"statistics are of {'inputs' if m.inputs else 'keys'} of MLPs, the method needs "
+                f"statistics are of {m.kind} of MLPs, the method needs "
                 f"those of {'inputs' if inputs else 'keys'}: run `nulledit stats make` "
                 f"{'with' if inputs else 'without'} --inputs"
             )
@@ -97,25 +105,34 @@ class Statistics:
         ]
 
     def save_compact(self, file: str | Path, thresholds: dict[int, float]) -> None:
-        """One small file: all eigenvalues, and the thinner side at `thresholds` in float16."""
+        """One small file.
+
+        Of keys all eigenvalues, and the thinner side at `thresholds` in float16; of inputs, of
+        which every direction is needed, the inverse's factor in float16.
+        """
         tensors: dict[str, torch.Tensor] = {}
         starts: dict[str, int] = {}
-        whole = torch.float32 if self.manifest.inputs else None  # every direction is needed
         for layer, spectrum in self.spectra.items():
-            kept = spectrum if whole else spectrum.compact(thresholds[layer])
-            tensors |= spectrum_tensors(kept, layer, whole)
+            if self.manifest.inputs:
+                tensors |= inverse_tensors(spectrum, layer)
+                continue
+            kept = spectrum.compact(thresholds[layer])
+            tensors |= spectrum_tensors(kept, layer)
             starts |= {name: part.start for name, part in kept.parts(str(layer)).items()}
         metadata = {"manifest": self.manifest.to_json(), "starts": json.dumps(starts)}
         save_alone(Path(file), tensors, metadata)
 
     @classmethod
-    def load(cls, path: str | Path) -> Statistics:
+    def load(cls, path: str | Path, *, kind: str = KEYS) -> Statistics:
         """Read a folder made by `collect` or a compact file; StatisticsError otherwise.
+
+        `kind`: which to read of a folder that holds both, keys and inputs.
 
         What is not as it was written is refused; what is from before hashes were written with
         statistics can't be checked, which is said.
         """
         path = Path(path)
+        path = parts_of(path).get(kind, path)
         found = cls._of_folder(path) if path.is_dir() else cls._of_file(path)
         if not found.checked:
             logger.warning("%s: %s", path, UNCHECKED)

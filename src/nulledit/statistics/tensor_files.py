@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from nulledit.errors import StatisticsError
 from nulledit.io.files import replacing
 from nulledit.io.untrusted import one_line
+from nulledit.linalg.inverse_factor import packed, unpacked
 from nulledit.linalg.moments import SecondMoment
 from nulledit.linalg.spectrum import Block, Spectrum, part_names
 from nulledit.models.dense import update_digest
@@ -58,6 +59,12 @@ def spectrum_tensors(
         tensors[f"eigenvalues.{name}"] = part.eigenvalues
         tensors[f"eigenvectors.{name}"] = part.eigenvectors.to(dtype).contiguous()
     return tensors
+
+
+def inverse_tensors(spectrum: Spectrum, layer: int) -> dict[str, torch.Tensor]:
+    """What `Tensors.inverse` reads: all of a dense layer's moment, in a few bytes."""
+    below, diagonals = packed(spectrum.whole())
+    return {f"inverse.{layer}": below, f"diagonals.{layer}": diagonals}
 
 
 @dataclass(frozen=True)
@@ -139,9 +146,30 @@ class Tensors:
             raise StatisticsError(f"{self.file}: {names[1]} are not of length 1")
         return Block(values, vectors, start)
 
+    def inverse(self, name: str) -> Block | None:
+        """Of a dense layer whose inverse moment is held; None where it is not."""
+        names = f"inverse.{name}", f"diagonals.{name}"
+        if names[0] not in set(self.opened.keys()):
+            return None
+        d = self.shape(names[1])[-1] if self.shape(names[1]) else 0
+        if not 0 < d <= MAX_WIDTH:
+            raise StatisticsError(f"{self.file}: {names[1]} is {d} wide; expected 1 to {MAX_WIDTH}")
+        below = self.tensor(names[0], (d * (d - 1) // 2,))
+        diagonals = self.tensor(names[1], (2, d))
+        if diagonals.min() <= 0:
+            raise StatisticsError(f"{self.file}: {names[1]} are not all above 0")
+        try:
+            return unpacked(below, diagonals)
+        except (ValueError, RuntimeError) as error:
+            raise StatisticsError(
+                f"{self.file}: {names[0]} is of no second moment ({error})"
+            ) from error
+
 
 def thin(tensors: Tensors, name: str, starts: Mapping[str, Any]) -> Block:
     """A block of a compact file, whose rounding is taken back."""
+    if whole := tensors.inverse(name):
+        return whole
     start = starts.get(name)
     if type(start) is not int:
         raise StatisticsError(f"{tensors.file}: says of no first eigenvector of layer {name}")
