@@ -39,7 +39,9 @@ def page_of(result: Result) -> Iterator[Part | str]:
     run = RunFolder("", result.summary, result.lines, {}, [])
     for part in call_parts(run, last, folder=place):
         if isinstance(part, StudyTable):
-            yield part if part.name.startswith("answers") else replace(part, caption="")
+            answers = part.name.startswith("answers")
+            if last["after"] or not answers:  # prompts without what the model says tell nothing new
+                yield part if answers else replace(part, caption="")
         elif not isinstance(part, Heading) and getattr(part, "tone", "") not in ("quiet", "note"):
             yield part
     if last["text"]:

@@ -317,9 +317,10 @@ class Ranks:
             except RankError as gone:
                 return self.end(gone.exit_code, str(gone), error=gone)
             code, self.parting = pulse.words[0].code, True
-        if code == 0:
-            dist.destroy_process_group()
         pulse.stop()
+        if code == 0:  # else the process ends at once
+            pulse.join(FAREWELL)  # held in the store's C++ as the interpreter goes, it would abort
+            dist.destroy_process_group()
         return Word(code, line)
 
     def _wait(self, work: Any) -> None:
