@@ -10,7 +10,7 @@ EXAMPLES := src/nulledit/assets/facts/examples.yaml
 demo: .venv/embedded
 	@run=runs/demo-$$(date +%Y%m%d-%H%M%S) && \
 	$(BIN)/nulledit edit $(EXAMPLES) --model smollm2-135m --out $$run/gated && \
-	echo && echo "The same facts by AlphaEdit" && \
+	echo && echo "The same facts by AlphaEdit, and side by side" && \
 	$(BIN)/nulledit edit $(EXAMPLES) --model smollm2-135m --method alphaedit --out $$run/alphaedit --quiet > /dev/null && \
 	$(BIN)/nulledit report $$run/alphaedit $$run/gated --out $$run/compared.html --quiet
 

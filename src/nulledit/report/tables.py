@@ -18,7 +18,7 @@ from nulledit.report.document import Status, StudyTable
 
 LONGEST = 60  # columns of a text on a terminal
 WIDEST = 200  # columns where there is no terminal
-TURNED = 3  # two rows and more with so many times more columns are turned where they are too wide
+TURNED = 3  # a table with so many times more columns than rows is turned where it is too wide
 LEAST, HEAD = 12, 6  # columns that a text keeps beside others, and a head that is broken
 GAP = "  "
 NO_NUMBER = ("", ABSENT, "not finite", "not measured")
@@ -38,7 +38,7 @@ def as_text(table: StudyTable, *, columns: int | None = None, colour: bool = Fal
     head, rows, at_left = _grid(table)
     columns = columns or (shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
     turned = [list(column) for column in zip(map(Status, head), *rows, strict=True)]
-    if len(rows) > 1 and TURNED * len(rows) < len(head):
+    if (len(rows) > 1 or columns is None) and TURNED * len(rows) < len(head):
         if _natural(turned) <= (columns or WIDEST) < _natural([head, *rows]):
             (head, *rows), at_left = turned, {0}
     shown = [[shorten(plain(c), LONGEST) for c in row] for row in (head, *rows)]
