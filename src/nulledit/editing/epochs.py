@@ -16,7 +16,7 @@ from nulledit.ledger.store import tensor_bytes
 from nulledit.ledger.tensors import form_tensors, spectrum_tensors
 from nulledit.ledger.update_solver import LayerPreconditioners
 from nulledit.linalg.spectrum import RULES, Spectrum
-from nulledit.methods import Gate, find_method
+from nulledit.methods import find_method
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import as_out_in
 from nulledit.statistics.spectra import Statistics
@@ -76,7 +76,7 @@ def check_joins(recipe: Recipe, history: History) -> None:
 
 def is_gated(recipe: Recipe) -> bool:
     """Whether its edits are neurons, and no updates of W."""
-    return isinstance(find_method(recipe.method.name), Gate)
+    return find_method(recipe.method.name).apart
 
 
 def _inputs(spectrum: Spectrum, layer: int, d: int) -> Spectrum:

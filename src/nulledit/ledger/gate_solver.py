@@ -77,9 +77,8 @@ class GateSolver(EpochSolver[LayerState]):
     def _state(self, base: Tensor, begun: Neurons | None, K: Tensor, V: Tensor) -> LayerState:
         """`begun` neurons, and those that write what they lack of V [d_out, n] at K [d, n]."""
         neurons = begun
-        K, V = (
-            t.clone(memory_format=torch.contiguous_format) for t in (K, V)
-        )  # strides of one, too
+        # one column keeps the strides of many, with which products round otherwise
+        K, V = (t.clone(memory_format=torch.contiguous_format) for t in (K, V))
         if K.shape[1]:
             if begun is not None:
                 V = V - begun.columns @ begun.units(K, self.form.activation)

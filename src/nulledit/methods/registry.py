@@ -89,7 +89,7 @@ class Method:
 
     def edited(self, layers: tuple[int, ...]) -> tuple[int, ...]:
         """Of a recipe's layers, those that it edits."""
-        return layers[-1:] if self.apart else layers
+        return layers
 
     def keeps(self, settings: Any) -> bool:
         """Whether it has history with these constants, one of which may turn it on or off."""
@@ -196,6 +196,10 @@ class Gate(Method):
     history = apart = True
     linear = False
     cost: str = "n × n solve, and one of the MLP input's width"
+
+    def edited(self, layers: tuple[int, ...]) -> tuple[int, ...]:
+        """The last: a fact has one neuron."""
+        return layers[-1:]
 
     def check(self, recipe: Recipe) -> None:
         """ConfigError for what gates can't use."""
