@@ -1,7 +1,9 @@
 """Studies on a tiny model that knows a small world: shared, resumed, and honest about gaps."""
 
 import dataclasses
+import functools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from nulledit.errors import ConfigError, ModelError
 from nulledit.evaluation.runner import evaluate
 from nulledit.linalg.spectrum import RULES
 from nulledit.methods import find_method
-from nulledit.report.document import Value
+from nulledit.report.document import Study, Value
 from nulledit.report.points import Point
 from nulledit.report.study import read_study
 from nulledit.statistics.manifest import read_manifest
@@ -154,37 +156,69 @@ def data(tmp_path_factory):
     )
 
 
-@pytest.fixture
-def make_lab(known, words, data, tmp_path, monkeypatch):
-    """A lab for a study on a fresh copy of the model; `work` is shared unless given."""
+@pytest.fixture(scope="module")
+def lab_in(known, words, data):
+    """Makes a lab for a study on a fresh copy of the model, its work in a folder."""
     statistics = statistics_of(known, words, layers=(0, 1), lines=world.sentences())
-    monkeypatch.setattr(
-        "nulledit.editing.session.find_statistics", lambda *_, **__: iter([statistics])
-    )
 
-    def make(name, *, work="work", sources=data, **changes):
+    def make(work, name, *, sources=data, **changes):
         model = type(known)(known.config).eval()
         model.load_state_dict(known.state_dict())
         settings = {**SHARED, **SMALL[name], **changes}
         scale = Scale("small", ARMS, {name: settings})
-        bench = Workbench(model, words, tmp_path / work, name="")
-        return Lab(bench, RECIPE, scale, settings, sources)
+        return Lab(Workbench(model, words, work, name=""), RECIPE, scale, settings, sources)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nulledit.editing.session.find_statistics", lambda *_, **__: [statistics])
+        yield make
+
+
+@pytest.fixture
+def make_lab(lab_in, tmp_path):
+    """The same, its work in the test's folder; `work` is shared unless given."""
+
+    def make(name, *, work="work", **changes):
+        return lab_in(tmp_path / work, name, **changes)
 
     return make
 
 
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A study that was run from nothing, for tests that only read it or go on from its work."""
+
+    size: dict
+    """What was estimated before."""
+    made: Study
+    out: Path
+    work: Path
+
+
+@pytest.fixture(scope="module")
+def finished(lab_in, tmp_path_factory):
+    """Runs a study once for all tests: `finished("table1")`."""
+
+    @functools.cache
+    def run(name):
+        folder = tmp_path_factory.mktemp(name)
+        lab = lab_in(folder / "work", name)
+        size = estimate(lab, find_study(name).work(lab))
+        made = run_study(find_study(name), lab, folder / "out")
+        return Finished(size, made, folder / "out", folder / "work")
+
+    return run
+
+
 @pytest.mark.parametrize("name", STUDIES)
-def test_every_study_makes_its_folder(name, make_lab, tmp_path):
-    lab = make_lab(name)
-    size = estimate(lab, find_study(name).work(lab))
-    assert size["seconds_in_all"] >= 0
-    assert size["to_edit"] > 0
-    made = run_study(find_study(name), lab, tmp_path / name)
-    read = read_study(tmp_path / name)
+def test_every_study_makes_its_folder(name, finished, lab_in):
+    study = finished(name)
+    assert study.size["seconds_in_all"] >= 0
+    assert study.size["to_edit"] > 0
+    read = read_study(study.out)
     assert read.tables
     assert read.shows
     assert read.cannot_show
-    assert [t.name for t in read.tables] == [t.name for t in made.tables]
+    assert [t.name for t in read.tables] == [t.name for t in study.made.tables]
     for table in read.tables:
         keys = {column.key for column in table.columns}
         assert ("perplexity" in keys) == ("kl" in keys)
@@ -192,53 +226,54 @@ def test_every_study_makes_its_folder(name, make_lab, tmp_path):
             edited = "unedited" not in row.values() and row.get("perplexity") is not None
             assert row.get("kl") is None or (row["kl"].mean > 0) == edited
             assert row.get("kl") is not None or not edited
-    assert (tmp_path / name / "study.md").is_file()
+    assert (study.out / "study.md").is_file()
     for figure in read.figures:
         assert figure.points
-        assert (tmp_path / name / "figures" / f"{figure.name}.png").stat().st_size > 1000
+        assert (study.out / "figures" / f"{figure.name}.png").stat().st_size > 1000
     if name != "corpus":  # whose statistics are made on the way
-        again = make_lab(name)
+        again = lab_in(study.work, name)
         assert estimate(again, find_study(name).work(again))["to_edit"] == 0
 
 
-def test_a_finished_study_is_not_edited_again(make_lab, tmp_path, monkeypatch):
-    first = run_study(find_study("table1"), make_lab("table1"), tmp_path / "a")
+def test_a_finished_study_is_not_edited_again(finished, lab_in, tmp_path, monkeypatch):
+    first = finished("table1")
 
     def refuse(*_args, **_kwargs):
         raise AssertionError("edited again")
 
     monkeypatch.setattr("nulledit.editing.session.EditSession.batch", refuse)
-    second = run_study(find_study("table1"), make_lab("table1"), tmp_path / "b")
-    assert [t.rows for t in first.tables] == [t.rows for t in second.tables]
-    assert [f.points for f in first.figures] == [f.points for f in second.figures]
+    second = run_study(find_study("table1"), lab_in(first.work, "table1"), tmp_path)
+    assert [t.rows for t in first.made.tables] == [t.rows for t in second.tables]
+    assert [f.points for f in first.made.figures] == [f.points for f in second.figures]
 
 
-def test_an_interrupted_stream_goes_on_to_the_same_numbers(make_lab, tmp_path, monkeypatch):
-    whole = run_study(find_study("table1"), make_lab("table1", work="whole"), tmp_path / "a")
+def test_an_interrupted_stream_goes_on_to_the_same_numbers(
+    finished, make_lab, tmp_path, monkeypatch
+):
     commit = Stream.edit
-    finished = []
+    batches = []
 
     def stopping(self, progress=None):
         def tell(stage, done, total):
             if stage == "edited":
-                finished.append(done)
-                if len(finished) == 3:  # behind the first batch of the second arm
+                batches.append(done)
+                if len(batches) == 3:  # after the first batch of the second arm
                     raise KeyboardInterrupt
 
         commit(self, tell)
 
     monkeypatch.setattr(Stream, "edit", stopping)
     with pytest.raises(KeyboardInterrupt):
-        run_study(find_study("table1"), make_lab("table1", work="cut"), tmp_path / "b")
+        run_study(find_study("table1"), make_lab("table1"), tmp_path / "out")
     monkeypatch.setattr(Stream, "edit", commit)
-    rest = run_study(find_study("table1"), make_lab("table1", work="cut"), tmp_path / "b")
+    rest = run_study(find_study("table1"), make_lab("table1"), tmp_path / "out")
 
     def numbers(study):
         return [
             {k: v for k, v in row.items() if k != "seconds"} for t in study.tables for row in t.rows
         ]
 
-    assert numbers(whole) == numbers(rest)
+    assert numbers(finished("table1").made) == numbers(rest)
 
 
 def test_a_checkpoint_is_the_stream_that_ended_there(make_lab):
@@ -497,19 +532,13 @@ def test_corpus_says_how_many_tokens_there_were(make_lab, tmp_path):
     assert 10_000_000 not in xs
 
 
-def test_corpus_takes_windows_that_the_model_has_room_for(make_lab, tmp_path):
+def test_corpus_knows_the_models_room_and_what_the_rule_protects(make_lab, tmp_path):
     lab = make_lab("corpus", tokens=[300])
-    run_study(find_study("corpus"), lab, tmp_path / "out")
+    study = run_study(find_study("corpus"), lab, tmp_path / "out")
     context = lab.bench.base.model.config.max_position_embeddings
     (folder,) = (tmp_path / "work" / "statistics").iterdir()
     assert read_manifest(folder)[0].settings.window == context < StatisticsSettings().window
     assert any(f"windows of {context} tokens" in notice for notice in lab.notices)
-
-
-def test_corpus_says_what_the_rule_protects(make_lab, tmp_path):
-    lab = make_lab("corpus", tokens=[300])
-    study = run_study(find_study("corpus"), lab, tmp_path / "out")
-    (folder,) = (tmp_path / "work" / "statistics").iterdir()
     spectrum = Statistics.load(folder).spectra[0]
     rule = lab.recipe.null_space
     threshold = RULES[rule.rule](spectrum.eigenvalues, rule.value)
@@ -522,9 +551,9 @@ def test_preservation_without_a_text_names_no_leader(make_lab, data, tmp_path):
     assert "with none" not in study.shows
 
 
-def test_fluency_that_is_asked_for_is_shown(make_lab, tmp_path):
-    study = run_study(find_study("table1"), make_lab("table1", fluency=2), tmp_path / "out")
-    assert any(c.key == "fluency" for t in study.tables for c in t.columns)
+def test_fluency_that_is_asked_for_is_shown(finished):
+    assert SHARED["fluency"]
+    assert any(c.key == "fluency" for t in finished("table1").made.tables for c in t.columns)
 
 
 def test_seconds_of_values_are_of_those_optimised_here(make_lab):
