@@ -12,7 +12,7 @@ from nulledit import Editor, Fact, Probe
 from nulledit.baselines import LoraBaseline, LoraSettings, in_context, lora_finetune
 from nulledit.baselines.adapter import is_wanted, linear_modules
 from nulledit.baselines.in_context import prefaces_of
-from nulledit.baselines.lora import target_losses
+from nulledit.baselines.training import target_losses
 from nulledit.config import ContextSettings
 from nulledit.editing.values import plan_rows
 from nulledit.errors import ConfigError, FactError, ModelError
