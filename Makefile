@@ -15,7 +15,9 @@ demo: .venv/embedded
 	$(BIN)/nulledit report $$run/alphaedit $$run/gated --out $$run/compared.html --quiet
 
 # Two processes: a test file runs in one of them, since what it builds is shared by its tests.
+# Bytecode comes first, for tests that start processes.
 test: .venv/dev
+	$(BIN)/python -m compileall -q src
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Needs the embedded model; some of it also ../shared/data.

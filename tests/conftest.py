@@ -42,9 +42,10 @@ def one_thread(pytestconfig):
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    """No test reads or writes the user's cache."""
-    monkeypatch.setenv("NULLEDIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+def own_cache(request, tmp_path_factory, monkeypatch):
+    """No test reads or writes the user's cache, or that of another file's tests."""
+    cache = tmp_path_factory.getbasetemp() / "cache" / request.module.__name__
+    monkeypatch.setenv("NULLEDIT_CACHE", str(cache))
 
 
 @pytest.fixture(autouse=True)
@@ -77,16 +78,19 @@ def tiny_model():
 
 
 @pytest.fixture(scope="session")
-def worlds(pytestconfig):
+def worlds(pytestconfig, tmp_path_factory):
     """A tokenizer, and a trained model per family, made when first asked for: `worlds("llama")`.
 
     What rests on them must hold with any `--world-seed`: a path of training hangs on rounding too.
+    Each is trained by one of the processes that test, and read by the others.
     """
     words, made, seed = world.tokenizer(), {}, pytestconfig.getoption("--world-seed")
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if hasattr(pytestconfig, "workerinput") else base
 
     def get(family):
         if family not in made:
-            made[family] = world.trained(family, words, seed=seed)
+            made[family] = world.kept(family, words, shared / f"world-{family}-{seed}.pt", seed)
         return made[family], words
 
     return get

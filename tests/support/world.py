@@ -3,6 +3,7 @@
 import random
 
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -109,6 +110,18 @@ def untrained(family, vocabulary, *, hidden=48, layers=6):
     if family == "gpt2":
         return GPT2LMHeadModel(GPT2Config(**gpt, **off))
     return GPTJForCausalLM(GPTJConfig(**gpt, **off, rotary_dim=8, tie_word_embeddings=False))
+
+
+def kept(family, words, file, seed):
+    """`trained`, or what another process that tests has trained and kept in `file`."""
+    with FileLock(f"{file}.lock"):
+        if file.is_file():
+            model = untrained(family, len(words))
+            model.load_state_dict(torch.load(file, weights_only=True))
+            return model.eval()
+        model = trained(family, words, seed=seed)
+        torch.save(model.state_dict(), file)
+        return model
 
 
 def trained(family, words, *, most_steps=1500, seed=0):
