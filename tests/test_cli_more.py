@@ -127,3 +127,36 @@ def test_a_study_runs_from_the_command_line(place, tmp_path):
     result = invoke("report", tmp_path / "order", "--quiet")
     assert result.exit_code == 2
     assert "format 99" in result.stderr
+
+
+def test_methods_are_compared_on_ones_own_facts(place, tmp_path):
+    done(
+        *("stats", "make", place / "model", "--text", place / "corpus.txt"),
+        *("--layers", "1-2", "--window", "64", "--quiet"),
+    )
+    out = tmp_path / "compared"
+    given = (
+        *("compare", place / "facts.json", "--model", place / "model", "--out", out, "--quiet"),
+        *("--recipe", place / "recipe.yaml", "--text", place / "corpus.txt"),
+    )
+    methods = ("--methods", f"rome,{place / 'recipe.yaml'},prompt")
+    dry = json.loads(done(*given, *methods, "--dry-run", "--json").stdout)
+    assert dry["model"]["to_edit"] == 2
+    assert not (out / "study.json").exists()
+    shown = done(*given, *methods).stdout
+    for said in ("Facts that hold", "What the models say", "rome", "prompt", "report.html"):
+        assert said in shown, said
+    page = (out / "report.html").read_text()
+    assert "Methods on facts.json" in page
+    assert str(tmp_path) not in page, "where files lie is nobody's business"
+    dry = json.loads(done(*given, *methods, "--dry-run", "--json").stdout)
+    assert dry["model"]["to_edit"] == 0, "it goes on"
+    more = json.loads(done(*given, "--methods", "rome,prompt", "--json").stdout)
+    assert [row["arm"] for row in more["studies"][0]["tables"][0]["rows"]][1:] == ["rome", "prompt"]
+    assert "did you mean 'rome'" in refused(*given, "--methods", "rom")
+    assert "edit nothing" in refused(*given, "--methods", "prompt,lora")
+    assert "twice" in refused(*given, "--methods", "rome,rome")
+    assert "name a model" in refused("compare", place / "facts.json")
+    empty = tmp_path / "empty.json"
+    empty.write_text("[]")
+    assert "no facts" in refused("compare", empty, "--model", place / "model")

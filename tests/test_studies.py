@@ -13,7 +13,7 @@ from support.models import statistics_of
 from nulledit import Editor
 from nulledit.config import Recipe, StatisticsSettings, layers_by_depth
 from nulledit.editing import batch as batch_module
-from nulledit.errors import ConfigError, ModelError
+from nulledit.errors import ConfigError, ModelError, StatisticsError
 from nulledit.evaluation.runner import evaluate
 from nulledit.linalg.spectrum import RULES
 from nulledit.methods import find_method
@@ -84,6 +84,7 @@ SMALL = {
         "healthy_loss": 999,
     },
     "instead": {"arms": ["alphaedit"], "crowds": [0, 1], "facts": 6},
+    "compare": {"arms": ["memit", "local", "alphaedit", "prompt"], "facts": 6, "answers": 6},
 }
 SHARED = {"facts": 12, "skip": 0, "batch_size": 6, "windows": 2, "answers": 3, "fluency": 2}
 
@@ -395,7 +396,7 @@ def test_bad_input_is_refused_by_name(make_lab, data):
 @pytest.mark.parametrize("name", ["small", "paper"])
 def test_shipped_scales_have_every_study_and_only_known_arms(name):
     scale = load_scale(name)
-    assert set(scale.studies) == set(STUDIES)
+    assert set(scale.studies) == {n for n, spec in STUDIES.items() if not spec.settings}
     for settings in scale.studies.values():
         for key in ("arms", "zsre_arms"):
             for arm in settings.get(key, ()):
@@ -591,6 +592,66 @@ def test_time_that_an_interruption_took_with_it_is_absent(make_lab):
     stream.edit()
     assert stream.seconds("keys", "solve") is None
     assert len(stream.editor.facts) == 6
+
+
+def test_a_comparison_has_every_method_and_every_answer(finished):
+    study = finished("compare").made
+    methods, differences, answers = study.tables
+    names = ["memit", "local", "alphaedit", "prompt"]
+    assert [row["arm"] for row in methods.rows] == ["unedited", *names]
+    assert [row["method"] for row in differences.rows] == names[1:]
+    assert [c.title for c in answers.columns] == ["prompt", "target", "unedited", *names]
+    assert len(answers.rows) == 6
+    for name, row in zip(names, methods.rows[1:], strict=True):
+        said = [answer[f"by {name}"] for answer in answers.rows]
+        right = [text.startswith("✓") for text in said]
+        assert row["held"] == f"{sum(right)} of 6"
+        for answer, text, holds in zip(answers.rows, said, right, strict=True):
+            assert (answer["target"] in text) >= holds
+        assert (row.get("kl") is None) == (name == "prompt"), "the prompt changes no weights"
+    assert f"memit: {methods.rows[1]['held']}" in study.shows
+    (figure,) = study.figures
+    assert {p.series for p in figure.points} == set(names[1:])
+
+
+def test_methods_that_statistics_do_not_serve_are_absent(make_lab, tmp_path, monkeypatch):
+    lab = make_lab("compare")
+    check = lab.bench.check
+
+    def refusing(plan):
+        if plan.label == "memit":
+            raise StatisticsError("these do not serve memit")
+        check(plan)
+
+    monkeypatch.setattr(lab.bench, "check", refusing)
+    study = run_study(find_study("compare"), lab, tmp_path / "out")
+    assert [row["arm"] for row in study.tables[0].rows][1:] == ["local", "alphaedit", "prompt"]
+    assert "memit is absent: these do not serve memit" in study.notices
+    lab = make_lab("compare", arms=["memit", "local"])
+    monkeypatch.setattr(lab.bench, "check", refusing)
+    with pytest.raises(StatisticsError, match="memit is absent"):
+        run_study(find_study("compare"), lab, tmp_path / "none")
+
+
+def test_statistics_are_checked_as_an_edit_would(make_lab, monkeypatch):
+    lab = make_lab("compare")
+    plan = lab.plan("alphaedit", lab.facts(6))
+    lab.bench.check(plan)
+    assert not (lab.bench.folder / "streams").exists()
+    monkeypatch.setattr("nulledit.editing.session.find_statistics", lambda *_, **__: [])
+    with pytest.raises(StatisticsError, match="no statistics"):
+        lab.bench.check(plan)
+
+
+def test_an_arm_may_name_its_block_by_place_and_be_a_recipe(tmp_path):
+    scale, base = load_scale("small"), RECIPE.with_fields({"layers": [2, 5, 6]})
+    places = [scale.recipe(base, arm).layers for arm in ("rome", "ft", "emmet", "memit")]
+    assert places == [(5,), (5,), (6,), (2, 5, 6)]
+    file = tmp_path / "mine.yaml"
+    file.write_text(base.with_fields({"layers": [1], "method.name": "rome"}).to_yaml())
+    assert scale.recipe(base, str(file)).layers == (1,)
+    with pytest.raises(ConfigError, match=r"unknown arm 'rom'.*did you mean 'rome'"):
+        scale.recipe(base, "rom")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from nulledit.cli.ask import ask
 from nulledit.cli.change import rebuild, redo, restore, undo
 from nulledit.cli.check import check
 from nulledit.cli.common import CONTEXT, Interrupted, interruptions_kept, refuse_ranks
+from nulledit.cli.compare import compare
 from nulledit.cli.diff import diff
 from nulledit.cli.edit import edit
 from nulledit.cli.evaluate import evaluate
@@ -55,7 +56,7 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Look at a run": (ask, evaluate, report),
     "Gates": (check, verify),
     "Hand over": (export, apply),
-    "Compare": (study,),
+    "Compare": (compare, study),
     "Prepare": (facts, stats, locate, tune, methods, recipe, info),
 }
 UNEXPECTED = 70

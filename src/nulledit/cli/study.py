@@ -80,7 +80,7 @@ def study(call: Call) -> None:
         from nulledit.studies.estimate import estimate
 
         size = estimate(lab, spec.work(lab))
-        return call.show(size, lambda: _cost(name, size))
+        return call.show(size, lambda: cost_table(name, size))
     folder = Path(call.out or Path("studies") / name)
     result = run_study(spec, lab, folder)
     from nulledit.report.study import study_document
@@ -135,25 +135,27 @@ def _lab(call: Call, spec: StudySpec) -> Lab:
         sources,
         seed=call.seed,
         skip_bad=call.skip_bad,
-        progress=None if call.talk.quiet else _Teller(),
+        progress=None if call.talk.quiet else Teller(),
     )
     lab.fit(arms)
     return lab
 
 
-class _Teller:
+class Teller:
     """One line on stderr for each thing begun, with the time since the start."""
 
     def __init__(self) -> None:
         self.start = time.monotonic()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        """Say what begins, or how far it is."""
         spent = time.monotonic() - self.start
         share = f" {done}/{total}" if total > 1 else ""
         say(f"[{spent:7.0f} s] {stage}{share}", quiet=False)
 
 
-def _cost(name: str, size: dict[str, Any]) -> StudyTable:
+def cost_table(name: str, size: dict[str, Any]) -> StudyTable:
+    """What a study will take, by stage."""
     from nulledit.report.document import StudyTable
 
     title = f"{name}: {size['streams']} streams, {size['to_edit']} batches still to edit"

@@ -324,6 +324,10 @@ class EditEngine:
         with self.weights.holding(self.history.active_as_of(event)):
             yield self.model
 
+    def check_statistics(self) -> None:
+        """StatisticsError if there are none that serve the recipe, before anything is edited."""
+        self._session.check_statistics()
+
     def edit(
         self,
         facts: Facts,

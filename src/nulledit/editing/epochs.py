@@ -22,11 +22,13 @@ from nulledit.models.layouts import as_out_in
 from nulledit.statistics.spectra import Statistics
 
 logger = logging.getLogger(__name__)
+Opening = Callable[[tuple[str, ...], int], tuple[Epoch, dict[str, Tensor]]]
+"""Contexts and seed -> the epoch and its tensors."""
 
 
 def open_epoch(
     model: EditableModel, recipe: Recipe, statistics: Statistics, history: History
-) -> Callable[[tuple[str, ...], int], tuple[Epoch, dict[str, Tensor]]]:
+) -> Opening:
     """Prepare the next epoch of `history`; called with contexts and seed, it is made.
 
     Warns where the null-space rule protects nothing or leaves no room. StatisticsError where the

@@ -18,7 +18,7 @@ from nulledit.editing.batch import BatchResult, BatchWriter, KnownValues
 from nulledit.editing.call_log import CallLog
 from nulledit.editing.contexts import make_contexts
 from nulledit.editing.displacement import of_batch
-from nulledit.editing.epochs import check_joins, open_epoch
+from nulledit.editing.epochs import Opening, check_joins, open_epoch
 from nulledit.editing.stronger import differences
 from nulledit.editing.undo import Plan, check_id, facts_of, with_groups
 from nulledit.editing.value_cache import ValueCache
@@ -142,20 +142,27 @@ class EditSession:
         """Begin the epoch that is due, if one is; StatisticsError where statistics are missing."""
         if not self._opens:
             return
+        statistics, opening = self._opening()
+        with self.weights.holding([]):  # the base's own words, whatever was edited
+            contexts = make_contexts(self.model, self.recipe.contexts, seed=self.seed)
+        manifest = json.dumps(asdict(statistics.manifest), sort_keys=True)
+        self.ranks.agree({"set of statistics": sha256(manifest.encode()).hexdigest()})
+        contexts = tuple(self.ranks.from_first(contexts)[0])
+        self._begin(*opening(contexts, self.seed))
+
+    def check_statistics(self) -> None:
+        """StatisticsError if an epoch is due that no statistics serve."""
+        if self._opens:
+            self._opening()
+
+    def _opening(self) -> tuple[Statistics, Opening]:
+        """The first statistics that serve the recipe, and what makes the epoch with them."""
         refusal: StatisticsError | None = None
         for statistics in self._candidates():
             try:
-                opening = open_epoch(self.model, self.recipe, statistics, self.history)
+                return statistics, open_epoch(self.model, self.recipe, statistics, self.history)
             except StatisticsError as error:
                 refusal = refusal or error  # full ones in the cache may serve what shipped don't
-                continue
-            with self.weights.holding([]):  # the base's own words, whatever was edited
-                contexts = make_contexts(self.model, self.recipe.contexts, seed=self.seed)
-            manifest = json.dumps(asdict(statistics.manifest), sort_keys=True)
-            self.ranks.agree({"set of statistics": sha256(manifest.encode()).hexdigest()})
-            contexts = tuple(self.ranks.from_first(contexts)[0])
-            self._begin(*opening(contexts, self.seed))
-            return
         base, layers = self.history.base, ",".join(map(str, self.recipe.layers))
         dtype = "" if base.dtype == "float64" else f" --dtype {base.dtype}"  # part of its hash
         raise refusal or StatisticsError(

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -108,7 +109,12 @@ def _of_neurons(editor: EditEngine, layer: int, token_windows: Sequence[list[int
 
 def shipped_text() -> str:
     """The text that comes with the package for this check; no statistics were made on it."""
-    return (resources.files("nulledit") / "assets" / SHIPPED).read_text(encoding="utf-8")
+    return shipped_file().read_text(encoding="utf-8")
+
+
+def shipped_file() -> Path:
+    """Where that text lies."""
+    return Path(str(resources.files("nulledit") / "assets" / SHIPPED))
 
 
 def shipped_corpus() -> Corpus:

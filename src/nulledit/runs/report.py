@@ -50,14 +50,14 @@ def collect(folders: Sequence[Path]) -> Collected:
     for folder, name in zip(folders, _names(folders), strict=True):
         if (folder / "study.json").is_file():
             study = read_study(folder)
-            page = study_document(study, source=str(folder))
+            page = study_document(study, source=name)
             found.append((str(folder), "study", study, page))
         elif (folder / "summary.json").is_file():
             run = read_run(folder, name)
             runs.append(run)
             try:
                 study = run_study(run)
-                page = run_document(run, study, str(folder))
+                page = run_document(run, study, name)
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise ReportError(
                     f"{folder}: not a run's files ({type(error).__name__}: {error}); "

@@ -1,25 +1,95 @@
-"""What one could do instead of editing: facts in the prompt, or a LoRA trained on them."""
+"""What one could do instead of editing: facts in the prompt, or fine-tuning on them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from nulledit.baselines import LoraBaseline, LoraSettings, in_context
+from nulledit.baselines import (
+    LocalBaseline,
+    LocalSettings,
+    LoraBaseline,
+    LoraSettings,
+    in_context,
+)
+from nulledit.baselines.training import Trained, TrainingSettings
 from nulledit.config import ContextSettings
 from nulledit.data.facts import Fact
 from nulledit.editing.engine import EditEngine
-from nulledit.errors import ConfigError
+from nulledit.errors import ConfigError, ModelError
 from nulledit.evaluation.measures import PREFERENCE, STRICT
 from nulledit.evaluation.runner import evaluate
+from nulledit.models.editable_model import EditableModel
 from nulledit.studies.build import head, labels
 from nulledit.studies.context import Lab, hash_of
 from nulledit.studies.declaration import Cells, Part, StudySpec, Table, named
 from nulledit.studies.questions import FACTS, TEXT, hashed, told
 from nulledit.studies.results import OF_TEXT, Results, Spot, number, quantity
+from nulledit.studies.scale import PLACES
 from nulledit.studies.stream import StreamPlan
+
+CONTEXTS = ContextSettings(count=2)
+TOKENS = {"lora": 2000, "local": 4000}
+"""What training takes, as tokens run a fact."""
+
+
+def in_the_prompt(lab: Lab, queue: Sequence[Fact], crowd: int = 0, speak: bool = False) -> Any:
+    """Rows of the unedited model with each fact's statement, and `crowd` others, in front."""
+
+    def ask(editor: EditEngine) -> Any:
+        return in_context(editor.editable, queue, crowd=crowd, seed=lab.seed, generate=speak).rows()
+
+    settings = {
+        **hashed(queue),
+        "crowd": crowd,
+        "seed": lab.seed,
+        **({"speak": 1} if speak else {}),
+    }
+    return lab.of_unedited("in-context", settings, ask)
+
+
+def trained(
+    lab: Lab,
+    queue: Sequence[Fact],
+    name: str,
+    settings: TrainingSettings,
+    make: Callable[[EditableModel, Any], Trained[Any]],
+    speak: bool = False,
+) -> dict[str, Any]:
+    """What is found of a model that is trained on the queue, batch after batch, and the seconds."""
+    size = lab.settings["batch_size"]
+    windows = lab.windows() if lab.sources.text else None
+
+    def ask(editor: EditEngine) -> Any:
+        base = lab.base_reading(editor) if windows else None
+        start = time.perf_counter()
+        with make(editor.editable, settings) as baseline:
+            for at in range(0, len(queue), size):
+                baseline.train(queue[at : at + size])
+            seconds = time.perf_counter() - start
+            rows = evaluate(editor.editable, queue, generate=speak).rows()
+            text = told(lab.read(editor, base)) if base else None
+        return {"rows": rows, "text": text, "seconds": seconds}
+
+    of = {name: asdict(settings), "batch_size": size, "windows": hash_of(windows)}
+    of |= {"speak": 1} if speak else {}
+    found: dict[str, Any] = lab.of_unedited(f"{name}-text", {**hashed(queue), **of}, ask)
+    return {"facts": found.pop("rows"), **found}
+
+
+def lora(lab: Lab, queue: Sequence[Fact], speak: bool = False) -> dict[str, Any]:
+    """A LoRA on the whole queue; ConfigError without PEFT."""
+    settings = LoraSettings(seed=lab.seed, contexts=CONTEXTS)
+    return trained(lab, queue, "lora", settings, LoraBaseline, speak)
+
+
+def local(lab: Lab, queue: Sequence[Fact], speak: bool = False) -> dict[str, Any]:
+    """Fine-tuning of W of the middle one of the base recipe's layers."""
+    (layer,) = PLACES["middle"](lab.recipe.layers)
+    settings = LocalSettings(layer=layer, seed=lab.seed, contexts=CONTEXTS)
+    return trained(lab, queue, "local", settings, LocalBaseline, speak)
 
 
 def _edited(lab: Lab, queue: list[Fact]) -> Iterable[StreamPlan]:
@@ -27,54 +97,25 @@ def _edited(lab: Lab, queue: list[Fact]) -> Iterable[StreamPlan]:
 
 
 def _others(lab: Lab, results: Results) -> Iterator[Spot]:
-    """Facts in the prompt, alone and in crowds, and a LoRA on the whole queue."""
+    """Facts in the prompt, alone and in crowds, and fine-tuning on the whole queue."""
     queue, base, encode = results.queue, results.base, lab.bench.model.encoder.encode
     lengths = [len(encode(f"{f.render(f.prompt)} {f.target}").ids) + 4 for f in queue]
     for crowd in lab.settings["crowds"]:
-        rows = _prompted(lab, queue, crowd)
+        rows = in_the_prompt(lab, queue, crowd)
         label = "in the prompt: its own" + (f" and {crowd} more" if crowd else "")
         tokens = (crowd + 1) * sum(lengths) / len(lengths)
         yield Spot(label, 0, {"facts": rows}, base, extra={"tokens": tokens})
-    try:
-        found = _lora(lab, queue)
-    except ConfigError as error:
-        lab.notices.append(f"LoRA is absent: {error}")
-        return
-    seconds = found.pop("seconds") / len(queue)
-    yield Spot("LoRA", 0, found, base, extra={"seconds": seconds})
+    for label, train in (("LoRA", lora), ("local fine-tuning", local)):
+        try:
+            found = train(lab, queue)
+        except (ConfigError, ModelError) as error:
+            lab.notices.append(f"{label} is absent: {error}")
+            continue
+        seconds = found.pop("seconds") / len(queue)
+        yield Spot(label, 0, found, base, extra={"seconds": seconds})
 
 
-def _prompted(lab: Lab, queue: Sequence[Fact], crowd: int) -> Any:
-    def ask(editor: EditEngine) -> Any:
-        return in_context(editor.editable, queue, crowd=crowd, seed=lab.seed, generate=False).rows()
-
-    settings = {**hashed(queue), "crowd": crowd, "seed": lab.seed}
-    return lab.of_unedited("in-context", settings, ask)
-
-
-def _lora(lab: Lab, queue: Sequence[Fact]) -> dict[str, Any]:
-    """Rows, text and seconds of a LoRA on the whole queue; ConfigError without PEFT."""
-    size = lab.settings["batch_size"]
-    wanted = LoraSettings(seed=lab.seed, contexts=ContextSettings(count=2))
-    windows = lab.windows() if lab.sources.text else None
-
-    def ask(editor: EditEngine) -> Any:
-        base = lab.base_reading(editor) if windows else None
-        start = time.perf_counter()
-        with LoraBaseline(editor.editable, wanted) as lora:
-            for at in range(0, len(queue), size):
-                lora.train(queue[at : at + size])
-            seconds = time.perf_counter() - start
-            rows = evaluate(editor.editable, queue, generate=False).rows()
-            text = told(lab.read(editor, base)) if base else None
-        return {"rows": rows, "text": text, "seconds": seconds}
-
-    of = {"lora": asdict(wanted), "batch_size": size, "windows": hash_of(windows)}
-    found: dict[str, Any] = lab.of_unedited("lora-text", {**hashed(queue), **of}, ask)
-    return {"facts": found.pop("rows"), **found}
-
-
-def _seconds(spot: Spot) -> float | None:
+def seconds_once(spot: Spot) -> float | None:
     """Of everything that is done once, a fact."""
     if "own" not in spot.extra:
         return spot.extra.get("seconds")
@@ -93,16 +134,17 @@ def _shows(results: Results) -> str:
 
 
 def _work(lab: Lab) -> Mapping[str, int]:
-    """Of the crowds, whose prompts are longer, and of a LoRA."""
+    """Of the crowds, whose prompts are longer, and of what is trained."""
     facts, crowds = lab.settings["facts"], len(lab.settings["crowds"])
-    read = {"perplexities": 1} if lab.sources.text else {}
-    return {"asked": facts * (1 + 3 * crowds), "other_tokens": facts * 2000, **read}
+    read = {"perplexities": 2} if lab.sources.text else {}
+    tokens = facts * (TOKENS["lora"] + TOKENS["local"])
+    return {"asked": facts * (2 + 3 * crowds), "other_tokens": tokens, **read}
 
 
 INSTEAD = StudySpec(
     name="instead",
     title="Instead of editing",
-    question="Why not put the facts in the prompt, or train a LoRA on them?",
+    question="Why not put the facts in the prompt, or fine-tune on them?",
     needs=("facts",),
     cannot_show="The prompt is told which fact to state: a retriever that misses would do worse, "
     "and one that fetches nothing for a neighbour better. One set of LoRA settings, chosen on the "
@@ -117,13 +159,14 @@ INSTEAD = StudySpec(
                     "Instead of editing",
                     "{edits} facts, the same questions for all. In the prompt, a neighbour's "
                     "question gets the same statements in front as the fact's own; weights, and "
-                    "so other text, stay as they are. A LoRA is trained batch after batch; "
-                    "nothing holds the rest of the model in place. Seconds of editing count "
-                    "values that were optimised in this study's own stream.",
+                    "so other text, stay as they are. A LoRA, and one W with local fine-tuning, "
+                    "is trained batch after batch; nothing holds the rest of the model in place. "
+                    "Seconds of editing count values that were optimised in this study's own "
+                    "stream.",
                     (
                         labels("what"),
                         *(*PREFERENCE, *STRICT, *OF_TEXT),
-                        Cells(head("seconds", "once", "s/fact", 2), _seconds),
+                        Cells(head("seconds", "once", "s/fact", 2), seconds_once),
                         Cells(
                             head("tokens", "tokens/question", "", 0),
                             lambda spot: spot.extra.get("tokens", 0),

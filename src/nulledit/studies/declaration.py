@@ -78,6 +78,8 @@ class Part:
     """Whether it is asked every `ask_every` facts or where listed, not only at the end."""
     until: Callable[[Lab], Callable[[Along], bool]] | None = None
     """Whether a stream, asked after each batch, ends there; ConfigError for bad settings."""
+    examples: bool = True
+    """Whether a few of the answers are shown as examples."""
     others: Callable[[Lab, Results], Iterable[Spot]] = lambda lab, results: ()
     """Models that are no edit, asked about the same queue."""
     prepare: Callable[[Lab], Any] = lambda lab: None

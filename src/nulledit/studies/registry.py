@@ -57,7 +57,9 @@ def run_study(spec: StudySpec, lab: Lab, folder: Path) -> Study:
         "shows": " ".join(filter(None, (part.shows(results) for part, results in found))),
         "tables": tuple(table for part, results in found for table in tables(results, part)),
         "figures": tuple(figure for part, results in found for figure in figures(results, part)),
-        "examples": tuple(example for _, results in found for example in examples(results)),
+        "examples": tuple(
+            example for part, results in found if part.examples for example in examples(results)
+        ),
     }
     seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
     settings = _settings(lab)

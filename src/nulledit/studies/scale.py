@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from nulledit.config import Recipe
+from nulledit.config import Recipe, load_recipe
 from nulledit.data.facts import suggest
 from nulledit.errors import ConfigError
 from nulledit.io.settings import (
@@ -24,6 +24,11 @@ from nulledit.io.untrusted import parse_yaml
 from nulledit.methods import find_method
 
 PROJECTIONS = ("inside", "after", "none")
+PLACES: Mapping[str, Callable[[tuple[int, ...]], list[int]]] = {
+    "middle": lambda layers: [layers[len(layers) // 2]] if layers else [],
+    "last": lambda layers: list(layers[-1:]),
+}
+"""What an arm that edits one block names instead of its number, which hangs on the model."""
 
 
 @checked
@@ -62,19 +67,27 @@ class Scale:
         return settings
 
     def recipe(self, base: Recipe, arm: str) -> Recipe:
-        """The recipe of an arm: `memit`, or `memit+inside` for MEMIT with the projection."""
+        """The recipe of an arm: `memit`, or `memit+inside` for MEMIT with the projection.
+
+        A recipe's file is an arm, too, whatever the base recipe says.
+        """
         name, plus, projection = arm.partition("+")
-        if name not in self.arms:
+        if Path(name).suffix in (".yaml", ".yml"):
+            base, changes = load_recipe(name), {}
+        elif name in self.arms:
+            changes = dict(self.arms[name])
+        else:
             raise ConfigError(
                 f"unknown arm {arm!r}{suggest(name, self.arms)}; known: {', '.join(self.arms)}, "
-                "each also with +inside or +after for the projection"
+                "each also with +inside or +after for the projection; or a recipe's file"
             )
         if plus and projection not in PROJECTIONS:
             raise ConfigError(
                 f"arm {arm!r}: expected {name}+ one of {', '.join(PROJECTIONS)}, found "
                 f"{projection!r}"
             )
-        changes = dict(self.arms[name])
+        if (place := str(changes.get("layers"))) in PLACES:
+            changes["layers"] = PLACES[place](base.layers)
         if plus:
             changes["method.projection"] = projection
         try:

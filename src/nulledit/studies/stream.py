@@ -175,6 +175,11 @@ class Workbench:
         self.model = self.base.editable
         self._open: Stream | None = None
 
+    def check(self, plan: StreamPlan) -> None:
+        """StatisticsError if none serve the recipe of `plan`."""
+        self.clear()
+        self._editor(plan).check_statistics()
+
     def stream(self, plan: StreamPlan) -> Stream:
         """The stream of `plan` as far as it was edited; the one lent before ends."""
         self.clear()
@@ -193,21 +198,25 @@ class Workbench:
                 value_cache=cache,
             )
         else:
-            editor = EditEngine(
-                self.base.model,
-                self.base.tokenizer,
-                recipe=plan.recipe,
-                statistics=plan.statistics,
-                name=self.name,
-                seed=plan.seed,
-                value_cache=cache,
-            )
+            editor = self._editor(plan, cache)
             folder.mkdir(parents=True, exist_ok=True)
             editor.attach(folder)
         about = {"label": plan.label, "facts": len(plan.facts), "batch_size": plan.batch_size}
         write_text(folder / "plan.json", as_json({**about, "recipe": plan.recipe.to_dict()}))
         self._open = Stream(plan, folder, editor)
         return self._open
+
+    def _editor(self, plan: StreamPlan, cache: Path | None = None) -> EditEngine:
+        """A new one of the unedited model."""
+        return EditEngine(
+            self.base.model,
+            self.base.tokenizer,
+            recipe=plan.recipe,
+            statistics=plan.statistics,
+            name=self.name,
+            seed=plan.seed,
+            value_cache=cache,
+        )
 
     def _fork(self, plan: StreamPlan, folder: Path) -> None:
         """Begin with the edits of a finished stream that is the beginning of `plan`, if one is."""

@@ -1,0 +1,179 @@
+"""`nulledit compare`: methods side by side on one's own facts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nulledit.cli.command import Call, command
+from nulledit.cli.options import (
+    MODEL,
+    SKIP,
+    SKIP_BAD,
+    arg,
+    least,
+    model_source,
+    opt,
+    parse_changes,
+    parse_layers,
+    seed,
+)
+from nulledit.cli.study import Teller, cost_table
+from nulledit.errors import ConfigError, FactError
+from nulledit.io.text import count
+
+if TYPE_CHECKING:
+    from nulledit.config import Recipe
+    from nulledit.studies.context import Lab
+
+METHODS = "gated,alphaedit,ft,local,prompt"
+
+
+@command(
+    "Methods side by side on your own facts.",
+    arg("facts", "FACTS"),
+    opt(
+        "--model MODEL",
+        "smollm2-135m, a local folder or a Hub id; repeatable.",
+        multiple=True,
+        name="models",
+    ),
+    opt("--out DIR", "Folder of the results.  [default: compared]", str, "compared"),
+    opt(
+        "--methods LIST",
+        "Arms of the small scale, recipes' files, and prompt, lora, local, which edit nothing.  "
+        f"[default: {METHODS}]",
+        str,
+        METHODS,
+    ),
+    opt("--work DIR", "Values, edits and answers that comparisons share.  [default: DIR/work]"),
+    opt("--dry-run", "Say what it will take; edit nothing.", bool),
+    "Facts:",
+    opt("--limit N", "Take so many records.  [default: all]", least(1)),
+    SKIP_BAD,
+    SKIP,
+    opt("--text FILE", "For perplexity and KL.  [default: one that comes with nulledit]"),
+    seed("Of contexts and order.  [default: 0]"),
+    "Recipe:",
+    opt("--recipe FILE|NAME", "What methods change.  [default: the model's]"),
+    opt("--layers LIST", "Edited layers, as 4,5,6 or 4-8.  [default: the recipe's, or by depth]"),
+    opt("--batch-size N", "Facts solved together.  [default: 100]", least(1), 100),
+    opt(
+        "--set FIELD=VALUE",
+        "Any other field of the recipe that methods change; repeatable.",
+        name="changes",
+        multiple=True,
+    ),
+    MODEL,
+)
+def compare(call: Call) -> None:
+    """Write the same facts by several methods, each into the unedited model, and compare them.
+
+    Rates with intervals, KL and perplexity of other text, seconds, and what each model says of
+    every fact, on one page (DIR/report.html). Methods share what they have in common, values above
+    all; after an interruption the same command goes on. A time estimate comes first.
+
+    \b
+    $ nulledit compare facts.yaml --model smollm2-135m --methods gated,alphaedit,lora
+    $ nulledit compare facts.yaml --model smollm2-135m --dry-run
+    """
+    from nulledit.studies.own_facts import COMPARE
+
+    out = Path(call.out)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out}: is a file; give a folder")
+    folders = _folders(call.models, out)
+    settings = _settings(call)
+    recipes = [_recipe(call, model, settings) for model in call.models]
+    call.prepare()
+    from nulledit.studies.estimate import estimate
+    from nulledit.studies.registry import run_study
+
+    sizes, studies = {}, []
+    for model, recipe, folder in zip(call.models, recipes, folders, strict=True):
+        lab = _lab(call, model, recipe, settings)
+        size = sizes[Path(model).name] = estimate(lab, COMPARE.work(lab))
+        if not call.dry_run:
+            time = f"about {size['seconds_in_all']} s, {count(size['to_edit'], 'batch')} to edit"
+            call.say(f"{Path(model).name}: {time}")
+            studies.append(run_study(COMPARE, lab, folder))
+    if call.dry_run:
+        return call.show(sizes, lambda: [cost_table(n, size) for n, size in sizes.items()])
+    from nulledit.report.study import study_document
+    from nulledit.runs.report import collect, write_report
+
+    page = out / "report.html"
+    write_report(collect(folders), page, title=f"Methods on {Path(call.facts).name}", force=True)
+    call.show(
+        lambda: {"folder": str(out), "studies": [study.to_dict() for study in studies]},
+        lambda: [*map(study_document, studies), f"Page: {page}"],
+    )
+
+
+def _folders(models: Sequence[str], out: Path) -> list[Path]:
+    """Of each model's results; ConfigError for none, or for two of one name."""
+    if not models:
+        raise ConfigError("name a model: --model smollm2-135m, a local folder or a Hub id")
+    names = [Path(model).name for model in models]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--model: two have the same name ({', '.join(names)})")
+    return [out / name for name in names] if len(names) > 1 else [out]
+
+
+def _settings(call: Call) -> dict[str, Any]:
+    """Of the study, for all facts of the file; FactError if there are none."""
+    from nulledit.data.readers import read_facts
+    from nulledit.studies.own_facts import COMPARE, methods_of
+    from nulledit.studies.scale import load_scale
+
+    options = {"skip": call.skip, "limit": call.limit, "skip_bad": call.skip_bad}
+    found = read_facts(call.facts, on_conflict="first", **options)
+    facts = len({fact.key for fact in found.facts})
+    if not facts:
+        raise FactError(f"{call.facts}: no facts to compare methods on")
+    given = {"arms": call.methods, "facts": facts, "skip": call.skip}
+    settings = COMPARE.scaled(load_scale("small")).of(
+        "compare", {**given, "batch_size": call.batch_size}
+    )
+    methods_of(settings)
+    return settings
+
+
+def _recipe(call: Call, model: str, settings: dict[str, Any]) -> Recipe:
+    """What the methods change on a model; ConfigError for one that they can't."""
+    from nulledit.studies.own_facts import methods_of
+    from nulledit.studies.scale import load_scale
+
+    recipe = call.own_recipe(call.recipe, model)
+    if call.layers:
+        recipe = recipe.with_fields({"layers": parse_layers(call.layers)})
+    if call.changes:
+        recipe = recipe.with_fields(parse_changes(call.changes))
+    for arm in methods_of(settings):
+        load_scale("small").recipe(recipe, arm)
+    return recipe
+
+
+def _lab(call: Call, model: str, recipe: Recipe, settings: dict[str, Any]) -> Lab:
+    from nulledit.evaluation.preservation import shipped_file
+    from nulledit.studies.context import Lab, Sources
+    from nulledit.studies.own_facts import methods_of
+    from nulledit.studies.scale import load_scale
+    from nulledit.studies.stream import Workbench
+
+    sources = Sources(facts=call.facts, text=call.text or str(shipped_file()))
+    sources.need("text")
+    work = Path(call.work or Path(call.out) / "work")
+    lab = Lab(
+        Workbench(*call.load(model), work, name=model_source(model)),
+        recipe,
+        load_scale("small"),
+        settings,
+        sources,
+        seed=call.seed,
+        skip_bad=call.skip_bad,
+        progress=None if call.talk.quiet else Teller(),
+    )
+    lab.fit(methods_of(settings))
+    return lab
