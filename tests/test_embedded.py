@@ -84,11 +84,12 @@ def test_a_new_answer_replaces_the_older_one():
     assert says(editor, fact)
 
 
-def test_the_readme_s_python_runs_as_written(tmp_path, monkeypatch):
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    code = readme.split("```python\n")[1].split("```")[0]
+def test_the_pages_python_runs_as_written(tmp_path, monkeypatch):
+    docs = Path(__file__).parents[1] / "docs"
+    code = (docs / "python.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    facts = (docs / "commands.md").read_text(encoding="utf-8").split("```yaml\n")[1]
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "facts.yaml").write_text(readme.split("```yaml\n")[1].split("```")[0])
+    (tmp_path / "facts.yaml").write_text(facts.split("```")[0])
     names: dict[str, object] = {}
     exec(code, names)
     assert [fact.id for fact in names["editor"].facts] == ["france", "sushi"]

@@ -252,11 +252,26 @@ def test_every_way_to_give_facts_is_one_edit(fresh, place):
         one.edit(3)
 
 
+def first_block(page, kind):
+    """The first block of code of a kind in a page of the project."""
+    return (ROOT / page).read_text(encoding="utf-8").split(f"```{kind}\n")[1].split("```")[0]
+
+
 def test_every_line_of_the_readme_runs(fresh, tmp_path, monkeypatch):
     """With a tiny model in the place of the embedded one (`test_embedded` has that one)."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    code, facts = (readme.split(f"```{kind}\n")[1].split("```")[0] for kind in ("python", "yaml"))
-    (tmp_path / "facts.yaml").write_text(facts, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    made = fresh()
+    monkeypatch.setattr(Editor, "from_pretrained", classmethod(lambda cls, name: made))
+    names = {}
+    exec(first_block("README.md", "python"), names)
+    assert not names["editor"].facts, "it was undone"
+    assert names["found"].after.rates["efficacy_strict"].n == 1
+    assert (tmp_path / "run" / "model").is_dir()
+
+
+def test_every_line_of_the_page_on_python_runs(fresh, tmp_path, monkeypatch):
+    code = first_block("docs/python.md", "python")
+    (tmp_path / "facts.yaml").write_text(first_block("docs/commands.md", "yaml"), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     made = [fresh(), fresh()]
     monkeypatch.setattr(Editor, "from_pretrained", classmethod(lambda cls, name: made.pop()))
