@@ -54,6 +54,14 @@ def joined(first, second):
     return first | {k: joined(first.get(k, {}), v) for k, v in second.items()}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def empty_cache(tmp_path_factory):
+    """`info` lists what the cache holds, which is each user's own; what runs once meets none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NULLEDIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="module")
 def said(place):
     """The JSON of each command, in one life of a run."""

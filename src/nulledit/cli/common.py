@@ -190,12 +190,12 @@ def own_device(ranks: Ranks, device: str | Placement | None) -> str | Placement 
 
 
 def convert_once(name: str, ranks: Ranks) -> None:
-    """Have rank 0 convert the embedded model, before all read it."""
-    from nulledit.models.embedded import EMBEDDED, embedded_folder, is_installed
+    """Have rank 0 convert an embedded model or a GGUF file, before all read it."""
+    from nulledit.models.embedded import source_of
 
-    if not ranks.alone and name in EMBEDDED:
-        if ranks.first and is_installed(name):
-            embedded_folder(name)
+    if not ranks.alone:
+        if ranks.first:
+            source_of(name)
         ranks.barrier()
 
 

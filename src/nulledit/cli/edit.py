@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     "Write facts into a model, or more facts into a run.",
     arg("facts", "FACTS"),
     "Model and run:",
-    opt("--model MODEL", "smollm2-135m, a local folder or a Hub id.", fixed="run"),
+    opt("--model MODEL", "smollm2-135m, a local folder, a GGUF file or a Hub id.", fixed="run"),
     opt("--out RUN", "Folder to make for the run.", fixed="run"),
     opt("--continue RUN", "Write more facts into this run.", name="run"),
     opt(

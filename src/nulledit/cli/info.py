@@ -55,7 +55,7 @@ def collect() -> dict[str, Any]:
         "system": platform.platform(),
         "devices": devices,
         "cache": str(cache),
-        "cached models": {f.name: size(f) for f in sorted(cache.glob("models/[!.]*"))},
+        "cached models": {f.name: _cached(f) for f in sorted(cache.glob("models/[!.]*"))},
         "cached statistics": {
             f.parent.name[:8] + "/" + f.name[:8]: size(f)
             for f in sorted(cache.glob("statistics/*/[!.]*"))
@@ -68,6 +68,14 @@ def collect() -> dict[str, Any]:
         "architectures": sorted(LAYOUTS),
         "methods": {method.name: method.paper for method in METHODS},
     }
+
+
+def _cached(folder: Path) -> str:
+    """The size of a converted model, and the GGUF file that it is of."""
+    from nulledit.models.gguf import source
+
+    file, sha256 = source(folder)
+    return ", ".join([size(folder), *[f"of {file}, sha256 {sha256}"] * bool(file)])
 
 
 def size(folder: Path) -> str:

@@ -283,12 +283,13 @@ def parse_changes(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def model_source(name: str) -> str:
-    """A local folder as an absolute path, so that a run finds its base from anywhere."""
+    """A local folder or GGUF file as an absolute path: a run finds its base from anywhere."""
     if not name:  # not the folder where we are
         raise ConfigError(
-            "the model's name is empty: give smollm2-135m, a local folder or a Hub id"
+            "the model's name is empty: give smollm2-135m, a local folder, a GGUF file or a Hub id"
         )
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
+    local = Path(name).is_dir() or Path(name).suffix.lower() == ".gguf"
+    return str(Path(name).resolve()) if local else name
 
 
 def chat_settings(

@@ -32,6 +32,7 @@ from nulledit.ledger.records import Base, History
 from nulledit.ledger.store import Store
 from nulledit.models.accepted import check_model, check_tokenizer
 from nulledit.models.editable_model import EditableModel
+from nulledit.models.gguf import file_sha256
 from nulledit.models.load import load_model, model_hash
 from nulledit.models.placement import Device
 from nulledit.models.quantized import has_dense
@@ -66,8 +67,7 @@ class EditEngine:
         processes that edit together, each with an editor of its own; all must make the same calls,
         only rank 0's may attach or save.
 
-        Of a quantised model the edited matrices are made dense in memory; the others stay as they
-        are. Offloaded ones are brought to where they work.
+        Of a quantised model the edited matrices are made dense in memory, and no others.
         """
         check_whole("seed", seed)
         recipe = self._take(model, tokenizer, read_recipe(recipe, name), name, ranks)
@@ -79,6 +79,7 @@ class EditEngine:
             seed=seed,
             quantized=(quantize or "own") if has_dense(model) else "",
             revision=revision,
+            file_sha256=file_sha256(model),
         )
         self._work(Journal(History(base)), recipe, statistics, value_cache)
 
@@ -133,7 +134,7 @@ class EditEngine:
         trust_remote_code: bool = False,
         ranks: Ranks | None = None,
     ) -> Self:
-        """Load a model by name (`smollm2-135m`), folder or Hub id and make an editor of it.
+        """Load a model by name (`smollm2-135m`), folder, GGUF file or Hub id; make an editor of it.
 
         `device`, `device_map`, `dtype`, `quantize` and `revision` are as for `load_model`.
         """

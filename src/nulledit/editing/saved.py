@@ -17,6 +17,7 @@ from nulledit.ledger.records import History
 from nulledit.ledger.store import Store
 from nulledit.methods import find_method
 from nulledit.models.dense import Dense
+from nulledit.models.gguf import is_gguf, kept_folder
 from nulledit.models.layouts import check_layout, find_layout, mlp_out, write_weight
 from nulledit.models.load import QUANTIZE, load_model, model_hash
 from nulledit.models.mlp import narrowed
@@ -45,12 +46,27 @@ class SavedEdits:
         base = self.history.base
         own = self.source == str(self.model_folder)
         return load_model(
-            self.source,
+            self.source if own else self._base_source(),
             dtype=base.dtype,
             quantize=base.quantized if base.quantized in QUANTIZE else "",
             revision=None if own else base.revision or None,
             **placing,
         )
+
+    def _base_source(self) -> str:
+        """Where the base is: a GGUF file's conversion in the cache, wherever the file is now."""
+        base = self.history.base
+        if not is_gguf(base.model):
+            return base.model
+        if kept := kept_folder(base.file_sha256):
+            return str(kept)
+        if not Path(base.model).is_file():
+            raise ModelError(
+                f"{base.model}: no such file, and the cache has no conversion of it (sha256 "
+                f"{base.file_sha256[:12]}): put it back, or load it once from where it is now, by "
+                "any command with that path as its model"
+            )
+        return base.model
 
     @contextmanager
     def explained(self) -> Iterator[None]:

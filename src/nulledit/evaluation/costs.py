@@ -44,7 +44,7 @@ from nulledit.evaluation.preservation import shipped_corpus
 from nulledit.evaluation.queries import queries_of
 from nulledit.evaluation.reading import read_windows
 from nulledit.methods import find_method
-from nulledit.models.embedded import EMBEDDED, embedded_folder
+from nulledit.models.embedded import source_of
 from nulledit.models.experts import count_and_width, is_experts
 from nulledit.models.layouts import (
     as_out_in,
@@ -280,12 +280,7 @@ def _described(
     name: str, dtype: str | None, trust: bool, layout: Layout | None
 ) -> tuple[Shape, RowEncoder]:
     """A model's shape and how it reads texts, by its configuration alone."""
-    source = name
-    if name in EMBEDDED:
-        try:
-            source = str(embedded_folder(name))
-        except ModelError:
-            source = EMBEDDED[name].hub
+    source = source_of(name)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)

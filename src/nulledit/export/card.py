@@ -19,6 +19,7 @@ from nulledit.editing.engine import EditEngine
 from nulledit.export.updates import Export, LayerExport
 from nulledit.io.text import count, plain, shorten
 from nulledit.models.embedded import EMBEDDED
+from nulledit.models.gguf import is_gguf
 from nulledit.report import document as doc
 from nulledit.report.markdown import markdown_page
 from nulledit.report.tables import number
@@ -99,15 +100,18 @@ def hub_id(name: str) -> str | None:
     """The id on the Hub of the model `name`; None for a folder or an object in memory."""
     if name in EMBEDDED:
         return EMBEDDED[name].hub
-    return name if _HUB_ID.fullmatch(name) and not Path(name).exists() else None
+    local = Path(name).exists() or is_gguf(name)
+    return name if _HUB_ID.fullmatch(name) and not local else None
 
 
 def _origin(editor: EditEngine) -> doc.StudyTable:
     base = editor.history.base
-    name = plain(Path(base.model).name if Path(base.model).is_dir() else base.model)
+    local = Path(base.model).is_dir() or is_gguf(base.model)
+    name = plain(Path(base.model).name if local else base.model)
     rows = [
         ("base model", name or "a model in memory"),
         ("base weights", f"{base.hash} ({base.dtype})"),
+        *[("GGUF file", f"sha256 {base.file_sha256}")] * bool(base.file_sha256),
         ("state of the ledger", editor.history.state_id),
         ("edited facts", str(len(set(_present(editor))))),
         ("made with", f"nulledit {__version__}"),
@@ -117,12 +121,16 @@ def _origin(editor: EditEngine) -> doc.StudyTable:
 
 def _note(editor: EditEngine) -> doc.Text:
     base = editor.history.base.model
-    return doc.Text(
-        f"The base is {base}, a quantised copy of the model on the Hub converted back to float32: "
-        "its weights are near those of the Hub's, not the same."
-        if base in EMBEDDED
-        else ""
-    )
+    said = ""
+    if base in EMBEDDED:
+        said = (
+            f"The base is {base}, a quantised copy of the model on the Hub converted back to "
+            "float32: its weights are near those of the Hub's, not the same."
+        )
+        said += f" {EMBEDDED[base].terms}" if EMBEDDED[base].terms else ""
+    elif is_gguf(base):
+        said = f"The base is {plain(Path(base).name)}, a GGUF file converted back to float32."
+    return doc.Text(said)
 
 
 def _present(editor: EditEngine) -> list[Fact]:

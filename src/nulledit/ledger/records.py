@@ -41,6 +41,8 @@ class Base:
     holds the ledger and no model."""
     revision: str = ""
     """Branch, tag or commit on the Hub that was asked for; empty: none was."""
+    file_sha256: str = ""
+    """Hash of the GGUF file that it was converted from; empty: it came otherwise."""
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -58,8 +60,9 @@ class Base:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         plain = {"recipe" if k == "stored" else k: v for k, v in asdict(self).items()}
-        if not self.revision:  # as in ledgers that are older than this field
-            del plain["revision"]
+        for name in ("revision", "file_sha256"):  # as in ledgers that are older than these fields
+            if not plain[name]:
+                del plain[name]
         return plain
 
 

