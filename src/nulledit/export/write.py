@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nulledit.editing.engine import EditEngine
     from nulledit.export.updates import Export
 
-Kind: TypeAlias = Literal["checkpoint", "lora", "delta"]
+Kind: TypeAlias = Literal["checkpoint", "lora", "delta", "gguf", "gguf-lora"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class ExportKind:
     """Of `nulledit export` that it takes."""
     line: str
     """What was written, in words, with slots for `rank` and `dtype`."""
+    start: tuple[str, ...] = ()
+    """Commands that start it, with slots for `folder`, `base` and `rank`."""
 
 
 EXPORTS: dict[str, ExportKind] = {
@@ -42,8 +44,27 @@ EXPORTS: dict[str, ExportKind] = {
         "nulledit.export.lora:write_lora",
         ("rank", "dtype", "text"),
         "Adapter of rank {rank} in {dtype}",
+        (
+            "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules edits={folder}",
+            "python -m sglang.launch_server --model-path {base} --lora-paths edits={folder}",
+        ),
     ),
     "delta": ExportKind("nulledit.export.delta:write_delta", ("rank", "dtype"), "Delta in {dtype}"),
+    "gguf": ExportKind(
+        "nulledit.export.gguf:write_gguf",
+        ("tensor_type", "gguf", "same_shape", "text"),
+        "GGUF, its edited matrices in {dtype}",
+        ("llama-cli -m {folder}/model.gguf", "ollama create NAME -f {folder}/Modelfile"),
+    ),
+    "gguf-lora": ExportKind(
+        "nulledit.export.gguf_lora:write_gguf_lora",
+        ("tensor_type", "gguf", "rank", "text"),
+        "GGUF adapter of rank {rank} in {dtype}",
+        (
+            "llama-cli -m BASE.gguf --lora {folder}/adapter.gguf",
+            "ollama create NAME -f {folder}/Modelfile",
+        ),
+    ),
 }
 """By the word of `nulledit export --as`."""
 OPTIONS = frozenset(name for kind in EXPORTS.values() for name in kind.options)
