@@ -147,16 +147,17 @@ def lines_of(done: Export) -> list[str]:
 
 
 def starts(done: Export, base: str) -> list[str]:
-    """Commands that start what was written; none for an adapter that servers would not take."""
+    """Commands that serve what was written, or share it."""
     from nulledit.export.ranks import SERVED
     from nulledit.runs.folder import read_json
 
+    lines = EXPORTS[done.kind].start
     if done.kind == "lora":
         config = read_json(done.folder, "adapter_config.json", {})
-        if done.rank not in SERVED or config.get("lora_bias"):
-            return []
+        if done.rank not in SERVED or config.get("lora_bias"):  # which servers do not take
+            lines = lines[-1:]
     slots = {"folder": done.folder, "base": base or "BASE", "rank": done.rank}
-    return [f"    {line.format(**slots)}" for line in EXPORTS[done.kind].start]
+    return [f"    {line.format(**slots)}" for line in lines]
 
 
 def exactly(done: Export) -> str:

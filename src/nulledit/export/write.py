@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 Kind: TypeAlias = Literal["checkpoint", "lora", "delta", "gguf", "gguf-lora"]
 
 
+SHARED = "hf upload NAME {folder}"
+"""What puts a folder with a card on the Hub."""
+
+
 @dataclass(frozen=True)
 class ExportKind:
     """A way to hand edits over."""
@@ -31,7 +35,7 @@ class ExportKind:
     line: str
     """What was written, in words, with slots for `rank` and `dtype`."""
     start: tuple[str, ...] = ()
-    """Commands that start it, with slots for `folder`, `base` and `rank`."""
+    """Commands that serve or share it, with slots for `folder`, `base` and `rank`."""
 
 
 EXPORTS: dict[str, ExportKind] = {
@@ -39,6 +43,7 @@ EXPORTS: dict[str, ExportKind] = {
         "nulledit.export.checkpoint:write_checkpoint",
         ("max_shard_size", "same_shape", "text"),
         "The model in {dtype}",
+        ("vllm serve {folder}", SHARED),
     ),
     "lora": ExportKind(
         "nulledit.export.lora:write_lora",
@@ -47,6 +52,7 @@ EXPORTS: dict[str, ExportKind] = {
         (
             "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules edits={folder}",
             "python -m sglang.launch_server --model-path {base} --lora-paths edits={folder}",
+            SHARED,
         ),
     ),
     "delta": ExportKind("nulledit.export.delta:write_delta", ("rank", "dtype"), "Delta in {dtype}"),
@@ -54,7 +60,7 @@ EXPORTS: dict[str, ExportKind] = {
         "nulledit.export.gguf:write_gguf",
         ("tensor_type", "gguf", "same_shape", "text"),
         "GGUF, its edited matrices in {dtype}",
-        ("llama-cli -m {folder}/model.gguf", "ollama create NAME -f {folder}/Modelfile"),
+        ("llama-cli -m {folder}/model.gguf", "ollama create NAME -f {folder}/Modelfile", SHARED),
     ),
     "gguf-lora": ExportKind(
         "nulledit.export.gguf_lora:write_gguf_lora",
@@ -63,6 +69,7 @@ EXPORTS: dict[str, ExportKind] = {
         (
             "llama-cli -m BASE.gguf --lora {folder}/adapter.gguf",
             "ollama create NAME -f {folder}/Modelfile",
+            SHARED,
         ),
     ),
 }
