@@ -6,13 +6,11 @@ another Python that NULLEDIT_LLAMA_PYTHON names.
 
 from importlib import resources
 
+import llamacpp
 import pytest
-import torch
-from support import llamacpp
 
 from nulledit import Editor, read_facts
 from nulledit.config import read_recipe
-from nulledit.export.gguf_file import Stored, base_file
 
 pytestmark = [
     pytest.mark.slow,
@@ -45,33 +43,7 @@ def editor(request, users_cache):
 def plain(tmp_path_factory, editor):
     """The base in float32: llama.cpp rounds states to eight bits where weights are packed."""
     file = tmp_path_factory.mktemp("plain") / "base.gguf"
-    source = base_file(editor, None)
-    source.write(file, lambda name: Stored.of(source.stored(name).values(), "f32", name))
-    return file
-
-
-@torch.no_grad()
-def own_answers(editor, rows):
-    """What `llamacpp.answers` gives, of the edited model as it is."""
-    found = []
-    for prompt, target in rows:
-        logits = editor.model(input_ids=torch.tensor([prompt + target])).logits[0]
-        told = logits.double().log_softmax(-1)[len(prompt) - 1 : -1]
-        said = []
-        for _ in target:
-            ids = torch.tensor([prompt + said])
-            said.append(int(editor.model(input_ids=ids).logits[0, -1].argmax()))
-        found.append((sum(float(told[i, t]) for i, t in enumerate(target)), said))
-    return found
-
-
-def rows_of(editor):
-    """Ids of each fact's prompt and target."""
-    found = []
-    for fact in editor.facts:
-        row = editor.editable.encoder.encode(fact.render(fact.prompt), target=fact.target)
-        found.append((list(row.ids[: row.target_start]), list(row.target_ids)))
-    return found
+    return llamacpp.in_float32(editor, file)
 
 
 def test_tokens_are_the_same(editor, plain):
@@ -81,8 +53,8 @@ def test_tokens_are_the_same(editor, plain):
 
 
 def test_the_file_and_the_adapter_answer_as_the_edited_model(editor, plain, tmp_path):
-    rows = rows_of(editor)
-    own = own_answers(editor, rows)
+    rows = llamacpp.rows_of(editor)
+    own = llamacpp.own_answers(editor.model, rows)
     assert sum(said == target for (_, said), (_, target) in zip(own, rows, strict=True)) >= 7
     gated = editor.recipe.method.name == "gated"
     editor.export(tmp_path / "whole", "gguf", gguf=plain, tensor_type="f32")
@@ -101,7 +73,7 @@ def test_the_file_and_the_adapter_answer_as_the_edited_model(editor, plain, tmp_
 @pytest.mark.parametrize("type_", ["f16", "q8_0"])
 def test_packed_weights_around_the_edits_answer_as_well(type_, editor, tmp_path):
     """The file as it came, in four bits, with the edits in it."""
-    rows = rows_of(editor)
+    rows = llamacpp.rows_of(editor)
     done = editor.export(tmp_path / "whole", "gguf", tensor_type=type_)
     said, _ = llamacpp.answers(tmp_path / "whole" / "model.gguf", rows)
     held = sum(given == target for (_, given), (_, target) in zip(said, rows, strict=True))
