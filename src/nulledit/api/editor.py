@@ -131,15 +131,20 @@ class Editor(EditEngine):
         max_shard_size: str | int | None = None,
         same_shape: bool | None = None,
         text: str | Path | None = None,
+        gguf: str | Path | None = None,
+        tensor_type: str | None = None,
         progress: Progress | None = None,
     ) -> Export:
-        """Write the edits to `folder` for others: `kind` lora (PEFT), delta or checkpoint.
+        """Write the edits to `folder` for others: `kind` lora (PEFT), delta, checkpoint, gguf or
+        gguf-lora.
 
-        `rank` cuts the factors of lora and delta, `dtype` is theirs (float32); `max_shard_size` is
-        of a checkpoint ("50GB"). Gated edits: `same_shape` has a checkpoint keep the base's shape,
-        as an adapter does in any case; `text` is the file that chooses the units which neurons then
-        stand in the place of. LedgerError if nothing is edited or `folder` exists, ConfigError for
-        a setting of another kind.
+        `rank` cuts the factors of adapters and delta, `dtype` is theirs (float32);
+        `max_shard_size` is of a checkpoint ("50GB"). Gated edits: `same_shape` has a checkpoint or
+        GGUF file keep the base's shape, as an adapter does in any case; `text` is the file that
+        chooses the units which neurons then stand in the place of. GGUF: `gguf` is a file of the
+        base (the one that the run was begun from), `tensor_type` what edited matrices (f16) or
+        factors (f32) are stored in. LedgerError if nothing is edited or `folder` exists,
+        ConfigError for a setting of another kind.
         """
         return write_export(
             self,
@@ -150,6 +155,8 @@ class Editor(EditEngine):
             max_shard_size=max_shard_size,
             same_shape=same_shape,
             text=text,
+            gguf=gguf,
+            tensor_type=tensor_type,
             run=self.folder,
             progress=progress,
         )

@@ -1,4 +1,4 @@
-"""`nulledit export`: the edits of a run for others, as a checkpoint, an adapter or a delta."""
+"""`nulledit export`: the edits of a run for others, by Hugging Face's formats or llama.cpp's."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 
 @command(
-    "A checkpoint, a LoRA adapter or a delta.",
+    "A checkpoint, a LoRA adapter, GGUF or a delta.",
     RUN,
     opt(
         "--as",
-        "The whole model, PEFT's adapter, or factors for nulledit apply.",
+        "The whole model, PEFT's adapter, or factors for nulledit apply; for llama.cpp and Ollama "
+        "the whole model or an adapter.",
         tuple(EXPORTS),
         name="kind",
         required=True,
@@ -36,10 +37,21 @@ if TYPE_CHECKING:
         "Of the factors.  [default: float32]",
         ("float32", "float64", "bfloat16", "float16"),
     ),
+    opt(
+        "--type",
+        "Of a GGUF file's edited matrices, or factors.  [default: f16, of factors f32]",
+        ("f32", "f16", "bf16", "q8_0"),
+        name="tensor_type",
+    ),
+    opt(
+        "--gguf FILE",
+        "The base as GGUF, which a GGUF export is made from.  [default: the file that the run was "
+        "begun from]",
+    ),
     opt("--max-shard-size SIZE", "Of a checkpoint's files.  [default: 50GB]"),
     opt(
         "--same-shape",
-        "Gated edits: a checkpoint of the base's shape, its least used units replaced.",
+        "Gated edits: a whole model of the base's shape, its least used units replaced.",
         bool,
     ),
     opt(
@@ -60,6 +72,7 @@ def export(call: Call) -> None:
     $ nulledit export run --as lora --out adapter
     $ nulledit export run --as delta --out delta
     $ nulledit export run --as checkpoint --out model --max-shard-size 5GB
+    $ nulledit export run --as gguf --gguf base.gguf --out model
     """
     given = {option.name: option for option in given_options() if option.name in OPTIONS}
     refused = [
@@ -79,7 +92,10 @@ def export(call: Call) -> None:
         options = {name: call.given[name] for name in given}
         done = write_export(run.editor, call.out, call.kind, run=call.run, progress=tell, **options)
     tables = [layers_table(done)] if done.layers else []
-    call.show(done.to_dict(), [*tables, "\n".join(lines_of(done))])
+    call.show(
+        done.to_dict(),
+        [*tables, "\n".join([*lines_of(done), *starts(done, run.editor.history.base.model)])],
+    )
 
 
 def layers_table(done: Export) -> StudyTable:
@@ -128,6 +144,20 @@ def lines_of(done: Export) -> list[str]:
             "edited weights." + exactly(done)
         )
     return lines
+
+
+def starts(done: Export, base: str) -> list[str]:
+    """Commands that serve what was written, or share it."""
+    from nulledit.export.ranks import SERVED
+    from nulledit.runs.folder import read_json
+
+    lines = EXPORTS[done.kind].start
+    if done.kind == "lora":
+        config = read_json(done.folder, "adapter_config.json", {})
+        if done.rank not in SERVED or config.get("lora_bias"):  # which servers do not take
+            lines = lines[-1:]
+    slots = {"folder": done.folder, "base": base or "BASE", "rank": done.rank}
+    return [f"    {line.format(**slots)}" for line in lines]
 
 
 def exactly(done: Export) -> str:

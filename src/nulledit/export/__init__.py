@@ -1,4 +1,4 @@
-"""Edits handed to others: a LoRA adapter, a delta on the base, or a whole checkpoint."""
+"""Edits handed to others: a LoRA adapter, a delta on the base, a whole checkpoint, or GGUF."""
 
 from nulledit._lazy import lazily
 

@@ -28,6 +28,16 @@ from nulledit.runs.tables import rates_tables
 SHOWN = 50  # facts in the table
 LONGEST = 80  # columns of a cell
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+LIBRARIES = {"checkpoint": "transformers", "gguf": "gguf", "lora": "peft", "gguf-lora": "gguf"}
+"""The Hub's name of what reads an export, by its kind."""
+USES = {
+    "lora": (
+        "from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, this_folder)",
+        "python",
+    ),
+    "gguf-lora": ("llama-cli -m BASE.gguf --lora adapter.gguf", "sh"),
+}
+"""How an adapter is used, and in which language, by its kind."""
 STATISTICS = ("corpus", "corpus_hash", "tokens", "dtype", "layers", "settings")
 """Fields of the statistics' manifest that a card tells."""
 
@@ -49,7 +59,7 @@ def model_card(editor: EditEngine, export: Export, *, run: str, summary: Any) ->
             "hold what they were before."
         ),
     ]
-    front = _front_matter(editor, "transformers", "finetune")
+    front = _front_matter(editor, LIBRARIES[export.kind], "finetune")
     return f"{front}\n\n{markdown_page(doc.Document('Edited model', tuple(parts)))}"
 
 
@@ -63,10 +73,9 @@ def adapter_card(editor: EditEngine, export: Export, *, run: str) -> str:
     )
     kind = f"Rank {export.rank}, padded with zeros; scaling 1; factors in {export.dtype}. {said}."
     kind = " ".join([kind, *_shape(editor, export)])
-    code = "model = PeftModel.from_pretrained(base_model, this_folder)"
     parts: list[doc.Part] = [
         *(_origin(editor), _note(editor), doc.Text(f"{kind} {_cost(export)}".strip())),
-        doc.Code(f"from peft import PeftModel\n\n{code}", "python"),
+        doc.Code(*USES[export.kind]),
         *(doc.Heading("Edited facts"), _facts(editor)),
         *_method(editor),
         *(doc.Heading("Layers"), _layers(export.layers)),
@@ -74,7 +83,7 @@ def adapter_card(editor: EditEngine, export: Export, *, run: str) -> str:
         doc.Text("Unload the adapter. Single facts are taken back in the run and exported again:"),
         doc.Code(f"nulledit undo {_code(run)} ID...", "sh"),
     ]
-    front = _front_matter(editor, "peft", "adapter")
+    front = _front_matter(editor, LIBRARIES[export.kind], "adapter")
     return f"{front}\n\n{markdown_page(doc.Document('Edited facts as an adapter', tuple(parts)))}"
 
 

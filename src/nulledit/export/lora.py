@@ -59,20 +59,9 @@ def write_lora(
     """
     folder = Path(folder)
     refuse_existing(folder)
-    number = dtype_of(dtype, DTYPES)
-    same_shape: SameShape | None = None
-    cost: FactsCost | None
-    if editor.weights.grown:
-        if rank is not None:
-            raise ConfigError(
-                "rank can't be given for gated edits: each neuron is a dimension of its own, and "
-                "an adapter without some of them is not the edited model"
-            )
-        layers, same_shape, cost = _of_neurons(editor, text, number, progress)
-    else:
-        layers = _of_updates(editor, rank, text, number, progress)
-        inexact = any(stored.report.error > MEASURED_ABOVE for stored in layers)
-        cost = facts_cost(editor, with_stored(editor, layers), progress) if inexact else None
+    layers, same_shape, cost = adapter_factors(
+        editor, dtype_of(dtype, DTYPES), rank=rank, text=text, progress=progress
+    )
     common = served_rank(max(1, *(s.report.rank for s in layers)))
     tensors = adapter_tensors(layers, common)
     reports = tuple(
@@ -91,6 +80,31 @@ def write_lora(
         (partial / "README.md").write_text(card, encoding="utf-8")
         size = sum(file.stat().st_size for file in partial.iterdir())
     return replace(written, bytes=size)
+
+
+def adapter_factors(
+    editor: EditEngine,
+    dtype: torch.dtype,
+    *,
+    rank: int | None = None,
+    text: str | Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[list[StoredLayer], SameShape | None, FactsCost | None]:
+    """The factors of an adapter in `dtype`, whatever its format, and what they cost.
+
+    As `write_lora` says. ConfigError for a mixture of experts.
+    """
+    if editor.weights.grown:
+        if rank is not None:
+            raise ConfigError(
+                "rank can't be given for gated edits: each neuron is a dimension of its own, and "
+                "an adapter without some of them is not the edited model"
+            )
+        return _of_neurons(editor, text, dtype, progress)
+    layers = _of_updates(editor, rank, text, dtype, progress)
+    inexact = any(stored.report.error > MEASURED_ABOVE for stored in layers)
+    cost = facts_cost(editor, with_stored(editor, layers), progress) if inexact else None
+    return layers, None, cost
 
 
 def adapter_tensors(layers: Sequence[StoredLayer], rank: int) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from nulledit.editing.call_log import Progress
@@ -228,20 +228,22 @@ def weight_with(editor: EditEngine, stored: StoredLayer) -> Tensor:
     return ordered_sum(editor.weights.base(stored.layer), stored.left, stored.right)
 
 
-@contextmanager
-def with_stored(editor: EditEngine, layers: Sequence[StoredLayer]) -> Iterator[None]:
+def with_stored(editor: EditEngine, layers: Sequence[StoredLayer]) -> AbstractContextManager[None]:
     """W₀ + BA of `layers` in the model inside; bit for bit as before after."""
-    weights = {s.layer: weight_with(editor, s) for s in layers}
-    kept = {
-        layer: as_out_in(editor.editable.matrix(layer)).clone() for layer in editor.weights.layers
-    }
+    return with_weights([(editor.editable.matrix(s.layer), weight_with(editor, s)) for s in layers])
+
+
+@contextmanager
+def with_weights(weights: Sequence[tuple[nn.Module, Tensor]]) -> Iterator[None]:
+    """Other weights [d_out, d_in] in modules inside; bit for bit as before after."""
+    kept = [(module, as_out_in(module).clone()) for module, _ in weights]
     try:
-        for layer, weight in weights.items():
-            write_weight(editor.editable.matrix(layer), weight)
+        for module, weight in weights:
+            write_weight(module, weight)
         yield
     finally:
-        for layer, weight in kept.items():
-            write_weight(editor.editable.matrix(layer), weight)
+        for module, weight in kept:
+            write_weight(module, weight)
 
 
 def whole_report(editor: EditEngine, layer: int) -> LayerExport:

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from nulledit.editing.engine import EditEngine
     from nulledit.export.updates import Export
 
-Kind: TypeAlias = Literal["checkpoint", "lora", "delta"]
+Kind: TypeAlias = Literal["checkpoint", "lora", "delta", "gguf", "gguf-lora"]
+
+
+SHARED = "hf upload NAME {folder}"
+"""What puts a folder with a card on the Hub."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class ExportKind:
     """Of `nulledit export` that it takes."""
     line: str
     """What was written, in words, with slots for `rank` and `dtype`."""
+    start: tuple[str, ...] = ()
+    """Commands that serve or share it, with slots for `folder`, `base` and `rank`."""
 
 
 EXPORTS: dict[str, ExportKind] = {
@@ -37,13 +43,35 @@ EXPORTS: dict[str, ExportKind] = {
         "nulledit.export.checkpoint:write_checkpoint",
         ("max_shard_size", "same_shape", "text"),
         "The model in {dtype}",
+        ("vllm serve {folder}", SHARED),
     ),
     "lora": ExportKind(
         "nulledit.export.lora:write_lora",
         ("rank", "dtype", "text"),
         "Adapter of rank {rank} in {dtype}",
+        (
+            "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules edits={folder}",
+            "python -m sglang.launch_server --model-path {base} --lora-paths edits={folder}",
+            SHARED,
+        ),
     ),
     "delta": ExportKind("nulledit.export.delta:write_delta", ("rank", "dtype"), "Delta in {dtype}"),
+    "gguf": ExportKind(
+        "nulledit.export.gguf:write_gguf",
+        ("tensor_type", "gguf", "same_shape", "text"),
+        "GGUF, its edited matrices in {dtype}",
+        ("llama-cli -m {folder}/model.gguf", "ollama create NAME -f {folder}/Modelfile", SHARED),
+    ),
+    "gguf-lora": ExportKind(
+        "nulledit.export.gguf_lora:write_gguf_lora",
+        ("tensor_type", "gguf", "rank", "text"),
+        "GGUF adapter of rank {rank} in {dtype}",
+        (
+            "llama-cli -m BASE.gguf --lora {folder}/adapter.gguf",
+            "ollama create NAME -f {folder}/Modelfile",
+            SHARED,
+        ),
+    ),
 }
 """By the word of `nulledit export --as`."""
 OPTIONS = frozenset(name for kind in EXPORTS.values() for name in kind.options)
