@@ -1,15 +1,15 @@
 """Prompts in a chat template: positions, targets, special tokens; edits that keep their form."""
 
-import copy
 import json
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import reference
 import torch
+from support.chat import CHATML, TURN, chatty, model_for
 from support.cli import RECORDS, done, refused
-from support.models import LINES, RECIPE, build_model, statistics_of
-from tokenizers import processors
+from support.models import LINES, RECIPE, statistics_of
 from transformers import pipeline
 
 from nulledit import Editor, Fact
@@ -26,12 +26,6 @@ from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import frozen
 from nulledit.models.tokens import RowEncoder
 
-TURN = "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
-CHATML = (
-    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are Tiny.<|im_end|>\n"
-    "{% endif %}{% for m in messages %}" + TURN + "{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 PLAIN = "{% for m in messages %}" + TURN + "{% endfor %}" + CHATML[CHATML.index("{% if add_") :]
 LLAMA = (
     "{{ bos_token }}{% for m in messages %}<|head|>{{ m['role'] }}<|/head|>\n\n"
@@ -81,21 +75,7 @@ CONTEXTS = ["{}", "Then, he said. {}", "The river. {}"]
 SETTINGS = ValueSettings(steps=8, learning_rate=0.3, weight_decay=0.05, stop_margin=None)
 
 
-def chatty(tokenizer, template):
-    """A tokenizer that also puts a token in front of every text by itself."""
-    made = copy.deepcopy(tokenizer)
-    made.add_special_tokens(
-        {"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|head|>", "<|/head|>"]}
-    )
-    made.add_special_tokens({"bos_token": "<s>", "eos_token": "<|im_end|>"})
-    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", made.bos_token_id)]
-    )
-    made.chat_template = template
-    return made
-
-
-@pytest.fixture(params=TEMPLATES)
+@pytest.fixture(params=TEMPLATES, scope="module")
 def words(request, tokenizer):
     return chatty(tokenizer, TEMPLATES[request.param])
 
@@ -103,16 +83,6 @@ def words(request, tokenizer):
 @pytest.fixture
 def chatml(tokenizer):
     return chatty(tokenizer, CHATML)
-
-
-def model_for(words, family="llama", **options):
-    model = build_model(family, **options)
-    torch.manual_seed(1)
-    model.resize_token_embeddings(len(words), mean_resizing=False)
-    for parameter in (model.get_input_embeddings(), model.get_output_embeddings()):
-        parameter.weight.data[400:] = 0.25 * torch.randn_like(parameter.weight[400:])
-    model.generation_config.eos_token_id = words.eos_token_id
-    return model
 
 
 def encoder_of(words, settings=ChatSettings(), length=256):  # noqa: B008
@@ -143,13 +113,22 @@ def test_ids_are_those_of_the_template_and_no_more(words, system):
     assert row.ids.count(words.bos_token_id) <= 1
 
 
+SUBJECTS = ("Ada Byron", "Émile Zola", "東京タワー", "user", "🦊")
+
+
 @pytest.mark.parametrize("system", SYSTEMS)
-@pytest.mark.parametrize("context", CONTEXTS[:2])
 @pytest.mark.parametrize("prompt", [QUESTION, CLOZE, "{} was born in", "({}!) lives in"])
-@pytest.mark.parametrize("subject", ["Ada Byron", "Émile Zola", "東京タワー", "user", "🦊"])
-def test_the_subject_is_the_one_in_the_users_turn(words, system, context, prompt, subject):
+def test_the_subject_is_the_one_in_the_users_turn(words, system, prompt):
     settings = ChatSettings(user="Fill in the blank: {} ____", assistant="{}", system=system)
-    row = encoder_of(words, settings).encode_template(prompt, subject, context=context)
+    encoder = encoder_of(words, settings)
+    for context, subject in product(CONTEXTS[:2], SUBJECTS):
+        check_subject(encoder, prompt, subject, context)
+
+
+def check_subject(encoder, prompt, subject, context):
+    """The row's subject ends where the one in the user's turn does."""
+    words, system = encoder.tokenizer, encoder.chat.settings.system
+    row = encoder.encode_template(prompt, subject, context=context)
     text = prompt.format(subject)
     wording = context.format(text if text.endswith("?") else f"Fill in the blank: {text} ____")
     begun = rendered(words, wording, system)
@@ -158,8 +137,8 @@ def test_the_subject_is_the_one_in_the_users_turn(words, system, context, prompt
     decode = words.backend_tokenizer.decode
     upto = decode(list(row.upto_subject().ids), skip_special_tokens=False)
     short = decode(list(row.upto_subject().ids[:-1]), skip_special_tokens=False)
-    assert upto.startswith(begun[:end])
-    assert not short.startswith(begun[:end])
+    assert upto.startswith(begun[:end]), (subject, context)
+    assert not short.startswith(begun[:end]), (subject, context)
 
 
 def test_or_the_one_in_the_assistants_turn(words):
@@ -250,6 +229,9 @@ def test_a_thought_that_the_template_opens_is_closed(tokenizer, template, closed
     assert row.ids[: row.target_start] == encoder.encode_template(QUESTION, "Ada Byron").ids
     row = encoder_of(words).encode_template(CLOZE, "Ada Byron", target="Velmish")
     assert f"{closed}{CLOZE.format('Ada Byron')} Velmish" in words.decode(list(row.ids))
+    row = encoder.reply(["Who is Ada Byron?", "She wrote.", "And what?"], target="Velmish")
+    text = words.decode(list(row.ids), skip_special_tokens=False)
+    assert text.endswith(f"And what?<|im_end|>\n<|im_start|>assistant\n{closed}Velmish")
 
 
 def test_a_template_with_the_date_says_the_same_tomorrow(tokenizer):
@@ -577,14 +559,15 @@ def place(tmp_path_factory, tokenizer):
 
 
 def test_the_command_line(place, tmp_path):
-    shared = ("--recipe", place / "recipe.yaml", "--stats", place / "stats", "--quiet")
+    text = ("--text", place / "corpus.txt")
+    shared = ("--recipe", place / "recipe.yaml", "--stats", place / "stats", *text, "--quiet")
     run, facts = tmp_path / "run", place / "facts.json"
     said = done("edit", facts, "--model", place / "model", "--out", run, "--chat", *shared).stdout
     assert "Asked in chat without a system prompt" in said
     summary = json.loads((run / "summary.json").read_text())
     assert summary["runs"][0]["asked"] == "in chat with the template's own system prompt"
     assert "Asked in chat without a system prompt" in (run / "report.md").read_text()
-    found = json.loads(done("evaluate", run, "--json", "--quiet").stdout)
+    found = json.loads(done("evaluate", run, *text, "--json", "--quiet").stdout)
     assert set(found["others"]) == {"in chat without a system prompt", "as plain text"}
     assert found["edited"]["rates"] == summary["runs"][0]["after"]["rates"]
     own = done("ask", run, "Who is Ada Byron?", "--quiet").stdout
@@ -610,5 +593,6 @@ def test_refusals(place, tmp_path):
     done(*words, "--model", place / "model", "--no-evaluate")
     assert "--plain can't be given" in refused("ask", tmp_path / "run", "x", "--plain", "--chat")
     assert done("ask", tmp_path / "run", "x?", "--chat", "--quiet").stdout
-    found = json.loads(done("evaluate", tmp_path / "run", "--chat", "--json", "--quiet").stdout)
+    asked = ("--chat", "--text", place / "corpus.txt", "--json", "--quiet")
+    found = json.loads(done("evaluate", tmp_path / "run", *asked).stdout)
     assert len(found["others"]) == 2

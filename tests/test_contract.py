@@ -91,6 +91,8 @@ def said(place):
     say("evaluate", run, *text, "--fluency", "--by-relation", "--distract")
     say("check", run, "--limits", place / "gate.yaml", *text)
     say("ask", run, "The mother tongue of Ada Byron is")
+    (place / "prompts.txt").write_text("The mother tongue of Ada Byron is\n", encoding="utf-8")
+    say("chat", run, "--plain", "--prompts", place / "prompts.txt")
     say("log", run)
     say("show", run)
     say("show", run, "ada")

@@ -231,10 +231,18 @@ class ChatSettings:
     """In which turn the subject's last token is edited, where it stands in both."""
     template: str = ""
     """SHA-256 of the template; filled in when the recipe is first used."""
+    plain: bool = False
+    """Whether facts are plain text as well: each has one value for both forms and holds if it holds
+    in both. Asked as plain text where one form must do."""
 
     def __post_init__(self) -> None:
         if self.subject == "assistant" and not self.assistant:
             raise ConfigError("chat.subject is assistant, but chat.assistant is empty")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; `plain` only where it is set, as in recipes from before there was one."""
+        told = dataclasses.asdict(self)
+        return told if self.plain else {k: v for k, v in told.items() if k != "plain"}
 
 
 @checked
@@ -313,6 +321,8 @@ class Recipe:
             del data["layout"]  # as in recipes that were recorded before there was one
         if self.chat is None:
             del data["chat"]
+        else:
+            data["chat"] = self.chat.to_dict()
         return data
 
     def to_yaml(self) -> str:

@@ -29,6 +29,6 @@ def ask(call: Call) -> None:
     if call.plain and (call.chat or call.system is not None):
         raise ConfigError("--plain can't be given with --chat or --system")
     run = call.open()
-    chat = False if call.plain else call.chat_form(run.editor.recipe.chat)
+    chat = False if call.plain else call.chat_form(run.editor.recipe.chat, asks=True)
     said = run.ask(call.prompt, chat=chat, max_tokens=call.max_tokens)
     call.show(said.to_dict(), f"base    {said.base}\nedited  {said.edited}")

@@ -102,9 +102,14 @@ class Call:
 
         return read_recipe(asked or None, model)
 
-    def chat_form(self, held: ChatSettings | None) -> ChatSettings | None:
-        """A recipe's chat form, changed by --chat and --system; None for plain text."""
-        return chat_settings(held, chat=self.chat, system=self.system)
+    def chat_form(self, held: ChatSettings | None, *, asks: bool = False) -> ChatSettings | None:
+        """A recipe's chat form, changed by --chat, --system and --both; None for plain text.
+
+        `asks`: where one form is asked, a system prompt alone asks for the template, too.
+        """
+        chat = self.chat or (asks and held is not None and self.system is not None)
+        both = self.given.get("both", False)
+        return chat_settings(held, chat=chat, system=self.system, both=both)
 
     def load(self, name: str, **more: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """A model and its tokenizer, loaded as the options say; `more` goes before them."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from nulledit.cli.command import Call, command
 from nulledit.cli.common import convert_once, meet, meet_early, own_device
 from nulledit.cli.options import (
+    BOTH,
     CHAT,
     FACTS,
     GATE,
@@ -107,6 +108,7 @@ if TYPE_CHECKING:
         read=parse_null_space,
     ),
     CHAT,
+    BOTH,
     opt(
         "--set FIELD=VALUE",
         "Any other field of a recipe, such as values.kl_weight=0; repeatable.",

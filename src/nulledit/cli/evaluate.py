@@ -61,7 +61,7 @@ def evaluate(call: Call) -> None:
         run.editor.facts[: call.limit] if chosen is None else chosen,
         text=call.text,
         base=call.base,
-        chat=call.chat_form(run.editor.recipe.chat),
+        chat=call.chat_form(run.editor.recipe.chat, asks=True),
         distract=call.distract,
         fluency=call.fluency,
         references=references,

@@ -18,6 +18,7 @@ from nulledit._version import __version__
 from nulledit.cli.apply import apply
 from nulledit.cli.ask import ask
 from nulledit.cli.change import rebuild, redo, restore, undo
+from nulledit.cli.chat import chat
 from nulledit.cli.check import check
 from nulledit.cli.common import CONTEXT, Interrupted, interruptions_kept, refuse_ranks
 from nulledit.cli.compare import compare
@@ -53,7 +54,7 @@ MOST_SAID = 2000  # characters of an error on the terminal
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Edit": (edit, preview, retry, forget),
     "Live with edits": (log, show, undo, redo, restore, rebuild, merge, diff),
-    "Look at a run": (ask, evaluate, report),
+    "Look at a run": (ask, chat, evaluate, report),
     "Gates": (check, verify),
     "Hand over": (export, apply),
     "Compare": (compare, study),

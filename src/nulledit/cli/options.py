@@ -166,6 +166,13 @@ CHAT = (
         fixed="epoch",
     ),
 )
+BOTH = opt(
+    "--both",
+    "Prompts in the chat template and as plain text, one value for both.",
+    bool,
+    fixed="epoch",
+)
+"""Of commands that write facts, or choose how."""
 TEXT = opt("--text FILE", "For perplexity and KL.  [default: one that comes along]")
 STATS = opt("--stats PATH", "Statistics of the model's keys.  [default: found]", fixed="epoch")
 
@@ -293,18 +300,19 @@ def model_source(name: str) -> str:
 
 
 def chat_settings(
-    held: ChatSettings | None, *, chat: bool, system: str | None
+    held: ChatSettings | None, *, chat: bool, system: str | None, both: bool = False
 ) -> ChatSettings | None:
-    """`held`, a recipe's chat form, changed by --chat and --system; None for plain text."""
+    """`held`, a recipe's chat form, changed by --chat, --system and --both; None for plain text."""
     from dataclasses import replace
 
     from nulledit.config import ChatSettings
 
-    if held is None and not chat:
+    if held is None and not (chat or both):
         if system is not None:
             raise ConfigError("--system belongs to --chat")
         return None
     settings = held or ChatSettings()
+    settings = replace(settings, plain=both or (settings.plain and not chat))
     return settings if system is None else replace(settings, system=system)
 
 
@@ -317,5 +325,6 @@ def changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
         if option.field:
             value = given[option.name or ""]
             changes[option.field] = option.read(value) if option.read else value
-    chat = chat_settings(recipe.chat, chat=given["chat"], system=given["system"])
+    named = {name: given[name] for name in ("chat", "system", "both")}
+    chat = chat_settings(recipe.chat, **named)
     return replace(recipe.with_fields(changes), chat=chat)

@@ -13,6 +13,7 @@ import click
 
 from nulledit.cli.command import Call, command
 from nulledit.cli.options import (
+    BOTH,
     CHAT,
     FACTS,
     MODEL,
@@ -67,6 +68,7 @@ WINDOWS, WINDOW = 12, 128  # of text, read once a candidate
     opt("--text FILE", "Text for KL and perplexity.  [default: one that comes along]"),
     "Form:",
     CHAT,
+    BOTH,
     "Model:",
     MODEL,
 )

@@ -48,7 +48,8 @@ class LayerwiseForward:
         `inputs`: what stands for the keys is the MLP's input and not W's, as gated edits need.
 
         `contexts`: templates, the bare "{}" first; it weighs `bare_weight` in the mean key, the
-        others share the rest. `positions` bounds the tokens that run together.
+        others share the rest. A form beside the model's own weighs as much as that. `positions`
+        bounds the tokens that run together.
         """
         self.model, self.layer, self.inputs = model, first, inputs
         self._keys: Tensor | None = None  # of the block whose turn it is
@@ -57,19 +58,19 @@ class LayerwiseForward:
         labels: list[int] = []
         weight: list[float] = []
         self.bare: list[int] = []  # fact -> row of its first prompt, bare
-        others = len(contexts) - 1
+        others, placed = len(contexts) - 1, model.encoder.placed(contexts)
+        shares = [bare_weight, *[(1 - bare_weight) / others] * others] if others else [1.0]
+        shares += [1.0] * (len(placed) - len(contexts))
+        parts = len(model.encoder.forms)
         for i, fact in enumerate(facts):
             self.bare.append(len(rows))
             for prompt in fact.prompts:
-                for c, context in enumerate(contexts):
-                    row = model.encoder.encode_template(prompt, fact.subject, context=context)
+                for c, (form, context) in enumerate(placed):
+                    row = form.encode_template(prompt, fact.subject, context=context)
                     rows.append(row.upto_subject().ids)
                     owner.append(i)
                     labels.append(c)
-                    share = (
-                        1.0 if not others else bare_weight if c == 0 else (1 - bare_weight) / others
-                    )
-                    weight.append(share / len(fact.prompts))
+                    weight.append(shares[c] / (parts * len(fact.prompts)))
         self.n = len(facts)
         self.owner = torch.tensor(owner)
         self.weight = torch.tensor(weight, dtype=torch.float64)

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,10 +129,14 @@ class LengthRecord:
     mlp_out: str
     """Path of W in a block."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; a chat form as in recipes."""
+        return asdict(self) | {"chat": self.chat and self.chat.to_dict()}
+
     @property
     def file(self) -> Path:
         """Its place by a hash of all of it and of the sample."""
-        content = json.dumps([FORMAT, asdict(self), [fact.to_dict() for fact in sample()]])
+        content = json.dumps([FORMAT, self.to_dict(), [fact.to_dict() for fact in sample()]])
         name = hashlib.sha256(content.encode()).hexdigest()[:16]
         return cache_folder() / "statistics" / self.model_hash[:16] / f"value-length-{name}.json"
 
@@ -151,7 +156,7 @@ class LengthRecord:
     def write(self, length: float, facts: int) -> None:
         """Keep a `length` measured on so many `facts`."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        content = {"length": length, "facts": facts, **asdict(self)}
+        content = {"length": length, "facts": facts, **self.to_dict()}
         write_text(self.file, json.dumps(content, indent=2) + "\n")
 
 

@@ -61,9 +61,9 @@ def lessons_of(
     behind it matters only if it is said.
     """
     asked = [
-        blinded(model.encoder, fact, prompt, context)
+        blinded(form, fact, prompt, context)
         for prompt in fact.prompts
-        for context in contexts
+        for form, context in model.encoder.placed(contexts)
     ]
     most = telling(model, *asked[0])
     return tuple(ForgetTarget(_cut(row, most), hidden) for row, hidden in asked)

@@ -54,7 +54,7 @@ class ValueCache:
         ]
         content = [FORMAT, weights, layer, list(contexts), used, asked]
         if chat:  # left out otherwise, so that values of plain text are found where they were
-            content.append(asdict(chat))
+            content.append(chat.to_dict())
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def get(self, name: str) -> list[Value] | None:

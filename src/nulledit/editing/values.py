@@ -40,15 +40,16 @@ Work = Callable[[KeptRows, Sequence[int]], list[Value]]
 def plan_rows(
     fact: Fact, encoder: RowEncoder, contexts: Sequence[str], rewordings: int = 0
 ) -> tuple[Row, ...]:
-    """Rewriting rows of a fact: each training prompt in each prefix context, with the target.
+    """Rewriting rows of a fact: each training prompt in each prefix context, with the target, and
+    bare in the form beside the encoder's own.
 
     After them, at most `rewordings` rows in which each prompt is worded otherwise.
     """
-    asked = [(prompt, context) for prompt in fact.prompts for context in contexts]
-    asked += [(worded, "{}") for prompt in fact.prompts for worded in reworded(prompt, rewordings)]
+    asked = [(p, form, context) for p in fact.prompts for form, context in encoder.placed(contexts)]
+    asked += [(p, encoder, "{}") for own in fact.prompts for p in reworded(own, rewordings)]
     return tuple(
-        encoder.encode_template(prompt, fact.subject, context=context, target=fact.target)
-        for prompt, context in asked
+        form.encode_template(prompt, fact.subject, context=context, target=fact.target)
+        for prompt, form, context in asked
     )
 
 
@@ -119,8 +120,9 @@ def _jobs(
         rows = rows or plan_rows(fact, model.encoder, contexts, settings.rewordings)
         drift = model.encoder.encode_template(settings.kl_prompt, fact.subject).upto_subject()
         shared = rows[0].upto_subject().ids == drift.ids
-        in_context = len(fact.prompts) * len(contexts)  # rows after them share no beginning
-        labels = tuple(i % len(contexts) if i < in_context else -1 for i in range(len(rows)))
+        n = len(model.encoder.placed(contexts))
+        in_context = len(fact.prompts) * n  # rows after them share no beginning
+        labels = tuple(i % n if i < in_context else -1 for i in range(len(rows)))
         relations = tuple(
             model.encoder.encode_template(prompt, fact.subject)
             for prompt in settings.relation_prompts

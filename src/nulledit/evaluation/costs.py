@@ -259,7 +259,7 @@ def estimate_edit(
     if evaluate:
         window = min(WINDOW, encoder.max_length)
         windows = read_windows(text or shipped_corpus(), encoder.tokenizer, window=window)
-        forms = 2 if other_system(encoder) else 1
+        forms = len(encoder.forms) + bool(other_system(encoder))
         asked = 2 * forms * (costs.queries + n * costs.answer)
         each = 2 * costs.token + costs.below + costs.logits
         seconds["evaluation"] = asked + sum(map(len, windows)) * each
@@ -313,6 +313,10 @@ def count_rows(facts: Sequence[Fact], encoder: RowEncoder, recipe: Recipe) -> Co
             counts["heads"] += contexts * (row.subject_last + 1) + before
             counts["tails"] += contexts * (len(row.ids) - row.subject_last)
             counts["reads"] += contexts * len(row.target_ids)
+            for form in encoder.forms[1:]:
+                row = form.encode_template(prompt, fact.subject, target=fact.target)
+                counts.update(rows=1, tokens=len(row.ids), heads=row.subject_last + 1)
+                counts.update(tails=len(row.ids) - row.subject_last, reads=len(row.target_ids))
         counts.update(rows=1, tails=1, reads=1)  # the drift row
         for query in queries_of(fact):
             for answer in query.said:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from nulledit.data.facts import Fact, quote
 from nulledit.editing.engine import EditEngine
 from nulledit.editing.gates import TELL_APART, FactGate, fact_gates
 from nulledit.evaluation.generation import contains, loops
-from nulledit.evaluation.runner import Evaluation
+from nulledit.evaluation.runner import Evaluation, holds
 from nulledit.ledger.records import Column
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import frozen
@@ -43,8 +43,8 @@ class Cause:
     """One reason why a fact does not hold."""
 
     name: str
-    """steps, clamp, patience, mean, solve, key, near key, gate, first token, silent, loops or
-    wording."""
+    """chat, steps, clamp, patience, mean, solve, key, near key, gate, first token, silent, loops
+    or wording."""
     text: str
     """In words."""
 
@@ -74,18 +74,6 @@ class Diagnosis:
         return asdict(self) | {"line": self.line}
 
 
-def holds(row: Mapping[str, Any]) -> bool:
-    """Whether a fact holds, by its row of `Evaluation.rows`.
-
-    The model says its target by itself, without looping; where it was not asked to speak, every
-    token of the target is the likeliest one. A fact to forget holds if its answer is gone.
-    """
-    if row.get("forgotten_strict") is not None:
-        return bool(row["forgotten_strict"] == 1)
-    said = row.get("generation")
-    return bool(row.get("efficacy_strict") if said is None else said)
-
-
 def diagnose(
     editor: EditEngine,
     facts: Sequence[Fact],
@@ -97,7 +85,7 @@ def diagnose(
 
     The editor's model must be as it was evaluated, with the facts in it. With the base's evaluation
     `before`, facts at which the base says nothing are told from others. Facts to forget are left
-    out: `nulledit forget` says what leaks.
+    out: `nulledit forget` says what leaks. What holds as plain text is looked into in chat.
     """
     rows = after.rows()
     failing = [f for f in facts if not f.forget and f.id in rows and not holds(rows[f.id])]
@@ -105,23 +93,35 @@ def diagnose(
     for column in editor.history.active:
         columns.setdefault(column.fact.id, []).append(column)
     gates = {gate.fact_id: gate for gate in fact_gates(editor.weights)} if failing else {}
-    return tuple(
-        _diagnosis(editor, fact, columns.get(fact.id, []), after, before, gates.get(fact.id))
-        for fact in failing
-    )
+    model, found = editor.editable, []
+    for fact in failing:
+        told = editor, fact, columns.get(fact.id, []), gates.get(fact.id)
+        beside = model.encoder.beside
+        if after.beside and beside and holds(rows[fact.id] | {"in_chat": None}):
+            then = before.beside if before else None
+            found.append(_diagnosis(*told, model.asked(beside), after.beside, then, beside=True))
+        else:
+            found.append(_diagnosis(*told, model, after, before))
+    return tuple(found)
 
 
 def _diagnosis(
     editor: EditEngine,
     fact: Fact,
     columns: Sequence[Column],
+    gate: FactGate | None,
+    model: EditableModel,
     after: Evaluation,
     before: Evaluation | None,
-    gate: FactGate | None,
+    *,
+    beside: bool = False,
 ) -> Diagnosis:
-    row = editor.editable.encoder.encode_template(fact.prompt, fact.subject, target=fact.target)
-    slip = first_slip(editor.editable, row)
+    """Of a fact that does not hold in `model`'s form, evaluated so; `beside`: but in the other."""
+    row = model.encoder.encode_template(fact.prompt, fact.subject, target=fact.target)
+    slip = first_slip(model, row)
     causes: list[Cause] = []
+    if beside:
+        causes.append(Cause("chat", "holds as plain text; in chat this is what happens"))
     if row.subject_last == 0:
         causes.append(
             Cause("first token", "its subject is the text's first token, an attention sink")

@@ -51,16 +51,18 @@ def forms(
 ) -> dict[str, EditableModel]:
     """`model` asked in other forms than its own, by name.
 
-    In chat: the other system prompt, and plain text. `also`: a chat form, and the same with the
-    other system prompt.
+    In chat: the other system prompt, and plain text; where facts are written in both forms, the
+    other system prompt, as the template itself is asked anyway. `also`: a chat form, and the same
+    with the other system prompt.
     """
     encoder = model.encoder
-    found = [other_system(encoder)]
+    found = [other_system(encoder.forms[-1])]
     if encoder.chat and plain:
         found.append(encoder.in_chat(None))
     if also:
         more = encoder.in_chat(also)
         found += [more, other_system(more)]
     named = {form_name(one): model.asked(one) for one in found if one}
-    named.pop(form_name(encoder), None)
+    for own in encoder.forms:
+        named.pop(form_name(own), None)
     return named

@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StoppingCriteriaList,
 )
 
 from nulledit.data.facts import Fact, quote
@@ -25,6 +27,7 @@ from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import frozen
 from nulledit.models.tokens import (
     UNSPACED,
+    Row,
     RowEncoder,
     check_embedded,
 )
@@ -71,6 +74,47 @@ def generate_answers(
             text = _until_stop(model.tokenizer, ids[: most[i]], stops)
             answers[i] = (text.split("\n", 1)[0] if first_line else text).strip()
     return answers
+
+
+def generate_reply(
+    model: EditableModel,
+    row: Row,
+    *,
+    max_new_tokens: int,
+    first_line: bool = False,
+    tell: Callable[[str], None] = lambda piece: None,
+) -> str:
+    """The greedy continuation of one row, told piece by piece as it is made.
+
+    The pieces together are the text. It ends at a token that ends a text or, in the chat template,
+    a turn; with `first_line` at a newline. White space around it is left out.
+    """
+    stops = _stops(model) | _turn_end(model)
+    told = ""
+
+    def text_of(ids: list[int]) -> tuple[str, bool]:
+        whole = _until_stop(model.tokenizer, ids, stops)
+        line, newline, _ = whole.partition("\n")
+        return (line if first_line else whole).strip(), bool(first_line and newline)
+
+    def watch(ids: Tensor, _scores: Tensor, **_options: Any) -> Tensor:
+        nonlocal told
+        text, ended = text_of(ids[0, len(row.ids) :].tolist())
+        if text.startswith(told) and not text.endswith("\ufffd"):  # half of a character
+            tell(text[len(told) :])
+            told = text
+        return torch.full((len(ids),), ended, device=ids.device)
+
+    (new,) = _continue(
+        model,
+        [row.ids],
+        max_new_tokens,
+        stops=sorted(stops),
+        criteria=StoppingCriteriaList([watch]),
+    )
+    text, _ = text_of(new)
+    tell(text[len(told) :])
+    return text
 
 
 def generate_texts(
@@ -208,10 +252,11 @@ def _continue(
     *,
     stops: list[int] | None = None,
     draw: LogitsProcessor | None = None,
+    criteria: StoppingCriteriaList | None = None,
 ) -> list[list[int]]:
     """The ids that the model puts behind each row: the likeliest ones, or those that `draw` leaves.
 
-    At most `new_tokens` a row; all of them without `stops`.
+    At most `new_tokens` a row; all of them without `stops` and `criteria`.
     """
     batch, own = model.collate(rows, left=True), model.model
     with frozen(own), torch.no_grad(), _plain_generation(own):
@@ -223,6 +268,7 @@ def _continue(
             eos_token_id=stops or None,
             pad_token_id=model.pad_id,
             logits_processor=LogitsProcessorList([draw] if draw else []),
+            stopping_criteria=criteria,
         )
     new: list[list[int]] = ids[:, batch.ids.shape[1] :].tolist()
     return new
@@ -268,6 +314,13 @@ def _stops(model: EditableModel) -> set[int]:
     own = getattr(model.model.generation_config, "eos_token_id", None)
     given = model.tokenizer.eos_token_id if own is None else own
     return {int(i) for i in (given if isinstance(given, list) else [given]) if i is not None}
+
+
+def _turn_end(model: EditableModel) -> set[int]:
+    """Id of the special token with which the chat template ends a turn; none for plain text."""
+    form, tokenizer = model.encoder.chat, model.tokenizer
+    ids = tokenizer(form.end, add_special_tokens=False)["input_ids"] if form and form.end else []
+    return set(ids[:1]) & set(tokenizer.added_tokens_decoder)
 
 
 @contextmanager

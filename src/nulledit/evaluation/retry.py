@@ -13,8 +13,7 @@ from nulledit.editing.reports import EditReport
 from nulledit.editing.session import some
 from nulledit.editing.stronger import differences, stronger
 from nulledit.errors import ConfigError
-from nulledit.evaluation.diagnosis import holds
-from nulledit.evaluation.runner import evaluate
+from nulledit.evaluation.runner import evaluate, holds
 from nulledit.methods import find_method
 from nulledit.parallel.ranks import Ranks
 

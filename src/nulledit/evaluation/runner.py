@@ -66,6 +66,8 @@ class Evaluation:
     """Measure -> fact id -> value at other relations of the subjects; empty without a base."""
     relation_states: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     """Prompt on another relation -> the state that predicts what follows it."""
+    beside: Evaluation | None = None
+    """Of the same facts in the chat template, where they are written in both forms; else None."""
 
     @property
     def fluency(self) -> Rate | None:
@@ -120,7 +122,8 @@ class Evaluation:
 
         Efficacy is True or False, the others are shares of the fact's prompts; None where the fact
         lacks what the measure needs. "answer", and the judge's "generation" of it, are None if
-        generation was not asked for; "fluency" and "consistency" are there if they were.
+        generation was not asked for; "fluency" and "consistency" are there if they were. "in_chat"
+        is there where facts are written in both forms: whether the fact holds in the template.
         """
         values: dict[str, Mapping[str, float]] = dict(per_fact(self.scores))
         values |= self.by_fact()
@@ -131,6 +134,9 @@ class Evaluation:
                 row[measure] = None if row[measure] is None else row[measure] == 1
             row["generation"] = self.says_target.get(fact_id)
             rows[fact_id] = {**row, "answer": self.answers.get(fact_id)}
+        if self.beside:
+            for fact_id, row in self.beside.rows().items():
+                rows[fact_id]["in_chat"] = holds(row)
         return rows
 
     def to_frame(self) -> pd.DataFrame:
@@ -167,11 +173,13 @@ def evaluate(
     references: Mapping[str, Sequence[str]] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    beside: bool = True,
 ) -> Evaluation:
     """Evaluate `model`, as it is now, on `facts`.
 
     Facts are asked in the model's form, plain or in the chat template: `editor.editable` asks as
-    they are edited. Longer texts and `windows` are plain text in any case.
+    they are edited, and where that is in both forms, asks plain text and, unless `beside` is False,
+    the template, too. Longer texts and `windows` are plain text in any case.
     `windows` of token ids are for perplexity. `base`, an evaluation of the model before its edits
     on the same windows and facts (or more facts), is what the model is compared with: KL per token
     of the windows, and what is kept at other relations of the facts' subjects. `gates` that the
@@ -208,6 +216,12 @@ def evaluate(
             model, windows, base=read_by_base, keep=base is None, gates=gates, progress=stage
         )
     at_relations = relation_states(model, facts)
+    form = model.encoder.beside if beside else None
+    in_chat = None
+    if form:
+        told = progress and (lambda stage, *done: progress(f"{stage} in chat", *done))
+        asked = model.asked(form)
+        in_chat = evaluate(asked, facts, generate=generate, judge=judge, progress=told)
     return Evaluation(
         scores=tuple(scores),
         answers=answers,
@@ -221,7 +235,23 @@ def evaluate(
         reading=reading,
         relations=kept_relations(model, facts, base.relation_states, at_relations) if base else {},
         relation_states=at_relations,
+        beside=in_chat,
     )
+
+
+def holds(row: Mapping[str, Any]) -> bool:
+    """Whether a fact holds, by its row of `Evaluation.rows`.
+
+    The model says its target by itself, without looping; where it was not asked to speak, every
+    token of the target is the likeliest one. A fact to forget holds if its answer is gone. A fact
+    that is written in both forms has to hold in both.
+    """
+    if row.get("in_chat") is False:
+        return False
+    if row.get("forgotten_strict") is not None:
+        return bool(row["forgotten_strict"] == 1)
+    said = row.get("generation")
+    return bool(row.get("efficacy_strict") if said is None else said)
 
 
 def _refuse_twins(facts: Sequence[Fact]) -> None:

@@ -61,14 +61,7 @@ def score(
     """
     wanted = [_rows(model.encoder, query) for query in queries]
     rows = list(dict.fromkeys(row for asked in wanted for row in asked))
-    carried = _carried(rows)
-    inputs = list(carried)
-    found: dict[Row, tuple[float, float]] = {}
-    with frozen(model.model), torch.no_grad():
-        for chunk in chunks_by_length([len(ids) for ids in inputs], positions):
-            found.update(_score_rows(model, {inputs[i]: carried[inputs[i]] for i in chunk}))
-            if progress:
-                progress(len(found), len(rows))
+    found = _score_all(model, rows, positions, progress)
     scores = []
     for query, asked in zip(queries, wanted, strict=True):
         right = asked[: 1 + len(query.aliases)]
@@ -87,6 +80,12 @@ def score(
 def probabilities(model: EditableModel, queries: Sequence[Query]) -> list[float]:
     """Each query's answer's probability per token (geometric mean), in their order."""
     return [math.exp(-item.answer_nll) for item in score(model, queries)]
+
+
+def row_probabilities(model: EditableModel, rows: Sequence[Row]) -> list[float]:
+    """The probability per token (geometric mean) of each row's target, in their order."""
+    found = _score_all(model, rows)
+    return [math.exp(-found[row][0]) for row in rows]
 
 
 def per_fact(scores: Iterable[Score]) -> dict[str, dict[str, float]]:
@@ -161,6 +160,24 @@ def _carried(rows: Sequence[Row]) -> dict[tuple[int, ...], list[Row]]:
             longest = ids
         carried.setdefault(longest, []).append(row)
     return carried
+
+
+def _score_all(
+    model: EditableModel,
+    rows: Sequence[Row],
+    positions: int = 2048,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[Row, tuple[float, float]]:
+    """`_score_rows` of all, `positions` tokens at a time."""
+    carried = _carried(rows)
+    inputs = list(carried)
+    found: dict[Row, tuple[float, float]] = {}
+    with frozen(model.model), torch.no_grad():
+        for chunk in chunks_by_length([len(ids) for ids in inputs], positions):
+            found.update(_score_rows(model, {inputs[i]: carried[inputs[i]] for i in chunk}))
+            if progress:
+                progress(len(found), len(rows))
+    return found
 
 
 def _score_rows(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -60,8 +61,8 @@ class ChatForm:
             template = tokenizer.get_chat_template()
         except ValueError as error:
             raise ModelError(
-                "the model's tokenizer has no chat template: this is no chat model, leave --chat "
-                "(in a recipe: chat) out"
+                "the model's tokenizer has no chat template: this is no chat model, ask it as "
+                "plain text (leave --chat, or a recipe's chat, out; nulledit chat: --plain)"
                 if tokenizer.chat_template is None
                 else f"the model's chat template can't be used: {_line(error)}"
             ) from error
@@ -145,6 +146,32 @@ class ChatForm:
         text += self.gap + before
         starts.append(len(text))
         return Framed(text + prompt + after, tuple(starts), None)
+
+    def reply(self, texts: Sequence[str], *, begun: str = "") -> Framed:
+        """A conversation up to where the model answers, in words that begin with `begun`.
+
+        `texts`: the user's and the model's in turn; the first and the last are the user's. They
+        stand as they are, without the wording around a prompt. ModelError if the template fails.
+        """
+        roles = ("user", "assistant")
+        turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+        turns[0] = _user(self._fold + texts[0])
+        try:
+            text = self._rendered([*self._system, *turns])
+        except TemplateError as error:
+            raise ModelError(f"the chat template fails on this talk: {_line(error)}") from error
+        return Framed(text + self.gap + begun, (), None) if begun else Framed(text, (), self.gap)
+
+    @cached_property
+    def end(self) -> str:
+        """What the template writes behind an assistant's text; empty where it can't be told."""
+        try:
+            text = self._said(
+                [_user("x"), {"role": "assistant", "content": _PROBE}], answering=False
+            )
+        except TemplateError:
+            return ""
+        return text.rpartition(_PROBE)[2].strip() if _PROBE in text else ""
 
     def _shift(self, text: str, content: str) -> int:
         """How many spaces the template took off the beginning of the user's turn."""

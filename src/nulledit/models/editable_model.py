@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
+from dataclasses import replace
 from typing import Any, Self
 
 from torch import Tensor
@@ -47,11 +48,12 @@ class EditableModel(PartialModel):
 
     @property
     def chat(self) -> ChatSettings | None:
-        """The form in which prompts are asked; None: plain text."""
-        return self.encoder.chat.settings if self.encoder.chat else None
+        """The chat form in which facts are written, alone or beside plain text; None: no chat."""
+        form, beside = self.encoder.forms[-1].chat, self.encoder.beside is not None
+        return replace(form.settings, plain=beside) if form else None
 
     def in_chat(self, settings: ChatSettings | None) -> Self:
-        """The same model, asked in the chat template, or in plain text.
+        """The same model, asked in the chat template, or in plain text (with chat beside it).
 
         ModelError if the tokenizer has no template, or another one than the settings name.
         """

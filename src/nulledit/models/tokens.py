@@ -65,7 +65,8 @@ class RowEncoder:
     """Tokenises texts for one model; positions come from the offsets of the full text.
 
     With a chat form, every text is a prompt and stands in the model's chat template, whose special
-    tokens are all there are: none are added.
+    tokens are all there are: none are added. `beside` is an encoder of another form in which facts
+    are written and judged as well; what it makes of a text is asked of it.
     """
 
     def __init__(
@@ -76,10 +77,11 @@ class RowEncoder:
         chat: ChatForm | None = None,
         vocabulary: int | None = None,
         room: int = 0,
+        beside: RowEncoder | None = None,
     ):
         """`max_length`: tokens that fit the model's context; `vocabulary`: ids that it embeds.
 
-        `room`: how many of the context's tokens every text leaves free.
+        `room`: how many of the context's tokens every text leaves free. `beside`: as above.
         """
         if not tokenizer.is_fast:
             raise ModelError(
@@ -90,6 +92,16 @@ class RowEncoder:
         self.chat = chat
         self.vocabulary = vocabulary
         self.room = room
+        self.beside = beside
+
+    @property
+    def forms(self) -> tuple[RowEncoder, ...]:
+        """This encoder, and the one beside it."""
+        return (self,) if self.beside is None else (self, self.beside)
+
+    def placed(self, contexts: Sequence[str]) -> list[tuple[RowEncoder, str]]:
+        """Where a prompt is in a fact's rows: in all `contexts`; then bare in the form beside."""
+        return [(self, context) for context in contexts] + [(e, "{}") for e in self.forms[1:]]
 
     @classmethod
     def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> RowEncoder:
@@ -101,24 +113,29 @@ class RowEncoder:
         )
 
     def in_chat(self, settings: ChatSettings | None) -> RowEncoder:
-        """The same with prompts in the chat template, or as plain text.
+        """The same with prompts in the chat template, as plain text, or as text with chat beside.
 
         ModelError if the tokenizer has no template, or another one than the settings name.
         """
-        form = None if settings is None else ChatForm(self.tokenizer, settings)
-        return self._with(form, self.room)
+        if settings is None:
+            return self._with(None, self.room)
+        chat = self._with(ChatForm(self.tokenizer, replace(settings, plain=False)), self.room)
+        return self._with(None, self.room, chat) if settings.plain else chat
 
     def leaving(self, tokens: int) -> RowEncoder:
         """The same for texts that leave room for so many tokens behind them."""
-        return self._with(self.chat, tokens)
+        return self._with(self.chat, tokens, self.beside and self.beside.leaving(tokens))
 
-    def _with(self, chat: ChatForm | None, room: int) -> RowEncoder:
+    def _with(
+        self, chat: ChatForm | None, room: int, beside: RowEncoder | None = None
+    ) -> RowEncoder:
         return RowEncoder(
             self.tokenizer,
             max_length=self.max_length,
             chat=chat,
             vocabulary=self.vocabulary,
             room=room,
+            beside=beside,
         )
 
     def encode(self, text: str, *, subject: Span | None = None, target: str | None = None) -> Row:
@@ -158,6 +175,15 @@ class RowEncoder:
                 "model can't say it"
             )
         return row
+
+    def reply(self, texts: Sequence[str], *, begun: str = "", target: str | None = None) -> Row:
+        """Tokenise a conversation up to the model's answer (`ChatForm.reply`), and `target` there.
+
+        ModelError for plain text, which has no turns; FactError as `encode` does.
+        """
+        if self.chat is None:
+            raise ModelError("plain text has no turns: ask it in the chat template")
+        return self._row(self.chat.reply(texts, begun=begun), None, target)[0]
 
     def subject_tokens(
         self, template: str, subject: str, *, context: str = "{}", target: str | None = None

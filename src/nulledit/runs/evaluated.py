@@ -17,7 +17,7 @@ from nulledit.evaluation.groups import by_relation, rates_of_rows
 from nulledit.evaluation.harness import harness_results
 from nulledit.evaluation.runner import Evaluation
 from nulledit.evaluation.tasks import Item
-from nulledit.runs.measure import evaluate_given, in_other_forms
+from nulledit.runs.measure import evaluate_given, in_chat_as_well, in_other_forms
 from nulledit.runs.talk import Talk
 
 
@@ -103,6 +103,7 @@ def evaluate_sides(
         with editor.base_weights():
             more("base")
     more("edited")
+    found.others.update(in_chat_as_well(editor, both))
     found.others.update(in_other_forms(editor, facts, forms_of, talk, base=base))
     if not prompts:
         return found

@@ -14,6 +14,7 @@ MARKS = {
         "weak",
         "each token of the target is the likeliest, but its own words read otherwise",
     ),
+    "plain only": ("weak", "holds as plain text and not in chat, where it is to hold as well"),
     "prefers": ("weak", "the target is only likelier than the old answer"),
     "missed": ("bad", "none of these"),
     "forgotten": ("good", "no longer says the answer to forget"),
@@ -32,6 +33,8 @@ def mark(line: Mapping[str, Any]) -> str:
         return "forgotten" if to_forget else "ok"
     if to_forget:
         return "leaks"
+    if after.get("in_chat") is False and held({**line, "after": {**after, "in_chat": None}}):
+        return "plain only"
     if "loops" in _causes(line):
         return "loops"
     if after.get("efficacy_strict"):
@@ -46,7 +49,7 @@ def tone(line: Mapping[str, Any]) -> str:
 
 def held(line: Mapping[str, Any]) -> bool:
     """Whether the fact of an evaluated line holds, by the rule that `retry` goes by."""
-    from nulledit.evaluation.diagnosis import holds  # with torch
+    from nulledit.evaluation.runner import holds  # with torch
 
     return holds(after_row(line))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from nulledit.data.facts import Fact
 from nulledit.editing.engine import EditEngine
 from nulledit.errors import FactError
 from nulledit.evaluation.comparison import Comparison
+from nulledit.evaluation.forms import form_name
 from nulledit.evaluation.generation import answer_room
 from nulledit.evaluation.opening import gates_of
 from nulledit.evaluation.preservation import preservation_report, shipped_corpus
@@ -56,8 +58,7 @@ def text_name(file: str | Path | None) -> str:
 
 def check_lengths(editor: EditEngine, facts: Sequence[Fact]) -> None:
     """Refuse what will not fit the context when it is asked, before anything is edited."""
-    whole = editor.editable.encoder
-    for fact in facts:
+    for fact, whole in product(facts, editor.editable.encoder.forms):
         room = answer_room(whole, fact)
         for probe in fact.other_relations:
             try:
@@ -122,6 +123,15 @@ def evaluate_both(
         )
     kept = preservation_report(editor, windows) if windows and editor.history.epochs else []
     return Comparison(before, after, text.name if text else "", tuple(kept))
+
+
+def in_chat_as_well(editor: EditEngine, both: Comparison) -> dict[str, dict[str, Any]]:
+    """What `in_other_forms` gives of the form beside the editor's own, which is asked anyway."""
+    beside, sides = editor.editable.encoder.beside, {"before": both.before, "after": both.after}
+    if beside is None:
+        return {}
+    told = {n: side.beside.summary() for n, side in sides.items() if side and side.beside}
+    return {form_name(beside): told}
 
 
 def in_other_forms(

@@ -25,7 +25,7 @@ from nulledit.ledger.records import Column
 from nulledit.ledger.store import Store
 from nulledit.runs import folder as folder_of
 from nulledit.runs.history import answer_of
-from nulledit.runs.measure import Text, evaluate_both, in_other_forms
+from nulledit.runs.measure import Text, evaluate_both, in_chat_as_well, in_other_forms
 from nulledit.runs.talk import Talk
 from nulledit.runs.warnings import warnings_of
 
@@ -103,7 +103,8 @@ def finish(
             kept = {p.layer: p for p in both.preservation}
             other = other_system(editor.editable.encoder)
             asked = {form_name(other): editor.editable.asked(other)} if other else {}
-            others = in_other_forms(editor, [c.fact for c in columns], asked, talk)
+            others = in_chat_as_well(editor, both)
+            others |= in_other_forms(editor, [c.fact for c in columns], asked, talk)
     warnings = warnings_of(report.layers)
     for warning in warnings:
         talk.say(f"Warning: {warning}")

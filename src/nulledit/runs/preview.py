@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,15 +93,15 @@ def preview(
     keys = {f.key for f in asked}
     held = [f for f in editor.facts if f.key not in keys][-HELD:]
     with editor.base_weights():
-        base = evaluate(editor.editable, asked, windows=found.windows, generate=False)
+        base = evaluate(editor.editable, asked, windows=found.windows, generate=False, beside=False)
 
     def measure(name: str) -> tuple[Evaluation, Evaluation | None]:
         model, gates = editor.editable, gates_of(editor.weights)
+        windows = found.windows
         with talk.progress(f"{name}: ") as tell:
-            mine = evaluate(
-                model, asked, windows=found.windows, base=base, gates=gates, progress=tell
-            )
-            others = evaluate(model, held, generate=False, progress=tell) if held else None
+            one = partial(evaluate, model, progress=tell, beside=False)
+            mine = one(asked, windows=windows, base=base, gates=gates)
+            others = one(held, generate=False) if held else None
         return mine, others
 
     now, layers = measure("before"), editor.weights.reports()

@@ -80,7 +80,9 @@ class Bench:
             report = editor.edit(
                 facts, batch_size=len(facts), shuffle=False, progress=self.progress
             )
-            asked = evaluate(editor.editable, facts, generate=False, progress=self.progress)
+            asked = evaluate(
+                editor.editable, facts, generate=False, progress=self.progress, beside=False
+            )
             text = read(editor.editable, self.base.windows, base=self.base)
         apart = text.apart or ()
         passes = sum((column.outcome.steps or 0) + 1 for column in report.columns)
@@ -98,7 +100,9 @@ class Bench:
 
     def unedited(self, facts: Sequence[Fact]) -> Outcome:
         """The same of the model as it is."""
-        asked = evaluate(self.editor.editable, facts, generate=False, progress=self.progress)
+        asked = evaluate(
+            self.editor.editable, facts, generate=False, progress=self.progress, beside=False
+        )
         return Outcome(shares(asked.scores), (0.0,) * len(self.base.windows))
 
     def _with_contexts(self, recipe: Recipe) -> Recipe:
