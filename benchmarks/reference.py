@@ -181,7 +181,7 @@ def read(
     found = []
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
-        given = virtual_keys(module, *args) if len(args) == 3 else args[0]
+        given = virtual_keys(module, *args) if hasattr(module, "down_proj") else args[0]
         found.append((given if inputs else hidden(output)).reshape(*ids.shape, -1))
         if stop:
             raise Enough

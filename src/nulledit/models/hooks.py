@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nulledit.models.experts import is_experts, keys_of
+from nulledit.models.experts import is_experts, joined, keys_of
 from nulledit.models.placement import brought_in, is_moved_to
 
 
@@ -100,10 +100,10 @@ def collect(found: list[Tensor]) -> Any:
 
 
 def collect_copy(found: list[Tensor]) -> Any:
-    """The same of a module whose output is a tensor, which is copied."""
+    """The same of a module whose output is a tensor, which is copied; of experts, their sum."""
 
-    def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-        found.append(output.clone())  # some models add to it in place
+    def hook(module: nn.Module, _args: Any, output: Tensor) -> None:
+        found.append(joined(module, output).clone())  # some models add to it in place
 
     return hook
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -38,7 +39,9 @@ class Entry:
     scale: float = 1.0
     """The block's output changes by this times a change of W's."""
     norm: nn.Module | None = None
-    """The norm between W and the stream."""
+    """The norm between W and the block's output; it may be given more than what W writes."""
+    share: float = 1.0
+    """What the norm gives is multiplied by this on its way into the block's output."""
     as_tuple: bool = False
     """Whether the block returns a tuple (older families) or a tensor."""
     linear: bool = True
@@ -51,7 +54,7 @@ class _Seen:
 
     rows: list[int]
     written: Tensor | None = None  # W's output, as moved
-    norm: nn.Module | None = None  # the first module that was given it
+    given: list[tuple[nn.Module, Tensor]] = field(default_factory=list)  # moved likewise, to whom
     out: Tensor | None = None
     as_tuple: bool = False
     linear: bool = True
@@ -80,15 +83,22 @@ def entries(
                 handles.append(module.register_forward_hook(hook, with_kwargs=True))
             except AttributeError:
                 continue  # a block of another kind
-        try:
-            body(input_ids=_ids(model, [[0]] * rows), use_cache=False)
-        except TypeError as error:
-            raise ModelError(
-                f"model type {model.config.model_type!r}: {type(body).__name__}, which runs the "
-                "blocks, takes no input ids; expected a decoder-only language model, whose blocks "
-                "lie beside its embedding"
-            ) from error
+        body(input_ids=_ids(model, [[_token(model)]] * rows), use_cache=False)
     return [_entry(s) for s in seen]
+
+
+def body_of(model: PreTrainedModel, blocks: str) -> nn.Module:
+    """The module that runs the blocks at `blocks` from ids; ModelError if none does."""
+    path = blocks
+    while path:
+        path = path.rpartition(".")[0]
+        body = model.get_submodule(path)
+        if body is not model and "input_ids" in signature(body.forward).parameters:
+            return body
+    raise ModelError(
+        f"model type {model.config.model_type!r}: no module around {blocks} takes ids of tokens and "
+        "gives states to the language model's head; expected a decoder-only language model"
+    )
 
 
 def _leaving(seen: _Seen, rows: int) -> Any:
@@ -122,18 +132,27 @@ def _pushing(seen: _Seen) -> Any:
 
 
 def _receiving(seen: _Seen) -> Any:
+    """Notes a module that is given what W wrote, or the sum of that and of something else."""
+
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if seen.written is None or seen.norm is not None or not args:
+        if seen.written is None or not args:
             return
         given = args[0]
-        if isinstance(given, Tensor) and given.shape[-1] == seen.written.shape[-1]:
+        if isinstance(given, Tensor) and given.shape[-1:] == seen.written.shape[-1:]:
             rows = given.reshape(-1, given.shape[-1])
-            if len(rows) > seen.rows[-1] and torch.equal(
-                rows[seen.rows], seen.written.to(rows.device)
-            ):
-                seen.norm = module
+            if len(rows) > seen.rows[-1]:
+                held = rows[seen.rows].clone()
+                moved, wanted = (t[1:].double() - t[:1].double() for t in (held, seen.written))
+                allowed = MISSED + 4 * torch.finfo(given.dtype).eps
+                if float((moved - wanted.to(moved)).norm()) <= allowed * float(wanted.norm()):
+                    seen.given.append((module, held))
 
     return hook
+
+
+def _token(model: PreTrainedModel) -> int:
+    """A token that is no padding, which some families embed as nought."""
+    return 2 if model.config.get_text_config().pad_token_id == 1 else 1
 
 
 def _entry(seen: _Seen) -> Entry:
@@ -155,11 +174,18 @@ def _entry(seen: _Seen) -> Entry:
     scale = float((change * moved).sum() / moved.square().sum())
     if explains(scale * moved):
         return replace(found, output="scaled", scale=scale)
-    normed = seen.norm(seen.written) if seen.norm is not None else None
-    if isinstance(normed, Tensor) and normed.shape == out.shape:
-        normed = normed.to(out.device).double()
-        if explains(normed[1:] - normed[:1]):
-            return replace(found, output="normed", norm=seen.norm)
+    for module, given in seen.given:
+        try:
+            normed = module(given)
+        except (TypeError, IndexError, RuntimeError, ValueError):
+            continue  # it takes more than states, or states of whole rows
+        if isinstance(normed, Tensor) and normed.shape == out.shape:
+            normed = normed.to(out.device).double()
+            moved = normed[1:] - normed[:1]
+            share = float((change * moved).sum() / moved.square().sum())
+            share = 1.0 if explains(moved) else share
+            if explains(share * moved):
+                return replace(found, output="normed", norm=module, share=share)
     return found
 
 
@@ -210,7 +236,7 @@ def probe(model: PreTrainedModel) -> Layout:
         blocks, runs = _blocks(kind, model, calls)
         _check_causal(kind, _tensor(runs[-1].output)[:, 0])
         mlp_out = _usual_writer(kind, runs, calls)
-    body = model.get_submodule(blocks.rpartition(".")[0])
+    body = body_of(model, blocks)
     found = entries(model, body, [run.module for run in runs], mlp_out)
     outputs = [entry.output for entry in found if entry.output]
     if not outputs:

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from nulledit.config import Layout
 from nulledit.errors import ModelError
 from nulledit.models.dense import is_quantised
-from nulledit.models.experts import is_experts, side_by_side, stacked
+from nulledit.models.experts import is_experts, side_by_side, stacked, width_written
 from nulledit.models.layout_tracing import probe
 
 logger = logging.getLogger(__name__)
@@ -140,9 +140,7 @@ def listed(layers: Sequence[int]) -> str:
 def _width(module: nn.Module) -> int | None:
     """Of what a matrix writes."""
     if is_experts(module):
-        weight = module.down_proj
-        assert isinstance(weight, Tensor)
-        return weight.shape[2 if module.is_transposed else 1]
+        return width_written(module)
     found = getattr(module, "nf" if isinstance(module, Conv1D) else "out_features", None)
     return found if isinstance(found, int) else None
 

@@ -130,8 +130,14 @@ def trace(
     """Trace one fact at each token of its subject and at the prompt's last token.
 
     `spread`: standard deviation of the subjects' embeddings (`spread_of`). No weight is changed.
-    Raises ModelError if the model's logits are not finite, ConfigError if they are so with noise.
+    Raises ModelError if the model's logits are not finite, or its blocks take more than states from
+    those below; ConfigError if logits are not finite with noise.
     """
+    if model.from_below:
+        raise ModelError(
+            f"model type {model.model.config.model_type!r}: its blocks take more than states from "
+            "those below, so states can't be put back alone; can't trace it: name layers by --layers"
+        )
     with frozen(model.model):
         return _Runs(model, question, settings, spread).trace()
 
