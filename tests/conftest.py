@@ -21,7 +21,7 @@ from nulledit import Fact, Probe
 
 pytest_plugins = ["support.cli", "support.facts"]
 """Where fixtures stand that only some files use; their asserts say what they compared."""
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path[:0] = [str(Path(__file__).parents[1] / room) for room in ("benchmarks", "tools")]
 settings.register_profile("untimed", deadline=None)  # a busy machine is no fault
 settings.load_profile("untimed")
 

@@ -95,6 +95,8 @@ def tried(name: str) -> Row:
     if len(layers) < editable.depth:
         row.layers = ", ".join(map(str, layers))
     edited = layers[:-1][-2:] or layers
+    if editable.from_below:  # where keys and values are another block's, no later token sees more
+        edited = layers[:2]
     row.experts = is_experts(editable.mlp_out(edited[-1]))
     for check in (_keys, _values, _arrival, _edits, _saved):
         _run(row, check.__name__.strip("_"), check, name, edited)

@@ -154,7 +154,9 @@ def main() -> None:
     for row in rows(given.names or names(), given.jobs):
         found[row.name] = row
         why = row.refused or "; ".join(row.wrong) or row.gated
-        print(f"{outcome(row):8} {row.name:28} {row.path} {row.output} {why}", flush=True)
+        told = f"{outcome(row):8} {row.name:28} {row.path} {row.output} {why}"
+        sys.stdout.write(f"{told}\n")
+        sys.stdout.flush()
         if given.keep:
             given.keep.write_text(json.dumps([asdict(r) for r in found.values()], indent=1))
     if set(names()) <= set(found):

@@ -21,12 +21,24 @@ VOCABULARY, CONTEXT, WINDOW = 408, 256, 8
 SIZES: tuple[tuple[str, int], ...] = (  # the first pattern that a whole field's name fits
     (r".*token_(id|index)|mask_index|unk_index|lang_id", 0),
     (r"(decoder_)?vocab_size(_per_layer_input)?|unpadded_vocab_size", VOCABULARY),
-    (r"(max_position_embeddings|n_positions|max_seq_len|n_ctx|context_length|model_max_length)", CONTEXT),
+    (
+        r"(max_position_embeddings|n_positions|max_seq_len|n_ctx|context_length|model_max_length)",
+        CONTEXT,
+    ),
     (r"max_(source|target)_positions|original_max_position_embeddings", CONTEXT),
-    (r"(hidden_size|d_model|n_embd|emb_dim|embedding_dim|embedding_size|word_embed_proj_dim)", HIDDEN),
-    (r"(input|output)_embedding_size|hidden_dim|backbone_hidden_size|attention_hidden_size", HIDDEN),
+    (
+        r"(hidden_size|d_model|n_embd|emb_dim|embedding_dim|embedding_size|word_embed_proj_dim)",
+        HIDDEN,
+    ),
+    (
+        r"(input|output)_embedding_size|hidden_dim|backbone_hidden_size|attention_hidden_size",
+        HIDDEN,
+    ),
     (r"lru_width|hidden_size_per_layer_input|ple_embed_dim|router_hidden_size", HIDDEN),
-    (r"num_hidden_layers|(num|n|decoder|encoder)_layers?|num_(de|en)coder_layers|num_blocks", LAYERS),
+    (
+        r"num_hidden_layers|(num|n|decoder|encoder)_layers?|num_(de|en)coder_layers|num_blocks",
+        LAYERS,
+    ),
     (r"(num_|n_|decoder_|encoder_|swa_num_|num_decoder_|num_encoder_)?(attention_)?heads?", HEADS),
     (r"(swa_)?num_(key_value|kv)_heads|num_query_groups|index_n_heads", 1),
     (r"linear_num_(key_)?heads", 2),
@@ -67,11 +79,19 @@ MORE: dict[str, dict[str, Any]] = {
     },
     "diffllama": {"num_key_value_heads": 2},
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
-    "dots1": {"num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_routed_experts": 4, "n_shared_experts": 1},
+    "dots1": {
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+    },
     "gemma3n": {"text_config": SHARED},
     "gemma3n_text": SHARED,
     "gemma4_unified_text": SHARED,
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "lfm2": {"full_attn_idxs": [1, 3]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "openai-gpt": {"n_positions": CONTEXT},
     "mamba2": {"num_heads": 4},
     "nemotron": {"num_key_value_heads": 1},
     "qwen4_exp_text": {
@@ -169,7 +189,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4_unified_text, shared keys": (
         "gemma4_unified_text",
         {
-            "num_kv_shared_layers": 2,
+            "num_kv_shared_layers": 1,
             "layer_types": ["sliding_attention", "full_attention"] * 2,
         },
     ),

@@ -47,6 +47,14 @@ ARCHITECTURES = (*PLAIN, *SCALED, *NORMED)
 """Those that the matrix of checks runs on: tests with an `architecture`."""
 
 
+WIDE = (
+    *("deepseek_v2", "deepseek_v3", "falcon_h1", "gemma", "glm4", "glm4_moe", "glm4_moe_lite"),
+    *("gpt_oss", "lfm2", "llama4_text", "minimax", "minimax_m2", "ministral", "ministral3"),
+    *("olmo3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "smollm3"),
+)
+"""Those that `tools/architecture_trial.py` tries, in tests/test_architectures.py."""
+
+
 ONE_GROUP = {"num_key_value_heads": 1}
 
 

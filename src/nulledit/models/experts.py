@@ -128,9 +128,7 @@ def _routed(
         yield from _sorted(module, args[0] if args else kwargs[GIVEN[0]])
         return
     named = [*args, *kwargs.values()]  # some families have other names for them
-    states, index, weights = (
-        (kwargs[n] if n in kwargs else named[i]) for i, n in enumerate(GIVEN)
-    )
+    states, index, weights = ((kwargs[n] if n in kwargs else named[i]) for i, n in enumerate(GIVEN))
     count, _ = count_and_width(module)
     name = "gate_up_proj" if module.has_gate else "up_proj"
     inner: Any = getattr(module, name)

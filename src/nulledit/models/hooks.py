@@ -13,6 +13,11 @@ from nulledit.models.experts import is_experts, joined, keys_of
 from nulledit.models.placement import brought_in, is_moved_to
 
 
+def states_of(output: Any) -> Any:
+    """The states in what a block gives: by itself, or first of several."""
+    return output[0] if isinstance(output, tuple | list) else output
+
+
 @contextmanager
 def hooked(module: nn.Module, hook: Any, *, before: bool = False) -> Iterator[None]:
     """`hook` is called behind `module`, or `before` it with its keyword arguments, inside."""
@@ -94,7 +99,7 @@ def collect(found: list[Tensor]) -> Any:
     """A hook after a block that adds the states that it gave to `found`."""
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-        found.append(output[0] if isinstance(output, tuple) else output)
+        found.append(states_of(output))
 
     return hook
 

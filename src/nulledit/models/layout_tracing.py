@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from nulledit.config import Layout
 from nulledit.errors import ModelError
 from nulledit.models.experts import count_and_width, gives_w_times_key, is_experts
+from nulledit.models.hooks import states_of
 from nulledit.models.placement import brought_in, input_device
 
 SIZES = (1024.0, -512.0)
@@ -83,28 +84,34 @@ def entries(
                 handles.append(module.register_forward_hook(hook, with_kwargs=True))
             except AttributeError:
                 continue  # a block of another kind
-        body(input_ids=_ids(model, [[_token(model)]] * rows), use_cache=False)
+        try:
+            body(input_ids=_ids(model, [[_token(model)]] * rows), use_cache=False)
+        except TypeError as error:
+            raise ModelError(
+                f"model type {model.config.model_type!r}: {type(body).__name__}, which runs the "
+                "blocks, takes no input ids; expected a decoder-only language model, whose blocks "
+                "lie beside its embedding"
+            ) from error
     return [_entry(s) for s in seen]
 
 
 def body_of(model: PreTrainedModel, blocks: str) -> nn.Module:
-    """The module that runs the blocks at `blocks` from ids; ModelError if none does."""
-    path = blocks
+    """The innermost module around the blocks at `blocks` that takes ids, else the one right there.
+
+    Some families have one that runs the blocks inside the one that embeds the ids.
+    """
+    path = beside = blocks.rpartition(".")[0]
     while path:
+        if "input_ids" in signature(model.get_submodule(path).forward).parameters:
+            return model.get_submodule(path)
         path = path.rpartition(".")[0]
-        body = model.get_submodule(path)
-        if body is not model and "input_ids" in signature(body.forward).parameters:
-            return body
-    raise ModelError(
-        f"model type {model.config.model_type!r}: no module around {blocks} takes ids of tokens and "
-        "gives states to the language model's head; expected a decoder-only language model"
-    )
+    return model.get_submodule(beside)
 
 
 def _leaving(seen: _Seen, rows: int) -> Any:
     def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-        seen.as_tuple = isinstance(output, tuple)
-        out = output[0] if isinstance(output, tuple) else output
+        seen.as_tuple = isinstance(output, tuple | list)
+        out = states_of(output)
         if isinstance(out, Tensor) and out.shape[:2] == (rows, 1):
             seen.out = out.reshape(rows, -1)[seen.rows]
 
@@ -242,7 +249,8 @@ def probe(model: PreTrainedModel) -> Layout:
     if not outputs:
         raise ModelError(
             f"{kind}: tracing found {mlp_out} in {blocks}, but what it writes enters the residual "
-            "stream neither plain, nor scaled, nor normed; can't edit it"
+            "stream neither plain, nor scaled, nor normed (another part of the block works on it); "
+            "can't edit it"
         )
     usual = max(dict.fromkeys(outputs), key=outputs.count)
     return Layout(blocks, mlp_out, "scaled" if {*outputs} == {"plain", "scaled"} else usual)
@@ -274,6 +282,11 @@ def _blocks(kind: str, model: PreTrainedModel, calls: Sequence[_Call]) -> tuple[
             continue  # blocks have parts; a list of projections is none of them
         runs = [call for call in calls if any(call.module is member for member in module)]
         shapes = {_shape(call.states) for call in runs} | {_shape(call.output) for call in runs}
+        if len(runs) > 1 and [call.module for call in runs] != list(module) and not best[1]:
+            more = len(runs) > len(module)
+            other = (
+                f"; those of {path} run {'several times' if more else 'in part, or not in turn'}"
+            )
         if [call.module for call in runs] != list(module) or len(runs) <= len(best[1]):
             continue
         if len(shapes) == 1 and len(next(iter(shapes))) == 3:
@@ -282,8 +295,8 @@ def _blocks(kind: str, model: PreTrainedModel, calls: Sequence[_Call]) -> tuple[
             other = f"; those of {path} are given {list(_shape(runs[0].states))}"
     if not best[1]:
         raise ModelError(
-            f"{kind}, and tracing found no list of decoder blocks that run in turn, from states "
-            f"[rows, tokens, width] to such states{other or '; ' + HOW_TO}"
+            f"{kind}, and tracing found no list of decoder blocks that run once, in turn, from one "
+            f"stream of states [rows, tokens, width] to such states{other or '; ' + HOW_TO}"
         )
     return best
 
@@ -323,7 +336,9 @@ def _last_writer(kind: str, block: _Call, calls: Sequence[_Call]) -> str:
             count, width = count_and_width(call.module)
             experts.append((call.name.removeprefix(start), hidden, count * width))
             continue
-        if not isinstance(weight, Tensor) or not given or not made or given[-1] == made[-1]:
+        if not isinstance(weight, Tensor) or weight.ndim != 2 or not given or not made:
+            continue
+        if given[-1] == made[-1]:
             continue
         part = call.name.removeprefix(start).split(".")[0]
         if part not in alone:
@@ -333,10 +348,13 @@ def _last_writer(kind: str, block: _Call, calls: Sequence[_Call]) -> str:
     writers = experts or writers  # those that are routed to, and not one that all share
     wanted = [name for name, out, given in writers if out == hidden and given > hidden]
     if not wanted:
-        told = ", ".join(f"{name} [{out} x {given}]" for name, out, given in writers) or "none"
+        listed = [f"{name} [{out} x {given}]" for name, out, given in writers]
+        told = ", ".join([*listed[:6], "…"] if len(listed) > 6 else listed) or "none"
+        mixing = [part for part, is_alone in alone.items() if not is_alone]
         raise ModelError(
             f"{kind}, and {block.name} has no MLP output matrix [{hidden} x more than {hidden}]; "
-            f"the matrices that tracing found in its MLP: {told}; {_advice(block.module)}"
+            f"the matrices that tracing found in its MLP: {told}; "
+            f"{_advice(block.module, mixing if not writers else [])}"
         )
     name = wanted[-1]
     if _is_one_of_many(block.module, name) or wanted.count(name) > 1:
@@ -347,10 +365,21 @@ def _last_writer(kind: str, block: _Call, calls: Sequence[_Call]) -> str:
     return name
 
 
-def _advice(block: nn.Module) -> str:
-    """What to do about a block without a W that tracing can find."""
-    if any(p.ndim == 3 and min(p.shape) > 1 for p in block.parameters()):
-        return "its experts are of a kind that can't be edited"
+def _advice(block: nn.Module, mixing: Sequence[str] = ()) -> str:
+    """What to do about a block without a W that tracing can find.
+
+    `mixing`: parts that look at other tokens, where all its matrices are in such.
+    """
+    loose = [
+        name
+        for name, p in block.named_parameters()
+        if p.ndim in (2, 3) and min(p.shape) > 1 and not name.endswith("weight")
+    ]
+    if loose and not mixing:
+        named = ", ".join(loose[:3])
+        return f"its experts' matrices ({named}) are of a kind that can't be edited"
+    if mixing:
+        return f"its matrices are in {', '.join(mixing)}, which looks at other tokens, too: no MLP"
     return HOW_TO
 
 
@@ -384,13 +413,13 @@ def _is_tokenwise(call: _Call) -> bool:
 
 
 def _tensor(output: Any) -> Tensor:
-    found = output[0] if isinstance(output, tuple) else output
+    found = states_of(output)
     assert isinstance(found, Tensor)
     return found
 
 
 def _shape(value: Any) -> tuple[int, ...]:
-    found = value[0] if isinstance(value, tuple) and value else value
+    found = states_of(value) if isinstance(value, Tensor) or value else None
     return tuple(found.shape) if isinstance(found, Tensor) else ()
 
 

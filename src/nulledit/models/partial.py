@@ -365,7 +365,7 @@ class PartialModel:
         cache: Cache | None,
     ) -> tuple[Tensor, Tensor]:
         found: list[Tensor] = []
-        if self.vocabulary is not None and batch.ids.numel():
+        if states is None and self.vocabulary is not None and batch.ids.numel():
             highest = int(batch.ids.max())
             if highest >= self.vocabulary:
                 raise ModelError(
@@ -375,8 +375,15 @@ class PartialModel:
         behind = (batch.mask.flip(1).cumsum(1).flip(1) == 0).to(batch.mask)
         mask = batch.mask | behind  # no token sees these; where they see nothing, some models' nan
         with self._span(first, last, states, found):
+            source = (
+                {"input_ids": batch.ids}
+                if states is None or self.from_below
+                else {
+                    "inputs_embeds": torch.zeros_like(states, device=self.device)
+                }  # for its shape
+            )
             output = self._body(
-                input_ids=batch.ids,  # with states, for their shape, and for blocks that look
+                **source,
                 attention_mask=mask,
                 position_ids=batch.positions,
                 past_key_values=cache,

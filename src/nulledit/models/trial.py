@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nulledit.errors import ModelError
+from nulledit.models.hooks import states_of
 from nulledit.models.layouts import differentiating, frozen
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import Batch, collate, share_beginnings
@@ -217,7 +218,7 @@ def _alone(model: PartialModel, row: list[int]) -> _Alone:
         given.append(states[0].clone())  # some families write into what they are given
 
     def behind(_module: Any, _args: Any, output: Any) -> None:
-        made.append((output[0] if isinstance(output, tuple) else output)[0])
+        made.append(states_of(output)[0])
 
     ids = torch.tensor([row], device=model.device)
     with ExitStack() as stack:

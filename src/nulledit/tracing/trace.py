@@ -33,6 +33,7 @@ from nulledit.data.facts import quote
 from nulledit.errors import ConfigError, ModelError
 from nulledit.io.settings import Count, Positive, Whole, checked
 from nulledit.models.editable_model import EditableModel
+from nulledit.models.hooks import states_of
 from nulledit.models.layouts import frozen
 from nulledit.models.partial import Prefix
 from nulledit.models.tokens import Batch
@@ -136,7 +137,7 @@ def trace(
     if model.from_below:
         raise ModelError(
             f"model type {model.model.config.model_type!r}: its blocks take more than states from "
-            "those below, so states can't be put back alone; can't trace it: name layers by --layers"
+            "those below, so states can't be put back alone and it can't be traced: name its layers"
         )
     with frozen(model.model):
         return _Runs(model, question, settings, spread).trace()
@@ -300,7 +301,7 @@ class _Runs:
         """Collect states behind each block, and W's outputs in the clean row."""
 
         def behind(_module: nn.Module, _args: Any, output: Any) -> None:
-            self.states.append(output[0] if isinstance(output, tuple) else output)
+            self.states.append(states_of(output))
 
         def written(_module: nn.Module, _args: Any, output: Tensor) -> None:
             rows = output.view(*self.batch.ids.shape, -1)  # some families join rows before W
