@@ -63,13 +63,17 @@ class Row:
     """Shared beginnings of rows, whole rows, or whole rows with the blocks below."""
     gated: str = ""
     """Why it can't be given neurons; empty: it can."""
+    checked: bool = False
+    """Whether it was edited, too."""
     wrong: list[str] = field(default_factory=list)
     """Checks that did not hold."""
-    seconds: float = 0.0
 
 
-def tried(name: str) -> Row:
-    """The row of architecture `name`; every error becomes a part of it."""
+def tried(name: str, *, quick: bool = False) -> Row:
+    """The row of architecture `name`; every error becomes a part of it.
+
+    `quick`: it is taken up only, not edited.
+    """
     row = Row(name)
     tokenizer = small_tokenizer()
     try:
@@ -98,9 +102,11 @@ def tried(name: str) -> Row:
     if editable.from_below:  # where keys and values are another block's, no later token sees more
         edited = layers[:2]
     row.experts = is_experts(editable.mlp_out(edited[-1]))
+    row.depth, row.gated, row.checked = editable.depth, _form(editable, layers), not quick
+    if quick:
+        return row
     for check in (_keys, _values, _arrival, _edits, _saved):
         _run(row, check.__name__.strip("_"), check, name, edited)
-    row.depth, row.gated = editable.depth, _form(editable, layers)
     if not row.gated:
         gates = [i for i in layers if not _form(editable, [i])]
         _run(row, "gated", _saved, name, gates[:-1][-1:] or gates[-1:], True)

@@ -40,7 +40,7 @@ def names() -> list[str]:
     return sorted([*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS])
 
 
-def rows(wanted: Sequence[str], jobs: int) -> Iterator[Row]:
+def rows(wanted: Sequence[str], jobs: int, *, quick: bool = False) -> Iterator[Row]:
     """Rows as they are done, `jobs` at a time."""
     context = multiprocessing.get_context("fork")  # what is imported is imported once
     waiting, running = list(wanted), {}
@@ -48,7 +48,7 @@ def rows(wanted: Sequence[str], jobs: int) -> Iterator[Row]:
         while waiting and len(running) < jobs:
             name = waiting.pop(0)
             found = context.Queue()
-            process = context.Process(target=_try, args=(name, found))
+            process = context.Process(target=_try, args=(name, quick, found))
             process.start()
             running[name] = process, found
         name, (process, found) = next(iter(running.items()))
@@ -63,78 +63,101 @@ def rows(wanted: Sequence[str], jobs: int) -> Iterator[Row]:
         yield row
 
 
-def _try(name: str, found: multiprocessing.Queue) -> None:
+def _try(name: str, quick: bool, found: multiprocessing.Queue) -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    found.put(asdict(tried(name)))
+    found.put(asdict(tried(name, quick=quick)))
 
 
 def outcome(row: Row) -> str:
     """The first column."""
-    if row.wrong:
-        return "wrong"
     if row.refused:
         return "refused"
-    return "experts" if row.experts else "edited"
+    if row.wrong:
+        return "wrong"
+    return "edited" if row.checked else "taken up"
+
+
+TOLD = {
+    "edited": "and these held: keys equal whole runs of the plain model, one row at a time without "
+    "padding, and values the published algorithm, written plainly; a value that is written moves "
+    "the stream by exactly what was asked for, in float64 and bfloat16; only the chosen matrices "
+    "change, and undo brings back every bit; a run saved in bfloat16 is loaded as it was, edited "
+    "further, and undone to the bit",
+    "taken up": "its layout was found, its blocks run a span at a time as in the whole model, with "
+    "another row beside, and W's output enters the stream as the table below says; no edit was "
+    "tried when this page was made",
+    "wrong": "a check did not hold: do not edit it",
+    "refused": 'in one line, by `nulledit` itself; "not built": no tiny model could be made here',
+}
+"""What the outcomes mean."""
+HEAD = """# Every architecture of transformers
+
+Made by `python tools/architectures.py`; not to be edited by hand. transformers {version} has {n}
+model types with a causal language model. Each was built tiny and random from its default
+configuration, some in other forms, too ({forms} rows), and taken up as
+`nulledit edit` takes up a model.
+"""
+EDITED = """
+How W's output enters the stream (plain, scaled, normed) is explained in
+[add-an-architecture.md](add-an-architecture.md). *Rows*: whether rows that begin alike share their
+beginning's run; whole rows, and those run from the blocks below, take longer and give the same.
+*Gated*: whether a fact can have a neuron of its own. *Blocks*: those of the tiny model that can be
+edited.
+
+## Edited
+
+| model type | outcome | W | output | found by | gated | rows | blocks |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+"""
 
 
 def page(found: Sequence[Row]) -> str:
     """The page in Markdown."""
     counts = Counter(map(outcome, found))
+    head = HEAD.format(
+        version=transformers.__version__,
+        n=len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        forms=len(VARIANTS),
+    )
     gated = sum(not row.refused and not row.gated for row in found)
-    told = {
-        "edited": "W of an MLP, by AlphaEdit and every other method of matrices",
-        "experts": "the experts of a layer as one W, by the same methods",
-        "refused": "in one line, below",
-        "wrong": "taken up, and a check did not hold",
-    }
-    lines = [
-        "# Every architecture of transformers",
-        "",
-        "Made by `python tools/architectures.py`; not to be edited by hand. "
-        f"transformers {transformers.__version__} has {len(found)} model types with a causal "
-        "language model. Each was built tiny and random from its default configuration, taken up "
-        "as `nulledit edit` takes up a model, and, where it is not refused, edited. For every row "
-        "that is edited these held: keys and values equal whole runs of the plain model, one row "
-        "at a time; a value that is written moves the stream by exactly what was asked for; only "
-        "the chosen matrices change, and undo brings back every bit, in float64 and bfloat16; a "
-        "run that is saved, loaded and gone on with is the run that was not.",
-        "",
-        "| outcome | model types | what |",
-        "| --- | --- | --- |",
-        *(f"| {kind} | {counts[kind]} | {what} |" for kind, what in told.items() if counts[kind]),
-        f"| gated | {gated} | of those edited: a neuron of its own for a fact, too |",
-        "",
-        "How W's output enters the stream (plain, scaled, normed) is explained in "
-        "[add-an-architecture.md](add-an-architecture.md). *Beginnings*: whether rows that begin "
-        "alike share their beginning's run; without it edits take longer and give the same.",
-        "",
-        "## Edited",
-        "",
-        "| model type | W | output | found by | gated | beginnings | blocks |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+    summary = [
+        *(f"| {kind} | {counts[kind]} | {what} |" for kind, what in TOLD.items() if counts[kind]),
+        f"| gated | {gated} | of those not refused: a fact can have a neuron of its own |",
     ]
-    for row in found:
-        if not row.refused:
-            cells = (
-                row.name,
-                f"`{row.path}`",
-                row.output + (", experts" if row.experts else ""),
-                "tracing" if row.traced else "table",
-                _cell(_short(row.gated)) if row.gated else "yes",
-                row.runs,
-                f"{row.layers} of {row.depth}" if row.layers else "all",
-            )
-            wrong = f" **{_cell('; '.join(row.wrong))}**" if row.wrong else ""
-            lines.append(f"| {' | '.join(cells)}{wrong} |")
-    lines += ["", "## Refused", "", "| model type | why |", "| --- | --- |"]
-    lines += [f"| {row.name} | {_cell(row.refused)} |" for row in found if row.refused]
-    return "\n".join(lines) + "\n"
+    refused = [f"| {row.name} | {_cell(row.refused)} |" for row in found if row.refused]
+    return "\n".join(
+        [
+            head,
+            "| outcome | rows | what |\n| --- | --- | --- |",
+            *summary,
+            EDITED + "\n".join(_edited(row) for row in found if not row.refused),
+            "\n## Refused\n\n| model type | why |\n| --- | --- |",
+            *refused,
+            "",
+        ]
+    )
+
+
+def _edited(row: Row) -> str:
+    """A line of the table of those that are not refused."""
+    cells = (
+        row.name,
+        _cell(f"{outcome(row)}: {'; '.join(row.wrong)}" if row.wrong else outcome(row)),
+        f"`{row.path}`",
+        row.output + (", experts" if row.experts else ""),
+        "tracing" if row.traced else "table",
+        _cell(_short(row.gated)) if row.gated else "yes",
+        row.runs,
+        f"{row.layers} of {row.depth}" if row.layers else "all",
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 def _short(reason: str) -> str:
-    return "no: experts" if "mixture of experts" in reason else "no: " + reason.split(": ", 1)[-1]
+    """Why a block can't be given neurons, in a cell."""
+    return "no: experts" if "mixture of experts" in reason else "no: no known form of MLP"
 
 
 def _cell(text: str) -> str:
@@ -146,12 +169,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="model types; all, if none is given")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="take models up, and don't edit them")
     parser.add_argument("--keep", type=Path, help="rows in JSON: read, renewed, and written again")
     given = parser.parse_args()
     found: dict[str, Row] = {}
     if given.keep and given.keep.exists():
         found = {row["name"]: Row(**row) for row in json.loads(given.keep.read_text())}
-    for row in rows(given.names or names(), given.jobs):
+    for row in rows(given.names or names(), given.jobs, quick=given.quick):
+        if given.quick and row.name in found and found[row.name].checked and not row.refused:
+            continue
         found[row.name] = row
         why = row.refused or "; ".join(row.wrong) or row.gated
         told = f"{outcome(row):8} {row.name:28} {row.path} {row.output} {why}"
