@@ -8,10 +8,14 @@ import tiny_models
 import torch
 import transformers
 from architecture_trial import tried
+from support.locating import SPREAD, question
 from support.models import WIDE
 
+from nulledit.errors import ModelError
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.layout_tracing import probe
 from nulledit.models.layouts import LAYOUTS
+from nulledit.tracing.trace import TraceSettings, trace
 
 KINDS = {  # one of each kind that the matrix lacks: its output, whether experts, how spans are run
     "gpt_oss": ("plain", True, "shared"),  # experts with biases
@@ -39,6 +43,13 @@ def test_each_family_of_the_table_is_edited_as_the_plain_model_says(name):
 @pytest.mark.parametrize("name", WIDE)
 def test_tracing_finds_what_the_table_says(name):
     assert probe(tiny_models.build(name, dtype=torch.float32)) == LAYOUTS[name]
+
+
+@pytest.mark.parametrize("name", ["llama4_text", "gemma4_unified_text, shared keys"])
+def test_what_can_not_be_put_back_alone_is_not_traced(name, tokenizer):
+    model = EditableModel(tiny_models.build(name), tokenizer)
+    with pytest.raises(ModelError, match="can't be traced"):
+        trace(model, question(), TraceSettings(draws=2), spread=SPREAD)
 
 
 def test_the_page_names_every_architecture():

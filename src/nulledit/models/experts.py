@@ -58,9 +58,14 @@ def width_written(module: nn.Module) -> int:
     return weight.shape[2 if is_transposed(module) else 1]
 
 
+def comes_apart(module: nn.Module) -> bool:
+    """Whether `module` holds experts that are given all tokens, each, and give them back so."""
+    return is_experts(module) and not hasattr(module, "has_gate")
+
+
 def joined(module: nn.Module, output: Tensor) -> Tensor:
     """What the experts give together, of a module's `output`; any other module's as it is."""
-    if is_experts(module) and not hasattr(module, "has_gate"):
+    if comes_apart(module):
         return output.unflatten(0, (count_and_width(module)[0], -1)).sum(0)
     return output
 
@@ -85,7 +90,7 @@ def keys_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     for expert, token, weighted, _ in _routed(module, args, kwargs):
         if found is None:
             given = args[0] if args else kwargs[GIVEN[0]]
-            tokens = len(given) if hasattr(module, "has_gate") else len(token)
+            tokens = len(token) if comes_apart(module) else len(given)
             found = weighted.new_zeros(tokens, count, width)
         found[:, expert].index_add_(0, token, weighted)
     if found is None:
@@ -124,10 +129,12 @@ def _routed(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """Expert by expert: its number, its tokens' places [m], p_e k_e [m, d_in] and p_e [m, 1]."""
-    if not hasattr(module, "has_gate"):
-        yield from _sorted(module, args[0] if args else kwargs[GIVEN[0]])
-        return
     named = [*args, *kwargs.values()]  # some families have other names for them
+    if comes_apart(module):
+        if len(named) != 1:
+            raise TypeError("experts that are told which tokens are theirs in another way")
+        yield from _sorted(module, named[0])
+        return
     states, index, weights = ((kwargs[n] if n in kwargs else named[i]) for i, n in enumerate(GIVEN))
     count, _ = count_and_width(module)
     name = "gate_up_proj" if module.has_gate else "up_proj"

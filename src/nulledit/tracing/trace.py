@@ -33,6 +33,7 @@ from nulledit.data.facts import quote
 from nulledit.errors import ConfigError, ModelError
 from nulledit.io.settings import Count, Positive, Whole, checked
 from nulledit.models.editable_model import EditableModel
+from nulledit.models.experts import comes_apart
 from nulledit.models.hooks import states_of
 from nulledit.models.layouts import frozen
 from nulledit.models.partial import Prefix
@@ -134,10 +135,16 @@ def trace(
     Raises ModelError if the model's logits are not finite, or its blocks take more than states from
     those below; ConfigError if logits are not finite with noise.
     """
+    kind = f"model type {model.model.config.model_type!r}"
     if model.from_below:
         raise ModelError(
-            f"model type {model.model.config.model_type!r}: its blocks take more than states from "
-            "those below, so states can't be put back alone and it can't be traced: name its layers"
+            f"{kind}: its blocks take more than states from those below, so states can't be put "
+            "back alone and it can't be traced: name its layers"
+        )
+    if any(comes_apart(model.matrix(i)) for i in range(model.depth) if model.fits(i)):
+        raise ModelError(
+            f"{kind}: its experts' outputs come apart, so they can't be put back and it can't be "
+            "traced: name its layers"
         )
     with frozen(model.model):
         return _Runs(model, question, settings, spread).trace()
