@@ -76,22 +76,28 @@ def tried(name: str, *, quick: bool = False) -> Row:
     """
     row = Row(name)
     tokenizer = small_tokenizer()
-    try:
-        model = tiny_models.build(name)
-    except Exception as error:
-        row.refused = f"not built: {said(error)}"
-        return row
-    try:
-        with quiet():
-            editable = EditableModel(model, tokenizer)
-            layers = [i for i in range(editable.depth) if editable.fits(i)]
-            if not layers:
-                editable.mlp_out(_middle(editable))
-    except ModelError as error:
-        row.refused = said(error, name=False)
-        return row
-    except Exception as error:
-        row.refused = f"crashed: {said(error)}"
+    for dtype in (torch.float64, torch.float32):  # some compute in float32 whatever they hold
+        try:
+            model = tiny_models.build(name, dtype=dtype)
+        except Exception as error:
+            row.refused = f"not built: {said(error)}"
+            return row
+        try:
+            with quiet():
+                editable = EditableModel(model, tokenizer)
+                layers = [i for i in range(editable.depth) if editable.fits(i)]
+                if not layers:
+                    editable.mlp_out(editable.depth // 2)
+            row.refused = ""
+            break
+        except ModelError as error:
+            row.refused = said(error, name=False)
+            if "dtype" not in row.refused:
+                return row
+        except Exception as error:
+            row.refused = f"crashed: {said(error)}"
+            return row
+    if row.refused:
         return row
     row.path = f"{editable.layout.blocks}.N.{editable.layout.mlp_out}"
     row.output, row.traced = editable.layout.output, model.config.model_type not in LAYOUTS
@@ -111,10 +117,6 @@ def tried(name: str, *, quick: bool = False) -> Row:
         gates = [i for i in layers if not _form(editable, [i])]
         _run(row, "gated", _saved, name, gates[:-1][-1:] or gates[-1:], True)
     return row
-
-
-def _middle(editable: EditableModel) -> int:
-    return editable.depth // 2
 
 
 def _form(editable: EditableModel, layers: list[int]) -> str:

@@ -31,7 +31,7 @@ SIZES: tuple[tuple[str, int], ...] = (  # the first pattern that a whole field's
         HIDDEN,
     ),
     (
-        r"(input|output)_embedding_size|hidden_dim|backbone_hidden_size|attention_hidden_size",
+        r"(input|output)_embedding_size|hidden_(dim|size_global)|backbone_hidden_size|attention_hidden_size",
         HIDDEN,
     ),
     (r"lru_width|hidden_size_per_layer_input|ple_embed_dim|router_hidden_size", HIDDEN),

@@ -159,7 +159,7 @@ def _receiving(seen: _Seen) -> Any:
 
 def _token(model: PreTrainedModel) -> int:
     """A token that is no padding, which some families embed as nought."""
-    return 2 if model.config.get_text_config().pad_token_id == 1 else 1
+    return 2 if getattr(model.config.get_text_config(), "pad_token_id", None) == 1 else 1
 
 
 def _entry(seen: _Seen) -> Entry:
@@ -370,10 +370,13 @@ def _advice(block: nn.Module, mixing: Sequence[str] = ()) -> str:
 
     `mixing`: parts that look at other tokens, where all its matrices are in such.
     """
+    convolutions = nn.Conv1d | nn.Conv2d
     loose = [
-        name
-        for name, p in block.named_parameters()
-        if p.ndim in (2, 3) and min(p.shape) > 1 and not name.endswith("weight")
+        f"{path}.{name}"
+        for path, module in block.named_modules()
+        for name, p in module.named_parameters(recurse=False)
+        if p.ndim == 3 or (p.ndim == 2 and name != "weight")
+        if min(p.shape) > 1 and not isinstance(module, convolutions)
     ]
     if loose and not mixing:
         named = ", ".join(loose[:3])

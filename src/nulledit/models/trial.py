@@ -131,7 +131,10 @@ class _Trial:
         """What is wrong with the embedding and the blocks, run one at a time on all rows."""
         missed = _missed(self.model.run(batch, last=-1), [row.given[0] for row in rows])
         if missed:
-            return f"tokens are embedded otherwise with another row beside (off by {missed:.1%})"
+            return (
+                "tokens are embedded otherwise than in the whole model where their positions are "
+                f"given, from 0, or another row is beside them (off by {missed:.1%})"
+            )
         for i in range(self.model.depth):
             states = _padded([row.given[i] for row in rows])
             made = self.model.run(batch, states=states, first=i, last=i)
