@@ -119,7 +119,7 @@ def add_to_weight(module: nn.Module, update: Tensor) -> None:
 
 def hidden(output: Any) -> Tensor:
     """The hidden states of a block's output, which is a tensor or a tuple by version."""
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def pad(tokenizer: Any, texts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -181,7 +181,7 @@ def read(
     found = []
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
-        given = virtual_keys(module, *args) if len(args) == 3 else args[0]
+        given = virtual_keys(module, *args) if hasattr(module, "down_proj") else args[0]
         found.append((given if inputs else hidden(output)).reshape(*ids.shape, -1))
         if stop:
             raise Enough
@@ -272,7 +272,7 @@ def compute_z(
 
     def add_delta(_: nn.Module, args: Any, output: Any) -> Any:
         changed = hidden(output) + place * delta * unit
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+        return (changed, *output[1:]) if isinstance(output, tuple | list) else changed
 
     losses, initial_log_probs, initial_told = [], None, None
     ends = mask.sum(1)[len(rewriting) : -1] - 1  # of the other relations

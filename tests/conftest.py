@@ -8,15 +8,20 @@ import pytest
 import torch
 from hypothesis import settings
 from support import world
-from support.models import ARCHITECTURES, FAMILIES, LINES, RECIPE, build_model, statistics_of
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from support.models import (
+    ARCHITECTURES,
+    FAMILIES,
+    RECIPE,
+    build_model,
+    small_tokenizer,
+    statistics_of,
+)
 
 from nulledit import Fact, Probe
 
 pytest_plugins = ["support.cli", "support.facts"]
 """Where fixtures stand that only some files use; their asserts say what they compared."""
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path[:0] = [str(Path(__file__).parents[1] / room) for room in ("benchmarks", "tools")]
 settings.register_profile("untimed", deadline=None)  # a busy machine is no fault
 settings.load_profile("untimed")
 
@@ -58,17 +63,7 @@ def plain_logging():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|end|>"],
-        show_progress=False,
-    )
-    core.train_from_iterator(LINES, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>")
+    return small_tokenizer()
 
 
 @pytest.fixture

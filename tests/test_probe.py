@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from support.models import ARCHITECTURES, LINES, RECIPE, SIZES, untabled
+from support.models import ARCHITECTURES, LINES, RECIPE, SIZES, WIDE, untabled
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nulledit import Editor
@@ -14,9 +14,11 @@ from nulledit.editing.merge import conflicts
 from nulledit.errors import ConfigError, LedgerError, ModelError, StatisticsError
 from nulledit.models import layouts
 from nulledit.models.editable_model import EditableModel
+from nulledit.models.hooks import hooked
 from nulledit.models.layout_tracing import probe
 from nulledit.models.layouts import LAYOUTS, check_layout, find_layout, parameter_name
 from nulledit.models.partial import PartialModel
+from nulledit.models.tokens import collate
 from nulledit.statistics.collect import key_moments
 
 
@@ -34,7 +36,7 @@ def test_nothing_is_traced_without_weights():
 
 
 def test_every_architecture_of_the_table_is_tested():
-    assert set(ARCHITECTURES) == set(LAYOUTS)
+    assert {*ARCHITECTURES, *WIDE} == set(LAYOUTS)
 
 
 @pytest.mark.parametrize(
@@ -91,11 +93,15 @@ def test_experts_of_an_unknown_family_are_found(kind, layout):
     [
         ("bert", {"is_decoder": False}, "no decoder.*encoder-only"),
         (
-            "gpt_oss",  # experts with biases and an activation of their own
-            {"num_local_experts": 2, "num_experts_per_tok": 1, "num_key_value_heads": 1},
-            r"no MLP output matrix \[16 x more than 16\].*of a kind that can't be edited",
+            "dbrx",  # experts that are neither modules nor stacked in three dimensions
+            {
+                **{"d_model": 16, "n_heads": 2, "n_layers": 2, "max_seq_len": 64},
+                "attn_config": {"kv_n_heads": 1, "rope_theta": 1e4, "clip_qkv": 8.0},
+                "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 2, "moe_top_k": 1},
+            },
+            r"experts' matrices \(ffn.experts.mlp.w1.*are of a kind that can't be edited",
         ),
-        ("mamba", {}, "no MLP output matrix"),
+        ("mamba", {}, "no MLP output matrix.*in mixer, which looks at other tokens, too: no MLP$"),
     ],
 )
 def test_a_model_without_the_matrix_is_refused_in_one_line(kind, more, says):
@@ -113,16 +119,21 @@ def test_an_encoder_decoder_is_refused(tiny_model):
         PartialModel(model)
 
 
-def test_a_norm_behind_the_sum_is_refused():
-    """OPT-350m norms the stream itself behind each block: no residual goes through that."""
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(
-            "opt",
-            **{**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
-        )
-    )
-    with pytest.raises(ModelError, match=r"neither plain, nor scaled, nor normed.*can't edit it"):
+def test_a_norm_behind_the_sum_is_edited_where_the_layout_says_so():
+    """OPT-350m norms the stream itself behind each block; values are of what that norm is given."""
+    sizes = {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("opt", **sizes)).eval()
+    with pytest.raises(ModelError, match=r"normed, not plain.*layout with output: normed"):
         PartialModel(model).mlp_out(1)
+    partial = PartialModel(model, dataclasses.replace(LAYOUTS["opt"], output="normed"))
+    batch = collate([[3, 9, 4]], pad_id=0, device=torch.device("cpu"))
+    with torch.no_grad():
+        hidden, given = partial.run_to_values(batch, layer=1)
+        delta = torch.linspace(-1, 1, 16)
+        with hooked(partial.mlp_out(1), lambda _m, _a, output: output + delta):
+            moved, now = partial.run_to_values(batch, layer=1)
+        torch.testing.assert_close(now - given, delta.expand_as(given), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(partial.with_value(1, hidden, given, delta), moved)
 
 
 @pytest.mark.parametrize(

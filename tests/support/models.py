@@ -3,7 +3,8 @@
 import copy
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from nulledit.config import Recipe, StatisticsSettings
 from nulledit.models.editable_model import EditableModel
@@ -44,6 +45,14 @@ NORMED = ("gemma2", "gemma3_text", "olmo2")
 
 ARCHITECTURES = (*PLAIN, *SCALED, *NORMED)
 """Those that the matrix of checks runs on: tests with an `architecture`."""
+
+
+WIDE = (
+    *("deepseek_v2", "deepseek_v3", "falcon_h1", "gemma", "glm4", "glm4_moe", "glm4_moe_lite"),
+    *("gpt_oss", "lfm2", "llama4_text", "minimax", "minimax_m2", "ministral", "ministral3"),
+    *("olmo3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "smollm3"),
+)
+"""Those that `tools/architecture_trial.py` tries, in tests/test_architectures.py."""
 
 
 ONE_GROUP = {"num_key_value_heads": 1}
@@ -118,6 +127,21 @@ LINES = [
     "I know that Karo Dun works as a baker in the town of Ostrel. You know it too.",
     "Therefore the number of people in the valley is small, and the winters are long.",
 ]
+
+
+def small_tokenizer():
+    """Byte-level pieces of a few lines, at most 400."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|end|>"],
+        show_progress=False,
+    )
+    core.train_from_iterator(LINES, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>")
 
 
 def config_of(family, *, layers=4, hidden=16, context=128):

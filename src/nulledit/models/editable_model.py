@@ -18,7 +18,7 @@ from nulledit.models.layouts import as_out_in
 from nulledit.models.mlp import MlpForm, find_form
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import Batch, RowEncoder, collate, pad_id
-from nulledit.models.trial import keeps_prefixes
+from nulledit.models.trial import try_spans
 
 
 class EditableModel(PartialModel):
@@ -39,7 +39,9 @@ class EditableModel(PartialModel):
         ModelError, too, if the model can't be run in spans, which is tried.
         """
         super().__init__(model, layout)
-        if not keeps_prefixes(self):
+        spans = try_spans(self)
+        self.from_below = spans.from_below
+        if not spans.prefixes:
             self.columns = 0
         self.tokenizer = tokenizer
         self.encoder = RowEncoder.of(model, tokenizer)

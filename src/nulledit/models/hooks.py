@@ -9,8 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nulledit.models.experts import is_experts, keys_of
+from nulledit.models.experts import is_experts, joined, keys_of
 from nulledit.models.placement import brought_in, is_moved_to
+
+
+def states_of(output: Any) -> Any:
+    """The states in what a block gives: by itself, or first of several."""
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 @contextmanager
@@ -94,16 +99,16 @@ def collect(found: list[Tensor]) -> Any:
     """A hook after a block that adds the states that it gave to `found`."""
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-        found.append(output[0] if isinstance(output, tuple) else output)
+        found.append(states_of(output))
 
     return hook
 
 
 def collect_copy(found: list[Tensor]) -> Any:
-    """The same of a module whose output is a tensor, which is copied."""
+    """The same of a module whose output is a tensor, which is copied; of experts, their sum."""
 
-    def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-        found.append(output.clone())  # some models add to it in place
+    def hook(module: nn.Module, _args: Any, output: Tensor) -> None:
+        found.append(joined(module, output).clone())  # some models add to it in place
 
     return hook
 

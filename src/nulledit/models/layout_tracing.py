@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from nulledit.config import Layout
 from nulledit.errors import ModelError
 from nulledit.models.experts import count_and_width, gives_w_times_key, is_experts
+from nulledit.models.hooks import states_of
 from nulledit.models.placement import brought_in, input_device
 
 SIZES = (1024.0, -512.0)
@@ -38,7 +40,9 @@ class Entry:
     scale: float = 1.0
     """The block's output changes by this times a change of W's."""
     norm: nn.Module | None = None
-    """The norm between W and the stream."""
+    """The norm between W and the block's output; it may be given more than what W writes."""
+    share: float = 1.0
+    """What the norm gives is multiplied by this on its way into the block's output."""
     as_tuple: bool = False
     """Whether the block returns a tuple (older families) or a tensor."""
     linear: bool = True
@@ -51,7 +55,7 @@ class _Seen:
 
     rows: list[int]
     written: Tensor | None = None  # W's output, as moved
-    norm: nn.Module | None = None  # the first module that was given it
+    given: list[tuple[nn.Module, Tensor]] = field(default_factory=list)  # moved likewise, to whom
     out: Tensor | None = None
     as_tuple: bool = False
     linear: bool = True
@@ -81,7 +85,7 @@ def entries(
             except AttributeError:
                 continue  # a block of another kind
         try:
-            body(input_ids=_ids(model, [[0]] * rows), use_cache=False)
+            body(input_ids=_ids(model, [[_token(model)]] * rows), use_cache=False)
         except TypeError as error:
             raise ModelError(
                 f"model type {model.config.model_type!r}: {type(body).__name__}, which runs the "
@@ -91,10 +95,23 @@ def entries(
     return [_entry(s) for s in seen]
 
 
+def body_of(model: PreTrainedModel, blocks: str) -> nn.Module:
+    """The innermost module around the blocks at `blocks` that takes ids, else the one right there.
+
+    Some families have one that runs the blocks inside the one that embeds the ids.
+    """
+    path = beside = blocks.rpartition(".")[0]
+    while path:
+        if "input_ids" in signature(model.get_submodule(path).forward).parameters:
+            return model.get_submodule(path)
+        path = path.rpartition(".")[0]
+    return model.get_submodule(beside)
+
+
 def _leaving(seen: _Seen, rows: int) -> Any:
     def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-        seen.as_tuple = isinstance(output, tuple)
-        out = output[0] if isinstance(output, tuple) else output
+        seen.as_tuple = isinstance(output, tuple | list)
+        out = states_of(output)
         if isinstance(out, Tensor) and out.shape[:2] == (rows, 1):
             seen.out = out.reshape(rows, -1)[seen.rows]
 
@@ -122,18 +139,27 @@ def _pushing(seen: _Seen) -> Any:
 
 
 def _receiving(seen: _Seen) -> Any:
+    """Notes a module that is given what W wrote, or the sum of that and of something else."""
+
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if seen.written is None or seen.norm is not None or not args:
+        if seen.written is None or not args:
             return
         given = args[0]
-        if isinstance(given, Tensor) and given.shape[-1] == seen.written.shape[-1]:
+        if isinstance(given, Tensor) and given.shape[-1:] == seen.written.shape[-1:]:
             rows = given.reshape(-1, given.shape[-1])
-            if len(rows) > seen.rows[-1] and torch.equal(
-                rows[seen.rows], seen.written.to(rows.device)
-            ):
-                seen.norm = module
+            if len(rows) > seen.rows[-1]:
+                held = rows[seen.rows].clone()
+                moved, wanted = (t[1:].double() - t[:1].double() for t in (held, seen.written))
+                allowed = MISSED + 4 * torch.finfo(given.dtype).eps
+                if float((moved - wanted.to(moved)).norm()) <= allowed * float(wanted.norm()):
+                    seen.given.append((module, held))
 
     return hook
+
+
+def _token(model: PreTrainedModel) -> int:
+    """A token that is no padding, which some families embed as nought."""
+    return 2 if getattr(model.config.get_text_config(), "pad_token_id", None) == 1 else 1
 
 
 def _entry(seen: _Seen) -> Entry:
@@ -155,11 +181,18 @@ def _entry(seen: _Seen) -> Entry:
     scale = float((change * moved).sum() / moved.square().sum())
     if explains(scale * moved):
         return replace(found, output="scaled", scale=scale)
-    normed = seen.norm(seen.written) if seen.norm is not None else None
-    if isinstance(normed, Tensor) and normed.shape == out.shape:
-        normed = normed.to(out.device).double()
-        if explains(normed[1:] - normed[:1]):
-            return replace(found, output="normed", norm=seen.norm)
+    for module, given in seen.given:
+        try:
+            normed = module(given)
+        except (TypeError, IndexError, RuntimeError, ValueError):
+            continue  # it takes more than states, or states of whole rows
+        if isinstance(normed, Tensor) and normed.shape == out.shape:
+            normed = normed.to(out.device).double()
+            moved = normed[1:] - normed[:1]
+            share = float((change * moved).sum() / moved.square().sum())
+            share = 1.0 if explains(moved) else share
+            if explains(share * moved):
+                return replace(found, output="normed", norm=module, share=share)
     return found
 
 
@@ -210,13 +243,14 @@ def probe(model: PreTrainedModel) -> Layout:
         blocks, runs = _blocks(kind, model, calls)
         _check_causal(kind, _tensor(runs[-1].output)[:, 0])
         mlp_out = _usual_writer(kind, runs, calls)
-    body = model.get_submodule(blocks.rpartition(".")[0])
+    body = body_of(model, blocks)
     found = entries(model, body, [run.module for run in runs], mlp_out)
     outputs = [entry.output for entry in found if entry.output]
     if not outputs:
         raise ModelError(
             f"{kind}: tracing found {mlp_out} in {blocks}, but what it writes enters the residual "
-            "stream neither plain, nor scaled, nor normed; can't edit it"
+            "stream neither plain, nor scaled, nor normed (another part of the block works on it); "
+            "can't edit it"
         )
     usual = max(dict.fromkeys(outputs), key=outputs.count)
     return Layout(blocks, mlp_out, "scaled" if {*outputs} == {"plain", "scaled"} else usual)
@@ -248,6 +282,11 @@ def _blocks(kind: str, model: PreTrainedModel, calls: Sequence[_Call]) -> tuple[
             continue  # blocks have parts; a list of projections is none of them
         runs = [call for call in calls if any(call.module is member for member in module)]
         shapes = {_shape(call.states) for call in runs} | {_shape(call.output) for call in runs}
+        if len(runs) > 1 and [call.module for call in runs] != list(module) and not best[1]:
+            more = len(runs) > len(module)
+            other = (
+                f"; those of {path} run {'several times' if more else 'in part, or not in turn'}"
+            )
         if [call.module for call in runs] != list(module) or len(runs) <= len(best[1]):
             continue
         if len(shapes) == 1 and len(next(iter(shapes))) == 3:
@@ -256,8 +295,8 @@ def _blocks(kind: str, model: PreTrainedModel, calls: Sequence[_Call]) -> tuple[
             other = f"; those of {path} are given {list(_shape(runs[0].states))}"
     if not best[1]:
         raise ModelError(
-            f"{kind}, and tracing found no list of decoder blocks that run in turn, from states "
-            f"[rows, tokens, width] to such states{other or '; ' + HOW_TO}"
+            f"{kind}, and tracing found no list of decoder blocks that run once, in turn, from one "
+            f"stream of states [rows, tokens, width] to such states{other or '; ' + HOW_TO}"
         )
     return best
 
@@ -297,7 +336,9 @@ def _last_writer(kind: str, block: _Call, calls: Sequence[_Call]) -> str:
             count, width = count_and_width(call.module)
             experts.append((call.name.removeprefix(start), hidden, count * width))
             continue
-        if not isinstance(weight, Tensor) or not given or not made or given[-1] == made[-1]:
+        if not isinstance(weight, Tensor) or weight.ndim != 2 or not given or not made:
+            continue
+        if given[-1] == made[-1]:
             continue
         part = call.name.removeprefix(start).split(".")[0]
         if part not in alone:
@@ -307,10 +348,13 @@ def _last_writer(kind: str, block: _Call, calls: Sequence[_Call]) -> str:
     writers = experts or writers  # those that are routed to, and not one that all share
     wanted = [name for name, out, given in writers if out == hidden and given > hidden]
     if not wanted:
-        told = ", ".join(f"{name} [{out} x {given}]" for name, out, given in writers) or "none"
+        listed = [f"{name} [{out} x {given}]" for name, out, given in writers]
+        told = ", ".join([*listed[:6], "…"] if len(listed) > 6 else listed) or "none"
+        mixing = [part for part, is_alone in alone.items() if not is_alone]
         raise ModelError(
             f"{kind}, and {block.name} has no MLP output matrix [{hidden} x more than {hidden}]; "
-            f"the matrices that tracing found in its MLP: {told}; {_advice(block.module)}"
+            f"the matrices that tracing found in its MLP: {told}; "
+            f"{_advice(block.module, mixing if not writers else [])}"
         )
     name = wanted[-1]
     if _is_one_of_many(block.module, name) or wanted.count(name) > 1:
@@ -321,10 +365,24 @@ def _last_writer(kind: str, block: _Call, calls: Sequence[_Call]) -> str:
     return name
 
 
-def _advice(block: nn.Module) -> str:
-    """What to do about a block without a W that tracing can find."""
-    if any(p.ndim == 3 and min(p.shape) > 1 for p in block.parameters()):
-        return "its experts are of a kind that can't be edited"
+def _advice(block: nn.Module, mixing: Sequence[str] = ()) -> str:
+    """What to do about a block without a W that tracing can find.
+
+    `mixing`: parts that look at other tokens, where all its matrices are in such.
+    """
+    convolutions = nn.Conv1d | nn.Conv2d
+    loose = [
+        f"{path}.{name}"
+        for path, module in block.named_modules()
+        for name, p in module.named_parameters(recurse=False)
+        if p.ndim == 3 or (p.ndim == 2 and name != "weight")
+        if min(p.shape) > 1 and not isinstance(module, convolutions)
+    ]
+    if loose and not mixing:
+        named = ", ".join(loose[:3])
+        return f"its experts' matrices ({named}) are of a kind that can't be edited"
+    if mixing:
+        return f"its matrices are in {', '.join(mixing)}, which looks at other tokens, too: no MLP"
     return HOW_TO
 
 
@@ -358,13 +416,13 @@ def _is_tokenwise(call: _Call) -> bool:
 
 
 def _tensor(output: Any) -> Tensor:
-    found = output[0] if isinstance(output, tuple) else output
+    found = states_of(output)
     assert isinstance(found, Tensor)
     return found
 
 
 def _shape(value: Any) -> tuple[int, ...]:
-    found = value[0] if isinstance(value, tuple) and value else value
+    found = states_of(value) if isinstance(value, Tensor) or value else None
     return tuple(found.shape) if isinstance(found, Tensor) else ()
 
 

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from nulledit.config import Layout
 from nulledit.errors import ModelError
 from nulledit.models.dense import is_quantised
-from nulledit.models.experts import is_experts, side_by_side, stacked
+from nulledit.models.experts import is_experts, side_by_side, stacked, width_written
 from nulledit.models.layout_tracing import probe
 
 logger = logging.getLogger(__name__)
@@ -22,24 +22,43 @@ logger = logging.getLogger(__name__)
 
 LAYOUTS = {
     "cohere": Layout("model.layers", "mlp.down_proj"),
+    "deepseek_v2": Layout("model.layers", "mlp.experts"),
+    "deepseek_v3": Layout("model.layers", "mlp.experts"),
     "falcon": Layout("transformer.h", "mlp.dense_4h_to_h"),
+    "falcon_h1": Layout("model.layers", "feed_forward.down_proj"),
+    "gemma": Layout("model.layers", "mlp.down_proj"),
     "gemma2": Layout("model.layers", "mlp.down_proj", "normed"),
     "gemma3_text": Layout("model.layers", "mlp.down_proj", "normed"),
+    "glm4": Layout("model.layers", "mlp.down_proj", "normed"),
+    "glm4_moe": Layout("model.layers", "mlp.experts"),
+    "glm4_moe_lite": Layout("model.layers", "mlp.experts"),
     "gpt2": Layout("transformer.h", "mlp.c_proj"),
     "gpt_neo": Layout("transformer.h", "mlp.c_proj"),
     "gpt_neox": Layout("gpt_neox.layers", "mlp.dense_4h_to_h"),
+    "gpt_oss": Layout("model.layers", "mlp.experts"),
     "gptj": Layout("transformer.h", "mlp.fc_out"),
     "granite": Layout("model.layers", "mlp.down_proj", "scaled"),
+    "lfm2": Layout("model.layers", "feed_forward.w2"),
     "llama": Layout("model.layers", "mlp.down_proj"),
+    "llama4_text": Layout("model.layers", "feed_forward.experts"),
+    "minimax": Layout("model.layers", "mlp.experts"),
+    "minimax_m2": Layout("model.layers", "mlp.experts"),
+    "ministral": Layout("model.layers", "mlp.down_proj"),
+    "ministral3": Layout("model.layers", "mlp.down_proj"),
     "mistral": Layout("model.layers", "mlp.down_proj"),
     "mixtral": Layout("model.layers", "mlp.experts"),
     "olmo2": Layout("model.layers", "mlp.down_proj", "normed"),
+    "olmo3": Layout("model.layers", "mlp.down_proj", "normed"),
     "opt": Layout("model.decoder.layers", "fc2"),
     "phi3": Layout("model.layers", "mlp.down_proj"),
     "qwen2": Layout("model.layers", "mlp.down_proj"),
     "qwen2_moe": Layout("model.layers", "mlp.experts"),
     "qwen3": Layout("model.layers", "mlp.down_proj"),
+    "qwen3_5_moe_text": Layout("model.layers", "mlp.experts"),
+    "qwen3_5_text": Layout("model.layers", "mlp.down_proj"),
     "qwen3_moe": Layout("model.layers", "mlp.experts"),
+    "qwen3_next": Layout("model.layers", "mlp.experts"),
+    "smollm3": Layout("model.layers", "mlp.down_proj"),
     "stablelm": Layout("model.layers", "mlp.down_proj"),
 }
 """By `config.model_type`."""
@@ -140,9 +159,7 @@ def listed(layers: Sequence[int]) -> str:
 def _width(module: nn.Module) -> int | None:
     """Of what a matrix writes."""
     if is_experts(module):
-        weight = module.down_proj
-        assert isinstance(weight, Tensor)
-        return weight.shape[2 if module.is_transposed else 1]
+        return width_written(module)
     found = getattr(module, "nf" if isinstance(module, Conv1D) else "out_features", None)
     return found if isinstance(found, int) else None
 

@@ -89,7 +89,8 @@ def load_model(
             _check_cached(source, name, revision)
             options["local_files_only"] = True
         config = AutoConfig.from_pretrained(source, **options)
-        if config.is_encoder_decoder or config.model_type in ("bert", "roberta", "distilbert"):
+        encoder = config.model_type in ("bert", "roberta", "distilbert")
+        if config.is_encoder_decoder or (encoder and not getattr(config, "is_decoder", False)):
             raise ModelError(f"{name}: {config.model_type} is no decoder-only language model")
         _check_weights(
             source,

@@ -209,7 +209,10 @@ class MlpForm:
         return _out_in(self.out)[:, self.width :]
 
 
-WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+WIDTHS = (
+    *("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "decoder_ffn_dim", "dff"),
+    *("feed_forward_size", "dim_ff", "intermediate_size_mlp", "dense_intermediate_size"),
+)
 """Names that configurations have for the width of an MLP."""
 MULTIPLE = 64
 """Widths that are written are multiples of this, as kernels like them."""
@@ -382,8 +385,9 @@ def _out_in(module: nn.Module) -> Tensor:
 
 @contextmanager
 def _watching(module: nn.Module, found: list[tuple[nn.Module, Tensor]]) -> Iterator[None]:
-    def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-        found.append((module, output.clone()))  # some models work on it in place
+    def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            found.append((module, output.clone()))  # some models work on it in place
 
     handle = module.register_forward_hook(hook)
     try:

@@ -32,7 +32,7 @@ from nulledit.models.hooks import (
     read_key,
     replaced_forward,
 )
-from nulledit.models.layout_tracing import entries
+from nulledit.models.layout_tracing import body_of, entries
 from nulledit.models.layouts import (
     blocks_of,
     check_layout,
@@ -48,10 +48,11 @@ from nulledit.models.tokens import Batch, context_length, vocabulary_of
 
 @dataclass
 class _BodyOutput(BaseModelOutputWithPastAndCrossAttentions):
-    """What a body of blocks gives, with all that any family's head looks for."""
+    """What a body of blocks gives; whatever else a family's head looks for is None."""
 
-    router_logits: tuple[Tensor, ...] | None = None
-    """Of a mixture of experts; None: not asked for."""
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
 
 
 class _PrefixLayer(DynamicLayer):
@@ -146,12 +147,15 @@ class PartialModel:
         if layout is not None and not is_family_matrix(model, layout):
             self.named_matrix = layout.mlp_out
         self.blocks = blocks_of(model, self.layout)
-        self._body = model.get_submodule(self.layout.blocks.rpartition(".")[0])  # runs the blocks
+        self._body = body_of(model, self.layout.blocks)
         self._entries = entries(model, self._body, list(self.blocks), self.layout.mlp_out)
         self.context, self.vocabulary = context_length(model.config), vocabulary_of(model)
         self.columns = self.context
         """Most that a kept prefix and the rows after it may have together. 0: none can be kept,
         since recurrent blocks look at more than attention keys and values (`trial.py`)."""
+        self.from_below = False
+        """Whether blocks take more than states from those below, which run as well, then: attention
+        keys and values that several share, for one (`trial.py`)."""
 
     @property
     def depth(self) -> int:
@@ -262,19 +266,21 @@ class PartialModel:
     ) -> tuple[Tensor, Tensor]:
         """Hidden states behind block `layer`, and where its values stand [rows, length, d] each.
 
-        Values stand in the hidden states themselves, or, where a norm follows W, in W's output.
+        Values stand in the hidden states themselves, or, where a norm follows W, in what the norm
+        is given: W's output, and what some families add to it.
         """
-        with self.reading_output(layer) if self.values_at_output else nullcontext() as written:
+        norm = self._entries[layer].norm if self.values_at_output else None
+        with nullcontext() if norm is None else self._reading_normed(layer, norm) as given:
             hidden = self.run(batch, states=states, first=first, last=layer, prefix=prefix)
-        return hidden, written[0].view(hidden.shape) if written else hidden
+        return hidden, given[0].view(hidden.shape) if given else hidden
 
     def with_value(self, layer: int, hidden: Tensor, standing: Tensor, delta: Tensor) -> Tensor:
         """`hidden` of `run_to_values` with `delta` added to what is `standing` there [..., d]."""
-        norm = self._entries[layer].norm
+        norm, share = self._entries[layer].norm, self._entries[layer].share
         if norm is None:
             return hidden + delta.to(hidden)
         before, after = norm(standing.to(hidden)), norm((standing + delta).to(hidden))
-        return hidden + (after - before).to(hidden)
+        return hidden + share * (after - before).to(hidden)
 
     def logits(self, normed: Tensor) -> Tensor:
         """Logits [..., vocabulary] of normed states [..., d]."""
@@ -332,6 +338,21 @@ class PartialModel:
         with hooked(self.mlp_out(layer), collect_copy(found)):
             yield found
 
+    @contextmanager
+    def _reading_normed(self, layer: int, norm: nn.Module) -> Iterator[list[Tensor]]:
+        """Collect a copy of what `norm` is given first after W of `layer`, in the last run."""
+        found: list[Tensor] = []
+
+        def begin(*_args: Any) -> None:
+            found.clear()
+
+        def read(_module: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+            if not found:
+                found.append(args[0].clone())
+
+        with hooked(self.mlp_out(layer), begin), hooked(norm, read, before=True):
+            yield found
+
     def _top(self, last: int | None) -> int:
         return self.depth - 1 if last is None else last
 
@@ -356,7 +377,7 @@ class PartialModel:
         with self._span(first, last, states, found):
             source = (
                 {"input_ids": batch.ids}
-                if states is None
+                if states is None or self.from_below
                 else {
                     "inputs_embeds": torch.zeros_like(states, device=self.device)
                 }  # for its shape
@@ -377,7 +398,7 @@ class PartialModel:
         """Only blocks `first` to `last` work inside; `found` gets the states behind `last`."""
         with ExitStack() as stack:
             for i, block in enumerate(self.blocks):
-                if not first <= i <= last:
+                if i > last or (i < first and not self.from_below):
                     unchanged = passing(self._entries[i].as_tuple)
                     stack.enter_context(replaced_forward(block, unchanged))
                 elif torch.is_grad_enabled() and is_offloaded(block):

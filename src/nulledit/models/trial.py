@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nulledit.errors import ModelError
+from nulledit.models.hooks import states_of
 from nulledit.models.layouts import differentiating, frozen
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import Batch, collate, share_beginnings
@@ -28,12 +29,22 @@ logger = logging.getLogger(__name__)
 LENGTHS, CUTS = (9, 6), (5, 2)
 """Tokens of each row, and of its beginning."""
 MISSED = 1e-3  # share of a block's output that may be missed, beside two roundings
-_TRIED: WeakKeyDictionary[nn.Module, dict[tuple[str, str | None], bool]] = WeakKeyDictionary()
-"""Whether prefixes can be kept, by model object, path of its blocks and kind of attention."""
+_TRIED: WeakKeyDictionary[nn.Module, dict[tuple[str, str | None], Spans]] = WeakKeyDictionary()
+"""By model object, path of its blocks and kind of attention."""
 
 
-def keeps_prefixes(model: PartialModel) -> bool:
-    """Whether `model` can be run behind kept prefixes, with a notice where it can't.
+@dataclass(frozen=True)
+class Spans:
+    """How spans of a model's blocks can be run."""
+
+    prefixes: bool
+    """Behind kept prefixes."""
+    from_below: bool
+    """As `PartialModel.from_below`."""
+
+
+def try_spans(model: PartialModel) -> Spans:
+    """How spans of `model`'s blocks can be run, with a notice where it takes longer.
 
     ModelError where spans of blocks don't give the model's own numbers, or give no gradient. What
     was found is kept for as long as the model object lives.
@@ -61,26 +72,27 @@ class _Trial:
         self.model = model
         self.kind = f"model type {model.model.config.model_type!r}"
 
-    def passed(self) -> bool:
-        """Whether prefixes can be kept; ModelError where the model can't be run in spans."""
+    def passed(self) -> Spans:
+        """How spans can be run; ModelError where they can't."""
         if any(parameter.is_inference() for parameter in self.model.model.parameters()):
             raise ModelError(
                 "the model was made under torch.inference_mode, so no gradient can be taken "
                 "through it, which values need; load it outside"
             )
-        try:
-            rows = [_alone(self.model, ids) for ids in _rows(self.model)]
-            batch = collate([row.ids for row in rows], pad_id=0, device=self.model.device)
-            missed = self._blocks(rows, batch) or self._top(rows, batch)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # anything can go wrong in code that nobody has seen
-            raise ModelError(
-                f"{self.kind} can't be run a block at a time, as keys and values are: "
-                f"{_said(error)}; can't edit it"
-            ) from error
+        rows = self._whole()
+        batch = collate([row.ids for row in rows], pad_id=0, device=self.model.device)
+        missed = self._in_spans(rows, batch)
         if missed:
-            raise ModelError(f"{self.kind}: {missed}; can't edit it")
+            self.model.from_below = True
+            if self._in_spans(rows, batch):
+                raise ModelError(f"{self.kind} {missed}; can't edit it")
+            logger.warning(
+                "%s %s: the blocks below run as well, and every row from its start, which takes "
+                "longer",
+                self.kind,
+                missed,
+            )
+            return Spans(prefixes=False, from_below=True)
         try:
             missed = self._behind(rows)
         except torch.OutOfMemoryError:
@@ -94,11 +106,35 @@ class _Trial:
                 self.kind,
                 missed,
             )
-        return not missed
+        return Spans(prefixes=not missed, from_below=False)
+
+    def _whole(self) -> list[_Alone]:
+        try:
+            return [_alone(self.model, ids) for ids in _rows(self.model)]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # anything can go wrong in code that nobody has seen
+            raise ModelError(f"{self.kind} can't be run: {_said(error)}; can't edit it") from error
+
+    def _in_spans(self, rows: list[_Alone], batch: Batch) -> str:
+        """What is wrong with spans of blocks."""
+        try:
+            missed = self._blocks(rows, batch) or self._top(rows, batch)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            return f"can't be run a block at a time, as keys and values are: {_said(error)}"
+        return missed and f"can't be run a block at a time: {missed}"
 
     @torch.no_grad()
     def _blocks(self, rows: list[_Alone], batch: Batch) -> str:
-        """What is wrong with the blocks, run one at a time on all rows."""
+        """What is wrong with the embedding and the blocks, run one at a time on all rows."""
+        missed = _missed(self.model.run(batch, last=-1), [row.given[0] for row in rows])
+        if missed:
+            return (
+                "tokens are embedded otherwise than in the whole model where their positions are "
+                f"given, from 0, or another row is beside them (off by {missed:.1%})"
+            )
         for i in range(self.model.depth):
             states = _padded([row.given[i] for row in rows])
             made = self.model.run(batch, states=states, first=i, last=i)
@@ -144,6 +180,11 @@ class _Trial:
             device=model.device,
         )
         cuts = shared.cuts
+        front = model.record_prefix(shared.stems, _padded([r.given[0][: max(cuts)] for r in rows]))
+        embedded = model.run(front.before(shared.rests), last=-1, prefix=front)
+        missed = _missed(embedded, [r.given[0][cut:] for r, cut in zip(rows, cuts, strict=True)])
+        if missed:
+            return f"tokens are embedded otherwise there, off by {missed:.1%}"
         for i in range(model.depth):
             given, made = [row.given[i] for row in rows], [row.made[i] for row in rows]
             begun = _padded([states[:cut] for states, cut in zip(given, cuts, strict=True)])
@@ -180,7 +221,7 @@ def _alone(model: PartialModel, row: list[int]) -> _Alone:
         given.append(states[0].clone())  # some families write into what they are given
 
     def behind(_module: Any, _args: Any, output: Any) -> None:
-        made.append((output[0] if isinstance(output, tuple) else output)[0])
+        made.append(states_of(output)[0])
 
     ids = torch.tensor([row], device=model.device)
     with ExitStack() as stack:

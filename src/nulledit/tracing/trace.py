@@ -33,6 +33,8 @@ from nulledit.data.facts import quote
 from nulledit.errors import ConfigError, ModelError
 from nulledit.io.settings import Count, Positive, Whole, checked
 from nulledit.models.editable_model import EditableModel
+from nulledit.models.experts import comes_apart
+from nulledit.models.hooks import states_of
 from nulledit.models.layouts import frozen
 from nulledit.models.partial import Prefix
 from nulledit.models.tokens import Batch
@@ -130,8 +132,20 @@ def trace(
     """Trace one fact at each token of its subject and at the prompt's last token.
 
     `spread`: standard deviation of the subjects' embeddings (`spread_of`). No weight is changed.
-    Raises ModelError if the model's logits are not finite, ConfigError if they are so with noise.
+    Raises ModelError if the model's logits are not finite, or its blocks take more than states from
+    those below; ConfigError if logits are not finite with noise.
     """
+    kind = f"model type {model.model.config.model_type!r}"
+    if model.from_below:
+        raise ModelError(
+            f"{kind}: its blocks take more than states from those below, so states can't be put "
+            "back alone and it can't be traced: name its layers"
+        )
+    if any(comes_apart(model.matrix(i)) for i in range(model.depth) if model.fits(i)):
+        raise ModelError(
+            f"{kind}: its experts' outputs come apart, so they can't be put back and it can't be "
+            "traced: name its layers"
+        )
     with frozen(model.model):
         return _Runs(model, question, settings, spread).trace()
 
@@ -294,7 +308,7 @@ class _Runs:
         """Collect states behind each block, and W's outputs in the clean row."""
 
         def behind(_module: nn.Module, _args: Any, output: Any) -> None:
-            self.states.append(output[0] if isinstance(output, tuple) else output)
+            self.states.append(states_of(output))
 
         def written(_module: nn.Module, _args: Any, output: Tensor) -> None:
             rows = output.view(*self.batch.ids.shape, -1)  # some families join rows before W
