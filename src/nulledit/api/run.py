@@ -286,6 +286,11 @@ class Run:
 
     # -- looking, which writes nothing into the ledger ---------------------------------------------
 
+    def foresee(self, change: Callable[[Editor], Report]) -> Report:
+        """What `change` of the editor would do, in memory alone: it is as before afterwards."""
+        with self.editor.trial(writing=False):
+            return change(self.editor)
+
     def ask(self, prompt: str, target: str | None = None, **asked: Any) -> Answer:
         """`Editor.ask`: what the base and the edited model say after `prompt`."""
         return self.editor.ask(prompt, target, **asked)

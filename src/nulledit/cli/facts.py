@@ -101,15 +101,11 @@ def check(call: Call) -> None:
 
 def _page(call: Call, rows: list[Sequence[str]], seen: Sequence[Outlook]) -> list[str | Part]:
     from nulledit.report.document import StudyTable
+    from nulledit.runs.tables import outlook_table
 
     parts: list[str | Part] = [StudyTable.of("file", "", [call.file, ""], rows)]
     if seen:
-        cells: list[Sequence[str]] = [
-            [item.fact.id, item.fact.target, str(item.tokens), item.says, item.remarks]
-            for item in seen[:MOST_FACTS]
-        ]
-        head = ["fact", "target", "tokens", "the model says", "remarks"]
-        parts.append(StudyTable.of("facts", "", head, cells))
+        parts.append(outlook_table(seen[:MOST_FACTS]))
         if len(seen) > MOST_FACTS:
             parts.append(f"{len(seen) - MOST_FACTS} more facts: --json has all")
         parts.append(StudyTable.of("model", "", [call.model, "facts"], _summary(seen)))

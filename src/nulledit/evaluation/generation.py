@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.generation.streamers import BaseStreamer
 
 from nulledit.data.facts import Fact, quote
 from nulledit.errors import FactError
@@ -46,10 +47,12 @@ def generate_answers(
     first_line: bool = True,
     batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
+    heard: Callable[[str], None] | None = None,
 ) -> list[str]:
     """The greedy continuation of each prompt, without the prompt, up to its first newline.
 
     With `first_line=False` it goes on over newlines. `max_new_tokens` may be given for each prompt.
+    `heard`, of one prompt alone, is told the answer so far after every token.
 
     Prompts run in batches of like length, padded on the left under a mask; the tokenizer's settings
     are not touched. Sampling settings and penalties that the checkpoint carries are left out.
@@ -63,13 +66,18 @@ def generate_answers(
     ]
     stops = _stops(model)
     answers = [""] * len(rows)
+
+    def said(ids: list[int]) -> str:
+        text = _until_stop(model.tokenizer, ids, stops)
+        return (text.split("\n", 1)[0] if first_line else text).strip()
+
+    ear = None if heard is None else Ear(lambda ids: heard(said(ids)))
     for part in _batches(rows, batch_size, progress):
         held = [rows[i] for i in part]
         longest = max(most[i] for i in part)
-        new = _continue(model, held, longest, stops=sorted(stops))
+        new = _continue(model, held, longest, stops=sorted(stops), ear=ear)
         for i, ids in zip(part, new, strict=True):
-            text = _until_stop(model.tokenizer, ids[: most[i]], stops)
-            answers[i] = (text.split("\n", 1)[0] if first_line else text).strip()
+            answers[i] = said(ids[: most[i]])
     return answers
 
 
@@ -208,6 +216,7 @@ def _continue(
     *,
     stops: list[int] | None = None,
     draw: LogitsProcessor | None = None,
+    ear: Ear | None = None,
 ) -> list[list[int]]:
     """The ids that the model puts behind each row: the likeliest ones, or those that `draw` leaves.
 
@@ -223,9 +232,31 @@ def _continue(
             eos_token_id=stops or None,
             pad_token_id=model.pad_id,
             logits_processor=LogitsProcessorList([draw] if draw else []),
+            streamer=ear,
         )
     new: list[list[int]] = ids[:, batch.ids.shape[1] :].tolist()
     return new
+
+
+class Ear(BaseStreamer):
+    """Tells the new ids of one row after every token."""
+
+    def __init__(self, tell: Callable[[list[int]], None]):
+        """`tell`: called with all ids after the prompt."""
+        self.tell = tell
+        self.ids: list[int] | None = None  # None: the prompt is yet to come
+
+    def put(self, value: Tensor) -> None:
+        """Take in the prompt, then token after token."""
+        if self.ids is None:
+            self.ids = []
+            return
+        self.ids += value.flatten().tolist()
+        self.tell(self.ids)
+
+    def end(self) -> None:
+        """Be ready for another prompt."""
+        self.ids = None
 
 
 class TopK(LogitsProcessor):

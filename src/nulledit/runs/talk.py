@@ -36,3 +36,19 @@ class Told(Talk):
         """The function, told of each stage by its name with `prefix` in front."""
         told = self.told
         yield None if told is None else lambda stage, *done: told(prefix + stage, *done)
+
+
+def in_facts(tell: Progress, prefix: str = "") -> Progress:
+    """`tell` with each stage named with `prefix`; values are told as facts over all batches."""
+    offset = facts = 0  # of the batch at work
+
+    def told(stage: str, done: int, total: int) -> None:
+        nonlocal offset, facts
+        if stage == "batches":
+            offset, facts = done, total
+        elif stage == "values":
+            tell("facts", min(offset + done, facts), facts)
+        else:
+            tell(f"{prefix}{stage}", done, total)
+
+    return told
