@@ -56,12 +56,11 @@ def ui(call: Call) -> None:
         from nulledit.api.run import Run
 
         if (folder / "ledger" / "ledger.db").is_file():
-            return call.open(folder, writing=True)
-        talk.say(f"Loading {call.run}")
-        return Run.create(folder, call.editor(call.run, recipe=call.recipe))
+            return call.open(folder, writing=True, talk=talk)
+        return Run.create(folder, call.editor(call.run, recipe=call.recipe), talk=talk)
 
     serve(
-        folder.resolve(),
+        folder,
         opened,
         name=folder.resolve().name,
         port=call.port,

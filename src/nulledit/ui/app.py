@@ -175,7 +175,7 @@ class Site:
             key = ("numbers", (self.view.folder / "summary.json").stat().st_mtime_ns)
             parts = self._draw(key, lambda: run_document(pages).parts)
         folder = self.view.folder
-        exports = {kind: export_command(folder, kind, folder / kind) for kind in EXPORTS}
+        exports = {kind: export_command(folder, kind, f"{folder}-{kind}") for kind in EXPORTS}
         return self._page(request, "numbers", "Numbers", parts=parts, exports=exports)
 
     def activity(self, request: Request) -> Response:
