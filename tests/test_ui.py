@@ -20,7 +20,7 @@ from nulledit.ui.app import Site
 from nulledit.ui.forms import filled, read_fact, read_upload
 from nulledit.ui.guard import MOST_BYTES
 from nulledit.ui.view import FactRow, View, chosen
-from nulledit.ui.work import Outcome, Worker
+from nulledit.ui.work import Outcome, Stopped, Worker
 
 PORT = 8000
 HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)">\u202e{{ 7 * 7 }}'
@@ -206,6 +206,7 @@ def test_what_is_on_disk_is_shown_even_if_the_model_is_not(folder):
         assert "Velmish" in tab.get("/").text
         said = text_of(tab.post("/ask", {"prompt": "x"}))
         assert "no room for the model" in said
+        assert "could not be loaded" in tab.get("/").text
         assert "Traceback" not in said
 
 
@@ -281,7 +282,9 @@ def test_what_is_wrong_stands_beside_its_field_and_the_rest_stays(tab, folder):
     assert re.search(r'id="target-wrong-1">target is', page.text)
     assert 'value="a &amp; b"' in page.text
     assert 'value="no slot here"' in page.text
-    page = tab.post("/edit/check", {**given, "target": "town", "do": "write"})
+    lines = {"paraphrases": "\r\n a & b\r\nc \u202e"}
+    page = tab.post("/edit/check", {**given, **lines, "target": "town", "do": "write"})
+    assert 'aria-describedby="paraphrases-about">\n\n a &amp; b\nc \u202e</textarea>' in page.text
     assert re.search(r'id="prompt-wrong-1">prompt has no slot', page.text)
     assert events(folder) == 2
 
@@ -357,9 +360,14 @@ def test_hostile_text_is_shown_and_never_read(tab, folder):
         assert page.status_code == 200
         assert "<script>alert" not in page.text
         assert "<img src=x" not in page.text
-        assert "\u202e" not in page.text
+        shown = re.sub(r"<(input|textarea)[^>]*>([^<]*</textarea>)?", "", page.text)
+        assert "\u202e" not in shown, "it would turn what follows around"
         assert " 49" not in page.text
     assert "alert(1)" in story.text
+    ids = re.findall(r'name="id" value="([^"]*)"', tab.get("/").text)
+    assert html.unescape(ids[-1]) == id_ == HOSTILE
+    tab.post("/change", {"kind": "undo", "id": html.unescape(ids[-1])})
+    assert not View(folder).facts()[-1].active
 
 
 def test_two_tabs_of_one_browser_do_not_lose_each_others_work(tab, folder):
@@ -428,6 +436,47 @@ def test_a_run_begins_on_a_model_without_one(place, tmp_path):
         assert "No fact is in the model yet" in tab.get("/").text
         tab.post("/ask", {"prompt": "Velm is"})
         tab.post("/edit/check", {**LONELY, "do": "preview"})
+        assert not folder.exists()
+        tab.post("/edit/check", {**LONELY, "do": "write"})
+        assert "flute" in tab.get("/").text
+    assert Run.open(folder).verify().passed
+
+
+def test_what_a_written_fact_says_is_told_before_its_evaluation(tab, folder):
+    tab.post(
+        "/edit/check",
+        {"subject": "Lyra Holm", "prompt": "{} plays the", "target": "flute", "do": "write"},
+    )
+    job = tab.site.worker.jobs[max(tab.site.worker.jobs)]
+    told = [
+        i for i, line in enumerate(job.lines) if line.startswith("Written. Lyra Holm plays the … ")
+    ]
+    later = [i for i, line in enumerate(job.lines) if line.startswith("Evaluating 1 fact")]
+    assert len(told) == 1
+    assert told[0] < later[0]
+    assert tab.get(f"/jobs/{job.number}/state").json()["over"]
+
+
+def test_a_first_edit_that_is_stopped_leaves_no_folder_and_can_be_begun_again(
+    place, tmp_path, monkeypatch
+):
+    folder = tmp_path / "new"
+    editor = Editor.from_pretrained(
+        str(place / "model"),
+        recipe=load_recipe(place / "recipe.yaml"),
+        statistics=place / "stats",
+    )
+    site = site_of(folder, lambda talk: Run.create(folder, editor, talk=talk))
+
+    def stop(*_, **__):
+        raise Stopped("stopped")
+
+    with client_of(site) as client:
+        tab = Browser(client, site)
+        with monkeypatch.context() as patch:
+            patch.setattr("nulledit.editing.batch.optimise_values", stop)
+            said = text_of(tab.post("/edit/check", {**LONELY, "do": "write"}))
+        assert "stopped; nothing was changed" in said
         assert not folder.exists()
         tab.post("/edit/check", {**LONELY, "do": "write"})
         assert "flute" in tab.get("/").text

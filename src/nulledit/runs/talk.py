@@ -5,8 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from nulledit.editing.call_log import Progress
+
+if TYPE_CHECKING:
+    from nulledit.editing.reports import EditReport  # with torch
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +26,9 @@ class Talk:
     def progress(self, prefix: str = "") -> Iterator[Progress | None]:
         """Who is told of progress inside, each stage named with `prefix`."""
         yield None
+
+    def written(self, report: EditReport) -> None:
+        """Facts are in the model; they are yet to be evaluated, which takes longer."""
 
 
 class Told(Talk):

@@ -6,17 +6,24 @@ import asyncio
 import json
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
+from markupsafe import escape
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
+from starlette.responses import (
+    HTMLResponse,
+    JSONResponse,
+    RedirectResponse,
+    Response,
+    StreamingResponse,
+)
 from starlette.routing import Route
 
 from nulledit.errors import ConfigError, FactError, NullEditError
@@ -56,6 +63,7 @@ class Site:
         """`name`: of the run or the model, as it is shown; `port`: where it is served."""
         self.worker, self.view, self.name = worker, View(worker.folder), name
         self.templates, self.drawing = templates(), threading.Lock()
+        self.templates.filters["exact"] = escape  # what comes back by a form stays as it is
         self.drawn: dict[Any, list[tuple[str, Any]]] = {}
         got = {
             "/": self.facts,
@@ -66,6 +74,7 @@ class Site:
             "/numbers": self.numbers,
             "/jobs": self.activity,
             "/jobs/{number:int}": self.job,
+            "/jobs/{number:int}/state": self.state,
             "/style.css": _style,
             "/ui.js": _script,
         }
@@ -146,8 +155,9 @@ class Site:
 
     def editing(self, request: Request) -> Response:
         """A form for one fact or a file; filled in where a known fact is to be replaced."""
-        id_, given = request.query_params.get("id"), dict[str, str]()
-        how = request.query_params.get("how", "")
+        asked = request.query_params
+        id_, how = asked.get("id"), asked.get("how", "")
+        given = {"prompt": asked.get("prompt", "")}
         if id_ is not None:
             history = self.view.history()
             known = [c.fact for c in history.columns if c.fact.id == id_] if history else []
@@ -194,6 +204,10 @@ class Site:
         if job.over:
             parts = self._draw(("job", job.number), lambda: job.outcome.parts)
         return self._page(request, "job", job.title, job=job, parts=parts, wait=not job.over)
+
+    def state(self, request: Request) -> Response:
+        """How far one job is."""
+        return JSONResponse(self._known(request.path_params["number"]).to_dict())
 
     # -- what is posted --------------------------------------------------------------------------
 
@@ -306,7 +320,7 @@ class Site:
             "edit",
             "Edit",
             status=422 if errors else 200,
-            given={name: str(given.get(name) or "") for name in (*FIELDS, "forget")},
+            given={name: _text(given, name) for name in (*FIELDS, "forget")},
             errors=errors,
             how=how,
             retries=MOST_RETRIES,
@@ -332,6 +346,7 @@ class Site:
             csrf=self.app.csrf,
             menu=PAGES,
             here=request.url.path,
+            fault=self.worker.fault,
             now=waiting[0] if waiting else None,
             queued=max(0, len(waiting) - 1),
             **{"wait": False} | more,
@@ -391,7 +406,7 @@ def _to(path: str) -> Response:
     return RedirectResponse(path, 303)
 
 
-def _text(given: FormData, name: str) -> str:
+def _text(given: Mapping[str, Any], name: str) -> str:
     """A form's text; browsers send its newlines as CR LF."""
     value = given.get(name, "")
     return value.replace("\r\n", "\n") if isinstance(value, str) else ""

@@ -10,8 +10,9 @@ from nulledit.api.editor import Editor
 from nulledit.api.run import Run
 from nulledit.data.readers import FactFile
 from nulledit.editing.call_log import Progress
-from nulledit.editing.reports import ChangeReport
+from nulledit.editing.reports import ChangeReport, EditReport
 from nulledit.evaluation.asking import parting
+from nulledit.evaluation.generation import fact_answers
 from nulledit.evaluation.outlook import outlook
 from nulledit.io.text import count
 from nulledit.report.document import Items, Part, StudyTable, Text
@@ -34,6 +35,7 @@ CHANGES = {
 }
 """What changes the facts in the model without writing new ones -> its button."""
 MOST_SEEN = 50  # facts of a file that are shown
+MOST_SAID = 3  # whose answers are told before the evaluation
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ def preview(edit: Edit, run: Run, job: Job) -> Outcome:
 
 
 def write(edit: Edit, run: Run, job: Job) -> Outcome:
-    """The edit itself."""
+    """The edit itself. What the model says by then is told before minutes of evaluation."""
+    job.upon = partial(_say_now, run, job)
     result = run.edit(
         edit.facts,
         retry=edit.retry,
@@ -162,6 +165,12 @@ def diff(first: int, second: int, run: Run, _job: Job) -> Outcome:
     return Outcome(
         difference_page(found, *(f"event {n}" if n else "base" for n in (first, second)))
     )
+
+
+def _say_now(run: Run, job: Job, report: EditReport) -> None:
+    facts = [c.fact for c in report.columns[:MOST_SAID] if not c.fact.forget]
+    for fact, said in zip(facts, fact_answers(run.editor.editable, facts), strict=True):
+        job.say(f"Written. {fact.render(fact.prompt)} … {said}")
 
 
 def _change(kind: str, ids: Sequence[str], tell: Progress | None, editor: Editor) -> ChangeReport:

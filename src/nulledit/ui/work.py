@@ -13,6 +13,7 @@ from typing import Any
 
 from nulledit.api.run import Refused, Run
 from nulledit.editing.call_log import Progress
+from nulledit.editing.reports import EditReport
 from nulledit.errors import LedgerError, NullEditError
 from nulledit.io.text import count
 from nulledit.ledger.store import Store
@@ -74,6 +75,8 @@ class Job(Talk):
     """Done and in all (0: nobody knows), by stage."""
     heard: dict[str, str] = field(default_factory=dict)
     """Answers so far, by side."""
+    upon: Callable[[EditReport], None] | None = None
+    """Told of facts that are in the model, before they are evaluated."""
     error: str = ""
     outcome: Outcome = Outcome()
     stopping: bool = False
@@ -101,6 +104,11 @@ class Job(Talk):
             self.changed += 1
 
         yield in_facts(tell, prefix)
+
+    def written(self, report: EditReport) -> None:
+        """Pass on that facts are in the model."""
+        if self.upon is not None:
+            self.upon(report)
 
     def hear(self, side: str, text: str) -> None:
         """An answer so far."""
@@ -131,6 +139,8 @@ class Worker:
         """`opened`: loads the run of `folder`; called in the worker's thread."""
         self.folder = folder
         self.jobs: dict[int, Job] = {}
+        self.fault = ""
+        """Why the model could not be loaded, until it can be."""
         self._opened, self._run = opened, None  # type: Callable[[Talk], Run], Run | None
         self._queue: queue.Queue[Job | None] = queue.Queue()
         self._lock, self._next, self._ending = threading.Lock(), 1, False
@@ -206,7 +216,12 @@ class Worker:
             job.say("Another process has changed the ledger: it is loaded again")
             self._run = run = None
         if run is None:
-            self._run = run = self._opened(job)
+            try:
+                self._run = run = self._opened(job)
+            except Exception as error:
+                self.fault = str(error)
+                raise
+        self.fault = ""
         return run
 
     def _stopped(self, before: int) -> str:

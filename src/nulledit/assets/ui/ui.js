@@ -41,7 +41,20 @@ function stage([name, done, total]) {
   return made;
 }
 
-for (const box of document.querySelectorAll("[data-stream]")) follow(box);
+async function watch(place) {
+  // No stream: a browser keeps six connections to a server, for all its tabs.
+  try {
+    const job = await (await fetch(place.dataset.now)).json();
+    if (job.over) place.querySelector("span").textContent = ` ${job.state}`;
+    else setTimeout(watch, 2000, place);
+  } catch {
+    place.textContent = "the server has ended";
+  }
+}
+
+const boxes = document.querySelectorAll("[data-stream]");
+boxes.forEach(follow);
+if (!boxes.length) document.querySelectorAll("[data-now]").forEach(watch);
 
 for (const zone of document.querySelectorAll("[data-drop]")) {
   const input = zone.querySelector("input[type=file]");
