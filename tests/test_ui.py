@@ -12,6 +12,7 @@ from support.cli import edit_all, refused
 from nulledit import Editor, Run
 from nulledit.config import load_recipe
 from nulledit.ledger.store import Store
+from nulledit.report.document import Value
 
 pytest.importorskip("starlette", reason="needs the extra ui")
 from starlette.testclient import TestClient
@@ -19,7 +20,7 @@ from starlette.testclient import TestClient
 from nulledit.ui.app import Site
 from nulledit.ui.forms import filled, read_fact, read_upload
 from nulledit.ui.guard import MOST_BYTES
-from nulledit.ui.view import FactRow, View, chosen
+from nulledit.ui.view import FactRow, View, chosen, curves
 from nulledit.ui.work import Outcome, Stopped, Worker
 
 PORT = 8000
@@ -194,6 +195,18 @@ def test_a_fact_has_its_story_and_the_timeline_its_events(tab):
     assert page.count("edit") >= 2
     assert "2 facts" not in tab.get("/fact?id=").text
     assert "nulledit export" in tab.get("/numbers").text
+
+
+def test_the_numbers_of_an_event_are_of_the_one_that_was_evaluated(tab, folder):
+    tab.post("/change", {"kind": "undo", "id": "karo"})
+    tab.post("/change", {"kind": "redo"})
+    told = View(folder).events()
+    assert [event["kind"] for event in told] == ["edit", "edit", "undo", "redo"]
+    assert [event["kl"] is not None for event in told] == [False, True, False, False]
+    assert curves(told) == []
+    other = {**told[1], "event": 9, "kl": Value(2.0, 0.5, 10), "says": None}
+    (figure,) = curves([*told, other])
+    assert [point.x for point in figure.points] == [2, 9]
 
 
 def test_what_is_on_disk_is_shown_even_if_the_model_is_not(folder):

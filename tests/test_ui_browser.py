@@ -177,7 +177,10 @@ def test_a_dropped_file_is_taken_and_its_errors_are_beside_it(browser, served):
 def test_every_page_fits_its_window_and_has_a_name_for_each_control(browser, served, look):
     _, address = served
     page, faults = opened(browser, address, look)
-    for path in PATHS:
+    page.click("nav >> text=Numbers")
+    page.click("text=Check the default limits")
+    page.wait_for_selector("text=not measured")
+    for path in (*PATHS, page.url.removeprefix(root_of(address))):
         page.goto(root_of(address) + path)
         wide = page.evaluate("document.documentElement.scrollWidth - innerWidth")
         assert wide <= 0, f"{path} is {wide} pixels wider than its window"

@@ -242,7 +242,7 @@ class Site:
         """What a change would move."""
         kind, ids = _change(given)
         work = partial(deeds.foresee, kind, ids)
-        return self._begun(f"What {_named(kind, ids)} would move", work)
+        return self._begun(f"What {_named(kind, ids, noun=True)} would move", work)
 
     def change(self, request: Request, given: FormData) -> Response:
         """A change of what is in the model."""
@@ -439,6 +439,6 @@ def _change(given: FormData) -> tuple[str, list[str]]:
     return kind, list(dict.fromkeys(ids))
 
 
-def _named(kind: str, ids: Sequence[str]) -> str:
+def _named(kind: str, ids: Sequence[str], *, noun: bool = False) -> str:
     few = ", ".join(ids[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
-    return f"{kind} {few}".strip()
+    return f"{deeds.CHANGES[kind][noun]} {few}".strip()

@@ -21,6 +21,7 @@ from nulledit.runs.diff import difference_page
 from nulledit.runs.document import RunFolder, call_parts
 from nulledit.runs.folder import fact_line
 from nulledit.runs.gate_report import gate_table
+from nulledit.runs.history import answer_of
 from nulledit.runs.limits import Limits, load_limits
 from nulledit.runs.pages import Result
 from nulledit.runs.preview import preview_page
@@ -28,12 +29,12 @@ from nulledit.runs.tables import answers_table, outlook_table, rates_tables
 from nulledit.ui.work import Follow, Job, Outcome
 
 CHANGES = {
-    "undo": "Undo",
-    "redo": "Redo",
-    "restore": "Restore the base",
-    "rebuild": "Rebuild",
+    "undo": ("Undo", "undoing"),
+    "redo": ("Redo", "redoing"),
+    "restore": ("Restore the base", "restoring the base"),
+    "rebuild": ("Rebuild", "rebuilding"),
 }
-"""What changes the facts in the model without writing new ones -> its button."""
+"""What changes the facts in the model without writing new ones -> its button, and its noun."""
 MOST_SEEN = 50  # facts of a file that are shown
 MOST_SAID = 3  # whose answers are told before the evaluation
 
@@ -53,7 +54,8 @@ class Edit:
     def title(self) -> str:
         """What it is of."""
         found = self.facts.facts
-        return found[0].id if len(found) == 1 else count(len(found), "fact")
+        one = found[0]
+        return f"{one.subject}: {answer_of(one)}" if len(found) == 1 else count(len(found), "fact")
 
 
 def ask(prompt: str, target: str, run: Run, job: Job) -> Outcome:
@@ -115,7 +117,7 @@ def foresee(kind: str, ids: Sequence[str], run: Run, job: Job) -> Outcome:
             _notices(report.notices),
             Text("Nothing was changed yet.", "quiet"),
         ],
-        (Follow(f"{CHANGES[kind]} now", "/change", fields),),
+        (Follow(f"{CHANGES[kind][0]} now", "/change", fields),),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import uvicorn
@@ -47,4 +48,5 @@ def serve(
             server_header=False,
             timeout_graceful_shutdown=PATIENCE,
         )
-        uvicorn.Server(settings).run(sockets=[bound])
+        with suppress(KeyboardInterrupt):  # the way to end it, by any signal
+            uvicorn.Server(settings).run(sockets=[bound])

@@ -92,8 +92,11 @@ class View:
         """Every event, with KL and rates where what it wrote was evaluated; oldest first."""
         history, pages = self.history(), self.pages()
         events = events_of(history) if history else []
+        calls = pages.evaluated if pages else []
+        by_batch = {call["batches"][1]: call for call in calls if call["batches"]}
         for event in events:
-            call = _call_of(event, pages)
+            made = [batch for batch in event["batches"] if batch in by_batch]
+            call = by_batch.pop(made[-1]) if made else None  # later events bring batches back
             event["kl"] = of_text(call["after"], "kl") if call else None
             event["says"] = (call["after"] or {}).get("generation") if call else None
         return events
@@ -141,7 +144,7 @@ def _key(value: str | int) -> tuple[int, str]:
 
 
 def curves(events: Sequence[Mapping[str, Any]]) -> list[FigureSpec]:
-    """KL and what is said, along the events that were evaluated; none for fewer than two."""
+    """KL and what is said, along the events that were evaluated, where it varies."""
     found = []
     for name, key, about in (
         ("kl", "kl", "KL per token from the base on other text"),
@@ -154,7 +157,7 @@ def curves(events: Sequence[Mapping[str, Any]]) -> list[FigureSpec]:
             if event[name] is not None
             for y, error, n in [_estimate(event[name], measure.scale if name == "says" else 1)]
         )
-        if len(points) > 1:
+        if len({point.y for point in points}) > 1:  # what stays the same needs no curve
             found.append(
                 FigureSpec(
                     name=f"along-{name}",
@@ -175,14 +178,6 @@ def _estimate(found: Any, scale: float) -> tuple[float | None, float | None, int
         None if given[k] is None else scale * given[k] for k in ("mean", "standard_error")
     )
     return mean, error, given["n"]
-
-
-def _call_of(event: Mapping[str, Any], pages: RunFolder | None) -> Mapping[str, Any] | None:
-    """The evaluated call of the run whose last batch the event wrote."""
-    for call in pages.evaluated if pages else ():
-        if call["batches"] and call["batches"][1] in event["batches"]:
-            return call
-    return None
 
 
 def _row(column: Column, line: Mapping[str, Any] | None, *, out: bool = False) -> FactRow:
