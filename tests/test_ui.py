@@ -449,6 +449,14 @@ def test_a_run_begins_on_a_model_without_one(place, tmp_path):
         assert "No fact is in the model yet" in tab.get("/").text
         tab.post("/ask", {"prompt": "Velm is"})
         tab.post("/edit/check", {**LONELY, "do": "preview"})
+        for path, data in (
+            *(("/measure", {"what": what}) for what in ("gates", "facts")),
+            *(("/change", {"kind": kind}) for kind in ("redo", "restore", "rebuild")),
+            *(("/foresee", {"kind": kind}) for kind in ("redo", "restore", "rebuild")),
+            ("/retry", {"retry": "1"}),
+            ("/diff", {"first": "0", "second": "0"}),
+        ):
+            assert "unexpected" not in text_of(tab.post(path, data)), path
         assert not folder.exists()
         tab.post("/edit/check", {**LONELY, "do": "write"})
         assert "flute" in tab.get("/").text

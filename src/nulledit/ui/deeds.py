@@ -11,6 +11,7 @@ from nulledit.api.run import Run
 from nulledit.data.readers import FactFile
 from nulledit.editing.call_log import Progress
 from nulledit.editing.reports import ChangeReport, EditReport
+from nulledit.errors import LedgerError
 from nulledit.evaluation.asking import parting
 from nulledit.evaluation.generation import fact_answers
 from nulledit.evaluation.outlook import outlook
@@ -101,6 +102,7 @@ def write(edit: Edit, run: Run, job: Job) -> Outcome:
 
 def retry(times: int, gate: bool, run: Run, _job: Job) -> Outcome:
     """What does not hold, written again."""
+    _check_facts(run)
     result = run.retry(times, limits=_limits(gate))
     return Outcome([result] if isinstance(result, str) else _result(result))
 
@@ -140,6 +142,7 @@ def change(kind: str, ids: Sequence[str], run: Run, _job: Job) -> Outcome:
 
 def gates(run: Run, _job: Job) -> Outcome:
     """The default limits on the model as it is."""
+    _check_facts(run)
     report = run.check(load_limits("default"))
     failed = f"{len(report.failed)} of {count(len(report.rows), 'limit')} failed."
     return Outcome(
@@ -149,6 +152,7 @@ def gates(run: Run, _job: Job) -> Outcome:
 
 def evaluate(run: Run, _job: Job) -> Outcome:
     """Base and edited model on all facts in the model, as they are now."""
+    _check_facts(run)
     found = run.evaluate()
     now = found.after.rows()
     then = found.before.rows() if found.before else {}
@@ -167,6 +171,11 @@ def diff(first: int, second: int, run: Run, _job: Job) -> Outcome:
     return Outcome(
         difference_page(found, *(f"event {n}" if n else "base" for n in (first, second)))
     )
+
+
+def _check_facts(run: Run) -> None:
+    if not run.editor.facts:
+        raise LedgerError("no fact is in the model: write one first")
 
 
 def _say_now(run: Run, job: Job, report: EditReport) -> None:
