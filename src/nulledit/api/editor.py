@@ -14,7 +14,7 @@ from nulledit.data.readers import Facts, as_facts
 from nulledit.editing.call_log import Progress
 from nulledit.editing.engine import EditEngine
 from nulledit.errors import LedgerError
-from nulledit.evaluation.asking import MOST_TOKENS, Answer
+from nulledit.evaluation.asking import MOST_TOKENS, Answer, Heard
 from nulledit.evaluation.asking import ask as ask_both
 from nulledit.evaluation.comparison import Comparison
 from nulledit.evaluation.runner import Judge
@@ -45,17 +45,21 @@ class Editor(EditEngine):
         *,
         max_tokens: int = MOST_TOKENS,
         chat: bool | ChatSettings | None = None,
+        heard: Heard | None = None,
     ) -> Answer:
         """Ask `prompt` of the base and of the edited model, greedily, up to a newline.
 
         `target`: a text whose probability per token is asked for as well. `chat`: asked in the chat
         template (True, or its settings) or as plain text (False); left out, as facts are edited.
+        `heard` is told a side (`edited`, then `base`) and its answer so far, after every token.
         """
         settings = self.recipe.chat if chat is None else chat
         if isinstance(settings, bool):
             settings = ChatSettings() if settings else None
         model = self.editable.in_chat(settings)
-        return ask_both(self, prompt, target=target, max_tokens=max_tokens, model=model)
+        return ask_both(
+            self, prompt, target=target, max_tokens=max_tokens, model=model, heard=heard
+        )
 
     def evaluate(
         self,

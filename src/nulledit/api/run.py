@@ -177,8 +177,7 @@ class Run:
         if retry:
             check_retry(editor.recipe, editor.ranks)
         new = self.new(asked)
-        if len(new) < len(asked):
-            known = len(asked) - len(new)
+        if known := len(asked) - len(new):
             self.talk.say(f"Note: {known} of {len(asked)} facts are in the model already")
         if evaluate:
             check_lengths(editor, new)
@@ -200,8 +199,8 @@ class Run:
         with self._kept(), ExitStack() as stack:
             if self.begins:
                 Store(self.folder / "ledger").discard()  # of a run killed in its first batch
-                if limits is None:
-                    self._attach()
+            if self.begins and limits is None:
+                self._attach()
             stack.enter_context(editor.writing())
             stack.enter_context(editor.ranks.watched())
             report = self._gated(work, limits, tasks, found, text)
@@ -285,6 +284,11 @@ class Run:
         return report
 
     # -- looking, which writes nothing into the ledger ---------------------------------------------
+
+    def foresee(self, change: Callable[[Editor], Report]) -> Report:
+        """What `change` of the editor would do, in memory alone: it is as before afterwards."""
+        with self.editor.trial(writing=False):
+            return change(self.editor)
 
     def ask(self, prompt: str, target: str | None = None, **asked: Any) -> Answer:
         """`Editor.ask`: what the base and the edited model say after `prompt`."""
@@ -399,6 +403,7 @@ class Run:
 
     def _saved(self, report: EditReport, text: Text | None) -> Result:
         """Bring the run's model and its pages to the ledger."""
+        self.talk.written(report)
         with timed(self.seconds, "save"):
             self.editor.keep_model(self.folder)
         result = finish(self.editor, self.folder, report, text, self.seconds, self.talk)

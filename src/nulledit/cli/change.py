@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from nulledit.cli.command import Call, command
@@ -17,8 +16,6 @@ if TYPE_CHECKING:
     from nulledit.editing.reports import ChangeReport
     from nulledit.ledger.records import History
 
-MOVED = 5  # facts whose movement is shown
-SHOWN = 10  # facts named that came or went
 FIELDS = ("id", "subject", "relation", "target", "prompt")
 IDS = arg("ids", "[ID]...", nargs=-1)
 
@@ -123,24 +120,9 @@ def change_dict(editor: Editor, report: ChangeReport) -> dict[str, Any]:
 
 def change_text(editor: Editor, report: ChangeReport) -> str:
     """A change for a terminal."""
-    from nulledit.editing.session import some
+    from nulledit.runs.change import change_lines
 
-    came_or_went = {
-        "out": report.removed,
-        "back as it was": report.restored,
-        "written anew": report.rebuilt,
-    }
-    lines = [f"{label}: {some(ids, SHOWN)}" for label, ids in came_or_went.items() if ids]
-    if report.near:
-        near = ", ".join(f"{i} ({cosine:.3f})" for i, cosine in report.near[:MOVED])
-        lines.append(f"on nearly the same key (cosine): {near}")
-    moved = [pair for pair in report.moved if pair[1] > 0]
-    if moved:
-        most = ", ".join(f"{i} ({100 * value:.2g} %)" for i, value in moved[:MOVED])
-        lines.append(
-            f"the others moved by {100 * median(v for _, v in moved):.2g} % (median of what was "
-            f"written at their keys); most: {most}"
-        )
+    lines = change_lines(report)
     there = len(editor.facts)
     lines.append(
         f"event {len(editor.history.events)}; "

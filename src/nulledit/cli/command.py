@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from nulledit.models.editable_model import EditableModel
     from nulledit.parallel.ranks import Ranks
     from nulledit.report import document as doc
+    from nulledit.runs.talk import Talk
 
     Shown = str | doc.Part | doc.Document | list[Any]
 
@@ -138,7 +139,12 @@ class Call:
         return Editor.from_pretrained(model_source(name), **given | more)
 
     def open(
-        self, folder: str | Path | None = None, *, writing: bool = False, ranks: Ranks | None = None
+        self,
+        folder: str | Path | None = None,
+        *,
+        writing: bool = False,
+        ranks: Ranks | None = None,
+        talk: Talk | None = None,
     ) -> Run:
         """The run that was named; only to look at it, unless `writing`."""
         self.prepare()
@@ -149,7 +155,7 @@ class Call:
             device=own_device(ranks, self.device) if ranks else self.device,
             trust_remote_code=self.trust_remote_code,
             ranks=ranks,
-            talk=self.talk,
+            talk=talk or self.talk,
             writing=writing,
         )
 

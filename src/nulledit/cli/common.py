@@ -17,7 +17,7 @@ from nulledit.editing.call_log import Progress
 from nulledit.errors import ConfigError, RankError
 from nulledit.io.text import plain
 from nulledit.parallel.launch import Launch
-from nulledit.runs.talk import Talk
+from nulledit.runs.talk import Talk, in_facts
 
 if TYPE_CHECKING:
     from nulledit.config import Placement
@@ -96,19 +96,8 @@ class Terminal(Talk):
     def progress(self, prefix: str = "") -> Iterator[Progress]:
         """A bar for each stage where stderr is a terminal, else lines."""
         shown = Bars() if sys.stderr.isatty() else Lines()
-        offset = facts = 0  # of the batch at work
-
-        def tell(stage: str, done: int, total: int) -> None:
-            nonlocal offset, facts
-            if stage == "batches":
-                offset, facts = done, total
-            elif stage == "values":  # in facts over all batches
-                shown("facts", min(offset + done, facts), facts)
-            else:
-                shown(f"{prefix}{stage}", done, total)
-
         try:
-            yield (lambda *_: None) if self.quiet else tell
+            yield (lambda *_: None) if self.quiet else in_facts(shown, prefix)
         finally:
             shown.close()
 

@@ -87,7 +87,7 @@ def check(call: Call) -> None:
         elif len(error.problems) > 1:
             echo("\n".join(error.problems))
         raise
-    counts = count(found.facts)
+    counts = found.counts
     told = {"file": call.file, "format": found.format, **counts}
     told |= {"bad": found.bad, "notices": found.notices}
     if call.model is not None:
@@ -101,15 +101,11 @@ def check(call: Call) -> None:
 
 def _page(call: Call, rows: list[Sequence[str]], seen: Sequence[Outlook]) -> list[str | Part]:
     from nulledit.report.document import StudyTable
+    from nulledit.runs.tables import outlook_table
 
     parts: list[str | Part] = [StudyTable.of("file", "", [call.file, ""], rows)]
     if seen:
-        cells: list[Sequence[str]] = [
-            [item.fact.id, item.fact.target, str(item.tokens), item.says, _remarks(item)]
-            for item in seen[:MOST_FACTS]
-        ]
-        head = ["fact", "target", "tokens", "the model says", "remarks"]
-        parts.append(StudyTable.of("facts", "", head, cells))
+        parts.append(outlook_table(seen[:MOST_FACTS]))
         if len(seen) > MOST_FACTS:
             parts.append(f"{len(seen) - MOST_FACTS} more facts: --json has all")
         parts.append(StudyTable.of("model", "", [call.model, "facts"], _summary(seen)))
@@ -136,22 +132,6 @@ def new(file: str) -> None:
     echo(f"Wrote {file}. Put your facts in it, then: nulledit facts check {quote(file)}")
 
 
-def count(found: Sequence[Fact]) -> dict[str, Any]:
-    """How many facts have what."""
-    return {
-        "facts": len(found),
-        "with_old_answer": sum(f.old_answer is not None for f in found),
-        "with_target_aliases": sum(bool(f.target_aliases) for f in found),
-        "with_paraphrases": sum(bool(f.paraphrases) for f in found),
-        "with_neighbours": sum(any(p.answer for p in f.neighbours) for f in found),
-        "with_other_relations": sum(bool(f.other_relations) for f in found),
-        "with_portability": sum(bool(f.portability) for f in found),
-        "with_more_prompts": sum(bool(f.more_prompts) for f in found),
-        "subjects": len({f.subject for f in found}),
-        "relations": len({f.relation_key for f in found}),
-    }
-
-
 def _look(call: Call, facts: Sequence[Fact]) -> Sequence[Outlook]:
     """What the model of the options makes of the facts."""
     form = call.chat_form(None)
@@ -175,19 +155,6 @@ def _plain(item: Outlook) -> dict[str, Any]:
         "says_old_answer": item.says_old_answer,
         "shares_key": item.shares_key,
     }
-
-
-def _remarks(item: Outlook) -> str:
-    said = []
-    if item.says_old_answer is False:
-        said.append(f"not the old answer {item.fact.old_answer}")
-    if item.knows_target and not item.fact.forget:
-        said.append("the target already")
-    if item.lone_space:
-        said.append("a lone space first")
-    if item.shares_key:
-        said.append(f"key of {', '.join(item.shares_key[:2])}")
-    return "; ".join(said)
 
 
 def _summary(seen: Sequence[Outlook]) -> list[Sequence[str]]:

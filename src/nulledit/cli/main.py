@@ -40,6 +40,7 @@ from nulledit.cli.retry import retry
 from nulledit.cli.stats import stats
 from nulledit.cli.study import study
 from nulledit.cli.tune import tune
+from nulledit.cli.ui import ui
 from nulledit.cli.verify import verify
 from nulledit.errors import NullEditError
 from nulledit.io.text import plain
@@ -54,7 +55,7 @@ MOST_SAID = 2000  # characters of an error on the terminal
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Edit": (edit, preview, retry, forget),
     "Live with edits": (log, show, undo, redo, restore, rebuild, merge, diff),
-    "Look at a run": (ask, chat, evaluate, report),
+    "Look at a run": (ui, ask, chat, evaluate, report),
     "Gates": (check, verify),
     "Hand over": (export, apply),
     "Compare": (compare, study),

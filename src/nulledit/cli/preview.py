@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nulledit.cli.command import Call, command
 from nulledit.cli.options import FACTS, PLACED, TEXT, arg, opt
@@ -12,8 +11,6 @@ from nulledit.errors import ConfigError
 
 if TYPE_CHECKING:
     from nulledit.api.run import Run
-    from nulledit.report.document import StudyTable
-    from nulledit.runs.preview import Preview
 
 
 @command(
@@ -38,9 +35,12 @@ def preview(call: Call) -> None:
     if not call.facts and not call.undone:
         raise ConfigError("give FACTS to edit, or --undo ID")
     new = call.read_facts(call.facts).facts if call.facts else ()
-    found = _run(call).preview(new, undo=call.undone, text=call.text)
+    run = _run(call)
+    from nulledit.runs.preview import preview_page
+
+    found = run.preview(new, undo=call.undone, text=call.text)
     call.notes(found.notices)
-    call.show(lambda: {"run": call.run, **found.to_dict()}, lambda: _page(found))
+    call.show(lambda: {"run": call.run, **found.to_dict()}, lambda: preview_page(found))
 
 
 def _run(call: Call) -> Run:
@@ -52,38 +52,3 @@ def _run(call: Call) -> Run:
     from nulledit.api.run import Run
 
     return Run(folder, call.editor(call.run), call.talk)
-
-
-def _page(found: Preview) -> list[Any]:
-    from nulledit.report.document import StudyTable
-    from nulledit.runs.history import answer_of
-    from nulledit.runs.tables import rates_tables
-
-    before, after, held = found.asked.before, found.asked.after, found.held
-    then = before.answers if before else {}
-    answers: list[Sequence[str]] = [
-        [f.render(f.prompt), answer_of(f), then.get(f.id, ""), after.answers.get(f.id, "")]
-        for f in found.facts
-    ]
-    return [
-        StudyTable.of("answers", "", ["prompt", "target", "before", "after"], answers),
-        *rates_tables(found.asked.summary()),
-        f"The last {len(held.after.rows())} facts in the model:" if held else "",
-        *(rates_tables(held.summary(), absent=False) if held else ()),
-        _norms(found),
-        f"Perplexity and KL are on {found.asked.text}. Nothing was written.",
-    ]
-
-
-def _norms(found: Preview) -> StudyTable:
-    from nulledit.report.document import StudyTable
-    from nulledit.report.tables import number
-
-    then, rows = {r.layer: r for r in found.before}, []
-    for now in found.after:
-        old = then.get(now.layer)
-        share, room = (old.update_share, old.room) if old else (0.0, 1.0)
-        cells = (share, now.update_share, 100 * room, 100 * now.room)
-        rows.append([str(now.layer), *map(number, cells)])
-    head = ["layer", "‖Δ‖/‖W₀‖ before", "after", "room left before (%)", "after (%)"]
-    return StudyTable.of("norms", "", head, rows)

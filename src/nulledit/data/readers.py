@@ -34,6 +34,23 @@ class FactFile:
     bad: tuple[str, ...] = ()
     """Why records were left out, one line each."""
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many facts have what."""
+        found = self.facts
+        return {
+            "facts": len(found),
+            "with_old_answer": sum(f.old_answer is not None for f in found),
+            "with_target_aliases": sum(bool(f.target_aliases) for f in found),
+            "with_paraphrases": sum(bool(f.paraphrases) for f in found),
+            "with_neighbours": sum(any(p.answer for p in f.neighbours) for f in found),
+            "with_other_relations": sum(bool(f.other_relations) for f in found),
+            "with_portability": sum(bool(f.portability) for f in found),
+            "with_more_prompts": sum(bool(f.more_prompts) for f in found),
+            "subjects": len({f.subject for f in found}),
+            "relations": len({f.relation_key for f in found}),
+        }
+
 
 Facts = str | Path | Fact | FactFile | Mapping[str, Any] | Iterable[Fact | Mapping[str, Any]]
 """What `as_facts` reads."""

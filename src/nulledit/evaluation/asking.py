@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from nulledit.editing.engine import EditEngine
@@ -13,6 +15,8 @@ from nulledit.io.notebook import html_table
 from nulledit.models.editable_model import EditableModel
 
 MOST_TOKENS = 24
+Heard = Callable[[str, str], None]
+"""Called with a side, `edited` or `base`, and its answer so far."""
 
 
 @dataclass(frozen=True)
@@ -51,21 +55,37 @@ def ask(
     target: str | None = None,
     max_tokens: int = MOST_TOKENS,
     model: EditableModel | None = None,
+    heard: Heard | None = None,
 ) -> Answer:
     """Ask `prompt` of the base and the edited model of `editor`, which is as before afterwards.
 
     `max_tokens`: of the longest answer. `target`: a text whose probability is asked for. `model`:
-    the editor's, asked in another form than facts are edited in.
+    the editor's, asked in another form than facts are edited in. `heard` is told after every token.
     """
     model = model or editor.editable
 
-    def one() -> tuple[str, float | None]:
-        said = generate_answers(model, [prompt], max_new_tokens=max_tokens)[0]
+    def one(side: str) -> tuple[str, float | None]:
+        ear = partial(heard, side) if heard else None
+        said = generate_answers(model, [prompt], max_new_tokens=max_tokens, heard=ear)[0]
         if target is None:
             return said, None
         return said, probabilities(model, [Query("asked", "efficacy", prompt, target, None)])[0]
 
-    edited, after = one()
+    edited, after = one("edited")
     with editor.base_weights():
-        base, before = one()
+        base, before = one("base")
     return Answer(prompt, base, edited, target, before, after)
+
+
+def parting(model: EditableModel, answer: Answer) -> tuple[str, str, str]:
+    """What both answers begin with, and how the base's and the edited one go on, by tokens."""
+    tokenizer = model.tokenizer
+    base, edited = (
+        list(tokenizer(f" {text}", add_special_tokens=False)["input_ids"])
+        for text in (answer.base, answer.edited)
+    )
+    pairs = enumerate(zip(base, edited, strict=False))
+    same = next((i for i, (x, y) in pairs if x != y), min(len(base), len(edited)))
+    parts = (base[:same], base[same:], edited[same:])
+    first, second, third = (str(tokenizer.decode(ids)) for ids in parts)
+    return first, second, third

@@ -40,6 +40,9 @@ _AGAIN = re.compile(r"(\S.*?\S)(?: ?\1){2,}")
 ANSWER_TOKENS = 12  # of an answer, if none that its fact names needs more
 SPARE_TOKENS = 4  # beyond a right one, so that what follows it is seen
 
+Watch = Callable[[list[int]], bool]
+"""The new ids of a row so far -> whether it ends there."""
+
 
 def generate_answers(
     model: EditableModel,
@@ -49,10 +52,12 @@ def generate_answers(
     first_line: bool = True,
     batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
+    heard: Callable[[str], None] | None = None,
 ) -> list[str]:
     """The greedy continuation of each prompt, without the prompt, up to its first newline.
 
     With `first_line=False` it goes on over newlines. `max_new_tokens` may be given for each prompt.
+    `heard`, of one prompt alone, is told the answer so far after every token.
 
     Prompts run in batches of like length, padded on the left under a mask; the tokenizer's settings
     are not touched. Sampling settings and penalties that the checkpoint carries are left out.
@@ -66,13 +71,22 @@ def generate_answers(
     ]
     stops = _stops(model)
     answers = [""] * len(rows)
+
+    def said(ids: list[int]) -> str:
+        text = _until_stop(model.tokenizer, ids, stops)
+        return (text.split("\n", 1)[0] if first_line else text).strip()
+
+    def watch(ids: list[int]) -> bool:
+        if heard is not None:
+            heard(said(ids))
+        return False
+
     for part in _batches(rows, batch_size, progress):
         held = [rows[i] for i in part]
         longest = max(most[i] for i in part)
-        new = _continue(model, held, longest, stops=sorted(stops))
+        new = _continue(model, held, longest, stops=sorted(stops), watch=heard and watch)
         for i, ids in zip(part, new, strict=True):
-            text = _until_stop(model.tokenizer, ids[: most[i]], stops)
-            answers[i] = (text.split("\n", 1)[0] if first_line else text).strip()
+            answers[i] = said(ids[: most[i]])
     return answers
 
 
@@ -97,21 +111,15 @@ def generate_reply(
         line, newline, _ = whole.partition("\n")
         return (line if first_line else whole).strip(), bool(first_line and newline)
 
-    def watch(ids: Tensor, _scores: Tensor, **_options: Any) -> Tensor:
+    def watch(ids: list[int]) -> bool:
         nonlocal told
-        text, ended = text_of(ids[0, len(row.ids) :].tolist())
+        text, ended = text_of(ids)
         if text.startswith(told) and not text.endswith("\ufffd"):  # half of a character
             tell(text[len(told) :])
             told = text
-        return torch.full((len(ids),), ended, device=ids.device)
+        return ended
 
-    (new,) = _continue(
-        model,
-        [row.ids],
-        max_new_tokens,
-        stops=sorted(stops),
-        criteria=StoppingCriteriaList([watch]),
-    )
+    (new,) = _continue(model, [row.ids], max_new_tokens, stops=sorted(stops), watch=watch)
     text, _ = text_of(new)
     tell(text[len(told) :])
     return text
@@ -252,11 +260,12 @@ def _continue(
     *,
     stops: list[int] | None = None,
     draw: LogitsProcessor | None = None,
-    criteria: StoppingCriteriaList | None = None,
+    watch: Watch | None = None,
 ) -> list[list[int]]:
     """The ids that the model puts behind each row: the likeliest ones, or those that `draw` leaves.
 
-    At most `new_tokens` a row; all of them without `stops` and `criteria`.
+    At most `new_tokens` a row; all of them without `stops`. `watch`, of one row alone, is given its
+    new ids after every token.
     """
     batch, own = model.collate(rows, left=True), model.model
     with frozen(own), torch.no_grad(), _plain_generation(own):
@@ -268,10 +277,19 @@ def _continue(
             eos_token_id=stops or None,
             pad_token_id=model.pad_id,
             logits_processor=LogitsProcessorList([draw] if draw else []),
-            stopping_criteria=criteria,
+            stopping_criteria=watch and _watching(batch.ids.shape[1], watch),
         )
     new: list[list[int]] = ids[:, batch.ids.shape[1] :].tolist()
     return new
+
+
+def _watching(start: int, watch: Watch) -> StoppingCriteriaList:
+    """`watch` as `generate` asks it; `start`: where a row's new ids begin."""
+
+    def criterion(ids: Tensor, _scores: Tensor, **_options: Any) -> Tensor:
+        return torch.full((len(ids),), watch(ids[0, start:].tolist()), device=ids.device)
+
+    return StoppingCriteriaList([criterion])
 
 
 class TopK(LogitsProcessor):

@@ -39,6 +39,20 @@ class Outlook:
         """Whether the old answer is what the model says; None without an old answer."""
         return says_old_answer(self.fact, self.says)
 
+    @property
+    def remarks(self) -> str:
+        """What is worth knowing before it is written; empty if nothing is."""
+        said = []
+        if self.says_old_answer is False:
+            said.append(f"not the old answer {self.fact.old_answer}")
+        if self.knows_target and not self.fact.forget:
+            said.append("the target already")
+        if self.lone_space:
+            said.append("a lone space first")
+        if self.shares_key:
+            said.append(f"key of {', '.join(self.shares_key[:2])}")
+        return "; ".join(said)
+
 
 def outlook(
     model: EditableModel,

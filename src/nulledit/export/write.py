@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,3 +108,8 @@ def write_export(
         offered["summary"] = read_json(Path(run), "summary.json", None) if run else None
     written: Export = writer(editor, folder, **{n: offered[n] for n in offered if n in takes})
     return written
+
+
+def export_command(run: str | Path, kind: str, out: str | Path) -> str:
+    """The command that writes the edits of `run` as `kind` to the folder `out`."""
+    return shlex.join(["nulledit", "export", str(run), "--as", kind, "--out", str(out)])

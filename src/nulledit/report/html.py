@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from nulledit._version import __version__
@@ -26,24 +26,37 @@ LONGEST = 700  # columns of a generated text
 
 
 def html_page(title: str, documents: Sequence[doc.Document]) -> str:
-    """The page; several documents get a table of contents.
+    """The page; several documents get a table of contents."""
+    return (
+        templates()
+        .get_template("report/page.html")
+        .render(
+            title=title,
+            documents=[(d.title, [seen(part) for part in d.parts]) for d in documents],
+            version=__version__,
+            css=Markup(asset("report/page.css")),
+        )
+    )
 
-    Everything but the template is escaped, and control and direction characters are written out.
+
+def templates() -> Environment:
+    """The templates in `assets`, by their path there; `report/parts.html` shows any part.
+
+    Everything but the templates is escaped, and control and direction characters are written out.
     """
-    folder = resources.files("nulledit").joinpath("assets/report")
-    environment = Environment(
+    return Environment(
+        loader=FunctionLoader(asset),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=_plain,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.from_string(folder.joinpath("page.html").read_text("utf-8")).render(
-        title=title,
-        documents=[(d.title, [_seen(part) for part in d.parts]) for d in documents],
-        version=__version__,
-        css=Markup(folder.joinpath("page.css").read_text("utf-8")),
-    )
+
+
+def asset(name: str) -> str:
+    """The text of a file in `assets`."""
+    return resources.files("nulledit").joinpath("assets", name).read_text("utf-8")
 
 
 def is_ours(start: str) -> bool:
@@ -55,21 +68,21 @@ def _plain(value: object) -> object:
     return value if isinstance(value, Markup) else plain(value)
 
 
-def _seen(part: doc.Part) -> tuple[str, Any]:
-    """The name of what a part is, and what the template needs of it."""
-    seen: Any = part
+def seen(part: doc.Part) -> tuple[str, Any]:
+    """The name of what a part is, and what `show` of `report/parts.html` needs of it."""
+    found: Any = part
     if isinstance(part, doc.StudyTable):
-        seen = _table(part)
+        found = _table(part)
     elif isinstance(part, doc.FigureSpec):
-        seen = _figure(part)
+        found = _figure(part)
     elif isinstance(part, doc.Details):
         columns = part.items[:1] if all(c == part.items[0] for c in part.items) else part.items
         names = dict.fromkeys(name for column in columns for name in column)
         rows = [(name, [c.get(name, "") for c in columns]) for name in names]
-        seen = {"title": part.title, "rows": rows}
+        found = {"title": part.title, "rows": rows}
     elif isinstance(part, doc.Examples):
-        seen = {"title": part.title, "items": [_example(e) for e in part.items]}
-    return type(part).__name__, seen
+        found = {"title": part.title, "items": [_example(e) for e in part.items]}
+    return type(part).__name__, found
 
 
 def _table(table: doc.StudyTable) -> Mapping[str, Any]:

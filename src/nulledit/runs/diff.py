@@ -21,8 +21,10 @@ from nulledit.io.notebook import html_table
 from nulledit.io.text import count
 from nulledit.ledger.journal import Journal
 from nulledit.ledger.records import Column, History
+from nulledit.report.document import Part, StudyTable
 
 MOST_DIGITS = 18  # of an event's number
+SHOWN = 50  # facts in the table
 
 
 @dataclass(frozen=True)
@@ -182,3 +184,49 @@ def _layer(
 
 def _demand(fact: Fact | None) -> tuple[str, bool] | None:
     return None if fact is None else fact.demand
+
+
+def difference_page(found: Difference, first: str, second: str) -> list[str | Part]:
+    """A difference as parts of a document; `first` and `second` are the states' names."""
+    parts: list[str | Part] = []
+    if found.facts:
+        parts.append(_facts_table(found, first, second))
+        if len(found.facts) > SHOWN:
+            parts.append(f"and {len(found.facts) - SHOWN} more, with --json")
+    parts.append(f"{len(found.facts)} facts differ, {found.common} are in both.")
+    if found.layers:
+        rows: list[Sequence[str]] = [
+            [str(x.layer), f"{x.first:.4f}", f"{x.second:.4f}", f"{x.apart:.4f}"]
+            for x in found.layers
+        ]
+        head = ["layer", f"‖Δ‖/‖W₀‖, {first}", second, "apart"]
+        parts.append(StudyTable.of("norms", "", head, rows))
+    return parts
+
+
+def _facts_table(found: Difference, first: str, second: str) -> StudyTable:
+    rows: list[Sequence[str]] = []
+    for item in found.facts[:SHOWN]:
+        fact = item.first or item.second
+        assert fact is not None
+        for i, (answer, (p, q)) in enumerate(item.probabilities.items()):
+            rows.append(
+                [
+                    "" if i else fact.render(fact.prompt),
+                    answer,
+                    _taught(item, answer, first, second),
+                    f"{p:.3f}",
+                    f"{q:.3f}",
+                ]
+            )
+    head = ["prompt", "answer", "taught in", f"p, {first}", f"p, {second}"]
+    return StudyTable.of("facts", "", head, rows)
+
+
+def _taught(item: FactDifference, answer: str, first: str, second: str) -> str:
+    names = [
+        f"{name}{' (to forget)' if fact.forget else ''}"
+        for name, fact in ((first, item.first), (second, item.second))
+        if fact and fact.target == answer
+    ]
+    return ", ".join(names)

@@ -17,7 +17,11 @@ from nulledit.evaluation.comparison import Comparison
 from nulledit.evaluation.opening import gates_of
 from nulledit.evaluation.runner import Evaluation, evaluate
 from nulledit.io.text import count
+from nulledit.report.document import StudyTable
+from nulledit.report.tables import number
+from nulledit.runs.history import answer_of
 from nulledit.runs.measure import check_lengths, read_text
+from nulledit.runs.tables import rates_tables
 from nulledit.runs.talk import Talk
 
 HELD = 20  # facts in the model that are asked again
@@ -120,3 +124,32 @@ def preview(
         after=would_be,
         notices=tuple(notices),
     )
+
+
+def preview_page(found: Preview) -> list[Any]:
+    """A preview as parts of a document: answers, rates, norms."""
+    before, after, held = found.asked.before, found.asked.after, found.held
+    then = before.answers if before else {}
+    answers: list[Sequence[str]] = [
+        [f.render(f.prompt), answer_of(f), then.get(f.id, ""), after.answers.get(f.id, "")]
+        for f in found.facts
+    ]
+    return [
+        StudyTable.of("answers", "", ["prompt", "target", "before", "after"], answers),
+        *rates_tables(found.asked.summary()),
+        f"The last {len(held.after.rows())} facts in the model:" if held else "",
+        *(rates_tables(held.summary(), absent=False) if held else ()),
+        _norms(found),
+        f"Perplexity and KL are on {found.asked.text}. Nothing was written.",
+    ]
+
+
+def _norms(found: Preview) -> StudyTable:
+    then, rows = {r.layer: r for r in found.before}, []
+    for now in found.after:
+        old = then.get(now.layer)
+        share, room = (old.update_share, old.room) if old else (0.0, 1.0)
+        cells = (share, now.update_share, 100 * room, 100 * now.room)
+        rows.append([str(now.layer), *map(number, cells)])
+    head = ["layer", "‖Δ‖/‖W₀‖ before", "after", "room left before (%)", "after (%)"]
+    return StudyTable.of("norms", "", head, rows)

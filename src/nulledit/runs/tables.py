@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nulledit.evaluation.measures import OF_FACTS, PREFERENCE, STRICT, find, measured
 from nulledit.evaluation.stats import paired_bootstrap
@@ -11,6 +11,9 @@ from nulledit.report.cells import ABSENT
 from nulledit.report.document import Cell, Column, FigureSpec, Status, StudyTable, Value
 from nulledit.report.points import Point
 from nulledit.runs.holding import after_row, legend, mark, tone
+
+if TYPE_CHECKING:
+    from nulledit.evaluation.outlook import Outlook  # with torch
 
 SHOWN = 25  # facts whose answers are shown
 PANELS = {"preference": "by preference", "strict": "strict: every token is the likeliest"}
@@ -148,6 +151,15 @@ def answers_table(lines: Sequence[Mapping[str, Any]], name: str = "answers") -> 
     columns = (*(Column(head, head) for head in heads), Column("mark", ""))
     title = f"What the model says{few}"
     return StudyTable(name, title, legend(lines[:SHOWN]), columns, tuple(rows))
+
+
+def outlook_table(seen: Sequence[Outlook]) -> StudyTable:
+    """What a model makes of facts before they are edited."""
+    rows: list[Sequence[str]] = [
+        [item.fact.id, item.fact.target, str(item.tokens), item.says, item.remarks] for item in seen
+    ]
+    head = ["fact", "target", "tokens", "the model says", "remarks"]
+    return StudyTable.of("facts", "", head, rows)
 
 
 def rate_rows(sides: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from nulledit.editing.call_log import Progress
+
+if TYPE_CHECKING:
+    from nulledit.editing.reports import EditReport  # with torch
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +27,9 @@ class Talk:
         """Who is told of progress inside, each stage named with `prefix`."""
         yield None
 
+    def written(self, report: EditReport) -> None:
+        """Facts are in the model; they are yet to be evaluated, which takes longer."""
+
 
 class Told(Talk):
     """Notices go to the log, progress to a function."""
@@ -36,3 +43,19 @@ class Told(Talk):
         """The function, told of each stage by its name with `prefix` in front."""
         told = self.told
         yield None if told is None else lambda stage, *done: told(prefix + stage, *done)
+
+
+def in_facts(tell: Progress, prefix: str = "") -> Progress:
+    """`tell` with each stage named with `prefix`; values are told as facts over all batches."""
+    offset = facts = 0  # of the batch at work
+
+    def told(stage: str, done: int, total: int) -> None:
+        nonlocal offset, facts
+        if stage == "batches":
+            offset, facts = done, total
+        elif stage == "values":
+            tell("facts", min(offset + done, facts), facts)
+        else:
+            tell(f"{prefix}{stage}", done, total)
+
+    return told

@@ -1,0 +1,1 @@
+"""A local web page of one run: look, try, edit, undo; needs the extra `ui`."""

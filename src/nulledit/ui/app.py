@@ -1,0 +1,444 @@
+"""The pages and what is posted to them, as one Starlette application."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+from markupsafe import escape
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import (
+    HTMLResponse,
+    JSONResponse,
+    RedirectResponse,
+    Response,
+    StreamingResponse,
+)
+from starlette.routing import Route
+
+from nulledit.errors import ConfigError, FactError, NullEditError
+from nulledit.evaluation.asking import MOST_TOKENS
+from nulledit.export.write import EXPORTS, export_command
+from nulledit.report.document import Document, Part, Text
+from nulledit.report.html import asset, seen, templates
+from nulledit.runs.document import run_document
+from nulledit.runs.holding import MARKS
+from nulledit.ui import deeds
+from nulledit.ui.forms import FIELDS, Checked, filled, read_fact, read_upload
+from nulledit.ui.guard import Guard
+from nulledit.ui.view import PAGE, SHOWS, SORTS, View, chosen, curves
+from nulledit.ui.work import Job, Worker
+
+logger = logging.getLogger(__name__)
+
+PAGES = {
+    "/": "Facts",
+    "/try": "Try",
+    "/edit": "Edit",
+    "/timeline": "Timeline",
+    "/numbers": "Numbers",
+    "/jobs": "Activity",
+}
+"""Of the menu."""
+TICK = 0.1  # seconds between looks at a job whose stream is open
+MOST_FIELDS = 20_000  # ticked facts, for one
+HISTORY = 20  # prompts that are shown again
+MOST_RETRIES = 3
+
+
+class Site:
+    """One run's pages."""
+
+    def __init__(self, worker: Worker, *, name: str, port: int):
+        """`name`: of the run or the model, as it is shown; `port`: where it is served."""
+        self.worker, self.view, self.name = worker, View(worker.folder), name
+        self.templates, self.drawing = templates(), threading.Lock()
+        self.templates.filters["exact"] = escape  # what comes back by a form stays as it is
+        self.drawn: dict[Any, list[tuple[str, Any]]] = {}
+        got = {
+            "/": self.facts,
+            "/fact": self.fact,
+            "/try": self.trying,
+            "/edit": self.editing,
+            "/timeline": self.timeline,
+            "/numbers": self.numbers,
+            "/jobs": self.activity,
+            "/jobs/{number:int}": self.job,
+            "/jobs/{number:int}/state": self.state,
+            "/style.css": _style,
+            "/ui.js": _script,
+        }
+        posted = {
+            "/ask": self.ask,
+            "/edit/check": self.edit,
+            "/edit/again": self.again,
+            "/foresee": self.foresee,
+            "/change": self.change,
+            "/retry": self.retry,
+            "/measure": self.measure,
+            "/diff": self.diff,
+            "/jobs/{number:int}/stop": self.stop,
+        }
+        routes = [Route(path, self._get(h)) for path, h in got.items()]
+        routes += [Route(path, self._post(h), methods=["POST"]) for path, h in posted.items()]
+        routes.append(Route("/jobs/{number:int}/stream", self.stream))
+        inner = Starlette(
+            routes=routes, lifespan=self._life, exception_handlers={HTTPException: self._missing}
+        )
+        self.app = Guard(inner, port=port)
+
+    # -- pages -----------------------------------------------------------------------------------
+
+    def facts(self, request: Request) -> Response:
+        """All facts: search, sort, filter."""
+        asked = request.query_params
+        show = asked.get("show") if asked.get("show") in SHOWS else SHOWS[0]
+        sort = asked.get("sort") if asked.get("sort") in SORTS else SORTS[0]
+        rows = self.view.facts()
+        words, down = asked.get("q", ""), asked.get("down") == "1"
+        found = chosen(rows, q=words, show=show or "", sort=sort or "", down=down)
+        page = min(_whole(asked.get("page"), 1), -(-len(found) // PAGE) or 1)
+        active = [row for row in rows if row.active]
+        told = [row for row in active if row.mark != "not evaluated"]
+        return self._page(
+            request,
+            "facts",
+            "Facts",
+            rows=found[(page - 1) * PAGE : page * PAGE],
+            found=len(found),
+            active=len(active),
+            told=len(told),
+            good=sum(row.holds for row in told),
+            marks=MARKS,
+            asked={"q": words, "show": show, "sort": sort, "down": down, "page": page},
+            pages=-(-len(found) // PAGE),
+            shows=SHOWS,
+            sorts=SORTS,
+        )
+
+    def fact(self, request: Request) -> Response:
+        """The story of one fact."""
+        id_ = request.query_params.get("id", "")
+        story = self.view.story(id_)
+        row = next((row for row in self.view.facts() if row.id == id_), None)
+        return self._page(request, "fact", id_, story=story, row=row)
+
+    def trying(self, request: Request) -> Response:
+        """A prompt box, and what both models said."""
+        asked = request.query_params
+        shown = self._known(asked["job"]) if "job" in asked else None
+        jobs = [job for job in list(self.worker.jobs.values()) if job.kind == "ask"]
+        if shown is not None and shown.kind != "ask":
+            shown = None
+        given = shown.asked if shown else (asked.get("prompt", ""), asked.get("target", ""))
+        return self._page(
+            request,
+            "try",
+            "Try",
+            job=shown,
+            prompt=given[0],
+            target=given[1],
+            history=[job for job in reversed(jobs) if job is not shown][:HISTORY],
+            tokens=MOST_TOKENS,
+            wait=shown is not None and not shown.over,
+        )
+
+    def editing(self, request: Request) -> Response:
+        """A form for one fact or a file; filled in where a known fact is to be replaced."""
+        asked = request.query_params
+        id_, how = asked.get("id"), asked.get("how", "")
+        given = {"prompt": asked.get("prompt", "")}
+        if id_ is not None:
+            history = self.view.history()
+            known = [c.fact for c in history.columns if c.fact.id == id_] if history else []
+            if not known:
+                raise FactError(f"no fact {id_!r} in the ledger")
+            given = filled(known[-1]) | ({"forget": "1"} if how == "forget" else {})
+            if how == "replace":
+                given |= {"old_answer": given["target"], "target": ""}
+        return self._form(request, given, how=how)
+
+    def timeline(self, request: Request) -> Response:
+        """Every event; undo and redo; two points compared."""
+        events = self.view.events()
+        key = ("curves", *(event["event"] for event in events if event["kl"]))
+        parts = self._draw(key, lambda: curves(events))
+        return self._page(
+            request, "timeline", "Timeline", events=events[::-1], parts=parts, last=len(events)
+        )
+
+    def numbers(self, request: Request) -> Response:
+        """The run's report, limits, and the commands that hand it over."""
+        pages = self.view.pages()
+        parts: list[tuple[str, Any]] = []
+        if pages:
+            key = ("numbers", (self.view.folder / "summary.json").stat().st_mtime_ns)
+            parts = self._draw(key, lambda: run_document(pages).parts)
+        folder = self.view.folder
+        exports = {kind: export_command(folder, kind, f"{folder}-{kind}") for kind in EXPORTS}
+        return self._page(request, "numbers", "Numbers", parts=parts, exports=exports)
+
+    def activity(self, request: Request) -> Response:
+        """All jobs."""
+        jobs = list(self.worker.jobs.values())[::-1]
+        return self._page(
+            request, "jobs", "Activity", jobs=jobs, wait=any(not j.over for j in jobs)
+        )
+
+    def job(self, request: Request) -> Response:
+        """One job: its progress, then what it found."""
+        job = self._known(request.path_params["number"])
+        if job.kind == "ask":
+            return _to(f"/try?job={job.number}")
+        parts: list[tuple[str, Any]] = []
+        if job.over:
+            parts = self._draw(("job", job.number), lambda: job.outcome.parts)
+        return self._page(request, "job", job.title, job=job, parts=parts, wait=not job.over)
+
+    def state(self, request: Request) -> Response:
+        """How far one job is."""
+        return JSONResponse(self._known(request.path_params["number"]).to_dict())
+
+    # -- what is posted --------------------------------------------------------------------------
+
+    def ask(self, request: Request, given: FormData) -> Response:
+        """A prompt."""
+        prompt, target = _text(given, "prompt"), _text(given, "target").strip()
+        if not prompt.strip():
+            raise ConfigError("the prompt is empty: write what the models are to go on from")
+        work = partial(deeds.ask, prompt, target)
+        job = self.worker.submit("Ask", work, kind="ask", asked=(prompt, target))
+        return _to(f"/try?job={job.number}")
+
+    def edit(self, request: Request, given: FormData) -> Response:
+        """Facts of a form or a file: checked, then looked at, previewed or written."""
+        upload = given.get("file")
+        if isinstance(upload, UploadFile) and upload.filename:
+            checked = read_upload(upload.filename, upload.file.read())
+        else:
+            checked = read_fact({name: _text(given, name) for name in (*FIELDS, "forget")})
+        if checked.facts is None:
+            return self._form(request, given, checked)
+        return self._do(_text(given, "do"), _options(checked, given))
+
+    def again(self, request: Request, given: FormData) -> Response:
+        """The facts of an earlier job, previewed or written."""
+        job = self._known(_text(given, "job"))
+        if not isinstance(job.asked, deeds.Edit):
+            raise ConfigError("that was no edit: begin on the page Edit")
+        return self._do(_text(given, "do"), job.asked)
+
+    def foresee(self, request: Request, given: FormData) -> Response:
+        """What a change would move."""
+        kind, ids = _change(given)
+        work = partial(deeds.foresee, kind, ids)
+        return self._begun(f"What {_named(kind, ids, noun=True)} would move", work)
+
+    def change(self, request: Request, given: FormData) -> Response:
+        """A change of what is in the model."""
+        kind, ids = _change(given)
+        return self._begun(_named(kind, ids), partial(deeds.change, kind, ids))
+
+    def retry(self, request: Request, given: FormData) -> Response:
+        """What does not hold, written again."""
+        work = partial(deeds.retry, _times(given, least=1), bool(given.get("gate")))
+        return self._begun("Retry what does not hold", work)
+
+    def measure(self, request: Request, given: FormData) -> Response:
+        """Limits, or all facts asked again."""
+        if _text(given, "what") == "gates":
+            return self._begun("Check the default limits", deeds.gates)
+        return self._begun("Evaluate all facts", deeds.evaluate)
+
+    def diff(self, request: Request, given: FormData) -> Response:
+        """Two points of the ledger."""
+        first, second = (_whole(_text(given, name), -1) for name in ("first", "second"))
+        if min(first, second) < 0:
+            raise ConfigError("choose two events to compare; 0 is the base")
+        title = f"Event {first} and event {second}"
+        return self._begun(title, partial(deeds.diff, first, second))
+
+    def stop(self, request: Request, given: FormData) -> Response:
+        """Ask a job to end."""
+        job = self._known(request.path_params["number"])
+        job.stopping = True
+        return _to(f"/jobs/{job.number}")
+
+    async def stream(self, request: Request) -> Response:
+        """How far a job is, sent as it changes."""
+        job = self.worker.jobs.get(request.path_params["number"])
+        if job is None:
+            raise HTTPException(404)
+
+        async def events() -> AsyncIterator[str]:
+            sent = -1
+            while True:
+                over, changed = job.over, job.changed
+                if changed != sent:
+                    sent = changed
+                    yield f"data: {json.dumps(job.to_dict())}\n\n"
+                if over:
+                    return
+                await asyncio.sleep(TICK)
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _do(self, way: str, edit: deeds.Edit) -> Response:
+        works = {"check": deeds.look, "preview": deeds.preview, "write": deeds.write}
+        if way not in works:
+            raise ConfigError(f"unknown way {way!r}: expected check, preview or write")
+        title = f"{way.capitalize()} {edit.title}"
+        return self._begun(title, partial(works[way], edit), asked=edit)
+
+    def _begun(self, title: str, work: Any, asked: Any = None) -> Response:
+        return _to(f"/jobs/{self.worker.submit(title, work, asked=asked).number}")
+
+    def _known(self, number: Any) -> Job:
+        job = self.worker.jobs.get(_whole(str(number), 0))
+        if job is None:
+            raise ConfigError(f"no job {str(number)[:20]} here: the page was started anew since")
+        return job
+
+    def _form(
+        self, request: Request, given: Any, checked: Checked | None = None, how: str = ""
+    ) -> Response:
+        errors = (checked.errors if checked else None) or {}
+        return self._page(
+            request,
+            "edit",
+            "Edit",
+            status=422 if errors else 200,
+            given={name: _text(given, name) for name in (*FIELDS, "forget")},
+            errors=errors,
+            how=how,
+            retries=MOST_RETRIES,
+        )
+
+    def _draw(self, key: Any, parts: Callable[[], Sequence[Part | str]]) -> list[tuple[str, Any]]:
+        """Parts for the templates, kept by `key`: figures take a second, and one at a time."""
+        with self.drawing:
+            if key not in self.drawn:
+                whole = Document("", tuple(Text(p) if isinstance(p, str) else p for p in parts()))
+                self.drawn[key] = [seen(part) for part in whole.parts]
+                for old in list(self.drawn)[:-50]:
+                    del self.drawn[old]
+            return self.drawn[key]
+
+    def _page(
+        self, request: Request, template: str, title: str, *, status: int = 200, **more: Any
+    ) -> Response:
+        waiting = self.worker.waiting()
+        page = self.templates.get_template(f"ui/{template}.html").render(
+            title=title,
+            name=self.name,
+            csrf=self.app.csrf,
+            menu=PAGES,
+            here=request.url.path,
+            fault=self.worker.fault,
+            now=waiting[0] if waiting else None,
+            queued=max(0, len(waiting) - 1),
+            **{"wait": False} | more,
+        )
+        return HTMLResponse(page, status)
+
+    def _get(self, handler: Callable[[Request], Response]) -> Callable[[Request], Response]:
+        def answer(request: Request) -> Response:
+            return self._safe(request, lambda: handler(request))
+
+        return answer
+
+    def _post(self, handler: Callable[[Request, FormData], Response]) -> Any:
+        async def answer(request: Request) -> Response:
+            given = await request.form(max_files=1, max_fields=MOST_FIELDS)
+            if not self.app.meant(_text(given, "csrf")):
+                return self._error(request, 403, "This form is not of this page: load it again.")
+            work = partial(self._safe, request, lambda: handler(request, given))
+            return await run_in_threadpool(work)
+
+        return answer
+
+    def _safe(self, request: Request, work: Callable[[], Response]) -> Response:
+        """No error but in words."""
+        try:
+            return work()
+        except NullEditError as error:
+            return self._error(request, 409, str(error))
+        except Exception as error:
+            logger.exception("%s", request.url.path)
+            return self._error(request, 500, f"unexpected {type(error).__name__}: {error}")
+
+    def _error(self, request: Request, status: int, said: str) -> Response:
+        return self._page(request, "error", "Error", status=status, said=said)
+
+    async def _missing(self, request: Request, error: Exception) -> Response:
+        status = error.status_code if isinstance(error, HTTPException) else 500
+        said = {404: "There is no such page.", 405: "That page takes no form."}
+        return self._error(request, status, said.get(status, "The form could not be read."))
+
+    @asynccontextmanager
+    async def _life(self, _app: Starlette) -> AsyncIterator[None]:
+        self.worker.start()
+        yield
+        await run_in_threadpool(self.worker.stop)
+
+
+def _style(_request: Request) -> Response:
+    return Response(asset("report/page.css") + asset("ui/ui.css"), media_type="text/css")
+
+
+def _script(_request: Request) -> Response:
+    return Response(asset("ui/ui.js"), media_type="text/javascript")
+
+
+def _to(path: str) -> Response:
+    return RedirectResponse(path, 303)
+
+
+def _text(given: Mapping[str, Any], name: str) -> str:
+    """A form's text; browsers send its newlines as CR LF."""
+    value = given.get(name, "")
+    return value.replace("\r\n", "\n") if isinstance(value, str) else ""
+
+
+def _whole(text: str | None, otherwise: int) -> int:
+    return int(text) if text and text.isdecimal() and 0 < len(text) < 10 else otherwise
+
+
+def _times(given: FormData, *, least: int = 0) -> int:
+    return min(max(_whole(_text(given, "retry"), 0), least), MOST_RETRIES)
+
+
+def _options(checked: Checked, given: FormData) -> deeds.Edit:
+    return deeds.Edit(
+        checked.whole,
+        retry=_times(given),
+        gate=bool(given.get("gate")),
+        evaluate=not given.get("no_evaluate"),
+        old_answers=bool(given.get("old_answers")),
+    )
+
+
+def _change(given: FormData) -> tuple[str, list[str]]:
+    kind, ids = _text(given, "kind"), [i for i in given.getlist("id") if isinstance(i, str)]
+    if kind not in deeds.CHANGES:
+        raise ConfigError(f"unknown change {kind!r}: expected {', '.join(deeds.CHANGES)}")
+    if kind == "undo" and not ids:
+        raise ConfigError("no fact was ticked: choose those to undo")
+    return kind, list(dict.fromkeys(ids))
+
+
+def _named(kind: str, ids: Sequence[str], *, noun: bool = False) -> str:
+    few = ", ".join(ids[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
+    return f"{deeds.CHANGES[kind][noun]} {few}".strip()
