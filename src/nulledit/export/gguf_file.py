@@ -22,7 +22,7 @@ from torch import Tensor
 from nulledit.editing.engine import EditEngine
 from nulledit.errors import ConfigError, ModelError
 from nulledit.io.untrusted import one_line
-from nulledit.models.embedded import EMBEDDED, _file_of
+from nulledit.models.embedded import EMBEDDED, embedded_file
 
 try:
     import gguf
@@ -243,7 +243,7 @@ def base_file(editor: EditEngine, given: str | Path | None) -> GgufFile:
     name = editor.history.base.model
     if given is not None:
         return GgufFile(Path(given))
-    if name in EMBEDDED and (found := _file_of(name)) is not None:
+    if name in EMBEDDED and (found := embedded_file(name)) is not None:
         return GgufFile(found)
     if name.endswith(".gguf"):
         return GgufFile(Path(name))

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nulledit.errors import ModelError
-from nulledit.io.files import cache_folder
-from nulledit.models.gguf import converted, file_folder, is_gguf, is_intact, joined_sha256
+from nulledit.io.files import cache_folder, replacing, sha256_of
+from nulledit.models.gguf import converted, file_folder, is_gguf, is_intact, join, joined_sha256
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,22 @@ def embedded_folder(name: str) -> Path:
 def is_installed(name: str) -> bool:
     """Whether an embedded model's file is there, with all of its pieces."""
     return _pieces_of(name) is not None
+
+
+def embedded_file(name: str) -> Path | None:
+    """An embedded model's GGUF file; of several pieces joined once into the cache.
+
+    None if it is not installed.
+    """
+    pieces = _pieces_of(name)
+    if pieces is None or len(pieces) == 1:
+        return pieces[0] if pieces else None
+    whole = cache_folder() / "models" / EMBEDDED[name].file
+    if not whole.is_file() or sha256_of(whole) != EMBEDDED[name].sha256:
+        whole.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(whole) as partial:
+            join(pieces, partial)
+    return whole
 
 
 def _pieces_of(name: str) -> list[Path] | None:

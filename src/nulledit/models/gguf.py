@@ -115,7 +115,7 @@ def converted(pieces: Sequence[Path], folder: Path, name: str, sha256: str) -> P
     with replacing_folder(folder) as partial:
         # Apart from what lies beside it: transformers would read a folder's other files, too.
         whole = partial / f"source{SUFFIX}"
-        _join(pieces, whole)
+        join(pieces, whole)
         model, tokenizer = _dequantised(whole, str(pieces[0]) if len(pieces) == 1 else name)
         whole.unlink()
         model.save_pretrained(partial)
@@ -178,7 +178,7 @@ def _refusal(name: str, error: Exception) -> ModelError:
     )
 
 
-def _join(pieces: Sequence[Path], whole: Path) -> None:
+def join(pieces: Sequence[Path], whole: Path) -> None:
     """Have all `pieces` in one file; a single one stays where it is."""
     if len(pieces) == 1:
         whole.symlink_to(pieces[0].resolve())

@@ -7,8 +7,8 @@ from typing import Any
 
 from nulledit.data.facts import Fact
 from nulledit.errors import ConfigError, ModelError, StatisticsError
-from nulledit.evaluation.diagnosis import holds
 from nulledit.evaluation.measures import PREFERENCE, STRICT
+from nulledit.evaluation.runner import holds
 from nulledit.report.document import Column
 from nulledit.report.points import Point
 from nulledit.runs.tables import interval
