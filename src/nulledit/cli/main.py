@@ -37,6 +37,7 @@ from nulledit.cli.preview import preview
 from nulledit.cli.recipe import recipe
 from nulledit.cli.report import report
 from nulledit.cli.retry import retry
+from nulledit.cli.run import run
 from nulledit.cli.stats import stats
 from nulledit.cli.study import study
 from nulledit.cli.tune import tune
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
 MOST_SAID = 2000  # characters of an error on the terminal
 
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
-    "Edit": (edit, preview, retry, forget),
+    "Edit": (edit, preview, retry, forget, run),
     "Live with edits": (log, show, undo, redo, restore, rebuild, merge, diff),
     "Look at a run": (ui, ask, chat, evaluate, report),
     "Gates": (check, verify),

@@ -38,9 +38,9 @@ def recipe_schema() -> dict[str, Any]:
     import nulledit.config as config
     from nulledit.methods import METHODS
 
-    found = _described(config.Recipe)
+    found = described(config.Recipe)
     sections = found["$defs"] = {
-        name: _described(getattr(config, name)) for name in found.pop("$defs")
+        name: described(getattr(config, name)) for name in found.pop("$defs")
     }
     method = sections[config.MethodSettings.__name__]
     own = method.pop("properties")
@@ -50,7 +50,7 @@ def recipe_schema() -> dict[str, Any]:
         {
             "properties": own
             | {"name": own["name"] | {"const": known.name}}
-            | _described(known.settings)["properties"],
+            | described(known.settings)["properties"],
             "required": [] if known.name == config.MethodSettings.name else ["name"],
             "additionalProperties": False,
         }
@@ -59,7 +59,7 @@ def recipe_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | found
 
 
-def _described(settings: type) -> dict[str, Any]:
+def described(settings: type) -> dict[str, Any]:
     """The JSON Schema of settings, with the docstring of each field."""
     from nulledit.io.settings import json_schema
 

@@ -1,0 +1,127 @@
+"""`nulledit run`: what a job's file says is what the commands of it would do."""
+
+import json
+
+import pytest
+import yaml
+from support.cli import RECORDS, done, invoke, refused
+
+from nulledit import Editor
+from nulledit.api.job import load_job
+from nulledit.cli.run import job_schema
+from nulledit.errors import ConfigError
+
+
+@pytest.fixture
+def write(place, tmp_path):
+    """Writes a job's file with changes, beside its facts."""
+    (tmp_path / "facts.json").write_text(json.dumps(RECORDS[:2]))
+    (tmp_path / "more.json").write_text(json.dumps(RECORDS[2:3]))
+    (tmp_path / "model").symlink_to(place / "model")
+
+    def make(**changes):
+        job = {
+            "model": "model",
+            "facts": ["facts.json"],
+            "out": "run",
+            "recipe": str(place / "recipe.yaml"),
+            "stats": str(place / "stats"),
+            "text": str(place / "corpus.txt"),
+            **changes,
+        }
+        file = tmp_path / "job.yaml"
+        file.write_text(yaml.safe_dump({k: v for k, v in job.items() if v is not None}))
+        return file
+
+    return make
+
+
+def test_a_job_is_its_commands(write, place, tmp_path):
+    limits = {"efficacy_strict": {"at_least": 0}}
+    (tmp_path / "limits.yaml").write_text(yaml.safe_dump(limits))
+    file = write(
+        gate="limits.yaml",
+        exports=[{"kind": "lora", "out": "adapter", "options": {"rank": 4}}],
+        report="page.html",
+        set={"values.steps": 3},
+    )
+    shown = done("run", file, "--quiet").stdout
+    for said in ("adapter", "page.html", "hold"):
+        assert said in shown, said
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    assert (tmp_path / "page.html").is_file()
+    edit = ("edit", tmp_path / "facts.json", "--model", place / "model", "--quiet")
+    options = ("--recipe", place / "recipe.yaml", "--stats", place / "stats", "--steps", "3")
+    done(*edit, *options, "--text", place / "corpus.txt", "--out", tmp_path / "by-hand")
+    states = [Editor.load(tmp_path / name).history.state_id for name in ("run", "by-hand")]
+    assert states[0] == states[1]
+
+
+def test_the_same_job_goes_on_with_what_is_new(write, tmp_path):
+    done("run", write(), "--quiet")
+    first = Editor.load(tmp_path / "run").history.state_id
+    again = invoke("run", write())
+    assert again.exit_code == 0
+    assert "every fact is in the run already" in again.stderr
+    assert Editor.load(tmp_path / "run").history.state_id == first
+    told = json.loads(done("run", write(facts=["facts.json", "more.json"]), "--json").stdout)
+    assert told["edit"]["runs"][-1]["facts"] == 1
+    assert len(Editor.load(tmp_path / "run").facts) == 3
+
+
+def test_a_broken_limit_writes_nothing_and_exits_with_1(write, tmp_path):
+    (tmp_path / "limits.yaml").write_text("kl: {at_most: 1.0e-12}\n")
+    exports = [{"kind": "delta", "out": "delta"}]
+    ended = invoke("run", write(gate="limits.yaml", exports=exports, report="page.html"), "--quiet")
+    assert ended.exit_code == 1
+    assert "kl" in ended.stdout
+    for name in ("run", "delta", "page.html"):
+        assert not (tmp_path / name).exists(), name
+
+
+def test_a_dry_run_edits_nothing(write, tmp_path):
+    told = json.loads(done("run", write(), "--dry-run", "--json").stdout)
+    assert told["facts"] == 2
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"modle": "x"}, "modle"),
+        ({"facts": None}, "facts is missing"),
+        ({"facts": ["nowhere.json"]}, "nowhere.json"),
+        ({"retry": -1}, "retry is -1"),
+        ({"exports": [{"kind": "onnx", "out": "x"}]}, "expected one of"),
+        ({"exports": [{"kind": "delta", "out": "x", "options": {"text": "t"}}]}, "text can't be"),
+        ({"exports": [{"kind": "delta", "out": "facts.json"}]}, "is there already"),
+        ({"gate": "nowhere.yaml"}, "nowhere.yaml"),
+        ({"set": {"values.stepz": 3}}, "stepz"),
+    ],
+)
+def test_what_cannot_be_is_one_line_before_a_model_is_loaded(changes, said, write, monkeypatch):
+    def load(*_args, **_kwargs):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(Editor, "from_pretrained", load)
+    assert said in refused("run", write(**changes), "--quiet")
+
+
+def test_paths_are_those_of_the_files_folder(write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path.parent)
+    job = load_job(write(exports=[{"kind": "lora", "out": "a"}], report="r.html", recipe=None))
+    assert job.out == str(tmp_path / "run")
+    assert job.model == str((tmp_path / "model").resolve())
+    assert job.exports[0].out == str(tmp_path / "a")
+    assert job.recipe is None
+    assert load_job(write(model="an/id")).model == "an/id"
+    with pytest.raises(ConfigError, match="no-such-job"):
+        load_job("no-such-job")
+
+
+def test_the_schema_names_every_field():
+    schema = job_schema()
+    assert json.loads(done("run", "--schema").stdout) == schema
+    assert set(schema["required"]) == {"model", "facts", "out"}
+    assert schema["properties"]["gate"]["description"]
+    assert "give a job's file" in refused("run")
