@@ -22,7 +22,7 @@ LAYERS = {
         ("export",),
     ),
     "face": (("api",),),
-    "leaves": (("studies", "ui"), ("cli",), ("__main__",)),
+    "leaves": (("agents", "studies", "ui"), ("cli",), ("__main__",)),
 }
 """Layers from the ground up; in each, floors of rooms that do not know each other."""
 FLOORS = [floor for floors in LAYERS.values() for floor in floors]
@@ -61,7 +61,7 @@ def test_every_room_is_on_a_floor():
 
 
 def test_no_floor_is_there_for_its_own_sake():
-    """The longest chain of imports from room to room."""
+    """The longest chain of imports from room to room: errors to __main__, by the page."""
     below = {}
     for file in FILES:
         below.setdefault(room(file), set()).update(m.split(".")[1] for m in imports(file))
@@ -69,7 +69,7 @@ def test_no_floor_is_there_for_its_own_sake():
     def height(own):
         return 1 + max((height(other) for other in below[own] - {own}), default=0)
 
-    assert max(map(height, below)) <= 12
+    assert max(map(height, below)) <= 13
 
 
 def test_no_test_file_imports_from_another():

@@ -31,6 +31,7 @@ from nulledit.cli.forget import forget
 from nulledit.cli.history import log, show
 from nulledit.cli.info import info
 from nulledit.cli.locate import locate
+from nulledit.cli.mcp import mcp
 from nulledit.cli.merge import merge
 from nulledit.cli.methods import methods
 from nulledit.cli.preview import preview
@@ -58,7 +59,7 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Live with edits": (log, show, undo, redo, restore, rebuild, merge, diff),
     "Look at a run": (ui, ask, chat, evaluate, report),
     "Gates": (check, verify),
-    "Hand over": (export, apply),
+    "Hand over": (export, apply, mcp),
     "Compare": (compare, study),
     "Prepare": (facts, stats, locate, tune, methods, recipe, info),
 }
