@@ -67,6 +67,5 @@ def test_a_crash_is_a_row(monkeypatch):
         raise SystemExit(3)
 
     monkeypatch.setattr(architectures, "tried", crash)
-    monkeypatch.setattr(architectures, "SECONDS", 20.0)
     (row,) = architectures.rows(["llama"], 1)
-    assert row.refused
+    assert row.refused == "crashed: the process ended with 3"
