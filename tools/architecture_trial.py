@@ -76,28 +76,22 @@ def tried(name: str, *, quick: bool = False) -> Row:
     """
     row = Row(name)
     tokenizer = small_tokenizer()
-    for dtype in (torch.float64, torch.float32):  # some compute in float32 whatever they hold
-        try:
-            model = tiny_models.build(name, dtype=dtype)
-        except Exception as error:
-            row.refused = f"not built: {said(error)}"
-            return row
-        try:
-            with quiet():
-                editable = EditableModel(model, tokenizer)
-                layers = [i for i in range(editable.depth) if editable.fits(i)]
-                if not layers:
-                    editable.mlp_out(editable.depth // 2)
-            row.refused = ""
-            break
-        except ModelError as error:
-            row.refused = said(error, name=False)
-            if "dtype" not in row.refused:
-                return row
-        except Exception as error:
-            row.refused = f"crashed: {said(error)}"
-            return row
-    if row.refused:
+    try:
+        model = tiny_models.build(name)
+    except Exception as error:
+        row.refused = f"not built: {said(error)}"
+        return row
+    try:
+        with quiet():
+            editable = EditableModel(model, tokenizer)
+            layers = [i for i in range(editable.depth) if editable.fits(i)]
+            if not layers:
+                editable.mlp_out(editable.depth // 2)
+    except ModelError as error:
+        row.refused = said(error, name=False)
+        return row
+    except Exception as error:
+        row.refused = f"crashed: {said(error)}"
         return row
     row.path = f"{editable.layout.blocks}.N.{editable.layout.mlp_out}"
     row.output, row.traced = editable.layout.output, model.config.model_type not in LAYOUTS

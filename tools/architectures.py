@@ -14,9 +14,11 @@ import json
 import multiprocessing
 import queue
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -52,15 +54,25 @@ def rows(wanted: Sequence[str], jobs: int, *, quick: bool = False) -> Iterator[R
             process.start()
             running[name] = process, found
         name, (process, found) = next(iter(running.items()))
-        try:
-            row = Row(**found.get(timeout=SECONDS))
-        except queue.Empty:
-            ended = process.exitcode
-            row = Row(name, refused=f"the process ended with {ended}" if ended else "hangs")
-            process.kill()
+        row = _awaited(name, process, found)
+        process.kill()
         process.join()
         del running[name]
         yield row
+
+
+def _awaited(name: str, process: BaseProcess, found: multiprocessing.Queue) -> Row:
+    """What a process finds, or how it ended."""
+    deadline, ended = time.monotonic() + SECONDS, False
+    while True:
+        try:
+            return Row(**found.get(timeout=0.5))
+        except queue.Empty:
+            if ended:
+                return Row(name, refused=f"crashed: the process ended with {process.exitcode}")
+            if time.monotonic() > deadline:
+                return Row(name, refused=f"hangs: nothing came in {SECONDS:g} s")
+            ended = not process.is_alive()  # what it found may still be on its way
 
 
 def _try(name: str, quick: bool, found: multiprocessing.Queue) -> None:
