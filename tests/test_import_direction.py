@@ -69,7 +69,7 @@ def test_no_floor_is_there_for_its_own_sake():
     def height(own):
         return 1 + max((height(other) for other in below[own] - {own}), default=0)
 
-    assert max(map(height, below)) <= 12
+    assert max(map(height, below)) <= 13  # __main__, cli, ui, api and nine below
 
 
 def test_no_test_file_imports_from_another():
