@@ -4,7 +4,12 @@ import html
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import time
+from http.client import HTTPConnection
+from urllib.parse import urlsplit
 
 import pytest
 from support.cli import edit_all, refused
@@ -552,3 +557,27 @@ def test_the_command_refuses_what_does_not_belong_together(place, folder, tmp_pa
     assert "holds a run already" in refused("ui", place / "model", "--out", folder)
     (tmp_path / "empty").mkdir()
     assert "no run here" in refused("ui", tmp_path / "empty")
+
+
+@pytest.mark.parametrize("way", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_serves_this_machine_alone_until_it_is_ended(folder, way):
+    words = [sys.executable, "-m", "nulledit", "ui", str(folder), "--json", "--quiet"]
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
+        told = json.loads("".join(server.stdout.readline() for _ in range(4)))
+        assert told["run_folder"] == str(folder)
+        address = urlsplit(told["address"])
+        assert address.hostname == "127.0.0.1"
+        asked = HTTPConnection(address.hostname, address.port, timeout=60)
+        asked.request("GET", "/")
+        assert asked.getresponse().status == 403
+        asked.close()
+        asked.request("GET", f"/?{address.query}")
+        first = asked.getresponse()
+        assert (first.status, first.headers["location"]) == (303, "/")
+        asked.close()
+        server.send_signal(way)
+        said = server.communicate(timeout=120)[1]
+        assert server.returncode == 0, said
+        assert "Traceback" not in said
