@@ -9,6 +9,7 @@ from nulledit.config import load_recipe, shipped_recipes
 from nulledit.evaluation.preservation import shipped_text
 from nulledit.ledger.update_solver import LayerPreconditioners
 from nulledit.linalg.spectrum import RULES
+from nulledit.models.embedded import EMBEDDED
 from nulledit.statistics.found import find_statistics, named_statistics
 from nulledit.statistics.spectra import Statistics
 
@@ -35,6 +36,11 @@ def test_shipped_statistics_serve_the_shipped_recipe_and_the_published_layers():
             threshold = RULES[rule.rule](spectrum.eigenvalues, rule.value)
             found = LayerPreconditioners.of(recipe, spectrum, threshold)
             assert 0 < found.own.rank < spectrum.d_in
+
+
+def test_every_embedded_model_has_a_recipe():
+    for name in EMBEDDED:
+        assert load_recipe(name).method.name == "gated"
 
 
 def test_what_the_shipped_recipe_needs_is_there():

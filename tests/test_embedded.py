@@ -10,6 +10,11 @@ import torch
 from nulledit import Editor, Fact, read_facts
 from nulledit.evaluation import evaluate
 from nulledit.evaluation.generation import contains, generate_answers
+from nulledit.evaluation.preservation import shipped_text
+from nulledit.models.editable_model import EditableModel
+from nulledit.models.embedded import is_installed
+from nulledit.models.load import load_model
+from nulledit.models.tokens import beginning
 
 pytestmark = pytest.mark.slow
 EXAMPLES = resources.files("nulledit") / "assets" / "facts" / "examples.yaml"
@@ -82,6 +87,19 @@ def test_a_new_answer_replaces_the_older_one():
     assert not says(editor, fact)
     editor.undo("b")
     assert says(editor, fact)
+
+
+@pytest.mark.skipif(not is_installed("gemma3-270m"), reason="on request: make .venv/gemma3-270m")
+def test_the_second_model_reads_and_speaks_as_its_family_does():
+    model, tokenizer = load_model("gemma3-270m")
+    assert beginning(tokenizer) == [tokenizer.bos_token_id]  # without it perplexity is fourfold
+    assert tokenizer.chat_template is None  # the file is the pretrained model's
+    prompt = "Q: What is the capital of Japan?\nA:"
+    assert contains(generate_answers(EditableModel(model, tokenizer), [prompt])[0], " Tokyo")
+    words = tokenizer(shipped_text(), return_tensors="pt")["input_ids"][:, :512]
+    with torch.no_grad():
+        loss = model(words, labels=words).loss
+    assert loss.exp() < 40
 
 
 def test_the_pages_python_runs_as_written(tmp_path, monkeypatch):

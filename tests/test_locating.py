@@ -268,10 +268,10 @@ def test_a_window_must_leave_something_to_compare(world):
 
 
 def test_a_model_that_could_not_be_edited_is_refused_before_it_is_asked(world, monkeypatch):
-    """OPT with its norm behind the sum: what is put back would be no state of the stream."""
+    """OPT with its norm after the sum: what is put back would be no state of the stream."""
     monkeypatch.setitem(MORE, "opt", {**MORE["opt"], "do_layer_norm_before": False})
     model = EditableModel(build_model("opt"), world[1])
-    with pytest.raises(ModelError, match="enters the residual stream neither"):
+    with pytest.raises(ModelError, match="enters the residual stream normed, not plain"):
         locate(model, [])
 
 
