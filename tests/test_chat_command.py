@@ -155,15 +155,22 @@ class FakeFacts:
         self.facts = facts
 
 
-def test_an_answer_has_the_room_that_is_left_and_what_has_none_leaves_no_trace(editor):
+def test_an_answer_has_the_room_that_is_left_and_what_has_none_leaves_no_trace(editor, monkeypatch):
+    from nulledit.evaluation import conversation
+
+    room = []
+
+    def speaks(model, row, *, max_new_tokens, **more):
+        room.append(model.context - len(row.ids) - max_new_tokens)
+        return "She."
+
+    monkeypatch.setattr(conversation, "generate_reply", speaks)
     talk = Conversation(editor, SYSTEM, max_tokens=1000)
-    first = talk.say("Who?")
-    row = talk.model.encoder.reply(["Who?"])
-    new = talk.model.tokenizer(first.base, add_special_tokens=False)["input_ids"]
-    assert len(row.ids) + len(new) <= talk.model.context == 256
+    talk.say("Who?")
+    assert room == [0, 0]
     with pytest.raises(FactError, match=r"no room for an answer of 16|longer than"):
-        talk.say("And who? " * 20)
-    assert talk.said["base"] == ["Who?", first.base]
+        talk.say("And who? " * 100)
+    assert talk.said["base"] == ["Who?", "She."]
 
 
 def test_a_template_that_fails_on_a_talk_is_one_line(words):
