@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DATA ?= ../shared/data
 
-.PHONY: demo test test-slow test-worlds lint bench lock clean
+.PHONY: demo site test test-slow test-worlds lint bench lock clean
 
 # The same facts twice: as the model's recipe says, by gated edits, and by AlphaEdit; then side by side.
 # MODEL=gemma3-270m takes another one, which is under Google's Gemma terms of use (its first package has them); the
@@ -39,6 +39,11 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The documentation as a site, in build/site.
+site: .venv/dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check zensical==0.0.73
+	$(BIN)/python tools/docs_site.py
 
 # Against the published code's own numbers and against the transparent reference.
 bench: .venv/smollm2-135m
