@@ -427,11 +427,7 @@ class EditEngine:
         return changes.rebuild(self._session, values=values, progress=progress)
 
     def merge(
-        self,
-        other: History,
-        *,
-        decide: Decide | None = None,
-        progress: Progress | None = None,
+        self, other: History, *, decide: Decide | None = None, progress: Progress | None = None
     ) -> ChangeReport:
         """Take over the facts of another ledger on the same base: one model with both.
 
