@@ -1,6 +1,7 @@
 """`Run` from Python: what the command line does, without it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from support.cli import RECORDS, refused, results
@@ -8,7 +9,9 @@ from support.cli import RECORDS, refused, results
 from nulledit import Editor, Fact, NullEditError, Run
 from nulledit.api.run import Refused
 from nulledit.config import load_recipe
+from nulledit.report.document import Items
 from nulledit.runs.limits import Limits
+from nulledit.runs.preview import preview_page
 from nulledit.runs.talk import Talk
 
 IMPOSSIBLE = Limits.from_dict({"efficacy_strict": {"at_least": 100}}, source="never.yaml")
@@ -111,6 +114,15 @@ def test_a_run_is_looked_at_without_a_trace(editor, place, tmp_path):
     would = looked.preview(undo=["zola"])
     assert [fact.id for fact in would.facts] == ["zola"]
     assert set(would.held.summary()) == {"before", "after"}
+    old = looked.preview(undo=["ada"])
+    assert old.asked.moved() == []
+    assert "Of 1 neighbour none changes its answer." in preview_page(old)
+    turned = [replace(s, strict=not s.strict) for s in old.asked.after.scores]
+    asked = replace(old.asked, after=replace(old.asked.after, scores=turned))
+    ((query, _),) = asked.moved()
+    assert query.prompt == "The mother tongue of Karo Dun is"
+    (named,) = [p for p in preview_page(replace(old, asked=asked)) if isinstance(p, Items)]
+    assert query.prompt in dict(named.shown())
     assert looked.check(EASY).passed
     assert not looked.check(IMPOSSIBLE).passed
     said = looked.ask("The mother tongue of Ada Byron is", target="Velmish")

@@ -565,19 +565,22 @@ def test_the_command_serves_this_machine_alone_until_it_is_ended(folder, way):
     with subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as server:
-        told = json.loads("".join(server.stdout.readline() for _ in range(4)))
-        assert told["run_folder"] == str(folder)
-        address = urlsplit(told["address"])
-        assert address.hostname == "127.0.0.1"
-        asked = HTTPConnection(address.hostname, address.port, timeout=60)
-        asked.request("GET", "/")
-        assert asked.getresponse().status == 403
-        asked.close()
-        asked.request("GET", f"/?{address.query}")
-        first = asked.getresponse()
-        assert (first.status, first.headers["location"]) == (303, "/")
-        asked.close()
-        server.send_signal(way)
-        said = server.communicate(timeout=120)[1]
-        assert server.returncode == 0, said
-        assert "Traceback" not in said
+        try:  # else it would be waited for, whatever fails
+            told = json.loads("".join(server.stdout.readline() for _ in range(4)))
+            assert told["run_folder"] == str(folder)
+            address = urlsplit(told["address"])
+            assert address.hostname == "127.0.0.1"
+            asked = HTTPConnection(address.hostname, address.port, timeout=60)
+            asked.request("GET", "/")
+            assert asked.getresponse().status == 403
+            asked.close()
+            asked.request("GET", f"/?{address.query}")
+            first = asked.getresponse()
+            assert (first.status, first.headers["location"]) == (303, "/")
+            asked.close()
+            server.send_signal(way)
+            said = server.communicate(timeout=120)[1]
+            assert server.returncode == 0, said
+            assert "Traceback" not in said
+        finally:
+            server.kill()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nulledit.evaluation.measures import entry, find, measured, shown
 from nulledit.evaluation.preservation import Preservation
+from nulledit.evaluation.queries import Kind, Query
 from nulledit.evaluation.runner import SEEN_OF_TEXT, Evaluation
 from nulledit.evaluation.stats import Interval, paired_bootstrap
 from nulledit.io.notebook import frame, html_table
@@ -51,6 +52,18 @@ class Comparison:
             if pairs:
                 found[name] = paired_bootstrap(*zip(*pairs, strict=True))
         return found
+
+    def moved(self, kind: Kind = "specificity") -> list[tuple[Query, bool]]:
+        """Queries of a kind, neighbours by default, that are answered otherwise than before.
+
+        With whether the answer is said now, every token the likeliest. Empty without a base.
+        """
+        then = {item.query: item.strict for item in self.before.scores} if self.before else {}
+        return [
+            (item.query, item.strict)
+            for item in self.after.scores
+            if item.query.kind == kind and then.get(item.query, item.strict) != item.strict
+        ]
 
     def to_frame(self) -> pd.DataFrame:
         """One row per fact and side: its measures and the answer; ConfigError without pandas."""

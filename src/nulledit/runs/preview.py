@@ -17,13 +17,14 @@ from nulledit.evaluation.comparison import Comparison
 from nulledit.evaluation.opening import gates_of
 from nulledit.evaluation.runner import Evaluation, evaluate
 from nulledit.io.text import count
-from nulledit.report.document import StudyTable
+from nulledit.report.document import Items, StudyTable
 from nulledit.report.tables import number
 from nulledit.runs.history import answer_of
 from nulledit.runs.measure import check_lengths, read_text
 from nulledit.runs.tables import rates_tables
 from nulledit.runs.talk import Talk
 
+SHOWN = 25  # neighbours that are named
 HELD = 20  # facts in the model that are asked again
 
 
@@ -139,9 +140,24 @@ def preview_page(found: Preview) -> list[Any]:
         *rates_tables(found.asked.summary()),
         f"The last {len(held.after.rows())} facts in the model:" if held else "",
         *(rates_tables(held.summary(), absent=False) if held else ()),
+        *_neighbours(found),
         _norms(found),
         f"Perplexity and KL are on {found.asked.text}. Nothing was written.",
     ]
+
+
+def _neighbours(found: Preview) -> list[Items | str]:
+    """Which neighbours' answers change, of the facts asked and of those in the model."""
+    both = [found.asked, *([found.held] if found.held else [])]
+    asked = sum(s.query.kind == "specificity" for side in both for s in side.after.scores)
+    moved = [pair for side in both for pair in side.moved()]
+    if not moved:
+        return [f"Of {count(asked, 'neighbour')} none changes its answer."] if asked else []
+    said = tuple(
+        (query.prompt, f"{query.answer} {'is said now' if now else 'is lost'}")
+        for query, now in moved
+    )
+    return [Items(said, title="Neighbours whose answer changes", most=SHOWN)]
 
 
 def _norms(found: Preview) -> StudyTable:
