@@ -19,6 +19,7 @@ from nulledit.evaluation.diagnosis import diagnose, first_slip, holds
 from nulledit.evaluation.generation import ANSWER_TOKENS, loops, says
 from nulledit.evaluation.old_answers import disagreements, first_clause, with_base_answers
 from nulledit.evaluation.outlook import Outlook, outlook
+from nulledit.runs.document import side_effects
 from nulledit.runs.holding import headline, held, legend, mark, reasons
 
 
@@ -352,3 +353,18 @@ def test_retry_on_the_command_line(world_folder, edits, tmp_path, at_once):
     assert f"{held} of {len(last)} facts hold." in page.stdout
     assert "retry" in invoke("log", run).stdout
     assert invoke("verify", run).exit_code == 0
+
+
+def test_what_else_changed_is_one_line():
+    def line(then, now):
+        before, after = ({} if x is None else {"specificity_strict": x} for x in (then, now))
+        return {"before": before, "after": after}
+
+    kl = {"kl": {"value": 1.52, "standard_error": 1.0, "tokens": 99, "worst_share": 0.5}}
+    lines = [line(1.0, 1.0), line(0.5, 1.0), line(None, None)]
+    assert side_effects(lines, kl) == (
+        "Neighbours of 1 fact changed, KL on other text 1.5 mnat a token."
+    )
+    assert side_effects(lines[:1], None) == "No neighbour changed."
+    assert side_effects(lines[2:], kl) == "KL on other text 1.5 mnat a token."
+    assert side_effects([], None) == ""

@@ -17,10 +17,18 @@ from nulledit.report.document import (
     Study,
     StudyTable,
     Text,
+    Value,
 )
 from nulledit.report.study import settings_of
-from nulledit.runs.holding import headline, held, reasons
-from nulledit.runs.tables import SHOWN, answers_table, layers_table, rates_spec, rates_tables
+from nulledit.runs.holding import headline, held, neighbours_changed, reasons
+from nulledit.runs.tables import (
+    SHOWN,
+    answers_table,
+    layers_table,
+    of_text,
+    rates_spec,
+    rates_tables,
+)
 
 
 @dataclass(frozen=True)
@@ -118,6 +126,7 @@ def call_parts(
         known = f"The model said {call['known']} of them before"
         yield Text(f"{known}; they were written all the same.")
     yield Text(headline(lines) if call["after"] else "Not evaluated.", "strong")
+    yield Text(side_effects(lines, call["after"]))
     if lines:
         yield answers_table(lines, f"answers-{call['run']}")
     if wrong := tuple(reasons(lines, folder)):
@@ -144,6 +153,20 @@ def call_parts(
         )
     notices = tuple(call["notices"])
     yield Items(notices, title="Notices", tone="note", most=SHOWN, more="in summary.json")
+
+
+def side_effects(lines: Sequence[Mapping[str, Any]], after: Mapping[str, Any] | None) -> str:
+    """What else changed: facts whose neighbours did, and KL on other text; empty if not asked."""
+    said = []
+    if (moved := neighbours_changed(lines)) is not None:
+        said.append(
+            f"neighbours of {count(moved, 'fact')} changed" if moved else "no neighbour changed"
+        )
+    kl = of_text(after, "kl")
+    if isinstance(kl, Value) and kl.mean is not None:
+        said.append(f"KL on other text {kl.mean:.2g} mnat a token")
+    text = ", ".join(said)
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 
 def run_sentence(run: RunFolder) -> str:

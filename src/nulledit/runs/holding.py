@@ -67,6 +67,17 @@ def headline(lines: Sequence[Mapping[str, Any]]) -> str:
     return f"{good} of {count(len(told), 'fact')} {verb}." if told else ""
 
 
+def neighbours_changed(lines: Sequence[Mapping[str, Any]]) -> int | None:
+    """Facts of which a neighbour holds now and did not, or the other way; None if none has any."""
+    both = [
+        (line["before"].get("specificity_strict"), line["after"].get("specificity_strict"))
+        for line in lines
+        if line["before"] and line["after"]
+    ]
+    asked = [(then, now) for then, now in both if then is not None and now is not None]
+    return sum(then != now for then, now in asked) if asked else None
+
+
 def legend(lines: Sequence[Mapping[str, Any]]) -> str:
     """The marks that `lines` have, in words."""
     shown = {mark(line) for line in lines}
