@@ -324,8 +324,17 @@ class Terminal:
         return self.process.wait(timeout=60)
 
 
-def test_a_talk_on_a_terminal(run):
-    terminal = Terminal(run)
+@pytest.fixture
+def terminal(run):
+    """The command on the run's talk; killed where a test fails."""
+    made = Terminal(run)
+    yield made
+    made.process.kill()
+    made.process.wait()
+    os.close(made.master)
+
+
+def test_a_talk_on_a_terminal(terminal):
     terminal.until("2 facts in the model. /reset begins anew, /quit or Ctrl-D ends.")
     terminal.until("you     ")
     terminal.types("Who is Ada Byron?\n")
@@ -339,8 +348,7 @@ def test_a_talk_on_a_terminal(run):
     assert terminal.shown.count("base    ") == 1
 
 
-def test_ctrl_c_ends_it_with_a_line(run):
-    terminal = Terminal(run)
+def test_ctrl_c_ends_it_with_a_line(run, terminal):
     terminal.until("you     ")
     terminal.process.send_signal(signal.SIGINT)
     assert terminal.ended() == 130
