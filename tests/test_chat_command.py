@@ -292,7 +292,9 @@ class Terminal:
 
     def __init__(self, run, *more, **streams):
         self.master, slave = pty.openpty()
-        words = [sys.executable, "-c", "from nulledit.cli.main import main; main()"]
+        hears = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+        start = f"{hears}; from nulledit.cli.main import main; main()"  # in a background, too
+        words = [sys.executable, "-c", start]
         streams = {"stdin": slave, "stdout": slave, "stderr": slave} | streams
         self.process = subprocess.Popen(
             [*words, "chat", str(run), "--max-tokens", "4", *more],
@@ -353,7 +355,7 @@ def test_ctrl_c_ends_it_with_a_line(run, terminal):
     for _ in range(5):  # what comes just before readline waits is seen with the next key alone
         terminal.process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            terminal.process.wait(timeout=10)
+            terminal.process.wait(timeout=5)
             break
     assert terminal.ended() == 130
     assert terminal.shown.rstrip().endswith("Error: interrupted; the run is as it was")

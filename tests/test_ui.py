@@ -561,7 +561,9 @@ def test_the_command_refuses_what_does_not_belong_together(place, folder, tmp_pa
 
 @pytest.mark.parametrize("way", [signal.SIGINT, signal.SIGTERM])
 def test_the_command_serves_this_machine_alone_until_it_is_ended(folder, way):
-    words = [sys.executable, "-m", "nulledit", "ui", str(folder), "--json", "--quiet"]
+    hears = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    start = f"{hears}; from nulledit.cli.main import main; main()"  # in a background, too
+    words = [sys.executable, "-c", start, "ui", str(folder), "--json", "--quiet"]
     with subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as server:
