@@ -62,6 +62,7 @@ def test_the_page_names_every_architecture():
     assert set(architectures.names()) <= set(told)
 
 
+@pytest.mark.slow
 def test_a_crash_is_a_row(monkeypatch):
     def crash(_name, *, quick):
         raise SystemExit(3)
