@@ -226,6 +226,18 @@ def projector(moment: Tensor, threshold: float) -> Tensor:
     return U @ U.mT
 
 
+def of_settings(settings: Any) -> dict[str, float]:
+    """A recipe's settings of values by the names that `compute_z` has for them."""
+    return {
+        "steps": settings.steps,
+        "lr": settings.learning_rate,
+        "clamp": settings.clamp,
+        "kl_weight": settings.kl_weight,
+        "decay": settings.weight_decay,
+        "stop_loss": settings.stop_loss,
+    }
+
+
 def compute_z(
     model: nn.Module,
     tokenizer: Any,

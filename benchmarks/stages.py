@@ -91,12 +91,7 @@ class Setup:
                 fact,
                 layer=self.layers[-1],
                 contexts=self.contexts,
-                steps=settings.steps,
-                lr=settings.learning_rate,
-                clamp=settings.clamp,
-                kl_weight=settings.kl_weight,
-                decay=settings.weight_decay,
-                stop_loss=settings.stop_loss,
+                **reference.of_settings(settings),
             )
             for fact in facts
         ]

@@ -109,12 +109,7 @@ def test_a_value_is_of_the_mean_loss_over_the_rows_of_both(model, words):
         Fact(subject=ADA.subject, prompt="{}", target=ADA.target),
         layer=2,
         contexts=[*texts, slot],
-        steps=SETTINGS.steps,
-        lr=SETTINGS.learning_rate,
-        clamp=SETTINGS.clamp,
-        kl_weight=SETTINGS.kl_weight,
-        decay=SETTINGS.weight_decay,
-        stop_loss=SETTINGS.stop_loss,
+        **reference.of_settings(SETTINGS),
         kl_prompt=SETTINGS.kl_prompt,
     )
     assert float((value.z - expected.z).norm() / expected.z.norm()) < 1e-6

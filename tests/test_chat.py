@@ -320,12 +320,7 @@ def test_values_and_keys_equal_the_reference(tokenizer, name, where, prompt):
         plain,
         layer=2,
         contexts=texts,
-        steps=SETTINGS.steps,
-        lr=SETTINGS.learning_rate,
-        clamp=SETTINGS.clamp,
-        kl_weight=SETTINGS.kl_weight,
-        decay=SETTINGS.weight_decay,
-        stop_loss=SETTINGS.stop_loss,
+        **reference.of_settings(SETTINGS),
         kl_prompt=by_hand(words, SETTINGS.kl_prompt, settings, fact.subject),
     )
     assert value.outcome.steps > 2

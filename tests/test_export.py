@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.exports import gap, logits
 from support.models import FAMILIES, RECIPE, build_model, statistics_of
 from transformers import AutoModelForCausalLM
 
@@ -163,17 +164,6 @@ FACTS = [
     Fact(id="zola", subject="Émile Zola", prompt="{} was born in", target="Ostrel"),
     Fact(id="velm", subject="Velm", prompt="The harbour of {} lies on the", target="river"),
 ]
-
-
-@torch.no_grad()
-def logits(model):
-    ids = torch.arange(4 * LENGTH).reshape(4, LENGTH) * 7 % 390 + 1
-    return model(input_ids=ids).logits.double()
-
-
-def gap(a, b):
-    """Largest difference, relative to the largest logit."""
-    return float((a - b).abs().max() / b.abs().max())
 
 
 # -- LoRA ------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
+from support.exports import gap, logits
 from support.models import LINES, RECIPE, build_model, statistics_of
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
@@ -76,16 +77,6 @@ def places(tmp_path_factory, tokenizer):
         return made[family, dtype]
 
     return get
-
-
-@torch.no_grad()
-def logits(model):
-    ids = torch.arange(48).reshape(4, 12) * 7 % 390 + 1
-    return model(input_ids=ids).logits.double()
-
-
-def gap(a, b):
-    return float((a - b).abs().max() / b.abs().max())
 
 
 def bits(model):

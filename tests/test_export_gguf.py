@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from click.testing import CliRunner
+from support.exports import gap, logits
 from support.gguf import read_back, tensors_of, write_base
 from support.models import LINES, RECIPE, build_model, statistics_of
 
@@ -86,16 +87,6 @@ def packed(tmp_path_factory, tokenizer):
         return made[method]
 
     return get
-
-
-@torch.no_grad()
-def logits(model):
-    ids = torch.arange(48).reshape(4, 12) * 7 % 390 + 1
-    return model(input_ids=ids).logits.double()
-
-
-def gap(a, b):
-    return float((a - b).abs().max() / b.abs().max())
 
 
 # -- the whole model -------------------------------------------------------------------------

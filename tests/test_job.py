@@ -69,6 +69,14 @@ def test_the_same_job_goes_on_with_what_is_new(write, tmp_path):
     assert len(Editor.load(tmp_path / "run").facts) == 3
 
 
+def test_a_job_killed_in_its_first_batch_begins_again(write, tmp_path):
+    job = load_job(write())
+    editor = Editor.from_pretrained(job.model, recipe=job.recipe, statistics=job.stats)
+    editor.attach(job.out)  # what a kill leaves: a ledger without an event
+    done("run", write(), "--quiet")
+    assert len(Editor.load(tmp_path / "run").facts) == 2
+
+
 def test_a_broken_limit_writes_nothing_and_exits_with_1(write, tmp_path):
     (tmp_path / "limits.yaml").write_text("kl: {at_most: 1.0e-12}\n")
     exports = [{"kind": "delta", "out": "delta"}]

@@ -127,7 +127,13 @@ def test_a_limit_that_would_break_writes_nothing(run, place):
 
 
 def test_errors_are_one_line_and_the_desk_goes_on(run):
-    server = server_of(Desk(run), loose(), allow_edit=True)
+    opened = []
+
+    def opening(folder):
+        opened.append(folder)
+        return Run.open(folder)
+
+    server = server_of(Desk(run, opening), loose(), allow_edit=True)
     unknown, wrong, facts = asked(
         server,
         ("undo", {"ids": ["nobody"]}),
@@ -138,6 +144,7 @@ def test_errors_are_one_line_and_the_desk_goes_on(run):
     assert "\n" not in unknown
     assert "prompt" in wrong
     assert facts["count"]
+    assert len(opened) == 1, "a mistake of the caller loads no model again"
 
 
 def test_what_another_process_did_is_there_in_the_next_call(run):

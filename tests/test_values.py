@@ -24,12 +24,7 @@ def theirs(model, tokenizer, fact, *, settings=SETTINGS, layer=2, **more):
         fact,
         layer=layer,
         contexts=CONTEXTS,
-        steps=settings.steps,
-        lr=settings.learning_rate,
-        clamp=settings.clamp,
-        kl_weight=settings.kl_weight,
-        decay=settings.weight_decay,
-        stop_loss=settings.stop_loss,
+        **reference.of_settings(settings),
         **more,
     )
 

@@ -214,12 +214,7 @@ def _against_reference(
             fact,
             layer=layer,
             contexts=CONTEXTS,
-            steps=settings.steps,
-            lr=settings.learning_rate,
-            clamp=settings.clamp,
-            kl_weight=settings.kl_weight,
-            decay=settings.weight_decay,
-            stop_loss=settings.stop_loss,
+            **reference.of_settings(settings),
         )
         missed = off(value.z, expected.z, 10 * TOLERANCE)  # Adam's steps grow what rounding left
         if missed:
