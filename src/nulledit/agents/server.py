@@ -54,7 +54,7 @@ class Desk:
             yield self._run
 
     def forget(self) -> None:
-        """Open the run anew next time, whatever an error left in memory."""
+        """Open the run anew next time: what we did not foresee may have left half of something."""
         with self._lock:
             self._run = None
 
@@ -89,11 +89,12 @@ def server_of(
             with desk.run() as held:
                 yield held
         except Refused as error:
-            desk.forget()
             raise ToolError(f"{one_line(str(error))}; found: {error.report.to_dict()}") from error
-        except NullEditError as error:
-            desk.forget()
+        except NullEditError as error:  # which leaves the run as it was
             raise ToolError(one_line(str(error))) from error
+        except Exception:
+            desk.forget()
+            raise
 
     @tool("What the base and the edited model say after a prompt; with `target`, its probability.")
     def ask(prompt: str, target: str | None = None, max_tokens: int = MOST_TOKENS) -> Record:

@@ -22,6 +22,7 @@ from nulledit.io.settings import (
     read_settings,
 )
 from nulledit.io.untrusted import MAX_SETTINGS, one_line, parse_yaml, read_text
+from nulledit.ledger.store import Store
 from nulledit.runs.limits import Limits, load_limits
 from nulledit.runs.pages import Result
 from nulledit.runs.report import collect, write_report
@@ -199,7 +200,8 @@ def run_job(job: Job, *, talk: Talk | None = None) -> Done:
 def _run(job: Job, recipe: Recipe, talk: Talk) -> Run:
     """The run that is there, or a new one."""
     folder = Path(job.out)
-    if (folder / "ledger" / "ledger.db").is_file():
+    store = Store(folder / "ledger")
+    if store.exists and store.events():  # else it was killed in its first batch, and begins again
         run = Run.open(folder, device=job.device, talk=talk)
         talk.say(f"Note: {folder} is there: it goes on with its own recipe")
         return run

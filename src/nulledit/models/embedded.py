@@ -78,10 +78,7 @@ def embedded_folder(name: str) -> Path:
     if pieces is None:
         raise ModelError(f"{name} is not installed: {model.install}")
     found = joined_sha256(pieces)
-    if found != model.sha256:
-        raise ModelError(
-            f"{model.file} has sha256 {found[:12]}, expected {model.sha256[:12]}: {model.install}"
-        )
+    _check(name, found)
     return converted(pieces, folder, model.file, found)
 
 
@@ -93,7 +90,7 @@ def is_installed(name: str) -> bool:
 def embedded_file(name: str) -> Path | None:
     """An embedded model's GGUF file; of several pieces joined once into the cache.
 
-    None if it is not installed.
+    None if it is not installed; ModelError if the pieces are not those of the file.
     """
     pieces = _pieces_of(name)
     if pieces is None or len(pieces) == 1:
@@ -103,7 +100,17 @@ def embedded_file(name: str) -> Path | None:
         whole.parent.mkdir(parents=True, exist_ok=True)
         with replacing(whole) as partial:
             join(pieces, partial)
+            _check(name, sha256_of(partial))
     return whole
+
+
+def _check(name: str, found: str) -> None:
+    """ModelError if `found` is not the hash of an embedded model's file."""
+    model = EMBEDDED[name]
+    if found != model.sha256:
+        raise ModelError(
+            f"{model.file} has sha256 {found[:12]}, expected {model.sha256[:12]}: {model.install}"
+        )
 
 
 def _pieces_of(name: str) -> list[Path] | None:
