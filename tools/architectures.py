@@ -118,7 +118,7 @@ beginning's run; whole rows, and those run from the blocks below, take longer an
 *Gated*: whether a fact can have a neuron of its own. *Blocks*: those of the tiny model that can be
 edited.
 
-## Edited
+## Edited and taken up
 
 | model type | outcome | W | output | found by | gated | rows | blocks |
 | --- | --- | --- | --- | --- | --- | --- | --- |
