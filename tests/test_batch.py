@@ -9,6 +9,7 @@ from support.editors import in_the_world, sayable
 from support.models import FAMILIES, RECIPE, build_model, statistics_of
 
 from nulledit import Editor, Fact
+from nulledit.editing import values as values_module
 from nulledit.editing.chunks import chunks_of
 from nulledit.editing.descent import Value
 from nulledit.editing.keys import LayerwiseForward
@@ -423,6 +424,28 @@ def test_values_are_taken_from_the_cache_only_for_the_very_same_request(make, fa
     third.edit(facts[:1])
     third.edit(facts[1:])  # on other weights
     assert {p.name for p in tmp_path.iterdir()} > kept
+
+
+def test_values_are_kept_as_they_come(make, facts, tmp_path, monkeypatch):
+    """What was found before an interruption is found again."""
+    run_chunk, stopped = values_module._run_chunk, []
+
+    def stops(*words):
+        if stopped:
+            raise KeyboardInterrupt
+        stopped.append(1)
+        return run_chunk(*words)
+
+    recipe = recipe_of("alphaedit", chunk_positions=1)  # each fact in a chunk of its own
+    whole = make(recipe)
+    whole.edit(facts)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(values_module, "_run_chunk", stops)
+        make(recipe, value_cache=tmp_path).edit(facts)
+    assert len(list(tmp_path.iterdir())) == 1
+    editor = make(recipe, value_cache=tmp_path)
+    assert editor.edit(facts).optimised == len(facts) - 1
+    assert gap(weights(editor), weights(whole)) < 1e-9
 
 
 def test_a_damaged_cache_file_is_not_used(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -346,27 +346,28 @@ class BatchWriter:
         members: dict[int, list[int]] = {}
         for i in chosen:
             members.setdefault(shared[i], []).append(i)
-        names: dict[int, str] = {}
+        names = self._cache_names(layer, {g: [wordings[i] for i in m] for g, m in members.items()})
         values: dict[int, Value] = {}
         if self.cache is not None:
-            weights = self.weights.digest()
-            for group, mine in members.items():
-                names[group] = self.cache.name(
-                    weights,
-                    [wordings[i] for i in mine],
-                    layer=layer,
-                    contexts=self.contexts,
-                    settings=self.recipe.values,
-                    chat=self.recipe.chat,
-                )
-                if self.ranks.first:
-                    values.update(zip(mine, self.cache.get(names[group]) or (), strict=False))
+            for group, mine in members.items() if self.ranks.first else ():
+                values.update(zip(mine, self.cache.get(names[group]) or (), strict=False))
             values = of_first(self.ranks, values)
         missing = [i for i in chosen if i not in values]
         counter = self.run.counter(stage, len(chosen))
         counter(len(values))
         self.run.optimised += len(missing)
         mine = dealt(self.ranks, wordings, shared, missing)
+
+        def keep(found: Mapping[int, Value]) -> None:
+            if self.cache is not None and self.ranks.first:
+                for group in {shared[i] for i in found}:
+                    self.cache.put(names[group], [found[i] for i in members[group]])
+
+        def done(found: Mapping[int, Value]) -> None:
+            """Kept as they come: what an interruption ends is not lost."""
+            keep({mine[k]: value for k, value in found.items()})
+            counter(len(found))
+
         found = optimise_values(
             self.model,
             [wordings[i] for i in mine],
@@ -375,15 +376,31 @@ class BatchWriter:
             contexts=self.contexts,
             settings=self.recipe.values,
             positions=self._positions(1),
-            progress=counter,
+            done=done,
         )
-        values.update(gathered(self.ranks, dict(zip(mine, found, strict=True))))
+        found_here = dict(zip(mine, found, strict=True))
+        others = gathered(self.ranks, found_here)
+        keep({i: value for i, value in others.items() if i not in found_here})
+        values.update(others)
         counter(len(missing) - len(mine))
-        if self.cache is not None and self.ranks.first:
-            for group, mine in members.items():
-                if mine[0] in missing:
-                    self.cache.put(names[group], [values[i] for i in mine])
         return [values[i] for i in chosen]
+
+    def _cache_names(self, layer: int, groups: Mapping[int, Sequence[Fact]]) -> dict[int, str]:
+        """What the values of each group of wordings are called in the cache, on these weights."""
+        if self.cache is None:
+            return {}
+        weights = self.weights.digest()
+        return {
+            group: self.cache.name(
+                weights,
+                wordings,
+                layer=layer,
+                contexts=self.contexts,
+                settings=self.recipe.values,
+                chat=self.recipe.chat,
+            )
+            for group, wordings in groups.items()
+        }
 
     def _joined(self, shared: Sequence[int]) -> list[int]:
         """Requests that share a key or a fact, with all that these share in turn."""

@@ -88,7 +88,7 @@ def value_lengths(
         contexts=BARE,
         settings=settings,
         positions=positions,
-        progress=progress,
+        done=lambda found: progress(len(found)),
     )
     walk = LayerwiseForward(model, facts, first=first, contexts=BARE, bare_weight=1.0)
     hidden, added = walk.standing(layer)

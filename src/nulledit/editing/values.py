@@ -17,7 +17,7 @@ and step size, clamp and decay mean what they mean elsewhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -62,13 +62,14 @@ def optimise_values(
     contexts: Sequence[str],
     settings: ValueSettings,
     positions: int,
-    progress: Callable[[int], None] = lambda n: None,
+    done: Callable[[Mapping[int, Value]], None] = lambda found: None,
 ) -> list[Value]:
     """Optimise one δ per group for `facts` at block `layer`.
 
     `groups[i]` is the group of fact i: facts on one key share δ and sum their losses. `contexts`
     are templates with one slot, the bare "{}" first. `positions` bounds how many token positions
     run through the upper blocks together; on an accelerator it halves itself when memory runs out.
+    `done` is told of values as they come, whole groups, by place in `facts`.
     """
     return _by_chunks(
         model,
@@ -76,7 +77,7 @@ def optimise_values(
         lambda kept, _members: Descent(kept, settings).run(),
         layer=layer,
         positions=positions,
-        progress=progress,
+        done=done,
     )
 
 
@@ -145,7 +146,7 @@ def _by_chunks(
     *,
     layer: int,
     positions: int,
-    progress: Callable[[int], None] = lambda n: None,
+    done: Callable[[Mapping[int, Value]], None] = lambda found: None,
 ) -> list[Value]:
     """What `work` gives for each chunk of `jobs` and their places, in the order of `jobs`."""
     values: dict[int, Value] = {}
@@ -160,7 +161,7 @@ def _by_chunks(
             continue
         values.update(zip(members, found, strict=True))
         waiting = [i for i in waiting if i not in values]
-        progress(len(members))
+        done({i: values[i] for i in members})
     return [values[i] for i in range(len(jobs))]
 
 
