@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from support import world
 from support.editors import sayable
 
+from nulledit import Fact
 from nulledit.config import Recipe, ValueSettings
 from nulledit.editing.values import optimise_values, plan_rows
 from nulledit.errors import ConfigError
@@ -135,11 +136,16 @@ def test_without_contexts_the_bare_prompt_decides(known):
 def test_facts_on_one_key_end_together(known):
     settings = dataclasses.replace(SETTINGS, stop_when_likeliest=1)
     person = world.PEOPLE[0]
-    facts = [world.fact(person, kind, world.another(person, kind)) for kind in ("home", "tongue")]
-    apart = ours(known, facts, settings)
+    facts = [
+        Fact(person, "{} was born in", world.answer(person, "home")),  # it leads from the start
+        world.fact(person, "tongue", world.another(person, "tongue")),
+    ]
+    known_one, new = ours(known, facts, settings)
+    assert known_one.outcome.steps == 0 < new.outcome.steps
     together = ours(known, facts, settings, groups=[0, 0])
     assert len({value.outcome.steps for value in together}) == 1
-    assert together[0].outcome.steps >= max(value.outcome.steps for value in apart)
+    assert together[0].outcome.steps > 0
+    assert [value.outcome.ended for value in together] == ["likeliest"] * 2
 
 
 def test_recipes_say_how_many_steps():
