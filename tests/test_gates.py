@@ -143,7 +143,8 @@ def test_growth_of_perplexity_is_the_ratio_with_a_paired_error(editor, windows):
     row = row_of(editor, "perplexity_growth", {"at_most": 1e6}, windows=windows)
     assert row.found == pytest.approx(100 * (after.value / before.value - 1), rel=1e-4)
     assert (row.n, row.over) == (6, "windows")
-    apart = 100 * math.hypot(before.standard_error, after.standard_error) / before.value
+    shares = [side.standard_error / side.value for side in (before, after)]
+    apart = 100 * math.hypot(*shares) * after.value / before.value
     assert 0 < row.error < apart, "the same windows in both models"
 
 

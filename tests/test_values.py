@@ -295,6 +295,31 @@ def test_delta_stays_in_the_clamp(tiny_model, tokenizer, facts):
         assert value.outcome.delta_share <= 0.1 + 1e-9
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("times", [1.0, 100.0])
+def test_steps_of_the_state_are_as_long_in_states_of_any_length(
+    architecture, times, tiny_model, tokenizer, facts
+):
+    """Adam's first step moves every coordinate whose gradient is larger than its epsilon."""
+    model = tiny_model(architecture)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(times)
+    settings = dataclasses.replace(
+        SETTINGS, steps=2, learning_rate=0.2, learning_rate_of="state", clamp=9.0
+    )
+    for value in ours(model, tokenizer, facts, settings=settings):
+        assert value.outcome.delta_share == pytest.approx(0.2, rel=0.05)
+
+
+def test_a_model_without_a_recipe_gets_steps_that_suit_a_norm_after_w(tiny_model, tokenizer):
+    """In units that are as long as W's output, which may have any length, 0.5 may be nothing."""
+    steps = {
+        architecture: Editor(tiny_model(architecture), tokenizer).recipe.values.learning_rate_of
+        for architecture in ("llama", "gemma3_text")
+    }
+    assert steps == {"llama": "unit", "gemma3_text": "state"}
+
+
 def test_one_delta_for_a_group_lowers_every_member_loss(tiny_model, tokenizer):
     pair = [
         Fact(id="a", subject="Karo Dun", prompt="{} works as a", target="sailor"),

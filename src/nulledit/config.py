@@ -73,7 +73,11 @@ class ValueSettings:
     steps: Count = 25
     """Forward passes per fact; the last one makes no update (as published)."""
     learning_rate: Positive = 0.5
-    """Adam's step size, in units of the hidden state. Published: 0.5; 0.1 for LLaMA3."""
+    """Adam's step size. Published: 0.5; 0.1 for LLaMA3."""
+    learning_rate_of: Literal["unit", "state"] = "unit"
+    """What `learning_rate` is a share of. unit: of 1 in each coordinate (published). state: a step
+    that moves every coordinate moves δ by that share of ‖h‖, since states of some models are a
+    hundred times as long as those of others; 0.5 on SmolLM2-135M is 0.125 so."""
     clamp: Positive = 0.75
     """Largest ‖δ‖/‖h‖."""
     kl_weight: NotNegative = 0.0625

@@ -88,7 +88,7 @@ if TYPE_CHECKING:
     ),
     opt(
         "--learning-rate X",
-        "Of the values, in units of the hidden state.",
+        "Adam's step size for values.",
         float,
         field="values.learning_rate",
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -95,7 +96,7 @@ class Descent:
             for number, norm in enumerate(kept.norms)
         ]
         self.optimiser = torch.optim.Adam(
-            [group.delta for group in self.groups], lr=settings.learning_rate
+            [{"params": [group.delta], "lr": self._rate(group)} for group in self.groups]
         )
         self.outcomes: dict[int, _Outcome] = {}  # by fact
         self.known: dict[int, bool] = {}  # by fact
@@ -122,6 +123,13 @@ class Descent:
         if self.settings.stop_margin is not None:
             self._return_to_best()
         return [self._value(f) for f in range(len(self.kept.group_of))]
+
+    def _rate(self, group: _Group) -> float:
+        """Adam's step size, by coordinate."""
+        rate = self.settings.learning_rate
+        if self.settings.learning_rate_of == "unit":
+            return rate
+        return rate * float(group.norm) / math.sqrt(group.delta.numel())
 
     def _decay(self, group: _Group) -> Tensor:
         return self.settings.weight_decay * group.delta.norm() / group.norm.square()

@@ -6,7 +6,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from nulledit.config import Recipe, layers_by_depth, read_recipe
+from nulledit.config import Recipe, ValueSettings, layers_by_depth, read_recipe
 from nulledit.errors import ConfigError, ModelError
 from nulledit.methods import find_method
 from nulledit.models.editable_model import EditableModel
@@ -14,6 +14,8 @@ from nulledit.models.layouts import as_out_in
 from nulledit.models.quantized import make_editable
 
 logger = logging.getLogger(__name__)
+STEP = 0.125
+"""Of ‖h‖, for models without a recipe of their own; as with SmolLM2-135M's."""
 
 
 def resolve_recipe(
@@ -33,6 +35,14 @@ def resolve_recipe(
         chosen = tuple(layer for layer in chosen if model.fits(layer)) or chosen
         logger.warning("the recipe names no layers; chosen by depth: %s", list(chosen))
         recipe = replace(recipe, layers=chosen)
+        if model.values_at_output and recipe.values == ValueSettings():
+            logger.warning(
+                "a norm follows W, so steps of values are shares of the state's length: "
+                "values.learning_rate_of state, values.learning_rate %s",
+                STEP,
+            )
+            stepping = replace(recipe.values, learning_rate=STEP, learning_rate_of="state")
+            recipe = replace(recipe, values=stepping)
     last = recipe.layers[-1]
     if last > top:
         raise ModelError(f"layer {last} is out of range: the model has layers 0 to {top}")

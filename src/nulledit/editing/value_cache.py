@@ -48,6 +48,8 @@ class ValueCache:
             "chunk_tokens",
         ):  # they act before or after
             used.pop(elsewhere)
+        if settings.learning_rate_of == "unit":  # as before there was a choice
+            used.pop("learning_rate_of")
         asked = [
             [fact.subject, list(fact.prompts), fact.target, *(["forget"] if fact.forget else [])]
             for fact in facts
