@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from support.editors import in_the_world, sayable
+from support.editors import LASTING, in_the_world, sayable
 from support.models import FAMILIES, RECIPE, build_model, statistics_of
 
 from nulledit import Editor, Fact
@@ -494,7 +494,7 @@ def known(worlds):
 
 def test_the_world_says_a_whole_long_answer_written_in_chunks(known):
     # Keys of neighbouring chunks are alike: what one gives the next takes further rounds to mend.
-    editor = in_the_world(known, values__chunk_tokens=1, values__rounds=6, values__stop_margin=0.5)
+    editor = in_the_world(known, LASTING, values__chunk_tokens=1)
     person = sayable(known, 1, "tongue")[0].subject
     fact = Fact(subject=person, prompt="{} speaks", target="Dutch Oslo Cairo Rome")
     editor.edit([fact])

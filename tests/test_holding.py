@@ -188,7 +188,7 @@ def test_a_retry_after_which_fewer_facts_hold_is_taken_back(known, monkeypatch):
 
 
 def test_nothing_is_written_where_every_fact_holds(known, edits):
-    editor = in_the_world(known, values__stop_margin=2.0)
+    editor = in_the_world(known, LASTING)
     editor.edit(edits[:1])
     assert causes(editor, edits[:1]) == {}
     assert retry_failing(editor, edits[:1]).columns == ()
