@@ -10,10 +10,9 @@ from support.models import RECIPE, build_model, statistics_of
 
 from nulledit import Editor, Fact
 from nulledit.evaluation.queries import queries_of
-from nulledit.evaluation.scores import score
+from nulledit.evaluation.scores import facts_held, score
 from nulledit.export.card import SHOWN
 from nulledit.export.licence import licence_of
-from nulledit.export.updates import facts_held
 from nulledit.export.write import write_export
 from nulledit.models.load import model_hash
 
@@ -94,14 +93,14 @@ def test_it_says_which_facts_hold(place, tmp_path):
     found = score(editor.editable, [queries_of(fact)[0] for fact in FACTS])
     assert rows == {f.id: "yes" if s.strict else "no" for f, s in zip(FACTS, found, strict=True)}
     held = [word == "yes" for word in rows.values()]
-    assert facts_held(editor, FACTS) == held
+    assert facts_held(editor.editable, FACTS) == held
     assert f"{sum(held)} of 2 facts hold" in text
 
 
 def test_facts_that_do_not_hold_come_first(place, tmp_path, monkeypatch):
     _, editor = place
     monkeypatch.setattr(
-        "nulledit.export.card.facts_held", lambda editor, facts: [f.id == "ada" for f in facts]
+        "nulledit.export.card.facts_held", lambda model, facts: [f.id == "ada" for f in facts]
     )
     write_export(editor, tmp_path / "out", "delta")
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")

@@ -17,8 +17,9 @@ import yaml
 from nulledit._version import __version__
 from nulledit.data.facts import Fact
 from nulledit.editing.engine import EditEngine
+from nulledit.evaluation.scores import facts_held
 from nulledit.export.licence import licence_of
-from nulledit.export.updates import Export, LayerExport, facts_held
+from nulledit.export.updates import Export, LayerExport
 from nulledit.io.text import count, plain, shorten
 from nulledit.models.embedded import EMBEDDED
 from nulledit.models.gguf import is_gguf
@@ -239,7 +240,7 @@ def _present(editor: EditEngine) -> list[Fact]:
 def _facts(editor: EditEngine) -> doc.StudyTable:
     """What was edited, and whether it holds; those that do not come first."""
     facts = _present(editor)
-    held = dict(zip(facts, facts_held(editor, facts), strict=True))
+    held = dict(zip(facts, facts_held(editor.editable, facts), strict=True))
     facts.sort(key=held.__getitem__)
     head = ("id", "prompt", "new answer", "old answer", "holds")
     shown = [

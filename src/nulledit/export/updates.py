@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from nulledit.data.facts import Fact
 from nulledit.editing.call_log import Progress
 from nulledit.editing.engine import EditEngine
 from nulledit.errors import ConfigError, LedgerError
@@ -190,14 +189,6 @@ def update_of(editor: EditEngine, layer: int) -> tuple[Tensor, Tensor]:
     exact = editor.weights.exact(layer)
     base = editor.weights.base(layer).to(exact.device)
     return exact - base, base
-
-
-def facts_held(editor: EditEngine, facts: Sequence[Fact]) -> list[bool]:
-    """Of each fact, whether every token of its target is the likeliest in the model as it is.
-
-    Of one to forget: whether not every token is.
-    """
-    return [found.strict for found in score(editor.editable, [queries_of(f)[0] for f in facts])]
 
 
 def facts_cost(
