@@ -141,10 +141,7 @@ class Run:
 
     @property
     def batches(self) -> int:
-        """How many changes were committed since this object was made.
-
-        With limits none is before the end.
-        """
+        """Changes committed since this object was made; with limits none is before the end."""
         there = Store(self.folder / "ledger").exists
         return len(self.history.events) - self._held if there else 0
 
@@ -200,14 +197,15 @@ class Run:
             return self._written(new, keys, shuffle=shuffle, retry=retry, told=told)
 
         with self._kept(), ExitStack() as stack:
-            if self.begins:
+            fresh = self.begins and not self.batches
+            if fresh:
                 Store(self.folder / "ledger").discard()  # of a run killed in its first batch
-            if self.begins and limits is None:
+            if fresh and limits is None:
                 self._attach()
             stack.enter_context(editor.writing())
             stack.enter_context(editor.ranks.watched())
             report = self._gated(work, limits, tasks, found, text)
-            if self.begins and limits is not None:
+            if fresh and limits is not None:
                 self._attach()
             result = self._saved(report, found)
         if tracker:
