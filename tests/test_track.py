@@ -95,7 +95,12 @@ class Package(types.ModuleType):
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
-        return lambda *given, **named: self.calls.append((name, given, named))
+
+        def called(*given, **named):
+            print(f"* {name}: welcome")
+            self.calls.append((name, given, named))
+
+        return called
 
 
 @pytest.fixture
@@ -118,7 +123,7 @@ WELL = {"trackio": {}, "wandb": {}, "mlflow": {"status": "FINISHED"}}
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_package_gets_what_it_is_called_with(name, package):
+def test_a_package_gets_what_it_is_called_with(name, package, capsys):
     found = package(name)
     with tracking(name, "run", {"facts": 2}) as tell:
         tell({"kl": 1.5}, 3)
@@ -128,6 +133,7 @@ def test_a_package_gets_what_it_is_called_with(name, package):
     with pytest.raises(KeyboardInterrupt), tracking(name, "run", {}):
         raise KeyboardInterrupt
     assert found.calls[-1][2] == FAILED[name]
+    assert not capsys.readouterr().out, "--json has the output to itself"
 
 
 def write_job(place, tmp_path, **changes):

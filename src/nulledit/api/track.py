@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, Literal, TypeAlias
 
 from nulledit.editing.call_log import Progress
@@ -25,6 +26,12 @@ Told: TypeAlias = tuple[Tracker, Text | None]
 TrackerName: TypeAlias = Literal["trackio", "wandb", "mlflow"]
 PROJECT = "nulledit"
 """What runs are filed under."""
+ENDS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
+    "trackio": ({}, {}),
+    "wandb": ({}, {"exit_code": 1}),
+    "mlflow": ({"status": "FINISHED"}, {"status": "FAILED"}),
+}
+"""How a run is ended that went well, and one that failed, by the package's name."""
 
 
 class Batches:
@@ -134,22 +141,24 @@ def tracking(name: TrackerName, run: str, settings: Mapping[str, Any]) -> Iterat
     Where it keeps its data is its own affair, by its own environment variables.
     """
     module = tracker_module(name)
-    if name == "mlflow":
-        module.set_experiment(PROJECT)
-        module.start_run(run_name=run)
-        module.log_params(dict(settings))
-        log, end = module.log_metrics, module.end_run
-        ended: Mapping[bool, Mapping[str, Any]] = {
-            True: {"status": "FAILED"},
-            False: {"status": "FINISHED"},
-        }
-    else:  # the two have one interface
-        module.init(project=PROJECT, name=run, config=dict(settings))
-        log, end = module.log, module.finish
-        ended = {True: {"exit_code": 1}, False: {}} if name == "wandb" else {True: {}, False: {}}
     failed = True
+    with redirect_stdout(sys.stderr):  # packages greet there, where --json is to be alone
+        if name == "mlflow":
+            module.set_experiment(PROJECT)
+            module.start_run(run_name=run)
+            module.log_params(dict(settings))
+            log, end = module.log_metrics, module.end_run
+        else:  # the two have one interface
+            module.init(project=PROJECT, name=run, config=dict(settings))
+            log, end = module.log, module.finish
+
+    def tell(numbers: dict[str, float], step: int) -> None:
+        with redirect_stdout(sys.stderr):
+            log(numbers, step=step)
+
     try:
-        yield lambda numbers, step: log(numbers, step=step)
+        yield tell
         failed = False
     finally:
-        end(**ended[failed])
+        with redirect_stdout(sys.stderr):
+            end(**ENDS[name][failed])
