@@ -1,5 +1,6 @@
 """The card of an export: its lines load it, and it says what holds, whose it is, and no place."""
 
+import json
 import re
 import runpy
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from support.exports import gap, logits
 from support.models import RECIPE, build_model, statistics_of
+from support.runs import summary
 
 from nulledit import Editor, Fact
 from nulledit.evaluation.queries import queries_of
@@ -75,13 +77,17 @@ def test_its_lines_load_the_export(kind, place, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["delta", "lora", "checkpoint"])
 def test_it_names_no_place_and_says_whose_the_base_is(kind, place, tmp_path):
     above, editor = place
+    (tmp_path / "my-run").mkdir()
+    (tmp_path / "my-run" / "summary.json").write_text(json.dumps(summary()))
     write_export(editor, tmp_path / "out", kind, run=tmp_path / "my-run")
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert str(above) not in text
     assert str(tmp_path) not in text
     assert "license: apache-2.0" in text.split("---\n")[1]
     assert "| licence of the base | apache-2.0 |" in text
-    for said in ("## Limits", "## Undo", "nulledit undo my-run ID...", "Other wordings"):
+    for said in ("## Measures", "An evaluation of an earlier state", "20.50 ± 1.25", "## Limits"):
+        assert said in text, said
+    for said in ("## Undo", "nulledit undo my-run ID...", "Other wordings"):
         assert said in text, said
 
 
