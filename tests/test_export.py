@@ -341,7 +341,7 @@ def test_a_delta_goes_on_and_comes_off_to_the_bit(family, dtype, places, tmp_pat
 
 def test_a_float32_delta_counts_what_differs(places, tmp_path):
     place = places("llama", torch.float32)
-    done = write_delta(place.editor, tmp_path / "delta")
+    done = write_delta(place.editor, tmp_path / "delta", dtype="float32")
     apply_delta(tmp_path / "delta", place.base, tmp_path / "on")
     model = load_model(str(tmp_path / "on"))[0].state_dict()
     edited = place.editor.model.state_dict()
@@ -385,7 +385,7 @@ def test_a_delta_is_not_put_on_anything_else(places, tmp_path):
 @pytest.fixture
 def delta(places, tmp_path):
     """A good delta that may be damaged."""
-    write_delta(places("llama", torch.float32).editor, tmp_path / "delta")
+    write_delta(places("llama", torch.float32).editor, tmp_path / "delta", dtype="float32")
     return tmp_path / "delta"
 
 
@@ -561,8 +561,8 @@ def test_untrusted_facts_stay_text_in_the_card(places, tmp_path):
     assert not kinds & {"html_inline", "html_block", "link_open", "image", "strong_open", "hr"}
     rows = sum(token.type == "tr_open" for token in tokens)
     layers = len(place.editor.weights.layers)
-    assert rows == (1 + 5) + (1 + len(facts)) + (1 + layers), "no row came from a fact"
-    assert sum(token.type == "heading_open" for token in tokens) == 5
+    assert rows == (1 + 6) + (1 + len(facts)) + (1 + layers), "no row came from a fact"
+    assert sum(token.type == "heading_open" for token in tokens) == 7
     shown = "".join(token.content for token in tokens if token.type == "text")
     assert "alert(1)" in shown
     assert "\u202e" not in text
@@ -599,7 +599,7 @@ def test_the_card_says_what_was_done(places, tmp_path):
         write_checkpoint(place.editor, folder, summary=given_summary)
         text = (folder / "README.md").read_text()
         assert (said in text) if said else ("## Measures" not in text)
-        for word in (state, place.editor.history.base.hash, "alphaedit", "and 3 more.", "undo"):
+        for word in (state, place.editor.history.base.hash, "alphaedit", "3 more", "undo"):
             assert word in text, word
         assert text.count("works as a") == SHOWN
 
@@ -661,7 +661,8 @@ def test_the_commands(places, tmp_path):
     text = done(export, run, "--as", "lora", "--out", tmp_path / "lora")
     assert "Adapter of rank 8 in float32" in text
     assert "‖Δ−BA‖/‖Δ‖" in text
-    plain = json.loads(done(export, run, "--as", "delta", "--out", tmp_path / "delta", "--json"))
+    plain = json.loads(done(export, run, "--out", tmp_path / "delta", "--json"))
+    assert (plain["kind"], plain["same_as_run"]) == ("delta", True), "what is exact is the default"
     assert [layer["rank"] for layer in plain["layers"]] == [len(FACTS)] * 2
     text = done(export, run, "--as", "checkpoint", "--out", tmp_path / "model", "-q")
     assert "rounding/‖Δ‖" in text
@@ -691,7 +692,7 @@ def test_bits_are_not_promised_of_full_rank(places, tmp_path, recipe):
     done = write_delta(place.editor, tmp_path / "delta")
     assert all(layer.of == min(layer.shape) for layer in done.layers)
     assert exactly(done) == ""
-    thin = write_delta(places("llama", torch.float32).editor, tmp_path / "thin")
+    thin = write_delta(places("llama", torch.float32).editor, tmp_path / "thin", dtype="float32")
     assert "gives it to the bit" in exactly(thin)
 
 

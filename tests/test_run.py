@@ -52,6 +52,15 @@ def test_a_run_is_made_evaluated_and_taken_up_again(editor, place, tmp_path):
     assert again.verify().passed
 
 
+@pytest.mark.parametrize("limits", [None, EASY])
+def test_a_new_run_is_edited_again(limits, editor, tmp_path):
+    run = Run.create(tmp_path / "run", editor)
+    run.edit(RECORDS[:1], evaluate=False, limits=limits)
+    again = run.edit(RECORDS[1:2], evaluate=False, limits=limits)
+    assert [line["id"] for line in again.lines] == ["zola"]
+    assert [fact.id for fact in Run.open(run.folder).editor.facts] == ["ada", "zola"]
+
+
 def test_a_broken_limit_leaves_nothing_and_the_next_call_goes_on(editor, place, tmp_path):
     run = Run.create(tmp_path / "run", editor)
     with pytest.raises(Refused, match="efficacy_strict failed; no model was written") as caught:

@@ -1,18 +1,11 @@
 """The tutorial, by its own blocks, on the embedded model."""
 
-import re
-import shlex
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from tutorial import DOCS, Step, do, steps
 
 from nulledit import Editor, read_facts
 
-DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "tutorial.md").read_text(encoding="utf-8")
-BLOCK = re.compile(r"```(console|yaml)\n(.*?)```", re.S)
 
 
 def test_there_are_thirty_facts_with_keys_of_their_own():
@@ -22,20 +15,20 @@ def test_there_are_thirty_facts_with_keys_of_their_own():
     assert len(before) == 30, "facts on one key would share a value"
 
 
+def test_every_block_is_a_step():
+    found = list(steps(PAGE))
+    commands = sum(line.startswith("$ ") for line in PAGE.splitlines())
+    assert len(found) == commands + PAGE.count("```yaml")
+    assert found[0] == Step("1. A table of facts", "nulledit facts check docs/tutorial.csv")
+    assert [step.file for step in found if step.file] == ["price.yaml"]
+    assert found[-1].heading == "9. Take it back"
+
+
 @pytest.mark.slow
 def test_every_block_of_the_tutorial_runs(tmp_path):
     (tmp_path / "docs").symlink_to(DOCS)
-    for kind, block in BLOCK.findall(PAGE):
-        if kind == "yaml":
-            name = block.split("\n", 1)[0].removeprefix("# ").strip()
-            (tmp_path / name).write_text(block, encoding="utf-8")
-            continue
-        for line in block.strip().splitlines():
-            words = shlex.split(line.removeprefix("$ nulledit "), comments=True)
-            command = [sys.executable, "-m", "nulledit", *words]
-            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-            allowed = (0, 1) if words[0] == "check" else (0,)  # 1: a limit is broken
-            assert done.returncode in allowed, f"{line}\n{done.stderr}"
+    for step in steps(PAGE):
+        do(step, tmp_path)
     for name in ("adapter/adapter_config.json", "released/model.safetensors"):
         assert (tmp_path / name).is_file(), name
     editor = Editor.load(tmp_path / "run")

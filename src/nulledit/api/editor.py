@@ -19,7 +19,7 @@ from nulledit.evaluation.asking import ask as ask_both
 from nulledit.evaluation.comparison import Comparison
 from nulledit.evaluation.runner import Judge
 from nulledit.export.updates import Export
-from nulledit.export.write import Kind, write_export
+from nulledit.export.write import DEFAULT, Kind, write_export
 from nulledit.ledger.records import History
 from nulledit.ledger.store import Store
 from nulledit.runs.diff import Difference, columns_at, difference, read_state
@@ -128,7 +128,7 @@ class Editor(EditEngine):
     def export(
         self,
         folder: str | Path,
-        kind: Kind = "lora",
+        kind: Kind = DEFAULT,
         *,
         rank: int | None = None,
         dtype: str | None = None,
@@ -139,10 +139,11 @@ class Editor(EditEngine):
         tensor_type: str | None = None,
         progress: Progress | None = None,
     ) -> Export:
-        """Write the edits to `folder` for others: `kind` lora (PEFT), delta, checkpoint, gguf or
+        """Write the edits to `folder` for others: `kind` delta, lora (PEFT), checkpoint, gguf or
         gguf-lora.
 
-        `rank` cuts the factors of adapters and delta, `dtype` is theirs (float32);
+        `rank` cuts the factors of adapters and delta, `dtype` is theirs (of an adapter float32, of
+        a delta what makes it exact);
         `max_shard_size` is of a checkpoint ("50GB"). Gated edits: `same_shape` has a checkpoint or
         GGUF file keep the base's shape, as an adapter does in any case; `text` is the file that
         chooses the units which neurons then stand in the place of. GGUF: `gguf` is a file of the

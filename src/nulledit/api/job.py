@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from nulledit.api.editor import Editor
 from nulledit.api.run import Run
+from nulledit.api.track import Tracker, TrackerName, tracker_module, tracking
 from nulledit.config import Recipe, read_recipe
 from nulledit.data.readers import read_facts
 from nulledit.errors import ConfigError
@@ -86,6 +88,8 @@ class Job:
     """For perplexity and KL; left out: the text that comes with nulledit."""
     gate: str | None = None
     """Limits: default, or a file. If one is broken nothing is written."""
+    tracker: TrackerName | None = None
+    """What the numbers of each batch and of the result go to, if anything."""
     capability: str | None = None
     """Folder of the six tasks, where limits ask for them."""
     exports: Several[ExportJob] = ()
@@ -171,18 +175,22 @@ def run_job(job: Job, *, talk: Talk | None = None) -> Done:
     for export in job.exports:
         if Path(export.out).exists():
             raise ConfigError(f"exports: {export.out} is there already; remove it, or name another")
+    if job.tracker:
+        tracker_module(job.tracker)
     run = _run(job, recipe, talk)
     new = run.new(facts)
     result = None
     if new:
-        result = run.edit(
-            new,
-            retry=job.retry,
-            old_answers=job.old_answers,
-            text=job.text,
-            limits=limits,
-            tasks=job.capability,
-        )
+        with _tracked(job, run, len(new)) as tracker:
+            result = run.edit(
+                new,
+                retry=job.retry,
+                old_answers=job.old_answers,
+                text=job.text,
+                limits=limits,
+                tasks=job.capability,
+                tracker=tracker,
+            )
     else:
         talk.say("Note: every fact is in the run already; nothing is edited")
     made = []
@@ -195,6 +203,22 @@ def run_job(job: Job, *, talk: Talk | None = None) -> Done:
     if page:
         write_report(collect([run.folder]), page, title=run.folder.name, force=True)
     return Done(result, tuple(made), page)
+
+
+def _tracked(job: Job, run: Run, facts: int) -> AbstractContextManager[Tracker | None]:
+    """What the run's numbers go to, with what it was asked to do; nothing for no tracker."""
+    if not job.tracker:
+        return nullcontext()
+    recipe, base = run.editor.recipe, run.editor.history.base
+    settings = {
+        "model": Path(base.model).name if Path(base.model).exists() else base.model,
+        "method": recipe.method.name,
+        "layers": ",".join(map(str, recipe.layers)),
+        "batch_size": recipe.batch_size,
+        "facts": facts,
+        "seed": run.editor.seed,
+    }
+    return tracking(job.tracker, run.folder.name, settings)
 
 
 def _run(job: Job, recipe: Recipe, talk: Talk) -> Run:

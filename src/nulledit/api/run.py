@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from nulledit.api.editor import Editor
+from nulledit.api.track import Told, Tracker, batches_told, numbers_of
 from nulledit.data.facts import Fact
 from nulledit.data.readers import Facts, as_facts
 from nulledit.editing.merge import Decide
 from nulledit.editing.reports import ChangeReport, EditReport
-from nulledit.errors import CheckFailed, ConfigError, LedgerError
+from nulledit.errors import CheckFailed, LedgerError
 from nulledit.evaluation.asking import Answer
 from nulledit.evaluation.forgetting import TOKENS, Recall, recall_of
 from nulledit.evaluation.old_answers import with_base_answers
 from nulledit.evaluation.retry import check_retry, check_values, joined, retry_failing
-from nulledit.evaluation.tasks import read_tasks
 from nulledit.io.files import recover_folder
 from nulledit.io.text import count
 from nulledit.ledger.records import History
@@ -26,9 +26,9 @@ from nulledit.ledger.store import Store
 from nulledit.models.placement import Device
 from nulledit.parallel.ranks import Ranks
 from nulledit.runs.evaluated import Evaluated, evaluate_sides
-from nulledit.runs.gate import check
+from nulledit.runs.gate import check, check_tasks
 from nulledit.runs.gate_report import GateReport
-from nulledit.runs.limits import Limits, Tasks
+from nulledit.runs.limits import Limits
 from nulledit.runs.measure import Text, check_lengths, read_text, text_name
 from nulledit.runs.pages import (
     Result,
@@ -141,10 +141,7 @@ class Run:
 
     @property
     def batches(self) -> int:
-        """How many changes were committed since this object was made.
-
-        With limits none is before the end.
-        """
+        """Changes committed since this object was made; with limits none is before the end."""
         there = Store(self.folder / "ledger").exists
         return len(self.history.events) - self._held if there else 0
 
@@ -161,6 +158,7 @@ class Run:
         text: str | None = None,
         limits: Limits | None = None,
         tasks: str | Path | None = None,
+        tracker: Tracker | None = None,
     ) -> Result | None:
         """Write `facts` that are not in the model yet, evaluate them, and write the folder.
 
@@ -168,8 +166,9 @@ class Run:
         `old_answers`: take what the base says as the old answer of facts that name none. `text`: a
         file for perplexity, KL and preservation, by default the one that comes with nulledit. With
         `limits` all is kept at the end, or, where one is broken, nothing (Refused); `tasks`: their
-        folder. Whatever ends it early, finished batches stay, and one more call goes on. Of several
-        ranks, rank 0 keeps the run; the others take part in its edits, and get None.
+        folder. `tracker` is told numbers of each batch (`track.Batches`) and of the result
+        (`track.numbers_of`). Whatever ends it early, finished batches stay, and one more call goes
+        on. Of several ranks, rank 0 keeps the run; the others take part in its edits, and get None.
         """
         editor = self.editor
         asked = list(as_facts(facts).facts)
@@ -194,19 +193,24 @@ class Run:
         keys = {fact.key for fact in asked}
 
         def work() -> EditReport:
-            return self._written(new, keys, shuffle=shuffle, retry=retry)
+            told = (tracker, found) if tracker else None
+            return self._written(new, keys, shuffle=shuffle, retry=retry, told=told)
 
         with self._kept(), ExitStack() as stack:
-            if self.begins:
+            fresh = self.begins and not self.batches
+            if fresh:
                 Store(self.folder / "ledger").discard()  # of a run killed in its first batch
-            if self.begins and limits is None:
+            if fresh and limits is None:
                 self._attach()
             stack.enter_context(editor.writing())
             stack.enter_context(editor.ranks.watched())
             report = self._gated(work, limits, tasks, found, text)
-            if self.begins and limits is not None:
+            if fresh and limits is not None:
                 self._attach()
-            return self._saved(report, found)
+            result = self._saved(report, found)
+        if tracker:
+            tracker(numbers_of(result), result.summary["batches"])
+        return result
 
     def retry(
         self,
@@ -355,15 +359,22 @@ class Run:
         return [f for f in facts if not there(f)]
 
     def _written(
-        self, facts: Sequence[Fact], keys: set[tuple[str, str]], *, shuffle: bool, retry: int
+        self,
+        facts: Sequence[Fact],
+        keys: set[tuple[str, str]],
+        *,
+        shuffle: bool,
+        retry: int,
+        told: Told | None,
     ) -> EditReport:
         """Write `facts`, then again what does not hold of those with one of `keys`."""
         editor = self.editor
         if facts:
-            batches = count(-(-len(facts) // editor.recipe.batch_size), "batch")
-            self.talk.say(f"Editing {count(len(facts), 'fact')} in {batches}")
+            size = count(-(-len(facts) // editor.recipe.batch_size), "batch")
+            self.talk.say(f"Editing {count(len(facts), 'fact')} in {size}")
         with self.talk.progress() as tell:
-            report = editor.edit(facts, shuffle=shuffle, progress=tell)
+            with batches_told(editor, told, tell) as progress:
+                report = editor.edit(facts, shuffle=shuffle, progress=progress)
         if retry:
             there = [f for f in editor.facts if f.key in keys]  # some since before an interruption
             report = joined(report, self._again(there, retry))
@@ -435,16 +446,3 @@ class Run:
                 if self._made_folder and self.folder.is_dir() and not any(self.folder.iterdir()):
                     self.folder.rmdir()
             raise
-
-
-def check_tasks(limits: Limits | None, tasks: str | Path | None) -> None:
-    """Refuse limits on tasks that could only fail, before hours are spent on edits."""
-    for name, bound in (limits.bounds if limits else {}).items():
-        if not isinstance(bound, Tasks) or bound.optional:
-            continue
-        if not tasks:
-            raise ConfigError(
-                f"{limits.source if limits else ''}: {name} needs the tasks' files: give "
-                "--capability DIR, or call it optional"
-            )
-        read_tasks(tasks, names=bound.tasks, limit=bound.items)

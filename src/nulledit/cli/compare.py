@@ -20,7 +20,7 @@ from nulledit.cli.options import (
     seed,
 )
 from nulledit.cli.study import Teller, cost_table
-from nulledit.errors import ConfigError, FactError
+from nulledit.errors import ConfigError
 from nulledit.io.text import count
 
 if TYPE_CHECKING:
@@ -78,13 +78,21 @@ def compare(call: Call) -> None:
     $ nulledit compare facts.yaml --model smollm2-135m --methods gated,alphaedit,lora
     $ nulledit compare facts.yaml --model smollm2-135m --dry-run
     """
+    from nulledit.studies.compare import settings_of
     from nulledit.studies.own_facts import COMPARE
 
     out = Path(call.out)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: is a file; give a folder")
     folders = _folders(call.models, out)
-    settings = _settings(call)
+    settings = settings_of(
+        call.facts,
+        call.methods,
+        skip=call.skip,
+        limit=call.limit,
+        skip_bad=call.skip_bad,
+        batch_size=call.batch_size,
+    )
     recipes = [_recipe(call, model, settings) for model in call.models]
     call.prepare()
     from nulledit.studies.estimate import estimate
@@ -121,59 +129,30 @@ def _folders(models: Sequence[str], out: Path) -> list[Path]:
     return [out / name for name in names] if len(names) > 1 else [out]
 
 
-def _settings(call: Call) -> dict[str, Any]:
-    """Of the study, for all facts of the file; FactError if there are none."""
-    from nulledit.data.readers import read_facts
-    from nulledit.studies.own_facts import COMPARE, methods_of
-    from nulledit.studies.scale import load_scale
-
-    options = {"skip": call.skip, "limit": call.limit, "skip_bad": call.skip_bad}
-    found = read_facts(call.facts, on_conflict="first", **options)
-    facts = len({fact.key for fact in found.facts})
-    if not facts:
-        raise FactError(f"{call.facts}: no facts to compare methods on")
-    given = {"arms": call.methods, "facts": facts, "skip": call.skip}
-    settings = COMPARE.scaled(load_scale("small")).of(
-        "compare", {**given, "batch_size": call.batch_size}
-    )
-    methods_of(settings)
-    return settings
-
-
 def _recipe(call: Call, model: str, settings: dict[str, Any]) -> Recipe:
     """What the methods change on a model; ConfigError for one that they can't."""
-    from nulledit.studies.own_facts import methods_of
-    from nulledit.studies.scale import load_scale
+    from nulledit.studies.compare import checked_recipe
 
     recipe = call.own_recipe(call.recipe, model)
     if call.layers:
         recipe = recipe.with_fields({"layers": parse_layers(call.layers)})
     if call.changes:
         recipe = recipe.with_fields(parse_changes(call.changes))
-    for arm in methods_of(settings):
-        load_scale("small").recipe(recipe, arm)
-    return recipe
+    return checked_recipe(recipe, settings)
 
 
 def _lab(call: Call, model: str, recipe: Recipe, settings: dict[str, Any]) -> Lab:
-    from nulledit.evaluation.preservation import shipped_file
-    from nulledit.studies.context import Lab, Sources
-    from nulledit.studies.own_facts import methods_of
-    from nulledit.studies.scale import load_scale
+    from nulledit.studies.compare import lab_of, sources_of
     from nulledit.studies.stream import Workbench
 
-    sources = Sources(facts=call.facts, text=call.text or str(shipped_file()))
-    sources.need("text")
+    sources = sources_of(call.facts, call.text)
     work = Path(call.work or Path(call.out) / "work")
-    lab = Lab(
+    return lab_of(
         Workbench(*call.load(model), work, name=model_source(model)),
         recipe,
-        load_scale("small"),
         settings,
         sources,
         seed=call.seed,
         skip_bad=call.skip_bad,
         progress=None if call.talk.quiet else Teller(),
     )
-    lab.fit(methods_of(settings))
-    return lab

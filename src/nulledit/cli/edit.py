@@ -257,7 +257,7 @@ def _edited(call: Call, found: FactFile, recipe: Recipe | None, ranks: Ranks) ->
 
 def limits_of(call: Call) -> Limits | None:
     """Those of --gate; ConfigError for some that could only fail."""
-    from nulledit.api.run import check_tasks
+    from nulledit.runs.gate import check_tasks
     from nulledit.runs.limits import load_limits
 
     limits = load_limits(call.gate) if call.gate else None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from nulledit.cli.command import Call, command
 from nulledit.cli.options import PLACED, RUN, given_options, least, opt
 from nulledit.errors import ConfigError
-from nulledit.export.write import EXPORTS, OPTIONS, write_export
+from nulledit.export.write import DEFAULT, EXPORTS, OPTIONS, write_export
 from nulledit.io.text import count
 
 if TYPE_CHECKING:
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
     RUN,
     opt(
         "--as",
-        "The whole model, PEFT's adapter, or factors for nulledit apply; for llama.cpp and Ollama "
-        "the whole model or an adapter.",
+        "Factors for nulledit apply, PEFT's adapter, or the whole model; for llama.cpp and Ollama "
+        f"the whole model or an adapter.  [default: {DEFAULT}]",
         tuple(EXPORTS),
+        DEFAULT,
         name="kind",
-        required=True,
     ),
     opt("--out FOLDER", "Folder to make.", required=True),
     opt("--rank R", "Cut to so many dimensions.", least(1)),
     opt(
         "--dtype",
-        "Of the factors.  [default: float32]",
+        "Of the factors.  [default: of a delta what makes it exact, else float32]",
         ("float32", "float64", "bfloat16", "float16"),
     ),
     opt(
@@ -64,13 +64,14 @@ if TYPE_CHECKING:
 def export(call: Call) -> None:
     """Write the edits of RUN to FOLDER. RUN is only read, FOLDER must not exist.
 
+    By default as a delta: a few kilobytes a fact, and base + delta is the run's model to the bit.
     By a closed-form method, n facts change a matrix by a product of two factors of rank n: adapter
     and delta hold it whole. The adapter's rank is padded to one that servers accept, up to 512, and
     the update is cut beyond; what that costs is measured and printed. docs/export.md says more.
 
     \b
+    $ nulledit export run --out delta
     $ nulledit export run --as lora --out adapter
-    $ nulledit export run --as delta --out delta
     $ nulledit export run --as checkpoint --out model --max-shard-size 5GB
     $ nulledit export run --as gguf --gguf base.gguf --out model
     """

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nulledit.data.facts import quote
+from nulledit.data.facts import Fact, quote
 from nulledit.errors import FactError
-from nulledit.evaluation.queries import KINDS, Query
+from nulledit.evaluation.queries import KINDS, Query, queries_of
 from nulledit.evaluation.stats import Rate
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import frozen
@@ -75,6 +75,14 @@ def score(
             strict, share = known and tokens < 1, 1 - tokens if known else 0.0
         scores.append(Score(query, nll, other_nll, preferred, strict, share))
     return scores
+
+
+def facts_held(model: EditableModel, facts: Sequence[Fact]) -> list[bool]:
+    """Of each fact, whether every token of its target is the likeliest in the model as it is.
+
+    Of one to forget: whether not every token is.
+    """
+    return [found.strict for found in score(model, [queries_of(fact)[0] for fact in facts])]
 
 
 def probabilities(model: EditableModel, queries: Sequence[Query]) -> list[float]:

@@ -5,6 +5,7 @@ Facts come from anywhere: whatever stands in a cell is escaped, so that it is te
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,8 @@ import yaml
 from nulledit._version import __version__
 from nulledit.data.facts import Fact
 from nulledit.editing.engine import EditEngine
+from nulledit.evaluation.scores import facts_held
+from nulledit.export.licence import licence_of
 from nulledit.export.updates import Export, LayerExport
 from nulledit.io.text import count, plain, shorten
 from nulledit.models.embedded import EMBEDDED
@@ -28,79 +31,166 @@ from nulledit.runs.tables import rates_tables
 SHOWN = 50  # facts in the table
 LONGEST = 80  # columns of a cell
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
-LIBRARIES = {"checkpoint": "transformers", "gguf": "gguf", "lora": "peft", "gguf-lora": "gguf"}
-"""The Hub's name of what reads an export, by its kind."""
-USES = {
-    "lora": (
-        "from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, this_folder)",
-        "python",
-    ),
-    "gguf-lora": ("llama-cli -m BASE.gguf --lora adapter.gguf", "sh"),
+TITLES = {
+    "checkpoint": "Edited model",
+    "gguf": "Edited model",
+    "lora": "Edited facts as an adapter",
+    "gguf-lora": "Edited facts as an adapter",
+    "delta": "Edited facts as a delta",
 }
-"""How an adapter is used, and in which language, by its kind."""
+LIBRARIES = {
+    "checkpoint": "transformers",
+    "gguf": "gguf",
+    "lora": "peft",
+    "gguf-lora": "gguf",
+    "delta": "nulledit",
+}
+"""The Hub's name of what reads an export, by its kind."""
+WHOLE = ("checkpoint", "gguf")
+"""Kinds that are models; the others are for a base."""
+LIMITS = (
+    "A fact is written for its prompt. Other wordings, and what follows from the fact, may still "
+    "get the old answer.",
+    "What edits do to other text is measured on a sample of it. What was not asked may have "
+    "changed as well.",
+)
 STATISTICS = ("corpus", "corpus_hash", "tokens", "dtype", "layers", "settings")
 """Fields of the statistics' manifest that a card tells."""
 
 
-def model_card(editor: EditEngine, export: Export, *, run: str, summary: Any) -> str:
-    """The card of a whole checkpoint. `summary`: the run's `summary.json`, or None."""
-    told = " ".join([*_shape(editor, export), _cost(export)]).strip()
-    shape: list[doc.Part] = [doc.Text(told)] if told else []
-    parts: list[doc.Part] = [
-        *(_origin(editor), _note(editor), *shape, doc.Heading("Edited facts"), _facts(editor)),
-        *_method(editor),
-        *(doc.Heading("Layers"), _layers(export.layers)),
-        *_measures(summary, editor),
-        doc.Heading("Undo"),
-        doc.Text(f"The ledger in {_code(run)}/ledger takes back single facts exactly, or all:"),
-        doc.Code(f"nulledit undo {_code(run)} ID...\nnulledit restore {_code(run)}", "sh"),
-        doc.Text(
-            "Without the ledger, go back to the base model named above; these weights alone do not "
-            "hold what they were before."
-        ),
-    ]
-    front = _front_matter(editor, LIBRARIES[export.kind], "finetune")
-    return f"{front}\n\n{markdown_page(doc.Document('Edited model', tuple(parts)))}"
+def write_card(folder: Path, editor: EditEngine, export: Export, *, run: str, summary: Any) -> None:
+    """Write README.md of an export: of what, how to load it, what it does, how to take it off.
 
-
-def adapter_card(editor: EditEngine, export: Export, *, run: str) -> str:
-    """The card of an adapter."""
-    exact = all(layer.rank == layer.of for layer in export.layers)
-    said = (
-        "The adapter is the whole update, up to rounding of its factors"
-        if exact
-        else "The update was cut to this rank: the adapter is not the whole of it"
-    )
-    kind = f"Rank {export.rank}, padded with zeros; scaling 1; factors in {export.dtype}. {said}."
-    kind = " ".join([kind, *_shape(editor, export)])
+    `run`: what it calls the run. `summary`: the content of the run's `summary.json`, or None. The
+    facts are asked of the run's model, which is as before afterwards.
+    """
+    told = " ".join([*_said(export), *_shape(editor, export), _cost(export)]).strip()
+    limits = [*LIMITS]
+    if export.kind not in WHOLE:
+        limits.append(_OTHER_BASE[export.kind == "delta"])
     parts: list[doc.Part] = [
-        *(_origin(editor), _note(editor), doc.Text(f"{kind} {_cost(export)}".strip())),
-        doc.Code(*USES[export.kind]),
+        *(_origin(editor), _note(editor), doc.Text(told)),
+        *(doc.Heading("Load"), doc.Text("In this folder:"), _load(editor, export.kind)),
         *(doc.Heading("Edited facts"), _facts(editor)),
+        *_measures(summary, editor),
+        *(doc.Heading("Limits"), doc.Items(tuple(limits))),
         *_method(editor),
         *(doc.Heading("Layers"), _layers(export.layers)),
-        doc.Heading("Undo"),
-        doc.Text("Unload the adapter. Single facts are taken back in the run and exported again:"),
-        doc.Code(f"nulledit undo {_code(run)} ID...", "sh"),
+        *(doc.Heading("Undo"), *_undo(editor, export.kind, _code(run))),
     ]
-    front = _front_matter(editor, LIBRARIES[export.kind], "adapter")
-    return f"{front}\n\n{markdown_page(doc.Document('Edited facts as an adapter', tuple(parts)))}"
+    front = _front_matter(editor, export.kind)
+    page = markdown_page(doc.Document(TITLES[export.kind], tuple(parts)))
+    (folder / "README.md").write_text(f"{front}\n\n{page}", encoding="utf-8")
 
 
-def _front_matter(editor: EditEngine, library: str, relation: str) -> str:
+_OTHER_BASE = (
+    "It is for the base weights named above. On others it does something else, and loaders compare "
+    "shapes, not weights.",
+    "It is for the base weights named above, and is refused on others.",
+)
+
+
+def _said(export: Export) -> Iterator[str]:
+    """What an adapter or a delta holds of the update; nothing of a whole model."""
+    exact = all(layer.rank == layer.of for layer in export.layers)
+    if export.rank is not None:
+        yield f"Rank {export.rank}, padded with zeros; scaling 1; factors in {export.dtype}."
+        yield (
+            "The adapter is the whole update, up to rounding of its factors."
+            if exact
+            else "The update was cut to this rank: the adapter is not the whole of it."
+        )
+    elif export.same_as_run:
+        yield f"Stored in {export.dtype}. Base and delta are the edited model, to the bit."
+    elif export.same_as_run is not None:
+        yield (
+            f"Stored in {export.dtype}. Base and delta differ from the edited model in "
+            f"{export.differing} weights."
+        )
+
+
+def _load(editor: EditEngine, kind: str) -> doc.Code:
+    """Lines that load it."""
+    if kind == "gguf":
+        return doc.Code("llama-cli -m model.gguf\nollama create NAME -f Modelfile", "sh")
+    if kind == "gguf-lora":
+        return doc.Code("llama-cli -m BASE.gguf --lora adapter.gguf", "sh")
+    if kind == "checkpoint":
+        lines = (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained(".")',
+            'tokenizer = AutoTokenizer.from_pretrained(".")',
+        )
+        return doc.Code("\n".join(lines), "python")
+    base = editor.history.base
+    ours = kind == "delta" or base.model in EMBEDDED or is_gguf(base.model)
+    loaded = f'{json.dumps(_name(editor))}, dtype="{base.dtype}"'
+    imports = {
+        "delta": "from nulledit.export import put_delta",
+        "lora": "from peft import PeftModel",
+    }
+    last = {
+        "delta": 'put_delta(model, ".")',
+        "lora": 'model = PeftModel.from_pretrained(model, ".")',
+    }
+    first = "from nulledit import load_model"
+    load = f"model, tokenizer = load_model({loaded})  # the base"
+    if not ours:
+        first = "from transformers import AutoModelForCausalLM"
+        load = f"model = AutoModelForCausalLM.from_pretrained({loaded})  # the base"
+    found = (first, imports[kind], "", load, last[kind])
+    return doc.Code("\n".join(found), "python")
+
+
+def _name(editor: EditEngine) -> str:
+    """What the base is loaded by; of a folder or file on some machine, its last part alone."""
+    base = editor.history.base.model
+    if base in EMBEDDED or hub_id(base):
+        return base
+    return plain(Path(base).name) or "BASE"
+
+
+def _undo(editor: EditEngine, kind: str, run: str) -> Iterator[doc.Part]:
+    """How to take it off, whole and fact by fact."""
+    if kind == "delta":
+        held = "" if editor.weights.grown else " --base BASE"
+        yield doc.Text("A model that the delta was put on, in a folder, becomes the base again:")
+        on, off = "nulledit apply . BASE --out MODEL", "nulledit apply . MODEL --remove"
+        yield doc.Code(f"{on}\n{off}{held} --out AGAIN", "sh")
+    elif kind == "lora":
+        yield doc.Text("Unload the adapter, and the model is its base:")
+        yield doc.Code("model = model.unload()", "python")
+    elif kind == "gguf-lora":
+        yield doc.Text("Load the base without the adapter.")
+    else:
+        yield doc.Text(
+            "Go back to the base model named above; these weights alone do not hold what they were "
+            "before."
+        )
+    yield doc.Text(
+        f"The ledger in {run}/ledger takes back single facts exactly, or all; then export again:"
+    )
+    yield doc.Code(f"nulledit undo {run} ID...\nnulledit restore {run}", "sh")
+
+
+def _front_matter(editor: EditEngine, kind: str) -> str:
     """The YAML block. `base_model` is there only if it can be the id of a model on the Hub."""
     data: dict[str, Any] = {}
     base = hub_id(editor.history.base.model)
+    if licence := licence_of(editor.history.base.model):
+        data["license"] = licence
     if base:
+        relation = "finetune" if kind in WHOLE else "adapter"
         data |= {"base_model": base, "base_model_relation": relation}
     epochs = [epoch.recipe for epoch in editor.history.epochs]
     methods = dict.fromkeys(plain(recipe.method.name) for recipe in epochs)
     data |= {
-        "library_name": library,
+        "library_name": LIBRARIES[kind],
         "pipeline_tag": "text-generation",
         "tags": ["knowledge-editing", "model-editing", "nulledit", *methods],
     }
-    if relation == "adapter":
+    if kind.endswith("lora"):
         data["tags"].append("lora")
     return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=False)}---"
 
@@ -121,6 +211,7 @@ def _origin(editor: EditEngine) -> doc.StudyTable:
         ("base model", name or "a model in memory"),
         ("base weights", f"{base.hash} ({base.dtype})"),
         *[("GGUF file", f"sha256 {base.file_sha256}")] * bool(base.file_sha256),
+        ("licence of the base", licence_of(base.model) or "its own, which was not looked up"),
         ("state of the ledger", editor.history.state_id),
         ("edited facts", str(len(set(_present(editor))))),
         ("made with", f"nulledit {__version__}"),
@@ -147,12 +238,25 @@ def _present(editor: EditEngine) -> list[Fact]:
 
 
 def _facts(editor: EditEngine) -> doc.StudyTable:
+    """What was edited, and whether it holds; those that do not come first."""
     facts = _present(editor)
-    head = ("id", "prompt", "new answer", "old answer")
-    shown = [(f.id, f.render(f.prompt), *_answers(f)) for f in facts[:SHOWN]]
+    held = dict(zip(facts, facts_held(editor.editable, facts), strict=True))
+    facts.sort(key=held.__getitem__)
+    head = ("id", "prompt", "new answer", "old answer", "holds")
+    shown = [
+        (f.id, f.render(f.prompt), *_answers(f), "yes" if held[f] else "no") for f in facts[:SHOWN]
+    ]
     rows = [[shorten(plain(text), LONGEST) for text in row] for row in shown]
-    more = f"and {len(facts) - SHOWN} more" if len(facts) > SHOWN else ""
-    return doc.StudyTable.of("facts", "", head, rows, more)
+    verb = "holds" if len(facts) == 1 else "hold"
+    said = (
+        f"{sum(held.values())} of {count(len(facts), 'fact')} {verb}: every token of the new "
+        "answer is the likeliest, as asked of the edited model for this card"
+    )
+    if any(fact.forget for fact in facts):
+        said += "; a forgotten answer holds if it is no longer said"
+    if len(facts) > SHOWN:
+        said += f"; not shown are {len(facts) - SHOWN} more"
+    return doc.StudyTable.of("facts", "", head, rows, said)
 
 
 def _answers(fact: Fact) -> tuple[str, str]:

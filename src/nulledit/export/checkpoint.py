@@ -13,7 +13,7 @@ import torch
 from nulledit.editing.call_log import Progress
 from nulledit.editing.engine import EditEngine
 from nulledit.errors import ConfigError
-from nulledit.export.card import model_card
+from nulledit.export.card import write_card
 from nulledit.export.neuron_factors import neuron_factors
 from nulledit.export.same_shape import Places
 from nulledit.export.updates import (
@@ -58,12 +58,12 @@ def write_checkpoint(
     written, shape = _whole(editor, folder)
     if same_shape:
         written, shape = _in_shape(editor, folder, text, progress)
-    card = model_card(editor, written, run=run, summary=summary)
-    with shape, replacing_folder(folder) as partial:
-        save_weights(editor.model, partial, max_shard_size=max_shard_size)
+    with replacing_folder(folder) as partial:
+        write_card(partial, editor, written, run=run, summary=summary)
+        with shape:
+            save_weights(editor.model, partial, max_shard_size=max_shard_size)
         editor.tokenizer.save_pretrained(partial)
         write_origin(editor, partial, "checkpoint")
-        (partial / "README.md").write_text(card, encoding="utf-8")
         size = sum(file.stat().st_size for file in partial.iterdir())
     return replace(written, bytes=size)
 

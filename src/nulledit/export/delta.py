@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +17,7 @@ from torch import Tensor
 from nulledit.editing.call_log import Progress
 from nulledit.editing.engine import EditEngine
 from nulledit.errors import ConfigError, LedgerError
+from nulledit.export.card import write_card
 from nulledit.export.neuron_factors import added_reports
 from nulledit.export.same_shape import require_neurons
 from nulledit.export.updates import (
@@ -47,12 +48,7 @@ MANIFEST_FILE = "manifest.json"
 TENSOR_FILE = "delta.safetensors"
 MOST_HEADER = 2**20  # bytes of a tensor file that are no tensors
 MOST_SIDE = 2**24  # of a matrix
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = {n: getattr(torch, n) for n in ("float32", "float64", "bfloat16", "float16")}
 
 
 Text = Annotated[str, Expected("a text", lambda text: len(text) <= 10_000)]
@@ -230,15 +226,17 @@ def write_delta(
     *,
     rank: int | None = None,
     dtype: str | None = None,
+    run: str = "RUN",
+    summary: Any = None,
     progress: Progress | None = None,
 ) -> Export:
-    """Write the edits to `folder`, for `apply_delta`.
+    """Write the edits to `folder`, for `apply_delta`, with a card.
 
-    `rank` cuts every layer's update; full-rank updates are cut in any case. In float64 the result
-    is the run's model to the bit, as long as nothing is cut; in float32 (`dtype` left out) weights
-    differ by a step of the base's dtype here and there, and the report counts them. Neurons of
-    gated edits are stored as the run's model has them, so in the base's dtype (`dtype` left out) it
-    is that model to the bit. LedgerError if nothing is edited or `folder` is taken.
+    With `dtype` left out the result is the run's model to the bit, as long as nothing is cut:
+    updates of W are kept in float64, neurons of gated edits as the run's model has them. In float32
+    some updated weights differ by a step of the base's dtype, and the report counts them. `rank`
+    cuts every layer's update; full-rank ones are cut in any case. `run`, `summary`: as for a
+    checkpoint. LedgerError if nothing is edited or `folder` is taken.
     """
     folder = Path(folder)
     refuse_existing(folder)
@@ -248,7 +246,7 @@ def write_delta(
         dtype = dtype or editor.history.base.dtype
         content = _of_neurons(editor, dtype_of(dtype, DTYPES), progress)
     else:
-        dtype = dtype or "float32"
+        dtype = dtype or "float64"
         content = _of_updates(editor, rank, dtype_of(dtype, DTYPES), progress)
     history = editor.history
     with replacing_folder(folder) as partial:
@@ -268,22 +266,24 @@ def write_delta(
             bytes=file.stat().st_size,
             neurons=content.neurons,
         )
-        told = asdict(manifest)
+        head = {"format": FORMAT, "version": VERSIONS[1] if content.neurons else VERSIONS[0]}
+        plain = head | asdict(manifest)
         if not content.neurons:  # as readers of the first version know it
-            del told["neurons"]
-        version = VERSIONS[1] if content.neurons else VERSIONS[0]
-        write_json(partial / MANIFEST_FILE, {"format": FORMAT, "version": version, **told})
+            del plain["neurons"]
+        write_json(partial / MANIFEST_FILE, plain)
+        written = Export(
+            "delta",
+            folder,
+            content.reports,
+            dtype,
+            0,
+            cost=content.cost,
+            same_as_run=content.result_hash == content.run_hash,
+            differing=content.differing,
+        )
+        write_card(partial, editor, written, run=run, summary=summary)
         size = sum(f.stat().st_size for f in partial.iterdir())
-    return Export(
-        "delta",
-        folder,
-        content.reports,
-        dtype,
-        size,
-        cost=content.cost,
-        same_as_run=content.result_hash == content.run_hash,
-        differing=content.differing,
-    )
+    return replace(written, bytes=size)
 
 
 def _of_updates(

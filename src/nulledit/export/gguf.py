@@ -16,7 +16,7 @@ from nulledit._version import __version__
 from nulledit.editing.call_log import Progress
 from nulledit.editing.engine import EditEngine
 from nulledit.errors import ConfigError, LedgerError, ModelError
-from nulledit.export.card import model_card
+from nulledit.export.card import write_card
 from nulledit.export.gguf_file import (
     GgufFile,
     Stored,
@@ -94,8 +94,7 @@ def write_gguf(
         _write(source, partial / MODEL_FILE, matrices, made, width, editor)
         write_modelfile(partial, f"FROM ./{MODEL_FILE}")
         write_origin(editor, partial, "gguf")
-        card = model_card(editor, written, run=run, summary=summary)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        write_card(partial, editor, written, run=run, summary=summary)
         size = sum(file.stat().st_size for file in partial.iterdir())
     return replace(written, bytes=size)
 

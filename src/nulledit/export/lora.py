@@ -14,7 +14,7 @@ from torch import Tensor
 from nulledit.editing.call_log import Progress
 from nulledit.editing.engine import EditEngine
 from nulledit.errors import ConfigError
-from nulledit.export.card import adapter_card
+from nulledit.export.card import write_card
 from nulledit.export.delta import DTYPES, dtype_of
 from nulledit.export.neuron_factors import neuron_factors
 from nulledit.export.ranks import SERVED, padded, served_rank
@@ -43,14 +43,15 @@ def write_lora(
     dtype: str = "float32",
     text: str | Path | None = None,
     run: str = "RUN",
+    summary: Any = None,
     progress: Progress | None = None,
 ) -> Export:
     """Write the edits to `folder` as an adapter for the base model, scaling 1.
 
     Its one rank is the least of `SERVED` that holds every layer's; beyond `rank`, or the largest of
     those, the updates are cut. Where the stored factors miss more than float32's rounding, the
-    edited facts are asked again. `dtype`: float32, float64, bfloat16 or float16. `run`: what the
-    adapter's README calls the run. LedgerError if nothing is edited or `folder` is taken,
+    edited facts are asked again. `dtype`: float32, float64, bfloat16 or float16. `run` and
+    `summary` are as for a checkpoint. LedgerError if nothing is edited or `folder` is taken,
     ConfigError for a mixture of experts.
 
     An adapter can't add units, so neurons of gated edits stand in the place of the least used ones
@@ -76,8 +77,7 @@ def write_lora(
         written = Export(
             "lora", folder, reports, dtype, 0, rank=common, cost=cost, same_shape=same_shape
         )
-        card = adapter_card(editor, written, run=run)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        write_card(partial, editor, written, run=run, summary=summary)
         size = sum(file.stat().st_size for file in partial.iterdir())
     return replace(written, bytes=size)
 

@@ -83,7 +83,7 @@ class Export:
     """What an export wrote."""
 
     kind: str
-    """checkpoint, lora or delta."""
+    """One of `EXPORTS`."""
     folder: Path
     """Where."""
     layers: tuple[LayerExport, ...]

@@ -56,7 +56,12 @@ EXPORTS: dict[str, ExportKind] = {
             SHARED,
         ),
     ),
-    "delta": ExportKind("nulledit.export.delta:write_delta", ("rank", "dtype"), "Delta in {dtype}"),
+    "delta": ExportKind(
+        "nulledit.export.delta:write_delta",
+        ("rank", "dtype"),
+        "Delta in {dtype}",
+        ("nulledit apply {folder} {base} --out MODEL", SHARED),
+    ),
     "gguf": ExportKind(
         "nulledit.export.gguf:write_gguf",
         ("tensor_type", "gguf", "same_shape", "text"),
@@ -75,6 +80,8 @@ EXPORTS: dict[str, ExportKind] = {
     ),
 }
 """By the word of `nulledit export --as`."""
+DEFAULT: Kind = "delta"
+"""The smallest that gives the run's model to the bit."""
 OPTIONS = frozenset(name for kind in EXPORTS.values() for name in kind.options)
 """Options that only some of them take."""
 
@@ -90,8 +97,8 @@ def write_export(
 ) -> Export:
     """Write the edits to `folder`: `kind` is one of `EXPORTS`.
 
-    `options`: its own; None is as left out. `run`: the run's folder, for its name and, on a
-    checkpoint's card, its measures. ConfigError for another kind, or an option of another one.
+    `options`: its own; None is as left out. `run`: the run's folder, for its name and measures on
+    the card. ConfigError for another kind, or an option of another one.
     """
     from nulledit.runs.folder import read_json
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nulledit._version import __version__
+from nulledit.io.notebook import html_table
 from nulledit.report.points import Point, Stored
 
 FORMAT = 1
@@ -101,6 +102,12 @@ class StudyTable(Stored):
         columns = tuple(Column(str(i), text) for i, text in enumerate(head))
         told = tuple({str(i): cell for i, cell in enumerate(row)} for row in rows)
         return cls(name, title, said, columns, told)
+
+    def _repr_html_(self) -> str:
+        from nulledit.report import cells  # which knows what a table is
+
+        title = ". ".join(filter(None, (self.title, cells.caption(self))))
+        return html_table(title, cells.heads(self), cells.shown(self))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from nulledit.data.facts import Fact
 from nulledit.editing.call_log import Progress
 from nulledit.editing.displacement import of_history
 from nulledit.editing.engine import EditEngine
-from nulledit.errors import FactError
+from nulledit.errors import ConfigError, FactError
 from nulledit.evaluation.capability import TaskResult, capability
 from nulledit.evaluation.hidden_norms import edit_rows, hidden_growth, text_rows
 from nulledit.evaluation.measures import AT_RELATIONS
@@ -389,3 +389,16 @@ def _worst(shares: Mapping[int, float], *, highest: bool, what: str = "layer") -
     pick, end = (max, math.inf) if highest else (min, -math.inf)
     worst = pick(shares, key=lambda i: end if math.isnan(shares[i]) else shares[i])
     return Found(100 * shares[worst], note=f"{what} {worst}")
+
+
+def check_tasks(limits: Limits | None, tasks: str | Path | None) -> None:
+    """Refuse limits on tasks that could only fail, before hours are spent on edits."""
+    for name, bound in (limits.bounds if limits else {}).items():
+        if not isinstance(bound, Tasks) or bound.optional:
+            continue
+        if not tasks:
+            raise ConfigError(
+                f"{limits.source if limits else ''}: {name} needs the tasks' files: give "
+                "--capability DIR, or call it optional"
+            )
+        read_tasks(tasks, names=bound.tasks, limit=bound.items)
