@@ -9,10 +9,19 @@ from support.runs import KL, LAYER, line, rate, side, summary
 from nulledit.io.jsonfiles import as_json, write
 from nulledit.io.text import markdown, plain, shorten, width
 from nulledit.report.cells import heads, shown
-from nulledit.report.document import Status, StudyTable
+from nulledit.report.document import (
+    KINDS,
+    Choice,
+    Document,
+    FigureSpec,
+    Listing,
+    Status,
+    StudyTable,
+)
 from nulledit.report.figures import figure_of
 from nulledit.report.images import as_png, as_svg
 from nulledit.report.markdown import markdown_page
+from nulledit.report.points import Point
 from nulledit.report.tables import as_markdown, as_text, percent
 from nulledit.report.terminal import has_colours, on_terminal
 from nulledit.runs.document import RunFolder, run_document
@@ -122,6 +131,44 @@ def test_a_figure_has_its_numbers_and_saves_nothing(tmp_path, monkeypatch):
 def test_a_figure_of_nothing_is_drawn():
     spec = rates_spec({})
     assert as_png(figure_of(spec, spec.points)).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("label", "most"), [("rate (%)", 100.0), ("KL (mnat)", 1.0)])
+def test_zeros_have_an_axis_of_their_unit(kind, label, most):
+    x = ("a", "b") if kind in ("bars", "intervals") else (1, 2)
+    points = tuple(Point(at, 0.0, 0.0, series="one", panel=p) for p in ("p", "q") for at in x)
+    spec = FigureSpec("f", "", kind, "x", "y", labels={"x": "", "y": label}, points=points)
+    for axes in figure_of(spec, points).axes:
+        low, high = axes.get_xlim() if kind == "intervals" else axes.get_ylim()
+        assert high == (1.0 if kind == "intervals" else most)
+        assert -1.0 <= low / high <= 0.0
+
+
+def test_bars_stand_on_zero_and_panels_of_one_scale_keep_it():
+    heights = {"p": (2.0, 90.0), "q": (30.0, 100.0), "r": (0.0, -3.0)}
+    points = tuple(
+        Point(x, y, 4.0, series="one", panel=p)
+        for p, pair in heights.items()
+        for x, y in zip("ab", pair, strict=True)
+    )
+    for panels, bottom in (("pq", 0.0), ("pqr", None)):
+        mine = [point for point in points if point.panel in panels]
+        spec = FigureSpec("f", "", "bars", "x", "y", points=tuple(mine))
+        for axes, panel in zip(figure_of(spec, mine).axes, panels, strict=True):
+            low, high = axes.get_ylim()
+            assert high >= max(heights[panel]) + 4.0
+            assert low == bottom or (bottom is None and low <= min(heights[panel]))
+
+
+def test_a_listing_is_its_table_where_nothing_can_be_chosen():
+    table = text_table(["fact", "holds"], ["one", Status("ok", "good", "and why")], ["two", "no"])
+    listing = Listing(table, (("Show", (Choice("all"), Choice("good", (0,)))),))
+    assert on_terminal(listing) == on_terminal(table)
+    page = markdown_page(Document("A", (listing,)))
+    assert "| one | ok |" in page
+    assert [row["0"] for row in listing.only("good").rows] == ["one"]
+    assert Document("A", (Listing(text_table(["fact"]), ()),)).parts == ()
 
 
 def test_rates_of_further_prompts_have_their_rows():
