@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,10 @@ from nulledit.export.delta import read_delta
 from nulledit.export.factors import factorise, ordered_sum, relative_error
 from nulledit.export.ranks import SERVED, padded, served_rank
 from nulledit.export.updates import Export
+from nulledit.export.write import write_export
+from nulledit.models.embedded import EMBEDDED
 from nulledit.models.load import load_model, model_hash
+from nulledit.runs.folder import fact_line
 
 peft = pytest.importorskip("peft")
 LENGTH = 12  # tokens of a text
@@ -341,7 +345,8 @@ def test_a_delta_goes_on_and_comes_off_to_the_bit(family, dtype, places, tmp_pat
 
 def test_a_float32_delta_counts_what_differs(places, tmp_path):
     place = places("llama", torch.float32)
-    done = write_delta(place.editor, tmp_path / "delta")
+    assert write_delta(place.editor, tmp_path / "exact").same_as_run
+    done = write_delta(place.editor, tmp_path / "delta", dtype="float32")
     apply_delta(tmp_path / "delta", place.base, tmp_path / "on")
     model = load_model(str(tmp_path / "on"))[0].state_dict()
     edited = place.editor.model.state_dict()
@@ -562,7 +567,7 @@ def test_untrusted_facts_stay_text_in_the_card(places, tmp_path):
     rows = sum(token.type == "tr_open" for token in tokens)
     layers = len(place.editor.weights.layers)
     assert rows == (1 + 5) + (1 + len(facts)) + (1 + layers), "no row came from a fact"
-    assert sum(token.type == "heading_open" for token in tokens) == 5
+    assert sum(token.type == "heading_open" for token in tokens) == 7
     shown = "".join(token.content for token in tokens if token.type == "text")
     assert "alert(1)" in shown
     assert "\u202e" not in text
@@ -602,6 +607,74 @@ def test_the_card_says_what_was_done(places, tmp_path):
         for word in (state, place.editor.history.base.hash, "alphaedit", "and 3 more.", "undo"):
             assert word in text, word
         assert text.count("works as a") == SHOWN
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "lora"])
+def test_the_card_says_which_facts_hold_and_how_it_is_used(kind, places, tmp_path):
+    """A run's own words of each fact; lines that run; no folder of this machine."""
+    place = places("llama", torch.float32)
+    run = save(place)
+    columns = place.editor.history.present
+    lines = [
+        fact_line(
+            column,
+            1,
+            {"efficacy": False, "answer": "x"},
+            {"efficacy": True, "efficacy_strict": False, "answer": "y"},
+            says_target=i == 0,
+        )
+        for i, column in enumerate(columns)
+    ]
+    side = {"rates": {"efficacy": {"mean": 0.5, "standard_error": 0.1, "n": 4}}}
+    side |= {"generation": None, "perplexity": None}
+    state = place.editor.history.state_id
+    summary = {"state": state, "runs": [{"facts": 4, "before": side, "after": side}]}
+    out = tmp_path / "out"
+    write_export(place.editor, out, kind, run=run)
+    assert "was not evaluated" in (out / "README.md").read_text()
+    shutil.rmtree(out)
+    given = {"run": "run", "summary": summary, "lines": lines}
+    (write_checkpoint if kind == "checkpoint" else write_lora)(place.editor, out, **given)
+    text = (out / "README.md").read_text()
+    assert f"\n1 of {len(lines)} facts hold." in text
+    assert text.count("| ok |") == 1
+    assert text.count("| prefers |") == len(lines) - 1
+    assert "50.0 ± 10.0" in text
+    assert "The licence is that of the base model; its own card names it." in text
+    assert "## Limits" in text
+    assert str(tmp_path) not in text
+    assert str(place.base) not in text
+    (code,) = re.findall(r"## Use\n.*?```python\n(.*?)```", text, re.DOTALL)
+    code = code.replace('"out"', repr(str(out))).replace('"BASE"', repr(str(place.base)))
+    found = {}
+    exec(code, found)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    with torch.no_grad():
+        gap = found["model"](ids).logits - place.editor.model(ids).logits
+    assert float(gap.abs().max()) < 1e-4
+    if kind == "lora":
+        assert "`base = model.unload()` takes it off" in text.replace("\\", "")
+        with torch.no_grad(), place.editor.base_weights():
+            gap = found["model"].unload()(ids).logits - place.editor.model(ids).logits
+        assert float(gap.abs().max()) < 1e-6
+
+
+def test_the_card_of_a_base_that_is_gone_has_no_folder(places, tmp_path, monkeypatch):
+    place = places("llama", torch.float32)
+    history = place.editor.history
+    gone = replace(history.base, model="/home/someone/models/my model")
+    monkeypatch.setattr(place.editor._journal, "history", replace(history, base=gone))
+    write_checkpoint(place.editor, tmp_path / "out", run="run")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "my model" in text
+    assert "someone" not in text
+
+
+def test_an_embedded_base_has_its_licence():
+    assert {name: known.licence[1] for name, known in EMBEDDED.items()} == {
+        "smollm2-135m": "apache-2.0",
+        "gemma3-270m": "gemma",
+    }
 
 
 def test_only_what_can_be_on_the_hub_is_named_as_a_base(tmp_path, monkeypatch):
@@ -691,7 +764,7 @@ def test_bits_are_not_promised_of_full_rank(places, tmp_path, recipe):
     done = write_delta(place.editor, tmp_path / "delta")
     assert all(layer.of == min(layer.shape) for layer in done.layers)
     assert exactly(done) == ""
-    thin = write_delta(places("llama", torch.float32).editor, tmp_path / "thin")
+    thin = write_delta(places("llama", torch.float32).editor, tmp_path / "thin", dtype="float32")
     assert "gives it to the bit" in exactly(thin)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from nulledit.models.gguf import is_gguf
 from nulledit.report import document as doc
 from nulledit.report.markdown import markdown_page
 from nulledit.report.tables import number
+from nulledit.runs.holding import headline, legend, mark
 from nulledit.runs.tables import rates_tables
 
 SHOWN = 50  # facts in the table
@@ -31,26 +33,60 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 LIBRARIES = {"checkpoint": "transformers", "gguf": "gguf", "lora": "peft", "gguf-lora": "gguf"}
 """The Hub's name of what reads an export, by its kind."""
 USES = {
-    "lora": (
-        "from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, this_folder)",
+    "checkpoint": (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("{folder}")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
         "python",
     ),
-    "gguf-lora": ("llama-cli -m BASE.gguf --lora adapter.gguf", "sh"),
+    "lora": (
+        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        'base = AutoModelForCausalLM.from_pretrained("{base}")\n'
+        'model = PeftModel.from_pretrained(base, "{folder}")',
+        "python",
+    ),
+    "gguf": ("llama-cli -m {folder}/model.gguf", "sh"),
+    "gguf-lora": ("llama-cli -m BASE.gguf --lora {folder}/adapter.gguf", "sh"),
 }
-"""How an adapter is used, and in which language, by its kind."""
+"""How each kind is used, and in which language."""
+UNLOADED = {
+    "lora": "`base = model.unload()` takes it off.",
+    "gguf-lora": "Leave out --lora to take it off.",
+}
+"""How an adapter is taken off."""
+LIMITS = (
+    "The facts are changed where they were asked as above: a paraphrase may miss them, and what "
+    "follows from them is not changed by itself. Prompts near to them can change, too; how often, "
+    "the measures say, if there are any. What is not named here was not measured."
+)
 STATISTICS = ("corpus", "corpus_hash", "tokens", "dtype", "layers", "settings")
 """Fields of the statistics' manifest that a card tells."""
 
 
-def model_card(editor: EditEngine, export: Export, *, run: str, summary: Any) -> str:
-    """The card of a whole checkpoint. `summary`: the run's `summary.json`, or None."""
-    told = " ".join([*_shape(editor, export), _cost(export)]).strip()
-    shape: list[doc.Part] = [doc.Text(told)] if told else []
+@dataclass(frozen=True)
+class Told:
+    """What a run's pages say of its facts."""
+
+    run: str = "RUN"
+    """The folder's name."""
+    summary: Any = None
+    """The content of `summary.json`; None where there are no pages."""
+    lines: Sequence[Mapping[str, Any]] = ()
+    """Those of `results.jsonl`."""
+
+
+def model_card(editor: EditEngine, export: Export, told: Told) -> str:
+    """The card of a whole checkpoint."""
+    run = told.run
+    shape = " ".join([*_shape(editor, export), _cost(export)]).strip()
     parts: list[doc.Part] = [
-        *(_origin(editor), _note(editor), *shape, doc.Heading("Edited facts"), _facts(editor)),
+        *(_origin(editor), *_licence(editor), _note(editor), doc.Text(shape)),
+        *_use(editor, export),
+        *_facts(editor, told),
+        *_measures(editor, told),
+        *(doc.Heading("Limits"), doc.Text(LIMITS)),
         *_method(editor),
         *(doc.Heading("Layers"), _layers(export.layers)),
-        *_measures(summary, editor),
         doc.Heading("Undo"),
         doc.Text(f"The ledger in {_code(run)}/ledger takes back single facts exactly, or all:"),
         doc.Code(f"nulledit undo {_code(run)} ID...\nnulledit restore {_code(run)}", "sh"),
@@ -63,8 +99,9 @@ def model_card(editor: EditEngine, export: Export, *, run: str, summary: Any) ->
     return f"{front}\n\n{markdown_page(doc.Document('Edited model', tuple(parts)))}"
 
 
-def adapter_card(editor: EditEngine, export: Export, *, run: str) -> str:
+def adapter_card(editor: EditEngine, export: Export, told: Told) -> str:
     """The card of an adapter."""
+    run = told.run
     exact = all(layer.rank == layer.of for layer in export.layers)
     said = (
         "The adapter is the whole update, up to rounding of its factors"
@@ -74,13 +111,18 @@ def adapter_card(editor: EditEngine, export: Export, *, run: str) -> str:
     kind = f"Rank {export.rank}, padded with zeros; scaling 1; factors in {export.dtype}. {said}."
     kind = " ".join([kind, *_shape(editor, export)])
     parts: list[doc.Part] = [
-        *(_origin(editor), _note(editor), doc.Text(f"{kind} {_cost(export)}".strip())),
-        doc.Code(*USES[export.kind]),
-        *(doc.Heading("Edited facts"), _facts(editor)),
+        *(_origin(editor), *_licence(editor), _note(editor)),
+        doc.Text(f"{kind} {_cost(export)}".strip()),
+        *_use(editor, export),
+        *_facts(editor, told),
+        *_measures(editor, told),
+        *(doc.Heading("Limits"), doc.Text(LIMITS)),
         *_method(editor),
         *(doc.Heading("Layers"), _layers(export.layers)),
         doc.Heading("Undo"),
-        doc.Text("Unload the adapter. Single facts are taken back in the run and exported again:"),
+        doc.Text(
+            f"{UNLOADED[export.kind]} Single facts are taken back in the run and exported again:"
+        ),
         doc.Code(f"nulledit undo {_code(run)} ID...", "sh"),
     ]
     front = _front_matter(editor, LIBRARIES[export.kind], "adapter")
@@ -95,6 +137,8 @@ def _front_matter(editor: EditEngine, library: str, relation: str) -> str:
         data |= {"base_model": base, "base_model_relation": relation}
     epochs = [epoch.recipe for epoch in editor.history.epochs]
     methods = dict.fromkeys(plain(recipe.method.name) for recipe in epochs)
+    if known := EMBEDDED.get(editor.history.base.model):
+        data["license"] = known.licence[1]
     data |= {
         "library_name": library,
         "pipeline_tag": "text-generation",
@@ -145,13 +189,42 @@ def _present(editor: EditEngine) -> list[Fact]:
     return list(dict.fromkeys(column.fact for column in editor.history.present))
 
 
-def _facts(editor: EditEngine) -> doc.StudyTable:
-    facts = _present(editor)
-    head = ("id", "prompt", "new answer", "old answer")
-    shown = [(f.id, f.render(f.prompt), *_answers(f)) for f in facts[:SHOWN]]
+def _licence(editor: EditEngine) -> Iterator[doc.Part]:
+    base = editor.history.base.model
+    known = EMBEDDED[base].licence[0] if base in EMBEDDED else ""
+    of = f", {known}." if known else "; its own card names it."
+    yield doc.Text(f"The licence is that of the base model{of}")
+
+
+def _use(editor: EditEngine, export: Export) -> Iterator[doc.Part]:
+    """Lines that load it, as they are where its folder lies."""
+    base = editor.history.base.model
+    known = hub_id(base)
+    yield doc.Heading("Use")
+    lines, language = USES[export.kind]
+    lines = lines.format(folder=_code(export.folder.name), base=known or "BASE")
+    if "BASE" in lines:
+        yield doc.Text("BASE is the base model named above, where you have it.")
+    yield doc.Code(lines, language)
+
+
+def _facts(editor: EditEngine, told: Told) -> Iterator[doc.Part]:
+    """The facts in the model, and of each whether it held when it was last evaluated."""
+    columns = {column.id: column.fact for column in editor.history.present}
+    facts = list(dict.fromkeys(columns.values()))
+    lines = [line for line in told.lines if line.get("column") in columns]
+    marks = {columns[line["column"]].id: mark(line) for line in lines}
+    yield doc.Heading("Edited facts")
+    yield doc.Text(headline(lines) or "Whether they hold was not evaluated.")
+    head = ("id", "prompt", "asked to say", "before", "holds")
+    shown = [
+        (f.id, f.render(f.prompt), *_answers(f), marks.get(f.id, "not evaluated"))
+        for f in facts[:SHOWN]
+    ]
     rows = [[shorten(plain(text), LONGEST) for text in row] for row in shown]
     more = f"and {len(facts) - SHOWN} more" if len(facts) > SHOWN else ""
-    return doc.StudyTable.of("facts", "", head, rows, more)
+    said = ". ".join(filter(None, (more, legend(lines))))
+    yield doc.StudyTable.of("facts", "", head, rows, said)
 
 
 def _answers(fact: Fact) -> tuple[str, str]:
@@ -174,20 +247,23 @@ def _method(editor: EditEngine) -> Iterator[doc.Part]:
             yield doc.Code(yaml.safe_dump(data, sort_keys=False, allow_unicode=False))
 
 
-def _measures(summary: Any, editor: EditEngine) -> list[doc.Part]:
+def _measures(editor: EditEngine, told: Told) -> list[doc.Part]:
     """The last evaluation of the run folder, if it can be read."""
+    summary = told.summary
     runs = summary.get("runs") if isinstance(summary, dict) else None
     if not isinstance(runs, list):
         return []
-    told = [r for r in runs if isinstance(r, dict) and r.get("after") and r.get("before")]
-    if not told:
+    asked = [r for r in runs if isinstance(r, dict) and r.get("after") and r.get("before")]
+    if not asked:
         return []
-    last = told[-1]
+    last = asked[-1]
     now = summary.get("state") == editor.history.state_id and last is runs[-1]
     when = "of this state" if now else "of an earlier state of the run"
     try:
         facts = count(int(last.get("facts") or 0), "fact")
-        said = doc.Text(f"An evaluation {when}, on the {facts} of one call of edit.")
+        said = doc.Text(
+            f"An evaluation {when}, on the {facts} of one call of edit, of the run's own model."
+        )
         tables = rates_tables({"base": last["before"], "edited": last["after"]})
         return [doc.Heading("Measures"), said, *tables]
     except (KeyError, TypeError, ValueError, AttributeError):

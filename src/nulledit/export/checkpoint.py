@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from nulledit.editing.call_log import Progress
 from nulledit.editing.engine import EditEngine
 from nulledit.errors import ConfigError
-from nulledit.export.card import model_card
+from nulledit.export.card import Told, model_card
 from nulledit.export.neuron_factors import neuron_factors
 from nulledit.export.same_shape import Places
 from nulledit.export.updates import (
@@ -38,15 +39,16 @@ def write_checkpoint(
     text: str | Path | None = None,
     run: str = "RUN",
     summary: Any = None,
+    lines: Sequence[Mapping[str, Any]] = (),
     progress: Progress | None = None,
 ) -> Export:
     """Write model, tokenizer and a model card to `folder`, in the base's dtype.
 
     Gated edits make MLPs wider; with `same_shape` their neurons stand in the place of the least
     used units, as `text` (None: the one that comes with nulledit) shows, and it is measured what
-    that costs. `summary`: the content of the run's `summary.json`, for the card's measures. `run`:
-    what the card calls the run. LedgerError if `folder` is taken, ConfigError for `same_shape` or
-    `text` where edits change W.
+    that costs. `summary` and `lines`: the content of the run's `summary.json` and
+    `results.jsonl`, for what the card says of the facts. `run`: what the card calls the run.
+    LedgerError if `folder` is taken, ConfigError for `same_shape` or `text` where edits change W.
     """
     folder = Path(folder)
     if text is not None and not same_shape:
@@ -58,7 +60,7 @@ def write_checkpoint(
     written, shape = _whole(editor, folder)
     if same_shape:
         written, shape = _in_shape(editor, folder, text, progress)
-    card = model_card(editor, written, run=run, summary=summary)
+    card = model_card(editor, written, Told(run, summary, lines))
     with shape, replacing_folder(folder) as partial:
         save_weights(editor.model, partial, max_shard_size=max_shard_size)
         editor.tokenizer.save_pretrained(partial)

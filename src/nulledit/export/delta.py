@@ -234,9 +234,10 @@ def write_delta(
 ) -> Export:
     """Write the edits to `folder`, for `apply_delta`.
 
-    `rank` cuts every layer's update; full-rank updates are cut in any case. In float64 the result
-    is the run's model to the bit, as long as nothing is cut; in float32 (`dtype` left out) weights
-    differ by a step of the base's dtype here and there, and the report counts them. Neurons of
+    `rank` cuts every layer's update; full-rank updates are cut in any case. In float64 (`dtype`
+    left out) the result is the run's model to the bit, as long as nothing is cut; in float32, half
+    the size, weights differ by a step of the base's dtype here and there, and the report counts
+    them. Neurons of
     gated edits are stored as the run's model has them, so in the base's dtype (`dtype` left out) it
     is that model to the bit. LedgerError if nothing is edited or `folder` is taken.
     """
@@ -248,7 +249,7 @@ def write_delta(
         dtype = dtype or editor.history.base.dtype
         content = _of_neurons(editor, dtype_of(dtype, DTYPES), progress)
     else:
-        dtype = dtype or "float32"
+        dtype = dtype or "float64"
         content = _of_updates(editor, rank, dtype_of(dtype, DTYPES), progress)
     history = editor.history
     with replacing_folder(folder) as partial:

