@@ -15,7 +15,6 @@ from nulledit.cli.options import (
     least,
     model_source,
     opt,
-    parse_changes,
     parse_layers,
     seed,
 )
@@ -142,6 +141,7 @@ def _settings(call: Call) -> dict[str, Any]:
 
 def _recipe(call: Call, model: str, settings: dict[str, Any]) -> Recipe:
     """What the methods change on a model; ConfigError for one that they can't."""
+    from nulledit.config import parse_changes
     from nulledit.studies.own_facts import methods_of
     from nulledit.studies.scale import load_scale
 
