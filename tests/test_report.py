@@ -6,6 +6,9 @@ from types import SimpleNamespace
 import pytest
 from support.runs import KL, LAYER, line, rate, side, summary
 
+from nulledit import Fact
+from nulledit.errors import ReportError
+from nulledit.evaluation.queries import Query
 from nulledit.io.jsonfiles import as_json, write
 from nulledit.io.text import markdown, plain, shorten, width
 from nulledit.report.cells import heads, shown
@@ -25,7 +28,8 @@ from nulledit.report.points import Point
 from nulledit.report.tables import as_markdown, as_text, percent
 from nulledit.report.terminal import has_colours, on_terminal
 from nulledit.runs.document import RunFolder, run_document
-from nulledit.runs.folder import read_lines, write_run
+from nulledit.runs.folder import fact_line, read_lines, write_run
+from nulledit.runs.holding import neighbours_changed
 from nulledit.runs.tables import answers_table, layers_table, rate_rows, rates_spec, rates_tables
 
 
@@ -208,6 +212,29 @@ def test_a_folder_is_written_whole(tmp_path):
     table = (tmp_path / "figure.csv").read_text().splitlines()
     assert table[0] == "metric,score,side,mean,standard_error,n"
     assert len(table) == 9
+
+
+def test_a_line_names_the_neighbours_that_changed_and_the_relation(tmp_path):
+    fact = Fact(id="a", subject="Velm", prompt="{} is a", target="town", relation="P31")
+    column = SimpleNamespace(fact=fact, batch=1, id=1, outcome=SimpleNamespace(to_dict=dict))
+    moved = [(Query("a", "specificity", f"{x} is", "old", None), x == "Ost") for x in ("Ost", "Us")]
+    told = fact_line(column, 1, None, None, says_target=None, moved=moved)
+    assert told["neighbours"] == {"lost": [["Us is", "old"]], "gained": [["Ost is", "old"]]}
+    assert told["relation"] == "P31"
+    (tmp_path / "results.jsonl").write_text(as_json(told, indent=None))
+    assert read_lines(tmp_path) == [told]
+    for wrong in ({"lost": []}, {"lost": [["x"]], "gained": []}, {"lost": 1, "gained": []}, []):
+        (tmp_path / "results.jsonl").write_text(as_json(told | {"neighbours": wrong}, indent=None))
+        with pytest.raises(ReportError, match="no result of a fact"):
+            read_lines(tmp_path)
+
+
+def test_a_neighbour_lost_and_one_gained_are_a_change():
+    sides = {"before": {"specificity_strict": 0.5}, "after": {"specificity_strict": 0.5}}
+    old, same = line(1) | sides, {"lost": [], "gained": []}
+    both = {"lost": [["Us is", "old"]], "gained": [["Ost is", "old"]]}
+    assert neighbours_changed([old, old | {"neighbours": same}]) == 0
+    assert neighbours_changed([old | {"neighbours": both}]) == 1
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from support.browser import LOOKS, serious
 from support.cli import edit_all
 
 from nulledit import Run
@@ -27,11 +28,6 @@ from nulledit.ui.view import View
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PATHS = ("/", "/fact?id=ada", "/try", "/edit", "/timeline", "/numbers", "/jobs")
-LOOKS = {
-    "wide": {"viewport": {"width": 1100, "height": 760}},
-    "phone": {"viewport": {"width": 420, "height": 800}},
-    "dark": {"viewport": {"width": 1100, "height": 760}, "color_scheme": "dark"},
-}
 SECONDS = 120_000  # milliseconds that a job may take on a busy machine
 
 pytestmark = [
@@ -196,17 +192,6 @@ def test_every_page_fits_its_window_and_has_a_name_for_each_control(browser, ser
         if axe := os.environ.get("NULLEDIT_AXE"):
             assert serious(page, Path(axe).read_text()) == [], path
     assert faults == []
-
-
-def serious(page, axe):
-    """What axe-core finds that is serious or worse. Debugging scripts pass the page's policy."""
-    page.evaluate(axe)
-    found = page.evaluate("axe.run()")["violations"]
-    return [
-        (f["id"], [n["html"] for n in f["nodes"]][:3])
-        for f in found
-        if f["impact"] in ("serious", "critical")
-    ]
 
 
 def test_fifty_clicks_in_any_order_show_no_fault(browser, served):
