@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class Collected:
     runs: tuple[RunFolder, ...] = ()
     """Those that are compared."""
 
-    @property
+    @cached_property
     def facts(self) -> Listing | None:
         """Every fact of the runs that are compared, side by side."""
         return compared_facts(self.runs) if self.compared else None
