@@ -212,7 +212,8 @@ def _result(result: Result) -> list[Part | str]:
 
 def _is_other(edit: Edit, run: Run) -> bool:
     """Whether it asks for another recipe than the run has."""
-    return run.editor.recipe.with_fields(edit.changes) != run.editor.recipe
+    recipe = run.editor.recipe
+    return bool(edit.changes) and recipe.with_fields(edit.changes) != recipe
 
 
 def _begin_epoch(edit: Edit, run: Run) -> None:
