@@ -104,9 +104,11 @@ def test_print_has_every_fact_whatever_is_chosen(browser, file):
     page = opened(browser, file)
     page.click("#part-2 label:has-text('do not hold')")
     page.emulate_media(media="print")
+    page.set_viewport_size({"width": 720, "height": 1000})  # A4, less its margins
     assert rows(page) == 120
-    box = page.locator("#part-2 .listing .scroll").evaluate("e => e.scrollHeight - e.clientHeight")
-    assert box <= 0
+    for side in ("Height", "Width"):
+        beyond = f"e => e.scroll{side} - e.client{side}"
+        assert page.locator("#part-2 .listing .scroll").evaluate(beyond) <= 0, side
     assert page.locator(".choices:visible, .sideways:visible").count() == 0
 
 
