@@ -35,22 +35,22 @@ LIBRARIES = {"checkpoint": "transformers", "gguf": "gguf", "lora": "peft", "gguf
 USES = {
     "checkpoint": (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("{folder}")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
+        'model = AutoModelForCausalLM.from_pretrained(".")\n'
+        'tokenizer = AutoTokenizer.from_pretrained(".")',
         "python",
     ),
     "lora": (
         "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
         'base = AutoModelForCausalLM.from_pretrained("{base}")\n'
-        'model = PeftModel.from_pretrained(base, "{folder}")',
+        'model = PeftModel.from_pretrained(base, ".")',
         "python",
     ),
-    "gguf": ("llama-cli -m {folder}/model.gguf", "sh"),
-    "gguf-lora": ("llama-cli -m BASE.gguf --lora {folder}/adapter.gguf", "sh"),
+    "gguf": ("llama-cli -m model.gguf", "sh"),
+    "gguf-lora": ("llama-cli -m BASE.gguf --lora adapter.gguf", "sh"),
 }
-"""How each kind is used, and in which language."""
+"""How each kind is used in its folder, and in which language."""
 UNLOADED = {
-    "lora": "`base = model.unload()` takes it off.",
+    "lora": "model.unload() takes it off.",
     "gguf-lora": "Leave out --lora to take it off.",
 }
 """How an adapter is taken off."""
@@ -197,14 +197,14 @@ def _licence(editor: EditEngine) -> Iterator[doc.Part]:
 
 
 def _use(editor: EditEngine, export: Export) -> Iterator[doc.Part]:
-    """Lines that load it, as they are where its folder lies."""
+    """Lines that load it, as they are in its folder."""
     base = editor.history.base.model
     known = hub_id(base)
     yield doc.Heading("Use")
     lines, language = USES[export.kind]
-    lines = lines.format(folder=_code(export.folder.name), base=known or "BASE")
-    if "BASE" in lines:
-        yield doc.Text("BASE is the base model named above, where you have it.")
+    lines = lines.format(base=known or "BASE")
+    base_is = "; BASE is the base model named above, where you have it" * ("BASE" in lines)
+    yield doc.Text(f"In this folder{base_is}:")
     yield doc.Code(lines, language)
 
 
