@@ -1,6 +1,7 @@
 """`nulledit report`: the HTML page of runs and studies."""
 
 import base64
+import html
 import json
 import re
 from html.parser import HTMLParser
@@ -15,8 +16,9 @@ from nulledit.errors import ReportError
 from nulledit.evaluation.stats import paired_bootstrap
 from nulledit.io.jsonfiles import as_json
 from nulledit.report.captions import chosen_examples, duration, flat
-from nulledit.report.document import Example, Value
+from nulledit.report.document import Column, Example, StudyTable, Value
 from nulledit.report.html import html_page
+from nulledit.report.markdown import markdown_page
 from nulledit.report.study import study_document, write_study
 from nulledit.runs.compare import comparison
 from nulledit.runs.document import run_study
@@ -24,7 +26,7 @@ from nulledit.runs.folder import read_run, write_run
 from nulledit.runs.report import collect
 
 TEXT = {"perplexity", "kl", "kl_worst"}
-VOID = {"meta", "img", "source", "br"}
+VOID = {"meta", "img", "source", "br", "input"}
 
 
 class Reader(HTMLParser):
@@ -66,7 +68,7 @@ def runs(tmp_path_factory):
     """Two runs that share facts 1 to 4; the second has lost two of them."""
     base = tmp_path_factory.mktemp("runs")
     first = [scored(i, True, 0.5) for i in range(5)]
-    second = [scored(i, i > 2, None if i == 4 else 0.75) for i in range(1, 7)]
+    second = [scored(i, i > 2, None if i == 4 else 0.75, says_target=i > 2) for i in range(1, 7)]
     write_run(
         base / "one",
         recipe=RECIPE,
@@ -154,6 +156,158 @@ def test_settings_and_environment_are_folded():
     assert all("open" not in held for held in page.all("details"))
 
 
+class Listed:
+    """The rows of a page's first listing, and which of them its style shows for what is chosen."""
+
+    def __init__(self, page):
+        part = page[page.index('<form class="choices"') :]
+        part = part[: part.index("</table>")]
+        self.rows = [
+            (set(classes.split()), html.unescape(re.sub(r"<[^>]+>", " ", row)))
+            for classes, row in re.findall(
+                r'<tr(?: class="([^"]*)")?>(<th scope="row".*?)</tr>', part, re.DOTALL
+            )
+        ]
+        self.options = {
+            html.unescape(text).strip(): (name, int(n))
+            for name, text, n in re.findall(
+                r'class="c(\d+-\d+)"(?: checked)?> (.*?) <small>(\d+)</small>', part
+            )
+        }
+        (style,) = re.findall(r"@media screen \{\n(\.listing.*?)\n\}", page, re.DOTALL)
+        rule = r"\.listing:has\(\.c(\S+):checked\) tbody tr:not\(\.r(\S+)\) \{ display: none; \}"
+        self.hiding = dict(re.findall(rule, style))
+        assert len(self.hiding) == len(style.splitlines())
+
+    def shown(self, *chosen):
+        """The rows that are left; each option must say how many it has by itself."""
+        names = [self.options[option][0] for option in chosen]
+        return [
+            text
+            for classes, text in self.rows
+            if all(f"r{self.hiding[n]}" in classes for n in names if n in self.hiding)
+        ]
+
+
+def a_run_of_many(folder):
+    """Facts of every outcome, two relations, two calls; one was taken out."""
+    rows = []
+    for i in range(120):
+        said, kept = i % 3 != 0, i % 5 != 0
+        after = {"efficacy": True, "efficacy_strict": i % 2 == 0, "generation": said, "answer": "x"}
+        rows.append(
+            line(i, says=said, prompt=f"Fact number {i} is")
+            | {
+                "after": after | {"specificity_strict": 1.0 if kept else 0.5},
+                "before": {"efficacy": False, "specificity_strict": 1.0, "answer": "y"},
+                "relation": "P36" if i < 20 else None,
+                "active": i != 1,
+                "neighbours": {"lost": [] if kept else [["Rome is", "old"]], "gained": []},
+            }
+        )
+    return write_a_run(folder, rows), rows
+
+
+def test_every_fact_is_listed_and_each_option_shows_its_own(tmp_path):
+    folder, rows = a_run_of_many(tmp_path / "run")
+    page = html_page("", collect([folder]).documents())
+    listed = Listed(page)
+    assert len(listed.rows) == 120
+    held = [i for i, row in enumerate(rows) if row["says_target"] and i != 1]
+    wanted = {
+        ("in the model",): [i for i in range(120) if i != 1],
+        ("hold",): held,
+        ("do not hold",): [i for i in range(120) if i % 3 == 0],
+        ("by argmax",): [i for i in range(120) if i % 6 == 0],
+        ("prefers",): [i for i in range(120) if i % 6 == 3],
+        ("taken out",): [1],
+        ("changed",): [i for i in range(120) if i % 5 == 0],
+        ("P36",): list(range(20)),
+        ("hold", "changed", "P36"): [5, 10],
+    }
+    for options, expected in wanted.items():
+        found = [int(re.search(r"number (\d+) is", row)[1]) for row in listed.shown(*options)]
+        assert found == expected, options
+        if len(options) == 1:
+            assert listed.options[options[0]][1] == len(expected)
+    assert "ok" not in listed.options  # the same facts as "hold"
+    assert "lost: Rome is … old" in listed.shown("changed")[0]
+    assert re.search(r"\.listing:has[^}]*}\n}\n</style>", page), "in @media screen: print has all"
+
+
+def test_an_option_is_chosen_by_a_labelled_radio_of_its_own_listing(tmp_path):
+    one, _ = a_run_of_many(tmp_path / "one")
+    two, _ = a_run_of_many(tmp_path / "two")
+    page = Reader(html_page("", collect([one, two]).documents()))
+    radios = [held for held in page.all("input") if held["type"] == "radio"]
+    groups = {}
+    for held in radios:
+        groups.setdefault(held["name"], []).append("checked" in held)
+    assert len(groups) == 1 + 2 * 3
+    assert all(checked[0] and sum(checked) == 1 for checked in groups.values())
+    assert len(page.all("label")) == len(radios)
+    assert len(page.all("fieldset")) == len(page.all("legend")) == len(groups)
+
+
+def test_rare_relations_are_chosen_together_and_none_is_markup(tmp_path):
+    rows = [scored(i, True, 1.0, relation=f"P{i // 2}") for i in range(100)]
+    rows[0]["relation"] = BAD
+    page = html_page("", collect([write_a_run(tmp_path / "run", rows)]).documents())
+    listed = Listed(page)
+    assert len(listed.options) < 45
+    assert sum(n for name, (_, n) in listed.options.items() if name != "any") == 100
+    assert len(listed.shown("others")) == listed.options["others"][1] > 0
+    assert BAD not in page
+
+
+def test_few_rows_of_many_columns_are_turned():
+    columns = [Column(f"c{i}", f"measure {i}", better="high") for i in range(9)]
+    row = {f"c{i}": Value(float(i), 0.5, 5) for i in range(1, 9)}
+    found = StudyTable(
+        "wide", "", "", tuple(columns), ({"c0": "one", **row}, {"c0": "two", **row, "c3": 1.0})
+    )
+    page = html_page("", [study_document(study(tables=(found,), figures=(), examples=()), "")])
+    body = page[page.index("<thead>") : page.index("</tbody>")]
+    assert re.findall(r'<th scope="col"[^>]*>(.*?)</th>', body)[1:] == ["one", "two"]
+    assert body.count('<th scope="row"') == 8
+    assert re.search(r"measure 3.*?best\">3.0.*?>1.0<", body, re.DOTALL)
+    assert page.count("scroll sideways") == page.count('class="scroll"')
+
+
+def test_no_absolute_path_is_on_a_page(tmp_path):
+    """Of the model, statistics, files and the folders themselves: only names."""
+    home = "/home/someone/models"
+    notices = ["layers are wrong: `nulledit stats make /home/someone/models/m --text T`"]
+    folders = []
+    for above in ("a", "b"):
+        folder = tmp_path / above / "run"
+        folder.parent.mkdir()
+        write_a_run(folder, [scored(1, True, 1.0, prompt="/usr/bin/env is")], notices=notices)
+        told = json.loads((folder / "summary.json").read_text())
+        told["base"]["model"] = f"{home}/my model"
+        (folder / "summary.json").write_text(as_json(told))
+        (folder / "environment.json").write_text(as_json([{"model": f"{home}/my model"}]))
+        folders.append(folder)
+    write_study(
+        tmp_path / "study",
+        study(
+            figures=(),
+            settings={"data": {"text": f"{home}/t.txt", "files": [f"{home}/f.yaml", "g.yaml"]}},
+            environment=({"model": f"{home}/m", "device": "cpu"},),
+            notices=(f"lora is absent: {home}/stats: no such file",),
+        ),
+    )
+    documents = collect([*folders, tmp_path / "study"]).documents()
+    page = Reader(html_page("", documents)).text
+    assert page.count("/usr/bin/env is") >= 3  # a fact's own words stay
+    assert "my model" in page
+    assert "f.yaml, g.yaml" in page
+    assert [document.title for document in documents][1:3] == ["a/run", "b/run"]
+    for text in (page, *(markdown_page(document) for document in documents)):
+        assert "someone" not in text
+        assert str(tmp_path) not in text
+
+
 def test_examples_come_in_turn_from_each_arm():
     held = [Example("a", f"p{i}", "t", "b", "a", True) for i in range(9)]
     held += [Example("b", "q", "t", "b", "a", True), Example("b", "r", "t", "b", "a", False)]
@@ -201,6 +355,41 @@ def test_runs_are_compared_on_the_facts_they_share(runs):
     found = points["efficacy, preference"]
     assert (found.y, found.low, found.high) == expected
     assert points["generalization, preference"].n == 3  # fact 4 lacks it in one
+
+
+def test_two_runs_are_side_by_side_fact_by_fact(runs):
+    collected = collect(runs)
+    page = html_page("", collected.documents())
+    listed = Listed(page)
+    assert len(listed.rows) == 7  # f0 in the first alone, f5 and f6 in the second
+    counts = {name: n for name, (_, n) in listed.options.items()}
+    assert counts == {
+        **{"all": 7, "hold in both": 2, "hold in one, not in another": 2, "hold in neither": 0},
+        **{"hold in one, not in two": 2, "hold in two, not in one": 0, "not in every run": 3},
+    }
+    (row,) = [text for text in listed.shown("hold in one, not in two") if "f1" in text]
+    assert row.split()[-4:] == ["Madrid.", "ok", "Madrid.", "missed"]
+    assert len([text for text in listed.shown("not in every run") if "not in it" in text]) == 3
+    text = Reader(page).text
+    assert "2 hold in both" in text
+    assert "one: 5 of 5 facts hold." in text
+    assert "KL on other text 19 mnat a token" in text
+    told = collected.to_dict()["comparison"]["facts"]
+    assert [told[1][key] for key in ("says_1", "holds_1", "holds_2")] == ["Madrid.", "ok", "missed"]
+    assert told[0]["holds_2"] == "not in it"
+
+
+def test_what_makes_runs_no_equals_is_said(tmp_path):
+    folders = []
+    for name in ("one", "two"):
+        folder = write_a_run(tmp_path / name, [scored(1, True, 1.0)], text=f"{name}.txt")
+        told = json.loads((folder / "summary.json").read_text())
+        told["base"]["hash"] = name * 20
+        (folder / "summary.json").write_text(as_json(told))
+        folders.append(folder)
+    notices = comparison([read_run(folder, folder.name) for folder in folders]).notices
+    assert "different bases" in notices[0]
+    assert "different texts" in notices[1]
 
 
 def test_runs_without_a_common_fact_are_no_contest(tmp_path):
@@ -277,6 +466,7 @@ def test_the_comparison_is_printed(runs, tmp_path):
     assert cells("efficacy, preference") == ["100.0 ± 0.0 ●", "50.0 ± 28.9"]
     assert cells("seconds of editing") == ["1.5", "1.5"]
     assert "Difference from" in done.stdout
+    assert "Hold in one run, not in another" in done.stdout
     assert max(map(len, shown)) < 100
     alone = report(runs[0], "-q")
     assert alone.stdout.splitlines() == [alone.stdout.strip()], "nothing to compare"

@@ -6,17 +6,30 @@ from types import SimpleNamespace
 import pytest
 from support.runs import KL, LAYER, line, rate, side, summary
 
+from nulledit import Fact
+from nulledit.errors import ReportError
+from nulledit.evaluation.queries import Query
 from nulledit.io.jsonfiles import as_json, write
 from nulledit.io.text import markdown, plain, shorten, width
 from nulledit.report.cells import heads, shown
-from nulledit.report.document import Status, StudyTable
+from nulledit.report.document import (
+    KINDS,
+    Choice,
+    Document,
+    FigureSpec,
+    Listing,
+    Status,
+    StudyTable,
+)
 from nulledit.report.figures import figure_of
 from nulledit.report.images import as_png, as_svg
 from nulledit.report.markdown import markdown_page
+from nulledit.report.points import Point
 from nulledit.report.tables import as_markdown, as_text, percent
 from nulledit.report.terminal import has_colours, on_terminal
 from nulledit.runs.document import RunFolder, run_document
-from nulledit.runs.folder import read_lines, write_run
+from nulledit.runs.folder import fact_line, read_lines, write_run
+from nulledit.runs.holding import neighbours_changed
 from nulledit.runs.tables import answers_table, layers_table, rate_rows, rates_spec, rates_tables
 
 
@@ -124,6 +137,44 @@ def test_a_figure_of_nothing_is_drawn():
     assert as_png(figure_of(spec, spec.points)).startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("label", "most"), [("rate (%)", 100.0), ("KL (mnat)", 1.0)])
+def test_zeros_have_an_axis_of_their_unit(kind, label, most):
+    x = ("a", "b") if kind in ("bars", "intervals") else (1, 2)
+    points = tuple(Point(at, 0.0, 0.0, series="one", panel=p) for p in ("p", "q") for at in x)
+    spec = FigureSpec("f", "", kind, "x", "y", labels={"x": "", "y": label}, points=points)
+    for axes in figure_of(spec, points).axes:
+        low, high = axes.get_xlim() if kind == "intervals" else axes.get_ylim()
+        assert high == (1.0 if kind == "intervals" else most)
+        assert -1.0 <= low / high <= 0.0
+
+
+def test_bars_stand_on_zero_and_panels_of_one_scale_keep_it():
+    heights = {"p": (2.0, 90.0), "q": (30.0, 100.0), "r": (0.0, -3.0)}
+    points = tuple(
+        Point(x, y, 4.0, series="one", panel=p)
+        for p, pair in heights.items()
+        for x, y in zip("ab", pair, strict=True)
+    )
+    for panels, bottom in (("pq", 0.0), ("pqr", None)):
+        mine = [point for point in points if point.panel in panels]
+        spec = FigureSpec("f", "", "bars", "x", "y", points=tuple(mine))
+        for axes, panel in zip(figure_of(spec, mine).axes, panels, strict=True):
+            low, high = axes.get_ylim()
+            assert high >= max(heights[panel]) + 4.0
+            assert low == bottom or (bottom is None and low <= min(heights[panel]))
+
+
+def test_a_listing_is_its_table_where_nothing_can_be_chosen():
+    table = text_table(["fact", "holds"], ["one", Status("ok", "good", "and why")], ["two", "no"])
+    listing = Listing(table, (("Show", (Choice("all"), Choice("good", (0,)))),))
+    assert on_terminal(listing) == on_terminal(table)
+    page = markdown_page(Document("A", (listing,)))
+    assert "| one | ok |" in page
+    assert [row["0"] for row in listing.only("good").rows] == ["one"]
+    assert Document("A", (Listing(text_table(["fact"]), ()),)).parts == ()
+
+
 def test_rates_of_further_prompts_have_their_rows():
     more = side(1.0)
     more["rates"] |= {"portability": rate(0.5), "efficacy_tokens": rate(0.9)}
@@ -161,6 +212,29 @@ def test_a_folder_is_written_whole(tmp_path):
     table = (tmp_path / "figure.csv").read_text().splitlines()
     assert table[0] == "metric,score,side,mean,standard_error,n"
     assert len(table) == 9
+
+
+def test_a_line_names_the_neighbours_that_changed_and_the_relation(tmp_path):
+    fact = Fact(id="a", subject="Velm", prompt="{} is a", target="town", relation="P31")
+    column = SimpleNamespace(fact=fact, batch=1, id=1, outcome=SimpleNamespace(to_dict=dict))
+    moved = [(Query("a", "specificity", f"{x} is", "old", None), x == "Ost") for x in ("Ost", "Us")]
+    told = fact_line(column, 1, None, None, says_target=None, moved=moved)
+    assert told["neighbours"] == {"lost": [["Us is", "old"]], "gained": [["Ost is", "old"]]}
+    assert told["relation"] == "P31"
+    (tmp_path / "results.jsonl").write_text(as_json(told, indent=None))
+    assert read_lines(tmp_path) == [told]
+    for wrong in ({"lost": []}, {"lost": [["x"]], "gained": []}, {"lost": 1, "gained": []}, []):
+        (tmp_path / "results.jsonl").write_text(as_json(told | {"neighbours": wrong}, indent=None))
+        with pytest.raises(ReportError, match="no result of a fact"):
+            read_lines(tmp_path)
+
+
+def test_a_neighbour_lost_and_one_gained_are_a_change():
+    sides = {"before": {"specificity_strict": 0.5}, "after": {"specificity_strict": 0.5}}
+    old, same = line(1) | sides, {"lost": [], "gained": []}
+    both = {"lost": [["Us is", "old"]], "gained": [["Ost is", "old"]]}
+    assert neighbours_changed([old, old | {"neighbours": same}]) == 0
+    assert neighbours_changed([old | {"neighbours": both}]) == 1
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from nulledit import Editor, Run
 from nulledit.config import load_recipe
 from nulledit.ledger.store import Store
 from nulledit.report.document import Value
+from nulledit.runs.limits import load_limits
 
 pytest.importorskip("starlette", reason="needs the extra ui")
 from starlette.testclient import TestClient
@@ -305,6 +306,101 @@ def test_what_is_wrong_stands_beside_its_field_and_the_rest_stays(tab, folder):
     assert 'aria-describedby="paraphrases-about">\n\n a &amp; b\nc \u202e</textarea>' in page.text
     assert re.search(r'id="prompt-wrong-1">prompt has no slot', page.text)
     assert events(folder) == 2
+
+
+def shown_limits(page):
+    found = re.findall(r'name="limit\.(\w+)" value="([^"]*)"', page.text)
+    return {name: value for name, value in found if value}
+
+
+def test_limits_of_the_form_hold_or_nothing_is_written(tab, folder):
+    default = load_limits().to_dict()
+    fields = shown_limits(tab.get("/edit"))
+    assert list(fields) == list(default)
+    assert fields["kl"] == f"{default['kl']['at_most']:g}"
+    given = {**LONELY, "gate": "1", "do": "write"}
+    said = text_of(tab.post("/edit/check", {**given, "limit.norm_growth": "0.0001"}))
+    assert "norm_growth failed; no model was written" in said
+    assert events(folder) == 2
+    tab.post("/edit/check", {**given, "limit.norm_growth": "1e6"})
+    assert events(folder) == 3
+    assert tab.site.worker.jobs[max(tab.site.worker.jobs)].asked.limits.to_dict() == {
+        "norm_growth": {"optional": False, "at_most": 1e6}
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "said"),
+    [
+        ({"gate": "1", "limit.efficacy_strict": "0.8"}, "limit.efficacy_strict", "write 80"),
+        ({"gate": "1", "limit.room_left": "<b>"}, "limit.room_left", "expected 0 to 100"),
+        ({"gate": "1", "limit.kl": "  "}, "gate", "no limit has a number"),
+        ({"method": "alphaedti"}, "method", "did you mean 'alphaedit'?"),
+        ({"settings": "values.steps"}, "settings", "expected FIELD=VALUE"),
+        ({"settings": "batch_size=2\nvalues.stepps=4"}, "settings", "did you mean 'steps'?"),
+        ({"settings": "values.steps=0"}, "settings", "values.steps is 0; expected"),
+        ({"settings": "method.l3=4"}, "settings", "unknown setting 'method.l3'"),
+        ({"settings": "a: b=[", "method": "rome"}, "settings", "a: b"),
+        ({"method": "gated", "settings": "method.projection=after"}, "settings", "no projection"),
+        ({"stats": "/nowhere", "settings": "l2=1"}, "stats", "/nowhere: no such file"),
+        ({"stats": "."}, "stats", "belong to another recipe"),
+    ],
+)
+def test_what_is_wrong_with_limits_and_recipe_is_beside_its_field(tab, folder, given, field, said):
+    page = tab.post("/edit/check", {**LONELY, **given, "do": "write"})
+    assert page.status_code == 422
+    (found,) = re.findall(rf'id="{re.escape(field)}-wrong-1">(.*?)</p>', page.text)
+    assert said in html.unescape(found)
+    assert f'aria-describedby="{field}-wrong-1"' in page.text or field == "gate"
+    assert 'name="no_evaluate" value="1" checked' in page.text
+    for name, text in given.items():
+        assert html.escape(text, quote=False).strip() in page.text, name
+    assert events(folder) == 2
+
+
+def test_what_the_form_refuses_the_command_refuses_in_the_same_words(tab, place, tmp_path):
+    for changes, words in (
+        ({"settings": "values.steps=0"}, ("--set", "values.steps=0")),
+        ({"settings": "method.l3=4"}, ("--set", "method.l3=4")),
+        ({"method": "alphaedti"}, ("--method", "alphaedti")),
+    ):
+        page = tab.post("/edit/check", {**LONELY, **changes, "do": "write"})
+        (found,) = re.findall(r'-wrong-1">(.*?)</p>', page.text)
+        edit = ("edit", place / "facts.json", "--model", place / "model", "--out", tmp_path / "r")
+        recipe = ("--recipe", place / "recipe.yaml", "--stats", place / "stats")
+        assert refused(*edit, *recipe, *words, "-q") == f"Error: {html.unescape(found)}"
+
+
+def test_another_recipe_is_previewed_then_begins_an_epoch(tab, folder, place):
+    ways = {"settings": "values.steps=2\r\nmethod.l2=5", "stats": str(place / "stats")}
+    tab.post("/edit/check", {**LONELY, **ways, "do": "preview"})
+    number = max(tab.site.worker.jobs)
+    assert tab.site.worker.jobs[number].state == "done", tab.site.worker.jobs[number].error
+    assert events(folder) == 2
+    karo = {"subject": "Karo Dun", "prompt": "{} lives in", "target": "Velm", "no_evaluate": "1"}
+    tab.post("/edit/check", {**karo, "do": "write"})
+    assert len(Store(folder / "ledger").read().epochs) == 1, "a preview changes no recipe"
+    tab.post("/edit/again", {"job": str(number), "do": "write"})
+    history = Store(folder / "ledger").read()
+    assert [epoch.recipe.values.steps for epoch in history.epochs] == [3, 2]
+    assert history.epoch.recipe.method.constants["l2"] == 5
+    tab.post("/edit/check", {**LONELY, "subject": "Velm", **ways, "do": "write"})
+    assert len(Store(folder / "ledger").read().epochs) == 2, "the recipe is that of the run"
+    id_ = View(folder).facts()[-1].id
+    tab.post("/change", {"kind": "undo", "id": id_})
+    assert Run.open(folder).verify().passed
+
+
+def test_a_recipe_that_could_not_be_used_leaves_the_run_its_own(tab, folder, tmp_path):
+    ways = {"settings": "layers=[2]", "stats": str(tmp_path)}
+    tab.post("/edit/check", {**LONELY, **ways, "do": "write"})
+    job = tab.site.worker.jobs[max(tab.site.worker.jobs)]
+    assert job.state == "failed"
+    assert "unexpected" not in job.error
+    tab.post("/edit/check", {**LONELY, "do": "write"})
+    history = Store(folder / "ledger").read()
+    assert len(history.epochs) == 1
+    assert len(history.events) == 3
 
 
 def test_a_file_is_checked_as_the_command_checks_it(tab, folder, place):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -352,6 +352,20 @@ class Recipe:
                 value = parse_yaml(value, source=dotted, error=ConfigError)
             place[last] = value
         return Recipe.from_dict(data)
+
+
+def parse_changes(settings: Iterable[str], option: str = "--set ") -> dict[str, Any]:
+    """`values.steps=15` entries as {"values.steps": "15"}, for `Recipe.with_fields`.
+
+    `option`: what they were given by, for messages.
+    """
+    changes = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or not name.strip():
+            raise ConfigError(f"{option}{setting!r}: expected FIELD=VALUE such as values.steps=15")
+        changes[name.strip()] = value.strip()
+    return changes
 
 
 def layers_by_depth(depth: int) -> tuple[int, ...]:

@@ -15,7 +15,6 @@ from nulledit.cli.options import (
     least,
     model_source,
     opt,
-    parse_changes,
     parse_layers,
     seed,
 )
@@ -131,6 +130,7 @@ def _folders(models: Sequence[str], out: Path) -> list[Path]:
 
 def _recipe(call: Call, model: str, settings: dict[str, Any]) -> Recipe:
     """What the methods change on a model; ConfigError for one that they can't."""
+    from nulledit.config import parse_changes
     from nulledit.studies.compare import checked_recipe
 
     recipe = call.own_recipe(call.recipe, model)

@@ -278,17 +278,6 @@ def null_space(text: str) -> NullSpaceSettings:
     return Recipe.from_dict({"null_space": parse_null_space(text)}).null_space
 
 
-def parse_changes(settings: Sequence[str]) -> dict[str, Any]:
-    """`--set values.steps=15` entries as {"values.steps": "15"}."""
-    changes = {}
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals or not name.strip():
-            raise ConfigError(f"--set {setting!r}: expected FIELD=VALUE such as values.steps=15")
-        changes[name.strip()] = value.strip()
-    return changes
-
-
 def model_source(name: str) -> str:
     """A local folder or GGUF file as an absolute path: a run finds its base from anywhere."""
     if not name:  # not the folder where we are
@@ -319,6 +308,8 @@ def chat_settings(
 def changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
     """`recipe` with the fields that the options of the command at work name."""
     from dataclasses import replace
+
+    from nulledit.config import parse_changes
 
     changes = parse_changes(given["changes"])
     for option in given_options():

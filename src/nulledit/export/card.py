@@ -20,7 +20,7 @@ from nulledit.editing.engine import EditEngine
 from nulledit.evaluation.scores import facts_held
 from nulledit.export.licence import licence_of
 from nulledit.export.updates import Export, LayerExport
-from nulledit.io.text import count, plain, shorten
+from nulledit.io.text import count, plain, shorten, without_folders
 from nulledit.models.embedded import EMBEDDED
 from nulledit.models.gguf import is_gguf
 from nulledit.report import document as doc
@@ -205,8 +205,7 @@ def hub_id(name: str) -> str | None:
 
 def _origin(editor: EditEngine) -> doc.StudyTable:
     base = editor.history.base
-    local = Path(base.model).is_dir() or is_gguf(base.model)
-    name = plain(Path(base.model).name if local else base.model)
+    name = plain(Path(base.model).name if is_gguf(base.model) else without_folders(base.model))
     rows = [
         ("base model", name or "a model in memory"),
         ("base weights", f"{base.hash} ({base.dtype})"),

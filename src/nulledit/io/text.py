@@ -10,6 +10,11 @@ _NAMED = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
 # Joiners that Indic scripts, Persian and emoji need; other format characters can reorder a line.
 _HARMLESS = "\u200c\u200d"
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~&!$]|:(?=//)|(?<=www)\.)", re.IGNORECASE)
+# Absolute, and more than a word behind a slash: /no_think is no path. One alone may have spaces.
+_WHOLE_PATH = re.compile(r"(?:~|[A-Za-z]:)?(?:[\\/][^\\/\n]+){2,}[\\/]?")
+_PATH = re.compile(
+    r"(?<![\w.:/\\<>-])(?:~|[A-Za-z]:)?(?:[\\/][^\s\\/'\"`,;:()]+)+[\\/]([^\s\\/'\"`,;:()]+)[\\/]?"
+)
 # What begins a list, a heading or a rule.
 _MARK = re.compile(r"([-+=](?=[-+=\s]|$)|\d{1,9}[.)](?=\s|$))")
 
@@ -28,6 +33,13 @@ def markdown(text: object) -> str:
     shown = _MARKDOWN.sub(r"\\\1", plain(text).lstrip())
     mark = _MARK.match(shown)
     return shown if mark is None else f"{shown[: mark.end(1) - 1]}\\{shown[mark.end(1) - 1 :]}"
+
+
+def without_folders(text: str) -> str:
+    """`text` in which absolute paths are their last parts: a page says nothing of whose it was."""
+    if _WHOLE_PATH.fullmatch(text):
+        return re.split(r"[\\/]", text.rstrip("\\/"))[-1]
+    return _PATH.sub(r"\1", text)
 
 
 def count(n: int, noun: str) -> str:

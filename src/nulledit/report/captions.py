@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, zip_longest
 from typing import Any
 
-from nulledit.io.text import count
+from nulledit.io.text import count, without_folders
 from nulledit.report.document import Example, Examples, FigureSpec, Study
 
 EXAMPLES = 5
@@ -18,7 +18,7 @@ def sentence(study: Study) -> str:
     about = {key: value for run in study.environment for key, value in run.items()}
     words = ["A study at the papers' scale" if study.scale == "paper" else "A small-scale study"]
     if about.get("model"):
-        words.append(f"on {about['model']}")
+        words.append(f"on {without_folders(about['model'])}")
     if about.get("device"):
         words.append(f"on {about['device']}")
     words.append(f"by nulledit {study.nulledit}")
@@ -65,7 +65,7 @@ def chosen_examples(examples: Sequence[Example], most: int = EXAMPLES) -> list[E
 
 
 def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, str]:
-    """Nested settings as dotted names and text."""
+    """Nested settings as dotted names and text, files by their names."""
     found: dict[str, str] = {}
     for key, value in settings.items():
         name = f"{above}{key}"
@@ -81,7 +81,8 @@ def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, str]:
 def _plain(value: object) -> str:
     if value is None:
         return "none"
-    return {"True": "yes", "False": "no", "{}": "none"}.get(str(value), str(value))
+    known = {"True": "yes", "False": "no", "{}": "none"}
+    return known.get(str(value)) or without_folders(str(value))
 
 
 def _in_turn(examples: Iterable[Example]) -> list[Example]:

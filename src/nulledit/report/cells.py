@@ -31,6 +31,8 @@ class Shown:
     """Whether it stands on the right."""
     tone: str = ""
     """Of a status."""
+    more: str = ""
+    """Of a status: what a page of HTML says below it."""
 
     def __str__(self) -> str:
         n = f"(n {self.n})" if self.n else ""
@@ -141,7 +143,9 @@ def _marks(table: StudyTable, column: Column) -> list[str]:
 
 def _cell(value: Cell, column: Column, mark: str) -> Shown:
     if isinstance(value, str):
-        return Shown(value, tone=value.tone if isinstance(value, Status) else "")
+        if isinstance(value, Status):
+            return Shown(value, tone=value.tone, more=value.more)
+        return Shown(value)
     number, error = _numbers(value)
     if number is None:
         return Shown("not finite" if isinstance(value, Value) else ABSENT, numeric=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from nulledit._version import __version__
@@ -219,16 +219,48 @@ def _one_of(what: str, found: Any, known: Sequence[Any]) -> None:
 
 
 class Status(str):
-    """A word in a cell that says how something went."""
+    """A text in a cell that says how something went, or has more to say."""
 
     tone: str
     """`good`, `weak` or `bad`: what it is coloured by."""
+    more: str
+    """What a page of HTML says below it."""
 
-    def __new__(cls, text: str, tone: str = "") -> Status:
-        """`text` in a tone."""
+    def __new__(cls, text: str, tone: str = "", more: str = "") -> Status:
+        """`text` in a tone, with `more` below it."""
         made = super().__new__(cls, text)
-        made.tone = tone
+        made.tone, made.more = tone, more
         return made
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Rows of a listing that are shown together."""
+
+    title: str
+    rows: tuple[int, ...] | None = None
+    """Which, from 0; None: all."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A table of any length, of which the reader of a page of HTML chooses what is shown."""
+
+    table: StudyTable
+    choices: tuple[tuple[str, tuple[Choice, ...]], ...]
+    """What is chosen by, and from what, the first of which holds at the start; a row is shown that
+    every choice has."""
+
+    @property
+    def items(self) -> tuple[Mapping[str, Cell], ...]:
+        """The rows."""
+        return self.table.rows
+
+    def only(self, title: str) -> StudyTable:
+        """The table with the rows of one choice."""
+        found = next(c for _, choices in self.choices for c in choices if c.title == title)
+        rows = self.items if found.rows is None else tuple(self.items[i] for i in found.rows)
+        return replace(self.table, rows=rows)
 
 
 @dataclass(frozen=True)
@@ -301,7 +333,9 @@ class Details:
     items: tuple[Mapping[str, str], ...]
 
 
-Part = Heading | Text | Items | Code | Picture | Examples | Details | StudyTable | FigureSpec
+Part = (
+    Heading | Text | Items | Code | Picture | Examples | Details | StudyTable | Listing | FigureSpec
+)
 
 
 @dataclass(frozen=True)

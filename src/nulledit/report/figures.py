@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nulledit.report.points import Point
 
 WIDTH = 8.6  # inches
+NOTHING = 1e-9  # what rounding leaves of zeros
 INSIDE = 4  # more series than these have their legend beside the panels
 LOOK: dict[Any, Any] = {
     "font.size": 9,
@@ -56,7 +57,7 @@ def figure_of(spec: FigureSpec, rows: Sequence[Point]) -> Figure:
         grid = figure.subplots(
             *(lines, columns),
             squeeze=False,
-            sharey=_shares_y(spec, rows),
+            sharey=(shared := _shares_y(spec, rows)),
             sharex=spec.kind == "scatter",
         )
         for i, axes in enumerate(grid.flat):
@@ -66,19 +67,43 @@ def figure_of(spec: FigureSpec, rows: Sequence[Point]) -> Figure:
             _panel(axes, spec, [row for row in rows if row.panel == panels[i]], look)
             axes.set_title(marks.literal(panels[i]))
             _labels(axes, spec, first=i % columns == 0)
+        for axes, panel in zip(grid.flat, panels, strict=False):  # once every panel is drawn
+            _scale(axes, spec, [row for row in rows if shared or row.panel == panel])
         _legend(figure, grid, look)
     return figure
+
+
+def _far(spec: FigureSpec, rows: Sequence[Point]) -> list[Point]:
+    """Of one panel, what has no place in it."""
+    return marks.far_references(rows) if spec.kind == "lines" and "y" not in spec.log else []
 
 
 def _panel(axes: Axes, spec: FigureSpec, rows: Sequence[Point], look: Mapping[str, Style]) -> None:
     if not any(row.y is not None for row in rows):
         axes.text(0.5, 0.5, "no data", ha="center", transform=axes.transAxes)
         return
-    far = marks.far_references(rows) if spec.kind == "lines" and "y" not in spec.log else []
+    far = _far(spec, rows)
     near = [row for row in rows if row not in far]
     marks.DRAW[spec.kind](axes, near, look)
     if far:
         marks.beyond(axes, far, near)
+
+
+def _scale(axes: Axes, spec: FigureSpec, rows: Sequence[Point]) -> None:
+    """Bars begin at zero, and numbers that are all zero do not make an axis of hundredths."""
+    far = _far(spec, rows)
+    near = [row for row in rows if row.y is not None and row not in far]
+    nothing = all(abs(end) < NOTHING for row in near for end in marks.ends(row))
+    if spec.kind == "intervals":
+        if nothing:
+            axes.set_xlim(-1.0, 1.0)
+    elif "y" in spec.log:
+        return
+    elif nothing:
+        most = 100.0 if "%" in spec.label("y") else 1.0
+        axes.set_ylim(0.0 if spec.kind == "bars" else -0.04 * most, most)
+    elif spec.kind == "bars" and all((row.y or 0.0) >= 0 for row in near):
+        axes.set_ylim(bottom=0.0)
 
 
 def _labels(axes: Axes, spec: FigureSpec, *, first: bool) -> None:

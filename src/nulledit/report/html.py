@@ -19,6 +19,7 @@ from nulledit.report.captions import figure_caption
 from nulledit.report.figures import figure_of
 from nulledit.report.images import as_image
 from nulledit.report.points import points_csv
+from nulledit.report.tables import TURNED
 
 GENERATOR = '<meta name="generator" content="nulledit '
 """How our pages are known again."""
@@ -35,8 +36,22 @@ def html_page(title: str, documents: Sequence[doc.Document]) -> str:
             documents=[(d.title, [seen(part) for part in d.parts]) for d in documents],
             version=__version__,
             css=Markup(asset("report/page.css")),
+            chosen=_chosen(documents),
         )
     )
+
+
+def _chosen(documents: Sequence[doc.Document]) -> list[tuple[int, int]]:
+    """Choice and option of every listing that hides rows: one rule of the page's style each."""
+    listings = [part for d in documents for part in d.parts if isinstance(part, doc.Listing)]
+    found = {
+        (i, j)
+        for listing in listings
+        for i, (_, choices) in enumerate(listing.choices)
+        for j, choice in enumerate(choices)
+        if choice.rows is not None
+    }
+    return sorted(found)
 
 
 def templates() -> Environment:
@@ -73,6 +88,8 @@ def seen(part: doc.Part) -> tuple[str, Any]:
     found: Any = part
     if isinstance(part, doc.StudyTable):
         found = _table(part)
+    elif isinstance(part, doc.Listing):
+        found = _listing(part)
     elif isinstance(part, doc.FigureSpec):
         found = _figure(part)
     elif isinstance(part, doc.Details):
@@ -86,18 +103,48 @@ def seen(part: doc.Part) -> tuple[str, Any]:
 
 
 def _table(table: doc.StudyTable) -> Mapping[str, Any]:
-    """Cells with what keeps their numbers under each other."""
-    rows, right = cells.shown(table), cells.at_right(table)
+    """Cells with what keeps their numbers under each other.
+
+    A few rows of many columns are turned, as on a terminal: a line a column needs no scrolling.
+    """
+    rows, heads = cells.shown(table), cells.heads(table)
+    if 1 < len(rows) and TURNED * len(rows) < len(heads):
+        names = [row[0].text for row in rows]
+        rows = [
+            [cells.Shown(head), *column]
+            for head, *column in zip(heads[1:], *(row[1:] for row in rows), strict=True)
+        ]
+        heads = [heads[0], *names]
+    right = [any(row[i].numeric for row in rows) for i in range(len(heads))]
     return {
         "name": table.name,
         "title": table.title,
-        "heads": list(zip(cells.heads(table), right, strict=True)),
+        "heads": list(zip(heads, right, strict=True)),
         "rows": rows,
         "marked": [any(row[i].mark for row in rows) for i in range(len(right))],
         "errors": [max((len(row[i].error) for row in rows), default=0) for i in range(len(right))],
         "caption": cells.caption(table),
         "signs": cells.SIGNS,
         "meaning": cells.MEANING,
+    }
+
+
+def _listing(listing: doc.Listing) -> Mapping[str, Any]:
+    """The table, and for each row a class for every option that has it."""
+    n = len(listing.items)
+    classes: list[list[str]] = [[] for _ in range(n)]
+    for i, (_, choices) in enumerate(listing.choices):
+        for j, choice in enumerate(choices):
+            for row in choice.rows or ():
+                classes[row].append(f"r{i}-{j}")
+    counted = [
+        (title, [(c.title, n if c.rows is None else len(c.rows)) for c in options])
+        for title, options in listing.choices
+    ]
+    return {
+        "table": _table(listing.table),
+        "choices": counted,
+        "classes": [" ".join(own) for own in classes],
     }
 
 

@@ -44,6 +44,8 @@ def _part(part: doc.Part, level: str, figures: str) -> str:
             said = markdown(cells.caption(part))
             table = as_markdown(part)
             return _titled(level, part.title, f"{table}\n\n{said}" if said else table)
+        case doc.Listing():
+            return _part(part.table, level, figures)
         case doc.FigureSpec():
             caption, file = markdown(figure_caption(part)), figures.format(part.name)
             return f"![{caption}]({file}.png)\n\n{caption} [CSV]({file}.csv)"

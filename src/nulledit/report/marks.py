@@ -194,6 +194,14 @@ def beyond(axes: Axes, far: Sequence[Point], rows: Sequence[Point]) -> None:
     )
 
 
+def ends(row: Point) -> list[float]:
+    """Of what is drawn of a point: its value and its error bar's, those that are finite."""
+    y, error = _number(row.y), row.error or 0.0
+    low = y - error if row.low is None else row.low
+    high = y + error if row.high is None else row.high
+    return [end for end in (y, low, high) if math.isfinite(end)]
+
+
 def _evenly(rows: Sequence[Point]) -> bool:
     """Whether there are error bars, at places that lie apart on a plain axis."""
     at = sorted({row.x for row in rows if isinstance(row.x, int | float)})

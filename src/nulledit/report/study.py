@@ -14,6 +14,7 @@ from nulledit._version import __version__
 from nulledit.errors import ReportError
 from nulledit.io.jsonfiles import as_json, write
 from nulledit.io.shapes import is_shallow
+from nulledit.io.text import without_folders
 from nulledit.io.untrusted import MAX_DOCUMENT, check_values, one_line, parse_json, read_text
 from nulledit.report.captions import chosen_examples, flat, sentence
 from nulledit.report.document import (
@@ -35,7 +36,9 @@ def study_document(study: Study, about: str | None = None, source: str = "") -> 
     parts: list[Part] = [
         Text(study.question, "question"),
         Text(sentence(study) if about is None else about, "quiet"),
-        Items(study.notices, tone="note", most=25, more="in study.json"),
+        Items(
+            tuple(map(without_folders, study.notices)), tone="note", most=25, more="in study.json"
+        ),
         Items(tuple((name, said) for name, said in claims.items() if said), tone="limits"),
         *study.tables,
         *study.figures,

@@ -29,6 +29,8 @@ def on_terminal(
         case doc.StudyTable():
             table = as_text(part, columns=columns, colour=colour)
             return "\n".join(filter(None, (plain(part.title), table, plain(cells.caption(part)))))
+        case doc.Listing():
+            return on_terminal(part.table, columns=columns, colour=colour)
         case doc.Heading() | doc.Text():
             return plain(part.text)
         case doc.Items():

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from nulledit.evaluation.measures import find, measured
 from nulledit.evaluation.stats import Rate, paired_bootstrap
-from nulledit.report.document import Cell, Column, FigureSpec, Study, StudyTable, Value
+from nulledit.report.document import (
+    Cell,
+    Column,
+    Document,
+    FigureSpec,
+    Items,
+    Listing,
+    Study,
+    StudyTable,
+    Text,
+    Value,
+)
 from nulledit.report.points import Point
-from nulledit.runs.document import RunFolder
-from nulledit.runs.holding import after_row
+from nulledit.report.study import study_document
+from nulledit.runs.compared_facts import by_fact, verdict
+from nulledit.runs.document import RunFolder, side_effects
+from nulledit.runs.holding import after_row, headline
 from nulledit.runs.tables import OF_TEXT, interval, of_text, pairs
 
 Rows = Mapping[tuple[str, str, str], Mapping[str, Any]]
@@ -20,10 +33,14 @@ EDITING = ("keys", "values", "solve")
 """Stages of a call that are the edit itself."""
 
 
+def evaluated(runs: Sequence[RunFolder]) -> list[RunFolder]:
+    """Those that can be compared."""
+    return [run for run in runs if run.evaluated]
+
+
 def comparison(runs: Sequence[RunFolder]) -> Study | None:
     """The runs compared; None unless two of them were evaluated."""
-    runs = [run for run in runs if run.evaluated]
-    if len(runs) < 2:
+    if len(runs := evaluated(runs)) < 2:
         return None
     rows = [_rows(run) for run in runs]
     shared = [key for key in rows[0] if all(key in other for other in rows[1:])]
@@ -42,19 +59,37 @@ def comparison(runs: Sequence[RunFolder]) -> Study | None:
         seconds={},
         shows="",
         cannot_show="",
-        notices=() if shared else ("The runs share no fact: each row is of the run's own facts.",),
+        notices=tuple(_notices(runs, shared)),
         tables=tuple(tables),
         figures=(_figure(runs[0].name, points),) if points else (),
     )
 
 
+def _notices(runs: Sequence[RunFolder], shared: Sequence[Any]) -> Iterator[str]:
+    if not shared:
+        yield "The runs share no fact: each row is of the run's own facts."
+    if len({run.summary["base"]["hash"] for run in runs}) > 1:
+        yield "The runs have different bases: what differs is not of the edits alone."
+    if len({run.evaluated[-1]["text"] for run in runs}) > 1:
+        yield "Perplexity and KL are left out: the runs were evaluated on different texts."
+
+
+def compared_document(runs: Sequence[RunFolder], study: Study, facts: Listing) -> Document:
+    """The comparison as it is shown: how many facts hold where, the numbers, every fact."""
+    shown = study_document(study, about="")
+    verdicts = Items(tuple((run.name, _verdict(run)) for run in runs))
+    first = (Text(verdict(facts), "strong"), verdicts)
+    return replace(shown, parts=(*first, *shown.parts, facts))
+
+
+def _verdict(run: RunFolder) -> str:
+    lines = list(by_fact(run).values())
+    return f"{headline(lines)} {side_effects(lines, run.evaluated[-1]['after'])}".strip()
+
+
 def _rows(run: RunFolder) -> Rows:
     """The latest counts."""
-    return {
-        (line["id"], line["prompt"], line["target"]): after_row(line)
-        for line in run.lines
-        if line["after"] and line.get("active", True)
-    }
+    return {key: after_row(line) for key, line in by_fact(run).items()}
 
 
 def _table(

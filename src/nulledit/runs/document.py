@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nulledit.io.text import count
-from nulledit.report.captions import chosen_examples
+from nulledit.io.text import count, without_folders
 from nulledit.report.document import (
     Document,
     Example,
@@ -20,6 +19,7 @@ from nulledit.report.document import (
     Value,
 )
 from nulledit.report.study import settings_of
+from nulledit.runs.fact_list import fact_list
 from nulledit.runs.holding import headline, held, neighbours_changed, reasons
 from nulledit.runs.tables import (
     SHOWN,
@@ -83,8 +83,8 @@ def run_study(run: RunFolder) -> Study:
 def run_document(run: RunFolder, study: Study | None = None, source: str = "") -> Document:
     """The run as it is shown, its last call first.
 
-    With its `study` it is whole: differences fact by fact, examples of what holds and fails, and
-    settings, which the page in the run's folder leaves to the files beside it.
+    With its `study` it is whole: every fact in one list, differences fact by fact, and settings,
+    which the page in the run's folder leaves to the files beside it.
     """
     base = run.summary["base"]
     parts: list[Part] = [
@@ -95,12 +95,20 @@ def run_document(run: RunFolder, study: Study | None = None, source: str = "") -
             "quiet",
         ),
     ]
+    if study is not None:
+        present = [line for line in run.lines if line.get("active", True)]
+        last = run.evaluated[-1]["after"] if run.evaluated else None
+        parts += [
+            Text(headline(present) or "Not evaluated.", "strong"),
+            Text(side_effects(present, last)),
+            fact_list(run.lines),
+        ]
     for call in reversed(run.summary["runs"]):
         end = f"-{call['run']}"
         tables = [t for t in study.tables if t.name.endswith(end)] if study else None
         parts += call_parts(run, call, tables=tables)
     if study is not None:
-        parts += [*chosen_examples(study.examples), *settings_of(study, source)]
+        parts += settings_of(study, source)
     return Document(run.name, tuple(parts))
 
 
@@ -111,9 +119,10 @@ def call_parts(
     tables: Sequence[StudyTable] | None = None,
     folder: str = "RUN",
 ) -> Iterator[Part]:
-    """One call of `edit`: which facts hold, answers, rates (`tables`), layers.
+    """One call of `edit`: which facts hold, answers, rates, layers.
 
-    `folder`: the run's, in what to do next.
+    `tables`: its rates, on a page that lists the facts and their answers by itself. `folder`: the
+    run's, in what to do next.
     """
     lines = [line for line in run.lines if line["run"] == call["run"]]
     first, final = call["batches"] if call["batches"] else (0, 0)
@@ -125,11 +134,12 @@ def call_parts(
     if call["known"]:
         known = f"The model said {call['known']} of them before"
         yield Text(f"{known}; they were written all the same.")
-    yield Text(headline(lines) if call["after"] else "Not evaluated.", "strong")
-    yield Text(side_effects(lines, call["after"]))
-    if lines:
+    if tables is None or len(run.summary["runs"]) > 1:  # else the page begins with it
+        yield Text(headline(lines) if call["after"] else "Not evaluated.", "strong")
+        yield Text(side_effects(lines, call["after"]))
+    if lines and tables is None:
         yield answers_table(lines, f"answers-{call['run']}")
-    if wrong := tuple(reasons(lines, folder)):
+        wrong = tuple(reasons(lines, folder))
         yield Items(wrong, title="What does not hold, and why", most=SHOWN, more="in results.jsonl")
     if call["after"]:
         yield from _rates(run, call, whole=False) if tables is None else tables
@@ -151,7 +161,7 @@ def call_parts(
             f"{100 * most:.2g} % (batch {batch}, layer {layer}).",
             "quiet",
         )
-    notices = tuple(call["notices"])
+    notices = tuple(map(without_folders, call["notices"]))
     yield Items(notices, title="Notices", tone="note", most=SHOWN, more="in summary.json")
 
 
@@ -175,7 +185,8 @@ def run_sentence(run: RunFolder) -> str:
     base, about = summary["base"], dict(run.environment[-1]) if run.environment else {}
     method = (run.recipe.get("method") or {}).get("name")
     words = [
-        f"{count(summary['facts'], 'fact')} in {base['model'] or 'a model in memory'}",
+        f"{count(summary['facts'], 'fact')} in",
+        without_folders(base["model"]) if base["model"] else "a model in memory",
         f"({base['dtype']})",
         f"written by {method}" if method else "written",
         f"in {count(summary['batches'], 'batch')}",

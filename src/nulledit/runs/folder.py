@@ -30,6 +30,7 @@ from nulledit.runs.tables import rate_rows, rates_spec
 
 if TYPE_CHECKING:
     from nulledit.editing.engine import EditEngine
+    from nulledit.evaluation.queries import Query
     from nulledit.ledger.records import Column
 
 FILES = (
@@ -77,11 +78,13 @@ def fact_line(
     *,
     says_target: bool | None,
     diagnosis: Mapping[str, Any] | None = None,
+    moved: Sequence[tuple[Query, bool]] = (),
 ) -> dict[str, Any]:
     """One line of `results.jsonl`, of an active column.
 
     `before` and `after` are rows of an evaluation, or None.
     `diagnosis`: why the fact does not hold; None where it does.
+    `moved`: its neighbours that are answered otherwise than before, with whether they are right.
     """
     fact = column.fact
     return {
@@ -94,10 +97,15 @@ def fact_line(
         "prompt": fact.render(fact.prompt),
         "target": fact.target,
         "old_answer": fact.old_answer,
+        **({"relation": fact.relation} if fact.relation else {}),
         "before": before,
         "after": after,
         "says_target": says_target,
         "diagnosis": diagnosis,
+        "neighbours": {
+            what: [[query.prompt, query.answer] for query, now in moved if now is said]
+            for what, said in (("lost", False), ("gained", True))
+        },
         "outcome": column.outcome.to_dict(),
     }
 

@@ -69,13 +69,17 @@ def headline(lines: Sequence[Mapping[str, Any]]) -> str:
 
 def neighbours_changed(lines: Sequence[Mapping[str, Any]]) -> int | None:
     """Facts of which a neighbour holds now and did not, or the other way; None if none has any."""
-    both = [
-        (line["before"].get("specificity_strict"), line["after"].get("specificity_strict"))
-        for line in lines
-        if line["before"] and line["after"]
-    ]
-    asked = [(then, now) for then, now in both if then is not None and now is not None]
-    return sum(then != now for then, now in asked) if asked else None
+    asked = [moved for line in lines if (moved := neighbour_moved(line)) is not None]
+    return sum(asked) if asked else None
+
+
+def neighbour_moved(line: Mapping[str, Any]) -> bool | None:
+    """Whether a neighbour of the fact holds now and did not, or the other way; None without any."""
+    then, now = ((line[side] or {}).get("specificity_strict") for side in ("before", "after"))
+    if then is None or now is None:
+        return None
+    named = line.get("neighbours") or {}  # lines of before they were named lack them
+    return then != now or any(named.values())
 
 
 def legend(lines: Sequence[Mapping[str, Any]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from nulledit.evaluation.diagnosis import Diagnosis, diagnose
 from nulledit.evaluation.forms import form_name, other_system
 from nulledit.evaluation.old_answers import disagreements
 from nulledit.evaluation.preservation import Preservation
+from nulledit.evaluation.queries import Query
 from nulledit.evaluation.runner import Evaluation
 from nulledit.io.text import count
 from nulledit.ledger.records import Column
@@ -92,6 +94,7 @@ def finish(
     runs = folder_of.read_json(folder, "summary.json", {"runs": []})["runs"]
     number = len(runs) + 1
     before = after = None
+    moved: list[tuple[Query, bool]] = []
     kept: dict[int, Preservation] = {}
     others: dict[str, dict[str, Any]] = {}
     if text and columns:
@@ -99,7 +102,7 @@ def finish(
         talk.say(f"Evaluating {facts} on the base and the edited model")
         with timed(seconds, "evaluation"):
             both = evaluate_both(editor, [c.fact for c in columns], text, talk)
-            before, after = both.before, both.after
+            before, after, moved = both.before, both.after, both.moved()
             kept = {p.layer: p for p in both.preservation}
             other = other_system(editor.editable.encoder)
             asked = {form_name(other): editor.editable.asked(other)} if other else {}
@@ -114,7 +117,7 @@ def finish(
     for notice in notices:
         talk.say(f"Note: {notice}")
     found = diagnose(editor, [c.fact for c in columns], after, before=before) if after else ()
-    lines = _lines(columns, number, before, after, found)
+    lines = _lines(columns, number, before, after, found, moved)
     batches = sorted({c.batch for c in columns})
     layers = [r.to_dict() | _error(kept.get(r.layer)) for r in report.layers]
     runs.append(
@@ -221,10 +224,14 @@ def _lines(
     before: Evaluation | None,
     after: Evaluation | None,
     found: Sequence[Diagnosis],
+    moved: Sequence[tuple[Query, bool]],
 ) -> list[dict[str, Any]]:
     if before is None or after is None:
         return [folder_of.fact_line(c, number, None, None, says_target=None) for c in columns]
     then, now = before.rows(), after.rows()
+    of_fact: dict[str, list[tuple[Query, bool]]] = defaultdict(list)
+    for query, right in moved:
+        of_fact[query.fact_id].append((query, right))
     why = {diagnosis.fact_id: diagnosis.to_dict() for diagnosis in found}
     return [
         folder_of.fact_line(
@@ -234,6 +241,7 @@ def _lines(
             now[column.fact.id],
             says_target=after.says_target.get(column.fact.id),
             diagnosis=why.get(column.fact.id),
+            moved=of_fact[column.fact.id],
         )
         for column in columns
     ]

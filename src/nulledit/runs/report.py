@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from nulledit.errors import ReportError
 from nulledit.io.jsonfiles import write
-from nulledit.report.document import Document, Study
+from nulledit.report.document import Document, Listing, Study
 from nulledit.report.html import html_page, is_ours
 from nulledit.report.study import read_study, study_document
-from nulledit.runs.compare import comparison
+from nulledit.runs.compare import compared_document, comparison, evaluated
+from nulledit.runs.compared_facts import compared_facts
 from nulledit.runs.document import RunFolder, run_document, run_study
 from nulledit.runs.folder import read_run
 
@@ -25,11 +27,20 @@ class Collected:
     """Folder as given, `run` or `study`, its numbers, and what is shown of it."""
     compared: Study | None
     """The runs beside each other; None for fewer than two."""
+    runs: tuple[RunFolder, ...] = ()
+    """Those that are compared."""
+
+    @cached_property
+    def facts(self) -> Listing | None:
+        """Every fact of the runs that are compared, side by side."""
+        return compared_facts(self.runs) if self.compared else None
 
     def documents(self) -> list[Document]:
         """In the order of the page: the comparison comes first."""
-        first = [study_document(self.compared, about="")] if self.compared else []
-        return [*first, *(document for _, _, _, document in self.folders)]
+        own = [document for _, _, _, document in self.folders]
+        if self.compared and (facts := self.facts):
+            return [compared_document(self.runs, self.compared, facts), *own]
+        return own
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with every figure's points."""
@@ -38,7 +49,11 @@ class Collected:
                 {"folder": folder, "kind": kind, **study.to_dict()}
                 for folder, kind, study, _ in self.folders
             ],
-            "comparison": self.compared.to_dict() if self.compared else None,
+            "comparison": (
+                {**self.compared.to_dict(), "facts": [dict(row) for row in self.facts.items]}
+                if self.compared and self.facts
+                else None
+            ),
         }
 
 
@@ -71,7 +86,7 @@ def collect(folders: Sequence[Path]) -> Collected:
                 "study.json (of `nulledit study`)"
             )
     try:
-        return Collected(tuple(found), comparison(runs))
+        return Collected(tuple(found), comparison(runs), tuple(evaluated(runs)))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ReportError(f"the runs can't be compared ({error}); give them one by one") from error
 
@@ -91,9 +106,15 @@ def write_report(collected: Collected, file: Path, *, title: str, force: bool = 
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Each folder's own name, or its path where two have the same."""
-    names = [folder.resolve().name for folder in folders]
-    return [
-        str(folder) if names.count(name) > 1 or not name else name
-        for folder, name in zip(folders, names, strict=True)
-    ]
+    """Each folder's own name, with as much of what it is in as tells two of one name apart."""
+    parts = [folder.resolve().parts[1:] or ("run",) for folder in folders]
+    names: list[str] = []
+    for own in parts:
+        ends = ["/".join(own[-n:]) for n in range(1, len(own) + 1)]
+        others = ["/".join(other) for other in parts if other != own]
+        names.append(next((e for e in ends if not any(_ends(o, e) for o in others)), ends[-1]))
+    return names
+
+
+def _ends(path: str, end: str) -> bool:
+    return f"/{path}".endswith(f"/{end}")

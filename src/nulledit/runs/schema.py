@@ -66,6 +66,7 @@ _RUN = has(
     notices=list_of(str),
     others=left_out(named(has(before=_SIDE, after=_SIDE))),
 )
+_PROBES = list_of(that(list_of(str), "a prompt and its answer", lambda probe: len(probe) == 2))
 SUMMARY = has(
     version=str,
     state=str,
@@ -86,6 +87,8 @@ LINE = has(
     before=or_none(_ROW),
     after=or_none(_ROW),
     says_target=or_none(bool),
+    relation=left_out(or_none(str)),
+    neighbours=left_out(has(lost=_PROBES, gained=_PROBES)),
     diagnosis=left_out(or_none(has(line=str, causes=list_of(has(name=str))))),
 )
 """One line of `results.jsonl`; lines from before it was looked for have no diagnosis."""

@@ -33,9 +33,17 @@ from nulledit.report.document import Document, Part, Text
 from nulledit.report.html import asset, seen, templates
 from nulledit.runs.document import run_document
 from nulledit.runs.holding import MARKS
-from nulledit.ui import deeds
-from nulledit.ui.forms import FIELDS, Checked, filled, read_fact, read_upload
+from nulledit.ui import deeds, posted
+from nulledit.ui.forms import FIELDS, filled, read_fact, read_upload
 from nulledit.ui.guard import Guard
+from nulledit.ui.settings import (
+    RECIPE,
+    TICKS,
+    limit_fields,
+    limits_given,
+    methods,
+    read_settings_of,
+)
 from nulledit.ui.view import PAGE, SHOWS, SORTS, View, chosen, curves
 from nulledit.ui.work import Job, Worker
 
@@ -53,7 +61,6 @@ PAGES = {
 TICK = 0.1  # seconds between looks at a job whose stream is open
 MOST_FIELDS = 20_000  # ticked facts, for one
 HISTORY = 20  # prompts that are shown again
-MOST_RETRIES = 3
 
 
 class Site:
@@ -107,7 +114,7 @@ class Site:
         rows = self.view.facts()
         words, down = asked.get("q", ""), asked.get("down") == "1"
         found = chosen(rows, q=words, show=show or "", sort=sort or "", down=down)
-        page = min(_whole(asked.get("page"), 1), -(-len(found) // PAGE) or 1)
+        page = min(posted.whole(asked.get("page"), 1), -(-len(found) // PAGE) or 1)
         active = [row for row in rows if row.active]
         told = [row for row in active if row.mark != "not evaluated"]
         return self._page(
@@ -213,7 +220,7 @@ class Site:
 
     def ask(self, request: Request, given: FormData) -> Response:
         """A prompt."""
-        prompt, target = _text(given, "prompt"), _text(given, "target").strip()
+        prompt, target = posted.text(given, "prompt"), posted.text(given, "target").strip()
         if not prompt.strip():
             raise ConfigError("the prompt is empty: write what the models are to go on from")
         work = partial(deeds.ask, prompt, target)
@@ -226,43 +233,44 @@ class Site:
         if isinstance(upload, UploadFile) and upload.filename:
             checked = read_upload(upload.filename, upload.file.read())
         else:
-            checked = read_fact({name: _text(given, name) for name in (*FIELDS, "forget")})
-        if checked.facts is None:
-            return self._form(request, given, checked)
-        return self._do(_text(given, "do"), _options(checked, given))
+            checked = read_fact({name: posted.text(given, name) for name in (*FIELDS, "forget")})
+        settings = read_settings_of(posted.texts(given), self.view.recipe())
+        if errors := {**(checked.errors or {}), **settings.errors}:
+            return self._form(request, given, errors)
+        return self._do(posted.text(given, "do"), posted.edit_of(checked, settings, given))
 
     def again(self, request: Request, given: FormData) -> Response:
         """The facts of an earlier job, previewed or written."""
-        job = self._known(_text(given, "job"))
+        job = self._known(posted.text(given, "job"))
         if not isinstance(job.asked, deeds.Edit):
             raise ConfigError("that was no edit: begin on the page Edit")
-        return self._do(_text(given, "do"), job.asked)
+        return self._do(posted.text(given, "do"), job.asked)
 
     def foresee(self, request: Request, given: FormData) -> Response:
         """What a change would move."""
-        kind, ids = _change(given)
+        kind, ids = posted.change(given)
         work = partial(deeds.foresee, kind, ids)
-        return self._begun(f"What {_named(kind, ids, noun=True)} would move", work)
+        return self._begun(f"What {posted.named(kind, ids, noun=True)} would move", work)
 
     def change(self, request: Request, given: FormData) -> Response:
         """A change of what is in the model."""
-        kind, ids = _change(given)
-        return self._begun(_named(kind, ids), partial(deeds.change, kind, ids))
+        kind, ids = posted.change(given)
+        return self._begun(posted.named(kind, ids), partial(deeds.change, kind, ids))
 
     def retry(self, request: Request, given: FormData) -> Response:
         """What does not hold, written again."""
-        work = partial(deeds.retry, _times(given, least=1), bool(given.get("gate")))
+        work = partial(deeds.retry, posted.times(given, least=1), bool(given.get("gate")))
         return self._begun("Retry what does not hold", work)
 
     def measure(self, request: Request, given: FormData) -> Response:
         """Limits, or all facts asked again."""
-        if _text(given, "what") == "gates":
+        if posted.text(given, "what") == "gates":
             return self._begun("Check the default limits", deeds.gates)
         return self._begun("Evaluate all facts", deeds.evaluate)
 
     def diff(self, request: Request, given: FormData) -> Response:
         """Two points of the ledger."""
-        first, second = (_whole(_text(given, name), -1) for name in ("first", "second"))
+        first, second = (posted.whole(posted.text(given, name), -1) for name in ("first", "second"))
         if min(first, second) < 0:
             raise ConfigError("choose two events to compare; 0 is the base")
         title = f"Event {first} and event {second}"
@@ -306,24 +314,35 @@ class Site:
         return _to(f"/jobs/{self.worker.submit(title, work, asked=asked).number}")
 
     def _known(self, number: Any) -> Job:
-        job = self.worker.jobs.get(_whole(str(number), 0))
+        job = self.worker.jobs.get(posted.whole(str(number), 0))
         if job is None:
             raise ConfigError(f"no job {str(number)[:20]} here: the page was started anew since")
         return job
 
     def _form(
-        self, request: Request, given: Any, checked: Checked | None = None, how: str = ""
+        self,
+        request: Request,
+        given: Any,
+        errors: Mapping[str, Sequence[str]] | None = None,
+        how: str = "",
     ) -> Response:
-        errors = (checked.errors if checked else None) or {}
+        names = (*FIELDS, "forget", *RECIPE, *TICKS, "retry")
+        limits = [
+            (one, posted.text(given, one.field) if limits_given(given) else one.value)
+            for one in limit_fields()
+        ]
         return self._page(
             request,
             "edit",
             "Edit",
             status=422 if errors else 200,
-            given={name: _text(given, name) for name in (*FIELDS, "forget")},
-            errors=errors,
+            given={name: posted.text(given, name) for name in names},
+            errors=errors or {},
             how=how,
-            retries=MOST_RETRIES,
+            retries=posted.MOST_RETRIES,
+            limits=limits,
+            methods=methods(),
+            recipe=self.view.recipe(),
         )
 
     def _draw(self, key: Any, parts: Callable[[], Sequence[Part | str]]) -> list[tuple[str, Any]]:
@@ -362,7 +381,7 @@ class Site:
     def _post(self, handler: Callable[[Request, FormData], Response]) -> Any:
         async def answer(request: Request) -> Response:
             given = await request.form(max_files=1, max_fields=MOST_FIELDS)
-            if not self.app.meant(_text(given, "csrf")):
+            if not self.app.meant(posted.text(given, "csrf")):
                 return self._error(request, 403, "This form is not of this page: load it again.")
             work = partial(self._safe, request, lambda: handler(request, given))
             return await run_in_threadpool(work)
@@ -404,41 +423,3 @@ def _script(_request: Request) -> Response:
 
 def _to(path: str) -> Response:
     return RedirectResponse(path, 303)
-
-
-def _text(given: Mapping[str, Any], name: str) -> str:
-    """A form's text; browsers send its newlines as CR LF."""
-    value = given.get(name, "")
-    return value.replace("\r\n", "\n") if isinstance(value, str) else ""
-
-
-def _whole(text: str | None, otherwise: int) -> int:
-    return int(text) if text and text.isdecimal() and 0 < len(text) < 10 else otherwise
-
-
-def _times(given: FormData, *, least: int = 0) -> int:
-    return min(max(_whole(_text(given, "retry"), 0), least), MOST_RETRIES)
-
-
-def _options(checked: Checked, given: FormData) -> deeds.Edit:
-    return deeds.Edit(
-        checked.whole,
-        retry=_times(given),
-        gate=bool(given.get("gate")),
-        evaluate=not given.get("no_evaluate"),
-        old_answers=bool(given.get("old_answers")),
-    )
-
-
-def _change(given: FormData) -> tuple[str, list[str]]:
-    kind, ids = _text(given, "kind"), [i for i in given.getlist("id") if isinstance(i, str)]
-    if kind not in deeds.CHANGES:
-        raise ConfigError(f"unknown change {kind!r}: expected {', '.join(deeds.CHANGES)}")
-    if kind == "undo" and not ids:
-        raise ConfigError("no fact was ticked: choose those to undo")
-    return kind, list(dict.fromkeys(ids))
-
-
-def _named(kind: str, ids: Sequence[str], *, noun: bool = False) -> str:
-    few = ", ".join(ids[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
-    return f"{deeds.CHANGES[kind][noun]} {few}".strip()

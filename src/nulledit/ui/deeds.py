@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from nulledit.api.editor import Editor
 from nulledit.api.run import Run
@@ -46,8 +48,12 @@ class Edit:
 
     facts: FactFile
     retry: int = 0
-    gate: bool = False
-    """Keep it only inside the default limits."""
+    limits: Limits | None = None
+    """Keep it only inside these."""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Dotted fields of the recipe that are otherwise from here on: another epoch."""
+    statistics: str | None = None
+    """For that epoch; None: those found."""
     evaluate: bool = True
     old_answers: bool = False
 
@@ -81,19 +87,26 @@ def look(edit: Edit, run: Run, job: Job) -> Outcome:
 
 def preview(edit: Edit, run: Run, job: Job) -> Outcome:
     """What the edit would change, written nowhere."""
-    found = run.preview(edit.facts)
+    other = _is_other(edit, run)
+    with run.editor.trial(writing=False) if other else nullcontext():
+        if other:
+            _begin_epoch(edit, run)
+        found = run.preview(edit.facts)
     return Outcome([*preview_page(found), _notices(found.notices)], _ways(job, "write"))
 
 
 def write(edit: Edit, run: Run, job: Job) -> Outcome:
     """The edit itself. What the model says by then is told before minutes of evaluation."""
     job.upon = partial(_say_now, run, job)
+    if _is_other(edit, run) and run.new(edit.facts.facts):
+        job.unsettles = True
+        _begin_epoch(edit, run)
     result = run.edit(
         edit.facts,
         retry=edit.retry,
         old_answers=edit.old_answers,
         evaluate=edit.evaluate,
-        limits=_limits(edit.gate),
+        limits=edit.limits,
     )
     if result is None:
         return Outcome()  # of ranks that keep no run; there is one process here
@@ -195,6 +208,17 @@ def _change(kind: str, ids: Sequence[str], tell: Progress | None, editor: Editor
 def _result(result: Result) -> list[Part | str]:
     run = RunFolder("", result.summary, result.lines, {}, [])
     return list(call_parts(run, result.summary["runs"][-1], folder=str(result.folder)))
+
+
+def _is_other(edit: Edit, run: Run) -> bool:
+    """Whether it asks for another recipe than the run has."""
+    recipe = run.editor.recipe
+    return bool(edit.changes) and recipe.with_fields(edit.changes) != recipe
+
+
+def _begin_epoch(edit: Edit, run: Run) -> None:
+    recipe = run.editor.recipe.with_fields(edit.changes)
+    run.editor.next_epoch(recipe, statistics=edit.statistics)
 
 
 def _limits(gate: bool) -> Limits | None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nulledit.config import Recipe
+from nulledit.errors import LedgerError
 from nulledit.evaluation.measures import find
 from nulledit.ledger.records import Column, History
 from nulledit.ledger.store import Store
@@ -65,6 +68,15 @@ class View:
     def history(self) -> History | None:
         """The ledger without its tensors; None before the first batch."""
         return self.store.read() if self.store.exists else None
+
+    def recipe(self) -> Recipe:
+        """What facts are written by; the defaults before the first batch, and where the ledger is
+        damaged, which the jobs say."""
+        with suppress(LedgerError):
+            history = self.history()
+            if history and history.epochs:
+                return history.epoch.recipe
+        return Recipe()
 
     def pages(self) -> RunFolder | None:
         """The run's pages; None where none was written."""

@@ -80,6 +80,8 @@ class Job(Talk):
     error: str = ""
     outcome: Outcome = Outcome()
     stopping: bool = False
+    unsettles: bool = False
+    """Whether the run in memory is another than the ledger's if the job does not end well."""
     changed: int = 0
     """Counts changes, so that a stream knows when to send."""
 
@@ -205,6 +207,8 @@ class Worker:
             logger.exception("job %s failed", job.number)
             state, job.error = FAILED, f"unexpected {type(error).__name__}: {error}"
             self._run = None  # whatever it left in memory is not to be trusted
+        if job.unsettles and state != DONE:
+            self._run = None
         job.state = state
         job.changed += 1
 
