@@ -16,7 +16,15 @@ from nulledit.errors import ReportError
 from nulledit.evaluation.stats import paired_bootstrap
 from nulledit.io.jsonfiles import as_json
 from nulledit.report.captions import chosen_examples, duration, flat
-from nulledit.report.document import Column, Example, StudyTable, Value
+from nulledit.report.document import (
+    Choice,
+    Column,
+    Document,
+    Example,
+    Listing,
+    StudyTable,
+    Value,
+)
 from nulledit.report.html import html_page
 from nulledit.report.markdown import markdown_page
 from nulledit.report.study import study_document, write_study
@@ -233,6 +241,17 @@ def test_every_fact_is_listed_and_each_option_shows_its_own(tmp_path):
     assert "ok" not in listed.options  # the same facts as "hold"
     assert "lost: Rome is … old" in listed.shown("changed")[0]
     assert re.search(r"\.listing:has[^}]*}\n}\n</style>", page), "in @media screen: print has all"
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_few_facts_are_listed_a_row_each(n):
+    """Other tables of few rows and many columns are turned."""
+    rows = [[f"fact {i}", *(f"{name} {i}" for name in "abcdef")] for i in range(n)]
+    table = StudyTable.of("facts", "Every fact", ("fact", *"abcdef"), rows)
+    choices = (("which", (Choice("all"), Choice("first", (0,)))),)
+    part = Listing(table, choices)
+    page = html_page("", [Document("A run", (part,))])
+    assert [row.split()[1] for _, row in Listed(page).rows] == [str(i) for i in range(n)]
 
 
 def test_an_option_is_chosen_by_a_labelled_radio_of_its_own_listing(tmp_path):

@@ -102,13 +102,14 @@ def seen(part: doc.Part) -> tuple[str, Any]:
     return type(part).__name__, found
 
 
-def _table(table: doc.StudyTable) -> Mapping[str, Any]:
+def _table(table: doc.StudyTable, *, turns: bool = True) -> Mapping[str, Any]:
     """Cells with what keeps their numbers under each other.
 
     A few rows of many columns are turned, as on a terminal: a line a column needs no scrolling.
+    Not where rows are chosen from (`turns`).
     """
     rows, heads = cells.shown(table), cells.heads(table)
-    if 1 < len(rows) and TURNED * len(rows) < len(heads):
+    if turns and 1 < len(rows) and TURNED * len(rows) < len(heads):
         names = [row[0].text for row in rows]
         rows = [
             [cells.Shown(head), *column]
@@ -142,7 +143,7 @@ def _listing(listing: doc.Listing) -> Mapping[str, Any]:
         for title, options in listing.choices
     ]
     return {
-        "table": _table(listing.table),
+        "table": _table(listing.table, turns=False),
         "choices": counted,
         "classes": [" ".join(own) for own in classes],
     }
