@@ -9,6 +9,7 @@ from typing import Any
 
 from nulledit._version import __version__
 from nulledit.io.notebook import html_table
+from nulledit.io.text import count
 from nulledit.report.points import Point, Stored
 
 FORMAT = 1
@@ -66,7 +67,7 @@ class Column(Stored):
         _one_of("digits", self.digits, range(21))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StudyTable(Stored):
     """One table. The first column names the rows; what the data can't give is None or left out."""
 
@@ -102,6 +103,9 @@ class StudyTable(Stored):
         columns = tuple(Column(str(i), text) for i, text in enumerate(head))
         told = tuple({str(i): cell for i, cell in enumerate(row)} for row in rows)
         return cls(name, title, said, columns, told)
+
+    def __repr__(self) -> str:
+        return f"<StudyTable {self.name}: {count(len(self.rows), 'row')}>"
 
     def _repr_html_(self) -> str:
         from nulledit.report import cells  # which knows what a table is
