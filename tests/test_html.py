@@ -168,7 +168,7 @@ class Listed:
     """The rows of a page's first listing, and which of them its style shows for what is chosen."""
 
     def __init__(self, page):
-        part = page[page.index('<form class="choices"') :]
+        part = page[page.index('<div class="listing"') :]
         part = part[: part.index("</table>")]
         self.rows = [
             (set(classes.split()), html.unescape(re.sub(r"<[^>]+>", " ", row)))
@@ -182,10 +182,14 @@ class Listed:
                 r'class="c(\d+-\d+)"(?: checked)?> (.*?) <small>(\d+)</small>', part
             )
         }
-        (style,) = re.findall(r"@media screen \{\n(\.listing.*?)\n\}", page, re.DOTALL)
+        (style,) = re.findall(r"@media screen \{\n((?:\.listing.*?\n)*)\}", page, re.DOTALL)
         rule = r"\.listing:has\(\.c(\S+):checked\) tbody tr:not\(\.r(\S+)\) \{ display: none; \}"
         self.hiding = dict(re.findall(rule, style))
         assert len(self.hiding) == len(style.splitlines())
+
+    def rows_shown(self):
+        """Of the first option of each choice."""
+        return self.shown(*(name for name, (at, _) in self.options.items() if at.endswith("-0")))
 
     def shown(self, *chosen):
         """The rows that are left; each option must say how many it has by itself."""
@@ -396,6 +400,17 @@ def test_two_runs_are_side_by_side_fact_by_fact(runs):
     told = collected.to_dict()["comparison"]["facts"]
     assert [told[1][key] for key in ("says_1", "holds_1", "holds_2")] == ["Madrid.", "ok", "missed"]
     assert told[0]["holds_2"] == "not in it"
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_list_of_few_facts_has_a_row_for_each(tmp_path, n):
+    rows = [scored(i, i > 0, 1.0, says_target=i > 0) for i in range(n)]
+    folders = [write_a_run(tmp_path / name, rows) for name in ("one", "two")]
+    for documents in (collect(folders[:1]).documents(), collect(folders).documents()):
+        listed = Listed(html_page("", documents))
+        assert [re.search(r"f\d", row)[0] for row in listed.rows_shown()] == [
+            f"f{i}" for i in range(n)
+        ]
 
 
 def test_what_makes_runs_no_equals_is_said(tmp_path):
