@@ -175,7 +175,9 @@ def test_pieces_are_joined_by_hash(file, tmp_path, fresh_cache, monkeypatch):
     for i, part in enumerate((content[:1000], content[1000:])):
         (package / f"part{i}").write_bytes(part)
     pieces = ("tiny_pieces/part0", "tiny_pieces/part1")
-    made = embedded.Embedded("tiny.gguf", pieces, sha256_of(file), "me/tiny", "pip install tiny")
+    made = embedded.Embedded(
+        "tiny.gguf", pieces, sha256_of(file), "me/tiny", "pip install tiny", "mit"
+    )
     monkeypatch.setitem(embedded.EMBEDDED, "tiny", made)
     assert not embedded.is_installed("tiny")
     monkeypatch.syspath_prepend(tmp_path)
