@@ -164,6 +164,12 @@ class Enough(Exception):
 
 
 @torch.no_grad()
+def unpadded(mask: Tensor) -> Tensor:
+    """Ones: pads are on the right, where no token sees them, and one whose window holds pads alone
+    would give NaN in every position of its row."""
+    return torch.ones_like(mask)
+
+
 def read(
     model: nn.Module,
     ids: Tensor,
@@ -188,7 +194,7 @@ def read(
 
     handle = module.register_forward_hook(hook)
     try:
-        model(input_ids=ids, attention_mask=mask, use_cache=False)
+        model(input_ids=ids, attention_mask=unpadded(mask), use_cache=False)
     except Enough:
         pass
     finally:
@@ -291,7 +297,7 @@ def compute_z(
     handle = value_place(model, layer).register_forward_hook(add_delta)
     try:
         for step in range(steps):
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            logits = model(input_ids=ids, attention_mask=unpadded(mask), use_cache=False).logits
             log_probs = logits.log_softmax(-1)  # [prompts, T, vocabulary]
             nll = 0
             for row in range(len(rewriting)):

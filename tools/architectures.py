@@ -26,7 +26,7 @@ sys.path[:0] = [str(HERE), *(str(HERE.parent / room) for room in ("src", "tests"
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from architecture_trial import Row, tried  # noqa: E402
+from architecture_trial import NOT_SAVED, Row, tried  # noqa: E402
 from tiny_models import VARIANTS  # noqa: E402
 from transformers.models.auto.modeling_auto import (  # noqa: E402
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -169,6 +169,8 @@ def _edited(row: Row) -> str:
 
 def _short(reason: str) -> str:
     """Why a block can't be given neurons, in a cell."""
+    if NOT_SAVED in reason:
+        return "in memory, and in the base's shape"
     return "no: experts" if "mixture of experts" in reason else "no: no known form of MLP"
 
 
