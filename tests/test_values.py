@@ -311,13 +311,22 @@ def test_steps_of_the_state_are_as_long_in_states_of_any_length(
         assert value.outcome.delta_share == pytest.approx(0.2, rel=0.05)
 
 
-def test_a_model_without_a_recipe_gets_steps_that_suit_a_norm_after_w(tiny_model, tokenizer):
+@pytest.mark.parametrize(
+    ("architecture", "changes", "steps"),
+    [
+        ("llama", {}, (0.5, "unit")),
+        ("gemma3_text", {}, (0.125, "state")),
+        ("gemma3_text", {"layers": [1, 2], "values.steps": 40}, (0.125, "state")),
+        ("gemma3_text", {"values.learning_rate": 0.3}, (0.3, "unit")),
+    ],
+)
+def test_a_recipe_that_says_nothing_of_steps_gets_some_that_suit_a_norm_after_w(
+    architecture, changes, steps, tiny_model, tokenizer
+):
     """In units that are as long as W's output, which may have any length, 0.5 may be nothing."""
-    steps = {
-        architecture: Editor(tiny_model(architecture), tokenizer).recipe.values.learning_rate_of
-        for architecture in ("llama", "gemma3_text")
-    }
-    assert steps == {"llama": "unit", "gemma3_text": "state"}
+    recipe = Recipe().with_fields(changes)
+    values = Editor(tiny_model(architecture), tokenizer, recipe=recipe).recipe.values
+    assert (values.learning_rate, values.learning_rate_of) == steps
 
 
 def test_one_delta_for_a_group_lowers_every_member_loss(tiny_model, tokenizer):

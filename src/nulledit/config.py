@@ -75,9 +75,10 @@ class ValueSettings:
     learning_rate: Positive = 0.5
     """Adam's step size. Published: 0.5; 0.1 for LLaMA3."""
     learning_rate_of: Literal["unit", "state"] = "unit"
-    """What `learning_rate` is a share of. unit: of 1 in each coordinate (published). state: a step
-    that moves every coordinate moves δ by that share of ‖h‖, since states of some models are a
-    hundred times as long as those of others; 0.5 on SmolLM2-135M is 0.125 so."""
+    """What `learning_rate` is counted in. unit: in each coordinate's own unit (published). state: a
+    step that moves every coordinate moves δ by that share of ‖h‖, since states of some models are a
+    hundred times as long as those of others; on SmolLM2-135M 0.125 is then what 0.5 is in units.
+    Where a norm follows W, 0.5 in units is taken as 0.125 of the state."""
     clamp: Positive = 0.75
     """Largest ‖δ‖/‖h‖."""
     kl_weight: NotNegative = 0.0625

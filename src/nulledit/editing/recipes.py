@@ -15,7 +15,7 @@ from nulledit.models.quantized import make_editable
 
 logger = logging.getLogger(__name__)
 STEP = 0.125
-"""Of ‖h‖, for models without a recipe of their own; as with SmolLM2-135M's."""
+"""Of ‖h‖, where a norm follows W and a recipe says nothing of steps; as with SmolLM2-135M's."""
 
 
 def resolve_recipe(
@@ -35,14 +35,7 @@ def resolve_recipe(
         chosen = tuple(layer for layer in chosen if model.fits(layer)) or chosen
         logger.warning("the recipe names no layers; chosen by depth: %s", list(chosen))
         recipe = replace(recipe, layers=chosen)
-        if model.values_at_output and recipe.values == ValueSettings():
-            logger.warning(
-                "a norm follows W, so steps of values are shares of the state's length: "
-                "values.learning_rate_of state, values.learning_rate %s",
-                STEP,
-            )
-            stepping = replace(recipe.values, learning_rate=STEP, learning_rate_of="state")
-            recipe = replace(recipe, values=stepping)
+    recipe = replace(recipe, values=_stepping(recipe.values, model))
     last = recipe.layers[-1]
     if last > top:
         raise ModelError(f"layer {last} is out of range: the model has layers 0 to {top}")
@@ -74,3 +67,20 @@ def resolve_recipe(
                 "(a model that was given neurons in memory: save it, and load it again)"
             )
     return method.filled(recipe)
+
+
+def _stepping(values: ValueSettings, model: EditableModel) -> ValueSettings:
+    """`values`, with steps that suit a norm after W where theirs are the published ones.
+
+    These are in units of W's output, which the norm lets have any length.
+    """
+    published = ValueSettings()
+    ours = values.learning_rate, values.learning_rate_of
+    if not model.values_at_output or ours != (published.learning_rate, published.learning_rate_of):
+        return values
+    logger.warning(
+        "a norm follows W, so steps of values are shares of the state's length: "
+        "values.learning_rate_of state, values.learning_rate %s",
+        STEP,
+    )
+    return replace(values, learning_rate=STEP, learning_rate_of="state")
