@@ -349,8 +349,9 @@ class BatchWriter:
         names = self._cache_names(layer, {g: [wordings[i] for i in m] for g, m in members.items()})
         values: dict[int, Value] = {}
         if self.cache is not None:
-            for group, mine in members.items() if self.ranks.first else ():
-                values.update(zip(mine, self.cache.get(names[group]) or (), strict=False))
+            if self.ranks.first:
+                for group, alike in members.items():
+                    values.update(zip(alike, self.cache.get(names[group]) or (), strict=False))
             values = of_first(self.ranks, values)
         missing = [i for i in chosen if i not in values]
         counter = self.run.counter(stage, len(chosen))
@@ -378,10 +379,9 @@ class BatchWriter:
             positions=self._positions(1),
             done=done,
         )
-        found_here = dict(zip(mine, found, strict=True))
-        others = gathered(self.ranks, found_here)
-        keep({i: value for i, value in others.items() if i not in found_here})
-        values.update(others)
+        of_all = gathered(self.ranks, dict(zip(mine, found, strict=True)))
+        keep({i: value for i, value in of_all.items() if i not in mine})
+        values.update(of_all)
         counter(len(missing) - len(mine))
         return [values[i] for i in chosen]
 
