@@ -6,24 +6,18 @@ gets pictures of the page.
 
 import itertools
 import os
-import shutil
 from pathlib import Path
 
 import pytest
-from support.browser import LOOKS, serious
+from support.browser import IN_A_BROWSER, LOOKS, chromium, serious
 from support.runs import line, write_a_run
 
 from nulledit.report.html import html_page
 from nulledit.runs.report import collect
 
 pytest.importorskip("playwright", reason="needs playwright")
-from playwright import sync_api
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium"),
-]
+pytestmark = IN_A_BROWSER
 SIDEWAYS = """() => [...document.querySelectorAll(".scroll, .card")].filter(
   (e) => e.checkVisibility() && !e.closest("details:not([open])")).map((e) => [
   e.scrollWidth - e.clientWidth, e.querySelector(".sideways").offsetHeight])"""
@@ -31,10 +25,8 @@ SIDEWAYS = """() => [...document.querySelectorAll(".scroll, .card")].filter(
 
 @pytest.fixture(scope="module")
 def browser():
-    with sync_api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as found:
         yield found
-        found.close()
 
 
 @pytest.fixture(scope="module")

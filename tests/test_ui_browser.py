@@ -7,12 +7,11 @@ folder that gets pictures of every page.
 import os
 import random
 import re
-import shutil
 import threading
 from pathlib import Path
 
 import pytest
-from support.browser import LOOKS, serious
+from support.browser import IN_A_BROWSER, LOOKS, chromium, serious
 from support.cli import edit_all
 
 from nulledit import Run
@@ -26,22 +25,16 @@ from nulledit.ledger.store import Store
 from nulledit.ui import serve as serving
 from nulledit.ui.view import View
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PATHS = ("/", "/fact?id=ada", "/try", "/edit", "/timeline", "/numbers", "/jobs")
 SECONDS = 120_000  # milliseconds that a job may take on a busy machine
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium"),
-]
+pytestmark = IN_A_BROWSER
 
 
 @pytest.fixture(scope="module")
 def browser():
-    with sync_api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as found:
         yield found
-        found.close()
 
 
 @pytest.fixture
