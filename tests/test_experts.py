@@ -1,12 +1,15 @@
 """Mixtures of experts: one matrix, keys with a block for each expert, moments in blocks."""
 
+import copy
 import dataclasses
 import logging
 
 import pytest
 import reference
+import tiny_models
 import torch
 from safetensors.torch import load_file
+from support.exports import gap, logits
 from support.models import RECIPE, build_model, statistics_of
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -456,6 +459,11 @@ def place(request, tokenizer, facts, tmp_path):
     return editor, tmp_path
 
 
+def files_at(folder):
+    """The tensors of all files, by their names there."""
+    return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
+
+
 def weights_at(folder):
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
@@ -486,6 +494,76 @@ def test_exports(place, tmp_path):
     remove_delta(tmp_path / "delta", tmp_path / "applied", tmp_path / "bare", run=folder / "run")
     base = weights_at(folder / "base")
     assert all(torch.equal(t, base[n]) for n, t in weights_at(tmp_path / "bare").items())
-    with pytest.raises(ConfigError, match=r"layers \[1, 2\] hold their experts in one parameter"):
-        write_lora(editor, tmp_path / "adapter")
-    assert not (tmp_path / "adapter").exists()
+
+
+def test_an_adapter_is_the_edited_model_in_peft(place, tmp_path):
+    """Each expert has factors of its own, of as many dimensions as facts are routed to it."""
+    editor, folder = place
+    peft = pytest.importorskip("peft")
+    done = write_lora(editor, tmp_path / "adapter", dtype="float64")
+    for layer in done.layers:
+        module = editor.editable.matrix(layer.layer)
+        update = editor.weights.exact(layer.layer) - editor.weights.base(layer.layer)
+        ranks = [
+            int(torch.linalg.matrix_rank(part)) for part in update.chunk(len(module.down_proj), 1)
+        ]
+        assert layer.of == max(ranks)
+        assert layer.error < 1e-10
+        assert layer.key_error < 1e-10
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", experts_implementation="eager")
+    unedited = logits(base)
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    editor.model.set_experts_implementation("eager")
+    edited = logits(editor.model)
+    assert gap(unedited, edited) > 1e-4
+    assert gap(logits(adapted), edited) < 1e-5
+    assert gap(logits(adapted.merge_and_unload()), edited) < 1e-5
+    assert gap(logits(adapted.unload()), edited) < 1e-5
+
+
+def test_an_adapter_for_servers_names_each_expert(place, tmp_path):
+    """Under the names of the family's files, whose difference the products are."""
+    editor, folder = place
+    done = write_lora(editor, tmp_path / "adapter", dtype="float64", experts="each")
+    assert done.for_servers
+    write_checkpoint(editor, tmp_path / "whole")
+    before, after = files_at(folder / "base"), files_at(tmp_path / "whole")
+    found = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    prefix, pairs = "base_model.model.", set()
+    for name, right in found.items():
+        if not name.endswith(".lora_A.weight"):
+            continue
+        own = name.removeprefix(prefix).replace(".lora_A", "")
+        pairs.add(own)
+        left = found[name.replace("lora_A", "lora_B")]
+        difference = after[own].double() - before[own].double()
+        torch.testing.assert_close(left @ right, difference, rtol=0, atol=1e-6)
+    edited = tuple(f"layers.{layer}." for layer in editor.weights.layers)
+    expected = {n for n in before if ".experts." in n and any(part in n for part in edited)}
+    assert pairs == expected, "every matrix of every expert of an edited layer"
+    assert "vllm serve" in (tmp_path / "adapter/README.md").read_text()
+
+
+def test_adapters_of_experts_without_names(tokenizer, facts, tmp_path):
+    """Files of some families hold all experts in one tensor, as [d_in, d_out]."""
+    peft = pytest.importorskip("peft")
+    model = tiny_models.build("gpt_oss")
+    statistics = statistics_of(model, tokenizer)
+    recipe = RECIPE.with_fields({"values.steps": 4})
+    editor = Editor(model, tokenizer, recipe=recipe, statistics=statistics)
+    base = copy.deepcopy(model)
+    editor.edit(facts[:2])
+    write_lora(editor, tmp_path / "adapter", dtype="float64")
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert gap(logits(adapted), logits(editor.model)) < 1e-5
+    with pytest.raises(ConfigError, match=r"files of gpt_oss have no names for single experts"):
+        write_lora(editor, tmp_path / "each", experts="each")
+    assert not (tmp_path / "each").exists()
+
+
+def test_only_mixtures_have_experts_to_name(tokenizer, facts, tmp_path):
+    model = build_model("llama")
+    editor = Editor(model, tokenizer, recipe=RECIPE, statistics=statistics_of(model, tokenizer))
+    editor.edit(facts[:1])
+    with pytest.raises(ConfigError, match="this run edits none"):
+        write_lora(editor, tmp_path / "adapter", experts="each")

@@ -48,6 +48,11 @@ if TYPE_CHECKING:
         "The base as GGUF, which a GGUF export is made from.  [default: the file that the run was "
         "begun from]",
     ),
+    opt(
+        "--experts",
+        "Adapters of mixtures: fused for PEFT, each for servers.  [default: fused]",
+        ("fused", "each"),
+    ),
     opt("--max-shard-size SIZE", "Of a checkpoint's files.  [default: 50GB]"),
     opt(
         "--same-shape",
@@ -155,7 +160,8 @@ def starts(done: Export, base: str) -> list[str]:
     lines = EXPORTS[done.kind].start
     if done.kind == "lora":
         config = read_json(done.folder, "adapter_config.json", {})
-        if done.rank not in SERVED or config.get("lora_bias"):  # which servers do not take
+        fused = config.get("target_parameters")
+        if done.rank not in SERVED or config.get("lora_bias") or fused:  # servers don't take it
             lines = lines[-1:]
     slots = {"folder": done.folder, "base": base or "BASE", "rank": done.rank}
     return [f"    {line.format(**slots)}" for line in lines]

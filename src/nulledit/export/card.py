@@ -70,7 +70,7 @@ def write_card(folder: Path, editor: EditEngine, export: Export, *, run: str, su
         limits.append(_OTHER_BASE[export.kind == "delta"])
     parts: list[doc.Part] = [
         *(_origin(editor), _note(editor), doc.Text(told)),
-        *(doc.Heading("Load"), doc.Text("In this folder:"), _load(editor, export.kind)),
+        *(doc.Heading("Load"), doc.Text("In this folder:"), _load(editor, export)),
         *(doc.Heading("Edited facts"), _facts(editor)),
         *_measures(summary, editor),
         *(doc.Heading("Limits"), doc.Items(tuple(limits))),
@@ -109,8 +109,9 @@ def _said(export: Export) -> Iterator[str]:
         )
 
 
-def _load(editor: EditEngine, kind: str) -> doc.Code:
+def _load(editor: EditEngine, export: Export) -> doc.Code:
     """Lines that load it."""
+    kind = export.kind
     if kind == "gguf":
         return doc.Code("llama-cli -m model.gguf\nollama create NAME -f Modelfile", "sh")
     if kind == "gguf-lora":
@@ -123,6 +124,8 @@ def _load(editor: EditEngine, kind: str) -> doc.Code:
             'tokenizer = AutoTokenizer.from_pretrained(".")',
         )
         return doc.Code("\n".join(lines), "python")
+    if export.for_servers:
+        return doc.Code("vllm serve BASE --enable-lora --lora-modules edits=.", "sh")
     base = editor.history.base
     ours = kind == "delta" or base.model in EMBEDDED or is_gguf(base.model)
     loaded = f'{json.dumps(_name(editor))}, dtype="{base.dtype}"'

@@ -1,11 +1,17 @@
-"""An update Δ as a product of two thin factors, and what the product misses."""
+"""An update Δ as a product of two thin factors, and what the product misses.
+
+The experts of a mixture have factors each: where W = [W_1 … W_E], Δ = [B_1 A_1 … B_E A_E].
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 EXACT = 1e-10
 """Largest ‖Δ − BA‖/‖Δ‖ that counts as exact."""
@@ -18,18 +24,18 @@ class Factors:
     """B and A with Δ ≈ BA, float64, on the CPU; each carries the root of the singular values."""
 
     left: Tensor
-    """B [d_out, r]."""
+    """B [d_out, r]; of experts [E, d_out, r], zeros after an expert's own dimensions."""
     right: Tensor
-    """A [r, d_in]."""
+    """A [r, d_in]; of experts [E, r, d_in]."""
     of: int
-    """Numerical rank of Δ; its smaller side where that is full."""
+    """Numerical rank of Δ, of experts the largest; its smaller side where that is full."""
     error: float
     """‖Δ − BA‖/‖Δ‖; 0 for an update that is zero."""
 
     @property
     def rank(self) -> int:
         """r: the numerical rank of Δ, or what it was cut to."""
-        return self.left.shape[1]
+        return self.left.shape[-1]
 
     @property
     def exact(self) -> bool:
@@ -76,6 +82,31 @@ def factorise(
     return Factors(left.cpu(), right.cpu(), of, relative_error(update, left, right))
 
 
+def factorise_each(update: Tensor, count: int, *, noise: Tensor, **options: Any) -> Factors:
+    """Factors of each of `count` experts' part of `update` Δ [d_out, E·d_in].
+
+    `noise` [E], and `options`, are as for `factorise`.
+    """
+    parts = update.chunk(count, dim=1)
+    each = [
+        factorise(part, noise=floor, **options)
+        for part, floor in zip(parts, noise.tolist(), strict=True)
+    ]
+    rank = max(factors.rank for factors in each)
+    left = torch.stack([pad(factors.left, (0, rank - factors.rank)) for factors in each])
+    right = torch.stack([pad(factors.right, (0, 0, 0, rank - factors.rank)) for factors in each])
+    of = max(factors.of for factors in each)
+    return Factors(left, right, of, relative_error(update, left, right))
+
+
+def applied(left: Tensor, right: Tensor, inputs: Tensor) -> Tensor:
+    """B A X [d_out, n] of `inputs` X [d_in, n]; of experts [E·d_in, n]."""
+    if left.ndim == 3:
+        inputs = inputs.unflatten(0, (len(left), -1))
+        return (left @ (right @ inputs)).sum(0)
+    return left @ (right @ inputs)
+
+
 @torch.no_grad()
 def ordered_sum(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """W₀ [d_out, d_in] + B [d_out, r] A [r, d_in] in float64 on the CPU, the same bits anywhere.
@@ -83,6 +114,9 @@ def ordered_sum(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
     A matrix product adds up in an order that differs between machines; here the r terms are added
     one after the other, each product rounded by itself, and the base comes last.
     """
+    if left.ndim == 3:
+        each = zip(base.chunk(len(left), dim=1), left, right, strict=True)
+        return torch.cat([ordered_sum(*one) for one in each], dim=1)
     left, right, base = left.double().cpu(), right.double().cpu(), base.double().cpu()
     total = torch.empty_like(base)
     rows = max(1, 2**17 // max(1, base.shape[1]))  # stays in a processor's cache
@@ -100,6 +134,12 @@ def ordered_sum(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
 @torch.no_grad()
 def relative_error(update: Tensor, left: Tensor, right: Tensor) -> float:
     """‖Δ − BA‖/‖Δ‖ for Δ [d_out, d_in], B [d_out, r] and A [r, d_in]; 0 where Δ is zero."""
+    if left.ndim == 3:
+        parts = update.chunk(len(left), dim=1)
+        each = zip(parts, left, right, strict=True)
+        missed = [relative_error(*one) * float(one[0].norm()) for one in each]
+        total = float(update.norm())
+        return math.hypot(*missed) / total if total else 0.0
     missing = total = 0.0
     thin = right.to(update)
     for start in range(0, len(update), ROWS):

@@ -61,6 +61,11 @@ def write_gguf_lora(
     layers, same_shape, cost = adapter_factors(
         editor, dtype, rank=rank, text=text, progress=progress
     )
+    if any(stored.left.ndim == 3 for stored in layers):
+        raise ConfigError(
+            "a GGUF adapter for a mixture of experts is not written here; export --as gguf, or "
+            "--as lora"
+        )
     if any(stored.bias is not None for stored in layers):
         raise ConfigError(
             "llama.cpp's adapters have no place for the biases that neurons of this family have; "

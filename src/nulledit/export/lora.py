@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from nulledit.editing.call_log import Progress
 from nulledit.editing.engine import EditEngine
 from nulledit.errors import ConfigError
 from nulledit.export.card import write_card
 from nulledit.export.delta import DTYPES, dtype_of
+from nulledit.export.expert_adapter import by_name, in_one
 from nulledit.export.neuron_factors import neuron_factors
 from nulledit.export.ranks import SERVED, padded, served_rank
 from nulledit.export.same_shape import Places, SameShape
@@ -32,7 +34,10 @@ from nulledit.export.updates import (
     write_origin,
 )
 from nulledit.io.files import replacing_folder
-from nulledit.models.experts import is_experts
+
+Experts = Literal["fused", "each"]
+PREFIX = "base_model.model."
+"""Of every name in an adapter."""
 
 
 def write_lora(
@@ -42,6 +47,7 @@ def write_lora(
     rank: int | None = None,
     dtype: str = "float32",
     text: str | Path | None = None,
+    experts: Experts | None = None,
     run: str = "RUN",
     summary: Any = None,
     progress: Progress | None = None,
@@ -51,8 +57,11 @@ def write_lora(
     Its one rank is the least of `SERVED` that holds every layer's; beyond `rank`, or the largest of
     those, the updates are cut. Where the stored factors miss more than float32's rounding, the
     edited facts are asked again. `dtype`: float32, float64, bfloat16 or float16. `run` and
-    `summary` are as for a checkpoint. LedgerError if nothing is edited or `folder` is taken,
-    ConfigError for a mixture of experts.
+    `summary` are as for a checkpoint. LedgerError if nothing is edited or `folder` is taken.
+
+    Experts of a mixture have factors each. `experts`: "fused" for all in one parameter, which PEFT
+    loads (the default), or "each" for a pair by each expert's name, which servers load. ConfigError
+    where a model has none, or where its files have no such names.
 
     An adapter can't add units, so neurons of gated edits stand in the place of the least used ones
     of their block, as `text` (None: the one that comes with nulledit) shows, and it is measured
@@ -63,19 +72,30 @@ def write_lora(
     layers, same_shape, cost = adapter_factors(
         editor, dtype_of(dtype, DTYPES), rank=rank, text=text, progress=progress
     )
+    if experts and not any(stored.left.ndim == 3 for stored in layers):
+        raise ConfigError("experts is for mixtures of experts; this run edits none")
     common = served_rank(max(1, *(s.report.rank for s in layers)))
-    tensors = adapter_tensors(layers, common)
+    apart = editor.model if experts == "each" else None
+    tensors = adapter_tensors(layers, common, apart)
     reports = tuple(
-        replace(s.report, bytes=sum(t.nbytes for n, t in tensors.items() if _is_of(n, s.module)))
+        replace(s.report, bytes=sum(t.nbytes for n, t in tensors.items() if _is_of(n, s)))
         for s in layers
     )
     with replacing_folder(folder) as partial:
-        config = adapter_config(editor.history.base.model, layers, common)
+        config = adapter_config(editor.history.base.model, layers, common, apart)
         write_json(partial / "adapter_config.json", config)
         save_file(tensors, partial / "adapter_model.safetensors", {"format": "pt"})
         write_origin(editor, partial, "lora")
         written = Export(
-            "lora", folder, reports, dtype, 0, rank=common, cost=cost, same_shape=same_shape
+            "lora",
+            folder,
+            reports,
+            dtype,
+            0,
+            rank=common,
+            cost=cost,
+            same_shape=same_shape,
+            for_servers=apart is not None,
         )
         write_card(partial, editor, written, run=run, summary=summary)
         size = sum(file.stat().st_size for file in partial.iterdir())
@@ -92,7 +112,7 @@ def adapter_factors(
 ) -> tuple[list[StoredLayer], SameShape | None, FactsCost | None]:
     """The factors of an adapter in `dtype`, whatever its format, and what they cost.
 
-    As `write_lora` says. ConfigError for a mixture of experts.
+    As `write_lora` says.
     """
     if editor.weights.grown:
         if rank is not None:
@@ -107,23 +127,36 @@ def adapter_factors(
     return layers, None, cost
 
 
-def adapter_tensors(layers: Sequence[StoredLayer], rank: int) -> dict[str, Tensor]:
-    """What the file of an adapter of `rank` holds, by the names that PEFT gives it."""
+def adapter_tensors(
+    layers: Sequence[StoredLayer], rank: int, apart: PreTrainedModel | None = None
+) -> dict[str, Tensor]:
+    """What the file of an adapter of `rank` holds, by the names that PEFT gives it.
+
+    `apart`: the model whose files have the names that experts get; None: all in one parameter.
+    """
     tensors: dict[str, Tensor] = {}
     for stored in layers:
         left, right = padded(stored.left, stored.right, rank)
-        prefix = f"base_model.model.{stored.module}"
-        tensors[f"{prefix}.lora_A.weight"] = right.contiguous()
-        tensors[f"{prefix}.lora_B.weight"] = left.contiguous()
-        if _biased(layers):
-            bias = left.new_zeros(len(left)) if stored.bias is None else stored.bias
-            tensors[f"{prefix}.lora_B.bias"] = bias
+        if stored.left.ndim == 3:
+            laid = by_name(apart, stored, left, right) if apart else in_one(stored, left, right)
+        else:
+            laid = {
+                f"{stored.module}.lora_A.weight": right.contiguous(),
+                f"{stored.module}.lora_B.weight": left.contiguous(),
+            }
+            if _biased(layers):
+                bias = left.new_zeros(len(left)) if stored.bias is None else stored.bias
+                laid[f"{stored.module}.lora_B.bias"] = bias
+        tensors |= {f"{PREFIX}{name}": tensor for name, tensor in laid.items()}
     return tensors
 
 
-def _is_of(name: str, module: str) -> bool:
-    """Whether the tensor `name` of an adapter is of `module`."""
-    return name.startswith(f"base_model.model.{module}.lora_")
+def _is_of(name: str, stored: StoredLayer) -> bool:
+    """Whether the tensor `name` of an adapter is of the matrix of `stored`."""
+    fused = stored.left.ndim == 3
+    return name.startswith(
+        f"{PREFIX}{stored.module.rpartition('.')[0] if fused else stored.module}."
+    )
 
 
 def _of_updates(
@@ -133,18 +166,13 @@ def _of_updates(
     dtype: torch.dtype,
     progress: Progress | None,
 ) -> list[StoredLayer]:
-    """Factors of updates of W, cut to what servers accept."""
+    """Factors of updates of W, experts' apart, cut to what servers accept."""
     if text is not None:
         raise ConfigError("text is for gated edits, whose units it chooses; this run has none")
     if rank is not None and not 1 <= rank <= SERVED[-1]:
         raise ConfigError(f"rank is {rank}; expected 1 to {SERVED[-1]}, what servers accept")
-    fused = [i for i in editor.weights.layers if is_experts(editor.editable.matrix(i))]
-    if fused:
-        raise ConfigError(
-            f"layers {fused} hold their experts in one parameter, for which an adapter has no "
-            "place; export a delta or a checkpoint"
-        )
-    return stored_layers(editor, rank=rank or SERVED[-1], dtype=dtype, progress=progress)
+    most = rank or SERVED[-1]
+    return stored_layers(editor, rank=most, dtype=dtype, apart=True, progress=progress)
 
 
 def _of_neurons(
@@ -162,12 +190,20 @@ def _biased(layers: Sequence[StoredLayer]) -> bool:
     return any(stored.bias is not None for stored in layers)
 
 
-def adapter_config(base: str, layers: Sequence[StoredLayer], rank: int) -> dict[str, Any]:
+def adapter_config(
+    base: str, layers: Sequence[StoredLayer], rank: int, apart: PreTrainedModel | None = None
+) -> dict[str, Any]:
     """The fields that PEFT reads; those left out have its defaults, which change nothing.
 
     Modules by their full names, so that the others' layers stay bare. A list and not a pattern:
-    servers take the last part of each name and refuse patterns.
+    servers take the last part of each name and refuse patterns. `apart` is as for the tensors.
     """
+    modules = [stored.module for stored in layers if stored.left.ndim == 2]
+    fused = [stored.module for stored in layers if stored.left.ndim == 3]
+    if apart:
+        names = adapter_tensors([s for s in layers if s.left.ndim == 3], rank, apart)
+        modules += sorted({name.rsplit(".", 3)[1] for name in names})
+        fused = []
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -177,7 +213,8 @@ def adapter_config(base: str, layers: Sequence[StoredLayer], rank: int) -> dict[
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": layers[0].transposed,
-        "target_modules": [stored.module for stored in layers],
+        "target_modules": modules,
+        **({"target_parameters": fused} if fused else {}),
         "modules_to_save": None,
         "use_rslora": False,
         "use_dora": False,

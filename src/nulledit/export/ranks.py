@@ -15,8 +15,8 @@ def served_rank(rank: int) -> int:
 
 
 def padded(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """B [d_out, r] and A [r, d_in] with zeros behind, to `rank` dimensions."""
-    more = rank - left.shape[1]
+    """B [..., d_out, r] and A [..., r, d_in] with zeros after them, to `rank` dimensions."""
+    more = rank - left.shape[-1]
     return (
         torch.nn.functional.pad(left, (0, more)),
         torch.nn.functional.pad(right, (0, 0, 0, more)),

@@ -21,8 +21,15 @@ from nulledit.editing.engine import EditEngine
 from nulledit.errors import ConfigError, LedgerError
 from nulledit.evaluation.queries import queries_of
 from nulledit.evaluation.scores import score
-from nulledit.export.factors import factorise, ordered_sum, relative_error
+from nulledit.export.factors import (
+    applied,
+    factorise,
+    factorise_each,
+    ordered_sum,
+    relative_error,
+)
 from nulledit.export.same_shape import SameShape
+from nulledit.models.experts import count_and_width, is_experts
 from nulledit.models.layouts import as_out_in, write_weight
 
 ORIGIN_FILE = "nulledit-export.json"
@@ -102,6 +109,8 @@ class Export:
     """Weights that base + delta has otherwise than the run's model; None for other kinds."""
     same_shape: SameShape | None = None
     """Which units gated edits stand in the place of, and what that costs; None where none do."""
+    for_servers: bool = False
+    """Whether experts have a name each in it, as servers read them and PEFT does not."""
 
     def __repr__(self) -> str:
         layers = ", ".join(str(layer.layer) for layer in self.layers)
@@ -123,9 +132,9 @@ class StoredLayer:
     transposed: bool
     """Whether the module stores [d_in, d_out], as GPT-2's Conv1D does."""
     left: Tensor
-    """B [d_out, r]."""
+    """B [d_out, r]; of experts that are apart [E, d_out, r]."""
     right: Tensor
-    """A [r, d_in]."""
+    """A [r, d_in]; of experts that are apart [E, r, d_in]."""
     report: LayerExport
     """What they miss."""
     bias: Tensor | None = None
@@ -165,18 +174,24 @@ def check_shard_size(size: str | int) -> None:
 
 
 def stored_layers(
-    editor: EditEngine, *, rank: int | None, dtype: torch.dtype, progress: Progress | None = None
+    editor: EditEngine,
+    *,
+    rank: int | None,
+    dtype: torch.dtype,
+    apart: bool = False,
+    progress: Progress | None = None,
 ) -> list[StoredLayer]:
     """Factors of every matrix that the run changed, rounded to `dtype`.
 
     Updates by closed-form methods are kept whole unless `rank` is smaller; full-rank ones are cut
-    to `rank`, or `MOST_RANK`. LedgerError if nothing is edited.
+    to `rank`, or `MOST_RANK`. `apart`: each expert of a mixture has factors of its own, else all of
+    a layer have theirs together. LedgerError if nothing is edited.
     """
     found = []
     for number, layer in enumerate(editor.weights.layers):
         if progress:
             progress("factors", number, len(editor.weights.layers))
-        stored = _stored(editor, layer, rank, dtype)
+        stored = _stored(editor, layer, rank, dtype, apart)
         if stored.report.update_share:
             found.append(stored)
     if not found:
@@ -278,7 +293,7 @@ def layer_report(
         layer=layer,
         parameter=editor.editable.parameter_name(layer),
         shape=(base.shape[0], base.shape[1]),
-        rank=left.shape[1],
+        rank=left.shape[-1],
         of=of,
         error=relative_error(update, left, right),
         key_error=_key_error(editor, layer, update, left, right),
@@ -288,16 +303,28 @@ def layer_report(
     )
 
 
-def _stored(editor: EditEngine, layer: int, rank: int | None, dtype: torch.dtype) -> StoredLayer:
+def _stored(
+    editor: EditEngine, layer: int, rank: int | None, dtype: torch.dtype, apart: bool
+) -> StoredLayer:
     update, base = update_of(editor, layer)
-    columns = len(editor.history.active)
+    module = editor.editable.matrix(layer)
+    options: dict[str, Any] = {
+        "columns": len(editor.history.active),
+        "most": rank,
+        "full_rank": MOST_RANK,
+    }
     # W₀ + Δ was rounded to float64 before W₀ was taken off again: that much of Δ is no edit.
-    noise = torch.finfo(base.dtype).eps * float(torch.linalg.matrix_norm(base))
-    factors = factorise(update, columns=columns, most=rank, full_rank=MOST_RANK, noise=noise)
+    rounding = torch.finfo(base.dtype).eps
+    if apart and is_experts(module):
+        count, _ = count_and_width(module)
+        norms = torch.stack([part.norm() for part in base.chunk(count, dim=1)])
+        factors = factorise_each(update, count, noise=rounding * norms, **options)
+    else:
+        noise = rounding * float(torch.linalg.matrix_norm(base))
+        factors = factorise(update, noise=noise, **options)
     left, right = factors.left.to(dtype), factors.right.to(dtype)
     if not (left.isfinite().all() and right.isfinite().all()):
         raise ConfigError(f"layer {layer}: {dtype} can't hold the factors; use another dtype")
-    module = editor.editable.matrix(layer)
     return StoredLayer(
         layer=layer,
         module=editor.editable.parameter_name(layer).removesuffix(".weight"),
@@ -314,6 +341,6 @@ def _key_error(
     """‖(Δ − BA)K‖/‖ΔK‖ over the active columns that have a key in `layer`."""
     keys = editor.weights.recorded(editor.history.active, layer)[0].to(update)  # [d_in, n]
     written = update @ keys
-    missing = written - left.to(update) @ (right.to(update) @ keys)
+    missing = written - applied(left.to(update), right.to(update), keys)
     total = float(written.norm())
     return float(missing.norm()) / total if total else 0.0

@@ -48,7 +48,7 @@ EXPORTS: dict[str, ExportKind] = {
     ),
     "lora": ExportKind(
         "nulledit.export.lora:write_lora",
-        ("rank", "dtype", "text"),
+        ("rank", "dtype", "text", "experts"),
         "Adapter of rank {rank} in {dtype}",
         (
             "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules edits={folder}",
