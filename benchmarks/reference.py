@@ -261,6 +261,7 @@ def compute_z(
     wordings: Sequence[str] = (),
     relations: Sequence[str] = (),
     relation_weight: float = 0.0,
+    read_at: Callable[[int], Sequence[int]] | None = None,
 ) -> Value:
     """The hidden state after block `layer` at the subject's last token that makes `fact` true.
 
@@ -271,7 +272,8 @@ def compute_z(
     `kl_prompt` + decay·‖δ‖/‖h0‖²; ‖δ‖ stays below clamp·‖h0‖. h0 is read in the bare context.
 
     `wordings`: further prompts of the fact. `relations`: prompts at whose ends a mean KL(new ‖
-    initial) of the next token is added, times `relation_weight`.
+    initial) of the next token is added, times `relation_weight`. `read_at`: of contexts and
+    wordings those that a step's loss is of, by number; None: all.
     """
     target = tokenizer(" " + fact.target.strip(), add_special_tokens=False)["input_ids"]
     told = tokenizer.decode(target[:-1])  # the prompts contain the target but for its last token
@@ -299,8 +301,8 @@ def compute_z(
         for step in range(steps):
             logits = model(input_ids=ids, attention_mask=unpadded(mask), use_cache=False).logits
             log_probs = logits.log_softmax(-1)  # [prompts, T, vocabulary]
-            nll = 0
-            for row in range(len(rewriting)):
+            nll, rows = 0, range(len(rewriting)) if read_at is None else read_at(step)
+            for row in rows:
                 end = int(mask[row].sum())  # the last len(target) positions predict the target
                 predicted = log_probs[row, end - len(target) : end]
                 nll = nll - predicted[range(len(target)), target].sum() / len(target)
@@ -308,7 +310,7 @@ def compute_z(
             initial_log_probs = new_log_probs.detach() if step == 0 else initial_log_probs
             kl = F.kl_div(initial_log_probs, new_log_probs, log_target=True, reduction="batchmean")
             penalty = decay * delta.norm() / state.norm() ** 2
-            loss = nll / len(rewriting) + kl_weight * kl + penalty
+            loss = nll / len(rows) + kl_weight * kl + penalty
             if relations:
                 told = log_probs[len(rewriting) + torch.arange(len(ends)), ends]
                 initial_told = told.detach() if step == 0 else initial_told

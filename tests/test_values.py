@@ -5,14 +5,16 @@ import dataclasses
 import pytest
 import reference
 import torch
+from support.models import FAMILIES
 from support.values import CONTEXTS, SETTINGS, distance, ours, walk
 
 from nulledit import Editor, Fact
 from nulledit.config import Recipe
 from nulledit.editing.contexts import reworded
-from nulledit.editing.values import plan_rows
+from nulledit.editing.values import measure_values, plan_rows
 from nulledit.ledger.tensors import read_spectrum
-from nulledit.models.layouts import as_out_in
+from nulledit.models.editable_model import EditableModel
+from nulledit.models.layouts import as_out_in, frozen
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import RowEncoder
 
@@ -287,6 +289,73 @@ def test_the_best_step_counts_where_the_steps_run_out(tiny_model, tokenizer):
         assert distance(value.z, best.z) < 1e-9
         swings.append(course[-1].outcome.loss > best.outcome.loss)
     assert any(swings)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_that_read_some_contexts_equal_the_reference(family, tiny_model, tokenizer, facts):
+    """The bare prompt and each context in turn; the last step reads all."""
+    model = tiny_model(family)
+    settings = dataclasses.replace(SETTINGS, contexts_per_step=1)
+
+    def read_at(step):
+        return (0, 1, 2) if step == settings.steps - 1 else (0, 1 + step % 2)
+
+    for fact, value in zip(facts, ours(model, tokenizer, facts, settings=settings), strict=True):
+        expected = theirs(model, tokenizer, fact, settings=settings, read_at=read_at)
+        assert distance(value.z, expected.z) < 1e-5
+        assert value.outcome.loss == pytest.approx(expected.losses[-1], rel=1e-4)
+    (alone,) = ours(model, tokenizer, facts[:1], settings=settings)
+    together = ours(model, tokenizer, facts, settings=settings)[0]
+    assert distance(alone.z, together.z) < 1e-6
+
+
+def test_a_value_leaves_only_after_a_step_that_read_all_rows(tiny_model, tokenizer, facts):
+    """Its loss over all of them is below the bound; the step that reads them moves nothing."""
+    model = tiny_model("llama")
+    reached = max(value.outcome.loss for value in ours(model, tokenizer, facts))
+    settings = dataclasses.replace(
+        SETTINGS, steps=40, stop_loss=reached, stop_margin=None, contexts_per_step=1
+    )
+    values = ours(model, tokenizer, facts, settings=settings)
+    with frozen(model):
+        again = measure_values(
+            EditableModel(model, tokenizer),
+            facts,
+            values,
+            layer=2,
+            contexts=CONTEXTS,
+            settings=settings,
+            positions=400,
+        )
+    for value, whole in zip(values, again, strict=True):
+        assert value.outcome.ended == "done"
+        assert value.outcome.steps < settings.steps - 2
+        assert value.outcome.loss == pytest.approx(whole.outcome.loss, rel=1e-4)
+        assert value.outcome.loss < reached
+    assert any(value.outcome.steps for value in values)
+
+
+def test_as_many_contexts_as_there_are_change_nothing(tiny_model, tokenizer, facts):
+    """But for the step that checks."""
+    model = tiny_model("llama")
+    reached = max(value.outcome.loss for value in ours(model, tokenizer, facts))
+    usual = dataclasses.replace(SETTINGS, steps=40, stop_loss=reached, stop_margin=None)
+    every = dataclasses.replace(usual, contexts_per_step=2)
+    pairs = (ours(model, tokenizer, facts, settings=s) for s in (usual, every))
+    for one, other in zip(*pairs, strict=True):
+        assert one.outcome.ended == other.outcome.ended == "done"
+        assert one.outcome.steps == other.outcome.steps
+        assert distance(one.z, other.z) < 1e-6
+
+
+def test_a_fact_to_forget_is_unlearned_some_contexts_at_a_time(tiny_model, tokenizer):
+    model = tiny_model("llama")
+    gone = Fact("Ada Byron", "The mother tongue of {} is", "Velmish", id="gone", forget=True)
+    settings = dataclasses.replace(SETTINGS, steps=60, clamp=8.0, contexts_per_step=1)
+    usual = dataclasses.replace(settings, contexts_per_step=0)
+    (whole,), (turns,) = (ours(model, tokenizer, [gone], settings=s) for s in (usual, settings))
+    assert whole.outcome.ended == turns.outcome.ended
+    assert turns.outcome.loss == pytest.approx(whole.outcome.loss, abs=0.3)
 
 
 def test_delta_stays_in_the_clamp(tiny_model, tokenizer, facts):

@@ -93,6 +93,9 @@ class ValueSettings:
     included, before a fact is done. A mean alone may be small while the one token that decides is
     still wrong. Where the steps run out first, the best step counts rather than the last. null: the
     mean loss alone decides, and the last step counts (published)."""
+    contexts_per_step: Whole = 0
+    """So many prefix contexts (and rewordings) a step reads beside the bare prompts, in turn; 0:
+    all (published). Before a fact leaves, a step reads all of its rows, so it holds in as many."""
     patience: Whole = 0
     """A fact leaves when this many steps took less than 1 % off its loss; 0: never (published)."""
     kl_prompt: OneSlot = "{} is a"

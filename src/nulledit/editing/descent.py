@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nulledit.config import ValueSettings
 from nulledit.editing.kept_rows import KeptRows
-from nulledit.editing.reads import Losses, Reads
+from nulledit.editing.reads import Losses, Reads, rows_in_turn
 from nulledit.errors import ModelError
 from nulledit.ledger.records import ValueOutcome
 
@@ -78,6 +78,9 @@ class _Group:
     ended: str = "steps"
     """As `Value.ended` says it; steps: not yet."""
     best: _Best | None = None
+    """Of the steps that read all of its rows."""
+    to_check: bool = False
+    """Whether it would end by the rows that were read: the next step reads all, at the same δ."""
 
 
 class Descent:
@@ -103,23 +106,29 @@ class Descent:
 
     def run(self) -> list[Value]:
         """Descend until each group is done; the values of the facts in order."""
-        steps = self.settings.steps
+        steps, contexts = self.settings.steps, self.settings.contexts_per_step
         active = list(range(len(self.groups)))
         reads = Reads(self.kept, active)
         before: dict[int, Tensor] = {}
         for step in range(steps):
+            whole = {g for g in active if not contexts or self.groups[g].to_check}
+            if step == steps - 1:
+                whole = set(active)
+            if contexts:
+                reads = Reads(self.kept, active, rows_in_turn(self.kept, whole, contexts, step))
             found = reads.losses([group.delta for group in self.groups], before)
             each = held_loss(found, self.settings)
             decay = {g: self._decay(self.groups[g]) for g in active}
             self._note(reads.facts, found, each, decay, step)
-            self._judge(reads.facts, found, active)
+            self._judge(reads.facts, found, active, whole)
             staying = [g for g in active if self.groups[g].ended == "steps"]
             if not staying or step == steps - 1:
                 break
-            self._update(reads.facts, each, decay, staying)
+            if moving := [g for g in staying if not self.groups[g].to_check]:
+                self._update(reads.facts, each, decay, moving)
             if staying != active:
                 active = staying
-                reads = Reads(self.kept, active)
+                reads = reads if contexts else Reads(self.kept, active)
         if self.settings.stop_margin is not None:
             self._return_to_best()
         return [self._value(f) for f in range(len(self.kept.group_of))]
@@ -159,16 +168,29 @@ class Descent:
             bare = found.bare_lead.tolist()
             self.known = {f: lead > 0 for f, lead in zip(facts, bare, strict=True)}
 
-    def _judge(self, facts: Sequence[int], found: Losses, active: Sequence[int]) -> None:
-        """Whether each of the `active` groups ends here, and whether this is its best step."""
+    def _judge(
+        self,
+        facts: Sequence[int],
+        found: Losses,
+        active: Sequence[int],
+        whole: Collection[int],
+    ) -> None:
+        """Whether each of the `active` groups ends here, and whether this is its best step.
+
+        Those that are not `whole` had some of their rows read, and are to be checked first.
+        """
         in_context = dict(zip(facts, found.context_lead.tolist(), strict=True))
-        for group in (self.groups[g] for g in active):
+        for number, group in ((g, self.groups[g]) for g in active):
             outcomes = {f: self.outcomes[f] for f in group.facts}
             worst = max(outcome.loss for outcome in outcomes.values())
             says = all(self._says(f, outcome.lead) for f, outcome in outcomes.items())
             group.losses.append(worst)
             group.likeliest += all(in_context[f] > 0 for f in group.facts)
-            group.ended = self._end(group, says=says) or "steps"
+            ended = self._end(group, says=says)
+            group.to_check = bool(ended) and number not in whole
+            if number not in whole:
+                continue
+            group.ended = ended or "steps"
             if group.best is None or (says, -worst) > group.best.score:
                 delta = group.delta.detach().clone()
                 group.best = _Best((says, -worst), delta, outcomes, group.clamped)

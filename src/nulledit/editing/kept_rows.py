@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 
 import torch
 
@@ -39,6 +40,18 @@ class Job:
     """Other relations of its subject, without a target, whose next token is held."""
 
     @property
+    def turns(self) -> list[int]:
+        """Of `all_rows`: number among those in a context or reworded; -1 for others."""
+        found = count()
+        own = [-1 if label == 0 else next(found) for label in self.labels]
+        return own + [-1] * (len(self.all_rows) - len(own))
+
+    def read_by_step(self, contexts: int) -> int:
+        """How many of `all_rows` a step reads that reads so many `contexts`; 0: all."""
+        in_turn = len(self.all_rows) - self.turns.count(-1)
+        return len(self.all_rows) - max(0, in_turn - contexts if contexts else 0)
+
+    @property
     def all_rows(self) -> tuple[Row, ...]:
         """All that are run, in their order."""
         drift = () if self.drift_row is None else (self.drift_row,)
@@ -57,6 +70,7 @@ class KeptRows:
         self.rows: list[Row] = []
         self.labels: list[int] = []  # row -> its context
         self.owner: list[int] = []  # row -> fact
+        self.turns: list[int] = []  # row -> its place among its fact's rows in contexts; -1: none
         self.bare: list[int] = []  # fact -> row
         self.drift: list[int] = []  # fact -> row
         self.relations: list[range] = []  # fact -> rows
@@ -81,6 +95,7 @@ class KeptRows:
         self.rows += job.all_rows
         self.labels += job.labels
         self.labels += [-1] * (len(self.rows) - len(self.labels))
+        self.turns += job.turns
         first = len(self.rows) - len(job.relations)
         self.drift.append(self.bare[fact] if job.drift_row is None else first - 1)
         self.relations.append(range(first, len(self.rows)))

@@ -1,12 +1,14 @@
 """Where the loss of values reads logits, and what it reads there.
 
-Logits are computed only at these places; no weight has a gradient.
+Logits are computed only at these places; no weight has a gradient. A step may read some of a fact's
+rows only, in turn.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,19 +31,34 @@ class Losses(NamedTuple):
     nll: Tensor  # of the target, or what `unlearned` says
     drift: Tensor  # KL of what the subject's own token predicts
     relations: Tensor  # mean KL of what comes after its other relations
-    lead: Tensor  # over all rows
+    lead: Tensor  # over all rows that are read
     bare_lead: Tensor  # at the bare prompt
     context_lead: Tensor  # in the prefix contexts; at all rows where there is none
 
 
-class Reads:
-    """The rows of the groups still at work, and where the loss reads logits in them."""
+def rows_in_turn(kept: KeptRows, whole: Collection[int], contexts: int, step: int) -> list[int]:
+    """The rows that `step` reads: all of groups in `whole`, of others so many `contexts`.
 
-    def __init__(self, kept: KeptRows, active: Sequence[int]):
-        """`active`: numbers of the groups."""
+    Step after step it is each row's turn.
+    """
+    each = Counter(f for f, turn in zip(kept.owner, kept.turns, strict=True) if turn >= 0)
+    found = []
+    for row, (fact, turn) in enumerate(zip(kept.owner, kept.turns, strict=True)):
+        all_of_it = kept.group_of[fact] in whole or turn < 0
+        if all_of_it or (turn - step * contexts) % each[fact] < contexts:
+            found.append(row)
+    return found
+
+
+class Reads:
+    """Rows of the groups still at work, and where the loss reads logits in them."""
+
+    def __init__(self, kept: KeptRows, active: Collection[int], rows: Collection[int] = ()):
+        """`active`: numbers of the groups; `rows`: those to read, by default all."""
         self.kept = kept
         self.facts = [f for f, g in enumerate(kept.group_of) if g in active]
-        self.rows = [r for r, f in enumerate(kept.owner) if kept.group_of[f] in active]
+        chosen = rows or range(len(kept.rows))
+        self.rows = [r for r in chosen if kept.group_of[kept.owner[r]] in active]
         self._choose_rows()
         self._choose_places()
 
@@ -82,7 +99,9 @@ class Reads:
         taught: list[int] = []  # places in `target` that are taught otherwise
         banned: list[int] = []
         for i, f in enumerate(self.facts):
-            for k, row in enumerate(kept.jobs[f].rows):
+            read = [k for k in range(len(kept.jobs[f].rows)) if kept.bare[f] + k in place]
+            for k in read:
+                row = kept.jobs[f].rows[k]
                 r, n = kept.bare[f] + k, len(row.target_ids)
                 if kept.jobs[f].lessons:
                     taught += range(len(target), len(target) + n)
@@ -92,7 +111,7 @@ class Reads:
                 at_position += range(begin, begin + n)
                 target += row.target_ids
                 fact += [i] * n
-                weight += [1 / (n * len(kept.jobs[f].rows))] * n
+                weight += [1 / (n * len(read))] * n
         self.n_nll = len(target)
         self._choose_leads(at_row, fact)
         self.teacher = [told for r, told in kept.taught.items() if r in place]

@@ -77,6 +77,7 @@ def optimise_values(
         lambda kept, _members: Descent(kept, settings).run(),
         layer=layer,
         positions=positions,
+        contexts=settings.contexts_per_step,
         done=done,
     )
 
@@ -146,13 +147,18 @@ def _by_chunks(
     *,
     layer: int,
     positions: int,
+    contexts: int = 0,
     done: Callable[[Mapping[int, Value]], None] = lambda found: None,
 ) -> list[Value]:
-    """What `work` gives for each chunk of `jobs` and their places, in the order of `jobs`."""
+    """What `work` gives for each chunk of `jobs` and their places, in the order of `jobs`.
+
+    `contexts`: how many a step reads at a time, 0: all.
+    """
     values: dict[int, Value] = {}
     waiting = list(range(len(jobs)))
     while waiting:
-        members = _next_chunk(jobs, waiting, positions, whole=not model.columns)
+        whole = not model.columns
+        members = _next_chunk(jobs, waiting, positions, contexts=contexts, whole=whole)
         found = _run_chunk(model, jobs, members, work, layer)
         if found is None:
             if len({jobs[i].group for i in members}) == 1:
@@ -181,11 +187,11 @@ def _run_chunk(
 
 
 def _next_chunk(
-    jobs: Sequence[Job], waiting: Sequence[int], positions: int, *, whole: bool
+    jobs: Sequence[Job], waiting: Sequence[int], positions: int, *, contexts: int, whole: bool
 ) -> list[int]:
-    """The shortest of `waiting`, groups kept whole, that fit `positions` token positions.
+    """The shortest of `waiting`, groups kept whole, that fit `positions` token positions a step.
 
-    `whole`: rows run from their start, not from the subject's last token.
+    `contexts` as above; `whole`: rows run from their start, not from the subject's last token.
     """
     groups: dict[int, list[int]] = {}
     for i in waiting:
@@ -199,7 +205,7 @@ def _next_chunk(
     for group in sorted(groups.values(), key=length):
         together = chunk + group
         longest = length(together)
-        rows = sum(len(jobs[i].rows) + 1 + len(jobs[i].relations) for i in together)
+        rows = sum(jobs[i].read_by_step(contexts) for i in together)
         if chunk and rows * longest > positions:
             break
         chunk = together
