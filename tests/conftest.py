@@ -11,6 +11,7 @@ from support import world
 from support.models import (
     ARCHITECTURES,
     FAMILIES,
+    KINDS,
     RECIPE,
     build_model,
     small_tokenizer,
@@ -33,7 +34,12 @@ def pytest_addoption(parser):
     parser.addoption("--write-contract", action="store_true", help="write tests/contract.json")
 
 
+@pytest.hookimpl(tryfirst=True)  # before slow ones are left out
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        few = item.get_closest_marker("few")
+        if few and item.callspec.params["architecture"] not in (few.args or KINDS):
+            item.add_marker(pytest.mark.slow)
     if config.getoption("--worlds"):
         kept = [item for item in items if "worlds" in getattr(item, "fixturenames", ())]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])

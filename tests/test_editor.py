@@ -123,6 +123,7 @@ def test_undo_of_what_is_not_there_is_refused(make_editor, facts):
     assert same(before, weights(editor)), "editing again after an undo starts from the base"
 
 
+@pytest.mark.few
 def test_batches_before_and_after_saving_and_loading(architecture, make_editor, facts, tmp_path):
     straight = make_editor(architecture, torch.float32)
     straight.edit(facts[:2])

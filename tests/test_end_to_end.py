@@ -94,6 +94,7 @@ def edited(architecture, make_editor, followed):
     return editor, facts
 
 
+@pytest.mark.few("llama", "gpt2")
 @pytest.mark.parametrize("architecture", WORLDS)
 def test_new_facts_hold_and_the_others_stay(architecture, make_editor, followed):
     """What a value reaches holds. A world this small may keep one answer from every value: which
@@ -114,6 +115,7 @@ def test_new_facts_hold_and_the_others_stay(architecture, make_editor, followed)
     assert everything(editor) == 1.0
 
 
+@pytest.mark.slow
 def test_the_other_wording_follows(make_editor, followed):
     """As a rule: three of four over all worlds, since it hangs on what each has learned."""
     for architecture in WORLDS:

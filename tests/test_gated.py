@@ -49,6 +49,7 @@ def test_every_architecture_is_edited_and_undone_to_the_bit(architecture, tokeni
     assert same_bits(bits(model), before)
 
 
+@pytest.mark.few
 def test_a_run_is_saved_loaded_and_gone_on_with(architecture, tokenizer, facts, tmp_path):
     if architecture in EXPERTS:
         return

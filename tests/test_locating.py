@@ -46,12 +46,14 @@ def check(model, q, settings):
     return found
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("window", [1, 2, 3, 10])
 def test_effects_equal_one_whole_run_a_restoration(architecture, window, tokenizer):
     model = EditableModel(build_model(architecture), tokenizer)
     check(model, question(), TraceSettings(draws=2, window=window))
 
 
+@pytest.mark.few
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (0, 2), (5, 5)])
 def test_wherever_the_subject_stands(architecture, first, last, tokenizer):
     model = EditableModel(build_model(architecture), tokenizer)

@@ -31,6 +31,7 @@ def theirs(model, tokenizer, fact, *, settings=SETTINGS, layer=2, **more):
     )
 
 
+@pytest.mark.few
 def test_values_that_hold_other_wordings_and_relations_equal_the_reference(
     architecture, tiny_model, tokenizer, facts
 ):
@@ -230,6 +231,7 @@ WORDY = (
 )
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("margin", [0.0, 1.0])
 def test_a_value_is_done_when_every_token_leads_in_every_row(
     architecture, tiny_model, tokenizer, margin
@@ -431,6 +433,7 @@ def test_keys_equal_the_reference(architecture, tiny_model, tokenizer, facts):
         assert distance(ours_now.hidden(2).mT, hidden.double()) < 1e-6
 
 
+@pytest.mark.few
 def test_batches_equal_the_reference_with_its_history(
     architecture, tiny_model, tokenizer, facts, recipe, make_statistics
 ):

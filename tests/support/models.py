@@ -47,6 +47,10 @@ ARCHITECTURES = (*PLAIN, *SCALED, *NORMED)
 """Those that the matrix of checks runs on: tests with an `architecture`."""
 
 
+KINDS = (*FAMILIES, "granite", "gemma2", "mixtral")
+"""One of each kind: parallel and plain MLPs, scaled and normed outputs, experts."""
+
+
 WIDE = (
     *("deepseek_v2", "deepseek_v3", "falcon_h1", "gemma", "glm4", "glm4_moe", "glm4_moe_lite"),
     *("gpt_oss", "lfm2", "llama4_text", "minimax", "minimax_m2", "ministral", "ministral3"),
