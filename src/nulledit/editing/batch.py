@@ -29,8 +29,8 @@ from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import differentiating
 from nulledit.parallel.ranks import Ranks
 
-CPU_POSITIONS = 200  # small chunks stay in a processor's cache
-ACCELERATOR_POSITIONS = 16384
+CPU_POSITIONS = 400  # more don't stay in a processor's cache, fewer read all weights for little
+ACCELERATOR_POSITIONS = 4096
 
 KnownValues = Callable[[int], list[Value]]
 """Values that are known, one per request, by the layer that they are for."""

@@ -1,4 +1,8 @@
-"""The values of facts that run together: one δ per group by Adam, until each group is done."""
+"""The values of facts whose rows are kept together: one δ per group by Adam, until each is done.
+
+As many groups as a step has room for are at work. One that is done leaves, and the next one begins,
+so that a step is never spent on the slowest alone.
+"""
 
 from __future__ import annotations
 
@@ -79,16 +83,18 @@ class _Group:
     """As `Value.ended` says it; steps: not yet."""
     best: _Best | None = None
     """Of the steps that read all of its rows."""
+    steps: int = 0
+    """Forward passes that it has been in."""
     to_check: bool = False
     """Whether it would end by the rows that were read: the next step reads all, at the same δ."""
 
 
 class Descent:
-    """Adam on the δ of each group; a group that is done leaves."""
+    """Adam on the δ of each group; a group that is done leaves, and another one begins."""
 
-    def __init__(self, kept: KeptRows, settings: ValueSettings):
-        """Nothing has moved yet."""
-        self.kept, self.settings = kept, settings
+    def __init__(self, kept: KeptRows, settings: ValueSettings, positions: int):
+        """Nothing has moved yet. `positions` bounds the tokens that run together."""
+        self.kept, self.settings, self.positions = kept, settings, positions
         self.hidden = kept.start[kept.bare]  # h [facts, d]
         self.groups = [
             _Group(
@@ -106,32 +112,44 @@ class Descent:
 
     def run(self) -> list[Value]:
         """Descend until each group is done; the values of the facts in order."""
-        steps, contexts = self.settings.steps, self.settings.contexts_per_step
-        active = list(range(len(self.groups)))
-        reads = Reads(self.kept, active)
-        before: dict[int, Tensor] = {}
-        for step in range(steps):
-            whole = {g for g in active if not contexts or self.groups[g].to_check}
-            if step == steps - 1:
-                whole = set(active)
-            if contexts:
-                reads = Reads(self.kept, active, rows_in_turn(self.kept, whole, contexts, step))
+        waiting, before = list(range(len(self.groups))), dict[int, Tensor]()
+        active: list[int] = []
+        reads: Reads | None = None
+        while waiting or active:
+            while waiting and self._fits([*active, waiting[0]]):
+                active.append(waiting.pop(0))
+            whole = {g for g in active if self._reads_all(self.groups[g])}
+            turns = {g: self.groups[g].steps for g in active if g not in whole}
+            rows = rows_in_turn(self.kept, active, turns, self.settings.contexts_per_step)
+            if reads is None or rows != reads.rows:
+                reads = Reads(self.kept, active, rows)
             found = reads.losses([group.delta for group in self.groups], before)
             each = held_loss(found, self.settings)
             decay = {g: self._decay(self.groups[g]) for g in active}
-            self._note(reads.facts, found, each, decay, step)
+            self._note(reads.facts, found, each, decay)
             self._judge(reads.facts, found, active, whole)
-            staying = [g for g in active if self.groups[g].ended == "steps"]
-            if not staying or step == steps - 1:
-                break
-            if moving := [g for g in staying if not self.groups[g].to_check]:
+            active = [g for g in active if self._goes_on(self.groups[g])]
+            if moving := [g for g in active if not self.groups[g].to_check]:
                 self._update(reads.facts, each, decay, moving)
-            if staying != active:
-                active = staying
-                reads = reads if contexts else Reads(self.kept, active)
         if self.settings.stop_margin is not None:
             self._return_to_best()
         return [self._value(f) for f in range(len(self.kept.group_of))]
+
+    def _fits(self, active: Sequence[int]) -> bool:
+        """Whether a step has room for the groups `active`; for one it always has."""
+        sizes = [self.kept.size(g, self.settings.contexts_per_step) for g in active]
+        rows, longest = sum(n for n, _ in sizes), max(length for _, length in sizes)
+        return len(active) == 1 or rows * longest <= self.positions
+
+    def _reads_all(self, group: _Group) -> bool:
+        """Whether the next step reads all rows of `group`."""
+        last = group.steps == self.settings.steps - 1
+        return last or group.to_check or not self.settings.contexts_per_step
+
+    def _goes_on(self, group: _Group) -> bool:
+        """Count a step of `group`; whether another one follows."""
+        group.steps += 1
+        return group.ended == "steps" and group.steps < self.settings.steps
 
     def _rate(self, group: _Group) -> float:
         """Adam's step size, by coordinate."""
@@ -149,7 +167,6 @@ class Descent:
         found: Losses,
         each: Tensor,
         decay: Mapping[int, Tensor],
-        step: int,
     ) -> None:
         """Keep the outcomes of `facts`, whose losses without decay are `each`.
 
@@ -159,14 +176,14 @@ class Descent:
         if not torch.isfinite(total).all():
             broken = facts[int((~torch.isfinite(total)).nonzero()[0])]
             raise ModelError(
-                f"fact {self.kept.jobs[broken].fact_id}: the loss is not finite at step {step}; "
+                f"fact {self.kept.jobs[broken].fact_id}: the loss is not finite at step "
+                f"{self.groups[self.kept.group_of[broken]].steps}; "
                 "load the model in float32 or bfloat16, or use a smaller learning rate"
             )
         seen = zip(total.tolist(), found.nll.tolist(), found.lead.tolist(), strict=True)
         self.outcomes |= {f: _Outcome(*told) for f, told in zip(facts, seen, strict=True)}
-        if step == 0:
-            bare = found.bare_lead.tolist()
-            self.known = {f: lead > 0 for f, lead in zip(facts, bare, strict=True)}
+        for fact, lead in zip(facts, found.bare_lead.tolist(), strict=True):
+            self.known.setdefault(fact, lead > 0)  # of its first step
 
     def _judge(
         self,

@@ -89,6 +89,12 @@ class KeptRows:
         if model.values_at_output:
             self.units = self.start[first].norm(dim=1) / self.norms
 
+    def size(self, group: int, contexts: int) -> tuple[int, int]:
+        """How many rows of `group` a step reads, of so many `contexts`, and the longest of them."""
+        facts = [f for f, g in enumerate(self.group_of) if g == group]
+        rows = sum(self.jobs[f].read_by_step(contexts) for f in facts)
+        return rows, max(self.lengths[r] for r, f in enumerate(self.owner) if f in facts)
+
     def _add(self, fact: int, job: Job) -> None:
         """Append the rows of `job`, which is number `fact`."""
         self.bare.append(len(self.rows))
@@ -112,6 +118,7 @@ class KeptRows:
         behind = max(len(ids) - end for ids, end in zip(inputs, ends, strict=True))
         fits = max(ends) + behind <= self.model.columns
         self.begins = ends if fits else [0] * len(ends)  # row -> its first token that is run again
+        self.lengths = [len(ids) - at for ids, at in zip(inputs, self.begins, strict=True)]
         shared = share_beginnings(
             inputs,
             self.labels,

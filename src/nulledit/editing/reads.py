@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,16 +36,20 @@ class Losses(NamedTuple):
     context_lead: Tensor  # in the prefix contexts; at all rows where there is none
 
 
-def rows_in_turn(kept: KeptRows, whole: Collection[int], contexts: int, step: int) -> list[int]:
-    """The rows that `step` reads: all of groups in `whole`, of others so many `contexts`.
+def rows_in_turn(
+    kept: KeptRows, active: Collection[int], turns: Mapping[int, int], contexts: int
+) -> list[int]:
+    """The rows of groups `active` that a step reads: of those in `turns` so many `contexts`.
 
-    Step after step it is each row's turn.
+    `turns` tells how many steps such a group has made: step after step it is each row's turn.
     """
     each = Counter(f for f, turn in zip(kept.owner, kept.turns, strict=True) if turn >= 0)
     found = []
     for row, (fact, turn) in enumerate(zip(kept.owner, kept.turns, strict=True)):
-        all_of_it = kept.group_of[fact] in whole or turn < 0
-        if all_of_it or (turn - step * contexts) % each[fact] < contexts:
+        group = kept.group_of[fact]
+        in_turn = group in turns and turn >= 0
+        shown = not in_turn or (turn - turns[group] * contexts) % each[fact] < contexts
+        if group in active and shown:
             found.append(row)
     return found
 
@@ -66,10 +70,7 @@ class Reads:
         """Of all that is kept, what belongs to the rows."""
         kept, rows, device = self.kept, self.rows, self.kept.device
         index = torch.tensor(rows, device=device)
-        longest = max(
-            len(kept.rows[r].ids) - kept.begins[r] - (len(kept.rows[r].target_ids) > 0)
-            for r in rows
-        )
+        longest = max(kept.lengths[r] for r in rows)
         everything = len(rows) == len(kept.rows)
         self.prefix: Prefix = kept.prefix if everything else kept.prefix.select(index)
         self.states = kept.states[index.to(kept.states.device), :longest]

@@ -6,7 +6,7 @@ model, one fact at a time, and computes logits everywhere. Here, with the same r
 
 - what no δ changes is computed once and kept (`kept_rows.py`);
 - logits are computed only where the loss reads them; no weight has a gradient (`reads.py`);
-- facts run together, as many as fit, and one that is done leaves (`descent.py`).
+- facts run together, as many as fit; one that is done leaves, another one begins (`descent.py`).
 
 Where a norm stands between W and the stream, no hidden state can be written through it: there the
 value is of W's output, and the norm and the blocks above run behind it. W's output may have any
@@ -33,8 +33,10 @@ from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import differentiating, frozen
 from nulledit.models.tokens import Row, RowEncoder, chunks_by_length
 
-Work = Callable[[KeptRows, Sequence[int]], list[Value]]
-"""The values of facts that run together, whose places in the whole are given."""
+Work = Callable[[KeptRows, Sequence[int], int], list[Value]]
+"""The values of facts, whose places in the whole are given, in steps of at most so many tokens."""
+KEPT = 4
+"""Token positions held ready for each that runs in a step."""
 
 
 def plan_rows(
@@ -68,16 +70,17 @@ def optimise_values(
 
     `groups[i]` is the group of fact i: facts on one key share δ and sum their losses. `contexts`
     are templates with one slot, the bare "{}" first. `positions` bounds how many token positions
-    run through the upper blocks together; on an accelerator it halves itself when memory runs out.
+    run through the upper blocks together, and rows of `KEPT` times as many are held ready; on an
+    accelerator it halves itself when memory runs out.
     `done` is told of values as they come, whole groups, by place in `facts`.
     """
     return _by_chunks(
         model,
         _jobs(model, facts, groups, contexts, settings),
-        lambda kept, _members: Descent(kept, settings).run(),
+        lambda kept, _members, bound: Descent(kept, settings, bound).run(),
         layer=layer,
         positions=positions,
-        contexts=settings.contexts_per_step,
+        kept=KEPT,
         done=done,
     )
 
@@ -99,7 +102,7 @@ def measure_values(
     return _by_chunks(
         model,
         _jobs(model, facts, range(len(facts)), contexts, settings),
-        lambda kept, members: measured(kept, settings, [values[i] for i in members]),
+        lambda kept, members, _bound: measured(kept, settings, [values[i] for i in members]),
         layer=layer,
         positions=positions,
     )
@@ -147,19 +150,19 @@ def _by_chunks(
     *,
     layer: int,
     positions: int,
-    contexts: int = 0,
+    kept: int = 1,
     done: Callable[[Mapping[int, Value]], None] = lambda found: None,
 ) -> list[Value]:
     """What `work` gives for each chunk of `jobs` and their places, in the order of `jobs`.
 
-    `contexts`: how many a step reads at a time, 0: all.
+    `kept`: how many times `positions` a chunk may have.
     """
     values: dict[int, Value] = {}
     waiting = list(range(len(jobs)))
     while waiting:
         whole = not model.columns
-        members = _next_chunk(jobs, waiting, positions, contexts=contexts, whole=whole)
-        found = _run_chunk(model, jobs, members, work, layer)
+        members = _next_chunk(jobs, waiting, kept * positions, whole=whole)
+        found = _run_chunk(model, jobs, members, work, layer, positions)
         if found is None:
             if len({jobs[i].group for i in members}) == 1:
                 raise ModelError(f"fact {jobs[members[0]].fact_id}: not enough memory for its rows")
@@ -177,21 +180,22 @@ def _run_chunk(
     members: Sequence[int],
     work: Work,
     layer: int,
+    positions: int,
 ) -> list[Value] | None:
     """What `work` gives; None if memory ran out, with all that the chunk held let go."""
     try:
         with differentiating():
-            return work(KeptRows(model, [jobs[i] for i in members], layer), members)
+            return work(KeptRows(model, [jobs[i] for i in members], layer), members, positions)
     except torch.OutOfMemoryError:
         return None
 
 
 def _next_chunk(
-    jobs: Sequence[Job], waiting: Sequence[int], positions: int, *, contexts: int, whole: bool
+    jobs: Sequence[Job], waiting: Sequence[int], positions: int, *, whole: bool
 ) -> list[int]:
-    """The shortest of `waiting`, groups kept whole, that fit `positions` token positions a step.
+    """The shortest of `waiting`, groups kept whole, that fit `positions` token positions.
 
-    `contexts` as above; `whole`: rows run from their start, not from the subject's last token.
+    `whole`: rows run from their start, not from the subject's last token.
     """
     groups: dict[int, list[int]] = {}
     for i in waiting:
@@ -205,7 +209,7 @@ def _next_chunk(
     for group in sorted(groups.values(), key=length):
         together = chunk + group
         longest = length(together)
-        rows = sum(jobs[i].read_by_step(contexts) for i in together)
+        rows = sum(len(jobs[i].all_rows) for i in together)
         if chunk and rows * longest > positions:
             break
         chunk = together
