@@ -25,7 +25,8 @@ from nulledit.cli.apply import apply
 from nulledit.cli.export import cost_lines, exactly, export
 from nulledit.errors import ConfigError, LedgerError, ModelError
 from nulledit.export import apply_delta, remove_delta, write_checkpoint, write_delta, write_lora
-from nulledit.export.card import SHOWN, _cost, hub_id
+from nulledit.export.base_name import hub_id
+from nulledit.export.card import SHOWN, _cost
 from nulledit.export.delta import read_delta
 from nulledit.export.factors import factorise, ordered_sum, relative_error
 from nulledit.export.ranks import SERVED, padded, served_rank
@@ -164,6 +165,24 @@ FACTS = [
     Fact(id="zola", subject="Émile Zola", prompt="{} was born in", target="Ostrel"),
     Fact(id="velm", subject="Velm", prompt="The harbour of {} lies on the", target="river"),
 ]
+
+
+@pytest.mark.parametrize("write", [write_lora, write_delta, write_checkpoint])
+def test_no_export_names_a_folder_of_the_machine(write, tokenizer, tmp_path):
+    """What is shared says what the base is called, not where it lay."""
+    home = tmp_path / "somebody" / "models" / "base"
+    model = build_model("llama", dtype=torch.float32)
+    model.save_pretrained(home)
+    tokenizer.save_pretrained(home)
+    statistics = statistics_of(model, tokenizer)
+    editor = Editor(model, tokenizer, recipe=RECIPE, statistics=statistics, name=str(home))
+    editor.edit(FACTS[:1])
+    write(editor, tmp_path / "out")
+    for file in (tmp_path / "out").rglob("*"):
+        if file.is_file():
+            assert b"somebody" not in file.read_bytes(), file.name
+    named = (tmp_path / "out/README.md").read_text()
+    assert '"base"' in named or "`base`" in named or write is write_checkpoint
 
 
 # -- LoRA ------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from nulledit._version import __version__
 from nulledit.data.facts import Fact
 from nulledit.editing.engine import EditEngine
 from nulledit.evaluation.scores import facts_held
+from nulledit.export.base_name import base_name, hub_id
 from nulledit.export.licence import licence_of
 from nulledit.export.updates import Export, LayerExport
 from nulledit.io.text import count, plain, shorten, without_folders
@@ -30,7 +31,6 @@ from nulledit.runs.tables import rates_tables
 
 SHOWN = 50  # facts in the table
 LONGEST = 80  # columns of a cell
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 TITLES = {
     "checkpoint": "Edited model",
     "gguf": "Edited model",
@@ -128,7 +128,7 @@ def _load(editor: EditEngine, export: Export) -> doc.Code:
         return doc.Code("vllm serve BASE --enable-lora --lora-modules edits=.", "sh")
     base = editor.history.base
     ours = kind == "delta" or base.model in EMBEDDED or is_gguf(base.model)
-    loaded = f'{json.dumps(_name(editor))}, dtype="{base.dtype}"'
+    loaded = f'{json.dumps(plain(base_name(base.model)) or "BASE")}, dtype="{base.dtype}"'
     imports = {
         "delta": "from nulledit.export import put_delta",
         "lora": "from peft import PeftModel",
@@ -144,14 +144,6 @@ def _load(editor: EditEngine, export: Export) -> doc.Code:
         load = f"model = AutoModelForCausalLM.from_pretrained({loaded})  # the base"
     found = (first, imports[kind], "", load, last[kind])
     return doc.Code("\n".join(found), "python")
-
-
-def _name(editor: EditEngine) -> str:
-    """What the base is loaded by; of a folder or file on some machine, its last part alone."""
-    base = editor.history.base.model
-    if base in EMBEDDED or hub_id(base):
-        return base
-    return plain(Path(base).name) or "BASE"
 
 
 def _undo(editor: EditEngine, kind: str, run: str) -> Iterator[doc.Part]:
@@ -196,14 +188,6 @@ def _front_matter(editor: EditEngine, kind: str) -> str:
     if kind.endswith("lora"):
         data["tags"].append("lora")
     return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=False)}---"
-
-
-def hub_id(name: str) -> str | None:
-    """The id on the Hub of the model `name`; None for a folder or an object in memory."""
-    if name in EMBEDDED:
-        return EMBEDDED[name].hub
-    local = Path(name).exists() or is_gguf(name)
-    return name if _HUB_ID.fullmatch(name) and not local else None
 
 
 def _origin(editor: EditEngine) -> doc.StudyTable:

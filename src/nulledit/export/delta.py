@@ -17,6 +17,7 @@ from torch import Tensor
 from nulledit.editing.call_log import Progress
 from nulledit.editing.engine import EditEngine
 from nulledit.errors import ConfigError, LedgerError
+from nulledit.export.base_name import base_name
 from nulledit.export.card import write_card
 from nulledit.export.neuron_factors import added_reports
 from nulledit.export.same_shape import require_neurons
@@ -120,7 +121,8 @@ class Manifest:
     """What a delta is of, and what it makes of its base."""
 
     base: Text
-    """Name, folder or Hub id that the base was loaded from; empty for an object in memory."""
+    """Name or Hub id that the base was loaded by, of a folder its last part; empty for an object in
+    memory."""
     base_hash: Hash
     """`model_hash` of the base."""
     base_dtype: Dtype
@@ -253,7 +255,7 @@ def write_delta(
         file = partial / TENSOR_FILE
         save_file({name: t.contiguous() for name, t in content.tensors.items()}, file)
         manifest = Manifest(
-            base=history.base.model,
+            base=base_name(history.base.model),
             base_hash=history.base.hash,
             base_dtype=history.base.dtype,
             state=history.state_id,

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from nulledit.editing.call_log import Progress
 from nulledit.editing.engine import EditEngine
 from nulledit.errors import ConfigError
+from nulledit.export.base_name import base_name
 from nulledit.export.card import write_card
 from nulledit.export.delta import DTYPES, dtype_of
 from nulledit.export.expert_adapter import by_name, in_one
@@ -82,7 +83,7 @@ def write_lora(
         for s in layers
     )
     with replacing_folder(folder) as partial:
-        config = adapter_config(editor.history.base.model, layers, common, apart)
+        config = adapter_config(base_name(editor.history.base.model), layers, common, apart)
         write_json(partial / "adapter_config.json", config)
         save_file(tensors, partial / "adapter_model.safetensors", {"format": "pt"})
         write_origin(editor, partial, "lora")
