@@ -12,17 +12,19 @@ import pytest
 import torch
 import yaml
 from support.cli import RECORDS, done, invoke, refused, results, state
-from support.models import build_model
+from support.models import build_model, small_tokenizer
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 from nulledit import Editor
 from nulledit.cli.main import cli
-from nulledit.config import ValueSettings
+from nulledit.config import Recipe, ValueSettings
+from nulledit.data.readers import read_facts
 from nulledit.editing.values import optimise_values
 from nulledit.errors import ModelError
-from nulledit.evaluation.costs import Costs
+from nulledit.evaluation.costs import Costs, Shape, count_rows
 from nulledit.evaluation.old_answers import first_clause
 from nulledit.models.load import load_model
+from nulledit.models.tokens import RowEncoder
 from nulledit.runs.holding import mark
 
 # -- what works ------------------------------------------------------------------------------
@@ -220,6 +222,31 @@ def test_an_estimate_grows_with_rounds_and_retries(place):
     assert in_all(replace(once, rounds=3)) == 3 * 8
     # as many again with 10 steps and one round more; two looks of 10 answers
     assert in_all(once, retries=1) == 8 + 2 * 13 + 2 * 11
+
+
+def test_an_estimate_counts_the_rows_that_a_step_reads(place):
+    """Half of six rows with two of five contexts a step; as many as there are: all."""
+    encoder = RowEncoder(small_tokenizer(), max_length=128)
+    facts = list(read_facts(place / "facts.json").facts)
+    shape = Shape(
+        blocks=4,
+        block=1000,
+        parameters=9000,
+        d_in=32,
+        d_out=16,
+        vocabulary=400,
+        experts=1,
+        normed=False,
+        bytes=4,
+    )
+
+    def step(contexts_per_step):
+        recipe = Recipe(layers=(1,)).with_fields({"values.contexts_per_step": contexts_per_step})
+        rows = count_rows(facts, encoder, recipe)
+        return Costs.of(shape, recipe, rows, len(facts), (1e9, 1e9)).step
+
+    assert step(2) == pytest.approx(step(0) / 2)
+    assert step(5) == step(9) == step(0)
 
 
 def test_facts_check_counts(place):

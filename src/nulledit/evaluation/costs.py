@@ -180,10 +180,12 @@ class Costs:
         token = block * shape.blocks + logits
         layers, last = recipe.layers, recipe.layers[-1]
         begin = step = 0.0
+        in_turn = recipe.values.contexts_per_step
+        share = min(1.0, (1 + in_turn) / rows["contexts"]) if in_turn else 1.0  # of rows, in a step
         for layer in value_layers(recipe, normed=shape.normed):
             upper = shape.blocks - 1 - layer
             begin += block * (rows["tokens"] * (layer + 1) + rows["heads"] * upper)
-            step += 2 * (block * rows["tails"] * upper + logits * rows["reads"])
+            step += 2 * share * (block * rows["tails"] * upper + logits * rows["reads"])
         through = layers[0] + 2 * len(layers)
         bare = sum(last + 1 - layer for layer in layers)
         return cls(
