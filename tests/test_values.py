@@ -1,6 +1,7 @@
 """Values, keys and one batch against the transparent reference, on every architecture."""
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import reference
@@ -11,7 +12,8 @@ from support.values import CONTEXTS, SETTINGS, distance, ours, walk
 from nulledit import Editor, Fact
 from nulledit.config import Recipe
 from nulledit.editing.contexts import reworded
-from nulledit.editing.values import measure_values, plan_rows
+from nulledit.editing.reads import Reads
+from nulledit.editing.values import measure_values, optimise_values, plan_rows
 from nulledit.ledger.tensors import read_spectrum
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import as_out_in, frozen
@@ -309,6 +311,45 @@ def test_steps_that_read_some_contexts_equal_the_reference(family, tiny_model, t
     (alone,) = ours(model, tokenizer, facts[:1], settings=settings)
     together = ours(model, tokenizer, facts, settings=settings)[0]
     assert distance(alone.z, together.z) < 1e-6
+
+
+@pytest.mark.parametrize("in_turn", [0, 1])
+def test_the_next_fact_begins_when_one_is_done(in_turn, tiny_model, tokenizer, facts, monkeypatch):
+    """Steps keep within their bound, but where a fact is checked in all of its rows; values are
+    those of facts alone, told as they come."""
+    model, bound, seen, told = tiny_model("llama"), 45, [], []
+    reached = sorted(value.outcome.loss for value in ours(model, tokenizer, facts))
+    settings = dataclasses.replace(
+        SETTINGS, steps=12, stop_loss=reached[1], stop_margin=None, contexts_per_step=in_turn
+    )
+    losses = Reads.losses
+
+    def watched(reads, *words):
+        seen.append((set(reads.facts), len(reads.rows) * reads.states.shape[1]))
+        return losses(reads, *words)
+
+    monkeypatch.setattr(Reads, "losses", watched)
+    with frozen(model):
+        values = optimise_values(
+            EditableModel(model, tokenizer),
+            facts,
+            range(len(facts)),
+            layer=2,
+            contexts=CONTEXTS,
+            settings=settings,
+            positions=bound,
+            done=lambda found: told.append(set(found)),
+        )
+    assert max(size for _, size in seen) <= bound * (1 + in_turn)
+    assert set().union(*told) == set(range(len(facts)))
+    assert len(told) == len(facts)
+    begun = [at_work for at_work, _ in seen]
+    if not in_turn:
+        assert any(b - a and a & b for a, b in pairwise(begun)), "one came while one stayed"
+    for fact, value in zip(facts, values, strict=True):
+        (alone,) = ours(model, tokenizer, [fact], settings=settings)
+        assert distance(value.z, alone.z) < 1e-6
+        assert value.outcome.steps == alone.outcome.steps
 
 
 def test_a_value_leaves_only_after_a_step_that_read_all_rows(tiny_model, tokenizer, facts):

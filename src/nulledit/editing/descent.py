@@ -7,7 +7,7 @@ so that a step is never spent on the slowest alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -110,8 +110,8 @@ class Descent:
         self.outcomes: dict[int, _Outcome] = {}  # by fact
         self.known: dict[int, bool] = {}  # by fact
 
-    def run(self) -> list[Value]:
-        """Descend until each group is done; the values of the facts in order."""
+    def run(self) -> Iterator[dict[int, Value]]:
+        """Descend until each group is done; the values of its facts, by number, as it leaves."""
         waiting, before = list(range(len(self.groups))), dict[int, Tensor]()
         active: list[int] = []
         reads: Reads | None = None
@@ -128,12 +128,12 @@ class Descent:
             decay = {g: self._decay(self.groups[g]) for g in active}
             self._note(reads.facts, found, each, decay)
             self._judge(reads.facts, found, active, whole)
-            active = [g for g in active if self._goes_on(self.groups[g])]
+            there, active = active, [g for g in active if self._goes_on(self.groups[g])]
             if moving := [g for g in active if not self.groups[g].to_check]:
                 self._update(reads.facts, each, decay, moving)
-        if self.settings.stop_margin is not None:
-            self._return_to_best()
-        return [self._value(f) for f in range(len(self.kept.group_of))]
+            for group in (self.groups[g] for g in there if g not in active):
+                self._return_to_best(group)
+                yield {f: self._value(f) for f in group.facts}
 
     def _fits(self, active: Sequence[int]) -> bool:
         """Whether a step has room for the groups `active`; for one it always has."""
@@ -257,12 +257,12 @@ class Descent:
             group.updates += 1
             group.clamped = _clamp(group.delta, self.settings.clamp * float(group.norm))
 
-    def _return_to_best(self) -> None:
+    def _return_to_best(self, group: _Group) -> None:
         """Where steps ran out or gained too little, the best step counts rather than the last."""
-        for group in self.groups:
-            if group.best is not None and group.ended in ("steps", "patience"):
-                group.delta, group.clamped = group.best.delta, group.best.clamped
-                self.outcomes |= group.best.outcomes
+        counts = self.settings.stop_margin is not None and group.ended in ("steps", "patience")
+        if counts and group.best is not None:
+            group.delta, group.clamped = group.best.delta, group.best.clamped
+            self.outcomes |= group.best.outcomes
 
     def _value(self, fact: int) -> Value:
         number = self.kept.group_of[fact]
@@ -298,8 +298,8 @@ def held_loss(found: Losses, settings: ValueSettings) -> Tensor:
 
 
 @torch.no_grad()
-def measured(kept: KeptRows, settings: ValueSettings, values: Sequence[Value]) -> list[Value]:
-    """`values` of the rows' facts, each with a δ of its own, with the outcomes of their z."""
+def measured(kept: KeptRows, settings: ValueSettings, values: Sequence[Value]) -> dict[int, Value]:
+    """`values` of the rows' facts, by number, with the outcomes of their z; no δ is shared."""
     h = kept.start[kept.bare]  # [facts, d]
     moved = torch.stack([value.z for value in values]).to(h) - h
     deltas = list(moved / kept.units[:, None])
@@ -310,8 +310,8 @@ def measured(kept: KeptRows, settings: ValueSettings, values: Sequence[Value]) -
     decay = settings.weight_decay * torch.stack(deltas).norm(dim=1) / kept.norms.square()
     loss = held_loss(found, settings) + decay.to(found.nll)
     shares = moved.norm(dim=1) / h.norm(dim=1)
-    return [
-        Value(
+    return {
+        f: Value(
             value.z,
             replace(
                 value.outcome,
@@ -322,4 +322,4 @@ def measured(kept: KeptRows, settings: ValueSettings, values: Sequence[Value]) -
             ),
         )
         for f, value in enumerate(values)
-    ]
+    }

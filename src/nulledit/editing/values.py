@@ -17,7 +17,7 @@ and step size, clamp and decay mean what they mean elsewhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -33,8 +33,9 @@ from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import differentiating, frozen
 from nulledit.models.tokens import Row, RowEncoder, chunks_by_length
 
-Work = Callable[[KeptRows, Sequence[int], int], list[Value]]
-"""The values of facts, whose places in the whole are given, in steps of at most so many tokens."""
+Work = Callable[[KeptRows, Sequence[int], int], Iterable[Mapping[int, Value]]]
+"""Values as they come, by number in the rows that are kept, of facts whose places in the whole are
+given, in steps of at most so many tokens."""
 KEPT = 4
 """Token positions held ready for each that runs in a step."""
 
@@ -102,7 +103,7 @@ def measure_values(
     return _by_chunks(
         model,
         _jobs(model, facts, range(len(facts)), contexts, settings),
-        lambda kept, members, _bound: measured(kept, settings, [values[i] for i in members]),
+        lambda kept, members, _bound: [measured(kept, settings, [values[i] for i in members])],
         layer=layer,
         positions=positions,
     )
@@ -158,19 +159,23 @@ def _by_chunks(
     `kept`: how many times `positions` a chunk may have.
     """
     values: dict[int, Value] = {}
+
+    def tell(found: Mapping[int, Value]) -> None:
+        values.update(found)
+        done(found)
+
     waiting = list(range(len(jobs)))
     while waiting:
-        whole = not model.columns
-        members = _next_chunk(jobs, waiting, kept * positions, whole=whole)
-        found = _run_chunk(model, jobs, members, work, layer, positions)
-        if found is None:
+        members = _next_chunk(jobs, waiting, kept * positions, whole=not model.columns)
+        try:
+            _run_chunk(model, jobs, members, work, layer, positions, tell)
+        except torch.OutOfMemoryError:
             if len({jobs[i].group for i in members}) == 1:
-                raise ModelError(f"fact {jobs[members[0]].fact_id}: not enough memory for its rows")
+                raise ModelError(
+                    f"fact {jobs[members[0]].fact_id}: not enough memory for its rows"
+                ) from None
             positions = max(1, positions // 2)
-            continue
-        values.update(zip(members, found, strict=True))
         waiting = [i for i in waiting if i not in values]
-        done({i: values[i] for i in members})
     return [values[i] for i in range(len(jobs))]
 
 
@@ -181,13 +186,13 @@ def _run_chunk(
     work: Work,
     layer: int,
     positions: int,
-) -> list[Value] | None:
-    """What `work` gives; None if memory ran out, with all that the chunk held let go."""
-    try:
-        with differentiating():
-            return work(KeptRows(model, [jobs[i] for i in members], layer), members, positions)
-    except torch.OutOfMemoryError:
-        return None
+    tell: Callable[[Mapping[int, Value]], None],
+) -> None:
+    """Tell what `work` gives of `members`, by place in `jobs`; nothing is held afterwards."""
+    with differentiating():
+        kept = KeptRows(model, [jobs[i] for i in members], layer)
+        for found in work(kept, members, positions):
+            tell({members[f]: value for f, value in found.items()})
 
 
 def _next_chunk(
