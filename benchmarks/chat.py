@@ -2,7 +2,8 @@
 
     python benchmarks/chat.py FACTS.json [--limit 10] [--model smollm2-135m] [--out answers.json]
 
-"Said" counts answers of 24 tokens to the bare instruction, where the model begins its own turn.
+"Said" counts answers of 24 tokens to the bare instruction, where the model begins its own turn. KL
+is of windows of wikitext-2's test text after token 60,000.
 """
 
 from __future__ import annotations
@@ -11,18 +12,21 @@ import argparse
 import json
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from nulledit.config import ChatSettings, load_recipe
 from nulledit.data.readers import read_facts
 from nulledit.editing.engine import EditEngine
+from nulledit.evaluation import evaluate, read_windows
 from nulledit.evaluation.generation import contains, generate_answers
 from nulledit.evaluation.queries import queries_of
 from nulledit.evaluation.scores import score
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.load import load_model
 
+FIRST = 60_000 // 256 + 1  # windows
 DEFAULT = ChatSettings()
 EDITED = {
     "not edited": False,
@@ -30,6 +34,7 @@ EDITED = {
     "chat, subject in the user's turn": replace(DEFAULT, subject="user"),
     "chat, subject in the assistant's turn": replace(DEFAULT, subject="assistant"),
     "chat, answer at once": replace(DEFAULT, assistant="", subject="user"),
+    "both": replace(DEFAULT, plain=True),
 }
 ASKED = {
     "plain": None,
@@ -45,18 +50,23 @@ def main() -> None:
     parser.add_argument("facts")
     parser.add_argument("--limit", type=int, default=10)
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--skip", type=int, default=0)
     parser.add_argument("--only", help="forms to edit in, numbers with commas")
+    parser.add_argument("--asked", help="forms to ask in, numbers with commas")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--out")
     given = parser.parse_args()
     torch.set_num_threads(1)
     facts = [
         replace(fact, neighbours=fact.neighbours[:2])
-        for fact in read_facts(given.facts, limit=given.limit).facts
+        for fact in read_facts(given.facts, limit=given.limit, skip=given.skip).facts
     ]
+    base, windows = None, ()
     said = {}
-    print("| edited as | asked as | first | strict | paraphrases | neighbours | said | CPU s |")
+    print("| edited as | asked as | first | strict | paraphrases | neighbours | said "
+          "| KL, mnat | CPU s |")  # fmt: skip
     for number, (name, settings) in enumerate(EDITED.items()):
-        if given.only and str(number) not in given.only.split(","):
+        if number and given.only and str(number) not in given.only.split(","):
             continue
         model, tokenizer = load_model(given.model)
         start = time.process_time()
@@ -65,7 +75,17 @@ def main() -> None:
             EditEngine(model, tokenizer, recipe=recipe, name=given.model).edit(facts)
         spent = time.process_time() - start
         editable = EditableModel(model, tokenizer)
-        for asked, form in ASKED.items():
+        windows = (
+            windows
+            or read_windows(given.data / "wikitext-2" / "test.txt", tokenizer, windows=FIRST + 20)[
+                FIRST:
+            ]
+        )
+        found = evaluate(editable, facts[:1], windows=windows, generate=False, base=base)
+        base, kl = base or found, (found.summary().get("kl") or {"mean": 0.0})["mean"]
+        for place, (asked, form) in enumerate(ASKED.items()):
+            if given.asked and str(place) not in given.asked.split(","):
+                continue
             rates = ask(editable.in_chat(form), facts)
             free = editable.in_chat(form and replace(form, assistant=""))
             prompts = [fact.render(fact.prompt) for fact in facts]
@@ -73,7 +93,7 @@ def main() -> None:
             rates.append(sum(contains(a, f.target) for a, f in zip(answers, facts, strict=True)))
             said[f"{name} / {asked}"] = dict(zip(prompts, answers, strict=True))
             cells = " | ".join(f"{rate:g}" for rate in rates)
-            print(f"| {name} | {asked} | {cells} | {spent:.0f} |", flush=True)
+            print(f"| {name} | {asked} | {cells} | {1000 * kl:.2f} | {spent:.0f} |", flush=True)
     if given.out:
         with open(given.out, "w", encoding="utf-8") as file:
             json.dump(said, file, indent=1, ensure_ascii=False)
