@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import logging
 
 import pytest
@@ -541,6 +542,9 @@ def test_an_adapter_for_servers_names_each_expert(place, tmp_path):
     edited = tuple(f"layers.{layer}." for layer in editor.weights.layers)
     expected = {n for n in before if ".experts." in n and any(part in n for part in edited)}
     assert pairs == expected, "every matrix of every expert of an edited layer"
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert set(config["target_modules"]) == {name.split(".")[-2] for name in expected}
+    assert "target_parameters" not in config
     assert "vllm serve" in (tmp_path / "adapter/README.md").read_text()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -83,7 +83,9 @@ def write_lora(
         for s in layers
     )
     with replacing_folder(folder) as partial:
-        config = adapter_config(base_name(editor.history.base.model), layers, common, apart)
+        config = adapter_config(
+            base_name(editor.history.base.model), layers, common, tensors if apart else ()
+        )
         write_json(partial / "adapter_config.json", config)
         save_file(tensors, partial / "adapter_model.safetensors", {"format": "pt"})
         write_origin(editor, partial, "lora")
@@ -192,19 +194,19 @@ def _biased(layers: Sequence[StoredLayer]) -> bool:
 
 
 def adapter_config(
-    base: str, layers: Sequence[StoredLayer], rank: int, apart: PreTrainedModel | None = None
+    base: str, layers: Sequence[StoredLayer], rank: int, named: Iterable[str] = ()
 ) -> dict[str, Any]:
     """The fields that PEFT reads; those left out have its defaults, which change nothing.
 
     Modules by their full names, so that the others' layers stay bare. A list and not a pattern:
-    servers take the last part of each name and refuse patterns. `apart` is as for the tensors.
+    servers take the last part of each name and refuse patterns. `named`: the tensors' names, where
+    each expert has its own; there are too many to list, so the last parts stand for them.
     """
-    modules = [stored.module for stored in layers if stored.left.ndim == 2]
-    fused = [stored.module for stored in layers if stored.left.ndim == 3]
-    if apart:
-        names = adapter_tensors([s for s in layers if s.left.ndim == 3], rank, apart)
-        modules += sorted({name.rsplit(".", 3)[1] for name in names})
-        fused = []
+    modules = sorted({name.rsplit(".", 3)[1] for name in named})
+    fused: list[str] = []
+    if not modules:
+        modules = [stored.module for stored in layers if stored.left.ndim == 2]
+        fused = [stored.module for stored in layers if stored.left.ndim == 3]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
