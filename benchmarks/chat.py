@@ -82,7 +82,7 @@ def main() -> None:
             ]
         )
         found = evaluate(editable, facts[:1], windows=windows, generate=False, base=base)
-        base, kl = base or found, (found.summary().get("kl") or {"mean": 0.0})["mean"]
+        base, kl = base or found, (found.summary().get("kl") or {"value": 0.0})["value"]
         for place, (asked, form) in enumerate(ASKED.items()):
             if given.asked and str(place) not in given.asked.split(","):
                 continue
