@@ -93,7 +93,7 @@ def main() -> None:
             rates.append(sum(contains(a, f.target) for a, f in zip(answers, facts, strict=True)))
             said[f"{name} / {asked}"] = dict(zip(prompts, answers, strict=True))
             cells = " | ".join(f"{rate:g}" for rate in rates)
-            print(f"| {name} | {asked} | {cells} | {1000 * kl:.2f} | {spent:.0f} |", flush=True)
+            print(f"| {name} | {asked} | {cells} | {kl:.3f} | {spent:.0f} |", flush=True)
     if given.out:
         with open(given.out, "w", encoding="utf-8") as file:
             json.dump(said, file, indent=1, ensure_ascii=False)
