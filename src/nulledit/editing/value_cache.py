@@ -50,6 +50,8 @@ class ValueCache:
             used.pop(elsewhere)
         if settings.learning_rate_of == "unit":  # as before there was a choice
             used.pop("learning_rate_of")
+        if not settings.contexts_per_step:
+            used.pop("contexts_per_step")
         asked = [
             [fact.subject, list(fact.prompts), fact.target, *(["forget"] if fact.forget else [])]
             for fact in facts
