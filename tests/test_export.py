@@ -181,8 +181,8 @@ def test_no_export_names_a_folder_of_the_machine(write, tokenizer, tmp_path):
     for file in (tmp_path / "out").rglob("*"):
         if file.is_file():
             assert b"somebody" not in file.read_bytes(), file.name
-    named = (tmp_path / "out/README.md").read_text()
-    assert '"base"' in named or "`base`" in named or write is write_checkpoint
+    if write is not write_checkpoint:  # which needs no base to be loaded
+        assert '"base"' in (tmp_path / "out/README.md").read_text()
 
 
 # -- LoRA ------------------------------------------------------------------------------------

@@ -95,7 +95,8 @@ class ValueSettings:
     mean loss alone decides, and the last step counts (published)."""
     contexts_per_step: Whole = 0
     """So many prefix contexts (and rewordings) a step reads beside the bare prompts, in turn; 0:
-    all (published). Before a fact leaves, a step reads all of its rows, so it holds in as many."""
+    all (published). Before a fact leaves, a step reads all of its rows, so it holds in as many;
+    of such steps the best counts where the steps run out."""
     patience: Whole = 0
     """A fact leaves when this many steps took less than 1 % off its loss; 0: never (published)."""
     kl_prompt: OneSlot = "{} is a"

@@ -93,7 +93,10 @@ class Descent:
     """Adam on the δ of each group; a group that is done leaves, and another one begins."""
 
     def __init__(self, kept: KeptRows, settings: ValueSettings, positions: int):
-        """Nothing has moved yet. `positions` bounds the tokens that run together."""
+        """Nothing has moved yet.
+
+        `positions` bounds the tokens that run together, but where facts are read in all contexts.
+        """
         self.kept, self.settings, self.positions = kept, settings, positions
         self.hidden = kept.start[kept.bare]  # h [facts, d]
         self.groups = [
@@ -107,6 +110,8 @@ class Descent:
         self.optimiser = torch.optim.Adam(
             [{"params": [group.delta], "lr": self._rate(group)} for group in self.groups]
         )
+        contexts = settings.contexts_per_step
+        self.sizes = [kept.size(g, contexts) for g in range(len(self.groups))]  # of a step
         self.outcomes: dict[int, _Outcome] = {}  # by fact
         self.known: dict[int, bool] = {}  # by fact
 
@@ -137,8 +142,8 @@ class Descent:
 
     def _fits(self, active: Sequence[int]) -> bool:
         """Whether a step has room for the groups `active`; for one it always has."""
-        sizes = [self.kept.size(g, self.settings.contexts_per_step) for g in active]
-        rows, longest = sum(n for n, _ in sizes), max(length for _, length in sizes)
+        rows = sum(self.sizes[g][0] for g in active)
+        longest = max(self.sizes[g][1] for g in active)
         return len(active) == 1 or rows * longest <= self.positions
 
     def _reads_all(self, group: _Group) -> bool:
@@ -197,7 +202,8 @@ class Descent:
         Those that are not `whole` had some of their rows read, and are to be checked first.
         """
         in_context = dict(zip(facts, found.context_lead.tolist(), strict=True))
-        for number, group in ((g, self.groups[g]) for g in active):
+        for number in active:
+            group = self.groups[number]
             outcomes = {f: self.outcomes[f] for f in group.facts}
             worst = max(outcome.loss for outcome in outcomes.values())
             says = all(self._says(f, outcome.lead) for f, outcome in outcomes.items())

@@ -125,7 +125,8 @@ def _load(editor: EditEngine, export: Export) -> doc.Code:
         )
         return doc.Code("\n".join(lines), "python")
     if export.for_servers:
-        return doc.Code("vllm serve BASE --enable-lora --lora-modules edits=.", "sh")
+        serve = f"vllm serve BASE --enable-lora --max-lora-rank {export.rank}"
+        return doc.Code(f"{serve} --lora-modules edits=.", "sh")
     base = editor.history.base
     ours = kind == "delta" or base.model in EMBEDDED or is_gguf(base.model)
     loaded = f'{json.dumps(plain(base_name(base.model)) or "BASE")}, dtype="{base.dtype}"'

@@ -24,6 +24,7 @@ from nulledit.export.lora import adapter_factors
 from nulledit.export.ranks import padded
 from nulledit.export.updates import Export, refuse_existing, write_origin
 from nulledit.io.files import replacing_folder
+from nulledit.models.experts import is_experts
 from nulledit.models.layouts import as_out_in
 
 ADAPTER_FILE = "adapter.gguf"
@@ -58,14 +59,14 @@ def write_gguf_lora(
     refuse_existing(folder)
     source = base_file(editor, gguf)
     dtype = FACTOR_TYPES[tensor_type]
-    layers, same_shape, cost = adapter_factors(
-        editor, dtype, rank=rank, text=text, progress=progress
-    )
-    if any(stored.left.ndim == 3 for stored in layers):
+    if any(is_experts(editor.editable.matrix(layer)) for layer in editor.weights.layers):
         raise ConfigError(
             "a GGUF adapter for a mixture of experts is not written here; export --as gguf, or "
             "--as lora"
         )
+    layers, same_shape, cost = adapter_factors(
+        editor, dtype, rank=rank, text=text, progress=progress
+    )
     if any(stored.bias is not None for stored in layers):
         raise ConfigError(
             "llama.cpp's adapters have no place for the biases that neurons of this family have; "

@@ -76,15 +76,15 @@ def write_lora(
     if experts and not any(stored.left.ndim == 3 for stored in layers):
         raise ConfigError("experts is for mixtures of experts; this run edits none")
     common = served_rank(max(1, *(s.report.rank for s in layers)))
-    apart = editor.model if experts == "each" else None
-    tensors = adapter_tensors(layers, common, apart)
+    naming = editor.model if experts == "each" else None
+    tensors = adapter_tensors(layers, common, naming)
     reports = tuple(
         replace(s.report, bytes=sum(t.nbytes for n, t in tensors.items() if _is_of(n, s)))
         for s in layers
     )
     with replacing_folder(folder) as partial:
         config = adapter_config(
-            base_name(editor.history.base.model), layers, common, tensors if apart else ()
+            base_name(editor.history.base.model), layers, common, tensors if naming else ()
         )
         write_json(partial / "adapter_config.json", config)
         save_file(tensors, partial / "adapter_model.safetensors", {"format": "pt"})
@@ -98,7 +98,7 @@ def write_lora(
             rank=common,
             cost=cost,
             same_shape=same_shape,
-            for_servers=apart is not None,
+            for_servers=naming is not None,
         )
         write_card(partial, editor, written, run=run, summary=summary)
         size = sum(file.stat().st_size for file in partial.iterdir())
@@ -131,17 +131,17 @@ def adapter_factors(
 
 
 def adapter_tensors(
-    layers: Sequence[StoredLayer], rank: int, apart: PreTrainedModel | None = None
+    layers: Sequence[StoredLayer], rank: int, naming: PreTrainedModel | None = None
 ) -> dict[str, Tensor]:
     """What the file of an adapter of `rank` holds, by the names that PEFT gives it.
 
-    `apart`: the model whose files have the names that experts get; None: all in one parameter.
+    `naming`: the model whose files have the names that experts get; None: all in one parameter.
     """
     tensors: dict[str, Tensor] = {}
     for stored in layers:
         left, right = padded(stored.left, stored.right, rank)
         if stored.left.ndim == 3:
-            laid = by_name(apart, stored, left, right) if apart else in_one(stored, left, right)
+            laid = by_name(naming, stored, left, right) if naming else in_one(stored, left, right)
         else:
             laid = {
                 f"{stored.module}.lora_A.weight": right.contiguous(),
