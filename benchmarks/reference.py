@@ -163,13 +163,13 @@ class Enough(Exception):
     """Ends a forward pass whose remainder nobody reads."""
 
 
-@torch.no_grad()
 def unpadded(mask: Tensor) -> Tensor:
     """Ones: pads are on the right, where no token sees them, and one whose window holds pads alone
     would give NaN in every position of its row."""
     return torch.ones_like(mask)
 
 
+@torch.no_grad()
 def read(
     model: nn.Module,
     ids: Tensor,
