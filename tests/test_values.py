@@ -392,13 +392,30 @@ def test_as_many_contexts_as_there_are_change_nothing(tiny_model, tokenizer, fac
 
 
 def test_a_fact_to_forget_is_unlearned_some_contexts_at_a_time(tiny_model, tokenizer):
+    """With what each row that is read is to say; the last step's loss is of all rows."""
     model = tiny_model("llama")
     gone = Fact("Ada Byron", "The mother tongue of {} is", "Velmish", id="gone", forget=True)
-    settings = dataclasses.replace(SETTINGS, steps=60, clamp=8.0, contexts_per_step=1)
-    usual = dataclasses.replace(settings, contexts_per_step=0)
-    (whole,), (turns,) = (ours(model, tokenizer, [gone], settings=s) for s in (usual, settings))
-    assert whole.outcome.ended == turns.outcome.ended
-    assert turns.outcome.loss == pytest.approx(whole.outcome.loss, abs=0.3)
+
+    def end(in_turn, steps=20):
+        settings = dataclasses.replace(SETTINGS, steps=steps, contexts_per_step=in_turn)
+        (value,) = ours(model, tokenizer, [gone], settings=settings)
+        return settings, value
+
+    (_, start), (_, whole), (_, every) = end(0, steps=1), end(0), end(2)
+    assert distance(every.z, whole.z) < 1e-6
+    settings, turns = end(1)
+    with frozen(model):
+        (again,) = measure_values(
+            EditableModel(model, tokenizer),
+            [gone],
+            [turns],
+            layer=2,
+            contexts=CONTEXTS,
+            settings=settings,
+            positions=400,
+        )
+    assert turns.outcome.loss == pytest.approx(again.outcome.loss, rel=1e-4)
+    assert turns.outcome.loss < start.outcome.loss
 
 
 def test_delta_stays_in_the_clamp(tiny_model, tokenizer, facts):
