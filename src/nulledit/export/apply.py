@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from nulledit.io.files import replacing_folder
 from nulledit.models.dense import is_quantised
 from nulledit.models.layouts import as_out_in, find_layout, mlp_out, parameter_name, write_weight
 from nulledit.models.load import load_model, model_hash
-from nulledit.models.mlp import MlpForm, find_form, narrowed, one_width
+from nulledit.models.mlp import MlpForm, find_form, find_forms, narrowed, one_width
 from nulledit.models.partial import PartialModel
 from nulledit.models.quantized import make_editable
 from nulledit.models.saving import save_weights
@@ -66,7 +66,7 @@ def apply_delta(
     model, tokenizer = _load(base, manifest, trust_remote_code)
     _check_base(model, manifest, base)
     blocks = PartialModel(model)
-    forms = _forms(blocks) if manifest.neurons else {}
+    forms = find_forms(blocks, range(blocks.depth)) if manifest.neurons else {}
     _put(blocks, found, forms)
     _check_result(model, manifest.result_hash)
     mark = {
@@ -152,15 +152,6 @@ def check_fits(
                 f"{name}: has {found} {list(shape)} where the delta has {entry.parameter} "
                 f"{list(entry.shape)}: it is of another model"
             )
-
-
-def _forms(blocks: PartialModel) -> dict[int, MlpForm]:
-    """By block, of those whose MLP a form explains."""
-    found = {}
-    for layer in range(blocks.depth):
-        with suppress(ModelError):
-            found[layer] = find_form(blocks, layer)
-    return found
 
 
 def _put(blocks: PartialModel, found: Delta, forms: Mapping[int, MlpForm]) -> None:

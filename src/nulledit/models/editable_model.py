@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import replace
 from typing import Any, Self
@@ -12,10 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nulledit.config import ChatSettings, Layout
-from nulledit.errors import ModelError
 from nulledit.models.hooks import collect_input, hooked
 from nulledit.models.layouts import as_out_in
-from nulledit.models.mlp import MlpForm, find_form
+from nulledit.models.mlp import MlpForm, find_form, find_forms
 from nulledit.models.partial import PartialModel
 from nulledit.models.tokens import Batch, RowEncoder, collate, pad_id
 from nulledit.models.trial import try_spans
@@ -88,11 +87,8 @@ class EditableModel(PartialModel):
 
     def forms(self) -> list[MlpForm]:
         """Of all blocks whose MLP a form explains."""
-        found = []
-        for layer in range(self.depth):
-            with suppress(ModelError):
-                found.append(self.form(layer))
-        return found
+        self._forms |= find_forms(self, set(range(self.depth)) - self._forms.keys())
+        return [self._forms[layer] for layer in sorted(self._forms)]
 
     @contextmanager
     def reading_inputs(self, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:

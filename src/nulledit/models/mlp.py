@@ -9,7 +9,7 @@ run of a few tokens shows which matrices and which φ give the key that W is giv
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import permutations
@@ -254,11 +254,7 @@ def narrowed(model: PartialModel, width: int, kept: Mapping[int, int] | None = N
     `kept`: by block, how many of those besides its own stay.
     """
     config = model.model.config.get_text_config()
-    for layer in range(model.depth):
-        try:
-            form = find_form(model, layer)
-        except ModelError:
-            continue  # a block of another kind, which has no neurons
+    for layer, form in find_forms(model, range(model.depth)).items():
         if form.width > width:
             own, n = replace(form, width=width), (kept or {}).get(layer, 0)
             own.put(own.stored(slice(width, width + n)) if n else None)
@@ -312,20 +308,8 @@ def find_form(model: PartialModel, layer: int) -> MlpForm:
     matrices, factors of their own.
     """
     out = model.mlp_out(layer)
-    made: list[tuple[nn.Module, Tensor]] = []
-    keys: list[Tensor] = []
-    with ExitStack() as stack:
-        for module in model.blocks[layer].modules():
-            if _is_plain(module) and module is not out:
-                stack.enter_context(_watching(module, made))
-        stack.enter_context(_receiving(out, keys))
-        high = min(TOKENS, model.vocabulary or TOKENS)
-        model.run(collate([list(range(high))], pad_id=0, device=model.device), last=layer)
-    if _is_plain(out) and keys:
-        key = keys[-1].reshape(-1, keys[-1].shape[-1]).double()
-        found = _explained(out, key, [(m, o.reshape(len(key), -1).double()) for m, o in made])
-        if found is not None:
-            return replace(found, sums=found.own_sums())
+    if found := find_forms(model, [layer]):
+        return found[layer]
     if is_experts(out):
         raise ModelError(
             f"block {layer} is a mixture of experts, whose tokens go to different ones, so it "
@@ -337,6 +321,33 @@ def find_form(model: PartialModel, layer: int) -> MlpForm:
         f"{model.layout.mlp_out} (quantised or offloaded matrices, or factors between?), so it "
         "can't be given neurons of its own"
     )
+
+
+@torch.no_grad()
+def find_forms(model: PartialModel, layers: Iterable[int]) -> dict[int, MlpForm]:
+    """The forms of those of `layers` that have one, as a single run of a few tokens shows them."""
+    outs = {layer: model.mlp_out(layer) for layer in layers if model.fits(layer)}
+    made: dict[int, list[tuple[nn.Module, Tensor]]] = {layer: [] for layer in outs}
+    keys: dict[int, list[Tensor]] = {layer: [] for layer in outs}
+    with ExitStack() as stack:
+        for layer, out in outs.items():
+            for module in model.blocks[layer].modules():
+                if _is_plain(module) and module is not out:
+                    stack.enter_context(_watching(module, made[layer]))
+            stack.enter_context(_receiving(out, keys[layer]))
+        if outs:
+            high = min(TOKENS, model.vocabulary or TOKENS)
+            batch = collate([list(range(high))], pad_id=0, device=model.device)
+            model.run(batch, last=max(outs))
+    found = {}
+    for layer, out in outs.items():
+        if not (_is_plain(out) and keys[layer]):
+            continue
+        key = keys[layer][-1].reshape(-1, keys[layer][-1].shape[-1]).double()
+        rows = [(m, o.reshape(len(key), -1).double()) for m, o in made[layer]]
+        if form := _explained(out, key, rows):
+            found[layer] = replace(form, sums=form.own_sums())
+    return found
 
 
 def _explained(out: nn.Module, key: Tensor, made: list[tuple[nn.Module, Tensor]]) -> MlpForm | None:
