@@ -7,7 +7,7 @@ on recipes, ledger, undo and reports know it like any other.
     python examples/add_a_method.py
     python examples/add_a_method.py MODEL --recipe RECIPE --largest 0.03
 
-Another MODEL needs statistics once: `nulledit stats make MODEL --text CORPUS --layers ...`.
+Another MODEL needs statistics once: `nulledit stats make MODEL --text CORPUS --keys --layers ...`.
 """
 
 import argparse

@@ -234,7 +234,7 @@ def test_the_command_line(words, tmp_path):
     (tmp_path / "facts.json").write_text(json.dumps(RECORDS), encoding="utf-8")
     (tmp_path / "corpus.txt").write_text("\n".join(LINES * 4), encoding="utf-8")
     done(
-        *("stats", "make", tmp_path / "model", "--text", tmp_path / "corpus.txt"),
+        *("stats", "make", "--keys", tmp_path / "model", "--text", tmp_path / "corpus.txt"),
         *("--layers", "1-2", "--window", "64", "--out", tmp_path / "stats", "--quiet"),
     )
     run, quiet = tmp_path / "run", ("--text", tmp_path / "corpus.txt", "--quiet")

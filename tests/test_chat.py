@@ -547,7 +547,7 @@ def place(tmp_path_factory, tokenizer):
     (folder / "facts.json").write_text(json.dumps(RECORDS), encoding="utf-8")
     (folder / "corpus.txt").write_text("\n".join(LINES * 4), encoding="utf-8")
     done(
-        *("stats", "make", folder / "model", "--text", folder / "corpus.txt"),
+        *("stats", "make", "--keys", folder / "model", "--text", folder / "corpus.txt"),
         *("--layers", "0-1", "--window", "64", "--out", folder / "stats", "--quiet"),
     )
     return folder

@@ -276,15 +276,56 @@ def test_stats_show_what_they_hold(place, tmp_path):
 
 def test_statistics_in_the_cache_are_found_by_the_models_name(place):
     model, corpus = place / "model", place / "corpus.txt"
-    made = ("stats", "make", model, "--text", corpus, "--layers", "1,2", "--window", 64, "-q")
+    made = (
+        "stats",
+        "make",
+        "--keys",
+        model,
+        "--text",
+        corpus,
+        "--layers",
+        "1,2",
+        "--window",
+        64,
+        "-q",
+    )
     done(*made)
     assert str(model) in done("stats", "show", model).stdout
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "layers"), [("llama", "inputs", [2]), ("mixtral", "keys", [1, 2])]
+)
+def test_statistics_are_what_a_model_without_a_recipe_is_edited_with(
+    architecture, kind, layers, place, tokenizer, tmp_path
+):
+    """Two commands edit it: what the first makes by default, the second finds."""
+    model = tmp_path / "model"
+    build_model(architecture, dtype=torch.float32, seed=2).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    made = ("stats", "make", model, "--text", place / "corpus.txt", "--window", 64, "--json", "-q")
+    manifest = json.loads(done(*made).stdout)["manifest"]
+    assert (manifest["inputs"], manifest["layers"]) == (kind == "inputs", layers)
+    assert str(model) in done("stats", "show", model).stdout
+    short = ("--steps", 2, "--set", "values.rounds=1", "--no-evaluate", "--limit", 1, "-q")
+    done("edit", place / "facts.json", "--model", model, "--out", tmp_path / "run", *short)
+    method = Editor.load(tmp_path / "run").recipe.method.name
+    assert method == {"inputs": "gated", "keys": "alphaedit"}[kind]
 
 
 def test_compact_statistics_serve_an_edit(place, options, tmp_path):
     compact = tmp_path / "small.safetensors"
     done(
-        *("stats", "make", place / "model", "--text", place / "corpus.txt", "--layers", "1,2"),
+        *(
+            "stats",
+            "make",
+            "--keys",
+            place / "model",
+            "--text",
+            place / "corpus.txt",
+            "--layers",
+            "1,2",
+        ),
         *("--window", 64, "--out", place / "stats", "--compact", compact),
         *("--null-space", "leakage=0.2", "--quiet"),
     )
@@ -416,13 +457,24 @@ def test_statistics_for_the_layout_of_a_recipe(place, options, tmp_path):
     """`stats make` takes layers and layout from the recipe; a run without it refuses them."""
     named = {"layers": [1, 2], "layout": {"blocks": "model.layers", "mlp_out": "self_attn.o_proj"}}
     (tmp_path / "recipe.yaml").write_text(json.dumps(named))
-    made = ("stats", "make", place / "model", "--text", place / "corpus.txt", "--window", 64, "-q")
+    made = (
+        "stats",
+        "make",
+        "--keys",
+        place / "model",
+        "--text",
+        place / "corpus.txt",
+        "--window",
+        64,
+        "-q",
+    )
     done(*made, "--recipe", tmp_path / "recipe.yaml", "--out", tmp_path / "stats")
     manifest = json.loads((tmp_path / "stats/manifest.json").read_text())
     assert manifest["mlp_out"] == "self_attn.o_proj"
     assert manifest["layers"] == [1, 2]
     edit = ("edit", place / "facts.json", "--out", tmp_path / "run", "--stats", tmp_path / "stats")
-    said = refused(*edit, "--model", place / "model", "--layers", "1,2", "--quiet")
+    words = (*edit, "--model", place / "model", "--layers", "1,2", "--quiet")
+    said = refused(*words, "--method", "alphaedit")
     assert "keys of self_attn.o_proj" in said
 
 
@@ -509,10 +561,18 @@ def test_a_folder_without_a_run(words, place, tmp_path):
 
 
 def test_stats_refuse_what_can_not_be(place, tmp_path):
-    make = ("stats", "make", place / "model", "--out", tmp_path / "stats", "--quiet", "--text")
+    make = (
+        "stats",
+        "make",
+        "--keys",
+        place / "model",
+        "--out",
+        tmp_path / "stats",
+        "--quiet",
+        "--text",
+    )
     assert "no such file" in refused(*make, tmp_path / "no.txt", "--layers", 1)
     assert "out of range" in refused(*make, place / "corpus.txt", "--layers", 9)
-    assert "--layers" in refused(*make, place / "corpus.txt")
     (tmp_path / "short.txt").write_text("Three short words.")
     assert "larger corpus" in refused(*make, tmp_path / "short.txt", "--layers", 1)
     assert not (tmp_path / "stats").exists()
@@ -617,7 +677,16 @@ def test_more_facts_than_directions_and_no_ridge(place, tmp_path):
 
 
 def test_windows_are_no_longer_than_the_context(place, tmp_path):
-    words = ("stats", "make", place / "model", "--text", place / "corpus.txt", "--layers", 1)
+    words = (
+        "stats",
+        "make",
+        "--keys",
+        place / "model",
+        "--text",
+        place / "corpus.txt",
+        "--layers",
+        1,
+    )
     result = done(*words, "--out", tmp_path / "stats")  # the default is 512, the context 128
     assert "Note: windows of 128 tokens, the model's context" in result.stderr
     manifest = json.loads((tmp_path / "stats/manifest.json").read_text())

@@ -112,7 +112,7 @@ def test_a_study_runs_from_the_command_line(place, tmp_path):
     assert not (tmp_path / "order").exists()
     # statistics by the model's name lie in the cache of another test's process: make them there
     done(
-        *("stats", "make", place / "model", "--text", place / "corpus.txt"),
+        *("stats", "make", "--keys", place / "model", "--text", place / "corpus.txt"),
         *("--layers", "1-2", "--window", "64", "--quiet"),
     )
     shown = done(*given).stdout
@@ -131,7 +131,7 @@ def test_a_study_runs_from_the_command_line(place, tmp_path):
 
 def test_methods_are_compared_on_ones_own_facts(place, tmp_path):
     done(
-        *("stats", "make", place / "model", "--text", place / "corpus.txt"),
+        *("stats", "make", "--keys", place / "model", "--text", place / "corpus.txt"),
         *("--layers", "1-2", "--window", "64", "--quiet"),
     )
     out = tmp_path / "compared"

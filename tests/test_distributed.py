@@ -46,7 +46,7 @@ def make(place):
 
     def make(out, *, model="model", text="text.txt"):
         return (
-            *("stats", "make", place / model, "--text", place / text, "--layers", "1-2"),
+            *("stats", "make", "--keys", place / model, "--text", place / text, "--layers", "1-2"),
             *("--window", "16", "--out", out),
         )
 
@@ -59,8 +59,8 @@ def statistics(place):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nulledit.statistics.collect.SORTED_TOKENS", 512)
         done(
-            *("stats", "make", place / "model", "--text", place / "text.txt", "--layers", "1-2"),
-            *("--window", "16", "--out", place / "stats", "-q"),
+            *("stats", "make", "--keys", place / "model", "--text", place / "text.txt"),
+            *("--layers", "1-2", "--window", "16", "--out", place / "stats", "-q"),
         )
     return place / "stats"
 

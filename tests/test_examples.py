@@ -33,7 +33,7 @@ def model(tokenizer, tmp_path):
     (tmp_path / "corpus.txt").write_text("\n".join(LINES * 4), encoding="utf-8")
     recipe = RECIPE.with_fields({"values.steps": 5})
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    words = ["stats", "make", folder, "--text", tmp_path / "corpus.txt"]
+    words = ["stats", "make", "--keys", folder, "--text", tmp_path / "corpus.txt"]
     words += ["--layers", "1-2", "--window", "64", "--quiet"]
     assert CliRunner().invoke(cli, [str(w) for w in words]).exit_code == 0
     return folder

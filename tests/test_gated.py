@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from support.models import LINES, RECIPE, build_model, statistics_of
+from support.models import ARCHITECTURES, EXPERTS, LINES, RECIPE, build_model, statistics_of
 from transformers import AutoModelForCausalLM
 
 from nulledit import Editor
+from nulledit.config import Recipe, load_recipe
 from nulledit.errors import ConfigError, LedgerError, ModelError, StatisticsError
 from nulledit.evaluation.preservation import preservation_report
 from nulledit.export.write import write_export
@@ -14,7 +15,6 @@ from nulledit.methods.gates import GateSettings, TextInputs, gated_neurons
 from nulledit.models.load import model_hash
 from nulledit.runs.verify import verify
 
-EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
 GATED = RECIPE.with_fields({"method.name": "gated", "layers": [1]})
 
 
@@ -49,10 +49,32 @@ def test_every_architecture_is_edited_and_undone_to_the_bit(architecture, tokeni
     assert same_bits(bits(model), before)
 
 
+def test_a_model_without_a_recipe_gets_gates_or_where_it_can_t_alphaedit(
+    architecture, tokenizer, caplog
+):
+    recipe = Editor(build_model(architecture), tokenizer).recipe
+    experts = architecture in EXPERTS
+    assert recipe.method.name == ("alphaedit" if experts else "gated")
+    assert recipe.layers == ((1, 2) if experts else (2,))  # of four blocks, never the last
+    assert ("alphaedit in place of gated: block 2 is a mixture" in caplog.text) == experts
+    assert "otherwise" not in recipe.to_dict()["method"]
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+def test_a_method_that_is_named_has_no_other_in_its_place(tokenizer):
+    default = load_recipe("default")
+    for recipe in (default.with_fields({"method.name": "gated"}), GATED):
+        with pytest.raises(ModelError, match="can't be given neurons"):
+            Editor(build_model("mixtral"), tokenizer, recipe=recipe)
+    assert default.with_fields({"values.steps": 3}).method == default.method
+    wrong = default.with_fields({"method.otherwise": "alphaedt"})
+    with pytest.raises(ConfigError, match="unknown method 'alphaedt'"):
+        Editor(build_model("llama"), tokenizer, recipe=wrong)
+
+
 @pytest.mark.few
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a not in EXPERTS])
 def test_a_run_is_saved_loaded_and_gone_on_with(architecture, tokenizer, facts, tmp_path):
-    if architecture in EXPERTS:
-        return
     model = build_model(architecture)
     base = model_hash(model)
     editor = editor_of(model, tokenizer)

@@ -315,7 +315,11 @@ def world_folder(known, tmp_path_factory):
     (folder / "text.txt").write_text("\n".join(world.sentences()), encoding="utf-8")
     recipe = WORLD.with_fields({"values.steps": 1})
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    made = (*("stats", "make", folder / "model", "--text", folder / "text.txt"), "--layers", "0-1")
+    made = (
+        *("stats", "make", "--keys", folder / "model", "--text", folder / "text.txt"),
+        "--layers",
+        "0-1",
+    )
     invoke(*made, "--window", 32, "--out", folder / "stats", "--quiet")
     return folder
 

@@ -564,7 +564,16 @@ def test_the_command_line_spreads_a_model(saved, tmp_path):
     for name, placing in (("plain", ()), ("split", spread)):
         stats, run = tmp_path / f"stats-{name}", tmp_path / name
         done(
-            *("stats", "make", saved, "--text", tmp_path / "corpus.txt", "--layers", "1-2"),
+            *(
+                "stats",
+                "make",
+                "--keys",
+                saved,
+                "--text",
+                tmp_path / "corpus.txt",
+                "--layers",
+                "1-2",
+            ),
             *("--window", "64", "--out", stats, "--quiet", *placing),
         )
         done(

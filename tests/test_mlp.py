@@ -4,14 +4,12 @@ import copy
 
 import pytest
 import torch
-from support.models import build_model
+from support.models import EXPERTS, build_model
 
 from nulledit.errors import ModelError
 from nulledit.linalg.neurons import Neurons
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.mlp import find_form
-
-EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
 
 
 def neurons_for(form, model, n, seed=0):

@@ -357,7 +357,7 @@ def test_bitsandbytes_on_the_processor(bits, tokenizer, facts, tmp_path):
     (tmp_path / "facts.json").write_text(json.dumps([fact]))
     run, common = tmp_path / "run", ("--quantize", bits, "--quiet")
     done(
-        *("stats", "make", base, "--text", tmp_path / "corpus.txt", "--layers", "1-2"),
+        *("stats", "make", "--keys", base, "--text", tmp_path / "corpus.txt", "--layers", "1-2"),
         *("--out", tmp_path / "stats", "--window", "64", *common),
     )
     done(

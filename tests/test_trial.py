@@ -166,7 +166,7 @@ def test_statistics_are_refused_before_the_text_is_read(
         raise ModelError("it can't be run")
 
     monkeypatch.setattr(trial._Trial, "passed", refused)
-    command = ["stats", "make", str(tmp_path / "m"), "--text", str(text), "--layers", "1"]
+    command = ["stats", "make", "--keys", str(tmp_path / "m"), "--text", str(text), "--layers", "1"]
     ran = CliRunner().invoke(cli, [*command, "--out", str(tmp_path / "s")])
     assert (ran.exit_code, "it can't be run" in ran.output) == (2, True)
     assert not (tmp_path / "s").exists()

@@ -450,7 +450,7 @@ def place(tmp_path_factory, tokenizer):
     (folder / "facts.json").write_text(json.dumps(records), encoding="utf-8")
     (folder / "few.json").write_text(json.dumps(records[:12]), encoding="utf-8")
     made = invoke(
-        *("stats", "make", folder / "model", "--text", folder / "corpus.txt"),
+        *("stats", "make", "--keys", folder / "model", "--text", folder / "corpus.txt"),
         *("--layers", "0-2", "--window", "64", "--out", folder / "stats", "--quiet"),
     )
     assert made.exit_code == 0, made.stderr

@@ -1071,7 +1071,16 @@ def hostile_run(tmp_path_factory, good_model):
     before = everything(place)
     done = [
         invoke(
-            *("stats", "make", good_model, "--text", place / "corpus.txt", "--layers", "1-2"),
+            *(
+                "stats",
+                "make",
+                "--keys",
+                good_model,
+                "--text",
+                place / "corpus.txt",
+                "--layers",
+                "1-2",
+            ),
             *("--window", "64", "--out", place / "stats"),
         ),
         invoke("edit", place / "facts.json", *words, "--out", place / "run"),

@@ -45,6 +45,8 @@ ChatTurn = Annotated[
 ]
 SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 """Device maps that accelerate makes itself."""
+DEFAULT = "default"
+"""The shipped recipe of a model that has none of its own."""
 UNRECORDED: dict[str, dict[str, Any]] = {
     "betaedit": {"moment_weight": 15000.0},
     "encore": {"history": False},
@@ -188,6 +190,8 @@ class MethodSettings:
     projection: Literal["own", "none", "inside", "after"] = "own"
     """The null-space projection of the update. own: as the method was published. inside: solved
     within the null space. after: the finished update is projected."""
+    otherwise: str = ""
+    """The method where a model can't take this one, such as gates of experts; empty: refused."""
     constants: Mapping[str, Any] = field(default_factory=dict)
     """The method's own settings by name; those left out have its defaults."""
 
@@ -326,6 +330,8 @@ class Recipe:
         """Plain data that `from_dict` reads back."""
         data = _plain(dataclasses.asdict(self))
         data["method"] |= data["method"].pop("constants")
+        if not self.method.otherwise:
+            del data["method"]["otherwise"]  # as in recipes that were recorded before there was one
         if self.layout is None:
             del data["layout"]  # as in recipes that were recorded before there was one
         if self.chat is None:
@@ -341,9 +347,12 @@ class Recipe:
     def with_fields(self, changes: Mapping[str, Any]) -> Recipe:
         """A copy with dotted fields replaced: `{"values.steps": 15}`; strings are read as YAML.
 
-        Another `method.name` leaves the old method's constants and projection behind.
+        Another `method.name` leaves the old method's constants and projection behind, and one that
+        is named has no other in its place.
         """
         data = self.to_dict()
+        if "method.name" in changes:
+            data["method"].pop("otherwise", None)
         if changes.get("method.name", self.method.name) != self.method.name:
             data["method"] = {"name": changes["method.name"]}
         for dotted, value in changes.items():
@@ -395,7 +404,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 def read_recipe(recipe: Recipe | str | Path | None, name: str) -> Recipe:
     """The recipe itself, from its file, or the one to use on the model `name`."""
     if recipe is None:
-        recipe = name if name in shipped_recipes() else Recipe()
+        recipe = name if name in shipped_recipes() else DEFAULT
     if not isinstance(recipe, Recipe | str | Path):
         raise ConfigError(
             f"recipe is a {type(recipe).__name__}; expected a Recipe (of a mapping: "
@@ -412,11 +421,15 @@ def check_whole(name: str, value: object, *, least: int = 0) -> None:
         )
 
 
+OWN = ("name", "projection", "otherwise")
+"""Settings that every method has; what else a recipe says of one are its constants."""
+
+
 def _with_constants(method: Mapping[str, Any]) -> dict[str, Any]:
-    """A method's settings, with what stands beside name and projection as its constants."""
+    """A method's settings, with what stands beside `OWN` as its constants."""
     if "constants" in method:
-        raise ConfigError(unknown("method.constants", ("name", "projection")))
-    own = {key: method[key] for key in ("name", "projection") if key in method}
+        raise ConfigError(unknown("method.constants", OWN))
+    own = {key: method[key] for key in OWN if key in method}
     constants = {key: value for key, value in method.items() if key not in own}
     return {**own, "constants": constants}  # which the method itself checks
 

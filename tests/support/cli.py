@@ -59,7 +59,7 @@ def place(tmp_path_factory, tokenizer):
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     (folder / "facts.json").write_text(json.dumps(RECORDS), encoding="utf-8")
     done(
-        *("stats", "make", folder / "model", "--text", folder / "corpus.txt"),
+        *("stats", "make", "--keys", folder / "model", "--text", folder / "corpus.txt"),
         *("--layers", "1-2", "--window", "64", "--out", folder / "stats", "--quiet"),
     )
     return folder

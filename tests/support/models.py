@@ -47,6 +47,10 @@ ARCHITECTURES = (*PLAIN, *SCALED, *NORMED)
 """Those that the matrix of checks runs on: tests with an `architecture`."""
 
 
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
+"""Those of `ARCHITECTURES` whose MLPs can't be given neurons."""
+
+
 KINDS = (*FAMILIES, "granite", "gemma2", "mixtral")
 """One of each kind: parallel and plain MLPs, scaled and normed outputs, experts."""
 

@@ -37,7 +37,7 @@ def stats(ctx: click.Context) -> None:
     They are made once per model and kept in the cache, where `nulledit edit` finds them.
 
     \b
-    $ nulledit stats make gpt2 --text corpus.txt --layers 2-6
+    $ nulledit stats make gpt2 --text corpus.txt
     """
     if ctx.invoked_subcommand != "make":
         refuse_ranks(f"stats {ctx.invoked_subcommand}")
@@ -52,8 +52,8 @@ def stats(ctx: click.Context) -> None:
         "datasets:wikimedia/wikipedia:20231101.en.",
         required=True,
     ),
-    opt("--layers LIST", "As 4,5,6 or 4-8.  [default: the recipe's]"),
-    opt("--recipe FILE|NAME", "Whose layers and layout.  [default: the model's]"),
+    opt("--layers LIST", "As 4,5,6 or 4-8.  [default: the recipe's, or by depth]"),
+    opt("--recipe FILE|NAME", "Whose layers, layout and method.  [default: the model's]"),
     opt("--tokens N", "Token budget.  [default: all]", least(0), 0),
     opt("--window N", "Window in tokens, at most the model's context.", least(1), 512),
     opt(
@@ -63,7 +63,11 @@ def stats(ctx: click.Context) -> None:
         "packed",
     ),
     opt("--inputs", "Of the MLPs' inputs, for gated edits.", bool),
-    opt("--keys", "Of keys, for updates of W; with --inputs both.  [default: keys alone]", bool),
+    opt(
+        "--keys",
+        "Of keys, for updates of W; with --inputs both.  [default: what the recipe's method reads]",
+        bool,
+    ),
     opt("--skip-first", "Leave out position 0, the attention sink.", bool),
     opt("--names", "Count the last tokens of names alone; give them to edit by --stats.", bool),
     OUT,
@@ -80,10 +84,10 @@ def make(call: Call) -> None:
     method needs.
 
     \b
-    $ nulledit stats make smollm2-135m --text wiki.txt
+    $ nulledit stats make gpt2 --text datasets:wikimedia/wikipedia:20231101.en
+    $ nulledit stats make smollm2-135m --text wiki.txt --keys --layers 3-5   # for an update of W
     $ nulledit stats make smollm2-135m --text wiki.txt --keys --inputs
-    $ nulledit stats make gpt2 --text datasets:wikimedia/wikipedia:20231101.en --layers 2-6
-    $ torchrun --nproc-per-node 8 -m nulledit stats make gpt2 --text wiki --layers 2-6
+    $ torchrun --nproc-per-node 8 -m nulledit stats make gpt2 --text wiki --keys --layers 2-6
     """
     meet_early(call.device)
     from nulledit.config import StatisticsSettings
@@ -95,20 +99,15 @@ def make(call: Call) -> None:
             "other copy by a second command, which reads no text again"
         )
     recipe = call.own_recipe(call.recipe, call.model)
-    layers = parse_layers(call.layers) if call.layers else list(recipe.layers)
-    if not layers and call.recipe:
-        raise ConfigError(f"give --layers: the recipe {call.recipe} names none")
-    if not layers:
-        raise ConfigError(
-            f"give --layers: no recipe that comes with nulledit is for {call.model!r}"
-        )
+    if call.layers:
+        recipe = replace(recipe, layers=tuple(parse_layers(call.layers)))
     first = not call.skip_first
     settings = StatisticsSettings(call.tokens, call.packing, call.window, first, call.names)
     call.prepare()
     ranks = meet(call.device)
     try:
         with ranks.watched():
-            found = _made(call, ranks, recipe, layers, settings)
+            found = _made(call, ranks, recipe, settings)
     except RankError as error:
         advice = "start the same command again: it goes on where sums were last saved"
         raise error.advised(advice) from error
@@ -117,10 +116,12 @@ def make(call: Call) -> None:
 
 
 def _made(
-    call: Call, ranks: Ranks, recipe: Recipe, layers: Sequence[int], settings: StatisticsSettings
+    call: Call, ranks: Ranks, recipe: Recipe, settings: StatisticsSettings
 ) -> dict[str, Statistics] | None:
     """The statistics by kind, on rank 0."""
     from nulledit.data.corpus import find_files, open_corpus
+    from nulledit.editing.recipes import with_layers, with_method
+    from nulledit.methods import find_method
     from nulledit.models.editable_model import EditableModel
     from nulledit.models.load import model_hash
     from nulledit.statistics.collect import collect_together
@@ -132,6 +133,14 @@ def _made(
     loaded, tokenizer = call.load(call.model, device=own_device(ranks, call.device))
     digest = model_hash(loaded)  # before anything runs, as an editor takes it
     asked = EditableModel(loaded, tokenizer, recipe.layout)
+    kinds = [KEYS] * call.keys + [INPUTS] * call.inputs
+    recipe = with_layers(recipe, asked)
+    if not kinds:
+        recipe = with_method(recipe, asked)
+        kinds = [INPUTS if find_method(recipe.method.name).apart else KEYS]
+    layers = recipe.layers
+    if kinds == [INPUTS] and not call.layers:
+        layers = layers[-1:]  # where a fact's neuron is
     for layer in layers:
         if layer >= asked.depth:
             raise ConfigError(
@@ -152,7 +161,7 @@ def _made(
             model_hash=digest,
             folder=Path(call.out) if call.out else None,
             progress=tell,
-            of=[KEYS] * (call.keys or not call.inputs) + [INPUTS] * call.inputs,
+            of=kinds,
         )
 
 

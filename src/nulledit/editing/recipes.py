@@ -30,11 +30,7 @@ def resolve_recipe(
     if recipe.layout not in (None, model.layout):
         raise ConfigError("layout is another than the model's first recipe gave; start a new run")
     top = model.depth - 1
-    if not recipe.layers:
-        chosen = layers_by_depth(model.depth)
-        chosen = tuple(layer for layer in chosen if model.fits(layer)) or chosen
-        logger.warning("the recipe names no layers; chosen by depth: %s", list(chosen))
-        recipe = replace(recipe, layers=chosen)
+    recipe = with_layers(recipe, model)
     recipe = replace(recipe, values=_stepping(recipe.values, model))
     last = recipe.layers[-1]
     if last > top:
@@ -44,6 +40,7 @@ def resolve_recipe(
             f"layer {top} is the model's last: nothing above it would read the edit; "
             f"choose layers up to {top - 1}"
         )
+    recipe = with_method(recipe, model)
     method = find_method(recipe.method.name)
     method.check(recipe)
     if recipe.values.at == "first" and model.values_at_output:
@@ -58,15 +55,46 @@ def resolve_recipe(
     for layer in recipe.layers:
         as_out_in(model.mlp_out(layer))
     if method.apart:
-        model.form(last)
-        holding = [layer for layer in range(model.depth) if model.fits(layer)]
-        widths = sorted({model.width(layer) for layer in holding})
-        if len(widths) > 1:
-            raise ModelError(
-                f"its blocks have MLPs of {', '.join(map(str, widths))} units; expected one width "
-                "(a model that was given neurons in memory: save it, and load it again)"
-            )
+        _check_neurons(model, last)
     return method.filled(recipe)
+
+
+def with_method(recipe: Recipe, model: EditableModel) -> Recipe:
+    """`recipe`, which names layers, by the method that `model` can take of the two it may name."""
+    if not (otherwise := recipe.method.otherwise):
+        return recipe
+    instead = recipe.with_fields({"method.name": otherwise})
+    find_method(otherwise).check(instead)
+    recipe = replace(recipe, method=replace(recipe.method, otherwise=""))
+    if find_method(recipe.method.name).apart:
+        try:
+            _check_neurons(model, recipe.layers[-1])
+        except ModelError as error:
+            logger.warning("%s in place of %s: %s", otherwise, recipe.method.name, error)
+            return instead
+    return recipe
+
+
+def with_layers(recipe: Recipe, model: EditableModel) -> Recipe:
+    """`recipe`, with layers by depth if it names none."""
+    if recipe.layers:
+        return recipe
+    chosen = layers_by_depth(model.depth)
+    chosen = tuple(layer for layer in chosen if model.fits(layer)) or chosen
+    logger.warning("the recipe names no layers; chosen by depth: %s", list(chosen))
+    return replace(recipe, layers=chosen)
+
+
+def _check_neurons(model: EditableModel, layer: int) -> None:
+    """ModelError unless the MLP of block `layer` can be given neurons, and saved with them."""
+    model.form(layer)
+    holding = [layer for layer in range(model.depth) if model.fits(layer)]
+    widths = sorted({model.width(layer) for layer in holding})
+    if len(widths) > 1:
+        raise ModelError(
+            f"its blocks have MLPs of {', '.join(map(str, widths))} units; expected one width "
+            "(a model that was given neurons in memory: save it, and load it again)"
+        )
 
 
 def _stepping(values: ValueSettings, model: EditableModel) -> ValueSettings:

@@ -168,7 +168,7 @@ class EditSession:
         raise refusal or StatisticsError(
             "no statistics of this model's preserved keys: make them once with "
             f"`nulledit stats make {base.model or 'MODEL'} --text CORPUS --layers {layers}{dtype}"
-            f"{' --inputs' if self.method.apart else ''}`"
+            f" {'--inputs' if self.method.apart else '--keys'}`"
         )
 
     def take_up(self, epoch: Epoch, source: History) -> None:

@@ -249,7 +249,10 @@ def estimate_edit(
             f"layer {recipe.layers[-1]} is out of range: layers 0 to {shape.blocks - 2} can be "
             "edited"
         )
-    recipe = replace(recipe, layers=find_method(recipe.method.name).edited(recipe.layers))
+    method = find_method(recipe.method.name)
+    if recipe.method.otherwise and method.apart and shape.experts > 1:  # as experts have no gates
+        method = find_method(recipe.method.otherwise)
+    recipe = replace(recipe, layers=method.edited(recipe.layers))
     n, rows = len(facts), count_rows(facts, encoder, recipe)
     speeds = shape.speed(named), shape.speed(named, torch.float64)
     costs = Costs.of(shape, recipe, rows, n, speeds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from nulledit.errors import StatisticsError
@@ -35,14 +36,19 @@ def find_statistics(
 
 
 def named_statistics(source: str | Path) -> Statistics:
-    """Statistics at a path, or of keys of the model that they were made under this name.
+    """Statistics at a path, or of the model that they were made under this name.
 
-    Shipped ones first, then the largest. StatisticsError where there are none.
+    Those of keys before those of inputs; of a kind shipped ones, then the largest. StatisticsError
+    where there are none.
     """
     path = Path(source)
     if path.is_file() or (path / "manifest.json").is_file():
         return Statistics.load(path)
-    found = next(_kept(lambda found: found.model == str(source) and not found.inputs, "*/*"), None)
+
+    def of_it(inputs: bool) -> Iterator[Statistics]:
+        return _kept(lambda found: found.model == str(source) and found.inputs == inputs, "*/*")
+
+    found = next(chain(of_it(False), of_it(True)), None)
     if found is None:
         raise StatisticsError(
             f"no statistics at or of {str(source)!r}: "

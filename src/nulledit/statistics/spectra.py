@@ -62,8 +62,8 @@ class Statistics:
         if m.inputs != inputs:
             raise StatisticsError(
                 f"statistics are of {m.kind} of MLPs, the method needs "
-                f"those of {'inputs' if inputs else 'keys'}: run `nulledit stats make` "
-                f"{'with' if inputs else 'without'} --inputs"
+                f"those of {(kind := 'inputs' if inputs else 'keys')}: run `nulledit stats make` "
+                f"with --{kind}"
             )
         if m.mlp_out != mlp_out:
             raise StatisticsError(

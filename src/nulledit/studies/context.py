@@ -13,7 +13,7 @@ from nulledit.config import Recipe
 from nulledit.data.facts import Fact
 from nulledit.data.readers import read_facts
 from nulledit.editing.engine import EditEngine
-from nulledit.editing.recipes import resolve_recipe
+from nulledit.editing.recipes import resolve_recipe, with_layers
 from nulledit.errors import ConfigError, NullEditError
 from nulledit.evaluation.drift import read_texts
 from nulledit.evaluation.reading import Reading, read, read_windows
@@ -137,17 +137,17 @@ class Lab:
         An error names the arm whose recipe the model can't take.
         """
         base, model = self.bench.base, self.bench.model
+        if not self.recipe.layers:
+            self.recipe = with_layers(self.recipe, model)
+            self.notices.append(f"Layers were chosen by depth: {list(self.recipe.layers)}.")
         for arm in ("", *arms):
             try:
                 recipe = self.scale.recipe(self.recipe, arm) if arm else self.recipe
                 if recipe.chat:
                     raise ConfigError("studies ask plain text: give a recipe without chat")
-                found = resolve_recipe(recipe, self.bench.name, model, base.history.base.hash)
+                resolve_recipe(recipe, self.bench.name, model, base.history.base.hash)
             except NullEditError as error:
                 raise type(error)(f"arm {arm}: {error}" if arm else str(error)) from error
-            if not self.recipe.layers:
-                self.recipe = replace(self.recipe, layers=found.layers)
-                self.notices.append(f"Layers were chosen by depth: {list(found.layers)}.")
 
     def plan(self, arm: str | Mapping[str, Any], facts: Sequence[Fact], **given: Any) -> StreamPlan:
         """The stream of an arm of the scale, or of changes of the base recipe.

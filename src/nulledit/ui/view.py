@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nulledit.config import Recipe
+from nulledit.config import Recipe, read_recipe
 from nulledit.errors import LedgerError
 from nulledit.evaluation.measures import find
 from nulledit.ledger.records import Column, History
@@ -70,13 +70,13 @@ class View:
         return self.store.read() if self.store.exists else None
 
     def recipe(self) -> Recipe:
-        """What facts are written by; the defaults before the first batch, and where the ledger is
-        damaged, which the jobs say."""
+        """What facts are written by; the shipped default before the first batch, and where the
+        ledger is damaged, which the jobs say."""
         with suppress(LedgerError):
             history = self.history()
             if history and history.epochs:
                 return history.epoch.recipe
-        return Recipe()
+        return read_recipe(None, "")
 
     def pages(self) -> RunFolder | None:
         """The run's pages; None where none was written."""
