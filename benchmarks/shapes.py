@@ -8,6 +8,7 @@ from transformers import (
     GPTJConfig,
     LlamaConfig,
     PreTrainedTokenizerFast,
+    Qwen3Config,
 )
 
 SHAPES = {
@@ -24,16 +25,40 @@ SHAPES = {
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         rms_norm_eps=1e-5,
     ),
+    "qwen3-8b": Qwen3Config(
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151936,
+        max_position_embeddings=40960,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+        tie_word_embeddings=False,
+    ),
 }
-"""Each is a published recipe's model."""
+"""Models of published recipes, and Qwen3-8B."""
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 112,
+    "num_hidden_layers": 10,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "vocab_size": 8000,
+}
+"""What a Llama's or a Qwen's shape has in a test."""
 VOCABULARY = 8000  # of the tokenizer: about a token a word, as the models' own
 
 
-def random_model(name, *, dtype, device, blocks=None):
-    """A model of that shape with random weights, of `blocks` blocks if that is given."""
-    config = type(SHAPES[name])(**SHAPES[name].to_dict())
-    if blocks:
-        config.num_hidden_layers = blocks
+def random_model(name, *, dtype, device, blocks=None, changes=None):
+    """A model of that shape with random weights: of `blocks` blocks, with `changes`, if given."""
+    told = (
+        SHAPES[name].to_dict() | (changes or {}) | ({"num_hidden_layers": blocks} if blocks else {})
+    )
+    told.pop("layer_types", None)  # which would be of another depth
+    config = type(SHAPES[name])(**told)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
