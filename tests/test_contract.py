@@ -76,7 +76,7 @@ def said(place):
         assert result.exit_code in (0, 3), (name, result.stderr, result.exception)
         found[name] = keys(json.loads(result.stdout))
 
-    layers = ("--layers", "1-2", "--window", "64")
+    layers = ("--keys", "--layers", "1-2", "--window", "64")
     say("stats make", model, *text, *layers, "--out", place / "made-here")
     say("stats show", place / "made-here")
     say("facts check", place / "facts.json", "--model", model)

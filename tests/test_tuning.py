@@ -549,7 +549,7 @@ def test_what_tune_refuses_in_one_line(place, tmp_path):
         "expected numbers": (facts, *out, "--layers", "x"),
         "suggests no layers": (facts, *out, "--trace", tmp_path / "trace"),
         "no such file": (facts, *out, "--trace", tmp_path / "nowhere"),
-        "expected a yaml file, or gemma3-270m, gpt-j-6b": (facts, *out, "--start", "nothing"),
+        "expected a yaml file, or default, gemma3-270m": (facts, *out, "--start", "nothing"),
         "--text nothing: no such": (facts, *out, "--text", "nothing"),
         "Invalid value for '--minutes'": (facts, *out, "--minutes", "0"),
         "none.json: no such file": (tmp_path / "none.json", *out),
