@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -319,8 +320,8 @@ def off(found: Tensor, expected: Tensor, allowed: float = TOLERANCE) -> str:
 
 
 def said(error: Exception, *, name: bool = True) -> str:
-    """An error in one line."""
-    text = " ".join(str(error).split())
+    """An error in one line, without the folder of the trial."""
+    text = re.sub(rf"{re.escape(tempfile.gettempdir())}/[^/\s]+/", "", " ".join(str(error).split()))
     return (f"{type(error).__name__}: {text}" if name else text)[:400]
 
 
