@@ -15,7 +15,6 @@ from nulledit.data.readers import as_facts
 from nulledit.errors import ConfigError, NullEditError
 from nulledit.evaluation.asking import MOST_TOKENS
 from nulledit.io.untrusted import one_line
-from nulledit.ledger.store import Store
 from nulledit.runs.limits import Limits
 
 if TYPE_CHECKING:
@@ -46,9 +45,7 @@ class Desk:
     def run(self) -> Iterator[Run]:
         """The run, ours alone inside; loaded again if another process has changed its ledger."""
         with self._lock:
-            store = Store(self.folder / "ledger")
-            there = store.events() if store.exists else 0
-            if self._run is None or there != len(self._run.history.events):
+            if self._run is None or self._run.overtaken:
                 self._run = None  # its memory first
                 self._run = self._opened(self.folder)
             yield self._run

@@ -140,6 +140,12 @@ class Run:
         return self._held == 0
 
     @property
+    def overtaken(self) -> bool:
+        """Whether another process has changed the ledger: then open the run anew."""
+        store = Store(self.folder / "ledger")
+        return (store.events() if store.exists else 0) != len(self.history.events)
+
+    @property
     def batches(self) -> int:
         """Changes committed since this object was made; with limits none is before the end."""
         there = Store(self.folder / "ledger").exists

@@ -16,7 +16,6 @@ from nulledit.editing.call_log import Progress
 from nulledit.editing.reports import EditReport
 from nulledit.errors import LedgerError, NullEditError
 from nulledit.io.text import count
-from nulledit.ledger.store import Store
 from nulledit.report.document import Part
 from nulledit.runs.gate_report import gate_table
 from nulledit.runs.talk import Talk, in_facts
@@ -214,9 +213,8 @@ class Worker:
 
     def _current(self, job: Job) -> Run:
         """The run as its ledger is now: another process may have changed it."""
-        store, run = Store(self.folder / "ledger"), self._run
-        there = store.events() if store.exists else 0
-        if run is not None and there != len(run.history.events):
+        run = self._run
+        if run is not None and run.overtaken:
             job.say("Another process has changed the ledger: it is loaded again")
             self._run = run = None
         if run is None:
