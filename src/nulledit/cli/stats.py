@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,13 +134,15 @@ def _made(
     digest = model_hash(loaded)  # before anything runs, as an editor takes it
     asked = EditableModel(loaded, tokenizer, recipe.layout)
     kinds = [KEYS] * call.keys + [INPUTS] * call.inputs
-    recipe = with_layers(recipe, asked)
+    named, recipe = bool(recipe.layers), with_layers(recipe, asked)
     if not kinds:
         recipe = with_method(recipe, asked)
         kinds = [INPUTS if find_method(recipe.method.name).apart else KEYS]
     layers = recipe.layers
     if kinds == [INPUTS] and not call.layers:
         layers = layers[-1:]  # where a fact's neuron is
+    if not named:
+        call.say(f"Note: layers chosen by depth: {', '.join(map(str, layers))}")
     for layer in layers:
         if layer >= asked.depth:
             raise ConfigError(
@@ -228,6 +230,9 @@ def _show(call: Call, found: Mapping[str, Statistics]) -> None:
     call.show(told if len(told) > 1 else next(iter(told.values())), lambda: page)
 
 
+OF_A_NULL_SPACE = ("protected", "leakage", "threshold")
+
+
 def _page(found: Statistics, rows: Sequence[dict[str, Any]]) -> list[str | Part]:
     from nulledit.report.document import Items, StudyTable
 
@@ -239,20 +244,22 @@ def _page(found: Statistics, rows: Sequence[dict[str, Any]]) -> list[str | Part]
         f"position 0 {first}; "
         f"{'hashes checked' if found.checked else 'no hashes to check them by'}"
     )
-    cells: list[Sequence[str]] = [
-        [
-            str(r["layer"]),
-            str(r["tokens"]),
-            f"{r['protected']} of {r['d_in']}",
-            f"{100 * r['leakage']:.2f} %",
-            f"{r['threshold']:.3g}",
-            f"{r['median']:.3g}",
-            ", ".join(f"{v:.3g}" for v in r["largest"]),
-        ]
-        for r in rows
+    told: dict[str, Callable[[dict[str, Any]], str]] = {
+        "layer": lambda r: str(r["layer"]),
+        "tokens": lambda r: str(r["tokens"]),
+        "protected": lambda r: f"{r['protected']} of {r['d_in']}",
+        "leakage": lambda r: f"{100 * r['leakage']:.2f} %",
+        "threshold": lambda r: f"{r['threshold']:.3g}",
+        "median": lambda r: f"{r['median']:.3g}",
+        "largest eigenvalues": lambda r: ", ".join(f"{v:.3g}" for v in r["largest"]),
+    }
+    if manifest.inputs:  # gates have no null space
+        told = {name: cell for name, cell in told.items() if name not in OF_A_NULL_SPACE}
+    cells = [[cell(r) for cell in told.values()] for r in rows]
+    parts: list[str | Part] = [
+        f"Of {manifest.kind}: {head}",
+        StudyTable.of("layers", "", list(told), cells),
     ]
-    columns = "layer,tokens,protected,leakage,threshold,median,largest eigenvalues".split(",")
-    parts: list[str | Part] = [head, StudyTable.of("layers", "", columns, cells)]
     if any(r["experts"] for r in rows):
         spread = (_of_experts(r["layer"], r["experts"], r["d_in"]) for r in rows)
         parts.append(Items(tuple(spread)))

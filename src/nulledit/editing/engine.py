@@ -60,8 +60,8 @@ class EditEngine:
         """Take a `model` as the base of edits; its weights are changed in place.
 
         `recipe`: a Recipe, a file, or a shipped recipe's name; left out, the shipped one called
-        `name`, else the published settings on five layers chosen by depth. `statistics`: of this
-        model's keys; left out, shipped or cached ones are looked for at the first edit.
+        `name`, else the one called `default`. `statistics`: of this model's keys or MLP inputs, as
+        the method reads; left out, shipped or cached ones are looked for at the first edit.
         `value_cache`: a folder that keeps optimised values for any editor that asks for the same.
         `quantize`, `revision`: as given to `load_model`, for it to be loaded so again. `ranks`:
         processes that edit together, each with an editor of its own; all must make the same calls,

@@ -29,7 +29,7 @@ def resolve_recipe(
     recipe = read_recipe(recipe, name)
     if recipe.layout not in (None, model.layout):
         raise ConfigError("layout is another than the model's first recipe gave; start a new run")
-    top = model.depth - 1
+    top, named = model.depth - 1, bool(recipe.layers)
     recipe = with_layers(recipe, model)
     recipe = replace(recipe, values=_stepping(recipe.values, model))
     last = recipe.layers[-1]
@@ -49,6 +49,8 @@ def resolve_recipe(
             "set it to last or each"
         )
     recipe = replace(recipe, layers=method.edited(recipe.layers))
+    if not named:
+        logger.warning("the recipe names no layers; chosen by depth: %s", list(recipe.layers))
     for layer in recipe.layers:
         model.mlp_out(layer)
     make_editable(model.model, model.layout, recipe.layers, base_hash)
@@ -81,7 +83,6 @@ def with_layers(recipe: Recipe, model: EditableModel) -> Recipe:
         return recipe
     chosen = layers_by_depth(model.depth)
     chosen = tuple(layer for layer in chosen if model.fits(layer)) or chosen
-    logger.warning("the recipe names no layers; chosen by depth: %s", list(chosen))
     return replace(recipe, layers=chosen)
 
 

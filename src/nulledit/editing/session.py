@@ -165,10 +165,12 @@ class EditSession:
                 refusal = refusal or error  # full ones in the cache may serve what shipped don't
         base, layers = self.history.base, ",".join(map(str, self.recipe.layers))
         dtype = "" if base.dtype == "float64" else f" --dtype {base.dtype}"  # part of its hash
+        kind, what = ("inputs", "MLP inputs") if self.method.apart else ("keys", "preserved keys")
         raise refusal or StatisticsError(
-            "no statistics of this model's preserved keys: make them once with "
+            f"no statistics of this model's {what}: make them once with "
             f"`nulledit stats make {base.model or 'MODEL'} --text CORPUS --layers {layers}{dtype}"
-            f" {'--inputs' if self.method.apart else '--keys'}`"
+            f" --{kind}` (CORPUS: text of 100,000 tokens or more, as a file, a folder, or "
+            "datasets:wikimedia/wikipedia:20231101.en with --tokens)"
         )
 
     def take_up(self, epoch: Epoch, source: History) -> None:

@@ -139,8 +139,9 @@ def call_parts(
         yield Text(side_effects(lines, call["after"]))
     if lines and tables is None:
         yield answers_table(lines, f"answers-{call['run']}")
-        wrong = tuple(reasons(lines, folder))
-        yield Items(wrong, title="What does not hold, and why", most=SHOWN, more="in results.jsonl")
+        if wrong := tuple(reasons(lines, folder)):
+            title = "What does not hold, and why"
+            yield Items(wrong, title=title, most=SHOWN, more="in results.jsonl")
     if call["after"]:
         yield from _rates(run, call, whole=False) if tables is None else tables
         for i, (name, sides) in enumerate(call.get("others", {}).items()):
