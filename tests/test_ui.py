@@ -358,6 +358,24 @@ def test_what_is_wrong_with_limits_and_recipe_is_beside_its_field(tab, folder, g
     assert events(folder) == 2
 
 
+def test_a_retry_keeps_the_limits_of_its_page(tab, folder, monkeypatch):
+    assert shown_limits(tab.get("/retry")) == shown_limits(tab.get("/edit"))
+    given = {"retry": "2", "gate": "1"}
+    said = text_of(tab.post("/retry", {**given, "limit.norm_growth": "0.0001"}))
+    assert "norm_growth failed; no model was written" in said
+    wrong = tab.post("/retry", {**given, "limit.efficacy_strict": "0.8"})
+    assert (wrong.status_code, "write 80" in wrong.text) == (422, True)
+    assert "<option selected>2" in wrong.text
+    assert events(folder) == 2
+    seen = []
+    monkeypatch.setattr(Run, "retry", lambda _, *asked, **more: seen.append((asked, more)) or "-")
+    tab.post("/retry", {**given, "limit.norm_growth": "1e6"})
+    tab.post("/retry", {"retry": "1", "limit.norm_growth": "1e6"})
+    (((twice,), kept), ((once,), free)) = seen
+    assert (twice, once, free["limits"]) == (2, 1, None)
+    assert kept["limits"].to_dict() == {"norm_growth": {"optional": False, "at_most": 1e6}}
+
+
 def test_what_the_form_refuses_the_command_refuses_in_the_same_words(tab, place, tmp_path):
     for changes, words in (
         ({"settings": "values.steps=0"}, ("--set", "values.steps=0")),

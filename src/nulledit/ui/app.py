@@ -39,9 +39,11 @@ from nulledit.ui.guard import Guard
 from nulledit.ui.settings import (
     RECIPE,
     TICKS,
+    LimitField,
     limit_fields,
     limits_given,
     methods,
+    read_limits_of,
     read_settings_of,
 )
 from nulledit.ui.view import PAGE, SHOWS, SORTS, View, chosen, curves
@@ -77,6 +79,7 @@ class Site:
             "/fact": self.fact,
             "/try": self.trying,
             "/edit": self.editing,
+            "/retry": self.retrying,
             "/timeline": self.timeline,
             "/numbers": self.numbers,
             "/jobs": self.activity,
@@ -175,6 +178,10 @@ class Site:
                 given |= {"old_answer": given["target"], "target": ""}
         return self._form(request, given, how=how)
 
+    def retrying(self, request: Request) -> Response:
+        """How often what does not hold is written again, and inside which limits."""
+        return self._retry_form(request, request.query_params)
+
     def timeline(self, request: Request) -> Response:
         """Every event; undo and redo; two points compared."""
         events = self.view.events()
@@ -259,7 +266,10 @@ class Site:
 
     def retry(self, request: Request, given: FormData) -> Response:
         """What does not hold, written again."""
-        work = partial(deeds.retry, posted.times(given, least=1), bool(given.get("gate")))
+        limits, errors = read_limits_of(posted.texts(given))
+        if errors:
+            return self._retry_form(request, given, errors)
+        work = partial(deeds.retry, posted.times(given, least=1), limits)
         return self._begun("Retry what does not hold", work)
 
     def measure(self, request: Request, given: FormData) -> Response:
@@ -327,10 +337,6 @@ class Site:
         how: str = "",
     ) -> Response:
         names = (*FIELDS, "forget", *RECIPE, *TICKS, "retry")
-        limits = [
-            (one, posted.text(given, one.field) if limits_given(given) else one.value)
-            for one in limit_fields()
-        ]
         return self._page(
             request,
             "edit",
@@ -340,9 +346,23 @@ class Site:
             errors=errors or {},
             how=how,
             retries=posted.MOST_RETRIES,
-            limits=limits,
+            limits=_limits_in(given),
             methods=methods(),
             recipe=self.view.recipe(),
+        )
+
+    def _retry_form(
+        self, request: Request, given: Any, errors: Mapping[str, Sequence[str]] | None = None
+    ) -> Response:
+        return self._page(
+            request,
+            "retry",
+            "Retry",
+            status=422 if errors else 200,
+            given={name: posted.text(given, name) for name in ("retry", "gate")},
+            errors=errors or {},
+            retries=posted.MOST_RETRIES,
+            limits=_limits_in(given),
         )
 
     def _draw(self, key: Any, parts: Callable[[], Sequence[Part | str]]) -> list[tuple[str, Any]]:
@@ -411,6 +431,14 @@ class Site:
         self.worker.start()
         yield
         await run_in_threadpool(self.worker.stop)
+
+
+def _limits_in(given: Mapping[str, Any]) -> list[tuple[LimitField, str]]:
+    """All limits, with what a form says of each, or the default where it says nothing."""
+    return [
+        (one, posted.text(given, one.field) if limits_given(given) else one.value)
+        for one in limit_fields()
+    ]
 
 
 def _style(_request: Request) -> Response:

@@ -113,10 +113,10 @@ def write(edit: Edit, run: Run, job: Job) -> Outcome:
     return Outcome(_result(result), _undo([line["id"] for line in result.lines]))
 
 
-def retry(times: int, gate: bool, run: Run, _job: Job) -> Outcome:
+def retry(times: int, limits: Limits | None, run: Run, _job: Job) -> Outcome:
     """What does not hold, written again."""
     _check_facts(run)
-    result = run.retry(times, limits=_limits(gate))
+    result = run.retry(times, limits=limits)
     return Outcome([result] if isinstance(result, str) else _result(result))
 
 
@@ -219,10 +219,6 @@ def _is_other(edit: Edit, run: Run) -> bool:
 def _begin_epoch(edit: Edit, run: Run) -> None:
     recipe = run.editor.recipe.with_fields(edit.changes)
     run.editor.next_epoch(recipe, statistics=edit.statistics)
-
-
-def _limits(gate: bool) -> Limits | None:
-    return load_limits("default") if gate else None
 
 
 def _notices(notices: Sequence[str]) -> Items:

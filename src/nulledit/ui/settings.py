@@ -79,8 +79,7 @@ def methods() -> list[tuple[str, str]]:
 
 def read_settings_of(given: Mapping[str, str], recipe: Recipe) -> Settings:
     """What a form's texts say. `recipe`: of the run, as it is now."""
-    errors: dict[str, tuple[str, ...]] = {}
-    limits = _limits(given, errors) if given.get("gate") else None
+    limits, errors = read_limits_of(given)
     changes = _changes(given, recipe, errors)
     statistics = given.get("stats", "").strip() or None
     if statistics and not Path(statistics).expanduser().exists():
@@ -88,6 +87,14 @@ def read_settings_of(given: Mapping[str, str], recipe: Recipe) -> Settings:
     elif statistics and not changes:
         errors["stats"] = ("statistics belong to another recipe: change the method or a setting",)
     return Settings(limits, changes, statistics, errors)
+
+
+def read_limits_of(
+    given: Mapping[str, str],
+) -> tuple[Limits | None, dict[str, tuple[str, ...]]]:
+    """The limits that a form asks for, if it does, and what is wrong with its fields."""
+    errors: dict[str, tuple[str, ...]] = {}
+    return _limits(given, errors) if given.get("gate") else None, errors
 
 
 def _limits(given: Mapping[str, str], errors: dict[str, tuple[str, ...]]) -> Limits | None:
