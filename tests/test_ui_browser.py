@@ -25,7 +25,7 @@ from nulledit.ledger.store import Store
 from nulledit.ui import serve as serving
 from nulledit.ui.view import View
 
-PATHS = ("/", "/fact?id=ada", "/try", "/edit", "/timeline", "/numbers", "/jobs")
+PATHS = ("/", "/fact?id=ada", "/try", "/edit", "/retry", "/timeline", "/numbers", "/jobs")
 SECONDS = 120_000  # milliseconds that a job may take on a busy machine
 
 pytestmark = IN_A_BROWSER
