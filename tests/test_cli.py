@@ -308,7 +308,9 @@ def test_statistics_are_what_a_model_without_a_recipe_is_edited_with(
     assert (manifest["inputs"], manifest["layers"]) == (kind == "inputs", layers)
     assert str(model) in done("stats", "show", model).stdout
     short = ("--steps", 2, "--set", "values.rounds=1", "--no-evaluate", "--limit", 1, "-q")
-    done("edit", place / "facts.json", "--model", model, "--out", tmp_path / "run", *short)
+    edit = ("edit", place / "facts.json", "--model", model, "--out", tmp_path / "run", *short)
+    assert json.loads(done(*edit, "--dry-run", "--json").stdout)["layers"] == layers
+    done(*edit)
     method = Editor.load(tmp_path / "run").recipe.method.name
     assert method == {"inputs": "gated", "keys": "alphaedit"}[kind]
 
