@@ -338,7 +338,7 @@ def test_missing_statistics_are_asked_for_in_the_models_dtype(place, tmp_path, m
         *("edit", place / "facts.json", "--model", place / "model", "--dtype", "bfloat16"),
         *("--recipe", place / "recipe.yaml", "--out", tmp_path / "run", "--quiet"),
     )
-    assert "--layers 1,2 --dtype bfloat16`" in said
+    assert "--layers 1,2 --dtype bfloat16 --keys`" in said
 
 
 def test_the_median_of_two_is_between_them():

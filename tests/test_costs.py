@@ -143,7 +143,7 @@ def test_drives_are_of_the_gates_that_edits_make(tokenizer, windows, told):
     C = text.T @ text / len(text)
     given = TextInputs(C + RIDGE * C.diagonal().mean() * torch.eye(len(C)), text.mean(0))
     form = model.form(1).units
-    neurons = gated_neurons(X, torch.zeros(16, len(told)), given, form, GateSettings())
+    neurons, _ = gated_neurons(X, torch.zeros(16, len(told)), given, form, GateSettings())
     factors = neurons.factors / (neurons.factors @ X).diagonal()[:, None]  # s = 1 at its subject
     s, among = held @ factors.T, factors @ X
     drives = found.blocks[1].gates

@@ -180,7 +180,7 @@ def test_rivals_are_the_dense_formula(gated):
     text_inputs = TextInputs(text @ text.T / 400, text.mean(1))
     form, settings = UnitForm("silu" if gated else "gelu", not gated, gated), GateSettings(4.0, 0.2)
     inputs = text[:, :7] + 0.3 * text[:, [0, 0, 2, 2, 4, 4, 6]]
-    made = gated_neurons(inputs, drawn(5, 7, seed=1), text_inputs, form, settings)
+    made, _ = gated_neurons(inputs, drawn(5, 7, seed=1), text_inputs, form, settings)
     owners = torch.tensor([0, 1, 2, 3, 4, 4, 5])
     nearest, shares = rivals(made.units(inputs, form.activation).mT, owners)
     phi = ACTIVATIONS[form.activation]
@@ -286,7 +286,7 @@ def test_dozens_of_pairs_are_held_as_far_as_gates_tell_them_apart(near):
     inputs = torch.stack([first, second], dim=2).reshape(d, 2 * pairs)
     inputs[0] = 3.0
     form, targets = UnitForm("silu", False, True), drawn(32, 2 * pairs, seed=3)
-    made = gated_neurons(inputs, targets, text_inputs, form, GateSettings())
+    made, _ = gated_neurons(inputs, targets, text_inputs, form, GateSettings())
     activations = made.units(inputs, form.activation).mT
     nearest, shares = rivals(activations, torch.arange(2 * pairs))
     twin = torch.arange(2 * pairs).reshape(pairs, 2).flip(1).reshape(-1)

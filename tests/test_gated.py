@@ -136,11 +136,42 @@ def test_neurons_are_the_formula(activation, biased, gated):
     moment, mean = text @ text.T / 300, text.mean(1)
     form, settings = UnitForm(activation, biased, gated), GateSettings(6.0, 0.3, 0.02, 0.1)
     inputs, targets = text[:, :4] * 1.1, drawn(5, 4)
-    found = gated_neurons(inputs, targets, TextInputs(moment, mean), form, settings)
+    found, written = gated_neurons(inputs, targets, TextInputs(moment, mean), form, settings)
+    torch.testing.assert_close(written, found.columns @ found.units(inputs, activation))
     expected = dense(inputs, targets, moment, mean, form, 6.0, 0.3, 0.02, 0.1)
     for x in text[:, :20].T:
         given = found.columns @ found.units(x[:, None], activation)[:, 0]
         torch.testing.assert_close(given, expected(x), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["gated", "alphaedit"])
+def test_what_moved_is_what_the_edits_write_otherwise_at_the_keys(name, tokenizer, facts):
+    """Over two epochs, whose first facts are asked of neurons that came after them."""
+    recipe = RECIPE.with_fields({"method.name": name, "layers": [1]})
+    model = build_model("llama")
+    statistics = statistics_of(model, tokenizer, layers=(1,), inputs=name == "gated")
+    editor = Editor(model, tokenizer, recipe=recipe, statistics=statistics)
+    editor.edit(facts[:3])
+    editor.next_epoch(recipe.with_fields({"values.steps": 2}), statistics=statistics)
+    editor.edit(facts[3:])
+    weights = editor._session.weights
+
+    for change in (lambda: editor.undo(facts[0].id, facts[3].id), editor.redo):
+        held = {column.id for column in editor.history.active}
+        edit = weights.edit(1)
+        report = change()
+        stay = [column for column in editor.history.active if column.id in held]
+        keys, _ = weights.recorded(stay, 1)
+        before = edit.added(keys)
+        shares = (weights.edit(1).added(keys) - before).norm(dim=0) / before.norm(dim=0)
+        found = dict(report.moved)
+        assert list(found) == sorted(found, key=lambda id_: -found[id_])
+        assert len(found) == len(stay) >= 2
+        for column, share in zip(stay, shares.tolist(), strict=True):
+            assert found[column.fact.id] == pytest.approx(share, rel=1e-6, abs=1e-9)
+        written = weights.written()
+        again = weights.edit(1).added(weights.recorded(written.columns, 1)[0])
+        torch.testing.assert_close(written.added, again)
 
 
 def test_a_threshold_needs_a_constant_or_a_bias():
@@ -148,7 +179,9 @@ def test_a_threshold_needs_a_constant_or_a_bias():
     text = torch.randn(5, 400, generator=generator, dtype=torch.float64)
     moment, mean = text @ text.T / 400, text.mean(1)  # no direction is constant
     form, settings = UnitForm("silu", False, True), GateSettings()
-    found = gated_neurons(text[:, :2], text[:, 5:7], TextInputs(moment, mean), form, settings)
+    found, _ = gated_neurons(
+        text[:, :2], text[:, 5:7], TextInputs(moment, mean), form, settings
+    )
     solved = torch.linalg.solve(moment + settings.widening / 2 * text[:, :2] @ text[:, :2].T,
                                 text[:, :2])  # fmt: skip
     directions = solved / (text[:, :2] * solved).sum(0)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from nulledit.linalg import solve as solve_module
 from nulledit.linalg.moments import SecondMoment
 from nulledit.linalg.preconditioner import BlockGains, SpectralPreconditioner
-from nulledit.linalg.solve import RecursiveState, room_left, solve_update
+from nulledit.linalg.solve import RecursiveState, gram, room_left, solve_update
 from nulledit.linalg.spectrum import (
     Spectrum,
     threshold_absolute,
@@ -40,6 +40,16 @@ def dense_projector(spectrum, threshold):
 
 def null_space_metric(spectrum, threshold, l2):
     return spectrum.preconditioner((spectrum.eigenvalues < threshold).double() / l2)
+
+
+@pytest.mark.parametrize("n", [1, 3, 4, 11])
+def test_a_symmetric_product_is_the_product(n, monkeypatch):
+    monkeypatch.setattr(solve_module, "SQUARE", 4)
+    matrix = draw(7, n)
+    for given_as in (matrix, matrix.mT.contiguous().mT):
+        found = gram(given_as)
+        torch.testing.assert_close(found, matrix.mT @ matrix, rtol=1e-13, atol=1e-13)
+        assert torch.equal(found[4:8, :4], found[:4, 4:8].mT)
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 64))

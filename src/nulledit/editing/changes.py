@@ -198,8 +198,7 @@ def _watched(
     history, weights, run = session.history, session.weights, CallLog(progress)
     before = {c.id: c for c in history.active}
     known = len(history.columns)
-    layer = max(weights.layers, default=-1)
-    edit = weights.edit(layer) if layer >= 0 else None
+    written = weights.written()
     out = {c.id for c in gone}
     staying = [c for c in history.active if c.id not in out]
     near = weights.near(gone, staying, cosine=NEAR_KEY) if gone and staying else []
@@ -209,14 +208,13 @@ def _watched(
         lost = facts_of(c for i, c in before.items() if i not in now)
         there = {c.fact.id for c in now.values()}
         fresh = facts_of(c for i, c in now.items() if i > known)
-        moved = weights.moved(edit) if edit is not None else []
         back = facts_of(c for i, c in now.items() if i not in before and i <= known)
         return ChangeReport(
             removed=tuple(f.id for f in lost if f.id not in there),
             restored=tuple(f.id for f in back),
             rebuilt=tuple(f.id for f in fresh),
             near=by_fact(near),
-            moved=by_fact(pair for pair in moved if pair[0].id in before),
+            moved=by_fact(weights.moved(written)),
             notices=tuple(run.notices),
         )
 

@@ -30,6 +30,17 @@ from nulledit.models.mlp import one_width
 from nulledit.models.unchanged import bit_sums
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class Written:
+    """What edits write at the keys of columns."""
+
+    layer: int | None
+    """None: nothing is edited."""
+    columns: Sequence[Column]
+    added: Tensor
+    """By column [d_out, n]."""
+
+
 @dataclass(frozen=True, repr=False)
 class LayerReport:
     """What the edits do to one layer."""
@@ -273,18 +284,35 @@ class EditedWeights:
         found = [(c, value) for c, value in zip(others, best, strict=True) if value > cosine]
         return sorted(found, key=lambda pair: -pair[1])
 
-    def moved(self, before: LayerEdit) -> list[tuple[Column, float]]:
-        """How the active columns moved in the last layer since its edits were `before`.
+    def written(self) -> Written:
+        """What the edits have written in the last layer at the keys of the active columns."""
+        if not self.layers:
+            return Written(None, [], torch.empty(0, 0))
+        layer = self.layers[-1]
+        edit, columns = self.edit(layer), self.history.at_layer(layer, self.history.active)
+        known = edit.written if isinstance(edit, NeuronUpdate) else None
+        epoch = self._solver(layer).latest.epoch.id if known is not None else None
+        own = [c for c in columns if self.history.epoch_of(c) == epoch]
+        others = [c for c in columns if self.history.epoch_of(c) != epoch]
+        parts = [edit.added(self.recorded(others, layer)[0])] if others else []
+        if known is not None:
+            parts.append(known.to(self.record_dtype))
+        added = torch.cat(parts, dim=1) if parts else torch.empty(len(edit.base), 0)
+        return Written(layer, others + own, added)
+
+    def moved(self, before: Written) -> list[tuple[Column, float]]:
+        """How columns moved that were active `before` and still are, in the last layer.
 
         ‖change at the key‖ over ‖what the edits had written there‖, largest first.
         """
-        layer = self.layers[-1]
-        columns = self.history.at_layer(layer, self.history.active)
-        if not columns:
+        now = self.written()
+        if now.layer != before.layer:
             return []
-        keys, _ = self.recorded(columns, layer)
-        written = before.added(keys)
-        change = self.edit(layer).added(keys) - written
+        places = {column.id: i for i, column in enumerate(before.columns)}
+        both = [i for i, column in enumerate(now.columns) if column.id in places]
+        columns = [now.columns[i] for i in both]
+        written = before.added[:, [places[column.id] for column in columns]]
+        change = now.added[:, both] - written
         shares = (change.norm(dim=0) / written.norm(dim=0).clamp_min(1e-12)).tolist()
         return sorted(zip(columns, shares, strict=True), key=lambda pair: -pair[1])
 

@@ -76,12 +76,13 @@ class GateSolver(EpochSolver[LayerState]):
 
     def _state(self, base: Tensor, begun: Neurons | None, K: Tensor, V: Tensor) -> LayerState:
         """`begun` neurons, and those that write what they lack of V [d_out, n] at K [d, n]."""
-        neurons = begun
+        neurons, written = begun, None
         # one column keeps the strides of many, with which products round otherwise
         K, V = (t.clone(memory_format=torch.contiguous_format) for t in (K, V))
         if K.shape[1]:
-            if begun is not None:
-                V = V - begun.columns @ begun.units(K, self.form.activation)
-            fresh = gated_neurons(K, V, self.text, self.form, self.settings)
+            there = begun.columns @ begun.units(K, self.form.activation) if begun else None
+            lacking = V if there is None else V - there
+            fresh, written = gated_neurons(K, lacking, self.text, self.form, self.settings)
             neurons = begun.with_others(fresh) if begun else fresh
-        return LayerState(NeuronUpdate(base, neurons, self.form.activation))
+            written = written if there is None else written + there
+        return LayerState(NeuronUpdate(base, neurons, self.form.activation, written))

@@ -12,6 +12,7 @@ from nulledit.errors import SolveError
 from nulledit.linalg.preconditioner import Preconditioner
 
 BLOCK = 256  # columns of Z that are joined in one block
+SQUARE = 512  # columns of a symmetric product that are made at once
 
 
 def solve_update(keys: Tensor, residual: Tensor, preconditioner: Preconditioner) -> Tensor:
@@ -37,6 +38,17 @@ def solve_weighed(keys: Tensor, residual: Tensor, weighted: Tensor, own: Tensor)
     system = keys.mT @ weighted @ own
     system.diagonal().add_(1.0)  # eigenvalues >= 1: those of M T are of a product of two >= 0
     return residual @ torch.linalg.solve(system, weighted.mT)
+
+
+def gram(matrix: Tensor) -> Tensor:
+    """AᵀA [n, n] of `matrix` A [m, n]: the blocks below the diagonal are those above it."""
+    n = matrix.shape[1]
+    found = matrix.new_empty(n, n)
+    for first in range(0, n, SQUARE):
+        last = first + SQUARE
+        found[first:last, first:] = matrix[:, first:last].mT @ matrix[:, first:]
+        found[last:, first:last] = found[first:last, last:].mT
+    return found
 
 
 def factor(keys: Tensor, weighted: Tensor) -> Tensor:

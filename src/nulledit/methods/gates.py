@@ -29,6 +29,7 @@ from torch import Tensor
 
 from nulledit.io.settings import Expected, NotNegative, Positive, checked
 from nulledit.linalg.neurons import ACTIVATIONS, Neurons, UnitForm
+from nulledit.linalg.solve import gram
 from nulledit.linalg.spectrum import Spectrum
 from nulledit.methods.registry import Gate
 
@@ -94,8 +95,10 @@ class TextInputs:
 
 def gated_neurons(
     inputs: Tensor, targets: Tensor, text: TextInputs, form: UnitForm, settings: GateSettings
-) -> Neurons:
-    """Neurons that write `targets` T [d_out, n] at the facts' `inputs` X [d, n], float64."""
+) -> tuple[Neurons, Tensor]:
+    """Neurons that write `targets` T [d_out, n] at the facts' `inputs` X [d, n], and what they
+    write there; float64.
+    """
     X, n = inputs.double(), inputs.shape[1]
     beta, theta = settings.sharpness, settings.threshold
     directions = gate_directions(text.moment, X, settings)
@@ -112,10 +115,14 @@ def gated_neurons(
         factors=directions.mT / opening if form.gated else None,
         columns=X.new_zeros(len(targets), n),
     )
-    scale = 1.0 if form.gated else opening
-    activations = neurons.units(X, form.activation).mT / scale
-    columns = solve_columns(activations, targets.double(), settings.ridge) / scale
-    return replace(neurons, columns=columns)
+    drives = directions.mT @ X  # of neuron i on fact j, once for both of a gated unit's factors
+    driven = beta * (drives - shift @ X)
+    if form.biased:
+        driven -= beta * theta
+    activations = (activation(driven) * (drives if form.gated else 1.0) / opening).mT
+    columns = solve_columns(activations, targets.double(), settings.ridge)
+    written = columns @ activations.mT
+    return replace(neurons, columns=columns if form.gated else columns / opening), written
 
 
 def gate_directions(moment: Tensor, inputs: Tensor, settings: GateSettings) -> Tensor:
@@ -130,9 +137,12 @@ def solve_columns(activations: Tensor, targets: Tensor, ridge: float) -> Tensor:
 
     argmin ‖r Aᵀ − T‖² + λ‖r‖² for `activations` A [n, n], A[i, j] what neuron j gives on fact i.
     """
-    system = activations.mT @ activations
+    system, right = gram(activations), activations.mT @ targets.mT
     system.diagonal().add_(ridge)
-    return torch.linalg.solve(system, activations.mT @ targets.mT).mT
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if failed:  # without a ridge, two facts that open the same gates
+        return torch.linalg.solve(system, right).mT
+    return torch.cholesky_solve(right, factor).mT
 
 
 def full_openings(own: Tensor) -> Tensor:

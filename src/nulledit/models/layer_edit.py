@@ -80,6 +80,8 @@ class NeuronUpdate:
     """Before rounding, float64; None: no fact."""
     activation: str
     """Name of φ."""
+    written: Tensor | None = None
+    """What they add at the inputs of the last epoch's facts [d_out, n], in their order."""
 
     @property
     def size(self) -> int:
