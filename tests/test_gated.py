@@ -179,9 +179,7 @@ def test_a_threshold_needs_a_constant_or_a_bias():
     text = torch.randn(5, 400, generator=generator, dtype=torch.float64)
     moment, mean = text @ text.T / 400, text.mean(1)  # no direction is constant
     form, settings = UnitForm("silu", False, True), GateSettings()
-    found, _ = gated_neurons(
-        text[:, :2], text[:, 5:7], TextInputs(moment, mean), form, settings
-    )
+    found, _ = gated_neurons(text[:, :2], text[:, 5:7], TextInputs(moment, mean), form, settings)
     solved = torch.linalg.solve(moment + settings.widening / 2 * text[:, :2] @ text[:, :2].T,
                                 text[:, :2])  # fmt: skip
     directions = solved / (text[:, :2] * solved).sum(0)
