@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.cli import done, refused
-from support.models import LINES, build_model, statistics_of
+from support.models import LINES, RECIPE, build_model, statistics_of
 from transformers import LlamaForCausalLM
 
 from nulledit import Editor, Fact
@@ -136,7 +136,8 @@ def test_an_edited_file_is_known_by_its_hash_and_opens_when_it_is_gone(
     moved = tmp_path / "moved.gguf"
     shutil.copy(file, moved)
     stats = statistics_of(*load_model(str(moved)))
-    run = Run.create(tmp_path / "run", Editor.from_pretrained(str(moved), statistics=stats))
+    editor = Editor.from_pretrained(str(moved), recipe=RECIPE, statistics=stats)
+    run = Run.create(tmp_path / "run", editor)
     run.edit([FACT], evaluate=False)
     base = run.history.base
     assert (base.model, base.file_sha256) == (str(moved), sha256_of(file))
