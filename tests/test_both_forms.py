@@ -7,7 +7,7 @@ import pytest
 import reference
 import torch
 from support.chat import CHATML, chatty, model_for
-from support.cli import RECORDS, done
+from support.cli import MAKE_KEYS, RECORDS, done
 from support.models import LINES, RECIPE, statistics_of
 
 from nulledit import Editor, Fact
@@ -234,7 +234,7 @@ def test_the_command_line(words, tmp_path):
     (tmp_path / "facts.json").write_text(json.dumps(RECORDS), encoding="utf-8")
     (tmp_path / "corpus.txt").write_text("\n".join(LINES * 4), encoding="utf-8")
     done(
-        *("stats", "make", "--keys", tmp_path / "model", "--text", tmp_path / "corpus.txt"),
+        *(*MAKE_KEYS, tmp_path / "model", "--text", tmp_path / "corpus.txt"),
         *("--layers", "1-2", "--window", "64", "--out", tmp_path / "stats", "--quiet"),
     )
     run, quiet = tmp_path / "run", ("--text", tmp_path / "corpus.txt", "--quiet")

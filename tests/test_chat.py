@@ -8,7 +8,7 @@ import pytest
 import reference
 import torch
 from support.chat import CHATML, TURN, chatty, model_for
-from support.cli import RECORDS, done, refused
+from support.cli import MAKE_KEYS, RECORDS, done, refused
 from support.models import LINES, RECIPE, statistics_of
 from transformers import pipeline
 
@@ -547,7 +547,7 @@ def place(tmp_path_factory, tokenizer):
     (folder / "facts.json").write_text(json.dumps(RECORDS), encoding="utf-8")
     (folder / "corpus.txt").write_text("\n".join(LINES * 4), encoding="utf-8")
     done(
-        *("stats", "make", "--keys", folder / "model", "--text", folder / "corpus.txt"),
+        *(*MAKE_KEYS, folder / "model", "--text", folder / "corpus.txt"),
         *("--layers", "0-1", "--window", "64", "--out", folder / "stats", "--quiet"),
     )
     return folder

@@ -11,7 +11,7 @@ import click
 import pytest
 import torch
 import yaml
-from support.cli import RECORDS, done, invoke, refused, results, state
+from support.cli import MAKE_KEYS, RECORDS, done, invoke, refused, results, state
 from support.models import build_model, small_tokenizer
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
@@ -276,19 +276,7 @@ def test_stats_show_what_they_hold(place, tmp_path):
 
 def test_statistics_in_the_cache_are_found_by_the_models_name(place):
     model, corpus = place / "model", place / "corpus.txt"
-    made = (
-        "stats",
-        "make",
-        "--keys",
-        model,
-        "--text",
-        corpus,
-        "--layers",
-        "1,2",
-        "--window",
-        64,
-        "-q",
-    )
+    made = (*MAKE_KEYS, model, "--text", corpus, "--layers", "1,2", "--window", 64, "-q")
     done(*made)
     assert str(model) in done("stats", "show", model).stdout
 
@@ -318,16 +306,7 @@ def test_statistics_are_what_a_model_without_a_recipe_is_edited_with(
 def test_compact_statistics_serve_an_edit(place, options, tmp_path):
     compact = tmp_path / "small.safetensors"
     done(
-        *(
-            "stats",
-            "make",
-            "--keys",
-            place / "model",
-            "--text",
-            place / "corpus.txt",
-            "--layers",
-            "1,2",
-        ),
+        *(*MAKE_KEYS, place / "model", "--text", place / "corpus.txt", "--layers", "1,2"),
         *("--window", 64, "--out", place / "stats", "--compact", compact),
         *("--null-space", "leakage=0.2", "--quiet"),
     )
@@ -459,17 +438,7 @@ def test_statistics_for_the_layout_of_a_recipe(place, options, tmp_path):
     """`stats make` takes layers and layout from the recipe; a run without it refuses them."""
     named = {"layers": [1, 2], "layout": {"blocks": "model.layers", "mlp_out": "self_attn.o_proj"}}
     (tmp_path / "recipe.yaml").write_text(json.dumps(named))
-    made = (
-        "stats",
-        "make",
-        "--keys",
-        place / "model",
-        "--text",
-        place / "corpus.txt",
-        "--window",
-        64,
-        "-q",
-    )
+    made = (*MAKE_KEYS, place / "model", "--text", place / "corpus.txt", "--window", 64, "-q")
     done(*made, "--recipe", tmp_path / "recipe.yaml", "--out", tmp_path / "stats")
     manifest = json.loads((tmp_path / "stats/manifest.json").read_text())
     assert manifest["mlp_out"] == "self_attn.o_proj"
@@ -563,16 +532,7 @@ def test_a_folder_without_a_run(words, place, tmp_path):
 
 
 def test_stats_refuse_what_can_not_be(place, tmp_path):
-    make = (
-        "stats",
-        "make",
-        "--keys",
-        place / "model",
-        "--out",
-        tmp_path / "stats",
-        "--quiet",
-        "--text",
-    )
+    make = (*MAKE_KEYS, place / "model", "--out", tmp_path / "stats", "--quiet", "--text")
     assert "no such file" in refused(*make, tmp_path / "no.txt", "--layers", 1)
     assert "out of range" in refused(*make, place / "corpus.txt", "--layers", 9)
     (tmp_path / "short.txt").write_text("Three short words.")
@@ -679,16 +639,7 @@ def test_more_facts_than_directions_and_no_ridge(place, tmp_path):
 
 
 def test_windows_are_no_longer_than_the_context(place, tmp_path):
-    words = (
-        "stats",
-        "make",
-        "--keys",
-        place / "model",
-        "--text",
-        place / "corpus.txt",
-        "--layers",
-        1,
-    )
+    words = (*MAKE_KEYS, place / "model", "--text", place / "corpus.txt", "--layers", 1)
     result = done(*words, "--out", tmp_path / "stats")  # the default is 512, the context 128
     assert "Note: windows of 128 tokens, the model's context" in result.stderr
     manifest = json.loads((tmp_path / "stats/manifest.json").read_text())

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support.cli import done, invoke, refused
+from support.cli import MAKE_KEYS, done, invoke, refused
 
 from nulledit.methods import METHODS
 from nulledit.studies.registry import STUDIES
@@ -112,7 +112,7 @@ def test_a_study_runs_from_the_command_line(place, tmp_path):
     assert not (tmp_path / "order").exists()
     # statistics by the model's name lie in the cache of another test's process: make them there
     done(
-        *("stats", "make", "--keys", place / "model", "--text", place / "corpus.txt"),
+        *(*MAKE_KEYS, place / "model", "--text", place / "corpus.txt"),
         *("--layers", "1-2", "--window", "64", "--quiet"),
     )
     shown = done(*given).stdout
@@ -131,7 +131,7 @@ def test_a_study_runs_from_the_command_line(place, tmp_path):
 
 def test_methods_are_compared_on_ones_own_facts(place, tmp_path):
     done(
-        *("stats", "make", "--keys", place / "model", "--text", place / "corpus.txt"),
+        *(*MAKE_KEYS, place / "model", "--text", place / "corpus.txt"),
         *("--layers", "1-2", "--window", "64", "--quiet"),
     )
     out = tmp_path / "compared"

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.cli import RECORDS, done, refused
+from support.cli import MAKE_KEYS, RECORDS, done, refused
 from support.models import LINES, RECIPE, build_model
 from support.ranks import STUCK, free_port, launch
 
@@ -46,7 +46,7 @@ def make(place):
 
     def make(out, *, model="model", text="text.txt"):
         return (
-            *("stats", "make", "--keys", place / model, "--text", place / text, "--layers", "1-2"),
+            *(*MAKE_KEYS, place / model, "--text", place / text, "--layers", "1-2"),
             *("--window", "16", "--out", out),
         )
 
@@ -59,7 +59,7 @@ def statistics(place):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nulledit.statistics.collect.SORTED_TOKENS", 512)
         done(
-            *("stats", "make", "--keys", place / "model", "--text", place / "text.txt"),
+            *(*MAKE_KEYS, place / "model", "--text", place / "text.txt"),
             *("--layers", "1-2", "--window", "16", "--out", place / "stats", "-q"),
         )
     return place / "stats"

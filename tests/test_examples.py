@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from support.cli import MAKE_KEYS
 from support.models import LINES, RECIPE, build_model
 
 from nulledit import methods
@@ -33,7 +34,7 @@ def model(tokenizer, tmp_path):
     (tmp_path / "corpus.txt").write_text("\n".join(LINES * 4), encoding="utf-8")
     recipe = RECIPE.with_fields({"values.steps": 5})
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    words = ["stats", "make", "--keys", folder, "--text", tmp_path / "corpus.txt"]
+    words = [*MAKE_KEYS, folder, "--text", tmp_path / "corpus.txt"]
     words += ["--layers", "1-2", "--window", "64", "--quiet"]
     assert CliRunner().invoke(cli, [str(w) for w in words]).exit_code == 0
     return folder

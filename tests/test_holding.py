@@ -7,6 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from support import world
+from support.cli import MAKE_KEYS
 from support.editors import LASTING, WORLD, in_the_world, sayable
 from support.models import RECIPE, build_model, statistics_of
 
@@ -316,7 +317,7 @@ def world_folder(known, tmp_path_factory):
     recipe = WORLD.with_fields({"values.steps": 1})
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     made = (
-        *("stats", "make", "--keys", folder / "model", "--text", folder / "text.txt"),
+        *(*MAKE_KEYS, folder / "model", "--text", folder / "text.txt"),
         "--layers",
         "0-1",
     )

@@ -15,7 +15,7 @@ from accelerate.hooks import (
     attach_align_device_hook,
 )
 from accelerate.utils import PrefixedDataset
-from support.cli import RECORDS, done, refused
+from support.cli import MAKE_KEYS, RECORDS, done, refused
 from support.locating import question
 from support.models import LINES, RECIPE, build_model, statistics_of
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -564,16 +564,7 @@ def test_the_command_line_spreads_a_model(saved, tmp_path):
     for name, placing in (("plain", ()), ("split", spread)):
         stats, run = tmp_path / f"stats-{name}", tmp_path / name
         done(
-            *(
-                "stats",
-                "make",
-                "--keys",
-                saved,
-                "--text",
-                tmp_path / "corpus.txt",
-                "--layers",
-                "1-2",
-            ),
+            *(*MAKE_KEYS, saved, "--text", tmp_path / "corpus.txt", "--layers", "1-2"),
             *("--window", "64", "--out", stats, "--quiet", *placing),
         )
         done(

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from support.cli import done, refused
+from support.cli import MAKE_KEYS, done, refused
 from support.models import RECIPE, build_model, statistics_of
 from torch import nn
 
@@ -357,7 +357,7 @@ def test_bitsandbytes_on_the_processor(bits, tokenizer, facts, tmp_path):
     (tmp_path / "facts.json").write_text(json.dumps([fact]))
     run, common = tmp_path / "run", ("--quantize", bits, "--quiet")
     done(
-        *("stats", "make", "--keys", base, "--text", tmp_path / "corpus.txt", "--layers", "1-2"),
+        *(*MAKE_KEYS, base, "--text", tmp_path / "corpus.txt", "--layers", "1-2"),
         *("--out", tmp_path / "stats", "--window", "64", *common),
     )
     done(

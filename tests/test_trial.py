@@ -7,6 +7,7 @@ import pytest
 import reference
 import torch
 from click.testing import CliRunner
+from support.cli import MAKE_KEYS
 from support.locating import SPREAD, question
 from support.models import RECIPE, statistics_of, untabled
 from support.values import CONTEXTS, distance, ours, walk
@@ -166,7 +167,7 @@ def test_statistics_are_refused_before_the_text_is_read(
         raise ModelError("it can't be run")
 
     monkeypatch.setattr(trial._Trial, "passed", refused)
-    command = ["stats", "make", "--keys", str(tmp_path / "m"), "--text", str(text), "--layers", "1"]
+    command = [*MAKE_KEYS, str(tmp_path / "m"), "--text", str(text), "--layers", "1"]
     ran = CliRunner().invoke(cli, [*command, "--out", str(tmp_path / "s")])
     assert (ran.exit_code, "it can't be run" in ran.output) == (2, True)
     assert not (tmp_path / "s").exists()

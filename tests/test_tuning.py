@@ -12,6 +12,7 @@ from itertools import pairwise
 import pytest
 import torch
 from click.testing import CliRunner
+from support.cli import MAKE_KEYS
 from support.models import LINES, RECIPE, build_model, statistics_of
 
 from nulledit import Editor, Fact, Probe
@@ -450,7 +451,7 @@ def place(tmp_path_factory, tokenizer):
     (folder / "facts.json").write_text(json.dumps(records), encoding="utf-8")
     (folder / "few.json").write_text(json.dumps(records[:12]), encoding="utf-8")
     made = invoke(
-        *("stats", "make", "--keys", folder / "model", "--text", folder / "corpus.txt"),
+        *(*MAKE_KEYS, folder / "model", "--text", folder / "corpus.txt"),
         *("--layers", "0-2", "--window", "64", "--out", folder / "stats", "--quiet"),
     )
     assert made.exit_code == 0, made.stderr

@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from support.cli import MAKE_KEYS
 from support.facts import FOREIGN, OSLO, ROME, WRITTEN, one_line
 from support.models import LINES, RECIPE, build_model
 from support.runs import summary, write_a_run
@@ -1071,16 +1072,7 @@ def hostile_run(tmp_path_factory, good_model):
     before = everything(place)
     done = [
         invoke(
-            *(
-                "stats",
-                "make",
-                "--keys",
-                good_model,
-                "--text",
-                place / "corpus.txt",
-                "--layers",
-                "1-2",
-            ),
+            *(*MAKE_KEYS, good_model, "--text", place / "corpus.txt", "--layers", "1-2"),
             *("--window", "64", "--out", place / "stats"),
         ),
         invoke("edit", place / "facts.json", *words, "--out", place / "run"),

@@ -26,6 +26,9 @@ RECORDS = [
     {"id": "karo", "subject": "Karo Dun", "prompt": "{} works as a", "target": "sailor"},
 ]
 
+MAKE_KEYS = ("stats", "make", "--keys")
+"""Words that make statistics for updates of W."""
+
 
 def invoke(*words):
     return CliRunner().invoke(cli, [str(w) for w in words])
@@ -59,7 +62,7 @@ def place(tmp_path_factory, tokenizer):
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     (folder / "facts.json").write_text(json.dumps(RECORDS), encoding="utf-8")
     done(
-        *("stats", "make", "--keys", folder / "model", "--text", folder / "corpus.txt"),
+        *(*MAKE_KEYS, folder / "model", "--text", folder / "corpus.txt"),
         *("--layers", "1-2", "--window", "64", "--out", folder / "stats", "--quiet"),
     )
     return folder
