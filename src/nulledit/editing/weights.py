@@ -38,7 +38,7 @@ class Written:
     """None: nothing is edited."""
     columns: Sequence[Column]
     added: Tensor
-    """By column [d_out, n]."""
+    """By column [d_out, n], on the CPU."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -296,7 +296,7 @@ class EditedWeights:
         others = [c for c in columns if self.history.epoch_of(c) != epoch]
         parts = [edit.added(self.recorded(others, layer)[0])] if others else []
         if known is not None:
-            parts.append(known.to(self.record_dtype))
+            parts.append(known.cpu().to(self.record_dtype))
         added = torch.cat(parts, dim=1) if parts else torch.empty(len(edit.base), 0)
         return Written(layer, others + own, added)
 
