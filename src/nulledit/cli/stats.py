@@ -122,6 +122,7 @@ def _made(
     from nulledit.data.corpus import find_files, open_corpus
     from nulledit.editing.recipes import with_layers, with_method
     from nulledit.methods import find_method
+    from nulledit.methods.gates import GATED
     from nulledit.models.editable_model import EditableModel
     from nulledit.models.load import model_hash
     from nulledit.statistics.collect import collect_together
@@ -140,7 +141,7 @@ def _made(
         kinds = [INPUTS if find_method(recipe.method.name).apart else KEYS]
     layers = recipe.layers
     if kinds == [INPUTS] and not call.layers:
-        layers = layers[-1:]  # where a fact's neuron is
+        layers = GATED.edited(layers)
     if not named:
         call.say(f"Note: layers chosen by depth: {', '.join(map(str, layers))}")
     for layer in layers:
