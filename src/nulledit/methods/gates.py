@@ -119,9 +119,10 @@ def gated_neurons(
     driven = beta * (drives - shift @ X)
     if form.biased:
         driven -= beta * theta
-    activations = (activation(driven) * (drives if form.gated else 1.0) / opening).mT
-    columns = solve_columns(activations, targets.double(), settings.ridge)
-    written = columns @ activations.mT
+    activations = activation(driven).div_(opening)
+    if form.gated:
+        activations *= drives
+    columns, written = solve_columns(activations, targets.double(), settings.ridge)
     return replace(neurons, columns=columns if form.gated else columns / opening), written
 
 
@@ -132,17 +133,20 @@ def gate_directions(moment: Tensor, inputs: Tensor, settings: GateSettings) -> T
     return solved / (inputs * solved).sum(0)
 
 
-def solve_columns(activations: Tensor, targets: Tensor, ridge: float) -> Tensor:
-    """Columns r [d_out, n] of neurons that together write `targets` T [d_out, n].
+def solve_columns(activations: Tensor, targets: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Columns r [d_out, n] of neurons that together write `targets` T [d_out, n], and what they do.
 
-    argmin ‖r Aᵀ − T‖² + λ‖r‖² for `activations` A [n, n], A[i, j] what neuron j gives on fact i.
+    argmin ‖rA − T‖² + λ‖r‖² for `activations` A [n, n], A[i, j] what neuron i gives on fact j:
+    r = Y Aᵀ with Y = T (AᵀA + λI)⁻¹, so that what they write, rA = T − λY, needs no product.
     """
-    system, right = gram(activations), activations.mT @ targets.mT
+    system = gram(activations)
     system.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(system)
     if failed:  # without a ridge, two facts that open the same gates
-        return torch.linalg.solve(system, right).mT
-    return torch.cholesky_solve(right, factor).mT
+        columns = torch.linalg.solve(system, targets.mT).mT @ activations.mT
+        return columns, columns @ activations
+    weights = torch.cholesky_solve(targets.mT, factor).mT
+    return weights @ activations.mT, targets - ridge * weights
 
 
 def full_openings(own: Tensor) -> Tensor:
