@@ -163,6 +163,7 @@ def evaluate(
     facts: Sequence[Fact],
     *,
     windows: Sequence[Sequence[int]] | None = None,
+    reading: Reading | None = None,
     base: Evaluation | None = None,
     gates: Gates | None = None,
     generate: bool = True,
@@ -180,7 +181,8 @@ def evaluate(
     Facts are asked in the model's form, plain or in the chat template: `editor.editable` asks as
     they are edited, and where that is in both forms, asks plain text and, unless `beside` is False,
     the template, too. Longer texts and `windows` are plain text in any case.
-    `windows` of token ids are for perplexity. `base`, an evaluation of the model before its edits
+    `windows` of token ids are for perplexity; `reading` is what the model makes of them, where that
+    is known (`base_reading`). `base`, an evaluation of the model before its edits
     on the same windows and facts (or more facts), is what the model is compared with: KL per token
     of the windows, and what is kept at other relations of the facts' subjects. `gates` that the
     model has (`gates_of`) are watched on the windows. `judge` says
@@ -208,8 +210,7 @@ def evaluate(
     if fluency or references is not None:
         stage = _stage(progress, "texts")
         writing = write_texts(model, facts, references=references, seed=seed, progress=stage)
-    reading = None
-    if windows:
+    if windows and reading is None:
         stage = _stage(progress, "perplexity")
         read_by_base = base.reading if base else None
         reading = read(

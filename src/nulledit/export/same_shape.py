@@ -6,9 +6,10 @@ E[a_j²]‖column_j‖² on text are missed least; nothing stands in for what th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from nulledit.editing.engine import EditEngine
 from nulledit.errors import ConfigError, LedgerError, StatisticsError
+from nulledit.evaluation.kept_reading import base_reading
 from nulledit.evaluation.reading import Divergence, Reading, read
 from nulledit.linalg.neurons import Neurons
 from nulledit.models.layer_edit import NeuronUpdate
@@ -148,8 +150,8 @@ class Places:
 
         `neurons` as for `taken`.
         """
-        with self.editor.base_weights():
-            base = self._read("text, base")
+        tell = partial(self._tell, "text, base")
+        base = base_reading(self.editor, self.judging, progress=tell)
         grown = self._read("text, edited", base)
         with self.taken(neurons):
             same = self._read("text, same shape", base)
@@ -157,15 +159,9 @@ class Places:
         assert same.kl is not None
         return SameShape(self.layers, self.text, same.kl, grown.kl)
 
-    def _read(self, stage: str, base: Reading | None = None) -> Reading:
-        windows: Sequence[Sequence[int]] = self.judging
-        return read(
-            self.editor.editable,
-            windows,
-            base=base,
-            keep=base is None,
-            progress=lambda done, total: self._tell(stage, done, total),
-        )
+    def _read(self, stage: str, base: Reading) -> Reading:
+        tell = partial(self._tell, stage)
+        return read(self.editor.editable, self.judging, base=base, progress=tell)
 
     def _tell(self, stage: str, done: int, total: int) -> None:
         if self.progress:

@@ -16,6 +16,7 @@ from nulledit.editing.engine import EditEngine
 from nulledit.errors import ConfigError, FactError
 from nulledit.evaluation.capability import TaskResult, capability
 from nulledit.evaluation.hidden_norms import edit_rows, hidden_growth, text_rows
+from nulledit.evaluation.kept_reading import base_reading
 from nulledit.evaluation.measures import AT_RELATIONS
 from nulledit.evaluation.opening import gates_of
 from nulledit.evaluation.queries import KINDS as ASKED
@@ -316,8 +317,7 @@ class _Measuring:
             base: Reading | None = None
             if {"perplexity_growth", "kl"} & set(asked):
                 tell = self._stage("base: perplexity")
-                with editor.base_weights():
-                    base = read(editor.editable, windows, keep="kl" in asked, progress=tell)
+                base = base_reading(editor, windows, progress=tell)
                 self._readings["base"] = base
             self._readings["edited"] = read(
                 editor.editable,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from nulledit.errors import FactError
 from nulledit.evaluation.comparison import Comparison
 from nulledit.evaluation.forms import form_name
 from nulledit.evaluation.generation import answer_room
+from nulledit.evaluation.kept_reading import base_reading
 from nulledit.evaluation.opening import gates_of
 from nulledit.evaluation.preservation import preservation_report, shipped_corpus
 from nulledit.evaluation.queries import Kind, queries_of
@@ -115,7 +117,9 @@ def evaluate_both(
     before = None
     if base:
         with talk.progress("before: ") as tell, editor.base_weights():
-            before = evaluate(model, facts, windows=windows, progress=tell, **asked)
+            stage = partial(tell, "perplexity") if tell else None
+            read = base_reading(editor, windows, progress=stage) if windows else None
+            before = evaluate(model, facts, windows=windows, reading=read, progress=tell, **asked)
     gates = gates_of(editor.weights)
     with talk.progress("after: ") as tell:
         after = evaluate(

@@ -14,6 +14,7 @@ from nulledit.editing.engine import EditEngine
 from nulledit.editing.weights import LayerReport
 from nulledit.errors import ConfigError
 from nulledit.evaluation.comparison import Comparison
+from nulledit.evaluation.kept_reading import base_reading
 from nulledit.evaluation.opening import gates_of
 from nulledit.evaluation.runner import Evaluation, evaluate
 from nulledit.io.text import count
@@ -97,12 +98,15 @@ def preview(
     asked = [*new, *(f for f in editor.facts if f.id in undo)]
     keys = {f.key for f in asked}
     held = [f for f in editor.facts if f.key not in keys][-HELD:]
+    windows = found.windows
+    read = base_reading(editor, windows)
     with editor.base_weights():
-        base = evaluate(editor.editable, asked, windows=found.windows, generate=False, beside=False)
+        base = evaluate(
+            editor.editable, asked, windows=windows, reading=read, generate=False, beside=False
+        )
 
     def measure(name: str) -> tuple[Evaluation, Evaluation | None]:
         model, gates = editor.editable, gates_of(editor.weights)
-        windows = found.windows
         with talk.progress(f"{name}: ") as tell:
             one = partial(evaluate, model, progress=tell, beside=False)
             mine = one(asked, windows=windows, base=base, gates=gates)

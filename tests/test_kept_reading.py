@@ -1,0 +1,137 @@
+"""What the base makes of a text is read once, and is the same to the bit when it is found."""
+
+import os
+
+import pytest
+import torch
+from support.models import build_model
+
+from nulledit import Editor
+from nulledit.evaluation import base_reading, read
+from nulledit.evaluation import kept_reading as kept
+from nulledit.io.files import cache_folder
+
+WINDOWS = [[5, 9, 12, 7, 30], [4, 8, 15], [3]]
+OTHERS = [[5, 9, 12, 7, 31], [4, 8, 15]]
+
+
+@pytest.fixture(autouse=True)
+def each_is_worth_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(kept, "WORTH", 0.0)
+    monkeypatch.setenv("NULLEDIT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def make(tokenizer, recipe, make_statistics):
+    def editor(dtype=torch.float32, seed=0):
+        model = build_model("llama", dtype=dtype, seed=seed)
+        return Editor(model, tokenizer, recipe=recipe, statistics=make_statistics(model))
+
+    return editor
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Windows of each text that was read, not found."""
+    told = []
+
+    def reading(model, windows, **options):
+        told.append(len(windows))
+        return read(model, windows, **options)
+
+    monkeypatch.setattr(kept, "read", reading)
+    return told
+
+
+def files():
+    return sorted((cache_folder() / "readings").glob("*"))
+
+
+def same(a, b):
+    return (
+        a.windows == b.windows
+        and all((x == y).all() for x, y in zip(a.losses, b.losses, strict=True))
+        and all(torch.equal(x, y) for x, y in zip(a.states, b.states, strict=True))
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_it_is_found_by_another_editor_to_the_bit(make, passes, dtype):
+    told = []
+    first = base_reading(make(dtype), WINDOWS, progress=lambda *done: told.append(done))
+    assert told, "a reading tells how far it is"
+    editor = make(dtype)
+    again = base_reading(editor, WINDOWS, progress=lambda *done: pytest.fail(str(done)))
+    assert passes == [3]
+    assert same(first, again)
+    now = read(editor.editable, WINDOWS, base=again)
+    assert (now.kl.value, now.kl.standard_error) == (0, 0)
+    assert now.perplexity == again.perplexity
+
+
+def test_it_is_of_the_base_whatever_was_edited(make, facts, passes):
+    before = base_reading(make(), WINDOWS)
+    editor = make()
+    editor.edit(facts[:2])
+    assert same(before, base_reading(editor, WINDOWS))
+    assert passes == [3]
+    files()[0].unlink()
+    assert same(before, base_reading(editor, WINDOWS)), "read anew, on the base's weights"
+    assert read(editor.editable, WINDOWS, base=before).kl.value > 0
+
+
+def test_another_model_text_or_arithmetic_is_read_anew(make, passes):
+    editor = make()
+    base_reading(editor, WINDOWS)
+    base_reading(editor, OTHERS)
+    base_reading(make(seed=1), WINDOWS)
+    base_reading(make(torch.bfloat16), WINDOWS)
+    editor.model.config.rope_theta = 5.0
+    base_reading(editor, WINDOWS)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        base_reading(editor, WINDOWS)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(passes) == len(files()) == 6
+
+
+def test_a_damaged_one_is_read_anew_and_mended(make, passes):
+    editor = make()
+    first = base_reading(editor, WINDOWS)
+    whole = files()[0].read_bytes()
+    for broken in (whole[: len(whole) // 2], b"", b"\xff" * 100):
+        files()[0].write_bytes(broken)
+        assert same(first, base_reading(editor, WINDOWS))
+        assert files()[0].read_bytes() == whole
+    assert len(passes) == 4
+
+
+def test_the_one_used_longest_ago_goes_first(make, passes, monkeypatch):
+    monkeypatch.setattr(kept, "KEPT", 2)
+    editor = make()
+    texts = [[[i, 7, 9]] for i in range(3)]
+    for age, text in enumerate(texts[:2]):
+        before = set(files())
+        base_reading(editor, text)
+        (new,) = set(files()) - before
+        os.utime(new, (1000 + age, 1000 + age))
+    base_reading(editor, texts[0])  # found, so it is the newest
+    base_reading(editor, texts[2])
+    assert len(files()) == 2
+    base_reading(editor, texts[0])
+    assert len(passes) == 3
+    base_reading(editor, texts[1])
+    assert len(passes) == 4
+
+
+def test_quick_ones_are_not_kept(make, monkeypatch):
+    monkeypatch.setattr(kept, "WORTH", 1000.0)
+    base_reading(make(), WINDOWS)
+    assert not files()
+
+
+def test_a_folder_that_cannot_be_written_stops_nothing(make, tmp_path):
+    (tmp_path / "cache").write_text("no folder")
+    assert len(base_reading(make(), WINDOWS).states) == 2
