@@ -11,7 +11,7 @@ from nulledit.errors import ConfigError, LedgerError, ModelError, StatisticsErro
 from nulledit.evaluation.preservation import preservation_report
 from nulledit.export.write import write_export
 from nulledit.linalg.neurons import ACTIVATIONS, UnitForm
-from nulledit.methods.gates import GateSettings, TextInputs, gated_neurons
+from nulledit.methods.gates import GateSettings, TextInputs, gated_neurons, solve_columns
 from nulledit.models.load import model_hash
 from nulledit.runs.verify import verify
 
@@ -121,6 +121,27 @@ def dense(inputs, targets, moment, mean, form, beta, theta, ridge, widening):
     A = torch.stack([torch.stack([unit(g, x) for g in directions]) for x in inputs.T])
     r = torch.linalg.inv(A.T @ A + ridge * torch.eye(n).double()) @ A.T @ targets.T
     return lambda x: sum(unit(g, x) * row for g, row in zip(directions, r, strict=True))
+
+
+@pytest.mark.parametrize("apart", [0.0, 1e-13])
+@pytest.mark.parametrize("n", [2, 9, 40])
+def test_without_a_ridge_facts_on_the_same_gates_share_what_is_written(n, apart):
+    """Two that open every gate alike can't get two values: each gets their mean, by short columns;
+    the others get their own."""
+    generator = torch.Generator().manual_seed(n)
+    given = torch.eye(n, dtype=torch.float64)
+    given += 0.1 * torch.rand(n, n, generator=generator, dtype=torch.float64)
+    given[-1], given[:, -1] = given[0].clone(), given[:, 0].clone()
+    given[-1, -1] = given[0, 0]
+    given[0, 0] += apart
+    targets = torch.randn(5, n, generator=generator, dtype=torch.float64)
+    columns, written = solve_columns(given, targets, 0.0)
+    wanted = targets.clone()
+    wanted[:, [0, -1]] = targets[:, [0, -1]].mean(1, keepdim=True)
+    assert torch.allclose(written, wanted, atol=1e-9)
+    assert torch.allclose(columns @ given, written, atol=1e-9)
+    assert torch.allclose(columns[:, 0], columns[:, -1], atol=1e-9), "the shortest are alike"
+    assert columns.norm() < 10 * targets.norm()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

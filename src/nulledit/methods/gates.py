@@ -43,6 +43,9 @@ NOTHING = 1e-4
 """Share of a direction that a constant 1 may have, if the direction is one that a layer norm leaves
 out of all states: they have nothing but rounding there, which is no mark of a fact."""
 
+SAME = 1e-7
+"""Of the largest singular value of what gates give on facts, what the rounding of its square leaves
+nothing of."""
 SHUT = 0.1
 """Share of the median gate's opening that the least of gates is taken to have."""
 
@@ -137,13 +140,16 @@ def solve_columns(activations: Tensor, targets: Tensor, ridge: float) -> tuple[T
     """Columns r [d_out, n] of neurons that together write `targets` T [d_out, n], and what they do.
 
     argmin ‖rA − T‖² + λ‖r‖² for `activations` A [n, n], A[i, j] what neuron i gives on fact j:
-    r = Y Aᵀ with Y = T (AᵀA + λI)⁻¹, so that what they write, rA = T − λY, needs no product.
+    r = Y Aᵀ with Y = T (AᵀA + λI)⁻¹, so that what they write, rA = T − λY, needs no product. Where
+    that can't be solved, as without a ridge for facts that open the same gates alike, r is the
+    shortest of those that write best, T A⁺.
     """
     system = gram(activations)
     system.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(system)
-    if failed:  # without a ridge, two facts that open the same gates
-        columns = torch.linalg.solve(system, targets.mT).mT @ activations.mT
+    pivots = factor.diagonal()
+    if failed or pivots.min() <= SAME * pivots.max():
+        columns = targets @ torch.linalg.pinv(activations, rtol=SAME)
         return columns, columns @ activations
     weights = torch.cholesky_solve(targets.mT, factor).mT
     return weights @ activations.mT, targets - ridge * weights
