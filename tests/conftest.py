@@ -38,7 +38,8 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     for item in items:
         few = item.get_closest_marker("few")
-        if few and item.callspec.params["architecture"] not in (few.args or KINDS):
+        of = few and few.kwargs.get("of", "architecture")
+        if few and item.callspec.params[of] not in (few.args or KINDS):
             item.add_marker(pytest.mark.slow)
     if config.getoption("--worlds"):
         kept = [item for item in items if "worlds" in getattr(item, "fixturenames", ())]

@@ -102,7 +102,11 @@ def test_undo_without_history_solves_the_later_batches_again(name, make, facts):
 
 
 STORIES = [(name, 0) for name in NAMES]
-STORIES += [(name, 2) for name in NAMES if name not in ("ft", "gated")]  # they have no chunks
+STORIES += [  # not of those that have no chunks
+    pytest.param(name, 2, marks=[pytest.mark.slow] * (name not in ("alphaedit", "rome")))
+    for name in NAMES
+    if name not in ("ft", "gated")
+]
 
 
 @pytest.mark.parametrize(("name", "chunks"), STORIES)

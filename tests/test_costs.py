@@ -189,6 +189,7 @@ def test_neither_what_runs_together_nor_the_order_of_facts_matters(tokenizer, wi
     assert again.blocks[0].sensitivity.mean != one.blocks[0].sensitivity.mean
 
 
+@pytest.mark.few
 def test_what_is_read_at_subjects_is_what_edits_read(architecture, tokenizer, told):
     model = EditableModel(build_model(architecture), tokenizer)
     gated = {

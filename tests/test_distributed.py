@@ -135,7 +135,7 @@ def test_statistics_of_two_ranks_are_those_of_one(place, statistics, make, tmp_p
     same_moments(tmp_path / "out", statistics)
 
 
-@pytest.mark.parametrize("dead", [0, 1])
+@pytest.mark.parametrize("dead", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_statistics_go_on_after_a_rank_was_killed(place, statistics, make, tmp_path, dead):
     command = make(tmp_path / "out")
     ranks = launch(place, command, command, dies=(dead, ADD, 3), before=OFTEN)
@@ -173,7 +173,9 @@ def test_other_ways_to_write_are_the_same_too(place, edit, tmp_path, more):
         assert (a[name] - b[name]).norm() <= 1e-10 * b[name].norm(), name
 
 
-@pytest.mark.parametrize("again", ["same command", "continue"])
+@pytest.mark.parametrize(
+    "again", ["same command", pytest.param("continue", marks=pytest.mark.slow)]
+)
 def test_an_edit_goes_on_after_a_rank_was_killed(place, alone, edit, tmp_path, again):
     """Stopped by the launcher, as torchrun does; started anew by it, or by hand."""
     command, run = edit("--out", tmp_path / "run"), tmp_path / "run"
@@ -196,9 +198,11 @@ ENDS = "nulledit.cli.main:_end_with_others"
 @pytest.mark.parametrize(
     ("dies", "stopped"),
     [
-        pytest.param((1, "nulledit.cli.edit:own_device", 1), [], id="while both load"),
+        pytest.param(
+            (1, "nulledit.cli.edit:own_device", 1), [], id="while both load", marks=pytest.mark.slow
+        ),
         pytest.param((1, VALUES, 1), [], id="in the first batch"),
-        pytest.param((0, WRITES, 1), [], id="while one waits for the end"),
+        pytest.param((0, WRITES, 1), [], id="while one waits for the end", marks=pytest.mark.slow),
         pytest.param((1, VALUES, 2), [(0, ENDS, 1)], id="when the other knows already"),
     ],
 )

@@ -69,6 +69,7 @@ def test_only_the_named_matrices_change(architecture, make_editor, facts):
         assert 0 < layer.free_share <= 1
 
 
+@pytest.mark.few
 def test_undo_everything_restores_the_base_bit_exactly(architecture, make_editor, facts):
     for dtype in (torch.float64, torch.bfloat16):
         editor = make_editor(architecture, dtype)

@@ -25,7 +25,7 @@ def facts(facts):
     return [*facts, MATE]
 
 
-@pytest.fixture(params=["llama", "gpt2", "gemma3_text"])
+@pytest.fixture(params=["llama", pytest.param("gpt2", marks=pytest.mark.slow), "gemma3_text"])
 def fresh(request, tokenizer):
     """Makes editors of one model. Gemma 2 is left out: its softmax is in float32."""
     return lambda **more: editor_of(build_model(request.param), tokenizer, **more)

@@ -88,6 +88,7 @@ def way(request):
     return request.param
 
 
+@pytest.mark.few
 @torch.no_grad()
 def test_a_split_model_is_the_model(architecture, tiny_model, tmp_path, way):
     """Spans, kept prefixes, keys and logits; with hooks that bring each module's weights in."""
@@ -112,6 +113,7 @@ def test_a_split_model_is_the_model(architecture, tiny_model, tmp_path, way):
         assert torch.equal(one, other)
 
 
+@pytest.mark.few
 def test_a_split_model_has_the_plain_one_s_hash(architecture, tiny_model, tmp_path, way):
     plain = tiny_model(architecture)
     model = way(plain, tmp_path)
@@ -386,6 +388,7 @@ def spread(model, tokenizer):
     return partial, mode
 
 
+@pytest.mark.few("llama", "gemma2", of="family")
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gptj", "gemma2", "opt", "granite"])
 def test_no_tensor_meets_one_of_another_device(family, tokenizer, facts, monkeypatch):
     # A fake mask has no numbers to look at: prefixes are always put in order.

@@ -130,6 +130,7 @@ LONG = Fact(  # longer than any window of the tiny models, with its subject at t
 )
 
 
+@pytest.mark.few
 def test_values_and_keys_do_not_depend_on_what_runs_beside_them(
     architecture, tiny_model, tokenizer, facts
 ):
