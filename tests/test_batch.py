@@ -277,6 +277,34 @@ def test_a_value_at_each_layer_is_written_whole(make, facts):
         assert torch.allclose(walk.hidden(layer).mT, z, atol=1e-5)
 
 
+@pytest.mark.parametrize("inputs", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_walk_that_went_back_is_a_new_walk(family, inputs, make, facts):
+    """On other weights of the blocks that it goes through than at its first pass."""
+    editor = make(recipe_of("memit"), family)
+    model = editor.editable
+    given = {"first": 1, "contexts": ("{}", "Once. {}"), "bare_weight": 0.5, "inputs": inputs}
+
+    def pass_of(walk):
+        found = []
+        for layer in (1, 2, 3):
+            found += [walk.keys(), walk.hidden(3)]
+            if layer < 3:
+                walk.advance()
+        return found
+
+    walk = LayerwiseForward(model, facts, positions=40, **given)
+    before = pass_of(walk)
+    with torch.no_grad():
+        for layer in (1, 2):
+            model.matrix(layer).weight.mul_(1.5)
+    walk.rewind()
+    again, fresh = pass_of(walk), pass_of(LayerwiseForward(model, facts, positions=40, **given))
+    assert all(torch.equal(a, b) for a, b in zip(again, fresh, strict=True))
+    assert torch.equal(before[0], again[0]), "nothing below the first block was edited"
+    assert all(not torch.allclose(a, b) for a, b in zip(before[1:], again[1:], strict=True))
+
+
 @pytest.mark.parametrize("name", ["alphaedit", "memit", "nse"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_value_at_the_first_layer_sets_what_the_others_are_to_give(name, family, make, facts):

@@ -193,8 +193,7 @@ class BatchWriter:
     ) -> dict[str, Tensor]:
         """`values` in the place of what the batch has written so far."""
         self.weights.refresh(staying)
-        with self.run.timed("keys"):
-            self.walk = self._walk()
+        self.walk.rewind()
         return self._pass(staying, {}, values.__getitem__)
 
     def _bare_leads(self) -> list[float]:
@@ -217,9 +216,9 @@ class BatchWriter:
         """
         found = {}
         with self.run.timed("values"):
-            walk = self._walk()
+            self.walk.rewind()
             for layer, before in values.items():
-                now = walk.hidden(layer).mT
+                now = self.walk.hidden(layer).mT
                 rest = dict(zip(chosen, self._optimised(layer, shared, chosen), strict=True))
                 found[layer] = [
                     value.moved(rest[i], now[i]) if i in rest else value
@@ -258,8 +257,9 @@ class BatchWriter:
         for layer in range(layers[0], layers[-1] + 1):
             if layer in layers:
                 yield layer
-            with self.run.timed("keys"):
-                self.walk.advance()
+            if layer < layers[-1]:
+                with self.run.timed("keys"):
+                    self.walk.advance()
 
     def _walk(self) -> LayerwiseForward:
         return LayerwiseForward(

@@ -19,6 +19,9 @@ from nulledit.models.editable_model import EditableModel
 from nulledit.models.partial import Prefix
 from nulledit.models.tokens import Batch, Shared, chunks_by_length, share_beginnings
 
+CPU_POSITIONS = 1024  # of more, what the blocks hold in between is new memory each time
+ACCELERATOR_POSITIONS = 8192
+
 
 @dataclass
 class _Chunk:
@@ -40,7 +43,7 @@ class LayerwiseForward:
         first: int,
         contexts: Sequence[str],
         bare_weight: float,
-        positions: int = 8192,
+        positions: int | None = None,
         inputs: bool = False,
     ):
         """Bring `facts` to the input of block `first`.
@@ -49,9 +52,10 @@ class LayerwiseForward:
 
         `contexts`: templates, the bare "{}" first; it weighs `bare_weight` in the mean key, the
         others share the rest. A form beside the model's own weighs as much as that. `positions`
-        bounds the tokens that run together.
+        bounds the tokens that run together; by default as many as suit the device.
         """
         self.model, self.layer, self.inputs = model, first, inputs
+        positions = positions or model.positions(CPU_POSITIONS, ACCELERATOR_POSITIONS)
         self._keys: Tensor | None = None  # of the block whose turn it is
         rows: list[tuple[int, ...]] = []
         owner: list[int] = []
@@ -86,6 +90,8 @@ class LayerwiseForward:
                 self._start(shared, lengths, chunk, front)
                 for chunk in chunks_by_length(lengths, positions)
             ]
+        self._begin = first, self.stem_states, [chunk.states for chunk in self.chunks]
+        self._first_keys: Tensor | None = None
 
     def _begun(self, batch: Batch, prefix: Prefix | None = None) -> Tensor:
         """States at the first block's input; nothing where there is no token."""
@@ -127,6 +133,8 @@ class LayerwiseForward:
             found.index_add_(0, self.owner[chunk.rows], at_last * self.weight[chunk.rows, None])
         assert found is not None
         self._keys = found.mT
+        if self.layer == self._begin[0]:
+            self._first_keys = self._keys
         return self._keys
 
     def hidden(self, layer: int) -> Tensor:
@@ -204,6 +212,13 @@ class LayerwiseForward:
             )
         self.layer += 1
         self._keys = None
+
+    def rewind(self) -> None:
+        """Back to the input of the first block, which no edit of it or of those above changes."""
+        self.layer, self.stem_states, states = self._begin
+        self._keys = self._first_keys
+        for chunk, there in zip(self.chunks, states, strict=True):
+            chunk.states = there
 
     def _step(self, chunk: _Chunk, front: Prefix) -> Tensor:
         """The chunk's states behind the block whose turn it is."""
