@@ -12,7 +12,7 @@ from nulledit import Editor, Fact
 from nulledit.editing import values as values_module
 from nulledit.editing.chunks import chunks_of
 from nulledit.editing.descent import Value
-from nulledit.editing.keys import LayerwiseForward
+from nulledit.editing.keys import LayerwiseForward, WalksTogether
 from nulledit.editing.target_loss import WeightLoss
 from nulledit.editing.value_cache import ValueCache
 from nulledit.editing.values import bare_leads, optimise_values
@@ -304,6 +304,52 @@ def test_a_walk_that_went_back_is_a_new_walk(family, inputs, make, facts):
     assert all(torch.equal(a, b) for a, b in zip(again, fresh, strict=True))
     assert torch.equal(before[0], again[0]), "nothing below the first block was edited"
     assert all(not torch.allclose(a, b) for a, b in zip(before[1:], again[1:], strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_walks_together_are_one_walk(family, make, facts):
+    model = make(recipe_of("memit"), family).editable
+    given = {"first": 1, "contexts": ("{}", "Once. {}"), "bare_weight": 0.5}
+    one = LayerwiseForward(model, facts, **given)
+    parts = [LayerwiseForward(model, part, **given) for part in (facts[:1], facts[1:])]
+    both = WalksTogether(*parts)
+    assert both.n == one.n == len(facts)
+    values = one.hidden(1) + 1
+
+    def seen(walk):
+        found = [walk.keys(), walk.hidden(2), *walk.standing(3)]
+        found += walk.caused(values, (walk.layer if walk is one else parts[0].layer, 3)).values()
+        return found
+
+    for step in (both.advance, both.rewind):
+        assert all(torch.allclose(a, b) for a, b in zip(seen(one), seen(both), strict=True))
+        step()
+        getattr(one, step.__name__)()
+    assert all(torch.allclose(a, b) for a, b in zip(seen(one), seen(both), strict=True))
+
+
+def test_a_fact_that_joins_is_walked_and_not_its_batch_again(make, facts, monkeypatch):
+    """A new fact on the key of an older one: the older one is optimised again beside it."""
+    editor = make(recipe_of("memit"))
+    editor.edit(facts[:1])
+    walked = []
+
+    class Counted(LayerwiseForward):
+        def __init__(self, model, facts, **given):
+            walked.append([fact.id for fact in facts])
+            super().__init__(model, facts, **given)
+
+    monkeypatch.setattr("nulledit.editing.batch.LayerwiseForward", Counted)
+    same = Fact(id="same", subject=facts[0].subject, prompt=facts[0].prompt + " so", target="Oslo")
+    edited = editor.edit([*facts[1:], same], shuffle=False)
+    assert any("optimised again" in notice for notice in edited.notices)
+    assert walked == [[f.id for f in facts[1:]] + ["same"], [facts[0].id]]
+    fresh = make(recipe_of("memit"))
+    fresh.edit([*facts, same], shuffle=False)
+    assert {f.id for f in editor.facts} == {f.id for f in fresh.facts}
+    for layer in editor.recipe.layers:
+        ours, theirs = (e.weights.exact(layer) for e in (editor, fresh))
+        assert float((ours - theirs).norm() / theirs.norm()) < 1e-9
 
 
 @pytest.mark.parametrize("name", ["alphaedit", "memit", "nse"])

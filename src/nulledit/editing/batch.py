@@ -15,7 +15,7 @@ from nulledit.data.facts import Fact
 from nulledit.editing.call_log import CallLog
 from nulledit.editing.chunks import chunks_of
 from nulledit.editing.descent import Value
-from nulledit.editing.keys import LayerwiseForward
+from nulledit.editing.keys import LayerwiseForward, Walk, WalksTogether
 from nulledit.editing.norm_anchor import TOO_LONG, LengthRecord, anchored, usual_length
 from nulledit.editing.sharing import dealt, gathered, of_first
 from nulledit.editing.target_loss import WeightLoss
@@ -74,8 +74,12 @@ class BatchWriter:
         *,
         cache: ValueCache | None = None,
         ranks: Ranks | None = None,
+        walked: Walk | None = None,
     ):
-        """Brings `facts` to the first edited layer; nothing is changed yet."""
+        """Brings `facts` to the first edited layer; nothing is changed yet.
+
+        `walked`: a walk of the last of them, which is there.
+        """
         self.model, self.recipe = model, recipe
         self.weights, self.contexts, self.run, self.cache = weights, contexts, run, cache
         self.ranks = ranks or Ranks()
@@ -91,7 +95,7 @@ class BatchWriter:
             )
         ]
         with run.timed("keys"):
-            self.walk = self._walk()
+            self.walk = self._walk(walked)
             keys = self.walk.keys()  # [d_in, requests]
             self.first_keys = self.ranks.from_first(None, {"keys": keys})[1]["keys"].to(keys)
 
@@ -261,15 +265,17 @@ class BatchWriter:
                 with self.run.timed("keys"):
                     self.walk.advance()
 
-    def _walk(self) -> LayerwiseForward:
-        return LayerwiseForward(
+    def _walk(self, walked: Walk | None = None) -> Walk:
+        requests = self.requests[: len(self.requests) - (walked.n if walked else 0)]
+        walk = LayerwiseForward(
             self.model,
-            [request.wording for request in self.requests],
+            [request.wording for request in requests],
             first=self.recipe.layers[0],
             contexts=self.contexts,
             bare_weight=self.recipe.contexts.bare_weight,
             inputs=self.method.apart,
         )
+        return WalksTogether(walk, walked) if walked else walk
 
     def _unedited(self, wanted: bool) -> AbstractContextManager[None]:
         """The model without edits inside, if that is `wanted`."""

@@ -230,3 +230,43 @@ class LayerwiseForward:
             last=self.layer,
             prefix=prefix,
         )
+
+
+class WalksTogether:
+    """Walks at the same block as one, of the facts of each in turn; what it gives a walk gives."""
+
+    def __init__(self, *walks: Walk):
+        self.walks = walks
+        self.n: int = sum(walk.n for walk in walks)
+
+    def keys(self) -> Tensor:
+        """Mean keys [d_in, n]."""
+        return torch.cat([walk.keys() for walk in self.walks], dim=1)
+
+    def hidden(self, layer: int) -> Tensor:
+        """What stands now where values of `layer` do [d, n]."""
+        return self.standing(layer)[0]
+
+    def standing(self, layer: int) -> tuple[Tensor, Tensor]:
+        """`hidden`, and what W's output adds to it, [d, n] each."""
+        hidden, added = zip(*(walk.standing(layer) for walk in self.walks), strict=True)
+        return torch.cat(hidden, dim=1), torch.cat(added, dim=1)
+
+    def caused(self, values: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+        """States [d, n] behind each of `layers`, where `values` [d, n] stand behind the first."""
+        parts = values.split([walk.n for walk in self.walks], dim=1)
+        found = [walk.caused(part, layers) for walk, part in zip(self.walks, parts, strict=True)]
+        return {layer: torch.cat([part[layer] for part in found], dim=1) for layer in layers}
+
+    def advance(self) -> None:
+        """Run the block whose turn it is."""
+        for walk in self.walks:
+            walk.advance()
+
+    def rewind(self) -> None:
+        """Back to the input of the first block."""
+        for walk in self.walks:
+            walk.rewind()
+
+
+Walk = LayerwiseForward | WalksTogether

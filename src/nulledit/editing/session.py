@@ -19,6 +19,7 @@ from nulledit.editing.call_log import CallLog
 from nulledit.editing.contexts import make_contexts
 from nulledit.editing.displacement import of_batch
 from nulledit.editing.epochs import Opening, check_joins, open_epoch
+from nulledit.editing.keys import Walk
 from nulledit.editing.stronger import differences
 from nulledit.editing.undo import Plan, check_id, facts_of, with_groups
 from nulledit.editing.value_cache import ValueCache
@@ -274,7 +275,7 @@ class EditSession:
                 raise LedgerError("facts with given values share a key with others")
             names = some(fact.id for fact in joined)
             run.notices.append(f"{names}: optimised again with a new fact on the same key")
-            writer = self.writer([*joined, *facts], run, values)
+            writer = self.writer([*joined, *facts], run, values, walked=writer.walk)
         forgotten = [fact.id for fact in writer.facts if fact.forget]
         if self.method.by_gradient and forgotten:
             raise FactError(
@@ -326,9 +327,16 @@ class EditSession:
         return [column for column, _ in found]
 
     def writer(
-        self, facts: Sequence[Fact], run: CallLog, values: ValueSettings | None = None
+        self,
+        facts: Sequence[Fact],
+        run: CallLog,
+        values: ValueSettings | None = None,
+        walked: Walk | None = None,
     ) -> BatchWriter:
-        """Brings `facts` to the first edited layer; `values` as for `batch`."""
+        """Brings `facts` to the first edited layer; `values` as for `batch`.
+
+        `walked`: a walk of the last of them, which is there.
+        """
         return BatchWriter(
             self.model,
             replace(self.recipe, values=values) if values else self.recipe,
@@ -338,6 +346,7 @@ class EditSession:
             run,
             cache=self.cache,
             ranks=self.ranks,
+            walked=walked,
         )
 
     def keys_alone(self, facts: Sequence[Fact], run: CallLog) -> Tensor:
