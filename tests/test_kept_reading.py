@@ -135,3 +135,11 @@ def test_quick_ones_are_not_kept(make, monkeypatch):
 def test_a_folder_that_cannot_be_written_stops_nothing(make, tmp_path):
     (tmp_path / "cache").write_text("no folder")
     assert len(base_reading(make(), WINDOWS).states) == 2
+
+
+def test_nothing_is_kept_of_a_quantised_base(make):
+    """Another recipe makes other matrices of it dense, and those round otherwise."""
+    editor = make()
+    object.__setattr__(editor.history.base, "quantized", "own")
+    base_reading(editor, WINDOWS)
+    assert not files()

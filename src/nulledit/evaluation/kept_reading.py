@@ -41,13 +41,15 @@ def base_reading(
     exactly 0 from its base. `progress` as for `read`; it is not told of one that is found.
     """
     file = _file(editor, windows)
-    found = _load(file, windows) if editor.ranks.alone else None
+    # Which matrices of a quantised base are dense, and round otherwise, depends on the recipe.
+    kept = editor.ranks.alone and not editor.history.base.quantized
+    found = _load(file, windows) if kept else None
     if found:
         return found
     start = time.monotonic()
     with editor.base_weights():
         reading = read(editor.editable, windows, keep=True, progress=progress)
-    if editor.ranks.alone and time.monotonic() - start >= WORTH:
+    if kept and time.monotonic() - start >= WORTH:
         _keep(file, reading)
     return reading
 
