@@ -352,6 +352,28 @@ def test_a_fact_that_joins_is_walked_and_not_its_batch_again(make, facts, monkey
         assert float((ours - theirs).norm() / theirs.norm()) < 1e-9
 
 
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_keys_are_of_the_model_without_an_answer_that_leaves(rounds, make, facts):
+    """The older answer was written further down, in an epoch of other layers."""
+    below = recipe_of("memit").with_fields({"layers": [0], "values.rounds": rounds})
+    editor = make(below)
+    editor.edit(facts[:2])
+    statistics = statistics_of(build_model("llama"), editor.tokenizer, layers=(2,))
+    editor.next_epoch(below.with_fields({"layers": [2]}), statistics=statistics)
+    editor.edit([dataclasses.replace(facts[0], id="new", target="Oslo")], shuffle=False)
+    (column,) = (c for c in editor.history.active if c.fact.id == "new")
+    found = editor.history.column_tensor([column], "keys.2").mT.double()
+    contexts, bare = editor.history.epoch.contexts, below.contexts.bare_weight
+
+    def key():
+        given = {"first": 2, "contexts": contexts, "bare_weight": bare}
+        return LayerwiseForward(editor.editable, [column.fact], **given).keys()
+
+    assert torch.allclose(found, key(), rtol=1e-6)
+    with editor.as_of(1):
+        assert not torch.allclose(found, key(), rtol=1e-3), "the older answer moves the key"
+
+
 @pytest.mark.parametrize("name", ["alphaedit", "memit", "nse"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_value_at_the_first_layer_sets_what_the_others_are_to_give(name, family, make, facts):

@@ -288,6 +288,8 @@ class EditSession:
         staying = [c for c in present if c.id not in gone]
         if leaving or restored:
             self.weights.refresh(staying)
+            if self.weights.layers[0] < self.recipe.layers[0]:  # what walks came through
+                writer = self.writer(writer.facts, run, values)
         written = writer.write(staying, given)
         stand_in = {**(behind or {}), **{c.fact.key: c for c in touched}}
         if values:
