@@ -88,13 +88,16 @@ def test_another_model_text_or_arithmetic_is_read_anew(make, passes):
     base_reading(make(torch.bfloat16), WINDOWS)
     editor.model.config.rope_theta = 5.0
     base_reading(editor, WINDOWS)
-    threads = torch.get_num_threads()
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     try:
         torch.set_num_threads(threads + 1)
         base_reading(editor, WINDOWS)
+        torch.set_float32_matmul_precision("high")
+        base_reading(editor, WINDOWS)
     finally:
         torch.set_num_threads(threads)
-    assert len(passes) == len(files()) == 6
+        torch.set_float32_matmul_precision(precision)
+    assert len(passes) == len(files()) == 7
 
 
 def test_a_damaged_one_is_read_anew_and_mended(make, passes):

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 from nulledit.editing.call_log import Progress
 from nulledit.editing.engine import EditEngine
 from nulledit.errors import ConfigError
+from nulledit.evaluation.kept_reading import base_reading
 from nulledit.evaluation.reading import read
 from nulledit.evaluation.scores import facts_held
 from nulledit.runs.holding import held
@@ -51,8 +52,7 @@ class Batches:
         self.windows = text.windows if text else None
         self._told, self._base = len(editor.history.batches), None
         if self.windows:
-            with editor.base_weights():
-                self._base = read(editor.editable, self.windows, keep=True)
+            self._base = base_reading(editor, self.windows)
         self._begun = time.perf_counter()
 
     def __call__(self, stage: str, done: int, total: int) -> None:

@@ -233,9 +233,10 @@ class LayerwiseForward:
 
 
 class WalksTogether:
-    """Walks at the same block as one, of the facts of each in turn; what it gives a walk gives."""
+    """Several walks as one, over the facts of each in turn; it gives what one walk would."""
 
     def __init__(self, *walks: Walk):
+        """`walks` are at the same block."""
         self.walks = walks
         self.n: int = sum(walk.n for walk in walks)
 

@@ -19,11 +19,11 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from nulledit._version import __version__
 from nulledit.editing.engine import EditEngine
-from nulledit.evaluation.reading import Reading, read
+from nulledit.evaluation.reading import POSITIONS, Reading, read
 from nulledit.io.files import cache_folder, replacing
 
-FORMAT = 1
 WORTH = 1.0  # seconds that a reading took, from which on it is kept
 KEPT = 8  # readings; the one that was used longest ago goes first
 
@@ -58,11 +58,13 @@ def _file(editor: EditEngine, windows: Sequence[Sequence[int]]) -> Path:
     model, config = editor.model, editor.model.config.to_dict()
     config.pop("_name_or_path", None)  # where it came from changes nothing
     device = editor.editable.device
+    named = getattr(torch.get_device_module(device), "get_device_name", None)
     content: list[Any] = [
-        *(FORMAT, editor.history.base.hash, config, [list(ids) for ids in windows]),
-        *(str(model.dtype), model.config._attn_implementation, torch.get_num_threads()),
-        torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        *(torch.backends.cpu.get_cpu_capability(), torch.__version__, transformers.__version__),
+        *(editor.history.base.hash, config, [list(ids) for ids in windows]),
+        *(str(model.dtype), model.config._attn_implementation, named(device) if named else ""),
+        *(device.type, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()),
+        *(torch.get_float32_matmul_precision(), POSITIONS),
+        *(__version__, torch.__version__, transformers.__version__),
     ]
     digest = hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
     return cache_folder() / "readings" / f"{digest}.safetensors"

@@ -43,9 +43,10 @@ NOTHING = 1e-4
 """Share of a direction that a constant 1 may have, if the direction is one that a layer norm leaves
 out of all states: they have nothing but rounding there, which is no mark of a fact."""
 
-SAME = 1e-7
-"""Of the largest singular value of what gates give on facts, what the rounding of its square leaves
-nothing of."""
+ALIKE = 1e-7
+"""Of the largest singular value of what gates give on facts: smaller ones are rounding, since their
+squares are solved in float64."""
+
 SHUT = 0.1
 """Share of the median gate's opening that the least of gates is taken to have."""
 
@@ -148,8 +149,8 @@ def solve_columns(activations: Tensor, targets: Tensor, ridge: float) -> tuple[T
     system.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(system)
     pivots = factor.diagonal()
-    if failed or pivots.min() <= SAME * pivots.max():
-        columns = targets @ torch.linalg.pinv(activations, rtol=SAME)
+    if failed or pivots.min() <= ALIKE * pivots.max():
+        columns = targets @ torch.linalg.pinv(activations, rtol=ALIKE)
         return columns, columns @ activations
     weights = torch.cholesky_solve(targets.mT, factor).mT
     return weights @ activations.mT, targets - ridge * weights

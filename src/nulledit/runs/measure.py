@@ -116,10 +116,13 @@ def evaluate_both(
     windows, model = text.windows if text else None, model or editor.editable
     before = None
     if base:
-        with talk.progress("before: ") as tell, editor.base_weights():
+        with talk.progress("before: ") as tell:
             stage = partial(tell, "perplexity") if tell else None
             read = base_reading(editor, windows, progress=stage) if windows else None
-            before = evaluate(model, facts, windows=windows, reading=read, progress=tell, **asked)
+            with editor.base_weights():
+                before = evaluate(
+                    model, facts, windows=windows, reading=read, progress=tell, **asked
+                )
     gates = gates_of(editor.weights)
     with talk.progress("after: ") as tell:
         after = evaluate(

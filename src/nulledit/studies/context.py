@@ -16,6 +16,7 @@ from nulledit.editing.engine import EditEngine
 from nulledit.editing.recipes import resolve_recipe, with_layers
 from nulledit.errors import ConfigError, NullEditError
 from nulledit.evaluation.drift import read_texts
+from nulledit.evaluation.kept_reading import base_reading
 from nulledit.evaluation.reading import Reading, read, read_windows
 from nulledit.evaluation.tasks import Item, read_tasks
 from nulledit.io.files import write_text
@@ -199,15 +200,14 @@ class Lab:
             write_text(file, as_json(ask(self.bench.base)))
         return json.loads(file.read_text(encoding="utf-8"))
 
-    def read(self, editor: EditEngine, base: Reading | None = None) -> Reading:
-        """The text with the editor's model as it is, compared with `base` if there is one."""
-        return read(editor.editable, self.windows(), base=base, keep=base is None)
+    def read(self, editor: EditEngine, base: Reading) -> Reading:
+        """The text with the editor's model as it is, compared with `base`."""
+        return read(editor.editable, self.windows(), base=base)
 
     def base_reading(self, editor: EditEngine) -> Reading:
         """The text with the model of every stream before its edits; read once."""
         if self._base is None:
-            with editor.base_weights():
-                self._base = self.read(editor)
+            self._base = base_reading(editor, self.windows())
         return self._base
 
 

@@ -10,6 +10,7 @@ from nulledit.config import ContextSettings, Recipe
 from nulledit.data.facts import Fact
 from nulledit.editing.contexts import make_contexts
 from nulledit.editing.engine import EditEngine
+from nulledit.evaluation.kept_reading import base_reading
 from nulledit.evaluation.reading import Divergence, divergence, read
 from nulledit.evaluation.runner import evaluate
 from nulledit.evaluation.stats import perplexity_growth
@@ -59,7 +60,7 @@ class Bench:
         `statistics` of the model's keys; left out, they are looked for as by an edit.
         """
         self.editor, self.statistics, self.progress = editor, statistics, progress
-        self.base = read(editor.editable, windows, keep=True)
+        self.base = base_reading(editor, windows)
         self._contexts: dict[ContextSettings, tuple[str, ...]] = {}
         self._with_contexts(editor.recipe)
 
