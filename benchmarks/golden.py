@@ -81,7 +81,7 @@ def main():
             model,
             facts[: options.facts],
             list(range(options.facts)),
-            layer=8,
+            layers=[8],
             contexts=contexts,
             settings=ValueSettings(steps=15, stop_margin=None),
             positions=200,

@@ -77,7 +77,7 @@ class Setup:
             self.editable,
             facts,
             list(range(len(facts))),
-            layer=self.layers[-1],
+            layers=self.layers[-1:],
             contexts=self.contexts,
             settings=settings,
             positions=positions,
@@ -89,7 +89,7 @@ class Setup:
                 self.model,
                 self.tokenizer,
                 fact,
-                layer=self.layers[-1],
+                layers=self.layers[-1:],
                 contexts=self.contexts,
                 **reference.of_settings(settings),
             )

@@ -263,7 +263,7 @@ def test_a_value_at_each_layer_is_written_whole(make, facts):
             fresh.editable,
             facts[:2],
             [0, 1],
-            layer=first,
+            layers=[first],
             contexts=("{}",),
             settings=recipe.values,
             positions=4096,
@@ -628,10 +628,12 @@ def leads_in(editor, facts):
     return found
 
 
-def test_rounds_give_what_does_not_hold_the_rest_that_it_lacks(known):
+@pytest.mark.parametrize("at", ["last", "joint"])
+def test_rounds_give_what_does_not_hold_the_rest_that_it_lacks(at, known):
     edits = sayable(known, 6)
     for ridge in (0.003, 0.01, 0.03, 0.1, 0.3):  # until one pass leaves what others can give
         weak = {"values__stop_margin": 0.5, "values__stop_loss": 1e9, "method__l2": ridge}
+        weak["values__at"] = at
         once, often = in_the_world(known, **weak), in_the_world(known, **weak, values__rounds=6)
         once.edit(edits)
         report = often.edit(edits)
@@ -651,9 +653,11 @@ def test_rounds_give_what_does_not_hold_the_rest_that_it_lacks(known):
         assert lead <= 0.5 or steps[fact.id] >= column.outcome.steps
 
 
-def test_rounds_are_recorded_like_any_other_value(known):
+@pytest.mark.parametrize("at", ["last", "joint"])
+def test_rounds_are_recorded_like_any_other_value(at, known):
     edits = sayable(known, 5, "job")
     changes = {"values__stop_margin": 1.0, "values__stop_loss": 1e9, "values__rounds": 3}
+    changes["values__at"] = at
     editor = in_the_world(known, **changes, method__l2=0.03)
     editor.edit(edits)
     whole = {layer: editor.weights.exact(layer) for layer in editor.weights.layers}

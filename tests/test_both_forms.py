@@ -100,7 +100,7 @@ def test_a_value_is_of_the_mean_loss_over_the_rows_of_both(model, words):
 
     with frozen(model.model):
         (value,) = optimise_values(
-            both, [ADA], [0], layer=2, contexts=CONTEXTS, settings=SETTINGS, positions=400
+            both, [ADA], [0], layers=[2], contexts=CONTEXTS, settings=SETTINGS, positions=400
         )
     texts = [c.replace("{}", ADA.prompt) for c in CONTEXTS]
     expected = reference.compute_z(
@@ -138,7 +138,7 @@ def test_recipes_caches_and_ledgers_of_one_form_are_as_they_were(words, tmp_path
     both = Recipe.from_dict({"chat": {"plain": True}})
     assert Recipe.from_dict(both.to_dict()) == both
     cache = ValueCache(tmp_path)
-    asked = {"layer": 1, "contexts": CONTEXTS, "settings": SETTINGS}
+    asked = {"layers": [1], "contexts": CONTEXTS, "settings": SETTINGS}
     names = [cache.name("w", [ADA], **asked, chat=form) for form in (None, ChatSettings(), BOTH)]
     assert [name[:16] for name in names[:2]] == ["0a00271c332e0cab", "11c3e15c4e2c9168"]
     assert len(set(names)) == 3

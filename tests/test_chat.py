@@ -304,7 +304,7 @@ def test_values_and_keys_equal_the_reference(tokenizer, name, where, prompt):
             editable,
             [fact],
             [0],
-            layer=2,
+            layers=[2],
             contexts=CONTEXTS,
             settings=SETTINGS,
             positions=400,

@@ -94,7 +94,7 @@ def ours(known, facts, settings, *, groups=None, contexts=CONTEXTS):
             EditableModel(model, tokenizer),
             facts,
             groups or range(len(facts)),
-            layer=LAYER,
+            layers=[LAYER],
             contexts=contexts,
             settings=settings,
             positions=400,

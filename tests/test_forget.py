@@ -42,7 +42,7 @@ def ours(model, tokenizer, facts, *, groups=None, settings=SETTINGS, positions=4
             EditableModel(model, tokenizer),
             facts,
             groups or list(range(len(facts))),
-            layer=LAYER,
+            layers=[LAYER],
             contexts=CONTEXTS,
             settings=settings,
             positions=positions,
@@ -89,7 +89,7 @@ def test_methods_without_values_refuse(facts):
 
 
 def test_the_cache_tells_it_from_the_plain_fact(facts, tmp_path):
-    settings = {"layer": 1, "contexts": CONTEXTS, "settings": SETTINGS}
+    settings = {"layers": [1], "contexts": CONTEXTS, "settings": SETTINGS}
     cache = ValueCache(tmp_path)
     named = {cache.name("w", [fact], **settings) for fact in (facts[0], facts[0].forgotten())}
     assert len(named) == 2
@@ -288,7 +288,7 @@ def test_it_has_not_converged_while_the_answer_is_the_likeliest(worlds):
                 EditableModel(model, words),
                 [asked],
                 [0],
-                layer=1,
+                layers=[1],
                 contexts=("{}", "then he said . {}"),
                 settings=near,
                 positions=400,

@@ -418,9 +418,9 @@ def test_no_tensor_meets_one_of_another_device(family, tokenizer, facts, monkeyp
             Job(fact.id, plan_rows(fact, partial.encoder, ("{}", "Then. {}")), (), (0, 1), None, i)
             for i, fact in enumerate(facts)
         ]
-        kept = KeptRows(partial, jobs, 1)
+        kept = KeptRows(partial, jobs, [1])
         width = kept.start.shape[-1]
-        deltas = [torch.zeros(width, device=kept.start.device, requires_grad=True) for _ in jobs]
+        deltas = [torch.zeros(1, width, device=kept.start.device, requires_grad=True) for _ in jobs]
         nll, drift, *_ = Reads(kept, [0, 2]).losses(deltas, {})
         used = [deltas[0], deltas[2]]
         gradients = torch.autograd.grad((nll + drift).sum(), used)

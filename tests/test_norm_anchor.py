@@ -89,7 +89,7 @@ def plain_values(editor, facts, contexts):
             editor.editable,
             facts,
             range(len(facts)),
-            layer=LAYER,
+            layers=[LAYER],
             contexts=contexts,
             settings=RECIPE.values,
             positions=4096,

@@ -335,7 +335,7 @@ def test_the_next_fact_begins_when_one_is_done(in_turn, tiny_model, tokenizer, f
             EditableModel(model, tokenizer),
             facts,
             range(len(facts)),
-            layer=2,
+            layers=[2],
             contexts=CONTEXTS,
             settings=settings,
             positions=bound,

@@ -117,9 +117,10 @@ class ValueSettings:
     norm_anchor: bool = False
     """Scale what W is to give, v* = v₀ + δ, to its mean norm over a fixed sample of facts in the
     unedited model; where it is over twice that, leave δ out (NAS, arXiv:2602.02543)."""
-    at: Literal["last", "each", "first"] = "last"
+    at: Literal["last", "each", "joint", "first"] = "last"
     """last: one value behind the last edited layer; the others take a share of what is missing.
     each: a value at every edited layer, each written whole (BLUE, which edits two layers).
+    joint: the same, but all of them are optimised at once in the model as it is.
     first: one value behind the first; the states that it causes at the others are their values
     (forward replay, FE), each written whole."""
     rounds: Count = 1
@@ -137,6 +138,10 @@ class ValueSettings:
     def __post_init__(self) -> None:
         if self.norm_anchor and self.rounds > 1:
             raise ConfigError("values.norm_anchor fixes a value's length: set values.rounds to 1")
+        if self.norm_anchor and self.at == "joint":
+            raise ConfigError(
+                "values.norm_anchor scales each layer's value by itself: set values.at to each"
+            )
 
 
 @checked

@@ -56,7 +56,7 @@ def sayable(known, n, relation="home", contexts=WORLD.contexts.texts, *, slow=Fa
             EditableModel(model, words),
             edits,
             range(len(edits)),
-            layer=WORLD.layers[-1],
+            layers=[WORLD.layers[-1]],
             contexts=contexts,
             settings=settings,
             positions=400,

@@ -28,6 +28,7 @@ def ours(
     settings=SETTINGS,
     positions=400,
     layer=2,
+    layers=None,
     columns=None,
 ):
     with frozen(model):
@@ -35,7 +36,7 @@ def ours(
             taken_up(model, tokenizer, columns),
             facts,
             groups or list(range(len(facts))),
-            layer=layer,
+            layers=layers or [layer],
             contexts=CONTEXTS,
             settings=settings,
             positions=positions,

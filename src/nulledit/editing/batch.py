@@ -110,12 +110,29 @@ class BatchWriter:
             return self._agreed(tensors, found, [0] * len(wordings))
         shared = same_key_groups(self.first_keys, self.recipe.same_key)
         values: dict[int, list[Value]] = {}  # by layer
-        find = given or (lambda layer: self._values(layer, shared))
+        find = given or self._finding(shared)
         tensors = self._pass(staying, values, find)
         if not given and self.recipe.values.rounds > 1:
             values, tensors = self._in_rounds(staying, values, tensors, shared)
         last = values[max(values)]
         return self._agreed(tensors, [value.outcome for value in last], self._joined(shared))
+
+    def _finding(self, shared: Sequence[int]) -> KnownValues:
+        """Values by the layer that they are for, optimised as its turn comes, or all at the first
+        one's."""
+        together: dict[int, list[Value]] = {}
+
+        def find(layer: int) -> list[Value]:
+            layers = self._layers_with(layer)
+            if layer not in together:
+                together.update(self._values(layers, shared))
+            return together[layer]
+
+        return find
+
+    def _layers_with(self, layer: int) -> tuple[int, ...]:
+        """The layers whose values are optimised with those of `layer`."""
+        return self.recipe.layers if self.recipe.values.at == "joint" else (layer,)
 
     def _agreed(
         self, tensors: dict[str, Tensor], outcomes: Sequence[ValueOutcome], groups: list[int]
@@ -132,7 +149,7 @@ class BatchWriter:
     ) -> dict[str, Tensor]:
         """Edit layer after layer to the values that `find` gives; they are kept in `values`."""
         where, layers = self.recipe.values.at, self.recipe.layers
-        each = where == "each" or self.model.values_at_output
+        each = where in ("each", "joint") or self.model.values_at_output
         one = layers[0] if where == "first" else layers[-1]
         if not each:
             values[one] = find(one)
@@ -219,11 +236,14 @@ class BatchWriter:
         found there; so a target takes in what the solve withholds.
         """
         found = {}
+        rests: dict[int, list[Value]] = {}
         with self.run.timed("values"):
             self.walk.rewind()
             for layer, before in values.items():
                 now = self.walk.hidden(layer).mT
-                rest = dict(zip(chosen, self._optimised(layer, shared, chosen), strict=True))
+                if layer not in rests:
+                    rests |= self._optimised(self._layers_with(layer), shared, chosen)
+                rest = dict(zip(chosen, rests[layer], strict=True))
                 found[layer] = [
                     value.moved(rest[i], now[i]) if i in rest else value
                     for i, value in enumerate(before)
@@ -281,12 +301,14 @@ class BatchWriter:
         """The model without edits inside, if that is `wanted`."""
         return self.weights.holding([]) if wanted else nullcontext()
 
-    def _values(self, layer: int, shared: Sequence[int]) -> list[Value]:
-        """One value per request at `layer`, on the weights that the method wants."""
+    def _values(self, layers: Sequence[int], shared: Sequence[int]) -> dict[int, list[Value]]:
+        """One value per request at each of `layers`, on the weights that the method wants."""
         unedited = self.method.rewinds or self.method.apart
         with self.run.timed("values"), self._unedited(unedited):
-            values = self._optimised(layer, shared)
-            return self._anchored(values, layer) if self.recipe.values.norm_anchor else values
+            found = self._optimised(layers, shared)
+            if not self.recipe.values.norm_anchor:
+                return found
+            return {layer: self._anchored(values, layer) for layer, values in found.items()}
 
     def _anchored(self, values: Sequence[Value], layer: int) -> list[Value]:
         """`values` with their v* scaled (NAS), and with the outcomes that they have so."""
@@ -340,11 +362,11 @@ class BatchWriter:
             )
 
     def _optimised(
-        self, layer: int, shared: Sequence[int], chosen: Sequence[int] | None = None
-    ) -> list[Value]:
-        """Values from the cache, or optimised and kept there; of `chosen` requests, whole groups.
+        self, layers: Sequence[int], shared: Sequence[int], chosen: Sequence[int] | None = None
+    ) -> dict[int, list[Value]]:
+        """Values from the cache, or optimised together and kept there, by layer.
 
-        All of them, where none are chosen.
+        Of `chosen` requests, whole groups; all of them, where none are chosen.
         """
         wordings = [request.wording for request in self.requests]
         stage = "values" if chosen is None else "corrections"
@@ -352,7 +374,7 @@ class BatchWriter:
         members: dict[int, list[int]] = {}
         for i in chosen:
             members.setdefault(shared[i], []).append(i)
-        names = self._cache_names(layer, {g: [wordings[i] for i in m] for g, m in members.items()})
+        names = self._cache_names(layers, {g: [wordings[i] for i in m] for g, m in members.items()})
         values: dict[int, Value] = {}
         if self.cache is not None:
             if self.ranks.first:
@@ -379,7 +401,7 @@ class BatchWriter:
             self.model,
             [wordings[i] for i in mine],
             [shared[i] for i in mine],
-            layer=layer,
+            layers=layers,
             contexts=self.contexts,
             settings=self.recipe.values,
             positions=self._positions(1),
@@ -389,9 +411,14 @@ class BatchWriter:
         keep({i: value for i, value in of_all.items() if i not in mine})
         values.update(of_all)
         counter(len(missing) - len(mine))
-        return [values[i] for i in chosen]
+        found = [values[i] for i in chosen]
+        if len(layers) == 1:
+            return {layers[0]: found}
+        return {layer: [value.at(k) for value in found] for k, layer in enumerate(layers)}
 
-    def _cache_names(self, layer: int, groups: Mapping[int, Sequence[Fact]]) -> dict[int, str]:
+    def _cache_names(
+        self, layers: Sequence[int], groups: Mapping[int, Sequence[Fact]]
+    ) -> dict[int, str]:
         """What the values of each group of wordings are called in the cache, on these weights."""
         if self.cache is None:
             return {}
@@ -400,7 +427,7 @@ class BatchWriter:
             group: self.cache.name(
                 weights,
                 wordings,
-                layer=layer,
+                layers=layers,
                 contexts=self.contexts,
                 settings=self.recipe.values,
                 chat=self.recipe.chat,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nulledit.config import ValueSettings
 from nulledit.editing.kept_rows import KeptRows
-from nulledit.editing.reads import Losses, Reads, rows_in_turn
+from nulledit.editing.reads import Losses, Reads, rows_in_turn, unit_lengths
 from nulledit.errors import ModelError
 from nulledit.ledger.records import ValueOutcome
 
@@ -26,10 +26,14 @@ class Value:
     """The optimised value of one fact and how it was reached."""
 
     z: Tensor
-    """h + δ [d], at the subject's last token after the last edited block; where a norm follows W,
-    h is W's output."""
+    """h + δ [d], at the subject's last token after the block that was asked; where a norm follows
+    W, h is W's output. Of several blocks at once [layers, d], each h with the δ below it."""
     outcome: ValueOutcome
     """How it was reached."""
+
+    def at(self, number: int) -> Value:
+        """The value of one of several blocks, by its place among them."""
+        return replace(self, z=self.z[number])
 
     def moved(self, rest: Value, now: Tensor) -> Value:
         """This value and what `rest`, optimised where the model is at `now` [d], adds."""
@@ -71,6 +75,7 @@ class _Group:
 
     facts: list[int]
     delta: Tensor
+    """[layers, d], in units of `unit_lengths`."""
     norm: Tensor
     """‖h‖ of its first fact."""
     losses: list[float] = field(default_factory=list)
@@ -98,11 +103,12 @@ class Descent:
         `positions` bounds the tokens that run together, but where facts are read in all contexts.
         """
         self.kept, self.settings, self.positions = kept, settings, positions
-        self.hidden = kept.start[kept.bare]  # h [facts, d]
+        self.units = unit_lengths(kept)[..., None]  # [groups, layers, 1]
+        nothing = torch.zeros(len(kept.layers), kept.start.shape[1]).to(kept.start)
         self.groups = [
             _Group(
                 [f for f, g in enumerate(kept.group_of) if g == number],
-                torch.zeros_like(self.hidden[0], requires_grad=True),
+                nothing.clone().requires_grad_(),
                 norm,
             )
             for number, norm in enumerate(kept.norms)
@@ -128,7 +134,7 @@ class Descent:
             rows = rows_in_turn(self.kept, active, turns, self.settings.contexts_per_step)
             if reads is None or rows != reads.rows:
                 reads = Reads(self.kept, active, rows)
-            found = reads.losses([group.delta for group in self.groups], before)
+            found = reads.losses(self._scaled(), before)
             each = held_loss(found, self.settings)
             decay = {g: self._decay(self.groups[g]) for g in active}
             self._note(reads.facts, found, each, decay)
@@ -138,7 +144,11 @@ class Descent:
                 self._update(reads.facts, each, decay, moving)
             for group in (self.groups[g] for g in there if g not in active):
                 self._return_to_best(group)
-                yield {f: self._value(f) for f in group.facts}
+                yield self._values(group)
+
+    def _scaled(self) -> list[Tensor]:
+        """The δ of each group as it is added [layers, d]."""
+        return [group.delta * unit for group, unit in zip(self.groups, self.units, strict=True)]
 
     def _fits(self, active: Sequence[int]) -> bool:
         """Whether a step has room for the groups `active`; for one it always has."""
@@ -161,10 +171,11 @@ class Descent:
         rate = self.settings.learning_rate
         if self.settings.learning_rate_of == "unit":
             return rate
-        return rate * float(group.norm) / math.sqrt(group.delta.numel())
+        return rate * float(group.norm) / math.sqrt(group.delta.shape[-1])
 
     def _decay(self, group: _Group) -> Tensor:
-        return self.settings.weight_decay * group.delta.norm() / group.norm.square()
+        lengths = group.delta.norm(dim=-1).sum()
+        return self.settings.weight_decay * lengths / group.norm.square()
 
     def _note(
         self,
@@ -270,31 +281,49 @@ class Descent:
             group.delta, group.clamped = group.best.delta, group.best.clamped
             self.outcomes |= group.best.outcomes
 
-    def _value(self, fact: int) -> Value:
-        number = self.kept.group_of[fact]
-        group, outcome, h = self.groups[number], self.outcomes[fact], self.hidden[fact]
-        unit, delta = self.kept.units[number], group.delta.detach()
-        reached = ValueOutcome(
-            loss=outcome.loss,
-            nll=outcome.nll,
-            steps=group.updates,
-            delta_share=float(unit * delta.norm() / h.norm()),
-            known=self.known[fact],
-            ended=group.ended,
-            lead=None if self.kept.jobs[fact].lessons else outcome.lead,
-            clamped=group.clamped,
-            shared=len(group.facts),
-        )
-        return Value(h + unit * delta, reached)
+    def _values(self, group: _Group) -> dict[int, Value]:
+        """Of the facts of `group`, which is done."""
+        number = self.kept.group_of[group.facts[0]]
+        z = self._written(number)
+        share = float(group.delta.detach().norm(dim=-1).max() / group.norm)
+        found = {}
+        for fact in group.facts:
+            outcome = self.outcomes[fact]
+            reached = ValueOutcome(
+                loss=outcome.loss,
+                nll=outcome.nll,
+                steps=group.updates,
+                delta_share=share,
+                known=self.known[fact],
+                ended=group.ended,
+                lead=None if self.kept.jobs[fact].lessons else outcome.lead,
+                clamped=group.clamped,
+                shared=len(group.facts),
+            )
+            found[fact] = Value(z[fact], reached)
+        return found
+
+    @torch.no_grad()
+    def _written(self, number: int) -> dict[int, Tensor]:
+        """z of the facts of a group; of several blocks what stands there with the δ below."""
+        kept, group = self.kept, self.groups[number]
+        bare = [kept.bare[f] for f in group.facts]
+        if len(kept.layers) == 1:
+            h, delta = kept.start[bare], (group.delta * self.units[number])[0]
+            return dict(zip(group.facts, h + delta, strict=True))
+        reads = Reads(kept, [number])
+        at = [reads.rows.index(row) for row in bare]
+        return dict(zip(group.facts, reads.values(self._scaled())[at], strict=True))
 
 
 @torch.no_grad()
 def _clamp(delta: Tensor, limit: float) -> bool:
-    """Shorten `delta` to `limit`; whether it was longer."""
-    norm = float(delta.norm())
-    if norm > limit:
-        delta.mul_(limit / norm)
-    return norm > limit
+    """Shorten each row of `delta` to `limit`; whether one was longer."""
+    norms = delta.norm(dim=-1, keepdim=True)
+    longest = float(norms.max())
+    if longest > limit:
+        delta.mul_((limit / norms).clamp(max=1))
+    return longest > limit
 
 
 def held_loss(found: Losses, settings: ValueSettings) -> Tensor:
@@ -308,12 +337,13 @@ def measured(kept: KeptRows, settings: ValueSettings, values: Sequence[Value]) -
     """`values` of the rows' facts, by number, with the outcomes of their z; no δ is shared."""
     h = kept.start[kept.bare]  # [facts, d]
     moved = torch.stack([value.z for value in values]).to(h) - h
-    deltas = list(moved / kept.units[:, None])
+    deltas = list(moved[:, None])  # [layers, d] each
     reads = Reads(kept, range(len(values)))
     before: dict[int, Tensor] = {}
     reads.losses([torch.zeros_like(delta) for delta in deltas], before)
     found = reads.losses(deltas, before)
-    decay = settings.weight_decay * torch.stack(deltas).norm(dim=1) / kept.norms.square()
+    lengths = moved.norm(dim=1) / unit_lengths(kept)[:, 0]
+    decay = settings.weight_decay * lengths / kept.norms.square()
     loss = held_loss(found, settings) + decay.to(found.nll)
     shares = moved.norm(dim=1) / h.norm(dim=1)
     return {

@@ -1,7 +1,7 @@
 """Rows of the facts that run together, with all that no δ changes computed once and kept.
 
-- states up to the block of the values are constant, so they are computed once; what the rows of a
-  prefix context have in common, the context as a rule, is run once for all of them;
+- states up to the first block with values are constant, so they are computed once; what the rows
+  of a prefix context have in common, the context as a rule, is run once for all of them;
 - positions before the subject's last token never see δ, so of the blocks above only their
   attention keys and values are kept; where a model can't be run behind these (recurrent blocks),
   whole rows are run.
@@ -61,9 +61,9 @@ class Job:
 class KeptRows:
     """The rows of some jobs, split at their subject's last token, with states and prefixes."""
 
-    def __init__(self, model: EditableModel, jobs: Sequence[Job], layer: int):
-        """`layer`: the block whose values are asked. The groups of `jobs` are numbered anew."""
-        self.model, self.jobs, self.layer = model, jobs, layer
+    def __init__(self, model: EditableModel, jobs: Sequence[Job], layers: Sequence[int]):
+        """`layers`: the blocks whose values are asked. The groups of `jobs` are numbered anew."""
+        self.model, self.jobs, self.layers = model, jobs, tuple(layers)
         self.device = model.device
         names = list(dict.fromkeys(job.group for job in jobs))
         self.group_of = [names.index(job.group) for job in jobs]  # fact -> group
@@ -84,10 +84,8 @@ class KeptRows:
         self._keep_states()
         first = [self.bare[self.group_of.index(g)] for g in range(len(names))]
         at = [self.rows[r].subject_last - self.begins[r] for r in first]
+        self.firsts = first  # group -> bare row of its first fact
         self.norms = self.states[first, at].norm(dim=1).to(self.start)  # ‖h‖ [groups]
-        self.units = torch.ones_like(self.norms)  # length of a δ of 1 [groups]
-        if model.values_at_output:
-            self.units = self.start[first].norm(dim=1) / self.norms
 
     def size(self, group: int, contexts: int) -> tuple[int, int]:
         """How many rows of `group` a step reads, of so many `contexts`, and the longest of them."""
@@ -109,7 +107,7 @@ class KeptRows:
 
     @torch.no_grad()
     def _keep_states(self) -> None:
-        """Run the blocks up to `layer` once; split each row at its subject's last token.
+        """Run the blocks up to the first with values; split each row at its subject's last token.
 
         Or at its start, where that is more than the model can keep in front of rows.
         """
@@ -129,7 +127,7 @@ class KeptRows:
         )
         stems = self.model.record_prefix(shared.stems).select(shared.stem)
         states, standing = self.model.run_to_values(
-            stems.before(shared.rests), layer=self.layer, prefix=stems
+            stems.before(shared.rests), layer=self.layers[0], prefix=stems
         )  # [rows, length, d]
         cuts = [begin - cut for begin, cut in zip(self.begins, shared.cuts, strict=True)]
         rests = [ids[cut:] for ids, cut in zip(inputs, shared.cuts, strict=True)]
@@ -148,8 +146,10 @@ class KeptRows:
         d = states.shape[-1]
         self.states = states.gather(1, where.to(states.device)[..., None].expand(-1, -1, d))
         self.prefix = stems.then(
-            self.model.record_prefix(head, states[:, :width], first=self.layer + 1, prefix=stems)
+            self.model.record_prefix(
+                head, states[:, :width], first=self.layers[0] + 1, prefix=stems
+            )
         )
         last = [end - cut for end, cut in zip(ends, shared.cuts, strict=True)]
-        at_subject = standing[torch.arange(len(last)), last]  # where δ is added [rows, d]
+        at_subject = standing[torch.arange(len(last)), last]  # where the first δ is added [rows, d]
         self.start = at_subject.float() if at_subject.dtype.itemsize < 4 else at_subject

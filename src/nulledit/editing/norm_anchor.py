@@ -84,7 +84,7 @@ def value_lengths(
         model,
         facts,
         range(len(facts)),
-        layer=layer,
+        layers=[layer],
         contexts=BARE,
         settings=settings,
         positions=positions,

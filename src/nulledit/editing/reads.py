@@ -155,7 +155,7 @@ class Reads:
         self.in_context = torch.tensor(in_context, dtype=torch.long, device=device)
 
     def losses(self, deltas: Sequence[Tensor], before: dict[int, Tensor]) -> Losses:
-        """What `deltas`, one per group, give.
+        """What `deltas` [layers, d], one per group, give.
 
         `before`: row -> what it predicts of what is to stay, filled in at the first call.
         """
@@ -185,20 +185,43 @@ class Reads:
 
     def _logits(self, deltas: Sequence[Tensor]) -> Tensor:
         """At the places that are read, with each row's δ added [places, vocabulary]."""
-        model, layer = self.kept.model, self.kept.layer
-        scaled = torch.stack(list(deltas)) * self.kept.units[:, None]
-        stacked = scaled[self.delta_of_row.to(scaled.device)]  # [rows, d]
-        moved = model.with_value(
-            layer,
-            self.states.gather(1, self.subjects),
-            self.start[:, None],
-            stacked[:, None],
-        )
-        states = self.states.scatter(1, self.subjects, moved)
-        normed = model.run_normed(self.batch, states=states, first=layer + 1, prefix=self.prefix)
+        model = self.kept.model
+        states, _ = self._moved(deltas)
+        first = self.kept.layers[-1] + 1
+        normed = model.run_normed(self.batch, states=states, first=first, prefix=self.prefix)
         row, position = (index.to(normed.device) for index in self.at)
         logits = model.logits(normed[row, position])
         return logits.float() if logits.dtype.itemsize < 4 else logits
+
+    def _moved(self, deltas: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """States behind the last block with values, each row's δ added in all of these blocks.
+
+        And, by block, what stands at the rows' subjects with it [rows, d].
+        """
+        model, below = self.kept.model, None
+        stacked = torch.stack(list(deltas))
+        stacked = stacked[self.delta_of_row.to(stacked.device)]  # [rows, layers, d]
+        states, values = self.states, []
+        standing = self.start[:, None]
+        for k, layer in enumerate(self.kept.layers):
+            if below is not None:
+                states, there = model.run_to_values(
+                    self.batch, states=states, first=below + 1, layer=layer, prefix=self.prefix
+                )
+                standing = there.gather(1, self.subjects.to(there.device)).to(stacked.dtype)
+            subjects = self.subjects.to(states.device)
+            delta = stacked[:, k : k + 1].to(standing.device)
+            moved = model.with_value(layer, states.gather(1, subjects), standing, delta)
+            states = states.scatter(1, subjects, moved)
+            values.append((standing + delta)[:, 0])
+            below = layer
+        return states, values
+
+    @torch.no_grad()
+    def values(self, deltas: Sequence[Tensor]) -> Tensor:
+        """z of each row, by block, with the δ of its group [rows, layers, d]."""
+        found = self._moved(deltas)[1]
+        return torch.stack([z.to(found[0]) for z in found], dim=1)
 
     def _as_taught(self, says: Tensor, each: Tensor, lead: Tensor) -> tuple[Tensor, Tensor]:
         """Losses `each` and leads [positions], with those of the teacher where one is."""
@@ -206,6 +229,25 @@ class Reads:
         loss, slip = unlearned(says[at], torch.cat(self.teacher).to(says), banned)
         gone = torch.where(slip, -1.0, 1.0).to(lead)
         return each.index_copy(0, at, loss), lead.index_copy(0, at, gone)
+
+
+def unit_lengths(kept: KeptRows) -> Tensor:
+    """How long a δ of 1 is, by group and block [groups, layers].
+
+    Where a norm follows W, its output may have any length, so δ is counted in units in which that
+    is as long as the state. Of several blocks, so that it is as long as the first one's.
+    """
+    ones = kept.norms.new_ones(len(kept.norms), len(kept.layers))
+    normed = kept.model.values_at_output
+    if not normed and len(kept.layers) == 1:
+        return ones
+    if len(kept.layers) == 1:
+        standing = kept.start[kept.firsts][:, None]
+    else:
+        nothing = [torch.zeros_like(kept.start[:1]).expand(len(kept.layers), -1)] * len(ones)
+        standing = Reads(kept, range(len(ones))).values(nothing)[kept.firsts]
+    lengths = standing.norm(dim=2)
+    return lengths / (kept.norms[:, None] if normed else lengths[:, :1])
 
 
 def leads_of(logits: Tensor, target: Tensor) -> Tensor:

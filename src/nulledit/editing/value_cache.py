@@ -34,7 +34,7 @@ class ValueCache:
         weights: str,
         facts: Sequence[Fact],
         *,
-        layer: int,
+        layers: Sequence[int],
         contexts: Sequence[str],
         settings: ValueSettings,
         chat: ChatSettings | None = None,
@@ -56,7 +56,8 @@ class ValueCache:
             [fact.subject, list(fact.prompts), fact.target, *(["forget"] if fact.forget else [])]
             for fact in facts
         ]
-        content = [FORMAT, weights, layer, list(contexts), used, asked]
+        where = layers[0] if len(layers) == 1 else list(layers)  # as before there were several
+        content = [FORMAT, weights, where, list(contexts), used, asked]
         if chat:  # left out otherwise, so that values of plain text are found where they were
             content.append(chat.to_dict())
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()

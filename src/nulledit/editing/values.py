@@ -61,13 +61,13 @@ def optimise_values(
     facts: Sequence[Fact],
     groups: Sequence[int],
     *,
-    layer: int,
+    layers: Sequence[int],
     contexts: Sequence[str],
     settings: ValueSettings,
     positions: int,
     done: Callable[[Mapping[int, Value]], None] = lambda found: None,
 ) -> list[Value]:
-    """Optimise one δ per group for `facts` at block `layer`.
+    """Optimise one δ per group for `facts` at block `layers`, or one at each of several together.
 
     `groups[i]` is the group of fact i: facts on one key share δ and sum their losses. `contexts`
     are templates with one slot, the bare "{}" first. `positions` bounds how many token positions
@@ -79,7 +79,7 @@ def optimise_values(
         model,
         _jobs(model, facts, groups, contexts, settings),
         lambda kept, _members, bound: Descent(kept, settings, bound).run(),
-        layer=layer,
+        layers=layers,
         positions=positions,
         kept=KEPT,
         done=done,
@@ -98,13 +98,13 @@ def measure_values(
 ) -> list[Value]:
     """`values` of `facts` whose z was changed, with the outcomes that describe it as it is now.
 
-    The other arguments are as for `optimise_values`.
+    They are of one block, `layer`. The other arguments are as for `optimise_values`.
     """
     return _by_chunks(
         model,
         _jobs(model, facts, range(len(facts)), contexts, settings),
         lambda kept, members, _bound: [measured(kept, settings, [values[i] for i in members])],
-        layer=layer,
+        layers=[layer],
         positions=positions,
     )
 
@@ -149,7 +149,7 @@ def _by_chunks(
     jobs: Sequence[Job],
     work: Work,
     *,
-    layer: int,
+    layers: Sequence[int],
     positions: int,
     kept: int = 1,
     done: Callable[[Mapping[int, Value]], None] = lambda found: None,
@@ -168,7 +168,7 @@ def _by_chunks(
     while waiting:
         members = _next_chunk(jobs, waiting, kept * positions, whole=not model.columns)
         try:
-            _run_chunk(model, jobs, members, work, layer, positions, tell)
+            _run_chunk(model, jobs, members, work, layers, positions, tell)
         except torch.OutOfMemoryError:
             if len({jobs[i].group for i in members}) == 1:
                 raise ModelError(
@@ -184,13 +184,13 @@ def _run_chunk(
     jobs: Sequence[Job],
     members: Sequence[int],
     work: Work,
-    layer: int,
+    layers: Sequence[int],
     positions: int,
     tell: Callable[[Mapping[int, Value]], None],
 ) -> None:
     """Tell what `work` gives of `members`, by place in `jobs`; nothing is held afterwards."""
     with differentiating():
-        kept = KeptRows(model, [jobs[i] for i in members], layer)
+        kept = KeptRows(model, [jobs[i] for i in members], layers)
         for found in work(kept, members, positions):
             tell({members[f]: value for f, value in found.items()})
 

@@ -68,8 +68,9 @@ SLACK = 1.2  # on what was timed once: the machine may have other work
 
 def value_layers(recipe: Recipe, *, normed: bool = False) -> tuple[int, ...]:
     """Layers behind which values are optimised; `normed`: a norm follows W."""
-    each = normed or recipe.values.at == "each"
-    one = recipe.layers[:1] if recipe.values.at == "first" else recipe.layers[-1:]
+    where = recipe.values.at
+    each = where == "each" or (normed and where != "joint")
+    one = recipe.layers[:1] if where in ("first", "joint") else recipe.layers[-1:]
     return recipe.layers if each else one
 
 
