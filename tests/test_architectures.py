@@ -7,7 +7,8 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from architecture_trial import tried
+from architecture_trial import FACTS as TRIED
+from architecture_trial import bits, differing, editor_of, tried
 from support.locating import SPREAD, question
 from support.models import WIDE
 
@@ -70,3 +71,18 @@ def test_a_crash_is_a_row(monkeypatch):
     monkeypatch.setattr(architectures, "tried", crash)
     (row,) = architectures.rows(["llama"], 1)
     assert row.refused == "crashed: the process ended with 3"
+
+
+def test_a_part_that_is_not_loaded_alone_is_edited_in_memory_only(tmp_path):
+    """Emu 3's language model has a configuration of its own that no list of transformers names."""
+    editor = editor_of("emu3", [1, 2], torch.float64)
+    before = bits(editor.model)
+    with pytest.raises(ModelError, match="could not be taken up again; edit it in memory alone"):
+        editor.attach(tmp_path / "run")
+    with pytest.raises(ModelError, match="could not be taken up again"):
+        editor.save(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    editor.edit(TRIED[:2])
+    assert differing(before, bits(editor.model))
+    editor.restore()
+    assert not differing(before, bits(editor.model))

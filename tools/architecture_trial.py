@@ -40,6 +40,8 @@ FACTS = [
 """The last one is longer than any window."""
 NOT_SAVED = "it can't be written as a model folder"
 """How a model with neurons of its own is refused that its configuration can't describe."""
+NOT_LOADED = "so a run could not be taken up again"
+"""How a part of a larger model is refused that transformers does not load by itself."""
 TOLERANCE = 1e-4
 """‖found − expected‖/‖expected‖; many architectures compute parts in float32 whatever they hold."""
 
@@ -86,6 +88,12 @@ def tried(name: str, *, quick: bool = False) -> Row:
         return row
     try:
         with quiet():
+            _check_runs(model)
+    except Exception as error:
+        row.refused = f"does not run: {said(error)}"
+        return row
+    try:
+        with quiet():
             editable = EditableModel(model, tokenizer)
             layers = [i for i in range(editable.depth) if editable.fits(i)]
             if not layers:
@@ -110,6 +118,9 @@ def tried(name: str, *, quick: bool = False) -> Row:
         return row
     for check in (_keys, _values, _arrival, _edits, _saved):
         _run(row, check.__name__.strip("_"), check, name, edited)
+    if unloaded := next((found for found in row.wrong if NOT_LOADED in found), ""):
+        row.refused, row.wrong = unloaded.removeprefix("saved: ModelError: "), []
+        return row
     if not row.gated:
         gates = [i for i in layers if not _form(editable, [i])]
         _run(row, "gated", _saved, name, gates[:-1][-1:] or gates[-1:], True)
@@ -117,6 +128,16 @@ def tried(name: str, *, quick: bool = False) -> Row:
             row.gated = unsaid
             row.wrong.remove(unsaid)
     return row
+
+
+def _check_runs(model: Any) -> None:
+    """Whether the plain model, without anything of ours, gives numbers on short and long rows."""
+    for length in (4, 60):
+        ids = torch.arange(length)[None] % 50 + 1
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        if not logits.isfinite().all():
+            raise ValueError(f"the plain model gives NaN on {length} tokens")
 
 
 def _form(editable: EditableModel, layers: list[int]) -> str:
@@ -257,6 +278,7 @@ def editor_of(name: str, layers: list[int], dtype: torch.dtype, *, gated: bool =
         {
             "layers": layers,
             "values.steps": 3,
+            "values.stop_margin": None,  # the last step counts, whether it is better or not
             "contexts.texts": CONTEXTS[:2],
             **({"method.name": "gated"} if gated else {}),
         }

@@ -101,7 +101,8 @@ TOLD = {
     "another row beside, and W's output enters the stream as the table below says; no edit was "
     "tried when this page was made",
     "wrong": "a check did not hold: do not edit it",
-    "refused": 'in one line, by `nulledit` itself; "not built": no tiny model could be made here',
+    "refused": 'in one line, by `nulledit` itself; "not built": no tiny model could be made here; '
+    '"does not run": the tiny model fails in its own code, without nulledit',
 }
 """What the outcomes mean."""
 HEAD = """# Every architecture of transformers

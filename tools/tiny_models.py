@@ -99,6 +99,10 @@ MORE: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "openai-gpt": {"n_positions": CONTEXT},
     "mamba2": {"num_heads": 4},
+    "nemotron_h": {
+        "layers_block_type": ["mlp", "attention", "mlp", "mamba"],
+        "num_hidden_layers": LAYERS,
+    },
     "nemotron": {"num_key_value_heads": 1},
     "qwen4_exp_text": {
         "ple_embed_dim": HIDDEN,

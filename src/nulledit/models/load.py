@@ -126,6 +126,29 @@ def load_model(
     return model.eval(), tokenizer
 
 
+def check_comes_back(model: PreTrainedModel) -> None:
+    """ModelError where a folder of `model` could not be loaded again.
+
+    Some language models are parts of another, and their own configuration is on none of
+    transformers' lists.
+    """
+    kind, lists = (
+        type(model.config),
+        (
+            MODEL_FOR_CAUSAL_LM_MAPPING,
+            MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        ),
+    )
+    if any(kind in known for known in lists) or getattr(model.config, "auto_map", None):
+        return
+    raise ModelError(
+        f"{type(model).__name__} has a configuration ({model.config.model_type!r}) that "
+        "AutoModelForCausalLM does not load, so a run could not be taken up again; edit it in "
+        "memory alone, by nulledit.Editor, or register its configuration with AutoConfig and "
+        "AutoModelForCausalLM"
+    )
+
+
 def _auto_class(config: PreTrainedConfig) -> Any:
     """The class of transformers that knows which model to make of `config`.
 
