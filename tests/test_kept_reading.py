@@ -1,13 +1,13 @@
-"""What the base makes of a text is read once, and is the same to the bit when it is found."""
+"""What a base or its edited model makes of a text is read once, and found to the bit."""
 
 import os
 
 import pytest
 import torch
-from support.models import build_model
+from support.models import RECIPE, build_model, statistics_of
 
 from nulledit import Editor
-from nulledit.evaluation import base_reading, read
+from nulledit.evaluation import base_reading, edited_reading, gates_of, read
 from nulledit.evaluation import kept_reading as kept
 from nulledit.io.files import cache_folder
 
@@ -146,3 +146,85 @@ def test_nothing_is_kept_of_a_quantised_base(make):
     object.__setattr__(editor.history.base, "quantized", "own")
     base_reading(editor, WINDOWS)
     assert not files()
+
+
+@pytest.fixture
+def gated(tokenizer):
+    """An editor of gated edits on the same tiny model."""
+
+    def editor():
+        model = build_model("llama", dtype=torch.float32)
+        statistics = statistics_of(model, tokenizer, (1,), inputs=True)
+        recipe = RECIPE.with_fields({"layers": [1], "method.name": "gated"})
+        return Editor(model, tokenizer, recipe=recipe, statistics=statistics)
+
+    return editor
+
+
+def alike(a, b):
+    return (
+        a.windows == b.windows
+        and all((x == y).all() for x, y in zip(a.losses, b.losses, strict=True))
+        and all((x == y).all() for x, y in zip(a.apart, b.apart, strict=True))
+        and a.opening == b.opening
+    )
+
+
+def asked(editor, windows=WINDOWS):
+    return edited_reading(
+        editor, windows, base_reading(editor, windows), gates=gates_of(editor.weights)
+    )
+
+
+def test_an_edited_model_s_is_found_after_loading(gated, facts, passes, tmp_path):
+    editor = gated()
+    editor.edit(facts)
+    first = asked(editor)
+    plain = read(
+        editor.editable,
+        WINDOWS,
+        base=base_reading(editor, WINDOWS),
+        gates=gates_of(editor.weights),
+    )
+    assert first.opening.gates == len(facts)
+    assert first.kl.value > 0
+    assert alike(first, plain)
+    editor.save(tmp_path / "run")  # from where the configuration says its architecture, too
+    for _ in range(2):
+        assert alike(first, asked(Editor.load(tmp_path / "run")))
+    assert passes == [3] * 4
+
+
+def test_every_state_of_the_edits_has_its_own(gated, facts, passes):
+    """And one that was there before is found again: after undo, or a trial that was thrown away."""
+    editor = gated()
+    none = asked(editor)
+    assert none.kl.value == 0
+    assert none.opening is None
+    editor.edit(facts[:2])
+    two = asked(editor)
+    with editor.trial():
+        editor.edit(facts[2:])
+        more = asked(editor)
+        assert not alike(two, more)
+    assert alike(two, asked(editor))
+    editor.restore()
+    assert alike(none, asked(editor))
+    assert passes == [3] * 4  # the base, and three states
+
+
+def test_a_model_that_something_else_changed_is_read_as_it_is(make, facts, passes):
+    editor = make()
+    editor.edit(facts[:2])
+    first = asked(editor)
+    for name in ("model.layers.1.mlp.down_proj.weight", "model.layers.3.mlp.up_proj.weight"):
+        weight = editor.model.get_parameter(name)
+        before = weight.detach().clone()
+        with torch.no_grad():
+            weight.mul_(1.5)
+        changed = asked(editor)
+        assert not alike(first, changed)
+        with torch.no_grad():
+            weight.copy_(before)
+        assert alike(first, asked(editor)), "and nothing of that was kept"
+    assert passes == [3] * 4

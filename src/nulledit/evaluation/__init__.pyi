@@ -9,6 +9,7 @@ from nulledit.evaluation.groups import by_relation as by_relation
 from nulledit.evaluation.groups import rates_by as rates_by
 from nulledit.evaluation.groups import rates_of_rows as rates_of_rows
 from nulledit.evaluation.kept_reading import base_reading as base_reading
+from nulledit.evaluation.kept_reading import edited_reading as edited_reading
 from nulledit.evaluation.opening import Gates as Gates
 from nulledit.evaluation.opening import Opening as Opening
 from nulledit.evaluation.opening import gates_of as gates_of

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from nulledit.editing.engine import EditEngine
 from nulledit.errors import ConfigError, LedgerError, StatisticsError
-from nulledit.evaluation.kept_reading import base_reading
-from nulledit.evaluation.reading import Divergence, Reading, read
+from nulledit.evaluation.kept_reading import base_reading, edited_reading
+from nulledit.evaluation.reading import Divergence, read
 from nulledit.linalg.neurons import Neurons
 from nulledit.models.layer_edit import NeuronUpdate
 from nulledit.models.layouts import as_out_in, frozen
@@ -152,16 +152,14 @@ class Places:
         """
         tell = partial(self._tell, "text, base")
         base = base_reading(self.editor, self.judging, progress=tell)
-        grown = self._read("text, edited", base)
+        tell = partial(self._tell, "text, edited")
+        grown = edited_reading(self.editor, self.judging, base, progress=tell)
         with self.taken(neurons):
-            same = self._read("text, same shape", base)
+            tell = partial(self._tell, "text, same shape")
+            same = read(self.editor.editable, self.judging, base=base, progress=tell)
         assert grown.kl is not None
         assert same.kl is not None
         return SameShape(self.layers, self.text, same.kl, grown.kl)
-
-    def _read(self, stage: str, base: Reading) -> Reading:
-        tell = partial(self._tell, stage)
-        return read(self.editor.editable, self.judging, base=base, progress=tell)
 
     def _tell(self, stage: str, done: int, total: int) -> None:
         if self.progress:

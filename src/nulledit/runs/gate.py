@@ -16,7 +16,7 @@ from nulledit.editing.engine import EditEngine
 from nulledit.errors import ConfigError, FactError
 from nulledit.evaluation.capability import TaskResult, capability
 from nulledit.evaluation.hidden_norms import edit_rows, hidden_growth, text_rows
-from nulledit.evaluation.kept_reading import base_reading
+from nulledit.evaluation.kept_reading import base_reading, edited_reading
 from nulledit.evaluation.measures import AT_RELATIONS
 from nulledit.evaluation.opening import gates_of
 from nulledit.evaluation.queries import KINDS as ASKED
@@ -319,12 +319,11 @@ class _Measuring:
                 tell = self._stage("base: perplexity")
                 base = base_reading(editor, windows, progress=tell)
                 self._readings["base"] = base
-            self._readings["edited"] = read(
-                editor.editable,
-                windows,
-                base=base if "kl" in asked else None,
-                gates=gates_of(editor.weights),
-                progress=self._stage("edited: perplexity"),
+            gates, tell = gates_of(editor.weights), self._stage("edited: perplexity")
+            self._readings["edited"] = (
+                edited_reading(editor, windows, base, gates=gates, progress=tell)
+                if base
+                else read(editor.editable, windows, gates=gates, progress=tell)
             )
         return self._readings
 

@@ -16,7 +16,7 @@ from nulledit.errors import FactError
 from nulledit.evaluation.comparison import Comparison
 from nulledit.evaluation.forms import form_name
 from nulledit.evaluation.generation import answer_room
-from nulledit.evaluation.kept_reading import base_reading
+from nulledit.evaluation.kept_reading import base_reading, edited_reading
 from nulledit.evaluation.opening import gates_of
 from nulledit.evaluation.preservation import preservation_report, shipped_corpus
 from nulledit.evaluation.queries import Kind, queries_of
@@ -125,8 +125,19 @@ def evaluate_both(
                 )
     gates = gates_of(editor.weights)
     with talk.progress("after: ") as tell:
+        reading = None
+        if windows and before and before.reading:
+            stage = partial(tell, "perplexity") if tell else None
+            reading = edited_reading(editor, windows, before.reading, gates=gates, progress=stage)
         after = evaluate(
-            model, facts, windows=windows, base=before, gates=gates, progress=tell, **asked
+            model,
+            facts,
+            windows=windows,
+            reading=reading,
+            base=before,
+            gates=gates,
+            progress=tell,
+            **asked,
         )
     kept = preservation_report(editor, windows) if windows and editor.history.epochs else []
     return Comparison(before, after, text.name if text else "", tuple(kept))

@@ -14,7 +14,7 @@ from nulledit.editing.engine import EditEngine
 from nulledit.editing.weights import LayerReport
 from nulledit.errors import ConfigError
 from nulledit.evaluation.comparison import Comparison
-from nulledit.evaluation.kept_reading import base_reading
+from nulledit.evaluation.kept_reading import base_reading, edited_reading
 from nulledit.evaluation.opening import gates_of
 from nulledit.evaluation.runner import Evaluation, evaluate
 from nulledit.io.text import count
@@ -109,7 +109,9 @@ def preview(
         model, gates = editor.editable, gates_of(editor.weights)
         with talk.progress(f"{name}: ") as tell:
             one = partial(evaluate, model, progress=tell, beside=False)
-            mine = one(asked, windows=windows, base=base, gates=gates)
+            stage = partial(tell, "perplexity") if tell else None
+            text = edited_reading(editor, windows, read, gates=gates, progress=stage)
+            mine = one(asked, windows=windows, reading=text, base=base)
             others = one(held, generate=False) if held else None
         return mine, others
 
