@@ -525,7 +525,7 @@ def test_an_adapter_is_the_edited_model_in_peft(place, tmp_path):
 def test_an_adapter_for_servers_names_each_expert(place, tmp_path):
     """Under the names of the family's files, whose difference the products are."""
     editor, folder = place
-    done = write_lora(editor, tmp_path / "adapter", dtype="float64", experts="each")
+    done = editor.export(tmp_path / "adapter", "lora", dtype="float64", experts="each")
     assert done.for_servers
     write_checkpoint(editor, tmp_path / "whole")
     before, after = files_at(folder / "base"), files_at(tmp_path / "whole")

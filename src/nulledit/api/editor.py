@@ -19,7 +19,7 @@ from nulledit.evaluation.asking import ask as ask_both
 from nulledit.evaluation.comparison import Comparison
 from nulledit.evaluation.runner import Judge
 from nulledit.export.updates import Export
-from nulledit.export.write import DEFAULT, Kind, write_export
+from nulledit.export.write import DEFAULT, Experts, Kind, write_export
 from nulledit.ledger.records import History
 from nulledit.ledger.store import Store
 from nulledit.runs.diff import Difference, columns_at, difference, read_state
@@ -137,6 +137,7 @@ class Editor(EditEngine):
         text: str | Path | None = None,
         gguf: str | Path | None = None,
         tensor_type: str | None = None,
+        experts: Experts | None = None,
         progress: Progress | None = None,
     ) -> Export:
         """Write the edits to `folder` for others: `kind` delta, lora (PEFT), checkpoint, gguf or
@@ -148,8 +149,9 @@ class Editor(EditEngine):
         GGUF file keep the base's shape, as an adapter does in any case; `text` is the file that
         chooses the units which neurons then stand in the place of. GGUF: `gguf` is a file of the
         base (the one that the run was begun from), `tensor_type` what edited matrices (f16) or
-        factors (f32) are stored in. LedgerError if nothing is edited or `folder` exists,
-        ConfigError for a setting of another kind.
+        factors (f32) are stored in. `experts`: whether an adapter of a mixture of experts is in
+        PEFT's form ("fused") or has a pair for each expert by its name ("each"). LedgerError if
+        nothing is edited or `folder` exists, ConfigError for a setting of another kind.
         """
         return write_export(
             self,
@@ -162,6 +164,7 @@ class Editor(EditEngine):
             text=text,
             gguf=gguf,
             tensor_type=tensor_type,
+            experts=experts,
             run=self.folder,
             progress=progress,
         )

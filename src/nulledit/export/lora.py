@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -34,9 +34,9 @@ from nulledit.export.updates import (
     write_json,
     write_origin,
 )
+from nulledit.export.write import Experts
 from nulledit.io.files import replacing_folder
 
-Experts = Literal["fused", "each"]
 PREFIX = "base_model.model."
 """Of every name in an adapter."""
 

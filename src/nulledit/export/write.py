@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from nulledit.editing.engine import EditEngine
     from nulledit.export.updates import Export
 
+Experts: TypeAlias = Literal["fused", "each"]
+"""How an adapter holds the experts of a mixture: all in one parameter, or each by its name."""
 Kind: TypeAlias = Literal["checkpoint", "lora", "delta", "gguf", "gguf-lora"]
 
 
