@@ -38,6 +38,8 @@ CONSTANTS = {
     "soft": {"method.l2": 0.1},
 }
 NAMES = [method.name for method in METHODS]
+FEW = ("alphaedit", "memit", "rect", "nse", "evoedit", "gated", "ft")
+"""One of each kind: with history and without, linear or not, rewinding, gates, by gradient."""
 
 
 def recipe_of(name, **changes):
@@ -64,6 +66,7 @@ def gap(a, b):
     return max(float((a[i] - b[i]).norm() / a[i].norm()) for i in a)
 
 
+@pytest.mark.few(*FEW, of="name")
 @pytest.mark.parametrize("projection", ["own", "none", "inside", "after"])
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "gated"])  # see test_gated.py
 def test_every_method_edits_undoes_and_comes_back(name, projection, make, facts, tmp_path):
@@ -110,6 +113,7 @@ STORIES = [
 ]
 
 
+@pytest.mark.few(*FEW, of="name")
 @pytest.mark.parametrize(("name", "chunks"), STORIES)
 def test_any_story_is_replayed_to_the_bit(name, chunks, make, facts, tmp_path):
     editor = make(recipe_of(name, values__chunk_tokens=chunks, values__steps=2))

@@ -57,6 +57,7 @@ def gap(editor, other):
     return worst
 
 
+@pytest.mark.few
 def test_only_the_named_matrices_change(architecture, make_editor, facts):
     editor = make_editor(architecture)
     before = weights(editor)

@@ -392,6 +392,7 @@ def test_no_open_expert_is_no_spectrum():
 # -- edits -----------------------------------------------------------------------------------
 
 
+@pytest.mark.few("alphaedit", "memit-history", "gated", "ft", "nse", "rome", of="method")
 @pytest.mark.parametrize("method", [m.name for m in METHODS])
 def test_every_method_works_or_says_why_not(method, tokenizer, facts):
     model = build_model("qwen2_moe")

@@ -31,6 +31,7 @@ def same_bits(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
+@pytest.mark.few
 def test_every_architecture_is_edited_and_undone_to_the_bit(architecture, tokenizer, facts):
     model = build_model(architecture)
     before = bits(model)

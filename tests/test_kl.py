@@ -42,6 +42,7 @@ def compared(model, edited, tokenizer, windows=WINDOWS):
     return read(EditableModel(edited, tokenizer), windows, base=base)
 
 
+@pytest.mark.few
 def test_it_is_that_of_two_whole_models_on_every_architecture(tiny_model, tokenizer, architecture):
     model = tiny_model(architecture, seed=1)
     edited = changed(model)

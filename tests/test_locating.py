@@ -46,7 +46,7 @@ def check(model, q, settings):
     return found
 
 
-@pytest.mark.few
+@pytest.mark.few("llama", "gemma2", "mixtral")
 @pytest.mark.parametrize("window", [1, 2, 3, 10])
 def test_effects_equal_one_whole_run_a_restoration(architecture, window, tokenizer):
     model = EditableModel(build_model(architecture), tokenizer)

@@ -112,6 +112,7 @@ def null_space(spectrum, threshold):
     return eye - thin if protected.all() else thin
 
 
+@pytest.mark.few
 def test_values_equal_the_reference(architecture, tiny_model, tokenizer, facts):
     model = tiny_model(architecture)
     values = ours(model, tokenizer, facts)
@@ -234,7 +235,7 @@ WORDY = (
 )
 
 
-@pytest.mark.few
+@pytest.mark.few("llama", "gemma2", "mixtral")
 @pytest.mark.parametrize("margin", [0.0, 1.0])
 def test_a_value_is_done_when_every_token_leads_in_every_row(
     architecture, tiny_model, tokenizer, margin
@@ -482,6 +483,7 @@ def test_the_model_is_left_as_it_was(tiny_model, tokenizer, facts):
     assert not any("forward" in vars(b) for b in PartialModel(model).blocks)
 
 
+@pytest.mark.few
 def test_keys_equal_the_reference(architecture, tiny_model, tokenizer, facts):
     model = tiny_model(architecture)
     for layer in (0, 2):
