@@ -168,6 +168,26 @@ def test_a_file_is_converted_once(file, tmp_path, fresh_cache, monkeypatch):
         file_folder(file)
 
 
+def test_a_file_is_parsed_once_and_the_package_is_left_as_it_was(
+    file, tmp_path, fresh_cache, monkeypatch
+):
+    parsed, reader = [], gguf.GGUFReader
+
+    def counted(path, *more):
+        parsed.append(path)
+        return reader(path, *more)
+
+    monkeypatch.setattr(gguf, "GGUFReader", counted)
+    file_folder(file)
+    assert len(parsed) == 1
+    assert gguf.GGUFReader is counted
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(ModelError, match="can't be read"):
+        file_folder(broken)
+    assert gguf.GGUFReader is counted
+
+
 def test_pieces_are_joined_by_hash(file, tmp_path, fresh_cache, monkeypatch):
     content = file.read_bytes()
     package = tmp_path / "tiny_pieces"

@@ -8,8 +8,9 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Sequence
-from contextlib import redirect_stderr
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,10 @@ def _dequantised(file: Path, name: str) -> tuple[PreTrainedModel, PreTrainedToke
     options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     load: Any = AutoModelForCausalLM.from_pretrained  # declared to return no loading info
     try:
-        with redirect_stderr(StringIO()):  # a bar that transformers' own switch leaves on
+        with (
+            _parsed_once(),
+            redirect_stderr(StringIO()),
+        ):  # a bar that transformers' own switch leaves on
             tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
             loaded, found = load(
                 file.parent, dtype=torch.float32, output_loading_info=True, **options
@@ -160,6 +164,24 @@ def _dequantised(file: Path, name: str) -> tuple[PreTrainedModel, PreTrainedToke
     model.load_state_dict(state, assign=True)
     model.tie_weights()
     return model, tokenizer
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Have a GGUF file parsed once inside.
+
+    transformers parses it for the configuration, for the tokenizer and for the weights, and looks
+    up all names of tensors again for every module: most of the time that a conversion takes.
+    """
+    gguf: Any = importlib.import_module("gguf")
+    before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, made in before.items():
+        setattr(gguf, name, cache(made))
+    try:
+        yield
+    finally:
+        for name, made in before.items():
+            setattr(gguf, name, made)
 
 
 def _refusal(name: str, error: Exception) -> ModelError:
