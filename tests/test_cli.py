@@ -657,7 +657,7 @@ def test_a_name_that_the_hub_can_not_be_asked_for_is_refused_at_once(monkeypatch
             asked.append((address, timeout))
             raise ConnectError("Name or service not known")
 
-    monkeypatch.setattr("nulledit.models.load.get_session", Session)
+    monkeypatch.setattr("nulledit.models.hub.get_session", Session)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.file_download.get_hf_file_metadata", thrown(ValueError()))
     with pytest.raises(ModelError, match="reached, and its cache has no such model") as caught:
@@ -679,7 +679,7 @@ def test_a_hub_that_answers_anything_is_asked_for_the_model(kind, monkeypatch):
         seen.append(options)
         raise OSError("no such repository")
 
-    monkeypatch.setattr("nulledit.models.load.get_session", Session)
+    monkeypatch.setattr("nulledit.models.hub.get_session", Session)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", from_pretrained)
     with pytest.raises(ModelError, match="no such repository"):

@@ -62,6 +62,10 @@ class SolveError(NullEditError):
     """A system has no solution in float64, as with settings that are many powers of ten apart."""
 
 
+class HubError(NullEditError):
+    """Something could not be put on the Hub."""
+
+
 class RankError(NullEditError):
     """Another rank of the same launch is gone, has stopped, or has other data."""
 

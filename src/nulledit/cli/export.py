@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from nulledit.cli.command import Call, command
 from nulledit.cli.options import PLACED, RUN, given_options, least, opt
-from nulledit.errors import ConfigError
+from nulledit.errors import ConfigError, HubError
 from nulledit.export.write import DEFAULT, EXPORTS, OPTIONS, write_export
 from nulledit.io.text import count
 
@@ -64,6 +64,8 @@ if TYPE_CHECKING:
         "Gated edits: text that says which units are least used, and the price.  [default: one "
         "that comes with nulledit]",
     ),
+    opt("--push REPO", "Upload FOLDER to the Hub, too, as NAME or OWNER/NAME."),
+    opt("--private", "Of a repository that --push makes.", bool),
     PLACED,
 )
 def export(call: Call) -> None:
@@ -79,6 +81,7 @@ def export(call: Call) -> None:
     $ nulledit export run --as lora --out adapter
     $ nulledit export run --as checkpoint --out model --max-shard-size 5GB
     $ nulledit export run --as gguf --gguf base.gguf --out model
+    $ nulledit export run --as lora --out adapter --push me/adapter
     """
     given = {option.name: option for option in given_options() if option.name in OPTIONS}
     refused = [
@@ -86,10 +89,15 @@ def export(call: Call) -> None:
     ]
     if refused:
         raise ConfigError(f"{', '.join(refused)} can't be given with --as {call.kind}")
+    if call.private and not call.push:
+        raise ConfigError("--private is of a repository: give --push as well")
     call.prepare()
+    from nulledit.export.push import check_repo, push
     from nulledit.export.updates import check_shard_size, refuse_existing
 
     refuse_existing(Path(call.out))
+    if call.push:
+        check_repo(call.push)
     if call.max_shard_size:
         check_shard_size(call.max_shard_size)
     run = call.open()
@@ -97,11 +105,20 @@ def export(call: Call) -> None:
     with call.progress() as tell:
         options = {name: call.given[name] for name in given}
         done = write_export(run.editor, call.out, call.kind, run=call.run, progress=tell, **options)
+    address, unshared = "", None
+    if call.push:
+        call.say(f"Uploading {call.out} to {call.push}")
+        try:
+            address = push(call.out, call.push, private=call.private)
+        except HubError as error:
+            unshared = error
+    lines = [*lines_of(done), *starts(done, run.editor.history.base.model)]
+    lines += [f"On the Hub: {address}"] if address else []
     tables = [layers_table(done)] if done.layers else []
-    call.show(
-        done.to_dict(),
-        [*tables, "\n".join([*lines_of(done), *starts(done, run.editor.history.base.model)])],
-    )
+    told = done.to_dict() | ({"address": address} if address else {})
+    call.show(told, [*tables, "\n".join(lines)])
+    if unshared:
+        raise unshared
 
 
 def layers_table(done: Export) -> StudyTable:

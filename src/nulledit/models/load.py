@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants
-from huggingface_hub.utils import get_session
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -30,6 +29,7 @@ from nulledit.errors import ModelError, NullEditError
 from nulledit.io.untrusted import MAX_DOCUMENT, one_line, parse_json, read_text
 from nulledit.models.dense import Dense, digest_of, update_digest
 from nulledit.models.embedded import EMBEDDED, source_of
+from nulledit.models.hub import hub_answers
 from nulledit.models.placement import (
     Device,
     chosen,
@@ -45,8 +45,6 @@ INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_config.json"
 MAX_JSON = 256 * 2**20
 """Bytes of a JSON file of a model; the largest, tokenizers of 256,000 pieces, have 35 million."""
-HUB_SECONDS = 10.0  # for a connection; an answer may take longer
-UNREACHED = ("ConnectError", "ConnectTimeout", "ConnectionError", "ProxyError")
 QUANTIZE = ("4bit", "8bit")
 INFERENCE_ONLY = frozenset({"support_avx512bf16_for_cpu"})
 """Flags of quantised modules that allow a faster form which passes no gradient on."""
@@ -85,7 +83,7 @@ def load_model(
     try:
         if Path(source).is_dir():
             _check_folder(Path(source), name)
-        elif not _hub_answers():
+        elif not hub_answers():
             _check_cached(source, name, revision)
             options["local_files_only"] = True
         config = AutoConfig.from_pretrained(source, **options)
@@ -215,21 +213,6 @@ def _check_folder(folder: Path, name: str) -> None:
             raise ModelError(f"{file}: expected a file of at most {MAX_JSON} bytes")
     if (folder / ADAPTER_FILE).exists():
         raise _is_adapter(name)
-
-
-def _hub_answers() -> bool:
-    """Whether the Hub, or the mirror in its place, can be reached: asked once and not again.
-
-    The Hub's client asks for each file six times, which takes half a minute where there is no
-    network. It asks through the user's proxies, as this does; a slow answer is one.
-    """
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
-    except Exception as error:  # its client has had three libraries of one family underneath
-        return type(error).__name__ not in UNREACHED
-    return True  # whatever it says: of the file that is asked for, its client says what is wrong
 
 
 def _check_cached(source: str, name: str, revision: str | None) -> None:
