@@ -118,8 +118,7 @@ class BatchWriter:
         return self._agreed(tensors, [value.outcome for value in last], self._joined(shared))
 
     def _finding(self, shared: Sequence[int]) -> KnownValues:
-        """Values by the layer that they are for, optimised as its turn comes, or all at the first
-        one's."""
+        """Values by layer, optimised as its turn comes; joint ones all as the first is asked."""
         together: dict[int, list[Value]] = {}
 
         def find(layer: int) -> list[Value]:
