@@ -159,8 +159,12 @@ def test_values_of_two_ranks_are_those_of_one(place, alone, edit, tmp_path):
 
 @pytest.mark.parametrize(
     "more",
-    [("--method", "ft"), ("--set", "values.at=each", "--gate", "GATE")],
-    ids=["by gradient", "values per layer, with a gate"],
+    [
+        ("--method", "ft"),
+        ("--set", "values.at=each", "--gate", "GATE"),
+        ("--set", "values.at=joint"),
+    ],
+    ids=["by gradient", "values per layer, with a gate", "joint values"],
 )
 def test_other_ways_to_write_are_the_same_too(place, edit, tmp_path, more):
     (tmp_path / "gate.yaml").write_text("efficacy_strict: {at_least: 0}\n")
