@@ -96,7 +96,7 @@ TOLD = {
     "padding, and values the published algorithm, written plainly; a value that is written moves "
     "the stream by exactly what was asked for, in float64 and bfloat16; only the chosen matrices "
     "change, and undo brings back every bit; a run saved in bfloat16 is loaded as it was, edited "
-    "further, and undone to the bit",
+    "further, and undone to the bit (xlstm in float32: its own code does not run in bfloat16)",
     "taken up": "its layout was found, its blocks run a span at a time as in the whole model, with "
     "another row beside, and W's output enters the stream as the table below says; no edit was "
     "tried when this page was made",

@@ -208,6 +208,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 """Other forms of an architecture: its model type, and what they have besides."""
 
 
+WITHOUT_BFLOAT16 = ("xlstm",)
+"""Their own code mixes it with float32."""
 FLOAT32 = ("inkling2_text", "xglm")
 """Those that can't be run in float64."""
 
@@ -215,7 +217,8 @@ FLOAT32 = ("inkling2_text", "xglm")
 def build(name: str, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
     """A random model of architecture `name`, whose every block and norm matters."""
     torch.manual_seed(seed)
-    dtype = torch.float32 if dtype == torch.float64 and name in FLOAT32 else dtype
+    others = WITHOUT_BFLOAT16 if dtype == torch.bfloat16 else FLOAT32
+    dtype = torch.float32 if name in others else dtype
     kind, more = VARIANTS.get(name, (name, {}))
     config = shrunk(CONFIG_MAPPING[kind], {**MORE.get(kind, {}), **more})
     with torch.device("meta"):
@@ -228,6 +231,8 @@ def build(name: str, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> Pr
     for parameter in model.parameters():  # norms of one and biases of nought would hide much
         if parameter.ndim == 1 and parameter.is_floating_point():
             parameter.data += 0.2 * torch.randn_like(parameter)
+        elif parameter.is_floating_point() and not parameter.any():  # nothing would go through it
+            parameter.data.normal_(std=0.25)
     if dtype.itemsize > 2:
         return model.to(dtype).eval()
     with tempfile.TemporaryDirectory() as folder:  # some have parts that stay in float32
