@@ -88,12 +88,6 @@ def tried(name: str, *, quick: bool = False) -> Row:
         return row
     try:
         with quiet():
-            _check_runs(model)
-    except Exception as error:
-        row.refused = f"does not run: {said(error)}"
-        return row
-    try:
-        with quiet():
             editable = EditableModel(model, tokenizer)
             layers = [i for i in range(editable.depth) if editable.fits(i)]
             if not layers:
@@ -103,6 +97,12 @@ def tried(name: str, *, quick: bool = False) -> Row:
         return row
     except Exception as error:
         row.refused = f"crashed: {said(error)}"
+        return row
+    try:
+        with quiet():
+            _check_runs(model)
+    except Exception as error:
+        row.refused = f"does not run: {said(error)}"
         return row
     row.path = f"{editable.layout.blocks}.N.{editable.layout.mlp_out}"
     row.output, row.traced = editable.layout.output, model.config.model_type not in LAYOUTS
