@@ -12,6 +12,7 @@ from architecture_trial import bits, differing, editor_of, tried
 from support.locating import SPREAD, question
 from support.models import WIDE
 
+from nulledit import Editor, Run
 from nulledit.errors import ModelError
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layout_tracing import probe
@@ -73,16 +74,18 @@ def test_a_crash_is_a_row(monkeypatch):
     assert row.refused == "crashed: the process ended with 3"
 
 
-def test_a_part_that_is_not_loaded_alone_is_edited_in_memory_only(tmp_path):
+def test_a_part_that_is_not_loaded_alone_makes_no_run_and_is_resumed(tmp_path):
     """Emu 3's language model has a configuration of its own that no list of transformers names."""
     editor = editor_of("emu3", [1, 2], torch.float64)
     before = bits(editor.model)
-    with pytest.raises(ModelError, match="could not be taken up again; edit it in memory alone"):
-        editor.attach(tmp_path / "run")
-    with pytest.raises(ModelError, match="could not be taken up again"):
-        editor.save(tmp_path / "run")
+    with pytest.raises(ModelError, match=r"could not be opened again; register it with AutoConfig"):
+        Run.create(tmp_path / "run", editor)
     assert not (tmp_path / "run").exists()
+    editor.attach(tmp_path / "own")
     editor.edit(TRIED[:2])
-    assert differing(before, bits(editor.model))
-    editor.restore()
-    assert not differing(before, bits(editor.model))
+    edited = bits(editor.model)
+    assert differing(before, edited)
+    again = Editor.resume(tmp_path / "own", tiny_models.build("emu3"), editor.tokenizer)
+    assert not differing(edited, bits(again.model))
+    again.restore()
+    assert not differing(before, bits(again.model))

@@ -31,6 +31,7 @@ from nulledit.errors import ModelError
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.experts import is_experts, keys_of
 from nulledit.models.layouts import LAYOUTS, as_out_in, write_weight
+from nulledit.models.load import check_comes_back
 
 FACTS = [
     Fact("Ada Byron", "The mother tongue of {} is", "Velmish", id="ada"),
@@ -40,7 +41,7 @@ FACTS = [
 """The last one is longer than any window."""
 NOT_SAVED = "it can't be written as a model folder"
 """How a model with neurons of its own is refused that its configuration can't describe."""
-NOT_LOADED = "so a run could not be taken up again"
+NOT_LOADED = "so a run of it could not be opened again"
 """How a part of a larger model is refused that transformers does not load by itself."""
 TOLERANCE = 1e-4
 """‖found − expected‖/‖expected‖; many architectures compute parts in float32 whatever they hold."""
@@ -320,6 +321,7 @@ def _left(before: dict[str, Tensor], editor: Editor) -> str:
 def _saved(name: str, layers: list[int], gated: bool = False) -> str:
     """In bfloat16: a run that was saved is loaded as it was, edited further, undone to the bit."""
     editor = editor_of(name, layers, torch.bfloat16, gated=gated)
+    check_comes_back(editor.model)
     before = bits(editor.model)
     editor.edit(FACTS[:2])
     edited = bits(editor.model)

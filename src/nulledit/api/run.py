@@ -23,6 +23,7 @@ from nulledit.io.files import recover_folder
 from nulledit.io.text import count
 from nulledit.ledger.records import History
 from nulledit.ledger.store import Store
+from nulledit.models.load import check_comes_back
 from nulledit.models.placement import Device
 from nulledit.parallel.ranks import Ranks
 from nulledit.runs.evaluated import Evaluated, evaluate_sides
@@ -74,8 +75,9 @@ class Run:
     def create(cls, folder: str | Path, editor: Editor, *, talk: Talk | None = None) -> Self:
         """Begin a run of `editor` in `folder`; LedgerError if something is there.
 
-        Nothing is written before the first edit.
+        Nothing is written before the first edit. ModelError for a model that `open` could not load.
         """
+        check_comes_back(editor.model)
         if editor.ranks.first:
             cls.check_fresh(folder)
         return cls(Path(folder), editor, talk)

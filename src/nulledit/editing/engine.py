@@ -33,7 +33,7 @@ from nulledit.ledger.store import Store
 from nulledit.models.accepted import check_model, check_tokenizer
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.gguf import file_sha256
-from nulledit.models.load import check_comes_back, load_model, model_hash
+from nulledit.models.load import load_model, model_hash
 from nulledit.models.placement import Device
 from nulledit.models.quantized import has_dense
 from nulledit.parallel.ranks import Ranks
@@ -279,11 +279,7 @@ class EditEngine:
         return store.folder.parent if store else None
 
     def attach(self, folder: str | Path) -> None:
-        """Keep the ledger in `folder`/ledger from now on: every batch is committed as it ends.
-
-        ModelError where the model's folder could not be loaded again.
-        """
-        check_comes_back(self.model)
+        """Keep the ledger in `folder`/ledger from now on: every batch is committed as it ends."""
         self._journal.keep_in(Path(folder) / "ledger")
 
     def detach(self) -> None:

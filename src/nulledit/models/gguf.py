@@ -13,6 +13,7 @@ from contextlib import contextmanager, redirect_stderr
 from functools import cache
 from io import StringIO
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 SUFFIX = ".gguf"
 MAGIC = b"GGUF"
 SOURCE_FILE = "nulledit-source.json"
+PARSING = Lock()
+"""Held by the one conversion that is at work."""
 SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 """How the pieces end that llama.cpp's own tool makes, each with a header."""
 
@@ -132,10 +135,8 @@ def _dequantised(file: Path, name: str) -> tuple[PreTrainedModel, PreTrainedToke
     options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     load: Any = AutoModelForCausalLM.from_pretrained  # declared to return no loading info
     try:
-        with (
-            _parsed_once(),
-            redirect_stderr(StringIO()),
-        ):  # a bar that transformers' own switch leaves on
+        # The bar is one that transformers' own switch leaves on.
+        with _parsed_once(), redirect_stderr(StringIO()):
             tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
             loaded, found = load(
                 file.parent, dtype=torch.float32, output_loading_info=True, **options
@@ -174,14 +175,15 @@ def _parsed_once() -> Iterator[None]:
     up all names of tensors again for every module: most of the time that a conversion takes.
     """
     gguf: Any = importlib.import_module("gguf")
-    before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    for name, made in before.items():
-        setattr(gguf, name, cache(made))
-    try:
-        yield
-    finally:
+    with PARSING:  # another thread would take what is kept here for the package's own
+        before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
         for name, made in before.items():
-            setattr(gguf, name, made)
+            setattr(gguf, name, cache(made))
+        try:
+            yield
+        finally:
+            for name, made in before.items():
+                setattr(gguf, name, made)
 
 
 def _refusal(name: str, error: Exception) -> ModelError:

@@ -130,20 +130,15 @@ def check_comes_back(model: PreTrainedModel) -> None:
     Some language models are parts of another, and their own configuration is on none of
     transformers' lists.
     """
-    kind, lists = (
-        type(model.config),
-        (
-            MODEL_FOR_CAUSAL_LM_MAPPING,
-            MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-        ),
-    )
-    if any(kind in known for known in lists) or getattr(model.config, "auto_map", None):
+    known = MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    kind = type(model.config)
+    if any(kind in listed for listed in known) or getattr(model.config, "auto_map", None):
         return
     raise ModelError(
         f"{type(model).__name__} has a configuration ({model.config.model_type!r}) that "
-        "AutoModelForCausalLM does not load, so a run could not be taken up again; edit it in "
-        "memory alone, by nulledit.Editor, or register its configuration with AutoConfig and "
-        "AutoModelForCausalLM"
+        "AutoModelForCausalLM does not load, so a run of it could not be opened again; register "
+        "it with AutoConfig and AutoModelForCausalLM, or edit it by nulledit.Editor, whose ledger "
+        "Editor.resume takes up"
     )
 
 
