@@ -17,6 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from served import compared, own_answers, rows_of
+
 VARIABLE = "NULLEDIT_LLAMA_PYTHON"
 
 
@@ -75,32 +77,6 @@ def answer():
     print(json.dumps({"rows": rows, "texts": texts}))
 
 
-def rows_of(editor):
-    """Ids of each fact's prompt and target."""
-    found = []
-    for fact in editor.facts:
-        row = editor.editable.encoder.encode(fact.render(fact.prompt), target=fact.target)
-        found.append((list(row.ids[: row.target_start]), list(row.target_ids)))
-    return found
-
-
-def own_answers(model, rows):
-    """What `answers` gives, of a model in memory."""
-    import torch
-
-    found = []
-    with torch.no_grad():
-        for prompt, target in rows:
-            logits = model(input_ids=torch.tensor([prompt + target])).logits[0]
-            told = logits.double().log_softmax(-1)[len(prompt) - 1 : -1]
-            said = []
-            for _ in target:
-                ids = torch.tensor([prompt + said])
-                said.append(int(model(input_ids=ids).logits[0, -1].argmax()))
-            found.append((sum(float(told[i, t]) for i, t in enumerate(target)), said))
-    return found
-
-
 def in_float32(editor, file):
     """The run's base as a GGUF file whose weights are all float32."""
     from nulledit.export.gguf_file import Stored, base_file
@@ -121,12 +97,7 @@ def main():
     print(f"| {head} | MB |\n|{' --- |' * 6}")
 
     def tell(base, edits, found, size=""):
-        same = sum(a[1] == b[1] for a, b in zip(found, own, strict=True))
-        said = sum(a[1] == target for a, (_, target) in zip(found, rows, strict=True))
-        gaps = [abs(a[0] - b[0]) for a, b in zip(found, own, strict=True)]
-        told = f"{sum(gaps) / len(gaps):.2g}, {max(gaps):.2g}"
-        n = len(rows)
-        print(f"| {base} | {edits} | {said} of {n} | {same} of {n} | {told} | {size} |", flush=True)
+        print(f"| {base} | {edits} | {compared(found, own, rows)} | {size} |", flush=True)
 
     tell("", "the edited model, torch", own)
     with tempfile.TemporaryDirectory() as place:

