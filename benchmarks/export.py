@@ -25,7 +25,7 @@ from nulledit.evaluation.reading import read_windows
 from nulledit.export import apply_delta, write_delta, write_lora
 from nulledit.export.factors import factorise, ordered_sum, relative_error
 from nulledit.export.ranks import served_rank
-from nulledit.export.updates import update_of
+from nulledit.export.updates import update_and_base
 from nulledit.linalg.preconditioner import BlockGains, SpectralPreconditioner
 from nulledit.linalg.solve import solve_update
 from nulledit.models.layouts import find_layout, mlp_out, write_weight
@@ -149,7 +149,7 @@ def rounding(editor):
             for dtype in (torch.bfloat16, torch.float16):
                 shares = []
                 for layer in editor.weights.layers:
-                    update, base = update_of(editor, layer)
+                    update, base = update_and_base(editor, layer)
                     exact = base.to(dtype).double() + update
                     shares.append(float((exact.to(dtype).double() - exact).norm() / update.norm()))
                 name = str(dtype).removeprefix("torch.")

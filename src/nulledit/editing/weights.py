@@ -113,7 +113,7 @@ class EditedWeights:
 
     def base(self, layer: int) -> Tensor:
         """W₀ [d_out, d_in] of `layer`, float64, on the CPU."""
-        return self._solver(layer).base.cpu()
+        return self._solver(layer).base.cpu().double()
 
     def projector(self, layer: int) -> Preconditioner:
         """P of `layer`, on the null space of its preserved keys; ModelError for gated edits."""
@@ -338,7 +338,7 @@ class EditedWeights:
             free_share=float(shares.mean()) if n else math.nan,
             free_share_error=float(shares.std()) / n**0.5 if n > 1 else math.nan,
             n=n,
-            update_share=norm / float(edit.base.norm()),
+            update_share=norm / float(torch.linalg.vector_norm(edit.base, dtype=torch.float64)),
             rounding_share=edit.rounding(self.model, layer) / norm if norm else 0.0,
             room=solver.room(self._states[layer], columns),
             neurons=edit.size if isinstance(edit, NeuronUpdate) else None,

@@ -30,6 +30,7 @@ from nulledit.export.factors import (
 )
 from nulledit.export.same_shape import SameShape
 from nulledit.models.experts import count_and_width, is_experts
+from nulledit.models.layer_edit import update_of
 from nulledit.models.layouts import as_out_in, write_weight
 
 ORIGIN_FILE = "nulledit-export.json"
@@ -199,11 +200,10 @@ def stored_layers(
     return found
 
 
-def update_of(editor: EditEngine, layer: int) -> tuple[Tensor, Tensor]:
+def update_and_base(editor: EditEngine, layer: int) -> tuple[Tensor, Tensor]:
     """Δ and W₀ [d_out, d_in] of `layer`, float64, where the exact weight lies."""
-    exact = editor.weights.exact(layer)
-    base = editor.weights.base(layer).to(exact.device)
-    return exact - base, base
+    edit = update_of(editor.weights.edit(layer))
+    return edit.change.to(edit.base.device), edit.base.double()
 
 
 def facts_cost(
@@ -284,7 +284,7 @@ def layer_report(
     editor: EditEngine, layer: int, factors: tuple[Tensor, Tensor], *, of: int
 ) -> LayerExport:
     """The numbers of one layer with `factors` (B, A) as stored; `of`: the rank of Δ."""
-    update, base = update_of(editor, layer)
+    update, base = update_and_base(editor, layer)
     stored = as_out_in(editor.editable.matrix(layer))
     norm = float(torch.linalg.matrix_norm(update))
     rounding = float(torch.linalg.matrix_norm(stored.to(base) - (base + update)))
@@ -306,14 +306,14 @@ def layer_report(
 def _stored(
     editor: EditEngine, layer: int, rank: int | None, dtype: torch.dtype, apart: bool
 ) -> StoredLayer:
-    update, base = update_of(editor, layer)
+    update, base = update_and_base(editor, layer)
     module = editor.editable.matrix(layer)
     options: dict[str, Any] = {
         "columns": len(editor.history.active),
         "most": rank,
         "full_rank": MOST_RANK,
     }
-    # W₀ + Δ was rounded to float64 before W₀ was taken off again: that much of Δ is no edit.
+    # Less than float64 tells apart in W₀ + Δ is no edit.
     rounding = torch.finfo(base.dtype).eps
     if apart and is_experts(module):
         count, _ = count_and_width(module)

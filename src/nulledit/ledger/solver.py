@@ -30,7 +30,7 @@ class LayerSolver:
     def __init__(self, ledger: Ledger, layer: int, device: torch.device):
         """Of `ledger`, whose history may go on; solves run on `device`."""
         self.ledger, self.layer, self.device = ledger, layer, device
-        self.base = self.history.original(layer).to(device).double()  # W₀
+        self.base = self.history.original(layer).to(device)  # W₀
         self._solvers: dict[int, EpochSolver[Any]] = {}
 
     @property
@@ -45,7 +45,7 @@ class LayerSolver:
 
     def fold(self, columns: Sequence[Column]) -> LayerState:
         """The state with exactly `columns` in the model, at its latest epoch."""
-        edit: LayerEdit = WeightUpdate(self.base, self.base)
+        edit: LayerEdit = WeightUpdate(self.base)
         before: list[Column] = []
         for epoch in self._epochs():
             mine = [c for c in columns if self.history.epoch_of(c) == epoch.id]
@@ -57,7 +57,7 @@ class LayerSolver:
         self, columns: Sequence[Column]
     ) -> Iterator[tuple[list[Column], LayerState, LayerState]]:
         """Each batch of `columns` in turn, with the states before and after it."""
-        edit: LayerEdit = WeightUpdate(self.base, self.base)
+        edit: LayerEdit = WeightUpdate(self.base)
         before: list[Column] = []
         for epoch in self._epochs():
             solver = self._solver(epoch)

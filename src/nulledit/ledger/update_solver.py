@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,15 +20,15 @@ from nulledit.linalg.spectrum import Spectrum
 from nulledit.methods import Filter, find_method
 from nulledit.methods.problem import LayerProblem, TargetLoss
 from nulledit.methods.streams import endangered, own_weights
-from nulledit.models.layer_edit import LayerEdit, update_of
+from nulledit.models.layer_edit import LayerEdit, WeightUpdate, update_of
 
 
 @dataclass(frozen=True)
 class UpdateState(LayerState):
     """Where the solve of a layer is, of whose W the edits are an update."""
 
-    start: Tensor
-    """Weight [d_out, d_in] that the epoch began with, float64: W₀ in the first."""
+    start: WeightUpdate
+    """What the epoch began with: W₀ in the first."""
     total: Tensor
     """ΣΔ [d_out, d_in] of the epoch's batches, float64."""
     recursion: RecursiveState | None = None
@@ -133,8 +133,8 @@ class UpdateSolver(EpochSolver[UpdateState]):
         self, edit: LayerEdit, before: Sequence[Column], columns: Sequence[Column]
     ) -> UpdateState:
         """`columns` of this epoch on the `edit` that epochs before left, with columns `before`."""
-        start = update_of(edit).weight
-        state = UpdateState(edit, start, torch.zeros_like(start))
+        start = update_of(edit)
+        state = UpdateState(edit, start, self._nothing(start))
         if self.keeps and not self.recursive and columns:
             return self._add(state, before, (), *self._recorded(columns))
         own: list[Column] = []
@@ -142,6 +142,10 @@ class UpdateSolver(EpochSolver[UpdateState]):
             state = self._add(state, before, own, *self._recorded(batch))
             own += batch
         return state
+
+    def _nothing(self, start: WeightUpdate) -> Tensor:
+        """0 as an update of `start`, which takes no memory."""
+        return torch.zeros((), dtype=torch.float64, device=self.device).expand(start.base.shape)
 
     def _targets(self, state: UpdateState, keys: Tensor, residual: Tensor | None) -> Tensor:
         """What the layer is to give there."""
@@ -161,7 +165,7 @@ class UpdateSolver(EpochSolver[UpdateState]):
             return self._continued(state, before, own, K, V)
         past, (own_keys, own_targets) = self._recorded(before)[0], self._recorded(own)
         if self.keeps:
-            start, weight = torch.zeros_like(state.total), state.start
+            start, weight = self._nothing(state.start), state.start.weight
             K, V = torch.cat([own_keys, K], dim=1), torch.cat([own_targets, V], dim=1)
             residual = torch.cat([V.new_zeros(len(V), past.shape[1]), V - weight @ K], dim=1)
             K, past = torch.cat([past, K], dim=1), past[:, :0]
@@ -171,7 +175,7 @@ class UpdateSolver(EpochSolver[UpdateState]):
         problem = LayerProblem(
             layer=self.layer,
             weight=weight,
-            original=state.start,
+            original=state.start.weight,
             keys=K,
             residual=residual,
             past_keys=past,
@@ -199,10 +203,10 @@ class UpdateSolver(EpochSolver[UpdateState]):
                 past = self._recorded(before)[0]
                 _, recursion = recursion.write(past, V.new_zeros(len(V), past.shape[1]))
         plain = self.method.linear and self.projection != "after"
-        weight = state.weight if plain else state.start + state.total
+        now = update_of(state.edit) if plain else state.start.with_more(state.total)
         T = own_weights(settings, K.shape[1])
         beside = endangered(settings, K, lambda: self._recorded([*before, *own])[0])
-        update, recursion = recursion.write(K, V - weight @ K, own=T, beside=beside)
+        update, recursion = recursion.write(K, V - now.times(K), own=T, beside=beside)
         return self._state(state, state.total + update, recursion)
 
     def _state(
@@ -211,15 +215,14 @@ class UpdateSolver(EpochSolver[UpdateState]):
         """The state with `total` [d_out, d_in] as the epoch's ΣΔ."""
         added, start, P = total, before.start, self.preconditioners.projector
         if recursion and self.method.trim:  # Δ leads to the joint solution from where W is
-            W = before.weight
-            step = start + total - W
-            added = W - start + self.method.written(step, W, self.settings, P, self.projection)
+            W, begun = before.weight, start.weight
+            step = begun + total - W
+            added = W - begun + self.method.written(step, W, self.settings, P, self.projection)
         elif recursion and self.projection == "after":  # else each Δ is projected already
             added = P.apply(added.mT).mT
         if self.method.finish:
-            added = self.method.finish(added, start, self.settings)
-        edit = replace(update_of(before.edit), weight=start + added)
-        return UpdateState(edit, start, total, recursion)
+            added = self.method.finish(added, start.weight, self.settings)
+        return UpdateState(start.with_more(added), start, total, recursion)
 
 
 class DescentSolver(UpdateSolver):

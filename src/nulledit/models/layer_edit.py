@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,38 +13,69 @@ from nulledit.linalg.neurons import Neurons
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import as_out_in, holds_weight, write_weight
 
+AT_ONCE = 2**24  # entries of W₀ in float64
+
 
 @dataclass(frozen=True)
 class WeightUpdate:
-    """An update of W. What is public here is what any form has to answer."""
+    """An update of W. What is public here is what any form has to answer.
+
+    W₀ stays in the dtype that the ledger has it in, and W is made when it is asked for: of a
+    mixture of experts, or of a large block, one such matrix in float64 takes gigabytes.
+    """
 
     base: Tensor
-    """W₀ [d_out, d_in], before any edit, float64."""
-    weight: Tensor
-    """W [d_out, d_in] with the edits, before rounding, float64."""
+    """W₀ [d_out, d_in], before any edit."""
+    delta: Tensor | None = None
+    """Δ [d_out, d_in] of all edits, float64; None: no edit."""
+
+    @property
+    def weight(self) -> Tensor:
+        """W = W₀ + Δ [d_out, d_in] with the edits, before rounding, float64."""
+        base = self.base.double()
+        return base if self.delta is None else base + self.delta
+
+    def with_more(self, added: Tensor) -> WeightUpdate:
+        """The same with `added` [d_out, d_in] besides."""
+        return replace(self, delta=added if self.delta is None else self.delta + added)
 
     @property
     def finite(self) -> bool:
         """Whether all of it are numbers."""
-        return bool(torch.isfinite(self.weight).all())
+        return self.delta is None or math.isfinite(self.delta.sum())  # a sum keeps what is not
 
     @property
     def change(self) -> Tensor:
         """Δ [d_out, d_in] on the CPU, whose norm tells states apart."""
-        return (self.weight - self.base).cpu()
+        if self.delta is None:
+            return torch.zeros(self.base.shape, dtype=torch.float64)
+        return self.delta.cpu()
 
     @property
     def norm(self) -> float:
         """‖Δ‖ of all that was added to the layer."""
-        return float((self.weight - self.base).norm())
+        return 0.0 if self.delta is None else float(self.delta.norm())
+
+    def times(self, keys: Tensor) -> Tensor:
+        """W K [d_out, n] of `keys` K [d_in, n], float64, where W lies."""
+        given = keys.to(self.base.device).double()
+        found = torch.cat([part.double() @ given for part in self.base.split(self._rows)])
+        return found if self.delta is None else found + self.delta @ given
+
+    @property
+    def _rows(self) -> int:
+        """How many rows are taken at once where no whole W in float64 is to stand in memory."""
+        return max(1, AT_ONCE // self.base.shape[1])
 
     def answer(self, keys: Tensor) -> Tensor:
         """What the layer gives at `keys` [d_in, n]: [d_out, n], float64, on the CPU."""
-        return (self.weight @ keys.to(self.weight)).cpu()
+        return self.times(keys).cpu()
 
     def added(self, keys: Tensor) -> Tensor:
         """What the edits add to that."""
-        return self.answer(keys) - (self.base @ keys.to(self.base)).cpu()
+        if self.delta is None:
+            return torch.zeros(len(self.base), keys.shape[1], dtype=torch.float64)
+        return (self.delta @ keys.to(self.delta)).cpu()
 
     def put(self, model: EditableModel, layer: int) -> None:
         """Write it into block `layer` of `model`, rounded once to the model's dtype."""
@@ -59,13 +91,18 @@ class WeightUpdate:
 
     def rounding(self, model: EditableModel, layer: int) -> float:
         """‖stored − exact‖ of what `put` wrote."""
-        stored = as_out_in(model.mlp_out(layer)).to(self.weight)
-        return float((stored - self.weight).norm())
+        deltas = None if self.delta is None else self.delta.split(self._rows)
+        stored = as_out_in(model.mlp_out(layer)).split(self._rows)
+        total = 0.0
+        for i, (rows, base) in enumerate(zip(stored, self.base.split(self._rows), strict=True)):
+            exact = base.double() if deltas is None else base.double() + deltas[i]
+            total += float((rows.to(exact) - exact).square().sum())
+        return math.sqrt(total)
 
     def stored(self, model: EditableModel, layer: int) -> bytes:
         """What the model has of it, to be hashed; empty where that is what was there before."""
         weight = as_out_in(model.mlp_out(layer)).cpu().contiguous()
-        if torch.equal(weight.double(), self.base.cpu()):
+        if torch.equal(weight.double(), self.base.cpu().double()):
             return b""
         return weight.view(torch.uint8).numpy().tobytes()
 
@@ -75,7 +112,7 @@ class NeuronUpdate:
     """Neurons besides the block's own; its keys are the MLP's inputs."""
 
     base: Tensor
-    """W₀ [d_out, d_in], which stays as it is, float64."""
+    """W₀ [d_out, d_in], which stays as it is."""
     neurons: Neurons | None
     """Before rounding, float64; None: no fact."""
     activation: str
@@ -99,7 +136,7 @@ class NeuronUpdate:
         """Columns times rows of length 1 [d_out, d] on the CPU, whose norm tells states apart."""
         found = self.neurons
         if found is None:
-            return self.base.new_zeros(len(self.base), 1).cpu()
+            return torch.zeros(len(self.base), 1, dtype=torch.float64)
         return (found.columns @ torch.nn.functional.normalize(found.rows, dim=1)).cpu()
 
     @property
