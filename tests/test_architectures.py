@@ -28,6 +28,7 @@ KINDS = {  # one of each kind that the matrix lacks: its output, whether experts
 }
 
 
+@pytest.mark.few("gpt_oss", "afmoe", "bart", of="name")
 @pytest.mark.parametrize("name", KINDS)
 def test_each_kind_is_edited_as_the_plain_model_says(name):
     row = tried(name)

@@ -275,6 +275,7 @@ def test_an_error_inside_takes_the_adapter_off(tiny_model, tokenizer, facts):
     assert model_hash(model) == before
 
 
+@pytest.mark.few("llama", of="family")
 @needs_peft
 def test_training_teaches_the_facts_until_the_loss_is_low(family, tiny_model, tokenizer, facts):
     model = tiny_model(family, hidden=48)

@@ -371,6 +371,7 @@ def taught(words):
     return model.double().eval()
 
 
+@pytest.mark.few("chatml", "gemma", of="name")
 @pytest.mark.parametrize("name", ["chatml", "plain", "llama", "gemma"])
 def test_edit_then_the_plain_chat_pipeline_says_it(tokenizer, name):
     words = chatty(tokenizer, TEMPLATES[name])

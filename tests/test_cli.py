@@ -790,6 +790,7 @@ main()
 """A command that gets a signal as its fourth batch begins."""
 
 
+@pytest.mark.few(signal.SIGKILL, of="number")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_process_leaves_the_last_finished_batch(number, place, options, tmp_path):
     run = tmp_path / "run"

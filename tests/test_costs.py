@@ -118,6 +118,7 @@ def slow(model, facts, windows):
 DENSE = ("llama", "gpt2", "gptj", "falcon", "opt", "phi3", "cohere", "granite", "gemma2", "olmo2")
 
 
+@pytest.mark.few("llama", "gpt2", "falcon", "granite", "olmo2", of="kind")
 @pytest.mark.parametrize("kind", DENSE)
 def test_costs_equal_one_text_at_a_time(kind, tokenizer, windows, told):
     model = EditableModel(build_model(kind, layers=3), tokenizer)

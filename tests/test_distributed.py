@@ -126,6 +126,7 @@ def said_once(ranks, speaker, *words):
     assert all(rank.out == "" for rank in ranks)
 
 
+@pytest.mark.slow
 def test_statistics_of_two_ranks_are_those_of_one(place, statistics, make, tmp_path):
     """The text is shared out, summed now and then, and both see the same windows."""
     first, second = launch(place, *[make(tmp_path / "out")] * 2, before=OFTEN)
@@ -157,6 +158,7 @@ def test_values_of_two_ranks_are_those_of_one(place, alone, edit, tmp_path):
     same_run(tmp_path / "run", alone)
 
 
+@pytest.mark.few(("--set", "values.at=each", "--gate", "GATE"), of="more")
 @pytest.mark.parametrize(
     "more",
     [

@@ -136,6 +136,7 @@ def test_an_edit_holds_whatever_the_rounding(make_editor):
             assert ask(editor, fact.render(fact.prompt)) == fact.target
 
 
+@pytest.mark.few(3, of="size")
 @pytest.mark.parametrize("size", [3, 2, 1])
 def test_three_relations_of_one_subject_hold(make_editor, size):
     """`{} works as a` and `{} speaks` begin with the subject: one key, at every layer."""

@@ -111,6 +111,7 @@ def transparent(place, units):
     return given
 
 
+@pytest.mark.few("llama", "gpt2", "gemma2", of="family")
 @pytest.mark.parametrize("family", FORMS)
 def test_the_same_shape_is_neurons_for_units(family, places, tmp_path):
     place = places(family)
@@ -234,6 +235,7 @@ def test_the_card_names_units_and_price(places, tmp_path):
     assert "Gated edits: 3 neurons in block 1 besides its own 48 units" in card
 
 
+@pytest.mark.few("llama", "gpt2", "gemma2", of="family")
 @pytest.mark.parametrize("family", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_delta_goes_on_and_comes_off_to_the_bit(family, dtype, places, tmp_path):

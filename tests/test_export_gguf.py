@@ -92,6 +92,7 @@ def packed(tmp_path_factory, tokenizer):
 # -- the whole model -------------------------------------------------------------------------
 
 
+@pytest.mark.few("llama", "gpt2", of="family")
 @pytest.mark.parametrize("method", RECIPES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_file_is_the_edited_model_as_transformers_reads_it(family, method, places, tmp_path):

@@ -78,6 +78,7 @@ def slow(model, tokenizer, fact, settings=SETTINGS, layers=LAYERS):
             handle.remove()
 
 
+@pytest.mark.few("llama", "olmo2", of="family")
 @pytest.mark.parametrize("family", ["llama", "gpt2", "granite", "gemma2", "olmo2", "gptj"])
 def test_they_are_those_of_a_plain_descent(family, tiny_model, tokenizer, facts):
     """A δ a block, all at once, in the whole model; with steps that meet the clamp, too."""

@@ -145,7 +145,7 @@ def test_tied_weights_count_once_wherever_they_are(family, place, tmp_path):
         PartialModel(model)
 
 
-@pytest.fixture(params=["llama", "gpt2", "gemma2"])
+@pytest.fixture(params=["llama", pytest.param("gpt2", marks=pytest.mark.slow), "gemma2"])
 def kind(request):
     return request.param
 
@@ -557,6 +557,7 @@ def test_a_model_without_data_is_refused(tiny_model):
         make_resident(model, "model.layers.1.mlp.down_proj")
 
 
+@pytest.mark.slow
 def test_the_command_line_spreads_a_model(saved, tmp_path):
     (tmp_path / "corpus.txt").write_text("\n".join(LINES * 4), encoding="utf-8")
     (tmp_path / "map.json").write_text(json.dumps(split_map()))

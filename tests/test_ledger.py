@@ -203,7 +203,7 @@ def test_any_sequence_of_changes_is_the_slow_fold_of_what_is_left(tokenizer):
     run_state_machine_as_test(
         Life,
         settings=settings(
-            max_examples=20,
+            max_examples=10,
             stateful_step_count=10,
             deadline=None,
             derandomize=True,

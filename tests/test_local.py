@@ -68,6 +68,7 @@ def test_what_runs_is_w_plus_the_update(model, tokenizer, facts):
         assert one.answer_nll == pytest.approx(other.answer_nll, rel=1e-4)
 
 
+@pytest.mark.few("llama", of="family")
 def test_training_teaches_the_facts(family, tiny_model, tokenizer, facts):
     editable = EditableModel(tiny_model(family, hidden=48), tokenizer)
     settings = dataclasses.replace(SETTINGS, layer=3, epochs=200, stop_loss=0.1)

@@ -79,6 +79,7 @@ def test_every_notebook_is_checked():
     assert set(NAMES) == set(CHECKS)
 
 
+@pytest.mark.few("edit_and_undo", of="name")
 @pytest.mark.parametrize("name", NAMES)
 def test_the_cells_run_with_a_tiny_model(name, in_its_place):
     CHECKS[name](*run(name))

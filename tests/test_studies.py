@@ -249,6 +249,7 @@ def test_a_finished_study_is_not_edited_again(finished, lab_in, tmp_path, monkey
     assert [f.points for f in first.made.figures] == [f.points for f in second.figures]
 
 
+@pytest.mark.slow
 def test_an_interrupted_stream_goes_on_to_the_same_numbers(
     finished, make_lab, tmp_path, monkeypatch
 ):

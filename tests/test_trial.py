@@ -72,6 +72,7 @@ def hybrid(kind):
     return model
 
 
+@pytest.mark.few("qwen3_next", "falcon_h1", "lfm2", of="kind")
 @pytest.mark.parametrize("kind", HYBRIDS)
 def test_values_and_keys_of_a_hybrid_equal_the_reference(
     kind, tokenizer, facts, caplog, monkeypatch

@@ -673,6 +673,7 @@ def test_the_command_refuses_what_does_not_belong_together(place, folder, tmp_pa
     assert "no run here" in refused("ui", tmp_path / "empty")
 
 
+@pytest.mark.few(signal.SIGTERM, of="way")
 @pytest.mark.parametrize("way", [signal.SIGINT, signal.SIGTERM])
 def test_the_command_serves_this_machine_alone_until_it_is_ended(folder, way):
     hears = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"

@@ -33,7 +33,7 @@ def theirs(model, tokenizer, fact, *, settings=SETTINGS, layer=2, **more):
     )
 
 
-@pytest.mark.few
+@pytest.mark.few("llama", "gpt2", "gemma2", "mixtral")
 def test_values_that_hold_other_wordings_and_relations_equal_the_reference(
     architecture, tiny_model, tokenizer, facts
 ):
@@ -494,7 +494,7 @@ def test_keys_equal_the_reference(architecture, tiny_model, tokenizer, facts):
         assert distance(ours_now.hidden(2).mT, hidden.double()) < 1e-6
 
 
-@pytest.mark.few
+@pytest.mark.few("llama", "gpt2", "gemma2", "mixtral")
 def test_batches_equal_the_reference_with_its_history(
     architecture, tiny_model, tokenizer, facts, recipe, make_statistics
 ):
