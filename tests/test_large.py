@@ -459,7 +459,8 @@ def test_solves_are_exact_and_round_once(dtype, tokenizer, facts, tmp_path, monk
     report = editor.edit(facts, batch_size=2)
     assert len(solved) >= 4
     for state in solved:
-        assert {t.dtype for t in (state.start, state.total, state.weight)} == {torch.float64}
+        assert {t.dtype for t in (state.total, state.edit.delta, state.weight)} == {torch.float64}
+        assert state.start.base.dtype == dtype, "one float64 matrix a layer"
         assert not torch.equal(state.total.float().double(), state.total)
     for layer, told in zip(RECIPE.layers, report.layers, strict=True):
         exact, base = editor.weights.exact(layer), editor.weights.base(layer)
