@@ -262,6 +262,7 @@ def compute_z(
     relations: Sequence[str] = (),
     relation_weight: float = 0.0,
     read_at: Callable[[int], Sequence[int]] | None = None,
+    held_at: Callable[[int], Sequence[int]] | None = None,
 ) -> Value:
     """The hidden state after block `layer` at the subject's last token that makes `fact` true.
 
@@ -273,7 +274,7 @@ def compute_z(
 
     `wordings`: further prompts of the fact. `relations`: prompts at whose ends a mean KL(new ‖
     initial) of the next token is added, times `relation_weight`. `read_at`: of contexts and
-    wordings those that a step's loss is of, by number; None: all.
+    wordings those that a step's loss is of, by number; `held_at`: of relations; None: all.
     """
     target = tokenizer(" " + fact.target.strip(), add_special_tokens=False)["input_ids"]
     told = tokenizer.decode(target[:-1])  # the prompts contain the target but for its last token
@@ -314,7 +315,10 @@ def compute_z(
             if relations:
                 told = log_probs[len(rewriting) + torch.arange(len(ends)), ends]
                 initial_told = told.detach() if step == 0 else initial_told
-                held = F.kl_div(initial_told, told, log_target=True, reduction="batchmean")
+                at_step = list(range(len(told)) if held_at is None else held_at(step))
+                held = F.kl_div(
+                    initial_told[at_step], told[at_step], log_target=True, reduction="batchmean"
+                )
                 loss = loss + relation_weight * held
 
             losses.append(loss.item())

@@ -315,6 +315,39 @@ def test_steps_that_read_some_contexts_equal_the_reference(family, tiny_model, t
     assert distance(alone.z, together.z) < 1e-6
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_that_hold_some_relations_equal_the_reference(family, tiny_model, tokenizer, facts):
+    """All at the first step, where they are read, then each in turn; the last step holds all."""
+    model = tiny_model(family)
+    relations = ("{} is the river of", "The mother of {} said", "The road to {} was")
+    settings = dataclasses.replace(
+        SETTINGS, relation_prompts=relations, relation_weight=2.0, relations_per_step=1
+    )
+
+    def held_at(step):
+        return (0, 1, 2) if step in (0, settings.steps - 1) else (step % 3,)
+
+    every = ours(
+        model, tokenizer, facts, settings=dataclasses.replace(settings, relations_per_step=0)
+    )
+    found = ours(model, tokenizer, facts, settings=settings)
+    for fact, value, other in zip(facts, found, every, strict=True):
+        expected = theirs(
+            model,
+            tokenizer,
+            fact,
+            settings=settings,
+            relations=relations,
+            relation_weight=settings.relation_weight,
+            held_at=held_at,
+        )
+        assert distance(value.z, expected.z) < 1e-5
+        assert value.outcome.loss == pytest.approx(expected.losses[-1], rel=1e-4)
+        assert distance(value.z, other.z) > 1e-5
+    (alone,) = ours(model, tokenizer, facts[:1], settings=settings)
+    assert distance(alone.z, found[0].z) < 1e-6
+
+
 @pytest.mark.parametrize("in_turn", [0, 1])
 def test_the_next_fact_begins_when_one_is_done(in_turn, tiny_model, tokenizer, facts, monkeypatch):
     """Steps keep within their bound, but where a fact is checked in all of its rows; values are

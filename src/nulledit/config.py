@@ -110,6 +110,9 @@ class ValueSettings:
     its key, and those that such a prompt begins. Published: none."""
     relation_weight: NotNegative = 1.0
     """Weight of the mean KL(new ‖ old) there."""
+    relations_per_step: Whole = 0
+    """So many of them a step reads, in turn, once the first step has read what the model says at
+    all of them; 0: all. Before a fact leaves, a step reads all of its rows."""
     stop_when_likeliest: Whole = 0
     """A fact leaves at so many steps at which every token of its target was the likeliest one in
     all its contexts, the bare prompt not looked at (ENCORE's early stop, arXiv:2502.01636);

@@ -116,8 +116,8 @@ class Descent:
         self.optimiser = torch.optim.Adam(
             [{"params": [group.delta], "lr": self._rate(group)} for group in self.groups]
         )
-        contexts = settings.contexts_per_step
-        self.sizes = [kept.size(g, contexts) for g in range(len(self.groups))]  # of a step
+        self.per_step = (settings.contexts_per_step, settings.relations_per_step)
+        self.sizes = [kept.size(g, self.per_step) for g in range(len(self.groups))]  # of a step
         self.outcomes: dict[int, _Outcome] = {}  # by fact
         self.known: dict[int, bool] = {}  # by fact
 
@@ -131,7 +131,7 @@ class Descent:
                 active.append(waiting.pop(0))
             whole = {g for g in active if self._reads_all(self.groups[g])}
             turns = {g: self.groups[g].steps for g in active if g not in whole}
-            rows = rows_in_turn(self.kept, active, turns, self.settings.contexts_per_step)
+            rows = rows_in_turn(self.kept, active, turns, self.per_step)
             if reads is None or rows != reads.rows:
                 reads = Reads(self.kept, active, rows)
             found = reads.losses(self._scaled(), before)
@@ -159,7 +159,7 @@ class Descent:
     def _reads_all(self, group: _Group) -> bool:
         """Whether the next step reads all rows of `group`."""
         last = group.steps == self.settings.steps - 1
-        return last or group.to_check or not self.settings.contexts_per_step
+        return last or group.to_check or not any(self.per_step)
 
     def _goes_on(self, group: _Group) -> bool:
         """Count a step of `group`; whether another one follows."""

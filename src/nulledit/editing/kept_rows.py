@@ -9,15 +9,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
+from typing import NamedTuple
 
 import torch
 
 from nulledit.editing.unlearning import ForgetTarget
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.tokens import Batch, Row, share_beginnings
+
+CONTEXTS, RELATIONS = range(2)
+"""Kinds of rows that steps may read in turn: of contexts and rewordings, of other relations."""
+
+
+class Turn(NamedTuple):
+    """Which row of its kind a row is."""
+
+    kind: int
+    place: int
 
 
 @dataclass(frozen=True)
@@ -40,16 +52,18 @@ class Job:
     """Other relations of its subject, without a target, whose next token is held."""
 
     @property
-    def turns(self) -> list[int]:
-        """Of `all_rows`: number among those in a context or reworded; -1 for others."""
+    def turns(self) -> list[Turn | None]:
+        """Of `all_rows`; None: read in every step."""
         found = count()
-        own = [-1 if label == 0 else next(found) for label in self.labels]
-        return own + [-1] * (len(self.all_rows) - len(own))
+        own = [None if label == 0 else Turn(CONTEXTS, next(found)) for label in self.labels]
+        drift = [] if self.drift_row is None else [None]
+        return own + drift + [Turn(RELATIONS, place) for place in range(len(self.relations))]
 
-    def read_by_step(self, contexts: int) -> int:
-        """How many of `all_rows` a step reads that reads so many `contexts`; 0: all."""
-        in_turn = len(self.all_rows) - self.turns.count(-1)
-        return len(self.all_rows) - max(0, in_turn - contexts if contexts else 0)
+    def read_by_step(self, per_step: Sequence[int]) -> int:
+        """How many of `all_rows` a step reads that reads so many of each kind; 0: all."""
+        kinds = Counter(turn.kind for turn in self.turns if turn)
+        spared = (max(0, n - per_step[kind]) for kind, n in kinds.items() if per_step[kind])
+        return len(self.all_rows) - sum(spared)
 
     @property
     def all_rows(self) -> tuple[Row, ...]:
@@ -70,7 +84,7 @@ class KeptRows:
         self.rows: list[Row] = []
         self.labels: list[int] = []  # row -> its context
         self.owner: list[int] = []  # row -> fact
-        self.turns: list[int] = []  # row -> its place among its fact's rows in contexts; -1: none
+        self.turns: list[Turn | None] = []  # row -> its place among its fact's of one kind
         self.bare: list[int] = []  # fact -> row
         self.drift: list[int] = []  # fact -> row
         self.relations: list[range] = []  # fact -> rows
@@ -87,10 +101,10 @@ class KeptRows:
         self.firsts = first  # group -> bare row of its first fact
         self.norms = self.states[first, at].norm(dim=1).to(self.start)  # ‖h‖ [groups]
 
-    def size(self, group: int, contexts: int) -> tuple[int, int]:
-        """How many rows of `group` a step reads, of so many `contexts`, and the longest of them."""
+    def size(self, group: int, per_step: Sequence[int]) -> tuple[int, int]:
+        """How many rows of `group` a step reads, so many of each kind, and the longest of all."""
         facts = [f for f, g in enumerate(self.group_of) if g == group]
-        rows = sum(self.jobs[f].read_by_step(contexts) for f in facts)
+        rows = sum(self.jobs[f].read_by_step(per_step) for f in facts)
         return rows, max(self.lengths[r] for r, f in enumerate(self.owner) if f in facts)
 
     def _add(self, fact: int, job: Job) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nulledit.editing.kept_rows import KeptRows
+from nulledit.editing.kept_rows import RELATIONS, KeptRows
 from nulledit.editing.unlearning import unlearned
 from nulledit.models.partial import Prefix
 from nulledit.models.tokens import Batch
@@ -37,20 +37,24 @@ class Losses(NamedTuple):
 
 
 def rows_in_turn(
-    kept: KeptRows, active: Collection[int], turns: Mapping[int, int], contexts: int
+    kept: KeptRows, active: Collection[int], turns: Mapping[int, int], per_step: Sequence[int]
 ) -> list[int]:
-    """The rows of groups `active` that a step reads: of those in `turns` so many `contexts`.
+    """The rows of groups `active` that a step reads: of those in `turns` so many of each kind.
 
-    `turns` tells how many steps such a group has made: step after step it is each row's turn.
+    `turns` tells how many steps such a group has made: step after step it is each row's turn. The
+    first one reads all other relations, since what the model says there is what is held.
     """
-    each = Counter(f for f, turn in zip(kept.owner, kept.turns, strict=True) if turn >= 0)
+    each = Counter((f, t.kind) for f, t in zip(kept.owner, kept.turns, strict=True) if t)
     found = []
     for row, (fact, turn) in enumerate(zip(kept.owner, kept.turns, strict=True)):
         group = kept.group_of[fact]
-        in_turn = group in turns and turn >= 0
-        shown = not in_turn or (turn - turns[group] * contexts) % each[fact] < contexts
-        if group in active and shown:
-            found.append(row)
+        if group not in active:
+            continue
+        if turn and group in turns and (n := per_step[turn.kind]):
+            begun = turns[group] > 0 or turn.kind != RELATIONS
+            if begun and (turn.place - turns[group] * n) % each[fact, turn.kind] >= n:
+                continue
+        found.append(row)
     return found
 
 
@@ -121,12 +125,13 @@ class Reads:
         at_row += [place[kept.drift[f]] for f in self.facts]
         drift = [kept.drift[f] for f in self.facts]
         at_position += [kept.rows[r].subject_last - kept.begins[r] for r in drift]
-        others = [(i, r) for i, f in enumerate(self.facts) for r in kept.relations[f]]
+        others = [(i, r) for i, f in enumerate(self.facts) for r in kept.relations[f] if r in place]
         at_row += [place[r] for _, r in others]
         at_position += [len(kept.rows[r].ids) - 1 - kept.begins[r] for _, r in others]
         self.meant_rows = [*drift, *(r for _, r in others)]  # each fact's own, then the others
         self.relation_fact = torch.tensor([i for i, _ in others], dtype=torch.long, device=device)
-        share = [1 / len(kept.relations[self.facts[i]]) for i, _ in others]
+        read_of = Counter(i for i, _ in others)
+        share = [1 / read_of[i] for i, _ in others]
         self.relation_weight = torch.tensor(share, device=device)
         self.at = (
             torch.tensor(at_row, device=device),

@@ -50,8 +50,9 @@ class ValueCache:
             used.pop(elsewhere)
         if settings.learning_rate_of == "unit":  # as before there was a choice
             used.pop("learning_rate_of")
-        if not settings.contexts_per_step:
-            used.pop("contexts_per_step")
+        for name in ("contexts_per_step", "relations_per_step"):
+            if not used[name]:  # as before there was one
+                used.pop(name)
         asked = [
             [fact.subject, list(fact.prompts), fact.target, *(["forget"] if fact.forget else [])]
             for fact in facts

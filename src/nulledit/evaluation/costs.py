@@ -150,7 +150,8 @@ class Shape:
         )
         activations = positions * self.blocks * (12 * self.d_out + 6 * self.d_in) * 4
         logits = 4 * positions * self.vocabulary * 4
-        held = layers * (2 * 8 * matrix + 4 * matrix + 12 * self.d_in**2 // self.experts // 2)
+        sums = 8 * matrix + self.bytes * matrix  # of updates, and what they are added to
+        held = layers * (sums + 12 * self.d_in**2 // self.experts // 2) + 8 * matrix
         columns = 8 * layers * n * (self.d_in + self.d_out)
         states = 4 * self.d_out * rows["heads"] * min(n, recipe.batch_size) / max(n, 1)
         return RUNTIME + max(2 * weights, weights + held + columns + states + activations + logits)
@@ -181,12 +182,10 @@ class Costs:
         token = block * shape.blocks + logits
         layers, last = recipe.layers, recipe.layers[-1]
         begin = step = 0.0
-        in_turn = recipe.values.contexts_per_step
-        share = min(1.0, (1 + in_turn) / rows["contexts"]) if in_turn else 1.0  # of rows, in a step
         for layer in value_layers(recipe, normed=shape.normed):
             upper = shape.blocks - 1 - layer
             begin += block * (rows["tokens"] * (layer + 1) + rows["heads"] * upper)
-            step += 2 * share * (block * rows["tails"] * upper + logits * rows["reads"])
+            step += 2 * (block * rows["tails"] * upper + logits * rows["reads"])
         through = layers[0] + 2 * len(layers)
         bare = sum(last + 1 - layer for layer in layers)
         return cls(
@@ -302,28 +301,39 @@ def _described(
 
 
 def count_rows(facts: Sequence[Fact], encoder: RowEncoder, recipe: Recipe) -> Counter[str]:
-    """Tokens that each stage runs: whole rows, before the subject's end, after it; logits read."""
-    settings = recipe.contexts
+    """Tokens that each stage runs: whole rows, before the subject's end, after it; logits read.
+
+    After the subject's end, and of logits, those of one step.
+    """
+    settings, values = recipe.contexts, recipe.values
     prefixes = (
         [len(encoder.encode(t).ids) for t in settings.texts[1:]]
         if settings.texts
         else ([settings.tokens + 2] * settings.count)
     )
     contexts, before = 1 + len(prefixes), sum(prefixes)
-    counts = Counter(contexts=contexts)
+    counts, in_turn = Counter(contexts=contexts), values.contexts_per_step
+    shown = min(contexts, 1 + in_turn) if in_turn else contexts  # in a step
+    held = len(values.relation_prompts)
+    asked = min(held, values.relations_per_step or held)
     for fact in facts:
         for prompt in fact.prompts:
             row = encoder.encode_template(prompt, fact.subject, target=fact.target)
             counts["rows"] += contexts
             counts["tokens"] += contexts * len(row.ids) + before
             counts["heads"] += contexts * (row.subject_last + 1) + before
-            counts["tails"] += contexts * (len(row.ids) - row.subject_last)
-            counts["reads"] += contexts * len(row.target_ids)
+            counts["tails"] += shown * (len(row.ids) - row.subject_last)
+            counts["reads"] += shown * len(row.target_ids)
             for form in encoder.forms[1:]:
                 row = form.encode_template(prompt, fact.subject, target=fact.target)
                 counts.update(rows=1, tokens=len(row.ids), heads=row.subject_last + 1)
                 counts.update(tails=len(row.ids) - row.subject_last, reads=len(row.target_ids))
         counts.update(rows=1, tails=1, reads=1)  # the drift row
+        for place, prompt in enumerate(values.relation_prompts):
+            row = encoder.encode_template(prompt, fact.subject)
+            counts.update(rows=1, tokens=len(row.ids), heads=row.subject_last + 1)
+            if place < asked:
+                counts.update(tails=len(row.ids) - row.subject_last, reads=1)
         for query in queries_of(fact):
             for answer in query.said:
                 row = encoder.encode(query.prompt, target=answer)
