@@ -57,7 +57,7 @@ def main():
     width = editor.model.config.hidden_size
     stand_in = made_up(options.length, width)
     print("| facts | CPU s a fact | keys, wall s | solve, wall s |\n| --- | --- | --- | --- |")
-    with mock.patch("nulledit.editing.batch.optimise_values", stand_in):
+    with mock.patch("nulledit.editing.batch_values.optimise_values", stand_in):
         for start in range(0, len(facts), options.batch_size):
             batch = facts[start : start + options.batch_size]
             begun = time.process_time()

@@ -482,7 +482,7 @@ def test_a_fact_in_chunks_stands_and_falls_as_one(make, facts, tmp_path):
 def test_a_known_chunk_is_not_a_known_fact(make, facts):
     editor = make(recipe_of("alphaedit", values__chunk_tokens=1))
     fact = dataclasses.replace(facts[0], target="Velmish tongue", old_answer=None)
-    import nulledit.editing.batch as batch
+    import nulledit.editing.batch_values as batch
 
     real = batch.optimise_values
 

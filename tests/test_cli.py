@@ -700,7 +700,7 @@ def stop_in_batch(monkeypatch, number, error):
             raise error
         return optimise_values(*words, **options)
 
-    monkeypatch.setattr("nulledit.editing.batch.optimise_values", stops)
+    monkeypatch.setattr("nulledit.editing.batch_values.optimise_values", stops)
 
 
 def test_an_interruption_keeps_the_finished_batches(edited, place, options, tmp_path, monkeypatch):
@@ -738,7 +738,7 @@ def test_an_interruption_under_a_librarys_error_is_one(place, options, tmp_path,
         result = invoke(*words)
     assert (result.exit_code, result.stderr) == (130, "Error: interrupted\n")
     with monkeypatch.context() as patch:
-        patch.setattr("nulledit.editing.batch.optimise_values", broken_off)
+        patch.setattr("nulledit.editing.batch_values.optimise_values", broken_off)
         result = invoke(*words)
     assert result.exit_code == 130
     assert "before the first batch was finished: nothing was kept" in result.stderr

@@ -55,7 +55,7 @@ def events(run):
 def test_an_interrupted_round_leaves_the_run_and_the_command_goes_on(run, found, monkeypatch):
     held, told = state(run), (run / "results.jsonl").read_bytes()
     found(["ada", "zola"])
-    stop(monkeypatch, "nulledit.editing.batch.optimise_values", KeyboardInterrupt())
+    stop(monkeypatch, "nulledit.editing.batch_values.optimise_values", KeyboardInterrupt())
     result = invoke("retry", run, "--times", 2, "-q")
     assert result.exit_code == 130
     (line,) = result.stderr.splitlines()

@@ -22,7 +22,7 @@ OFTEN = {  # windows that run together are few, so that there is much to share a
     "nulledit.statistics.collect:SORTED_TOKENS": 512,
 }
 ADD = "nulledit.statistics.collect:_add"
-VALUES = "nulledit.editing.batch:optimise_values"
+VALUES = "nulledit.editing.batch_values:optimise_values"
 
 
 @pytest.fixture(scope="module")

@@ -154,7 +154,7 @@ def test_they_are_undone_rebuilt_and_kept(
         assert not given, "a value that is kept was optimised again"
         return []
 
-    monkeypatch.setattr("nulledit.editing.batch.optimise_values", asked)
+    monkeypatch.setattr("nulledit.editing.batch_values.optimise_values", asked)
     again = joint(tiny_model(family), tokenizer, cache=tmp_path)
     again.edit(facts)
     assert all(tensor.equal(edited[name]) for name, tensor in again.model.state_dict().items())

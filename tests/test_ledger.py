@@ -423,7 +423,7 @@ def test_an_epoch_whose_first_batch_fails_was_never_there(
         def fail(*_, **__):
             raise RuntimeError("on the way")
 
-        patch.setattr("nulledit.editing.batch.optimise_values", fail)
+        patch.setattr("nulledit.editing.batch_values.optimise_values", fail)
         with pytest.raises(RuntimeError):
             editor.edit(facts[2:])
     assert same(weights(editor), before)
@@ -456,7 +456,7 @@ def fresh_run(make_editor, batches, values, monkeypatch, recipe=RECIPE):
 
     editor = make_editor(recipe)
     with monkeypatch.context() as patch:
-        patch.setattr("nulledit.editing.batch.optimise_values", given)
+        patch.setattr("nulledit.editing.batch_values.optimise_values", given)
         for batch in batches:
             editor.edit(batch)
     return editor

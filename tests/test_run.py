@@ -94,7 +94,7 @@ def test_an_error_in_the_first_batch_leaves_no_folder(editor, tmp_path, monkeypa
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nulledit.editing.batch.optimise_values", stop)
+    monkeypatch.setattr("nulledit.editing.batch_values.optimise_values", stop)
     with pytest.raises(KeyboardInterrupt):
         run.edit(Fact(id="velm", subject="Velm", prompt="{} is a", target="town"))
     assert not (tmp_path / "run").exists()

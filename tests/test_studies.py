@@ -12,7 +12,7 @@ from support.models import statistics_of
 
 from nulledit import Editor
 from nulledit.config import Recipe, StatisticsSettings, layers_by_depth
-from nulledit.editing import batch as batch_module
+from nulledit.editing import batch_values
 from nulledit.errors import ConfigError, ModelError, StatisticsError
 from nulledit.evaluation.runner import evaluate
 from nulledit.linalg.spectrum import RULES
@@ -298,13 +298,13 @@ def test_a_checkpoint_is_the_stream_that_ended_there(make_lab):
 
 def test_arms_share_the_values_of_their_first_batch(make_lab, monkeypatch):
     asked = []
-    optimise = batch_module.optimise_values
+    optimise = batch_values.optimise_values
 
     def counting(model, facts, *args, **kwargs):
         asked.append(len(facts))
         return optimise(model, facts, *args, **kwargs)
 
-    monkeypatch.setattr(batch_module, "optimise_values", counting)
+    monkeypatch.setattr(batch_values, "optimise_values", counting)
     lab = make_lab("projection", work="values")
     queue = lab.facts(6)
     lab.edited(lab.plan("alphaedit", queue))
@@ -316,13 +316,13 @@ def test_arms_share_the_values_of_their_first_batch(make_lab, monkeypatch):
 
 def test_a_longer_stream_goes_on_from_a_shorter_one(make_lab, monkeypatch):
     asked = []
-    optimise = batch_module.optimise_values
+    optimise = batch_values.optimise_values
 
     def counting(model, facts, *args, **kwargs):
         asked.extend(fact.id for fact in facts)
         return optimise(model, facts, *args, **kwargs)
 
-    monkeypatch.setattr(batch_module, "optimise_values", counting)
+    monkeypatch.setattr(batch_values, "optimise_values", counting)
     lab = make_lab("table1", work="fork")
     queue = lab.facts(12)
     alone = lab.edited(lab.plan("rome", queue))

@@ -614,7 +614,7 @@ def test_a_first_edit_that_is_stopped_leaves_no_folder_and_can_be_begun_again(
     with client_of(site) as client:
         tab = Browser(client, site)
         with monkeypatch.context() as patch:
-            patch.setattr("nulledit.editing.batch.optimise_values", stop)
+            patch.setattr("nulledit.editing.batch_values.optimise_values", stop)
             said = text_of(tab.post("/edit/check", {**LONELY, "do": "write"}))
         assert "stopped; nothing was changed" in said
         assert not folder.exists()

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from nulledit.config import Recipe
 from nulledit.data.facts import Fact
+from nulledit.editing.batch_values import BatchValues, stacked
 from nulledit.editing.call_log import CallLog
 from nulledit.editing.chunks import chunks_of
 from nulledit.editing.descent import Value
 from nulledit.editing.keys import LayerwiseForward, Walk, WalksTogether
-from nulledit.editing.norm_anchor import TOO_LONG, LengthRecord, anchored, usual_length
-from nulledit.editing.sharing import dealt, gathered, of_first
 from nulledit.editing.target_loss import WeightLoss
 from nulledit.editing.value_cache import ValueCache
-from nulledit.editing.values import bare_leads, measure_values, optimise_values
+from nulledit.editing.values import bare_leads
 from nulledit.editing.weights import EditedWeights
 from nulledit.ledger.records import Column, ValueOutcome
 from nulledit.linalg.angles import same_key_groups
@@ -28,9 +25,6 @@ from nulledit.methods import find_method
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import differentiating
 from nulledit.parallel.ranks import Ranks
-
-CPU_POSITIONS = 400  # more don't stay in a processor's cache, fewer read all weights for little
-ACCELERATOR_POSITIONS = 4096
 
 KnownValues = Callable[[int], list[Value]]
 """Values that are known, one per request, by the layer that they are for."""
@@ -81,7 +75,7 @@ class BatchWriter:
         `walked`: a walk of the last of them, which is there.
         """
         self.model, self.recipe = model, recipe
-        self.weights, self.contexts, self.run, self.cache = weights, contexts, run, cache
+        self.weights, self.contexts, self.run = weights, contexts, run
         self.ranks = ranks or Ranks()
         self.method = find_method(recipe.method.name)
         self.facts = list(facts)
@@ -94,6 +88,16 @@ class BatchWriter:
                 else (fact,)
             )
         ]
+        self.values = BatchValues(
+            model,
+            recipe,
+            weights,
+            contexts,
+            [request.wording for request in self.requests],
+            run,
+            cache=cache,
+            ranks=self.ranks,
+        )
         with run.timed("keys"):
             self.walk = self._walk(walked)
             keys = self.walk.keys()  # [d_in, requests]
@@ -158,10 +162,10 @@ class BatchWriter:
             at = layer if each or goals else one
             if each:
                 values[layer] = find(layer)
-                tensors[f"z.{layer}"] = _stacked(values[layer])
+                tensors[f"z.{layer}"] = stacked(values[layer])
             with self.run.timed("keys"):
                 keys = self.walk.keys()
-                goal = goals[layer] if goals else _stacked(values[at]).double().mT
+                goal = goals[layer] if goals else stacked(values[at]).double().mT
                 with self._unedited(self.method.apart):
                     missing = goal - self.walk.hidden(at)
                 keys, missing = self._of_first(keys, missing)
@@ -169,14 +173,14 @@ class BatchWriter:
             with self.run.timed("solve"):
                 residual = missing / (left * self.model.scale(layer))
                 tensors |= self.weights.write(layer, staying, keys, residual)
-        return tensors | {"z": _stacked(values[one])}
+        return tensors | {"z": stacked(values[one])}
 
     def _caused(self, values: Sequence[Value]) -> dict[int, Tensor]:
         """Goals [d, n] by layer: the states that `values` behind the first one cause."""
         unedited = self.method.rewinds or self.method.apart
         with self.run.timed("keys"), self._unedited(unedited):
             walk = self._walk() if unedited else self.walk
-            return walk.caused(_stacked(values).double().mT, self.recipe.layers)
+            return walk.caused(stacked(values).double().mT, self.recipe.layers)
 
     def _in_rounds(
         self,
@@ -222,7 +226,7 @@ class BatchWriter:
             leads = bare_leads(
                 self.model,
                 [request.wording for request in self.requests],
-                positions=self._positions(4),
+                positions=self.values.positions(4),
             )
             return list(self.ranks.from_first(leads)[0])
 
@@ -241,7 +245,7 @@ class BatchWriter:
             for layer, before in values.items():
                 now = self.walk.hidden(layer).mT
                 if layer not in rests:
-                    rests |= self._optimised(self._layers_with(layer), shared, chosen)
+                    rests |= self.values.optimised(self._layers_with(layer), shared, chosen)
                 rest = dict(zip(chosen, rests[layer], strict=True))
                 found[layer] = [
                     value.moved(rest[i], now[i]) if i in rest else value
@@ -266,7 +270,7 @@ class BatchWriter:
                     self.model,
                     [request.wording for request in self.requests],
                     layer=layer,
-                    positions=self._positions(4),
+                    positions=self.values.positions(4),
                 )
                 tensors |= self.weights.write(layer, staying, keys, None, target_loss=loss)
         assert loss is not None
@@ -304,135 +308,11 @@ class BatchWriter:
         """One value per request at each of `layers`, on the weights that the method wants."""
         unedited = self.method.rewinds or self.method.apart
         with self.run.timed("values"), self._unedited(unedited):
-            found = self._optimised(layers, shared)
+            found = self.values.optimised(layers, shared)
             if not self.recipe.values.norm_anchor:
                 return found
-            return {layer: self._anchored(values, layer) for layer, values in found.items()}
-
-    def _anchored(self, values: Sequence[Value], layer: int) -> list[Value]:
-        """`values` with their v* scaled (NAS), and with the outcomes that they have so."""
-        length = self._usual_length(layer)
-        walk = self._walk() if self.method.rewinds else self.walk
-        hidden, added = walk.standing(layer)
-        scaled = [
-            anchored(z, h, v, length)
-            for z, h, v in zip(_stacked(values).double(), hidden.mT, added.mT, strict=True)
-        ]
-        changed = [
-            replace(value, z=(h if z is None else z).to(value.z))
-            for value, z, h in zip(values, scaled, hidden.mT, strict=True)
-        ]
-        dropped = sum(z is None for z in scaled)
-        if dropped:
-            self.run.notices.append(
-                f"norm anchor: {dropped} of {len(values)} values at layer {layer} were over "
-                f"{TOO_LONG:g} times as long as usual ({length:.3g}); nothing is written for them"
-            )
-        return measure_values(
-            self.model,
-            [request.wording for request in self.requests],
-            changed,
-            layer=layer,
-            contexts=self.contexts,
-            settings=self.recipe.values,
-            positions=self._positions(1),
-        )
-
-    def _usual_length(self, layer: int) -> float:
-        """Mean ‖v*‖ of a fixed sample in the unedited model: measured once, then kept."""
-        record = LengthRecord(
-            model_hash=self.weights.history.base.hash,
-            layer=layer,
-            settings=self.recipe.values,
-            chat=self.recipe.chat,
-            mlp_out=self.model.layout.mlp_out,
-        )
-        known = self.ranks.from_first(record.read() if self.ranks.first else None)[0]
-        if known is not None:
-            return float(known)
-        with self.weights.holding([]):
-            return usual_length(
-                record,
-                self.model,
-                self.ranks,
-                first=self.recipe.layers[0],
-                positions=self._positions(1),
-                counter=partial(self.run.counter, "norm anchor"),
-            )
-
-    def _optimised(
-        self, layers: Sequence[int], shared: Sequence[int], chosen: Sequence[int] | None = None
-    ) -> dict[int, list[Value]]:
-        """Values from the cache, or optimised together and kept there, by layer.
-
-        Of `chosen` requests, whole groups; all of them, where none are chosen.
-        """
-        wordings = [request.wording for request in self.requests]
-        stage = "values" if chosen is None else "corrections"
-        chosen = range(len(wordings)) if chosen is None else chosen
-        members: dict[int, list[int]] = {}
-        for i in chosen:
-            members.setdefault(shared[i], []).append(i)
-        names = self._cache_names(layers, {g: [wordings[i] for i in m] for g, m in members.items()})
-        values: dict[int, Value] = {}
-        if self.cache is not None:
-            if self.ranks.first:
-                for group, alike in members.items():
-                    values.update(zip(alike, self.cache.get(names[group]) or (), strict=False))
-            values = of_first(self.ranks, values)
-        missing = [i for i in chosen if i not in values]
-        counter = self.run.counter(stage, len(chosen))
-        counter(len(values))
-        self.run.optimised += len(missing)
-        mine = dealt(self.ranks, wordings, shared, missing)
-
-        def keep(found: Mapping[int, Value]) -> None:
-            if self.cache is not None and self.ranks.first:
-                for group in {shared[i] for i in found}:
-                    self.cache.put(names[group], [found[i] for i in members[group]])
-
-        def done(found: Mapping[int, Value]) -> None:
-            """Kept as they come: what an interruption ends is not lost."""
-            keep({mine[k]: value for k, value in found.items()})
-            counter(len(found))
-
-        found = optimise_values(
-            self.model,
-            [wordings[i] for i in mine],
-            [shared[i] for i in mine],
-            layers=layers,
-            contexts=self.contexts,
-            settings=self.recipe.values,
-            positions=self._positions(1),
-            done=done,
-        )
-        of_all = gathered(self.ranks, dict(zip(mine, found, strict=True)))
-        keep({i: value for i, value in of_all.items() if i not in mine})
-        values.update(of_all)
-        counter(len(missing) - len(mine))
-        found = [values[i] for i in chosen]
-        if len(layers) == 1:
-            return {layers[0]: found}
-        return {layer: [value.at(k) for value in found] for k, layer in enumerate(layers)}
-
-    def _cache_names(
-        self, layers: Sequence[int], groups: Mapping[int, Sequence[Fact]]
-    ) -> dict[int, str]:
-        """What the values of each group of wordings are called in the cache, on these weights."""
-        if self.cache is None:
-            return {}
-        weights = self.weights.digest()
-        return {
-            group: self.cache.name(
-                weights,
-                wordings,
-                layers=layers,
-                contexts=self.contexts,
-                settings=self.recipe.values,
-                chat=self.recipe.chat,
-            )
-            for group, wordings in groups.items()
-        }
+            walk = self._walk() if self.method.rewinds else self.walk
+            return {layer: self.values.anchored(v, layer, walk) for layer, v in found.items()}
 
     def _joined(self, shared: Sequence[int]) -> list[int]:
         """Requests that share a key or a fact, with all that these share in turn."""
@@ -448,11 +328,3 @@ class BatchWriter:
                 changed = changed or joined != group
                 group = joined
         return group
-
-    def _positions(self, factor: int) -> int:
-        default = self.model.positions(CPU_POSITIONS, ACCELERATOR_POSITIONS)
-        return factor * (self.recipe.chunk_positions or default)
-
-
-def _stacked(values: Sequence[Value]) -> Tensor:
-    return torch.stack([value.z.detach().cpu() for value in values])  # [requests, d]

@@ -36,7 +36,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from nulledit.config import Layout, Placement, Recipe, ValueSettings, layers_by_depth
 from nulledit.data.facts import Fact
-from nulledit.editing.batch import ACCELERATOR_POSITIONS, CPU_POSITIONS
+from nulledit.editing.batch_values import ACCELERATOR_POSITIONS, CPU_POSITIONS
 from nulledit.editing.stronger import stronger
 from nulledit.errors import ModelError, NullEditError
 from nulledit.evaluation.forms import other_system
