@@ -160,3 +160,30 @@ def test_recipes_say_how_many_steps():
     for switch in (False, True):  # as ledgers before held it
         old["values"]["stop_when_likeliest"] = switch
         assert Recipe.recorded(old).values.stop_when_likeliest == int(switch)
+
+
+def said_with(known, row, added):
+    """Whether `row` says its target with `added` to the subject's state, and that state before."""
+    seen = []
+
+    def add(_module, _args, output):
+        states = (output[0] if isinstance(output, tuple) else output).clone()
+        seen.append(states[0, row.subject_last].detach().clone())
+        states[0, row.subject_last] += added
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    handle = known[0].get_submodule("model.layers")[LAYER].register_forward_hook(add)
+    logits = known[0](torch.tensor([row.ids])).logits[0, row.target_start - 1 : -1]
+    handle.remove()
+    return bool((logits.argmax(1) == torch.tensor(row.target_ids)).all()), seen[0]
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_what_leaves_says_its_target_in_every_context_also_where_steps_read_some(known, times):
+    settings = dataclasses.replace(SETTINGS, stop_when_likeliest=times, contexts_per_step=1)
+    facts, encoder = edits(12), RowEncoder(known[1], max_length=64)
+    for fact, value in zip(facts, ours(known, facts, settings), strict=True):
+        rows = plan_rows(fact, encoder, CONTEXTS)
+        _, h = said_with(known, rows[0], 0.0)
+        assert value.outcome.ended == "likeliest"
+        assert all(said_with(known, row, value.z - h)[0] for row in rows[1:])

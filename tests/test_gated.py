@@ -1,5 +1,7 @@
 """Gated edits: the formula, undo to the bit, facts that do not see each other."""
 
+import math
+
 import pytest
 import torch
 from support.models import ARCHITECTURES, EXPERTS, LINES, RECIPE, build_model, statistics_of
@@ -340,6 +342,27 @@ def test_a_further_epoch_stands_on_the_one_before(tokenizer, facts, tmp_path):
     assert same_bits(bits(model), both)
     editor.restore()
     assert same_bits(bits(model), before)
+
+
+def test_gates_and_an_update_of_the_same_layer_are_compared(tokenizer, facts):
+    """They have nothing in common: as far apart as both are long."""
+    model = build_model("llama")
+    gated = editor_of(model, tokenizer)
+    gated.edit(facts[:1])
+    keys = statistics_of(build_model("llama"), tokenizer, layers=(1,))
+    updated = Editor(
+        build_model("llama"), tokenizer, recipe=RECIPE.with_fields({"layers": [1]}), statistics=keys
+    )
+    updated.edit(facts[1:2])
+    found = gated.diff(updated)
+    (layer,) = found.layers
+    assert layer.first > 0
+    assert layer.second > 0
+    assert layer.apart == pytest.approx(math.hypot(layer.first, layer.second))
+    assert [(x.first is None, x.second is None) for x in found.facts] == [
+        (False, True),
+        (True, False),
+    ]
 
 
 def test_rebuilt_and_merged_facts_are_what_they_were(tokenizer, facts, tmp_path):

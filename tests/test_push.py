@@ -109,6 +109,11 @@ def test_without_the_hub_the_folder_is_written_and_the_command_said(edited, tmp_
     assert (out / "delta.safetensors").is_file()
 
 
+def test_who_may_see_it_is_left_to_the_owner(edited, tmp_path, hub):
+    done("export", edited, "--out", tmp_path / "d", "--push", "me/x", "--quiet")
+    assert not {"private", "visibility"} & hub.made.keys()
+
+
 def test_a_refusal_of_the_hub_is_one_line(edited, tmp_path, hub):
     hub.refuses = True
     line = unshared(edited, "--out", tmp_path / "d", "--push", "me/x")

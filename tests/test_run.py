@@ -68,6 +68,7 @@ def test_a_broken_limit_leaves_nothing_and_the_next_call_goes_on(editor, place, 
     assert caught.value.report.failed == ("efficacy_strict",)
     assert not (tmp_path / "run").exists()
     assert not editor.history.events
+    assert run.seconds == {}, "what it took is no part of the next result"
     assert len(run.edit(place / "facts.json", limits=EASY).lines) == len(RECORDS)
 
 

@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from http.client import HTTPConnection
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
 from support.cli import edit_all, refused
 
-from nulledit import Editor, Run
+from nulledit import Editor, Probe, Run
 from nulledit.config import load_recipe
 from nulledit.ledger.store import Store
 from nulledit.report.document import Value
@@ -24,7 +26,7 @@ pytest.importorskip("starlette", reason="needs the extra ui")
 from starlette.testclient import TestClient
 
 from nulledit.ui.app import Site
-from nulledit.ui.forms import filled, read_fact, read_upload
+from nulledit.ui.forms import filled, in_its_place, read_fact, read_upload
 from nulledit.ui.guard import MOST_BYTES
 from nulledit.ui.view import FactRow, View, chosen, curves
 from nulledit.ui.work import Outcome, Stopped, Worker
@@ -643,6 +645,56 @@ def test_a_worker_goes_on_after_a_fault_with_the_run_loaded_anew(folder):
     assert (bad.state, bad.error) == ("failed", "unexpected RuntimeError: a fault of ours")
     assert len(opened) == 2
     assert good.state == "done"
+
+
+def test_a_worker_goes_on_where_what_was_stopped_can_not_be_written(folder, monkeypatch):
+    worker = Worker(folder, lambda talk: Run.open(folder, talk=talk))
+    worker.start()
+
+    def stopped(run, job):
+        run.editor.undo("ada")
+        raise Stopped("stopped")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "change", full)
+        first = worker.submit("first", stopped)
+        while not first.over:
+            time.sleep(0.02)
+    second = worker.submit("second", lambda run, job: Outcome([str(len(run.editor.facts))]))
+    while not second.over:
+        time.sleep(0.02)
+    worker.stop()
+    assert first.state == "stopped"
+    assert "1 finished batch is kept, but the run's files do not follow yet" in first.error
+    assert "No space left" in first.error
+    assert second.state == "done"
+
+
+def test_a_fact_replaced_by_a_form_keeps_what_forms_do_not_show(folder):
+    history = Run.open(folder).history
+    known = replace(
+        history.present[0].fact,
+        more_prompts=("They say that {} is", "You know that {} is"),
+        neighbours=(Probe("The sea is", "blue", ("deep blue",)),),
+        other_relations=(Probe("The mother of it is"),),
+        portability=(Probe("So it is", "true"),),
+        target_aliases=("here as well",),
+    )
+    columns = [replace(history.present[0], fact=known)]
+    there = SimpleNamespace(present=columns)
+    same = in_its_place(read_fact(filled(known)), there).facts.facts
+    assert same == (known,)
+    other = in_its_place(read_fact(filled(known) | {"target": "Ostrel"}), there).facts.facts[0]
+    assert other.more_prompts == known.more_prompts
+    assert other.other_relations == known.other_relations
+    assert (other.target, other.target_aliases, other.portability) == ("Ostrel", (), ())
+    gone = in_its_place(read_fact(filled(known) | {"forget": "1"}), there).facts.facts[0]
+    assert (gone.target_aliases, gone.portability) == (known.target_aliases, ())
+    another = read_fact(filled(known) | {"prompt": "{} lies in"})
+    assert in_its_place(another, there) == another
 
 
 def test_a_form_and_a_fact_say_the_same():

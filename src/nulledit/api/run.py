@@ -444,10 +444,15 @@ class Run:
 
     @contextmanager
     def _kept(self) -> Iterator[None]:
-        """Where what is inside fails before a batch is kept, nothing is left of the folder."""
+        """Where what is inside fails before a batch is kept, nothing is left of the folder.
+
+        Nor does the next result count what that took.
+        """
+        before = dict(self.seconds)
         try:
             yield
         except BaseException:
+            self.seconds = before
             if self._attached and not self.batches:
                 with suppress(LedgerError):  # another one is making something there
                     Store(self.folder / "ledger").discard()

@@ -219,7 +219,10 @@ class Descent:
             worst = max(outcome.loss for outcome in outcomes.values())
             says = all(self._says(f, outcome.lead) for f, outcome in outcomes.items())
             group.losses.append(worst)
-            group.likeliest += all(in_context[f] > 0 for f in group.facts)
+            leads = all(in_context[f] > 0 for f in group.facts)
+            group.likeliest += leads
+            if number in whole and not leads:  # what steps with some contexts counted is not enough
+                group.likeliest = min(group.likeliest, self.settings.stop_when_likeliest - 1)
             ended = self._end(group, says=says)
             group.to_check = bool(ended) and number not in whole
             if number not in whole:

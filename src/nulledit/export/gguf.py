@@ -179,8 +179,9 @@ def _biased(module: nn.Module) -> bool:
 def _width(source: GgufFile, matrices: Sequence[_Matrix], tensor_type: str) -> int:
     """One width for all blocks that takes the widest, in whole blocks of every type."""
     held = source.field(f"{source.arch}.feed_forward_length", None)
+    widths = set(held if isinstance(held, list) else [held])  # some families say it by block
     own = {m.own_width(m.values()) for m in matrices if not m.edited}
-    if own - {held}:
+    if len(widths) > 1 or own - widths:
         raise ModelError(
             f"{source.path.name} says that MLPs have {held} units, the model has {sorted(own)}: "
             "use same_shape, which leaves that as it is"

@@ -23,6 +23,7 @@ from nulledit.editing.engine import EditEngine
 from nulledit.errors import ConfigError, ModelError
 from nulledit.io.untrusted import one_line
 from nulledit.models.embedded import EMBEDDED, embedded_file
+from nulledit.models.gguf import is_gguf
 
 try:
     import gguf
@@ -245,7 +246,7 @@ def base_file(editor: EditEngine, given: str | Path | None) -> GgufFile:
         return GgufFile(Path(given))
     if name in EMBEDDED and (found := embedded_file(name)) is not None:
         return GgufFile(found)
-    if name.endswith(".gguf"):
+    if is_gguf(name):
         return GgufFile(Path(name))
     raise ConfigError(
         "gguf: give a GGUF file of the base, from which tokenizer, settings and unedited tensors "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,11 +176,13 @@ def difference(
 def _layer(
     layer: int, base: Tensor, first: Tensor | None, second: Tensor | None
 ) -> LayerDifference:
-    shape = next(change for change in (first, second) if change is not None)
-    a, b = (torch.zeros_like(shape) if w is None else w for w in (first, second))
-    scale = torch.linalg.norm(base)
-    shares = (float(torch.linalg.norm(x) / scale) for x in (a, b, b - a))
-    return LayerDifference(layer, *shares)
+    scale = float(torch.linalg.norm(base))
+    a, b = (0.0 if x is None else float(torch.linalg.norm(x)) / scale for x in (first, second))
+    if first is not None and second is not None and first.shape == second.shape:
+        apart = float(torch.linalg.norm(second - first)) / scale
+    else:  # neurons and an update of W have nothing in common
+        apart = math.hypot(a, b)
+    return LayerDifference(layer, a, b, apart)
 
 
 def _demand(fact: Fact | None) -> tuple[str, bool] | None:

@@ -34,7 +34,7 @@ from nulledit.report.html import asset, seen, templates
 from nulledit.runs.document import run_document
 from nulledit.runs.holding import MARKS
 from nulledit.ui import deeds, posted
-from nulledit.ui.forms import FIELDS, filled, read_fact, read_upload
+from nulledit.ui.forms import FIELDS, filled, in_its_place, read_fact, read_upload
 from nulledit.ui.guard import Guard
 from nulledit.ui.settings import (
     RECIPE,
@@ -241,6 +241,7 @@ class Site:
             checked = read_upload(upload.filename, upload.file.read())
         else:
             checked = read_fact({name: posted.text(given, name) for name in (*FIELDS, "forget")})
+            checked = in_its_place(checked, self.view.history())
         settings = read_settings_of(posted.texts(given), self.view.recipe())
         if errors := {**(checked.errors or {}), **settings.errors}:
             return self._form(request, given, errors)

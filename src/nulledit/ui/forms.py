@@ -12,6 +12,7 @@ from typing import Any
 from nulledit.data.facts import REQUIRED, Fact, clean_text
 from nulledit.data.readers import FactFile, read_facts
 from nulledit.errors import BadRecordsError, FactError, NullEditError
+from nulledit.ledger.records import History
 
 LISTS = ("paraphrases", "neighbours")
 """Fields of one entry a line."""
@@ -97,6 +98,32 @@ def filled(fact: Fact) -> dict[str, str]:
     if fact.id == replace(fact, id="").id:
         given["id"] = ""
     return given
+
+
+def in_its_place(checked: Checked, history: History | None) -> Checked:
+    """A form's fact with what the one in its place, in the model, has besides its fields."""
+    if checked.facts is None or history is None:
+        return checked
+    known = {column.fact.key: column.fact for column in history.present}
+    facts = (_with_unshown(f, known[f.key]) if f.key in known else f for f in checked.facts.facts)
+    return replace(checked, facts=replace(checked.facts, facts=tuple(facts)))
+
+
+def _with_unshown(fact: Fact, known: Fact) -> Fact:
+    """`fact` of a form with what `known`, which it takes the place of, has besides its fields.
+
+    What belongs to an answer stays only with that answer.
+    """
+    same = fact.target == known.target
+    probes = {(probe.prompt, probe.answer): probe for probe in known.neighbours}
+    return replace(
+        fact,
+        more_prompts=known.more_prompts,
+        other_relations=known.other_relations,
+        neighbours=tuple(probes.get((p.prompt, p.answer), p) for p in fact.neighbours),
+        target_aliases=known.target_aliases if same else (),
+        portability=known.portability if same and not fact.forget else (),
+    )
 
 
 def _probe(line: str) -> dict[str, str]:

@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from nulledit.api.run import Refused, Run
 from nulledit.editing.call_log import Progress
 from nulledit.editing.reports import EditReport
-from nulledit.errors import LedgerError, NullEditError
+from nulledit.errors import NullEditError
 from nulledit.io.text import count
 from nulledit.report.document import Part
 from nulledit.runs.gate_report import gate_table
@@ -234,7 +234,12 @@ class Worker:
         kept = len(run.history.events) - before
         if kept <= 0:
             return "stopped; nothing was changed"
-        with suppress(LedgerError):  # the ledger has it all the same
-            run.change(lambda: None)
         verb = "is" if kept == 1 else "are"
-        return f"stopped; {count(kept, 'finished batch')} {verb} kept"
+        told = f"stopped; {count(kept, 'finished batch')} {verb} kept"
+        try:
+            run.change(lambda: None)
+        except Exception as error:  # the ledger has it all the same
+            logger.exception("the run's files were not brought to its ledger")
+            self._run = None
+            return f"{told}, but the run's files do not follow yet ({error})"
+        return told
