@@ -150,6 +150,10 @@ def test_preview_writes_nothing(run, place, tmp_path):
     told = json.loads(done("preview", run, "--undo", "ada", "--json", "--quiet").stdout)
     assert [a["id"] for a in told["answers"]] == ["ada"]
     assert told["asked"]["before"]["rates"]["efficacy_strict"]["n"] == 1
+    again = [{**RECORDS[0], "target": "Greek"}]
+    more.write_text(json.dumps(again), encoding="utf-8")
+    told = done("preview", run, more, "--undo", "ada", "--json", "--quiet").stdout
+    assert [(a["id"], a["target"]) for a in json.loads(told)["answers"]] == [("ada", "Greek")]
     assert content(run) == files
     assert "give FACTS" in refused("preview", run)
     assert "no fact 'nobody'" in refused("preview", run, "--undo", "nobody", "--quiet")

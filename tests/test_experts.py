@@ -540,6 +540,8 @@ def test_an_adapter_for_servers_names_each_expert(place, tmp_path):
         left = found[name.replace("lora_A", "lora_B")]
         difference = after[own].double() - before[own].double()
         torch.testing.assert_close(left @ right, difference, rtol=0, atol=1e-6)
+    assert sum(layer.bytes for layer in done.layers) == sum(t.nbytes for t in found.values())
+    assert all(layer.bytes for layer in done.layers)
     edited = tuple(f"layers.{layer}." for layer in editor.weights.layers)
     expected = {n for n in before if ".experts." in n and any(part in n for part in edited)}
     assert pairs == expected, "every matrix of every expert of an edited layer"

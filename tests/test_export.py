@@ -604,11 +604,12 @@ def test_the_card_says_what_was_done(places, tmp_path):
     rate = {"mean": 0.5, "standard_error": 0.1, "n": 4}
     side = {"rates": {"efficacy": rate}, "generation": None, "perplexity": None}
     state = place.editor.history.state_id
-    summary = {"state": state, "runs": [{"facts": 4, "before": side, "after": side}]}
+    call = {"facts": 4, "before": side, "after": side, "state": state}
+    summary = {"state": state, "runs": [call]}
     for number, (given_summary, said) in enumerate(
         [
             (summary, "An evaluation of this state"),
-            ({**summary, "state": "x"}, "of an earlier state of the run"),
+            ({**summary, "runs": [call | {"state": "x"}]}, "of an earlier state of the run"),
             (None, None),
             ({"runs": [{"before": 1, "after": 2}]}, None),
             ([], None),

@@ -29,7 +29,7 @@ from nulledit.report.html import html_page
 from nulledit.report.markdown import markdown_page
 from nulledit.report.study import study_document, write_study
 from nulledit.runs.compare import comparison
-from nulledit.runs.document import run_study
+from nulledit.runs.document import run_document, run_study
 from nulledit.runs.folder import read_run, write_run
 from nulledit.runs.report import collect
 
@@ -359,6 +359,21 @@ def test_a_run_is_a_study_with_its_rates_and_answers(runs):
     assert rows["generalization, preference (%)"]["after"] is None  # the summary lacks it
     assert found.examples[0] == Example("", "France is", "Madrid", "Paris.", "Madrid.", True)
     assert found.settings == {"method": {"name": "alphaedit"}, "layers": [3, 4]}
+
+
+def test_numbers_of_an_earlier_state_are_not_those_of_the_run(tmp_path):
+    for name, state in (("now", summary()["state"]), ("changed", "of before")):
+        write_a_run(tmp_path / name, [line(1), line(2)], state=state)
+    now, changed = (run_page_of(tmp_path / name) for name in ("now", "changed"))
+    assert "KL on other text" in now.partition("Run 1")[0]
+    assert "has changed since it was evaluated" not in now
+    assert "KL on other text" not in changed.partition("Run 1")[0]
+    assert "has changed since it was evaluated" in changed
+
+
+def run_page_of(folder):
+    run = read_run(folder, folder.name)
+    return markdown_page(run_document(run, run_study(run)))
 
 
 def test_runs_are_compared_on_the_facts_they_share(runs):

@@ -87,6 +87,18 @@ def test_a_broken_limit_writes_nothing_and_exits_with_1(write, tmp_path):
         assert not (tmp_path / name).exists(), name
 
 
+def test_limits_hold_for_a_run_that_has_every_fact_already(write, tmp_path):
+    done("run", write(), "--quiet")
+    (tmp_path / "limits.yaml").write_text(
+        "efficacy_strict: {at_least: 100}\nkl: {at_most: 1e-12}\n"
+    )
+    exports = [{"kind": "delta", "out": "delta"}]
+    ended = invoke("run", write(gate="limits.yaml", exports=exports), "--quiet")
+    assert ended.exit_code == 1
+    assert "kl" in ended.stdout
+    assert not (tmp_path / "delta").exists()
+
+
 def test_a_dry_run_edits_nothing(write, tmp_path):
     told = json.loads(done("run", write(), "--dry-run", "--json").stdout)
     assert told["facts"] == 2
@@ -103,6 +115,12 @@ def test_a_dry_run_edits_nothing(write, tmp_path):
         ({"exports": [{"kind": "onnx", "out": "x"}]}, "expected one of"),
         ({"exports": [{"kind": "delta", "out": "x", "options": {"text": "t"}}]}, "text can't be"),
         ({"exports": [{"kind": "delta", "out": "facts.json"}]}, "is there already"),
+        ({"exports": [{"kind": "delta", "out": "x"}, {"kind": "lora", "out": "x"}]}, "of its own"),
+        ({"exports": [{"kind": "lora", "out": "x", "options": {"rank": "8"}}]}, "rank: expected a"),
+        ({"exports": [{"kind": "lora", "out": "x", "options": {"rank": 0}}]}, "rank: expected a"),
+        ({"exports": [{"kind": "lora", "out": "x", "options": {"rank": True}}]}, "at least 1"),
+        ({"exports": [{"kind": "lora", "out": "x", "options": {"experts": "Each"}}]}, "or each"),
+        ({"exports": [{"kind": "gguf", "out": "x", "options": {"same_shape": 1}}]}, "or false"),
         ({"gate": "nowhere.yaml"}, "nowhere.yaml"),
         ({"set": {"values.stepz": 3}}, "stepz"),
     ],

@@ -18,6 +18,7 @@ from support.cli import edit_all, refused
 
 from nulledit import Editor, Probe, Run
 from nulledit.config import load_recipe
+from nulledit.errors import LedgerError
 from nulledit.ledger.store import Store
 from nulledit.report.document import Value
 from nulledit.runs.limits import load_limits
@@ -642,7 +643,8 @@ def test_a_worker_goes_on_after_a_fault_with_the_run_loaded_anew(folder):
     while not good.over:
         time.sleep(0.02)
     worker.stop()
-    assert (bad.state, bad.error) == ("failed", "unexpected RuntimeError: a fault of ours")
+    said = "unexpected RuntimeError: a fault of ours; 1 finished batch is kept"
+    assert (bad.state, bad.error) == ("failed", said)
     assert len(opened) == 2
     assert good.state == "done"
 
@@ -671,6 +673,22 @@ def test_a_worker_goes_on_where_what_was_stopped_can_not_be_written(folder, monk
     assert "1 finished batch is kept, but the run's files do not follow yet" in first.error
     assert "No space left" in first.error
     assert second.state == "done"
+
+
+def test_what_was_finished_before_an_error_is_told_and_written(folder):
+    worker = Worker(folder, lambda talk: Run.open(folder, talk=talk))
+    worker.start()
+
+    def half(run, job):
+        run.editor.undo("ada")
+        raise LedgerError("no room for the second")
+
+    job = worker.submit("half", half)
+    while not job.over:
+        time.sleep(0.02)
+    worker.stop()
+    assert job.error == "no room for the second; 1 finished batch is kept"
+    assert Run.open(folder).verify().passed
 
 
 def test_a_fact_replaced_by_a_form_keeps_what_forms_do_not_show(folder):
@@ -704,12 +722,13 @@ def test_a_form_and_a_fact_say_the_same():
         "target": "Madrid",
         "old_answer": "Paris",
         "paraphrases": "France's capital is\n\nIn France you rule from",
-        "neighbours": "The capital of Italy is => Rome\nA prompt alone",
+        "neighbours": "The capital of Italy is => Rome\nA prompt alone\nOslo => capital of =>",
     }
     fact = read_fact(given).facts.facts[0]
     assert [(p.prompt, p.answer) for p in fact.neighbours] == [
         ("The capital of Italy is", "Rome"),
         ("A prompt alone", None),
+        ("Oslo => capital of", None),
     ]
     assert read_fact(filled(fact)).facts.facts == (fact,)
     assert read_fact({**given, "forget": "1"}).facts.facts[0].forget

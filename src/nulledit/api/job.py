@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from nulledit.api.editor import Editor
-from nulledit.api.run import Run
+from nulledit.api.run import Refused, Run
 from nulledit.api.track import Tracker, TrackerName, tracker_module, tracking
 from nulledit.config import Recipe, read_recipe
 from nulledit.data.readers import read_facts
 from nulledit.errors import ConfigError
 from nulledit.export.updates import Export
-from nulledit.export.write import EXPORTS, Kind, write_export
+from nulledit.export.write import EXPORTS, Kind, check_options, write_export
 from nulledit.io.settings import (
     Expected,
     Several,
@@ -52,6 +52,10 @@ class ExportJob:
                 f"exports: {', '.join(wrong)} can't be given for {self.kind}; it takes "
                 f"{', '.join(own)}"
             )
+        try:
+            check_options(self.options)
+        except ConfigError as error:
+            raise ConfigError(f"exports: {error}") from None
 
 
 @checked
@@ -172,6 +176,8 @@ def run_job(job: Job, *, talk: Talk | None = None) -> Done:
     talk = talk or Talk()
     facts, recipe = facts_of(job), job.recipe_of_it()
     limits: Limits | None = load_limits(job.gate) if job.gate else None
+    if len(outs := [export.out for export in job.exports]) > len(set(outs)):
+        raise ConfigError(f"exports: each needs a folder of its own, found {', '.join(outs)}")
     for export in job.exports:
         if Path(export.out).exists():
             raise ConfigError(f"exports: {export.out} is there already; remove it, or name another")
@@ -193,6 +199,7 @@ def run_job(job: Job, *, talk: Talk | None = None) -> Done:
             )
     else:
         talk.say("Note: every fact is in the run already; nothing is edited")
+        _check(job, run, limits)
     made = []
     for export in job.exports:
         talk.say(f"Exporting as {export.kind} to {export.out}")
@@ -203,6 +210,14 @@ def run_job(job: Job, *, talk: Talk | None = None) -> Done:
     if page:
         write_report(collect([run.folder]), page, title=run.folder.name, force=True)
     return Done(result, tuple(made), page)
+
+
+def _check(job: Job, run: Run, limits: Limits | None) -> None:
+    """Refused if the run, as it is, breaks a limit."""
+    if limits is not None:
+        found = run.check(limits, text=job.text, tasks=job.capability)
+        if not found.passed:
+            raise Refused(found, run.folder)
 
 
 def _tracked(job: Job, run: Run, facts: int) -> AbstractContextManager[Tracker | None]:

@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from nulledit.errors import ConfigError
+from nulledit.io.files import from_anywhere
 
 if TYPE_CHECKING:
     from nulledit.config import ChatSettings, NullSpaceSettings, Placement, Recipe
@@ -284,8 +285,7 @@ def model_source(name: str) -> str:
         raise ConfigError(
             "the model's name is empty: give smollm2-135m, a local folder, a GGUF file or a Hub id"
         )
-    local = Path(name).is_dir() or Path(name).suffix.lower() == ".gguf"
-    return str(Path(name).resolve()) if local else name
+    return from_anywhere(name)
 
 
 def chat_settings(

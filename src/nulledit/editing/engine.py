@@ -26,6 +26,7 @@ from nulledit.editing.session import EditSession
 from nulledit.editing.undo import facts_of
 from nulledit.editing.value_cache import ValueCache
 from nulledit.editing.weights import EditedWeights
+from nulledit.io.files import from_anywhere
 from nulledit.io.text import count
 from nulledit.ledger.journal import Journal, Trial
 from nulledit.ledger.records import Base, History
@@ -153,7 +154,7 @@ class EditEngine:
             tokenizer,
             recipe=recipe,
             statistics=statistics,
-            name=name,
+            name=from_anywhere(name),  # a run finds its base from anywhere
             seed=seed,
             value_cache=value_cache,
             quantize=quantize,

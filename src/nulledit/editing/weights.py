@@ -85,7 +85,11 @@ class EditedWeights:
         self._solvers: dict[int, LayerSolver] = {}
         self._states: dict[int, LayerState] = {}
         self._sums = bit_sums(model.model)
-        self.refresh()
+        try:
+            self.refresh()
+        except BaseException:
+            self.return_to({})  # nobody has this object, who could
+            raise
 
     @property
     def history(self) -> History:

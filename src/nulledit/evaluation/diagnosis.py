@@ -13,6 +13,7 @@ from nulledit.editing.engine import EditEngine
 from nulledit.editing.gates import TELL_APART, FactGate, fact_gates
 from nulledit.evaluation.generation import contains, loops
 from nulledit.evaluation.runner import Evaluation, holds
+from nulledit.io.text import count
 from nulledit.ledger.records import Column
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import frozen
@@ -208,15 +209,15 @@ def _value(editor: EditEngine, columns: Sequence[Column]) -> list[Cause]:
     if not told:
         return []
     outcome = min(told, key=lambda o: o.lead or 0.0)
-    lead, steps = outcome.lead or 0.0, (outcome.steps or 0) + 1
+    lead, updates = outcome.lead or 0.0, count(outcome.steps or 0, "update")
     if lead > 0:
         return [Cause("solve", "its value says it, the weights took up too little of it")]
     short = f"its value is {-lead:.1f} nats short"
     if outcome.clamped:
         share = outcome.delta_share or 0.0
-        return [Cause("clamp", f"{short} at the clamp (‖δ‖ = {share:.2f}‖h‖, {steps} steps)")]
+        return [Cause("clamp", f"{short} at the clamp (‖δ‖ = {share:.2f}‖h‖, {updates})")]
     reasons = {
-        "steps": Cause("steps", f"{short} when all {steps} steps were used"),
+        "steps": Cause("steps", f"{short} when its steps were used up ({updates})"),
         "patience": Cause("patience", f"{short} and gained too little to go on (values.patience)"),
         "done": Cause("mean", f"{short} though its mean loss was small (values.stop_margin)"),
     }

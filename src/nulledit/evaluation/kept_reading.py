@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,7 @@ def _file(editor: EditEngine, windows: Sequence[Sequence[int]], *state: Any) -> 
         *(str(model.dtype), model.config._attn_implementation, named(device) if named else ""),
         *(device.type, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()),
         *(torch.get_float32_matmul_precision(), POSITIONS),
+        getattr(model.config, "_experts_implementation", None),
         *(__version__, torch.__version__, transformers.__version__),
         *state,
     ]
@@ -125,7 +127,8 @@ def _load(file: Path, windows: Sequence[Sequence[int]]) -> Reading | None:
             there = set(opened.keys())
             held = {name: opened.get_tensor(name) for name in PARTS if name in there}
             opening = json.loads((opened.metadata() or {}).get("opening", "null"))
-        os.utime(file)
+        with suppress(OSError):  # another user's
+            os.utime(file)
         if "losses" not in held or any(len(t) != sum(lengths) for t in held.values()):
             return None
         parts = {name: t.split(lengths) for name, t in held.items()}

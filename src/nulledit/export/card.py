@@ -275,7 +275,7 @@ def _measures(summary: Any, editor: EditEngine) -> list[doc.Part]:
     if not told:
         return []
     last = told[-1]
-    now = summary.get("state") == editor.history.state_id and last is runs[-1]
+    now = last.get("state") == editor.history.state_id
     when = "of this state" if now else "of an earlier state of the run"
     try:
         facts = count(int(last.get("facts") or 0), "fact")

@@ -34,7 +34,7 @@ from nulledit.export.updates import (
     write_json,
     write_origin,
 )
-from nulledit.export.write import Experts
+from nulledit.export.write import Experts, check_options
 from nulledit.io.files import replacing_folder
 
 PREFIX = "base_model.model."
@@ -70,6 +70,7 @@ def write_lora(
     """
     folder = Path(folder)
     refuse_existing(folder)
+    check_options({"experts": experts})
     layers, same_shape, cost = adapter_factors(
         editor, dtype_of(dtype, DTYPES), rank=rank, text=text, progress=progress
     )
@@ -77,10 +78,11 @@ def write_lora(
         raise ConfigError("experts is for mixtures of experts; this run edits none")
     common = served_rank(max(1, *(s.report.rank for s in layers)))
     naming = editor.model if experts == "each" else None
-    tensors = adapter_tensors(layers, common, naming)
+    parts = adapter_tensors(layers, common, naming)
+    tensors = {name: tensor for part in parts for name, tensor in part.items()}
     reports = tuple(
-        replace(s.report, bytes=sum(t.nbytes for n, t in tensors.items() if _is_of(n, s)))
-        for s in layers
+        replace(stored.report, bytes=sum(t.nbytes for t in part.values()))
+        for stored, part in zip(layers, parts, strict=True)
     )
     with replacing_folder(folder) as partial:
         config = adapter_config(
@@ -132,12 +134,12 @@ def adapter_factors(
 
 def adapter_tensors(
     layers: Sequence[StoredLayer], rank: int, naming: PreTrainedModel | None = None
-) -> dict[str, Tensor]:
-    """What the file of an adapter of `rank` holds, by the names that PEFT gives it.
+) -> list[dict[str, Tensor]]:
+    """What the file of an adapter of `rank` holds of each layer, by the names that PEFT gives it.
 
     `naming`: the model whose files have the names that experts get; None: all in one parameter.
     """
-    tensors: dict[str, Tensor] = {}
+    found: list[dict[str, Tensor]] = []
     for stored in layers:
         left, right = padded(stored.left, stored.right, rank)
         if stored.left.ndim == 3:
@@ -150,16 +152,8 @@ def adapter_tensors(
             if _biased(layers):
                 bias = left.new_zeros(len(left)) if stored.bias is None else stored.bias
                 laid[f"{stored.module}.lora_B.bias"] = bias
-        tensors |= {f"{PREFIX}{name}": tensor for name, tensor in laid.items()}
-    return tensors
-
-
-def _is_of(name: str, stored: StoredLayer) -> bool:
-    """Whether the tensor `name` of an adapter is of the matrix of `stored`."""
-    fused = stored.left.ndim == 3
-    return name.startswith(
-        f"{PREFIX}{stored.module.rpartition('.')[0] if fused else stored.module}."
-    )
+        found.append({f"{PREFIX}{name}": tensor for name, tensor in laid.items()})
+    return found
 
 
 def _of_updates(

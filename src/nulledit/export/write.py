@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import inspect
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
+from nulledit.data.facts import quote
 from nulledit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -86,6 +87,31 @@ DEFAULT: Kind = "delta"
 """The smallest that gives the run's model to the bit."""
 OPTIONS = frozenset(name for kind in EXPORTS.values() for name in kind.options)
 """Options that only some of them take."""
+TEXT = (str, Path)
+VALUES: dict[str, tuple[tuple[type, ...], str]] = {
+    "dtype": ((str,), "a name, such as float32"),
+    "experts": ((str,), "fused or each"),
+    "gguf": (TEXT, "a file"),
+    "max_shard_size": ((str, int), "a size, such as 5GB"),
+    "rank": ((int,), "a whole number of at least 1"),
+    "same_shape": ((bool,), "true or false"),
+    "tensor_type": ((str,), "a name, such as q8_0"),
+    "text": (TEXT, "a file"),
+}
+"""Of each option: which values it takes, and how they are said."""
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """ConfigError for a value that its option can't have; None is as left out."""
+    for name, value in options.items():
+        kinds, expected = VALUES[name]
+        right = value is None or (isinstance(value, kinds) and (bool in kinds or value is not True))
+        if name == "experts":
+            right = value in (None, *get_args(Experts))
+        if name == "rank" and right and value is not None:
+            right = value is not False and value >= 1
+        if not right:
+            raise ConfigError(f"{name}: expected {expected}, found {quote(value)}")
 
 
 def write_export(
@@ -109,6 +135,7 @@ def write_export(
     given = {name: value for name, value in options.items() if value is not None}
     if wrong := [name for name in given if name not in EXPORTS[kind].options]:
         raise ConfigError(f"{', '.join(wrong)} can't be given for kind {kind!r}")
+    check_options(given)
     module, _, name = EXPORTS[kind].home.partition(":")
     writer = getattr(importlib.import_module(module), name)
     takes = inspect.signature(writer).parameters

@@ -148,3 +148,9 @@ def cache_folder() -> Path:
     """Where converted models and statistics are kept: $NULLEDIT_CACHE or ~/.cache/nulledit."""
     given = os.environ.get("NULLEDIT_CACHE")
     return Path(given) if given else Path.home() / ".cache" / "nulledit"
+
+
+def from_anywhere(name: str) -> str:
+    """The name of a model, of a local folder or GGUF file as an absolute path."""
+    local = Path(name).is_dir() or Path(name).suffix.lower() == ".gguf"
+    return str(Path(name).resolve()) if name and local else name

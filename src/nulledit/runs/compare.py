@@ -84,7 +84,7 @@ def compared_document(runs: Sequence[RunFolder], study: Study, facts: Listing) -
 
 def _verdict(run: RunFolder) -> str:
     lines = list(by_fact(run).values())
-    return f"{headline(lines)} {side_effects(lines, run.evaluated[-1]['after'])}".strip()
+    return f"{headline(lines)} {side_effects(lines, run.measured)}".strip()
 
 
 def _rows(run: RunFolder) -> Rows:

@@ -41,7 +41,8 @@ class FactDifference:
 
 @dataclass(frozen=True)
 class LayerDifference:
-    """How far apart two weights of one layer are."""
+    """How far apart two weights of one layer are; of gated edits W is what neurons write at their
+    directions."""
 
     layer: int
     """Block number."""
@@ -87,16 +88,17 @@ class Difference:
 
     def _repr_html_(self) -> str:
         rows = [
-            (_question(item), answer, f"{p:.3f}", f"{q:.3f}")
+            (_question(item, answer), answer, f"{p:.3f}", f"{q:.3f}")
             for item in self.facts
             for answer, (p, q) in item.probabilities.items()
         ]
         return html_table(repr(self)[1:-1], ("prompt", "answer", "p, first", "p, second"), rows)
 
 
-def _question(item: FactDifference) -> str:
-    fact = item.first or item.second
-    return fact.render(fact.prompt) if fact else ""
+def _question(item: FactDifference, answer: str) -> str:
+    """What `answer` was asked after: where both have it, the first one's prompt."""
+    fact = next(f for f in (item.first, item.second) if f and f.target == answer)
+    return fact.render(fact.prompt)
 
 
 def read_state(text: str) -> tuple[Path, int | None]:
@@ -138,6 +140,8 @@ def difference(
             f"the bases differ: {editor.history.base.hash[:12]} and {other.base.hash[:12]}; "
             "only states of one model can be compared"
         )
+    if other.base.recipe.layout != editor.history.base.recipe.layout:
+        raise LedgerError("the two edit other matrices (their recipes' layouts differ)")
     mine = editor.history.active if first is None else list(first)
     theirs = other.active if second is None else list(second)
     a, b = ({f.key: f for f in facts_of(columns)} for columns in (mine, theirs))
@@ -210,12 +214,13 @@ def difference_page(found: Difference, first: str, second: str) -> list[str | Pa
 def _facts_table(found: Difference, first: str, second: str) -> StudyTable:
     rows: list[Sequence[str]] = []
     for item in found.facts[:SHOWN]:
-        fact = item.first or item.second
-        assert fact is not None
-        for i, (answer, (p, q)) in enumerate(item.probabilities.items()):
+        last = ""
+        for answer, (p, q) in item.probabilities.items():
+            prompt = _question(item, answer)
+            last, shown = prompt, "" if prompt == last else prompt
             rows.append(
                 [
-                    "" if i else fact.render(fact.prompt),
+                    shown,
                     answer,
                     _taught(item, answer, first, second),
                     f"{p:.3f}",

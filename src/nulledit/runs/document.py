@@ -51,6 +51,15 @@ class RunFolder:
         """Those of its runs that were evaluated, oldest first."""
         return [run for run in self.summary["runs"] if run["after"]]
 
+    @property
+    def measured(self) -> Mapping[str, Any] | None:
+        """What the last evaluation found, if nothing has changed the run since."""
+        if not self.evaluated:
+            return None
+        last, now = self.evaluated[-1], self.summary["state"]
+        found: Mapping[str, Any] = last["after"]
+        return found if last.get("state", now) == now else None
+
 
 def run_study(run: RunFolder) -> Study:
     """The run as a study: rates, preservation, figure, what the model says."""
@@ -97,12 +106,14 @@ def run_document(run: RunFolder, study: Study | None = None, source: str = "") -
     ]
     if study is not None:
         present = [line for line in run.lines if line.get("active", True)]
-        last = run.evaluated[-1]["after"] if run.evaluated else None
         parts += [
             Text(headline(present) or "Not evaluated.", "strong"),
-            Text(side_effects(present, last)),
+            Text(side_effects(present, run.measured)),
             fact_list(run.lines),
         ]
+        if run.evaluated and run.measured is None:
+            since = "The run has changed since it was evaluated: `nulledit evaluate` measures it."
+            parts.insert(-1, Text(since))
     for call in reversed(run.summary["runs"]):
         end = f"-{call['run']}"
         tables = [t for t in study.tables if t.name.endswith(end)] if study else None

@@ -133,6 +133,7 @@ def finish(
             **({"asked": form_name(editor.editable.encoder), "others": others} if others else {}),
             "layers": layers,
             "displaced": [displaced.to_dict() for displaced in report.displaced],
+            "state": editor.history.state_id,
             "seconds": {k: round(v, 3) for k, v in seconds.items()},
             "notices": [*report.notices, *notices, *warnings],
         }

@@ -95,7 +95,8 @@ def preview(
         raise ConfigError("nothing to preview: expected facts to write, or ids to take out")
     check_lengths(editor, new)
     found = read_text(editor, text)
-    asked = [*new, *(f for f in editor.facts if f.id in undo)]
+    written = {f.id for f in new}  # what is taken out and written again is asked once
+    asked = [*new, *(f for f in editor.facts if f.id in undo and f.id not in written)]
     keys = {f.key for f in asked}
     held = [f for f in editor.facts if f.key not in keys][-HELD:]
     windows = found.windows

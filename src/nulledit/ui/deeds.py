@@ -110,7 +110,10 @@ def write(edit: Edit, run: Run, job: Job) -> Outcome:
     )
     if result is None:
         return Outcome()  # of ranks that keep no run; there is one process here
-    return Outcome(_result(result), _undo([line["id"] for line in result.lines]))
+    asked = {fact.key for fact in edit.facts.facts}
+    ids = [c.fact.id for c in run.history.present if c.fact.key in asked]
+    written = {line["id"] for line in result.lines}  # with those that were written again for them
+    return Outcome(_result(result), _undo([id_ for id_ in ids if id_ in written]))
 
 
 def retry(times: int, limits: Limits | None, run: Run, _job: Job) -> Outcome:

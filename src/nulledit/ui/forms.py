@@ -93,7 +93,10 @@ def filled(fact: Fact) -> dict[str, str]:
     given = {name: getattr(fact, name) or "" for name in FIELDS if name not in LISTS}
     given["paraphrases"] = "\n".join(fact.paraphrases)
     given["neighbours"] = "\n".join(
-        p.prompt + (f" {ANSWERED} {p.answer}" if p.answer else "") for p in fact.neighbours
+        f"{p.prompt} {ANSWERED} {p.answer or ''}".rstrip()
+        if p.answer or ANSWERED in p.prompt
+        else p.prompt
+        for p in fact.neighbours
     )
     if fact.id == replace(fact, id="").id:
         given["id"] = ""
@@ -128,6 +131,6 @@ def _with_unshown(fact: Fact, known: Fact) -> Fact:
 
 def _probe(line: str) -> dict[str, str]:
     prompt, arrow, answer = line.rpartition(ANSWERED)
-    if not arrow:
-        return {"prompt": line}
+    if not arrow or not answer.strip():
+        return {"prompt": prompt.strip() if arrow else line}
     return {"prompt": prompt.strip(), "answer": answer.strip()}

@@ -190,14 +190,15 @@ class Worker:
             return
         job.state = RUNNING
         job.changed += 1
-        before = 0
+        run, before = None, 0
         try:
             run = self._current(job)
             run.talk, before = job, len(run.history.events)
             job.outcome = job.work(run, job)
             state = DONE
         except Stopped:
-            state, job.error = STOPPED, self._stopped(before)
+            state = STOPPED
+            job.error = "stopped" if self._run else "stopped while the model was loaded"
         except NullEditError as error:
             state, job.error = FAILED, str(error)
             if isinstance(error, Refused):
@@ -206,6 +207,8 @@ class Worker:
             logger.exception("job %s failed", job.number)
             state, job.error = FAILED, f"unexpected {type(error).__name__}: {error}"
             self._run = None  # whatever it left in memory is not to be trusted
+        if state != DONE:
+            job.error += self._kept_of(run, before, said=state == STOPPED)
         if job.unsettles and state != DONE:
             self._run = None
         job.state = state
@@ -220,22 +223,27 @@ class Worker:
         if run is None:
             try:
                 self._run = run = self._opened(job)
+            except Stopped:
+                raise
             except Exception as error:
                 self.fault = str(error)
                 raise
         self.fault = ""
         return run
 
-    def _stopped(self, before: int) -> str:
-        """What is kept of a job that was stopped, with the folder brought to it."""
-        run = self._run
+    def _kept_of(self, run: Run | None, before: int, *, said: bool) -> str:
+        """What is kept of a job that did not end, with the folder brought to it, in words.
+
+        `said`: also where that is nothing.
+        """
         if run is None:
-            return "stopped while the model was loaded"
+            return ""
         kept = len(run.history.events) - before
         if kept <= 0:
-            return "stopped; nothing was changed"
-        verb = "is" if kept == 1 else "are"
-        told = f"stopped; {count(kept, 'finished batch')} {verb} kept"
+            return "; nothing was changed" if said else ""
+        told = f"; {count(kept, 'finished batch')} {'is' if kept == 1 else 'are'} kept"
+        if self._run is None:
+            return told
         try:
             run.change(lambda: None)
         except Exception as error:  # the ledger has it all the same
