@@ -31,7 +31,7 @@ from nulledit.models.layouts import as_out_in
 from nulledit.runs import warnings as warn_module
 from nulledit.runs.gate import Found, _judged, check
 from nulledit.runs.gate_report import GateReport, Row, gate_table
-from nulledit.runs.limits import KINDS, Limits, load_limits
+from nulledit.runs.limits import KINDS, Limits, Most, load_limits
 from nulledit.runs.warnings import warnings_of
 
 RECIPE = Recipe.from_dict(
@@ -313,6 +313,22 @@ def verdict(found, **bound):
 )
 def test_verdicts(found, bound, expected):
     assert verdict(found, **bound) == expected
+
+
+@pytest.mark.parametrize(
+    ("found", "limit", "text"),
+    [
+        (0.044, 0.04, "0.044"),
+        (97.46, 90, "97.5"),
+        (4.96, 5, "4.96"),
+        (5, 5, "5.0"),
+        (-0.01, 1, "0.0"),
+    ],
+)
+def test_a_number_shows_on_which_side_of_its_limit_it_is(found, limit, text):
+    row = _judged("kl", Most(at_most=limit), Found(found, 0.0, 9, "windows"), "%")
+    (shown,) = gate_table(GateReport((row,), "limits")).rows
+    assert text in " ".join(map(str, shown.values())).split()
 
 
 @pytest.mark.parametrize("n", [2, 25, 500])

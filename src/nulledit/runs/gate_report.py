@@ -13,6 +13,7 @@ from nulledit.report.cells import heads, shown
 from nulledit.report.document import Status, StudyTable
 
 FAILED, OK, UNMEASURED = "FAILED", "ok", "not measured"
+MOST_DIGITS = 7
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,18 @@ def gate_table(report: GateReport) -> StudyTable:
 def _found(row: Row) -> str:
     if row.found is None:
         return UNMEASURED if row.verdict == FAILED else ""
-    text = f"{round(row.found, 1) + 0.0:.1f}"  # no -0.0
-    return (text if row.error is None else f"{text} ± {row.error:.1f}") + _unit(row)
+    digits = _digits(row.found, row.limit)
+    text = f"{round(row.found, digits) + 0.0:.{digits}f}"  # no -0.0
+    return (text if row.error is None else f"{text} ± {row.error:.{digits}f}") + _unit(row)
+
+
+def _digits(found: float, limit: float) -> int:
+    """As many as show on which side of `limit` it is."""
+
+    def side(value: float) -> tuple[bool, bool]:
+        return value < limit, value > limit
+
+    return next((d for d in range(1, MOST_DIGITS) if side(round(found, d)) == side(found)), 1)
 
 
 def _count(row: Row) -> str:
