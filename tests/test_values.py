@@ -315,6 +315,25 @@ def test_steps_that_read_some_contexts_equal_the_reference(family, tiny_model, t
     assert distance(alone.z, together.z) < 1e-6
 
 
+def test_patience_compares_steps_that_read_the_same_rows(tiny_model, tokenizer, facts):
+    """Of two contexts in turn one is harder: it is no sign that nothing is gained any more."""
+    model = tiny_model("llama")
+
+    def end(patience, contexts_per_step):
+        settings = dataclasses.replace(
+            SETTINGS,
+            steps=40,
+            stop_loss=0.0,
+            patience=patience,
+            contexts_per_step=contexts_per_step,
+        )
+        return [v.outcome.steps for v in ours(model, tokenizer, facts, settings=settings)]
+
+    assert end(1, 1) == end(2, 1)
+    assert end(3, 1) == end(4, 1)
+    assert end(1, 0) != end(2, 0)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_steps_that_hold_some_relations_equal_the_reference(family, tiny_model, tokenizer, facts):
     """All at the first step, where they are read, then each in turn; the last step holds all."""

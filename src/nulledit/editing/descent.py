@@ -78,6 +78,8 @@ class _Group:
     """[layers, d], in units of `unit_lengths`."""
     norm: Tensor
     """‖h‖ of its first fact."""
+    cycle: int = 1
+    """Steps until each of its rows had its turn."""
     losses: list[float] = field(default_factory=list)
     """Of its worst fact, step by step."""
     likeliest: int = 0
@@ -104,22 +106,21 @@ class Descent:
         """
         self.kept, self.settings, self.positions = kept, settings, positions
         self.units = unit_lengths(kept)[..., None]  # [groups, layers, 1]
-        nothing = torch.zeros(len(kept.layers), kept.start.shape[1]).to(kept.start)
-        self.groups = [
-            _Group(
-                [f for f, g in enumerate(kept.group_of) if g == number],
-                nothing.clone().requires_grad_(),
-                norm,
-            )
-            for number, norm in enumerate(kept.norms)
-        ]
+        self.per_step = (settings.contexts_per_step, settings.relations_per_step)
+        self.groups = [self._group(number, norm) for number, norm in enumerate(kept.norms)]
         self.optimiser = torch.optim.Adam(
             [{"params": [group.delta], "lr": self._rate(group)} for group in self.groups]
         )
-        self.per_step = (settings.contexts_per_step, settings.relations_per_step)
         self.sizes = [kept.size(g, self.per_step) for g in range(len(self.groups))]  # of a step
         self.outcomes: dict[int, _Outcome] = {}  # by fact
         self.known: dict[int, bool] = {}  # by fact
+
+    def _group(self, number: int, norm: Tensor) -> _Group:
+        kept = self.kept
+        facts = [f for f, g in enumerate(kept.group_of) if g == number]
+        nothing = torch.zeros(len(kept.layers), kept.start.shape[1]).to(kept.start)
+        cycle = max(kept.jobs[f].cycle(self.per_step) for f in facts)
+        return _Group(facts, nothing.requires_grad_(), norm, cycle)
 
     def run(self) -> Iterator[dict[int, Value]]:
         """Descend until each group is done; the values of its facts, by number, as it leaves."""
@@ -243,10 +244,11 @@ class Descent:
             return "likeliest"
         if losses[-1] < s.stop_loss and says:
             return "done"
+        patience = -(-s.patience // group.cycle) * group.cycle  # the same rows before and since
         flat = (
-            s.patience > 0
-            and len(losses) > s.patience
-            and min(losses[-s.patience :]) > 0.99 * min(losses[: -s.patience])
+            patience > 0
+            and len(losses) > patience
+            and min(losses[-patience:]) > 0.99 * min(losses[:-patience])
         )
         return "patience" if flat else ""
 

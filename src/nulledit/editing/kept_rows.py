@@ -65,6 +65,12 @@ class Job:
         spared = (max(0, n - per_step[kind]) for kind, n in kinds.items() if per_step[kind])
         return len(self.all_rows) - sum(spared)
 
+    def cycle(self, per_step: Sequence[int]) -> int:
+        """How many steps it takes until each row has had its turn."""
+        kinds = Counter(turn.kind for turn in self.turns if turn)
+        steps = (-(-n // per_step[kind]) for kind, n in kinds.items() if per_step[kind])
+        return max(steps, default=1)
+
     @property
     def all_rows(self) -> tuple[Row, ...]:
         """All that are run, in their order."""
