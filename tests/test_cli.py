@@ -225,7 +225,7 @@ def test_an_estimate_grows_with_rounds_and_retries(place):
 
 
 def test_an_estimate_counts_the_rows_that_a_step_reads(place):
-    """Half of six rows with two of five contexts a step; as many as there are: all."""
+    """Of six rows in contexts and three on other relations; as many as there are: all."""
     encoder = RowEncoder(small_tokenizer(), max_length=128)
     facts = list(read_facts(place / "facts.json").facts)
     shape = Shape(
@@ -240,13 +240,22 @@ def test_an_estimate_counts_the_rows_that_a_step_reads(place):
         bytes=4,
     )
 
-    def step(contexts_per_step):
-        recipe = Recipe(layers=(1,)).with_fields({"values.contexts_per_step": contexts_per_step})
+    def step(contexts=0, relations=0, prompts=()):
+        changes = {"contexts_per_step": contexts, "relations_per_step": relations}
+        changes["relation_prompts"] = prompts
+        recipe = Recipe(layers=(1,)).with_fields({f"values.{k}": v for k, v in changes.items()})
         rows = count_rows(facts, encoder, recipe)
         return Costs.of(shape, recipe, rows, len(facts), (1e9, 1e9)).step
 
-    assert step(2) == pytest.approx(step(0) / 2)
+    row = step(3) - step(2)  # of each fact
+    assert row > 0
+    assert step(0) - step(2) == pytest.approx(3 * row)
     assert step(5) == step(9) == step(0)
+    alike = ("{} lives in Velm",) * 3
+    one = step(0, 1, alike) - step(0)
+    assert one > 0
+    assert step(0, 0, alike) - step(0) == pytest.approx(3 * one)
+    assert step(0, 5, alike) == step(0, 0, alike)
 
 
 def test_facts_check_counts(place):

@@ -1,6 +1,7 @@
 """The command line in the tests' own process, and a folder with all that it asks for."""
 
 import json
+import shutil
 import types
 from pathlib import Path
 
@@ -87,10 +88,18 @@ def options(place):
     return options_of(place)
 
 
+@pytest.fixture(scope="module")
+def edited_once(place, tmp_path_factory):
+    """A run of all facts in two batches, which no test changes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NULLEDIT_CACHE", str(place / "cache"))
+        return edit_all(place, tmp_path_factory.mktemp("edited") / "run")
+
+
 @pytest.fixture
-def edited(place, tmp_path):
-    """A run of all facts in two batches."""
-    return edit_all(place, tmp_path / "run")
+def edited(edited_once, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(edited_once, tmp_path / "run")
 
 
 def state(run):
