@@ -94,7 +94,7 @@ def edited(architecture, make_editor, followed):
     return editor, facts
 
 
-@pytest.mark.few("llama", "gpt2")
+@pytest.mark.few("llama")
 @pytest.mark.parametrize("architecture", WORLDS)
 def test_new_facts_hold_and_the_others_stay(architecture, make_editor, followed):
     """What a value reaches holds. A world this small may keep one answer from every value: which

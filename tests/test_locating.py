@@ -150,7 +150,7 @@ def test_windows_as_published():
 
 @pytest.fixture(scope="module")
 def world(worlds):
-    return worlds("gpt2")
+    return worlds("llama")
 
 
 def known_facts(people, wrong=0):

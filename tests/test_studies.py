@@ -210,7 +210,7 @@ def finished(lab_in, tmp_path_factory):
     return run
 
 
-@pytest.mark.few("collapse", "corpus", "drift", "categories", "instead", of="name")
+@pytest.mark.few("corpus", "drift", "instead", of="name")
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_makes_its_folder(name, finished, lab_in):
     study = finished(name)
