@@ -358,6 +358,6 @@ def test_known_facts_are_read_and_nowhere_else(place, tmp_path):
 
 
 def test_a_recipe_tells_the_layout(place, tmp_path):
-    (tmp_path / "r.yaml").write_text("layout: {blocks: transformer.h, mlp_out: mlp.c_missing}")
+    (tmp_path / "r.yaml").write_text("layout: {blocks: model.layers, mlp_out: mlp.c_missing}")
     asked = ("locate", place / "model", place / "facts.json", "--out", tmp_path / "t", "--quiet")
     assert "has no module mlp.c_missing" in refused(*asked, "--recipe", tmp_path / "r.yaml")
