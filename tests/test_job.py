@@ -103,6 +103,7 @@ def test_a_dry_run_edits_nothing(write, tmp_path):
     told = json.loads(done("run", write(), "--dry-run", "--json").stdout)
     assert told["facts"] == 2
     assert not (tmp_path / "run").exists()
+    assert "2 facts in 1 batch: about" in done("run", write(), "--dry-run").stdout
 
 
 @pytest.mark.parametrize(
@@ -131,6 +132,7 @@ def test_what_cannot_be_is_one_line_before_a_model_is_loaded(changes, said, writ
 
     monkeypatch.setattr(Editor, "from_pretrained", load)
     assert said in refused("run", write(**changes), "--quiet")
+    assert said in refused("run", write(**changes), "--dry-run")
 
 
 def test_paths_are_those_of_the_files_folder(write, tmp_path, monkeypatch):

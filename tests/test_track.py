@@ -170,8 +170,9 @@ def test_a_missing_package_is_one_line_before_a_model_is_loaded(name, place, tmp
 
     monkeypatch.setattr(Editor, "from_pretrained", load)
     monkeypatch.setitem(sys.modules, name, None)
-    said = refused("run", write_job(place, tmp_path, tracker=name), "--quiet")
-    assert f"pip install {name}" in said
+    for more in ("--quiet", "--dry-run"):
+        said = refused("run", write_job(place, tmp_path, tracker=name), more)
+        assert f"pip install {name}" in said
     assert "expected" in refused("run", write_job(place, tmp_path, tracker="paper"), "--quiet")
     with pytest.raises(ConfigError, match=f"pip install {name}"), tracking(name, "run", {}):
         pass

@@ -167,15 +167,14 @@ def facts_of(job: Job) -> list[Any]:
     return [fact for file in job.facts for fact in read_facts(file).facts]
 
 
-def run_job(job: Job, *, talk: Talk | None = None) -> Done:
-    """Edit, check, export, report. Refused, with nothing written, if a limit is broken.
+def inputs_of(job: Job) -> tuple[list[Any], Recipe, Limits | None]:
+    """Its facts, recipe and limits: all that needs no model is checked.
 
-    Everything that needs no model is checked first. A run that is there goes on, with its own
-    recipe.
+    NullEditError for what can't be: a file, a field, an export that is there, a tracker's package
+    that is not.
     """
-    talk = talk or Talk()
     facts, recipe = facts_of(job), job.recipe_of_it()
-    limits: Limits | None = load_limits(job.gate) if job.gate else None
+    limits = load_limits(job.gate) if job.gate else None
     if len(outs := [export.out for export in job.exports]) > len(set(outs)):
         raise ConfigError(f"exports: each needs a folder of its own, found {', '.join(outs)}")
     for export in job.exports:
@@ -183,6 +182,17 @@ def run_job(job: Job, *, talk: Talk | None = None) -> Done:
             raise ConfigError(f"exports: {export.out} is there already; remove it, or name another")
     if job.tracker:
         tracker_module(job.tracker)
+    return facts, recipe, limits
+
+
+def run_job(job: Job, *, talk: Talk | None = None) -> Done:
+    """Edit, check, export, report. Refused, with nothing written, if a limit is broken.
+
+    Everything that needs no model is checked first. A run that is there goes on, with its own
+    recipe.
+    """
+    talk = talk or Talk()
+    facts, recipe, limits = inputs_of(job)
     run = _run(job, recipe, talk)
     new = run.new(facts)
     result = None

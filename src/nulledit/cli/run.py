@@ -8,12 +8,13 @@ from nulledit.cli.command import Call, command
 from nulledit.cli.common import emit
 from nulledit.cli.options import arg, model_source, opt
 from nulledit.errors import ConfigError
+from nulledit.io.text import count
 
 
 @command(
     "Edit, check, export and report, as one YAML file says.",
     arg("job", "[JOB]"),
-    opt("--dry-run", "Estimate time and memory; edit nothing.", bool),
+    opt("--dry-run", "Check the file, estimate time and memory; edit nothing.", bool),
     opt("--schema", "Print the JSON Schema of such files.", bool),
 )
 def run(call: Call) -> None:
@@ -40,17 +41,18 @@ def run(call: Call) -> None:
         return emit(job_schema())
     if call.job is None:
         raise ConfigError("give a job's file: nulledit run job.yaml (--schema says what it holds)")
-    from nulledit.api.job import facts_of, load_job, run_job
+    from nulledit.api.job import inputs_of, load_job, run_job
 
     job = load_job(call.job)
     call.prepare()
     if call.dry_run:
         from nulledit.evaluation.costs import estimate_edit
 
+        facts, recipe, _ = inputs_of(job)
         size = estimate_edit(
             model_source(job.model),
-            facts_of(job),
-            job.recipe_of_it(),
+            facts,
+            recipe,
             device=job.device,
             dtype=job.dtype,
             retries=job.retry,
@@ -74,8 +76,9 @@ def run(call: Call) -> None:
 
 def _told(size: dict[str, Any]) -> str:
     return (
-        f"{size['facts']} facts in {size['batches']} batches: about {size['seconds_in_all']:.0f} s "
-        f"and {size['peak_bytes'] / 1e9:.1f} GB at the peak. Nothing was edited."
+        f"{count(size['facts'], 'fact')} in {count(size['batches'], 'batch')}: about "
+        f"{size['seconds_in_all']:.0f} s and {size['peak_bytes'] / 1e9:.1f} GB at the peak. "
+        "Nothing was edited."
     )
 
 
