@@ -23,7 +23,7 @@ def mcp(call: Call) -> None:
     """Serve the tools ask, facts, fact, log, preview and check on stdin and stdout.
 
     A client starts this command. The model is loaded by the first call, each call has the ledger as
-    it is then, and a call that would break a limit writes nothing. Install the SDK first: pip
+    it is then, and an edit that would break a limit writes nothing. Install the SDK first: pip
     install 'nulledit[mcp]'.
 
     \b

@@ -32,7 +32,7 @@ def methods(call: Call) -> None:
     """All methods in a table, or one by NAME with its settings. More in docs/methods/.
 
     A recipe names its method and sets its constants beside the name: `method: {name: memit,
-    moment_weight: 20000}`; any of them takes `projection: none`, `inside` or `after`.
+    moment_weight: 20000}`; all but gated take `projection: none`, `inside` or `after`.
 
     \b
     $ nulledit methods
