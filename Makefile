@@ -7,7 +7,7 @@ DATA ?= ../shared/data
 
 # The same facts twice: as the model's recipe says, by gated edits, and by AlphaEdit; then side by side.
 # MODEL=gemma3-270m takes another one, which is under Google's Gemma terms of use (its first package has them); the
-# statistics of its text, TEXT, are made once, into the cache: some ten minutes on one core.
+# statistics of its text are made once, into the cache: some ten minutes on one core. TEXT=FILE names another text.
 MODEL ?= smollm2-135m
 TEXT ?= $(DATA)/wikitext-2/valid.txt
 EXAMPLES := src/nulledit/assets/facts/examples.yaml
