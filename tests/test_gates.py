@@ -378,7 +378,7 @@ def test_the_shipped_limits_refuse_a_wrecked_model(make_editor, windows):
 def test_weights_that_are_not_numbers_fail(make_editor, windows):
     editor = make_editor()
     state = editor.weights._states[1]
-    edit = replace(state.edit, weight=torch.full_like(state.weight, math.nan))
+    edit = replace(state.edit, delta=torch.full_like(state.weight, math.nan))
     editor.weights._set(1, replace(state, edit=edit))
     assert as_out_in(editor.editable.mlp_out(1)).isnan().all()
     asked = limits(
