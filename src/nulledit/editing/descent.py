@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -115,7 +114,6 @@ class Descent:
         self.sizes = [kept.size(g, self.per_step) for g in range(len(self.groups))]  # of a step
         self.outcomes: dict[int, _Outcome] = {}  # by fact
         self.known: dict[int, bool] = {}  # by fact
-        self.held: dict[int, float] = {}  # row of another relation -> its KL when last read
 
     def _group(self, number: int, norm: Tensor) -> _Group:
         kept = self.kept
@@ -140,7 +138,7 @@ class Descent:
             found = reads.losses(self._scaled(), before)
             each = held_loss(found, self.settings)
             decay = {g: self._decay(self.groups[g]) for g in active}
-            self._note(reads, found, each, decay)
+            self._note(reads.facts, found, each, decay)
             self._judge(reads.facts, found, active, whole)
             there, active = active, [g for g in active if self._goes_on(self.groups[g])]
             if moving := [g for g in active if not self.groups[g].to_check]:
@@ -182,23 +180,16 @@ class Descent:
 
     def _note(
         self,
-        reads: Reads,
+        facts: Sequence[int],
         found: Losses,
         each: Tensor,
         decay: Mapping[int, Tensor],
     ) -> None:
-        """Keep the outcomes of the facts that `reads` has, whose losses without decay are `each`.
+        """Keep the outcomes of `facts`, whose losses without decay are `each`.
 
-        What was not read of other relations counts as when it was. ModelError where a loss is not
-        finite.
+        ModelError where one is not finite.
         """
-        facts = reads.facts
         total = each + torch.stack([decay[self.kept.group_of[f]] for f in facts])
-        if self.settings.relations_per_step:
-            self.held.update(zip(reads.other_rows, found.each_relation.tolist(), strict=True))
-            lasting = [fmean([self.held[r] for r in self.kept.relations[f]] or [0]) for f in facts]
-            unread = torch.tensor(lasting).to(total) - found.relations
-            total = total + self.settings.relation_weight * unread
         if not torch.isfinite(total).all():
             broken = facts[int((~torch.isfinite(total)).nonzero()[0])]
             raise ModelError(

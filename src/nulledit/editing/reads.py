@@ -34,7 +34,6 @@ class Losses(NamedTuple):
     lead: Tensor  # over all rows that are read
     bare_lead: Tensor  # at the bare prompt
     context_lead: Tensor  # in the prefix contexts; at all rows where there is none
-    each_relation: Tensor  # KL after each of the other relations' rows that are read
 
 
 def rows_in_turn(
@@ -129,8 +128,7 @@ class Reads:
         others = [(i, r) for i, f in enumerate(self.facts) for r in kept.relations[f] if r in place]
         at_row += [place[r] for _, r in others]
         at_position += [len(kept.rows[r].ids) - 1 - kept.begins[r] for _, r in others]
-        self.other_rows = [r for _, r in others]
-        self.meant_rows = [*drift, *self.other_rows]  # each fact's own, then the others
+        self.meant_rows = [*drift, *(r for _, r in others)]  # each fact's own, then the others
         self.relation_fact = torch.tensor([i for i, _ in others], dtype=torch.long, device=device)
         read_of = Counter(i for i, _ in others)
         share = [1 / read_of[i] for i, _ in others]
@@ -188,8 +186,7 @@ class Reads:
         n = len(self.facts)
         weighed = kl[n:] * self.relation_weight.to(kl)
         relations = kl.new_zeros(n).index_add(0, self.relation_fact.to(device), weighed)
-        each_relation = kl[n:].detach()
-        return Losses(nll, kl[:n], relations, least, bare_least, context_least, each_relation)
+        return Losses(nll, kl[:n], relations, least, bare_least, context_least)
 
     def _logits(self, deltas: Sequence[Tensor]) -> Tensor:
         """At the places that are read, with each row's δ added [places, vocabulary]."""
