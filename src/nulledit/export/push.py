@@ -33,9 +33,8 @@ def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
         raise HubError(f"{constants.ENDPOINT} can't be reached; {later}")
     api = HfApi()
     try:
-        made = api.create_repo(
-            repo, private=private or None, exist_ok=True
-        )  # None: as the owner has it
+        as_asked = private or None  # None: as the owner has it for new ones
+        made = api.create_repo(repo, private=as_asked, exist_ok=True)
         api.upload_folder(
             repo_id=made.repo_id, folder_path=folder, commit_message="Edits by nulledit"
         )

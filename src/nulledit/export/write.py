@@ -105,12 +105,12 @@ def check_options(options: Mapping[str, Any]) -> None:
     """ConfigError for a value that its option can't have; None is as left out."""
     for name, value in options.items():
         kinds, expected = VALUES[name]
-        right = value is None or (isinstance(value, kinds) and (bool in kinds or value is not True))
+        right = isinstance(value, kinds) and isinstance(value, bool) == (kinds == (bool,))
         if name == "experts":
-            right = value in (None, *get_args(Experts))
-        if name == "rank" and right and value is not None:
-            right = value is not False and value >= 1
-        if not right:
+            right = value in get_args(Experts)
+        if name == "rank":
+            right = right and value >= 1
+        if value is not None and not right:
             raise ConfigError(f"{name}: expected {expected}, found {quote(value)}")
 
 

@@ -180,7 +180,7 @@ def difference(
 def _layer(
     layer: int, base: Tensor, first: Tensor | None, second: Tensor | None
 ) -> LayerDifference:
-    scale = float(torch.linalg.norm(base))
+    scale = float(torch.linalg.norm(base)) or math.nan
     a, b = (0.0 if x is None else float(torch.linalg.norm(x)) / scale for x in (first, second))
     if first is not None and second is not None and first.shape == second.shape:
         apart = float(torch.linalg.norm(second - first)) / scale

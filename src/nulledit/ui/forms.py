@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
-from nulledit.data.facts import REQUIRED, Fact, clean_text
+from nulledit.data.facts import REQUIRED, Fact, Probe, clean_text
 from nulledit.data.readers import FactFile, read_facts
 from nulledit.errors import BadRecordsError, FactError, NullEditError
 from nulledit.ledger.records import History
@@ -92,12 +92,7 @@ def filled(fact: Fact) -> dict[str, str]:
     """A form's texts for a fact that is known; its id, unless it was given one, is left open."""
     given = {name: getattr(fact, name) or "" for name in FIELDS if name not in LISTS}
     given["paraphrases"] = "\n".join(fact.paraphrases)
-    given["neighbours"] = "\n".join(
-        f"{p.prompt} {ANSWERED} {p.answer or ''}".rstrip()
-        if p.answer or ANSWERED in p.prompt
-        else p.prompt
-        for p in fact.neighbours
-    )
+    given["neighbours"] = "\n".join(map(_line, fact.neighbours))
     if fact.id == replace(fact, id="").id:
         given["id"] = ""
     return given
@@ -127,6 +122,12 @@ def _with_unshown(fact: Fact, known: Fact) -> Fact:
         target_aliases=known.target_aliases if same else (),
         portability=known.portability if same and not fact.forget else (),
     )
+
+
+def _line(probe: Probe) -> str:
+    """What `_probe` reads as this one."""
+    parted = bool(probe.answer) or ANSWERED in probe.prompt
+    return f"{probe.prompt} {ANSWERED} {probe.answer or ''}".rstrip() if parted else probe.prompt
 
 
 def _probe(line: str) -> dict[str, str]:
