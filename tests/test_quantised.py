@@ -81,7 +81,7 @@ def quantised(kind, family="llama", dtype=torch.float64):
     return model, twin
 
 
-@pytest.fixture(params=[Int8, Int4], ids=["int8", "int4"])
+@pytest.fixture(params=[pytest.param(Int8, marks=pytest.mark.slow), Int4], ids=["int8", "int4"])
 def kind(request):
     return request.param
 
