@@ -88,15 +88,9 @@ class BatchWriter:
                 else (fact,)
             )
         ]
-        self.values = BatchValues(
-            model,
-            recipe,
-            weights,
-            contexts,
-            [request.wording for request in self.requests],
-            run,
-            cache=cache,
-            ranks=self.ranks,
+        self.wordings = [request.wording for request in self.requests]
+        self.batch_values = BatchValues(
+            model, recipe, weights, contexts, self.wordings, run, cache=cache, ranks=self.ranks
         )
         with run.timed("keys"):
             self.walk = self._walk(walked)
@@ -108,10 +102,9 @@ class BatchWriter:
 
         Values are optimised, unless they are `given`.
         """
-        wordings = [request.wording for request in self.requests]
         if self.method.by_gradient:
             found, tensors = self._descend(staying)
-            return self._agreed(tensors, found, [0] * len(wordings))
+            return self._agreed(tensors, found, [0] * len(self.wordings))
         shared = same_key_groups(self.first_keys, self.recipe.same_key)
         values: dict[int, list[Value]] = {}  # by layer
         find = given or self._finding(shared)
@@ -225,8 +218,8 @@ class BatchWriter:
         with self.run.timed("values"):
             leads = bare_leads(
                 self.model,
-                [request.wording for request in self.requests],
-                positions=self.values.positions(4),
+                self.wordings,
+                positions=self.batch_values.positions(4),
             )
             return list(self.ranks.from_first(leads)[0])
 
@@ -245,7 +238,7 @@ class BatchWriter:
             for layer, before in values.items():
                 now = self.walk.hidden(layer).mT
                 if layer not in rests:
-                    rests |= self.values.optimised(self._layers_with(layer), shared, chosen)
+                    rests |= self.batch_values.optimised(self._layers_with(layer), shared, chosen)
                 rest = dict(zip(chosen, rests[layer], strict=True))
                 found[layer] = [
                     value.moved(rest[i], now[i]) if i in rest else value
@@ -268,9 +261,9 @@ class BatchWriter:
             with self.run.timed("solve"), differentiating():
                 loss = WeightLoss(
                     self.model,
-                    [request.wording for request in self.requests],
+                    self.wordings,
                     layer=layer,
-                    positions=self.values.positions(4),
+                    positions=self.batch_values.positions(4),
                 )
                 tensors |= self.weights.write(layer, staying, keys, None, target_loss=loss)
         assert loss is not None
@@ -308,11 +301,11 @@ class BatchWriter:
         """One value per request at each of `layers`, on the weights that the method wants."""
         unedited = self.method.rewinds or self.method.apart
         with self.run.timed("values"), self._unedited(unedited):
-            found = self.values.optimised(layers, shared)
+            found = self.batch_values.optimised(layers, shared)
             if not self.recipe.values.norm_anchor:
                 return found
             walk = self._walk() if self.method.rewinds else self.walk
-            return {layer: self.values.anchored(v, layer, walk) for layer, v in found.items()}
+            return {layer: self.batch_values.anchored(v, layer, walk) for layer, v in found.items()}
 
     def _joined(self, shared: Sequence[int]) -> list[int]:
         """Requests that share a key or a fact, with all that these share in turn."""
