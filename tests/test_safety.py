@@ -298,10 +298,10 @@ def kill_at_random(place, kills, seed):
     return hits
 
 
-def test_eight_kills(place):
-    hits = kill_at_random(place, 8, seed=0)
-    assert COMMIT in hits
-    assert MODEL in hits
+def test_sixteen_kills(place):
+    hits = kill_at_random(place, 16, seed=0)
+    assert hits.count(COMMIT) >= 2
+    assert hits.count(MODEL) >= 2
 
 
 @pytest.mark.slow
