@@ -72,7 +72,7 @@ def mlp_out(model: nn.Module, layer: int) -> nn.Module:
 
 
 def value_place(model: nn.Module, layer: int) -> nn.Module:
-    """The module whose output a value replaces: the block, or, behind which a norm comes, W."""
+    """The module whose output a value replaces: the block, or, after which a norm comes, W."""
     normed = FAMILIES[model.config.model_type][2] == "normed"
     return mlp_out(model, layer) if normed else block(model, layer)
 
@@ -266,7 +266,7 @@ def compute_z(
 ) -> Value:
     """The hidden state after block `layer` at the subject's last token that makes `fact` true.
 
-    With a norm behind W, W's output, and δ in units in which that is as long as the hidden state.
+    With a norm after W, W's output, and δ in units in which that is as long as the hidden state.
 
     One δ is added there in every prompt; Adam lowers the mean negative log-probability per target
     token over the contexts + kl_weight·KL(new ‖ initial) of the token after the subject in
@@ -381,7 +381,7 @@ def alphaedit_batch(
 ) -> dict[int, LayerUpdate]:
     """Write `zs` [n, d] into `layers`, lowest first; the last one is where the zs were optimised.
 
-    With a norm behind W each layer has zs of its own, asked for when those below are written.
+    With a norm after W each layer has zs of its own, asked for when those below are written.
 
     Changes the model's weights, and adds this batch's K Kᵀ to `history` (zeros to begin with).
     """

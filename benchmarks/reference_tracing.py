@@ -26,7 +26,7 @@ def answer_probability(
     states: Sequence[tuple[int, int, Tensor]] = (),
     mlps: Sequence[tuple[int, int, Tensor]] = (),
 ) -> float:
-    """p(answer) behind the prompt `ids`.
+    """p(answer) after the prompt `ids`.
 
     `noise` [subject tokens, d] is added to the subject's embeddings. `states` and `mlps` name
     (layer, token, vector): the output of a block, or of its MLP's output matrix, is replaced there.

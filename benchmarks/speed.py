@@ -17,8 +17,8 @@ sides get the same facts and settings and take turns. CPU seconds are of this pr
     statistics  second moments of the recipe's layers; also against a bare forward pass and the
                 products alone
     solve       one layer's update at --width, against the dense d x d solve
-    growth      an update without values behind 0 and behind 9,900 made-up facts
-    stream      one layer's solve behind 0 and 9,900 facts at --width; bytes on disk
+    growth      an update without values after 0 and after 9,900 made-up facts
+    stream      one layer's solve after 0 and 9,900 facts at --width; bytes on disk
     eigen       the decomposition at --width, whole and partial
     edit        a batch of --facts through Editor.edit, by stage (no reference)
 """

@@ -351,7 +351,7 @@ def solve(clock, options):
 
 
 def stream(clock, options):
-    """One layer's update of 100 facts behind none and behind 9,900, and its bytes on disk."""
+    """One layer's update of 100 facts after none and after 9,900, and its bytes on disk."""
     d_out, d_in = shape_of(options)
     spectrum = made_up(d_in, options.free)
     recipe = Recipe.from_dict(
@@ -385,7 +385,7 @@ def stream(clock, options):
     growth = clock.median("hundredth batch", OURS) / clock.median("first batch", OURS)
     whole = (100 * size + len(tensor_bytes(begun)[1])) / 1e9
     return [
-        f"stream: one layer's solve takes {growth:.2f} times as long behind 9,900 facts as behind "
+        f"stream: one layer's solve takes {growth:.2f} times as long after 9,900 facts as after "
         f"none; 10,000 facts and the spectrum take {whole:.2f} GB on disk (W₀ not counted)"
     ]
 
@@ -407,7 +407,7 @@ def record(ledger, number, tensors):
 
 
 def growth(clock, setup, options):
-    """A whole update without values on the model, behind no facts and behind 9,900 made-up ones."""
+    """A whole update without values on the model, after no facts and after 9,900 made-up ones."""
     found = setup.statistics()
     recipe = setup.recipe
     tensors = {}
@@ -449,7 +449,7 @@ def growth(clock, setup, options):
         "update, first batch", OURS
     )
     return [
-        f"growth: {ratio:.2f} times as long behind 9,900 facts as behind none, commit not counted"
+        f"growth: {ratio:.2f} times as long after 9,900 facts as after none, commit not counted"
     ]
 
 

@@ -93,7 +93,7 @@ def test_an_empty_preface_but_the_statement_is_needed(tiny_model, tokenizer, fac
             in_context(EditableModel(tiny_model("llama"), tokenizer), facts, preface=preface)
 
 
-def test_answers_are_those_behind_the_same_text(tiny_model, tokenizer, facts):
+def test_answers_are_those_after_the_same_text(tiny_model, tokenizer, facts):
     model = EditableModel(tiny_model("llama"), tokenizer)
     result = in_context(model, facts, preface="New: {statement}\n", crowd=1, seed=3)
     prefaces = prefaces_of(facts, preface="New: {statement}\n", crowd=1, seed=3)

@@ -68,7 +68,7 @@ def long_items():
 
 
 def plain_likelihoods(model, tokenizer, text, choices):
-    """Log-likelihood of each choice behind `text`, from the whole model, one row at a time."""
+    """Log-likelihood of each choice after `text`, from the whole model, one row at a time."""
     values = []
     for choice in choices:
         ids = tokenizer(f"{text} {choice}")["input_ids"]

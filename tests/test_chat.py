@@ -146,8 +146,8 @@ def test_or_the_one_in_the_assistants_turn(words):
     settings = ChatSettings(subject="assistant")
     row = encoder_of(words, settings).encode_template(CLOZE, "Ada Byron", context=CONTEXTS[1])
     assert row.ids == user.ids
-    behind = words.decode(list(row.ids[row.subject_last + 1 :]))
-    assert behind == " is"
+    after = words.decode(list(row.ids[row.subject_last + 1 :]))
+    assert after == " is"
     assert row.subject_last > user.subject_last
     held = encoder_of(words, settings).subject_tokens(CLOZE, "Ada Byron", context=CONTEXTS[1])
     said = [words.decode([row.ids[i]]) for i in held]

@@ -118,7 +118,7 @@ def test_plain_text_is_gone_on_with_to_its_newline_and_has_no_history(editor):
 
 @pytest.mark.parametrize("chat", [SYSTEM, None])
 def test_facts_whose_subjects_are_named_have_their_probabilities(editor, words, chat):
-    """Of the target behind the fact's own prompt, where the answer to what was asked begins."""
+    """Of the target after the fact's own prompt, where the answer to what was asked begins."""
     talk = Conversation(editor, chat, max_tokens=4)
     assert talk.say("Who is Velm?").facts == ()
     talk.reset()

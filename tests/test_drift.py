@@ -55,7 +55,7 @@ def edited(editor, facts):
 
 
 def plain_states(model, rows, layer):
-    """States [n, d] behind block `layer` at each last token; one row at a time, read by a hook."""
+    """States [n, d] after block `layer` at each last token; one row at a time, read by a hook."""
     found = []
 
     def hook(_module, _args, output):

@@ -564,7 +564,7 @@ def test_the_whole_answer_is_found(says, told, answer, tiny_model, tokenizer, mo
 
 
 def test_the_chance_is_of_the_telling_token(editor):
-    """Behind the prompt and what of the answer comes before it; the same token before and after."""
+    """After the prompt and what of the answer comes before it; the same token before and after."""
     fact = dataclasses.replace(known("tongue"), target=f"river {known('tongue').target}")
     (told,) = recall_of(editor.editable, [fact], tokens=2)
     ids = editor.tokenizer(f"{told.own.prompt} {fact.target}", return_tensors="pt")["input_ids"]

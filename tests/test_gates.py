@@ -216,7 +216,7 @@ def test_hidden_growth_is_that_of_the_whole_model_s_states(editor, windows):
         for ids in rows:
             with torch.no_grad():
                 out = editor.model(torch.tensor([list(ids)]), output_hidden_states=True)
-            found.append(out.hidden_states[2][0, -1].double().norm())  # behind block 1
+            found.append(out.hidden_states[2][0, -1].double().norm())  # after block 1
         return torch.stack(found)
 
     rows = edit_rows(editor.editable, FACTS)

@@ -368,7 +368,7 @@ def spread(model, tokenizer):
         parts |= {name: 0 for name, _ in model.named_children() if name != body.split(".")[0]}
         parts |= {f"{partial.layout.blocks}.{i}": place for i, place in enumerate((0, 1, 2, 1))}
         del parts[partial.layout.blocks]
-        for path, place in parts.items():  # a part of a part comes behind it
+        for path, place in parts.items():  # a part of a part comes after it
             device = torch.device("cpu", 1 + place)
             for _, module in model.get_submodule(path).named_modules():
                 for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
@@ -392,7 +392,7 @@ def spread(model, tokenizer):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gptj", "gemma2", "opt", "granite"])
 def test_no_tensor_meets_one_of_another_device(family, tokenizer, facts, monkeypatch):
     # A fake mask has no numbers to look at: prefixes are always put in order.
-    monkeypatch.setattr("nulledit.models.partial.padded_behind", lambda _mask: True)
+    monkeypatch.setattr("nulledit.models.partial.padded_after", lambda _mask: True)
     model = build_model(family, dtype=torch.float32).requires_grad_(False)
     partial, mode = spread(model, tokenizer)
     with mode, Placing():

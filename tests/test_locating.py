@@ -103,7 +103,7 @@ def test_the_model_is_as_before(tokenizer):
 
 
 def test_what_is_read_at_the_end_is_whole(tokenizer):
-    """Behind the last block, the prompt's last state is the answer's; others reach no answer."""
+    """After the last block, the prompt's last state is the answer's; others reach no answer."""
     model, q = EditableModel(build_model("gptj"), tokenizer), question()
     found = trace(model, q, TraceSettings(window=2), spread=SPREAD)
     assert float(found.effects["state"][-1, -1]) == found.clean - found.corrupted

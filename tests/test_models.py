@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 def whole_states(model, row):
-    """Hidden states behind every block, the plain way."""
+    """Hidden states after every block, the plain way."""
     partial, found = PartialModel(model), []
     handles = [
         block.register_forward_hook(
@@ -48,7 +48,7 @@ LABELS = ["a", "a", "b", "c", "c", "d"]
 LIMITS = [3, 4, 1, 1, 3, 0]
 
 
-def test_rows_are_cut_behind_what_their_label_has_in_common():
+def test_rows_are_cut_after_what_their_label_has_in_common():
     shared = share_beginnings(SHARING, LABELS, LIMITS, columns=9, pad_id=0, device=CPU)
     assert shared.cuts == [3, 3, 1, 1, 1, 0]
     for i, row in enumerate(SHARING):
@@ -60,25 +60,25 @@ def test_rows_are_cut_behind_what_their_label_has_in_common():
 
 
 @torch.no_grad()
-def test_rows_behind_shared_stems_are_the_whole_rows(architecture, tiny_model):
-    """Also those with a stem of no token; and what is recorded behind a prefix joins it."""
+def test_rows_after_shared_stems_are_the_whole_rows(architecture, tiny_model):
+    """Also those with a stem of no token; and what is recorded after a prefix joins it."""
     partial = PartialModel(tiny_model(architecture))
     whole = partial.run(collate(SHARING, pad_id=0, device=CPU))
     shared = share_beginnings(SHARING, LABELS, LIMITS, columns=9, pad_id=0, device=CPU)
     stems = partial.record_prefix(shared.stems).select(shared.stem)
-    behind = partial.run(stems.before(shared.rests), prefix=stems)
+    after = partial.run(stems.before(shared.rests), prefix=stems)
     heads = Batch(*(t[:, :1] for t in vars(shared.rests).values()))
     longer = stems.then(partial.record_prefix(heads, prefix=stems))
     tails = Batch(*(t[:, 1:] for t in vars(shared.rests).values()))
     further = partial.run(longer.before(tails), prefix=longer)
     for i, (row, cut) in enumerate(zip(SHARING, shared.cuts, strict=True)):
-        torch.testing.assert_close(behind[i, : len(row) - cut], whole[i, cut : len(row)])
+        torch.testing.assert_close(after[i, : len(row) - cut], whole[i, cut : len(row)])
         torch.testing.assert_close(further[i, : len(row) - cut - 1], whole[i, cut + 1 : len(row)])
 
 
 @torch.no_grad()
 def test_beginnings_of_unequal_length_are_the_whole_rows(architecture, tiny_model):
-    """Rows longer than a window, stems of 14, 3 and no tokens, heads of 1 to 6 behind them."""
+    """Rows longer than a window, stems of 14, 3 and no tokens, heads of 1 to 6 after them."""
     partial = PartialModel(tiny_model(architecture))
     words = [3 + 7 * i % 390 for i in range(60)]
     rows = [words[:24], [*words[:14], *words[30:41]], words[40:52], [*words[40:43], *words[:9]]]
@@ -88,7 +88,7 @@ def test_beginnings_of_unequal_length_are_the_whole_rows(architecture, tiny_mode
     shared = share_beginnings(rows, labels, limits, columns=99, pad_id=0, device=CPU)
     assert shared.cuts == [14, 14, 3, 3, 0]
     stems = partial.record_prefix(shared.stems).select(shared.stem)
-    behind = partial.run(stems.before(shared.rests), prefix=stems)
+    after = partial.run(stems.before(shared.rests), prefix=stems)
     more = [1, 5, 2, 6, 3]  # of each row, in the head
     rests = [row[cut:] for row, cut in zip(rows, shared.cuts, strict=True)]
     heads = collate([rest[:n] for rest, n in zip(rests, more, strict=True)], pad_id=0, device=CPU)
@@ -99,7 +99,7 @@ def test_beginnings_of_unequal_length_are_the_whole_rows(architecture, tiny_mode
     tails = dataclasses.replace(tails, positions=tails.positions + starts[:, None])
     further = partial.run(longer.before(tails), prefix=longer)
     for i, (row, cut) in enumerate(zip(rows, shared.cuts, strict=True)):
-        torch.testing.assert_close(behind[i, : len(row) - cut], whole[i, cut : len(row)])
+        torch.testing.assert_close(after[i, : len(row) - cut], whole[i, cut : len(row)])
         start = cut + more[i]
         torch.testing.assert_close(further[i, : len(row) - start], whole[i, start : len(row)])
 

@@ -48,7 +48,7 @@ def mlp_of(model):
 
 
 def standing(editor, fact, *, add=None, context="{}", target=""):
-    """h behind the block and what the MLP adds to it, at the subject's last token; logits and ids.
+    """h after the block and what the MLP adds to it, at the subject's last token; logits and ids.
 
     `add` goes to h, in a run of the whole model.
     """
@@ -168,7 +168,7 @@ def test_where_v_is_too_long_nothing_is_written(make, few, facts, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["gemma2", "olmo2"])
-def test_behind_a_norm_the_value_is_w_s_own_output(make, few, facts, family):
+def test_after_a_norm_the_value_is_w_s_own_output(make, few, facts, family):
     editor = make(family)
     editor.edit(facts[:2], shuffle=False)
     for layer in editor.recipe.layers:

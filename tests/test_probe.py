@@ -119,8 +119,8 @@ def test_an_encoder_decoder_is_refused(tiny_model):
         PartialModel(model)
 
 
-def test_a_norm_behind_the_sum_is_edited_where_the_layout_says_so():
-    """OPT-350m norms the stream itself behind each block; values are of what that norm is given."""
+def test_a_norm_after_the_sum_is_edited_where_the_layout_says_so():
+    """OPT-350m norms the stream itself after each block; values are of what that norm is given."""
     sizes = {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("opt", **sizes)).eval()
     with pytest.raises(ModelError, match=r"normed, not plain.*layout with output: normed"):

@@ -1,4 +1,4 @@
-"""Questions beyond CounterFact's: what follows from a fact, and asking behind other texts."""
+"""Questions beyond CounterFact's: what follows from a fact, and asking after other texts."""
 
 import json
 from dataclasses import replace
@@ -102,7 +102,7 @@ def test_an_alias_that_the_model_says_counts_as_the_target(editor):
         )
 
 
-def test_the_same_prompts_are_asked_again_behind_other_texts():
+def test_the_same_prompts_are_asked_again_after_other_texts():
     plain, more = queries_of(ADA), queries_of(ADA, distract=True, texts=TEXTS)
     assert more[: len(plain)] == plain
     own, *near = more[len(plain) :]
@@ -139,8 +139,8 @@ def test_the_shipped_sentences_are_many_and_whole():
     sentences = shipped_sentences()
     assert len(set(sentences)) > 100
     assert all(len(s.split()) > 4 and s[-1] in ".!?" and s[0] not in " \n" for s in sentences)
-    behind = queries_of(ADA, distract=True)
-    assert next(q.prompt for q in behind if q.kind == "efficacy_distracted").startswith(
+    after = queries_of(ADA, distract=True)
+    assert next(q.prompt for q in after if q.kind == "efficacy_distracted").startswith(
         unrelated(ADA, sentences)
     )
     assert not contains(unrelated(ADA, sentences), "Ada Byron")

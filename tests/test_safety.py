@@ -197,7 +197,7 @@ IDLE, COMMIT, MODEL = range(3)
 def child(place, run, watch, stop, channel, slow):
     """LayerwiseForward through PLAN; at point number `stop` say so and wait to be killed.
 
-    Points stand before and behind every rename, sync, write and removal of a commit or a save.
+    Points stand before and after every rename, sync, write and removal of a commit or a save.
     """
 
     chance = random.Random(os.getpid())
@@ -481,7 +481,7 @@ def test_a_fault_at_every_step_of_beginning_a_ledger(place):
         if faults.count < at:
             break
     assert at > 10
-    assert there == 1  # refused behind the last rename
+    assert there == 1  # refused after the last rename
 
 
 # -- a full disk -------------------------------------------------------------------------------

@@ -457,7 +457,7 @@ def made(folder, text):
 @pytest.mark.parametrize("stop", range(1, 4))
 @pytest.mark.parametrize("how", ["killed", "refused"])
 def test_a_folder_is_never_lost(tmp_path, monkeypatch, stop, how):
-    """Killed or refused at the first, the second, or just behind the last rename."""
+    """Killed or refused at the first, the second, or just after the last rename."""
     folder = made(tmp_path / "model", "old")
 
     def replace(work):

@@ -96,7 +96,7 @@ def test_a_beginning_token_is_not_part_of_the_target(tokenizer):
     assert row.subject_last == plain.subject_last + 1
 
 
-def test_an_end_token_behind_the_text_is_left_out(tokenizer):
+def test_an_end_token_after_the_text_is_left_out(tokenizer):
     with_last = copy.deepcopy(tokenizer)
     with_last.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A <|end|>", special_tokens=[("<|end|>", with_last.eos_token_id)]
@@ -195,7 +195,7 @@ SPACED = ("20 July 1969", "9,001 metres", "x", "London", "日本")
 @pytest.mark.parametrize("prompt", ["{} was born on", "{} was born on ", "{} was born on  ", "{}"])
 @pytest.mark.parametrize("target", SPACED)
 def test_trimmed_offsets_change_no_row(prefix, prompt, target):
-    """A lone space in front of a target is the target's; one behind a prompt is the prompt's."""
+    """A lone space in front of a target is the target's; one after a prompt is the prompt's."""
     trimmed, full = (
         RowEncoder(trained(prefix=prefix, trim=trim), max_length=64) for trim in (True, False)
     )

@@ -84,7 +84,7 @@ def test_values_and_keys_of_a_hybrid_equal_the_reference(
         assert EditableModel(model, tokenizer).columns == 0
     told = [r.getMessage() for r in caplog.records if "from its start" in r.getMessage()]
     assert len(told) == 1
-    assert f"'{kind}' can't be run behind kept beginnings" in told[0]
+    assert f"'{kind}' can't be run after kept beginnings" in told[0]
     values = ours(model, tokenizer, facts, settings=FEW, layer=1)
     for fact, value in zip(facts, values, strict=True):
         expected = reference.compute_z(

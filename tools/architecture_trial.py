@@ -164,7 +164,7 @@ def _run(row: Row, what: str, check: Callable[..., str], *args: Any) -> None:
 
 
 def _keys(name: str, layers: list[int]) -> str:
-    """Keys of facts that run together, behind kept beginnings, are those of rows run whole."""
+    """Keys of facts that run together, after kept beginnings, are those of rows run whole."""
     tokenizer, model = small_tokenizer(), tiny_models.build(name)
     expected = plain_keys(model, tokenizer, layers[0])
     found = walk(model, tokenizer, FACTS, first=layers[0]).keys()

@@ -203,7 +203,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention"] * 2,
         },
     ),
-    "opt, norms behind": ("opt", {"do_layer_norm_before": False}),
+    "opt, norms after": ("opt", {"do_layer_norm_before": False}),
 }
 """Other forms of an architecture: its model type, and what they have besides."""
 

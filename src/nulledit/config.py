@@ -121,10 +121,10 @@ class ValueSettings:
     """Scale what W is to give, v* = v₀ + δ, to its mean norm over a fixed sample of facts in the
     unedited model; where it is over twice that, leave δ out (NAS, arXiv:2602.02543)."""
     at: Literal["last", "each", "joint", "first"] = "last"
-    """last: one value behind the last edited layer; the others take a share of what is missing.
+    """last: one value after the last edited layer; the others take a share of what is missing.
     each: a value at every edited layer, each written whole (BLUE, which edits two layers).
     joint: the same, but all of them are optimised at once in the model as it is.
-    first: one value behind the first; the states that it causes at the others are their values
+    first: one value after the first; the states that it causes at the others are their values
     (forward replay, FE), each written whole."""
     rounds: Count = 1
     """Passes over a batch. An update answers every key in proportion to its likeness, also those of
@@ -233,7 +233,7 @@ class Layout:
     """Path from a block to the module W."""
     output: Literal["plain", "scaled", "normed"] = "plain"
     """How W's output enters the residual stream. plain: added. scaled: added times a constant, as
-    in Granite. normed: added behind a norm of its own, as in Gemma 2, Gemma 3 and OLMo 2."""
+    in Granite. normed: added after a norm of its own, as in Gemma 2, Gemma 3 and OLMo 2."""
 
 
 @checked
@@ -247,7 +247,7 @@ class ChatSettings:
     user: OneSlot = "Fill in the blank: {} ____"
     """The user's turn around a prompt; a prompt that ends with a question mark stands alone."""
     assistant: ChatTurn = "{}"
-    """How the assistant's turn begins: with the prompt, or empty. Empty behind a question."""
+    """How the assistant's turn begins: with the prompt, or empty. Empty after a question."""
     subject: Literal["user", "assistant"] = "user"
     """In which turn the subject's last token is edited, where it stands in both."""
     template: str = ""
@@ -275,7 +275,7 @@ class Recipe:
     folder: ClassVar[str] = "recipes"
 
     layers: Several[int] = ()
-    """Edited blocks, ascending from 0; z is optimised behind the last. Empty: five by depth."""
+    """Edited blocks, ascending from 0; z is optimised after the last. Empty: five by depth."""
     method: MethodSettings = field(default_factory=MethodSettings)
     """The solve."""
     null_space: NullSpaceSettings = field(default_factory=NullSpaceSettings)

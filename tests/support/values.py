@@ -13,7 +13,7 @@ SETTINGS = ValueSettings(steps=8, learning_rate=0.3, weight_decay=0.05, stop_mar
 
 
 def taken_up(model, tokenizer, columns):
-    """The model, with room for so many columns behind a kept prefix; None: as it is."""
+    """The model, with room for so many columns after a kept prefix; None: as it is."""
     whole = EditableModel(model, tokenizer)
     whole.columns = whole.columns if columns is None else columns
     return whole

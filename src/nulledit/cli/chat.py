@@ -74,7 +74,7 @@ def chat(call: Call) -> None:
 
 
 def _talk(call: Call, talk: Conversation) -> None:
-    """Prompts as they come, each behind those before it."""
+    """Prompts as they come, each after those before it."""
     for line in _typed():
         prompt = line.strip()
         if prompt == END:

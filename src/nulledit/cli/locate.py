@@ -144,5 +144,5 @@ def _check_out(folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"--out {folder}: is not empty; choose another folder")
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not os.access(there, os.W_OK):  # now, not behind minutes of tracing
+    if not os.access(there, os.W_OK):  # now, not after minutes of tracing
         raise ConfigError(f"--out {folder}: can't write in {there}; choose another folder")

@@ -198,7 +198,7 @@ def _members(text: str, at: int) -> Iterator[int]:
         name = None
         if not listed:
             name, at = decoder.raw_decode(text, at)
-            at = _skip(text, _skip(text, at) + 1)  # behind the colon
+            at = _skip(text, _skip(text, at) + 1)  # after the colon
         if name in LISTS and text[at] == "[":
             yield from _members(text, at)
             return

@@ -169,7 +169,7 @@ class BatchWriter:
         return tensors | {"z": stacked(values[one])}
 
     def _caused(self, values: Sequence[Value]) -> dict[int, Tensor]:
-        """Goals [d, n] by layer: the states that `values` behind the first one cause."""
+        """Goals [d, n] by layer: the states that `values` after the first one cause."""
         unedited = self.method.rewinds or self.method.apart
         with self.run.timed("keys"), self._unedited(unedited):
             walk = self._walk() if unedited else self.walk

@@ -3,7 +3,7 @@
 - states up to the first block with values are constant, so they are computed once; what the rows
   of a prefix context have in common, the context as a rule, is run once for all of them;
 - positions before the subject's last token never see δ, so of the blocks above only their
-  attention keys and values are kept; where a model can't be run behind these (recurrent blocks),
+  attention keys and values are kept; where a model can't be run after these (recurrent blocks),
   whole rows are run.
 """
 
@@ -133,8 +133,8 @@ class KeptRows:
         """
         inputs = [row.ids[: len(row.ids) - (len(row.target_ids) > 0)] for row in self.rows]
         ends = [row.subject_last for row in self.rows]
-        behind = max(len(ids) - end for ids, end in zip(inputs, ends, strict=True))
-        fits = max(ends) + behind <= self.model.columns
+        after = max(len(ids) - end for ids, end in zip(inputs, ends, strict=True))
+        fits = max(ends) + after <= self.model.columns
         self.begins = ends if fits else [0] * len(ends)  # row -> its first token that is run again
         self.lengths = [len(ids) - at for ids, at in zip(inputs, self.begins, strict=True)]
         shared = share_beginnings(

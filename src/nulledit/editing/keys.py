@@ -25,7 +25,7 @@ ACCELERATOR_POSITIONS = 8192
 
 @dataclass
 class _Chunk:
-    batch: Batch  # behind their stems; the mask is its own
+    batch: Batch  # after their stems; the mask is its own
     states: Tensor  # at the input of the block whose turn it is [rows, length, d]
     last: Tensor  # index of the subject's last token [rows]
     rows: Tensor  # place of each row in the whole walk [rows]
@@ -140,7 +140,7 @@ class LayerwiseForward:
     def hidden(self, layer: int) -> Tensor:
         """What stands now where values of `layer` do [d, n]: bare prompts, subject's last token.
 
-        The hidden state behind the block; where a norm stands between W and the stream, W's output.
+        The hidden state after the block; where a norm stands between W and the stream, W's output.
         """
         return self.standing(layer)[0]
 
@@ -164,7 +164,7 @@ class LayerwiseForward:
 
     @torch.no_grad()
     def caused(self, values: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
-        """States [d, n] behind each of `layers`, where `values` [d, n] stand behind the first.
+        """States [d, n] after each of `layers`, where `values` [d, n] stand after the first.
 
         Bare prompts, subject's last token; the model is as it is now.
         """
@@ -221,7 +221,7 @@ class LayerwiseForward:
             chunk.states = there
 
     def _step(self, chunk: _Chunk, front: Prefix) -> Tensor:
-        """The chunk's states behind the block whose turn it is."""
+        """The chunk's states after the block whose turn it is."""
         prefix = front.select(chunk.stem)
         return self.model.run(
             prefix.before(chunk.batch),
@@ -254,7 +254,7 @@ class WalksTogether:
         return torch.cat(hidden, dim=1), torch.cat(added, dim=1)
 
     def caused(self, values: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
-        """States [d, n] behind each of `layers`, where `values` [d, n] stand behind the first."""
+        """States [d, n] after each of `layers`, where `values` [d, n] stand after the first."""
         parts = values.split([walk.n for walk in self.walks], dim=1)
         found = [walk.caused(part, layers) for walk, part in zip(self.walks, parts, strict=True)]
         return {layer: torch.cat([part[layer] for part in found], dim=1) for layer in layers}

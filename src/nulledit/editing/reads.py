@@ -199,7 +199,7 @@ class Reads:
         return logits.float() if logits.dtype.itemsize < 4 else logits
 
     def _moved(self, deltas: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """States behind the last block with values, each row's δ added in all of these blocks.
+        """States after the last block with values, each row's δ added in all of these blocks.
 
         And, by block, what stands at the rows' subjects with it [rows, d].
         """

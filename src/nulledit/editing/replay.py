@@ -52,7 +52,7 @@ def replay(
                     facts,
                     run,
                     given=_Stored(source, part) if has_values else None,
-                    behind={f.key: replaces[f.key] for f in facts if f.key in replaces},
+                    replaced={f.key: replaces[f.key] for f in facts if f.key in replaces},
                 )
         done += len(mine)
 

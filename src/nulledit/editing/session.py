@@ -220,7 +220,7 @@ class EditSession:
                 kind=kind,
                 dropped=plan.dropped,
                 restored=plan.restored,
-                behind={c.fact.key: c for c in plan.remade},
+                replaced={c.fact.key: c for c in plan.remade},
             )
             return
         self.activate(kind, on=plan.restored, off=plan.dropped)
@@ -244,7 +244,7 @@ class EditSession:
         kind: str = "edit",
         dropped: Sequence[Column] = (),
         restored: Sequence[Column] = (),
-        behind: Mapping[tuple[str, str], Column] | None = None,
+        replaced: Mapping[tuple[str, str], Column] | None = None,
         given: KnownValues | None = None,
         values: ValueSettings | None = None,
     ) -> None:
@@ -252,7 +252,7 @@ class EditSession:
 
         An older answer to the same question leaves as well. Facts that share a key with a new one,
         or a value with one that leaves, are optimised again, so that one value says all of them.
-        `behind`: columns that new ones stand in for, by question, beside those that leave here.
+        `replaced`: columns that new ones stand in for, by question, beside those that leave here.
         `given`: values, where they are known; then no older fact may share a key with a new one.
         `values`: settings of their optimisation in the place of the recipe's.
         """
@@ -291,7 +291,7 @@ class EditSession:
             if self.weights.layers[0] < self.recipe.layers[0]:  # what walks came through
                 writer = self.writer(writer.facts, run, values)
         written = writer.write(staying, given)
-        stand_in = {**(behind or {}), **{c.fact.key: c for c in touched}}
+        stand_in = {**(replaced or {}), **{c.fact.key: c for c in touched}}
         if values:
             changed = differences(self.recipe.values, values)
             outcomes = [replace(outcome, settings=changed) for outcome in written.outcomes]

@@ -16,7 +16,7 @@ from nulledit.models.tokens import Batch, chunks_by_length
 
 
 class WeightLoss:
-    """Mean NLL of the facts' targets behind their bare prompts, and its gradient by W of one layer.
+    """Mean NLL of the facts' targets after their bare prompts, and its gradient by W of one layer.
 
     States at the block's input are computed once; each call runs the blocks from there on.
     """

@@ -38,9 +38,9 @@ def plan_undo(history: History, gone: Sequence[Column], near: Near) -> Plan:
     remade: list[Column] = []
     for group in by_group(dropped):
         back = [c for c in group if c.id not in out]
-        behind = answers_behind(history, [c for c in group if c.id in out])
-        back += behind
-        version = stored_version(history, facts_of(back), behind) if back else []
+        replaced = answers_replaced(history, [c for c in group if c.id in out])
+        back += replaced
+        version = stored_version(history, facts_of(back), replaced) if back else []
         if version is None or near(version, staying + restored):
             remade += back
         else:
@@ -116,15 +116,15 @@ def facts_of(columns: Iterable[Column]) -> list[Fact]:
 
 
 def stored_version(
-    history: History, facts: Sequence[Fact], behind: Sequence[Column] = ()
+    history: History, facts: Sequence[Fact], replaced: Sequence[Column] = ()
 ) -> list[Column] | None:
     """Inactive columns made together for exactly `facts`, newest first.
 
-    `behind`: answers that are to be these very columns or re-makings of them. The same answer given
-    once more later stands in for another one, and undoing it would lead in a circle.
+    `replaced`: answers that are to be these very columns or re-makings of them. The same answer
+    given once more later stands in for another one, and undoing it would lead in a circle.
     """
     by_id = {c.id: c for c in history.columns}
-    wanted = {(c.fact, _origin(c, by_id)) for c in behind}
+    wanted = {(c.fact, _origin(c, by_id)) for c in replaced}
     for columns in reversed(by_group(history.columns)):
         if {c.fact for c in columns} != set(facts) or any(map(history.is_active, columns)):
             continue
@@ -133,7 +133,7 @@ def stored_version(
     return None
 
 
-def answers_behind(history: History, columns: Sequence[Column]) -> list[Column]:
+def answers_replaced(history: History, columns: Sequence[Column]) -> list[Column]:
     """The older answers that `columns` stand in for, through all their re-makings."""
     by_id = {c.id: c for c in history.columns}
     found = []

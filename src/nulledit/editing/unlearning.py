@@ -2,7 +2,7 @@
 
 The subject's embeddings drown in noise of three times their spread, as in ROME's corrupted runs
 (arXiv:2202.05262, Section 2), and the distributions of the next token are averaged over some draws.
-What is left is what the wording alone suggests: behind "The capital of France is the city of" many
+What is left is what the wording alone suggests: after "The capital of France is the city of" many
 cities, none of them likely.
 
 To be near that is not enough: the nearness is of whole distributions, of which one token is a small
@@ -58,7 +58,7 @@ def lessons_of(
     """What to learn so that `fact` is forgotten: one lesson per training prompt and context.
 
     Each row ends with the answer's telling token ("Atlantic" in "the Atlantic Ocean"); what comes
-    behind it matters only if it is said.
+    after it matters only if it is said.
     """
     asked = [
         blinded(form, fact, prompt, context)
@@ -72,7 +72,7 @@ def lessons_of(
 def blinded(
     encoder: RowEncoder, fact: Fact, prompt: str, context: str = "{}"
 ) -> tuple[Row, tuple[int, ...]]:
-    """`prompt` with the fact's target behind it, and where in it the subject's tokens are."""
+    """`prompt` with the fact's target after it, and where in it the subject's tokens are."""
     asked = {"context": context, "target": fact.target}
     row = encoder.encode_template(prompt, fact.subject, **asked)
     return row, encoder.subject_tokens(prompt, fact.subject, **asked)

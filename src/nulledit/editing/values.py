@@ -1,6 +1,6 @@
 """The value z of a fact: the hidden state that makes the model say its target.
 
-z = h + δ at the subject's last token behind the last edited block, δ by gradient descent (ROME,
+z = h + δ at the subject's last token after the last edited block, δ by gradient descent (ROME,
 arXiv:2202.05262, Eq. 4; MEMIT, arXiv:2210.07229, Section 4.3). The published code runs the whole
 model, one fact at a time, and computes logits everywhere. Here, with the same result:
 
@@ -9,7 +9,7 @@ model, one fact at a time, and computes logits everywhere. Here, with the same r
 - facts run together, as many as fit; one that is done leaves, another one begins (`descent.py`).
 
 Where a norm stands between W and the stream, no hidden state can be written through it: there the
-value is of W's output, and the norm and the blocks above run behind it. W's output may have any
+value is of W's output, and the norm and the blocks above run after it. W's output may have any
 size, the norm takes it away; so δ is counted in units in which it is as long as the hidden state,
 and step size, clamp and decay mean what they mean elsewhere.
 """

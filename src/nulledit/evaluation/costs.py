@@ -67,7 +67,7 @@ SLACK = 1.2  # on what was timed once: the machine may have other work
 
 
 def value_layers(recipe: Recipe, *, normed: bool = False) -> tuple[int, ...]:
-    """Layers behind which values are optimised; `normed`: a norm follows W."""
+    """Layers after which values are optimised; `normed`: a norm follows W."""
     where = recipe.values.at
     each = where == "each" or (normed and where != "joint")
     one = recipe.layers[:1] if where in ("first", "joint") else recipe.layers[-1:]

@@ -35,14 +35,14 @@ class States:
     """Hidden states of one model at the last token of some texts."""
 
     by_layer: dict[int, Tensor]
-    """Block number -> states behind it [n, d], float64, before any final norm."""
+    """Block number -> states after it [n, d], float64, before any final norm."""
     texts: str
     """Hash of the texts' token ids: states of other texts are not compared."""
 
 
 @dataclass(frozen=True)
 class LayerDrift:
-    """How far the states behind one block moved from h to h′."""
+    """How far the states after one block moved from h to h′."""
 
     layer: int
     """Block number."""
@@ -135,7 +135,7 @@ def read_states(
     positions: int = 2048,
     progress: Progress | None = None,
 ) -> States:
-    """States at the last token of `rows` (token ids) behind each of `layers`.
+    """States at the last token of `rows` (token ids) after each of `layers`.
 
     Blocks above the highest layer are not run. `positions` bounds the tokens that run together;
     `progress` is told of texts done and in all. Raises ConfigError for a layer the model lacks.
@@ -218,7 +218,7 @@ def default_layers(editor: EditEngine) -> list[int]:
 
 
 def edited_token_norm(editor: EditEngine, facts: Sequence[Fact], *, positions: int = 2048) -> Rate:
-    """Mean ‖h‖ behind the last edited block at the subject's last token of each fact's prompt."""
+    """Mean ‖h‖ after the last edited block at the subject's last token of each fact's prompt."""
     rows = [
         editor.editable.encoder.encode_template(fact.prompt, fact.subject).upto_subject().ids
         for fact in facts

@@ -41,7 +41,7 @@ class Said:
     leaks: bool
     """Whether the answer stands in it as whole words, but within the subject's own name."""
     chance: float
-    """Probability of the answer's telling token behind the prompt and what of the answer comes
+    """Probability of the answer's telling token after the prompt and what of the answer comes
     before it, 0 to 1."""
 
 
@@ -58,9 +58,9 @@ class Recall:
     token: str
     """That token, without the space in front."""
     own: Said
-    """Behind the fact's own prompt."""
+    """After the fact's own prompt."""
     paraphrases: tuple[Said, ...]
-    """Behind its paraphrases."""
+    """After its paraphrases."""
     entropy: float | None
     """Mean generation entropy of the texts with their prompts, bits (`fluency`); None where all are
     too short."""
@@ -76,7 +76,7 @@ def recall_of(
 ) -> list[Recall]:
     """What the model, as it is now, still says of the facts' targets.
 
-    Greedy continuations of `tokens` tokens behind the own prompt and each paraphrase. For the model
+    Greedy continuations of `tokens` tokens after the own prompt and each paraphrase. For the model
     before its edits, call this inside `with editor.base_weights():`. `before`: what was found of
     the same facts earlier, to read the same tokens again: a model that has forgotten can't show
     which of them tells the answer. `progress` is told of texts done and texts in all. FactError for
@@ -124,7 +124,7 @@ def doubts(recalls: Sequence[Recall]) -> list[str]:
 
 
 def summary(recalls: Sequence[Recall]) -> dict[str, Any]:
-    """Rates over facts as plain data: leaks behind own prompts and paraphrases, chance, entropy.
+    """Rates over facts as plain data: leaks after own prompts and paraphrases, chance, entropy.
 
     A fact's share of paraphrases counts once; None where no fact has the measure.
     """
@@ -143,7 +143,7 @@ def find_answer(model: EditableModel, subject: str, prompt: str) -> str:
     """What the model, as it is now, answers to `prompt` about `subject`.
 
     `prompt` is a template with one slot. Of the greedy continuation, the words up to the one that
-    gains most by knowing the subject, and what goes on its name or its number behind it: "the
+    gains most by knowing the subject, and what goes on its name or its number after it: "the
     Atlantic Ocean" of "the Atlantic Ocean which lies between". FactError where the model says no
     word.
     """

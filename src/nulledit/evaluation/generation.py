@@ -262,7 +262,7 @@ def _continue(
     draw: LogitsProcessor | None = None,
     watch: Watch | None = None,
 ) -> list[list[int]]:
-    """The ids that the model puts behind each row: the likeliest ones, or those that `draw` leaves.
+    """The ids that the model puts after each row: the likeliest ones, or those that `draw` leaves.
 
     At most `new_tokens` a row; all of them without `stops`. `watch`, of one row alone, is given its
     new ids after every token.

@@ -44,7 +44,7 @@ class Query:
     kind: Kind
     """efficacy: the fact's own prompt; generalization: a paraphrase; specificity: a neighbour;
     portability: what follows from the fact; other_relations: what else is true of its subject;
-    distracted: behind another text; forgotten: the own
+    distracted: after another text; forgotten: the own
     prompt, or the paraphrases, of a fact to forget."""
     prompt: str
     """Full text, no slot."""
@@ -57,7 +57,7 @@ class Query:
 
     @property
     def said(self) -> tuple[str, ...]:
-        """Every text that is put behind the prompt to score this query."""
+        """Every text that is put after the prompt to score this query."""
         return (self.answer, *self.aliases, *([] if self.other is None else [self.other]))
 
     @property
@@ -81,9 +81,9 @@ def queries_of(
     Of a fact to forget, the answer that should be gone is asked for, on the fact's own prompt and
     on its paraphrases, and neighbours' answers stand against nothing.
 
-    `distract` asks again behind a text: the fact's own prompt behind one of `texts` (by default
+    `distract` asks again after a text: the fact's own prompt after one of `texts` (by default
     sentences of the text that comes with the package) that has nothing to do with it, and its
-    neighbours' behind the edited statement, as CounterFact+ (arXiv:2305.17553) does. Facts to
+    neighbours' after the edited statement, as CounterFact+ (arXiv:2305.17553) does. Facts to
     forget have no statement, so they are not asked again.
     """
     prompt = fact.render(fact.prompt)

@@ -187,7 +187,7 @@ def evaluate(
     of the windows, and what is kept at other relations of the facts' subjects. `gates` that the
     model has (`gates_of`) are watched on the windows. `judge` says
     whether an answer says the target or an alias; by default whether it contains it and does not
-    loop. `distract` asks again behind other texts (`queries_of`). With `fluency`, or `references`
+    loop. `distract` asks again after other texts (`queries_of`). With `fluency`, or `references`
     for consistency, the model writes longer texts, drawn by `seed` (`write_texts`). For the model
     before its edits, call this inside `with editor.base_weights():`. `progress` is told the stage
     ("scores", "answers", "texts", "perplexity"), what is done and what there is in all. Raises

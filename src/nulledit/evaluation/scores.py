@@ -21,7 +21,7 @@ from nulledit.models.tokens import Row, RowEncoder, chunks_by_length
 
 LOGIT_POSITIONS = 512  # positions whose logits are held at once: 100 MB of float32 for 49,152 ids
 MEASURES = tuple(kind + suffix for kind in KINDS for suffix in ("", "_strict", "_tokens"))
-"""Of every evaluation; those of other kinds of queries come behind, where there are any."""
+"""Of every evaluation; those of other kinds of queries come after, where there are any."""
 
 
 @dataclass(frozen=True)

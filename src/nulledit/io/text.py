@@ -10,7 +10,7 @@ _NAMED = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
 # Joiners that Indic scripts, Persian and emoji need; other format characters can reorder a line.
 _HARMLESS = "\u200c\u200d"
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~&!$]|:(?=//)|(?<=www)\.)", re.IGNORECASE)
-# Absolute, and more than a word behind a slash: /no_think is no path. One alone may have spaces.
+# Absolute, and more than a word after a slash: /no_think is no path. One alone may have spaces.
 _WHOLE_PATH = re.compile(r"(?:~|[A-Za-z]:)?(?:[\\/][^\\/\n]+){2,}[\\/]?")
 _PATH = re.compile(
     r"(?<![\w.:/\\<>-])(?:~|[A-Za-z]:)?(?:[\\/][^\s\\/'\"`,;:()]+)+[\\/]([^\s\\/'\"`,;:()]+)[\\/]?"

@@ -209,7 +209,7 @@ class Place:
     begin: int
     """Offset of its first byte in the file."""
     end: int
-    """Offset behind its last byte."""
+    """Offset after its last byte."""
 
 
 def read_header(file: Path) -> tuple[dict[str, Place], int]:

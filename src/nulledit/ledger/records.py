@@ -176,7 +176,7 @@ class Column:
     """How the value was reached."""
     replaces: int = 0
     """The column that this one stands in for: an older answer to the same question, or the same
-    fact's before it was optimised again; else 0. Undoing it brings an answer behind it back."""
+    fact's before it was optimised again; else 0. Undoing it brings an older answer back."""
     part: int = 0
     """Number of the chunk that a long target was cut into, from 0; one column holds each."""
 

@@ -116,7 +116,7 @@ class ChatForm:
         return between if between.strip() == end else f"\n{end}\n\n"
 
     def _between(self, messages: list[dict[str, str]], begun: str) -> str:
-        """What the template writes behind `begun` and in front of an assistant's text."""
+        """What the template writes after `begun` and in front of an assistant's text."""
         spoken = [*messages, {"role": "assistant", "content": _PROBE}]
         try:
             text = self._said(spoken, answering=False)
@@ -127,7 +127,7 @@ class ChatForm:
         return text[len(begun) : text.index(_PROBE)]
 
     def frame(self, prompt: str, *, context: str = "{}") -> Framed:
-        """`prompt`, behind what stands before the slot of `context`, as the user's turn.
+        """`prompt`, after what stands before the slot of `context`, as the user's turn.
 
         A prompt that ends with a question mark is asked as it is and answered from the beginning of
         the assistant's turn. ModelError if the template changes the text.
@@ -164,7 +164,7 @@ class ChatForm:
 
     @cached_property
     def end(self) -> str:
-        """What the template writes behind an assistant's text; empty where it can't be told."""
+        """What the template writes after an assistant's text; empty where it can't be told."""
         try:
             text = self._said(
                 [_user("x"), {"role": "assistant", "content": _PROBE}], answering=False
@@ -209,7 +209,7 @@ class ChatForm:
         return [_system("")], ""
 
     def _frame(self, messages: list[dict[str, str]]) -> tuple[str, str]:
-        """What stands before and behind the probe in `messages`."""
+        """What stands before and after the probe in `messages`."""
         try:
             parts = self._rendered(messages).split(_PROBE)
         except TemplateError as error:

@@ -20,7 +20,7 @@ def states_of(output: Any) -> Any:
 
 @contextmanager
 def hooked(module: nn.Module, hook: Any, *, before: bool = False) -> Iterator[None]:
-    """`hook` is called behind `module`, or `before` it with its keyword arguments, inside."""
+    """`hook` is called after `module`, or `before` it with its keyword arguments, inside."""
     handle = (
         module.register_forward_pre_hook(hook, with_kwargs=True)
         if before

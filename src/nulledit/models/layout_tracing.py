@@ -24,7 +24,7 @@ from nulledit.models.placement import brought_in, input_device
 
 SIZES = (1024.0, -512.0)
 """Of what is added to W's output: far above its own, so that a two-byte dtype's rounding of the
-stream does not hide it, and within float16; two, since behind a norm the change is not twice."""
+stream does not hide it, and within float16; two, since after a norm the change is not twice."""
 MISSED = 0.01  # share of a change that its explanation may miss, beside the rounding
 HOW_TO = 'if it is there, name it in the recipe: "layout: {blocks: ..., mlp_out: ...}"'
 
@@ -257,11 +257,11 @@ def probe(model: PreTrainedModel) -> Layout:
 
 
 def _check_causal(kind: str, ends: Tensor) -> None:
-    """ModelError if states [2, d] of one token with different tokens behind it differ."""
+    """ModelError if states [2, d] of one token with different tokens after it differ."""
     rounding = min(0.01, 16 * torch.finfo(ends.dtype).eps)
     if float((ends[0] - ends[1]).norm()) > rounding * float(ends[0].norm()):
         raise ModelError(
-            f"{kind} and is no decoder: what it makes of a token depends on the token behind it "
+            f"{kind} and is no decoder: what it makes of a token depends on the token after it "
             "(encoder-only); expected a decoder-only language model"
         )
 

@@ -91,12 +91,12 @@ class Prefix:
     """Attention keys and values of a batch of prefixes in the blocks of a span.
 
     Each row's tokens stand at its end and its padding in front, so that nothing stands between them
-    and what is run behind them: windows and biases of many families count columns.
+    and what is run after them: windows and biases of many families count columns.
     """
 
     def __init__(self, entries: Sequence[tuple[Tensor, Tensor] | None], mask: Tensor):
         """`entries`: per block, or None where not recorded; `mask` [rows, length]."""
-        if padded_behind(mask):
+        if padded_after(mask):
             order = mask.argsort(dim=1, stable=True)
             entries = [e and (_in_order(e[0], order), _in_order(e[1], order)) for e in entries]
             mask = mask.gather(1, order)
@@ -111,7 +111,7 @@ class Prefix:
         return Prefix(kept, self.mask[rows])
 
     def then(self, other: Prefix) -> Prefix:
-        """The prefixes with `other` behind them, in the blocks that `other` was recorded in."""
+        """The prefixes with `other` after them, in the blocks that `other` was recorded in."""
         if other.mask.shape[1] == 0:
             return self
         joined = [
@@ -121,7 +121,7 @@ class Prefix:
         return Prefix(joined, torch.cat([self.mask, other.mask], dim=1))
 
     def before(self, batch: Batch) -> Batch:
-        """`batch` with the prefixes in its mask, for a run behind them."""
+        """`batch` with the prefixes in its mask, for a run after them."""
         return replace(batch, mask=torch.cat([self.mask, batch.mask], dim=1))
 
     def cache(self, *, recording: bool = False) -> Cache:
@@ -223,7 +223,7 @@ class PartialModel:
         last: int | None = None,
         prefix: Prefix | None = None,
     ) -> Tensor:
-        """Hidden states [rows, length, d] behind block `last`, before any final norm.
+        """Hidden states [rows, length, d] after block `last`, before any final norm.
 
         From the ids of `batch`, or from `states` at the input of block `first`. With `prefix`, its
         keys and values stand in front and `batch.mask` covers prefix and rows. `last=-1` gives the
@@ -239,7 +239,7 @@ class PartialModel:
         first: int = 0,
         prefix: Prefix | None = None,
     ) -> Tensor:
-        """As `run` up to the last block, behind the model's final norm: ready for `logits`."""
+        """As `run` up to the last block, after the model's final norm: ready for `logits`."""
         return self._forward(batch, states, first, self.depth - 1, _shown(prefix))[1]
 
     @property
@@ -247,7 +247,7 @@ class PartialModel:
         """Whether a norm stands between W and the stream.
 
         No residual of hidden states can be written through it; values are of W's own output then,
-        each layer's its own, and what the block does with that output comes behind.
+        each layer's its own, and what the block does with that output comes after.
         """
         return self.layout.output == "normed"
 
@@ -264,7 +264,7 @@ class PartialModel:
         first: int = 0,
         prefix: Prefix | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Hidden states behind block `layer`, and where its values stand [rows, length, d] each.
+        """Hidden states after block `layer`, and where its values stand [rows, length, d] each.
 
         Values stand in the hidden states themselves, or, where a norm follows W, in what the norm
         is given: W's output, and what some families add to it.
@@ -372,8 +372,8 @@ class PartialModel:
                     f"a text has a piece of number {highest}, but the model embeds "
                     f"{self.vocabulary} pieces only: give the model's own tokenizer"
                 )
-        behind = (batch.mask.flip(1).cumsum(1).flip(1) == 0).to(batch.mask)
-        mask = batch.mask | behind  # no token sees these; where they see nothing, some models' nan
+        after = (batch.mask.flip(1).cumsum(1).flip(1) == 0).to(batch.mask)
+        mask = batch.mask | after  # no token sees these; where they see nothing, some models' nan
         with self._span(first, last, states, found):
             source = (
                 {"input_ids": batch.ids}
@@ -395,7 +395,7 @@ class PartialModel:
     def _span(
         self, first: int, last: int, states: Tensor | None, found: list[Tensor]
     ) -> Iterator[None]:
-        """Only blocks `first` to `last` work inside; `found` gets the states behind `last`."""
+        """Only blocks `first` to `last` work inside; `found` gets the states after `last`."""
         with ExitStack() as stack:
             for i, block in enumerate(self.blocks):
                 if i > last or (i < first and not self.from_below):
@@ -417,8 +417,8 @@ def _agrees(found: str | None, declared: str) -> bool:
     return found == declared or (found == "plain" and declared == "scaled")
 
 
-def padded_behind(mask: Tensor) -> bool:
-    """Whether padding stands behind a token in any row of `mask`."""
+def padded_after(mask: Tensor) -> bool:
+    """Whether padding stands after a token in any row of `mask`."""
     return bool((mask.diff(dim=1) < 0).any())
 
 

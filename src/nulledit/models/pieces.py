@@ -31,11 +31,11 @@ class Pieces:
                 return covering[-1]
         return -1
 
-    def first_behind(self, end: int) -> int:
+    def first_after(self, end: int) -> int:
         """The first token that reaches past `end`; -1 if none does."""
         return next((i for i, (a, b) in enumerate(self.spans) if b > end and a < b), -1)
 
-    def behind(self, count: int) -> Pieces:
+    def after(self, count: int) -> Pieces:
         """Without the first `count` tokens."""
         unknown = {i - count for i in self.unknown if i >= count}
         return Pieces(self.ids[count:], self.spans[count:], unknown)

@@ -27,7 +27,7 @@ class Row:
     """One tokenised text."""
 
     ids: tuple[int, ...]
-    """Token ids, special tokens in front included, none behind."""
+    """Token ids, special tokens in front included, none after."""
     subject_last: int = -1
     """Index of the token that holds the subject's last character; -1 if no subject was given."""
     target_start: int = -1
@@ -39,7 +39,7 @@ class Row:
         return self.ids[self.target_start :] if self.target_start >= 0 else ()
 
     def upto_subject(self) -> Row:
-        """The row cut behind the subject's last token."""
+        """The row cut after the subject's last token."""
         return replace(self, ids=self.ids[: self.subject_last + 1], target_start=-1)
 
 
@@ -123,7 +123,7 @@ class RowEncoder:
         return self._with(None, self.room, chat) if settings.plain else chat
 
     def leaving(self, tokens: int) -> RowEncoder:
-        """The same for texts that leave room for so many tokens behind them."""
+        """The same for texts that leave room for so many tokens after them."""
         return self._with(self.chat, tokens, self.beside and self.beside.leaving(tokens))
 
     def _with(
@@ -236,7 +236,7 @@ class RowEncoder:
             if subject_last < 0:
                 raise FactError(f"the subject is in no token of {text!r}")
         if target is not None:
-            target_start = pieces.first_behind(len(text))
+            target_start = pieces.first_after(len(text))
             if target_start < 0:
                 raise FactError(f"the target {target!r} of {text!r} has no tokens")
             if target_start == 0:
@@ -274,11 +274,11 @@ class RowEncoder:
             # A lead that is dropped, as newlines are by some, leaves its mark to what follows.
             kept = count > 0 and all(b <= len(lead) for _, b in pieces.spans[:count])
             if kept and all(a >= len(lead) for a, _ in pieces.spans[count:]):
-                return pieces.behind(count)
+                return pieces.after(count)
         return self._pieces(text, special=False)
 
     def _pieces(self, text: str, *, special: bool | None = None) -> Pieces:
-        """`text` without an end-of-text token behind it.
+        """`text` without an end-of-text token after it.
 
         `special`: whether the tokenizer adds its special tokens; left out, where no chat template
         has written them.
@@ -376,7 +376,7 @@ class Shared:
     cuts: list[int]
     """Length of each row's stem."""
     rests: Batch
-    """What comes behind; its mask is the rests' own, its positions count the stem."""
+    """What comes after; its mask is the rests' own, its positions count the stem."""
 
 
 def share_beginnings(
@@ -388,7 +388,7 @@ def share_beginnings(
     pad_id: int,
     device: torch.device,
 ) -> Shared:
-    """Cut `rows` of ids behind the longest beginning that all rows of a label have in common.
+    """Cut `rows` of ids after the longest beginning that all rows of a label have in common.
 
     `limits`: what a row's stem may hold at most; fewer tokens than the row has. `columns`: what the
     longest stem and the longest rest may have together (`PartialModel.columns`); nothing is cut off
@@ -409,12 +409,12 @@ def share_beginnings(
     rests = [row[cut:] for row, cut in zip(rows, cuts, strict=True)]
     if max(cuts) + max(map(len, rests)) > columns:
         stems, cuts, rests = [() for _ in stems], [0] * len(rows), list(rows)
-    behind = collate(rests, pad_id=pad_id, device=device)
+    after = collate(rests, pad_id=pad_id, device=device)
     return Shared(
         collate(stems, pad_id=pad_id, device=device),
         torch.tensor(stem, device=device),
         cuts,
-        replace(behind, positions=behind.positions + torch.tensor(cuts, device=device)[:, None]),
+        replace(after, positions=after.positions + torch.tensor(cuts, device=device)[:, None]),
     )
 
 

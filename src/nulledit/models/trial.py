@@ -1,7 +1,7 @@
 """What values and keys rely on, tried on a model when it is taken up.
 
 Two short rows of unequal length go through the model alone and whole; then each block is given what
-it was given there, as keys and values run it: in one batch, and behind kept beginnings. A family
+it was given there, as keys and values run it: in one batch, and after kept beginnings. A family
 that can't be run so is far off on a few tokens, and rounding is not. Nothing here knows a family's
 name.
 """
@@ -38,7 +38,7 @@ class Spans:
     """How spans of a model's blocks can be run."""
 
     prefixes: bool
-    """Behind kept prefixes."""
+    """After kept prefixes."""
     from_below: bool
     """As `PartialModel.from_below`."""
 
@@ -94,14 +94,14 @@ class _Trial:
             )
             return Spans(prefixes=False, from_below=True)
         try:
-            missed = self._behind(rows)
+            missed = self._after(rows)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             missed = _said(error)
         if missed:
             logger.warning(
-                "%s can't be run behind kept beginnings of rows (%s): every row is run from its "
+                "%s can't be run after kept beginnings of rows (%s): every row is run from its "
                 "start, which takes longer",
                 self.kind,
                 missed,
@@ -168,8 +168,8 @@ class _Trial:
         return ""
 
     @torch.no_grad()
-    def _behind(self, rows: list[_Alone]) -> str:
-        """What is wrong with the blocks behind kept beginnings of unequal length."""
+    def _after(self, rows: list[_Alone]) -> str:
+        """What is wrong with the blocks after kept beginnings of unequal length."""
         model, ids = self.model, [row.ids for row in rows]
         shared = share_beginnings(
             ids,
@@ -197,7 +197,7 @@ class _Trial:
             )
             missed = _missed(found, [states[cut:] for states, cut in zip(made, cuts, strict=True)])
             if missed:
-                return f"states behind block {i} are off by {missed:.1%}"
+                return f"states after block {i} are off by {missed:.1%}"
         return ""
 
 
@@ -220,14 +220,14 @@ def _alone(model: PartialModel, row: list[int]) -> _Alone:
         states = args[0] if args else kwargs["hidden_states"]
         given.append(states[0].clone())  # some families write into what they are given
 
-    def behind(_module: Any, _args: Any, output: Any) -> None:
+    def after(_module: Any, _args: Any, output: Any) -> None:
         made.append(states_of(output)[0])
 
     ids = torch.tensor([row], device=model.device)
     with ExitStack() as stack:
         for block in model.blocks:
             stack.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
-            stack.callback(block.register_forward_hook(behind).remove)
+            stack.callback(block.register_forward_hook(after).remove)
         output = model.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     return _Alone(row, given, made, output.logits[0])
 

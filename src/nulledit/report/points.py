@@ -1,4 +1,4 @@
-"""The tidy rows behind a figure, and their CSV."""
+"""The tidy rows of a figure, and their CSV."""
 
 from __future__ import annotations
 

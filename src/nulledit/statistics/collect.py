@@ -52,7 +52,7 @@ def collect(
     progress: Progress | None = None,
     inputs: bool = False,
 ) -> Statistics:
-    """Second moments of the keys of all `layers` in one pass that stops behind the highest.
+    """Second moments of the keys of all `layers` in one pass that stops after the highest.
 
     `inputs`: of the MLPs' inputs instead, each with a 1 at its end, so that their mean is known,
     too; position 0 is left out. Gated edits need them.

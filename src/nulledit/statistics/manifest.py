@@ -71,7 +71,7 @@ class Manifest:
     mlp_out: Plain = ""
     """Path of W in a block, where a recipe's layout named it; keys of another W are others."""
     inputs: bool = False
-    """Whether they are of the inputs of MLPs with a 1 behind them, for gated edits, and not of
+    """Whether they are of the inputs of MLPs with a 1 after them, for gated edits, and not of
     keys."""
     sources: Several[Source] = ()
     """What was added up, where statistics of several corpora were; `corpus` names them all."""

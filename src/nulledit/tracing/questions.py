@@ -26,9 +26,9 @@ class Question:
     first: int
     """Index of the subject's first token."""
     last: int
-    """Index of the subject's last token; the prompt goes on behind it."""
+    """Index of the subject's last token; the prompt goes on after it."""
     answer: int
-    """Id of the answer's first token, the likeliest one behind the prompt."""
+    """Id of the answer's first token, the likeliest one after the prompt."""
     text: str
     """The answer, or that token where the fact names none."""
     given: bool
@@ -121,7 +121,7 @@ def _question(encoder: RowEncoder, fact: Fact, answer: str | None) -> Question:
 
 @torch.no_grad()
 def _likeliest(model: EditableModel, questions: Sequence[Question], positions: int) -> list[int]:
-    """The likeliest token behind each prompt."""
+    """The likeliest token after each prompt."""
     found: dict[int, int] = {}
     for chunk in chunks_by_length([len(q.ids) for q in questions], positions):
         batch = model.collate([questions[i].ids for i in chunk])

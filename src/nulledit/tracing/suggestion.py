@@ -43,7 +43,7 @@ class Suggestion:
     high: int
     """Upper end."""
     facts: int
-    """Number of facts behind it."""
+    """Number of facts that it rests on."""
 
     @property
     def recipe_line(self) -> str:

@@ -2,7 +2,7 @@
 
 Three kinds of runs on one prompt. Clean: as it is. Corrupted: Gaussian noise on the embeddings of
 the subject's tokens, so that the answer's probability falls. Restored: corrupted, but with the
-state behind one block at one token, or the MLP's output in a window of blocks at one token
+state after one block at one token, or the MLP's output in a window of blocks at one token
 (Appendix B), put back from the clean run. What comes back of the probability is the indirect
 effect.
 
@@ -12,7 +12,7 @@ The published code runs the whole model for each restoration. Here, with the sam
   outputs and attention keys and values are kept;
 - a restoration at a token changes nothing before it, so only the positions from there on are run,
   with the corrupted run's kept keys and values in front (all positions, where a model can't be run
-  behind these);
+  after these);
 - nor anything below its block: the restorations of a token, of all layers, kinds and draws, form
   one batch that is taken up block by block, each joining where it differs first.
 """
@@ -41,7 +41,7 @@ from nulledit.models.tokens import Batch
 from nulledit.tracing.questions import Question
 
 KINDS = ("state", "mlp")
-"""What is put back: the hidden state behind a block, or MLP outputs in a window of blocks."""
+"""What is put back: the hidden state after a block, or MLP outputs in a window of blocks."""
 PLACES = ("subject, first", "subject, middle", "subject, last", "prompt, last")
 """Tokens that effects are reported for. A subject of one token has only a last one, one of two has
 no middle; several tokens in the middle count with their mean."""
@@ -192,7 +192,7 @@ class _Runs:
         for row, token in enumerate(tokens):
             for item, found in self._restored(token):
                 effects[item.kind][row, item.layer] = found - self.corrupted
-            # Behind the last block nothing moves between tokens any more: its state is the answer's
+            # After the last block nothing moves between tokens any more: its state is the answer's
             # where it predicts it, and nothing elsewhere.
             whole = self.clean - self.corrupted if token == tokens[-1] else 0.0
             effects["state"][row, depth - 1] = whole
@@ -260,7 +260,7 @@ class _Runs:
         return 0 if self.kept is None else token
 
     def _front(self, block: int, begin: int, joined: int) -> tuple[Prefix, Batch]:
-        """What stands before `begin` in the corrupted runs, seen by `block`; rows behind it."""
+        """What stands before `begin` in the corrupted runs, seen by `block`; rows after it."""
         draws = self.settings.draws
         device = self.batch.ids.device
         rows = torch.arange(1, draws + 1, device=device).repeat(joined)
@@ -275,7 +275,7 @@ class _Runs:
         return prefix, batch
 
     def _answers(self, normed: Tensor) -> Tensor:
-        """Probability of the answer's token [rows] behind normed states [rows, d], float64."""
+        """Probability of the answer's token [rows] after normed states [rows, d], float64."""
         logits = self.model.logits(normed)
         logits = logits.float() if logits.dtype.itemsize < 4 else logits
         return logits.softmax(-1)[:, self.question.answer].double().cpu()
@@ -305,9 +305,9 @@ class _Runs:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Collect states behind each block, and W's outputs in the clean row."""
+        """Collect states after each block, and W's outputs in the clean row."""
 
-        def behind(_module: nn.Module, _args: Any, output: Any) -> None:
+        def after(_module: nn.Module, _args: Any, output: Any) -> None:
             self.states.append(states_of(output))
 
         def written(_module: nn.Module, _args: Any, output: Tensor) -> None:
@@ -316,7 +316,7 @@ class _Runs:
 
         with ExitStack() as stack:
             for i, block in enumerate(self.model.blocks):
-                stack.callback(block.register_forward_hook(behind).remove)
+                stack.callback(block.register_forward_hook(after).remove)
                 stack.callback(self.model.mlp_out(i).register_forward_hook(written).remove)
             yield
 
