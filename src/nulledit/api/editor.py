@@ -51,7 +51,7 @@ class Editor(EditEngine):
 
         `target`: a text whose probability per token is asked for as well. `chat`: asked in the chat
         template (True, or its settings) or as plain text (False); left out, as facts are edited.
-        `heard` is told a side (`edited`, then `base`) and its answer so far, after every token.
+        `heard` receives a side (`edited`, then `base`) and its answer so far, after every token.
         """
         settings = self.recipe.chat if chat is None else chat
         if isinstance(settings, bool):

@@ -174,7 +174,7 @@ class Run:
         `old_answers`: take what the base says as the old answer of facts that name none. `text`: a
         file for perplexity, KL and preservation, by default the one that comes with nulledit. With
         `limits` all is kept at the end, or, where one is broken, nothing (Refused); `tasks`: their
-        folder. `tracker` is told numbers of each batch (`track.Batches`) and of the result
+        folder. `tracker` receives numbers of each batch (`track.Batches`) and of the result
         (`track.numbers_of`). Whatever ends it early, finished batches stay, and one more call goes
         on. Of several ranks, rank 0 keeps the run; the others take part in its edits, and get None.
         """

@@ -47,7 +47,7 @@ class Batches:
     def __init__(
         self, editor: EditEngine, tracker: Tracker, text: Text | None, progress: Progress | None
     ):
-        """`progress`: who else is told."""
+        """`progress`: who else receives it."""
         self.editor, self.tracker, self.progress = editor, tracker, progress
         self.windows = text.windows if text else None
         self._told, self._base = len(editor.history.batches), None
@@ -85,7 +85,7 @@ class Batches:
 def batches_told(
     editor: EditEngine, told: Told | None, progress: Progress | None
 ) -> Iterator[Progress | None]:
-    """Progress for an edit inside, after each batch of which a tracker is told, if there is one."""
+    """Progress for an edit inside, after each batch for a tracker, if there is one."""
     if told is None:
         yield progress
         return

@@ -1,4 +1,4 @@
-"""Facts in the prompt: the unedited model is told the facts, then asked about them.
+"""Facts in the prompt: the unedited model reads the facts, then is asked about them.
 
 In-context editing as in RippleEdits (arXiv:2307.12976, "Imagine that ..."). No weight changes;
 each question pays for the tokens in front of it, and the model's context bounds how many facts

@@ -73,7 +73,7 @@ class Trained(Generic[Settings]):
     """
 
     name: ClassVar[str]
-    """What progress is told."""
+    """What progress receives."""
     ends: ClassVar[bool] = False
     """Whether a target's text ends there: the end token is trained after it."""
 
@@ -96,7 +96,7 @@ class Trained(Generic[Settings]):
 
         Adam on the mean loss over a batch's facts; a fact's loss is the mean over its rows (each
         training prompt in each context) of the mean over its target's tokens. Earlier batches are
-        not seen again. `progress` is told the baseline's name, passes done and passes at most.
+        not seen again. `progress` receives the baseline's name, passes done and passes at most.
         Raises FactError for a prompt longer than the model's context, ModelError for a loss that
         is not finite.
         """

@@ -61,9 +61,9 @@ def check(call: Call) -> None:
     """Read FILE as `nulledit edit` would, and say what is in it. Exit code 2 if it is bad.
 
     YAML, JSON, JSON lines or CSV of nulledit's own records, or of another project's
-    (docs/facts.md), told apart by content. All errors are told at once, each with its line and id;
-    --skip-bad leaves bad records out. Repeated records are dropped with a notice; contradictions
-    are refused unless --on-conflict decides.
+    (docs/facts.md), told apart by content. Every error is reported with its line and id; --skip-bad
+    leaves bad records out. Repeated records are dropped with a notice; contradictions are refused
+    unless --on-conflict decides.
 
     With --model: how many tokens each target has, what the model says to each prompt by itself,
     old answers that are not what it says, targets that begin with a lone space piece, and facts

@@ -92,7 +92,7 @@ def make(call: Call) -> None:
     meet_early(call.device)
     from nulledit.config import StatisticsSettings
 
-    null_space(call.null_space)  # a wrong rule is told now, not when hours are spent
+    null_space(call.null_space)  # a wrong rule is reported now, not when hours are spent
     if call.keys and call.inputs and call.compact:
         raise ConfigError(
             "--compact is a file of one kind: leave out --keys or --inputs here, and make the "

@@ -1,4 +1,4 @@
-"""What a call gathers on its way, and who is told of its progress."""
+"""What a call gathers on its way, and who receives its progress."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ def usual_length(
 ) -> float:
     """Mean ‖v*‖ of the sample in `model`, which has no edits now; it is kept in `record`.
 
-    `first`: the first edited block. `counter` is asked for what is told of facts done.
+    `first`: the first edited block. `counter` makes the callback that counts facts done.
     """
     facts = usable(model.encoder)
     mine = facts[ranks.rank :: ranks.size]

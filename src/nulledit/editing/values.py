@@ -73,7 +73,7 @@ def optimise_values(
     are templates with one slot, the bare "{}" first. `positions` bounds how many token positions
     run through the upper blocks together, and rows of `KEPT` times as many are held ready; on an
     accelerator it halves itself when memory runs out.
-    `done` is told of values as they come, whole groups, by place in `facts`.
+    `done` receives values as they come, whole groups, by place in `facts`.
     """
     return _by_chunks(
         model,

@@ -60,7 +60,7 @@ def ask(
     """Ask `prompt` of the base and the edited model of `editor`, which is as before afterwards.
 
     `max_tokens`: of the longest answer. `target`: a text whose probability is asked for. `model`:
-    the editor's, asked in another form than facts are edited in. `heard` is told after every token.
+    the editor's, asked in another form than facts are edited in. `heard` is called at each token.
     """
     model = model or editor.editable
 

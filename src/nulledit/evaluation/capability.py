@@ -107,7 +107,7 @@ def capability(
     an item share one run up to where they differ. `shots`: so many items of each task, its first,
     are shown with their answers in front of the others and not asked. A prompt too long for the
     model loses examples first, then the beginning of its passage. `positions` bounds the tokens
-    that run together; `seed` is the bootstrap's; `progress` is told of answers done and in all.
+    that run together; `seed` is the bootstrap's; `progress` receives answers done and in all.
     """
     check_whole("seed", seed)
     asked, examples = _split(items, shots)

@@ -19,7 +19,7 @@ MOST_TOKENS = 200
 LEAST_TOKENS = 16
 """That the model's context must have left for one; it may have room for fewer than asked for."""
 MOST_FACTS = 5
-"""Whose targets' probabilities are told of one prompt."""
+"""Whose targets' probabilities are reported of one prompt."""
 
 Tell = Callable[[str, str], None]
 """Side ("base" or "edited"), and a piece of what it says."""

@@ -138,7 +138,7 @@ def read_states(
     """States at the last token of `rows` (token ids) after each of `layers`.
 
     Blocks above the highest layer are not run. `positions` bounds the tokens that run together;
-    `progress` is told of texts done and in all. Raises ConfigError for a layer the model lacks.
+    `progress` receives texts done and in all. Raises ConfigError for a layer the model lacks.
     """
     if not rows or not all(rows):
         raise FactError("hidden states need one or more texts, each of one or more tokens")

@@ -79,7 +79,7 @@ def recall_of(
     Greedy continuations of `tokens` tokens after the own prompt and each paraphrase. For the model
     before its edits, call this inside `with editor.base_weights():`. `before`: what was found of
     the same facts earlier, to read the same tokens again: a model that has forgotten can't show
-    which of them tells the answer. `progress` is told of texts done and texts in all. FactError for
+    which of them tells the answer. `progress` receives texts done and texts in all. FactError for
     a prompt that leaves no room in the model's context.
     """
     places = [r.place for r in before] if before else [_telling(model, fact) for fact in facts]

@@ -57,7 +57,7 @@ def generate_answers(
     """The greedy continuation of each prompt, without the prompt, up to its first newline.
 
     With `first_line=False` it goes on over newlines. `max_new_tokens` may be given for each prompt.
-    `heard`, of one prompt alone, is told the answer so far after every token.
+    `heard`, of one prompt alone, receives the answer so far after every token.
 
     Prompts run in batches of like length, padded on the left under a mask; the tokenizer's settings
     are not touched. Sampling settings and penalties that the checkpoint carries are left out.
@@ -245,7 +245,7 @@ def _ends_word(text: str, at: int) -> bool:
 def _batches(
     rows: Sequence[tuple[int, ...]], size: int, progress: Callable[[int, int], None] | None
 ) -> Iterator[list[int]]:
-    """Indices of rows of like length, `size` at a time; `progress` is told as each is done."""
+    """Indices of rows of like length, `size` at a time; `progress` is called as each is done."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for start in range(0, len(order), size):
         yield order[start : start + size]

@@ -29,7 +29,7 @@ from nulledit.models.tokens import beginning, chunks_by_length
 
 POSITIONS = 2048  # tokens that run together
 LOGITS = 2**24  # of each model that are held at once to be compared: 64 MB of float32
-WORST = 0.01  # of the tokens, whose share of the whole is told
+WORST = 0.01  # of the tokens, whose share of the whole is reported
 MARGIN = 64  # tokens read past the last window: where a text is cut off, its last ones may differ
 
 

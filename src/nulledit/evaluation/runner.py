@@ -189,7 +189,7 @@ def evaluate(
     whether an answer says the target or an alias; by default whether it contains it and does not
     loop. `distract` asks again after other texts (`queries_of`). With `fluency`, or `references`
     for consistency, the model writes longer texts, drawn by `seed` (`write_texts`). For the model
-    before its edits, call this inside `with editor.base_weights():`. `progress` is told the stage
+    before its edits, call this inside `with editor.base_weights():`. `progress` receives the stage
     ("scores", "answers", "texts", "perplexity"), what is done and what there is in all. Raises
     FactError for an id used twice.
     """

@@ -55,8 +55,8 @@ def score(
     """Score `queries`, in their order.
 
     A text that several queries share is run once, and so is a prompt before two one-token answers.
-    `positions` bounds the tokens that run together; results don't depend on it. `progress` is told
-    of answers done and answers in all. Raises FactError for a prompt longer than the model's
+    `positions` bounds the tokens that run together; results don't depend on it. `progress` receives
+    answers done and in all. Raises FactError for a prompt longer than the model's
     context.
     """
     wanted = [_rows(model.encoder, query) for query in queries]

@@ -132,7 +132,7 @@ def _routed(
     named = [*args, *kwargs.values()]  # some families have other names for them
     if comes_apart(module):
         if len(named) != 1:
-            raise TypeError("experts that are told which tokens are theirs in another way")
+            raise TypeError("experts that get their tokens in another way")
         yield from _sorted(module, named[0])
         return
     states, index, weights = ((kwargs[n] if n in kwargs else named[i]) for i, n in enumerate(GIVEN))

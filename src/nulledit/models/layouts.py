@@ -65,7 +65,7 @@ LAYOUTS = {
 
 
 def find_layout(model: PreTrainedModel) -> Layout:
-    """The layout of the model's family, else what tracing finds, which is told in the log.
+    """The layout of the model's family, else what tracing finds, which the log reports.
 
     ModelError where there is no matrix that could be edited.
     """

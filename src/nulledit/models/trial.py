@@ -241,7 +241,7 @@ def _missed(found: Tensor, expected: list[Tensor]) -> float:
     """‖found − expected‖/‖expected‖ of a row's tokens, the largest, if more than rounding; else 0.
 
     A row's median token counts: a rounding may send one to another expert. Broken weights give no
-    numbers to compare; that is told where they are used.
+    numbers to compare; that is reported where they are used.
     """
     worst = 0.0
     for row, own in zip(found, expected, strict=True):

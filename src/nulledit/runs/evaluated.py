@@ -89,7 +89,7 @@ def evaluate_sides(
     too. `items` are of the six tasks, `prompts` a file for the drift of hidden states, `harness`
     tasks of lm-evaluation-harness; `asked` is as for `evaluation.runner.evaluate`.
     """
-    forms_of = forms(editor.editable, also=chat)  # a bad one is told before minutes of asking
+    forms_of = forms(editor.editable, also=chat)  # a bad one is reported before minutes of asking
     both = evaluate_given(editor, facts, talk, text=text, base=base, **asked)
     found = Evaluated(**vars(both), facts=facts, asked=form_name(editor.editable.encoder))
 

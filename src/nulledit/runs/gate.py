@@ -105,7 +105,7 @@ def check(
     Nothing is saved or changed, and only what the limits ask for is measured: norms, leakage and
     room alone take no forward pass. `facts`: by default those in the model. `windows`: token ids of
     a text; by default of the one that comes with the package. `tasks`: the folder of the six
-    tasks' files. `progress` is told the stage, what is done and what there is in all. A limit that
+    tasks' files. `progress` receives the stage, what is done and what there is in all. A limit that
     can't be measured fails unless it is optional; so does a number that is not finite.
     """
     at_work = _Measuring(editor, limits, facts, windows, tasks, progress)

@@ -24,7 +24,7 @@ class Talk:
 
     @contextmanager
     def progress(self, prefix: str = "") -> Iterator[Progress | None]:
-        """Who is told of progress inside, each stage named with `prefix`."""
+        """Who receives progress inside, each stage named with `prefix`."""
         yield None
 
     def written(self, report: EditReport) -> None:
@@ -46,7 +46,7 @@ class Told(Talk):
 
 
 def in_facts(tell: Progress, prefix: str = "") -> Progress:
-    """`tell` with each stage named with `prefix`; values are told as facts over all batches."""
+    """`tell` with each stage named with `prefix`; values are counted as facts over all batches."""
     offset = facts = 0  # of the batch at work
 
     def told(stage: str, done: int, total: int) -> None:

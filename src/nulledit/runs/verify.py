@@ -289,7 +289,7 @@ def _compared(folder: Path, editor: EditEngine, names: dict[str, int]) -> list[C
                 found, layer = opened.get_tensor(name), names[whole]
                 expected = part.to(found.dtype).cpu()
                 check = _same(f"layer {layer}", found, expected, f"{file}: {name}")
-                before = checks.get(layer, check)  # an expert's: the worst of the layer is told
+                before = checks.get(layer, check)  # an expert's: the worst of the layer is reported
                 worse = bool(check.problem) > bool(before.problem) or before.remark == BITS
                 checks[layer] = check if worse else before
     return [checks[layer] for layer in sorted(checks)]

@@ -192,7 +192,7 @@ def measure_costs(
 
     `windows` of token ids of one length: the last `settings.windows` for gradients and drives, all
     before for second moments. `contexts` and their weight as for edits: keys and inputs are means
-    over them. `progress` is told of a stage, what is done and of how much.
+    over them. `progress` receives a stage, what is done and of how much.
 
     FactError without a fact that counts, StatisticsError with fewer tokens than a key is wide,
     ModelError where no block can be edited.

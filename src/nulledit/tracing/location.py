@@ -90,7 +90,7 @@ def locate(
 ) -> Location:
     """Trace the facts that `model` knows. It is as before afterwards.
 
-    `progress` is told of facts done and facts in all. Raises FactError if the model knows fewer
+    `progress` receives facts done and facts in all. Raises FactError if the model knows fewer
     than `least` of the facts (two, at the least, or there is nothing to compare); ConfigError if
     the window is so large that none leaves out the first and the last block, or if the noise is
     more than the model can bear; ModelError if it has no such block, or an MLP output that does not

@@ -39,7 +39,7 @@ CHANGES = {
 }
 """What changes the facts in the model without writing new ones -> its button, and its noun."""
 MOST_SEEN = 50  # facts of a file that are shown
-MOST_SAID = 3  # whose answers are told before the evaluation
+MOST_SAID = 3  # whose answers are shown before the evaluation
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def preview(edit: Edit, run: Run, job: Job) -> Outcome:
 
 
 def write(edit: Edit, run: Run, job: Job) -> Outcome:
-    """The edit itself. What the model says by then is told before minutes of evaluation."""
+    """The edit itself. What the model says by then is shown before minutes of evaluation."""
     job.upon = partial(_say_now, run, job)
     if _is_other(edit, run) and run.new(edit.facts.facts):
         job.unsettles = True

@@ -36,7 +36,7 @@ def serve(
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             bound.bind((HOST, port))
-            bound.listen()  # who is told the address may come at once
+            bound.listen()  # who receives the address may come at once
         except OSError as error:
             raise ConfigError(f"--port {port}: {error.strerror}; leave it out for any") from error
         number = bound.getsockname()[1]
