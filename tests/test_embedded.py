@@ -24,7 +24,6 @@ EXAMPLES = resources.files("nulledit") / "assets" / "facts" / "examples.yaml"
 def users_cache(monkeypatch):
     """The converted model is large: it is kept where users keep it."""
     monkeypatch.delenv("NULLEDIT_CACHE", raising=False)
-    torch.set_num_threads(2)
 
 
 def says(editor, fact):
