@@ -69,6 +69,30 @@ def test_the_same_job_goes_on_with_what_is_new(write, tmp_path):
     assert len(Editor.load(tmp_path / "run").facts) == 3
 
 
+def test_the_same_job_goes_on_after_an_export_that_failed(write, tmp_path, monkeypatch):
+    """And what it made of this very state is left as it is; of another state it is in the way."""
+    file = write(exports=[{"kind": "delta", "out": "one"}, {"kind": "lora", "out": "two"}])
+
+    def full(*_args, **_options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as now:
+        now.setattr("nulledit.export.lora.write_lora", full)
+        assert invoke("run", file, "--quiet").exit_code != 0
+    made = (tmp_path / "one" / "manifest.json").stat().st_mtime_ns
+    again = invoke("run", file)
+    assert again.exit_code == 0, again.stderr
+    assert "one is there, of this very state" in again.stderr
+    assert (tmp_path / "one" / "manifest.json").stat().st_mtime_ns == made
+    assert (tmp_path / "two" / "adapter_config.json").is_file()
+    told = json.loads(done("run", file, "--json").stdout)
+    assert told == {"edit": None, "exports": [], "report": None}
+    exports = [{"kind": "delta", "out": "one"}]
+    assert "one: exists already" in refused(
+        "run", write(facts=["facts.json", "more.json"], exports=exports), "--dry-run"
+    )
+
+
 def test_a_job_killed_in_its_first_batch_begins_again(write, tmp_path):
     job = load_job(write())
     editor = Editor.from_pretrained(job.model, recipe=job.recipe, statistics=job.stats)
@@ -115,7 +139,7 @@ def test_a_dry_run_edits_nothing(write, tmp_path):
         ({"retry": -1}, "retry is -1"),
         ({"exports": [{"kind": "onnx", "out": "x"}]}, "expected one of"),
         ({"exports": [{"kind": "delta", "out": "x", "options": {"text": "t"}}]}, "text can't be"),
-        ({"exports": [{"kind": "delta", "out": "facts.json"}]}, "is there already"),
+        ({"exports": [{"kind": "delta", "out": "facts.json"}]}, "exists already"),
         ({"exports": [{"kind": "delta", "out": "x"}, {"kind": "lora", "out": "x"}]}, "of its own"),
         ({"exports": [{"kind": "lora", "out": "x", "options": {"rank": "8"}}]}, "rank: expected a"),
         ({"exports": [{"kind": "lora", "out": "x", "options": {"rank": 0}}]}, "rank: expected a"),
@@ -124,6 +148,25 @@ def test_a_dry_run_edits_nothing(write, tmp_path):
         ({"exports": [{"kind": "gguf", "out": "x", "options": {"same_shape": 1}}]}, "or false"),
         ({"gate": "nowhere.yaml"}, "nowhere.yaml"),
         ({"set": {"values.stepz": 3}}, "stepz"),
+        ({"facts": []}, "facts: there are none"),
+        ({"stats": "nowhere"}, "nowhere"),
+        ({"text": "nowhere.txt"}, "nowhere.txt is not there"),
+        ({"capability": "tasks"}, "tasks is not there"),
+        ({"out": "facts.json"}, "is a file"),
+        ({"report": "."}, "is a folder"),
+        ({"report": "facts.json"}, "not made by `nulledit report`"),
+        ({"exports": [{"kind": "gguf", "out": "x"}]}, "give a GGUF file of the base"),
+        (
+            {"exports": [{"kind": "gguf", "out": "x", "options": {"gguf": "b.gguf"}}]},
+            "no such file",
+        ),
+        ({"exports": [{"kind": "delta", "out": "facts.json/x"}]}, "facts.json is no folder"),
+        ({"exports": [{"kind": "delta", "out": "x", "options": {"dtype": "int3"}}]}, "int3"),
+        ({"exports": [{"kind": "gguf", "out": "x", "options": {"tensor_type": "q9"}}]}, "q9"),
+        (
+            {"exports": [{"kind": "lora", "out": "x", "options": {"text": "no.txt"}}]},
+            "is not there",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line_before_a_model_is_loaded(changes, said, write, monkeypatch):
@@ -137,7 +180,9 @@ def test_what_cannot_be_is_one_line_before_a_model_is_loaded(changes, said, writ
 
 def test_paths_are_those_of_the_files_folder(write, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path.parent)
-    job = load_job(write(exports=[{"kind": "lora", "out": "a"}], report="r.html", recipe=None))
+    exports = [{"kind": "lora", "out": "a", "options": {"text": "t.txt", "rank": 4}}]
+    job = load_job(write(exports=exports, report="r.html", recipe=None))
+    assert job.exports[0].options == {"text": str(tmp_path / "t.txt"), "rank": 4}
     assert job.out == str(tmp_path / "run")
     assert job.model == str((tmp_path / "model").resolve())
     assert job.exports[0].out == str(tmp_path / "a")

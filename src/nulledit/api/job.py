@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,9 +12,11 @@ from nulledit.api.editor import Editor
 from nulledit.api.run import Refused, Run
 from nulledit.api.track import Tracker, TrackerName, tracker_module, tracking
 from nulledit.config import Recipe, read_recipe
+from nulledit.data.facts import Fact
 from nulledit.data.readers import read_facts
-from nulledit.errors import ConfigError
-from nulledit.export.updates import Export
+from nulledit.errors import ConfigError, NullEditError
+from nulledit.export.gguf_file import base_file
+from nulledit.export.updates import Export, is_of, refuse_existing
 from nulledit.export.write import EXPORTS, Kind, check_options, write_export
 from nulledit.io.settings import (
     Expected,
@@ -24,12 +26,16 @@ from nulledit.io.settings import (
     read_settings,
 )
 from nulledit.io.untrusted import MAX_SETTINGS, one_line, parse_yaml, read_text
+from nulledit.ledger.records import History
 from nulledit.ledger.store import Store
 from nulledit.runs.limits import Limits, load_limits
 from nulledit.runs.pages import Result
-from nulledit.runs.report import collect, write_report
+from nulledit.runs.report import check_page, collect, write_report
 from nulledit.runs.talk import Talk
+from nulledit.statistics.spectra import Statistics
 
+FILES = ("gguf", "text")
+"""Options of exports that name a file."""
 Name = Annotated[str, Expected("a name or a path", bool)]
 
 
@@ -53,9 +59,14 @@ class ExportJob:
                 f"{', '.join(own)}"
             )
         try:
-            check_options(self.options)
+            check_options(self.kind, self.options)
         except ConfigError as error:
             raise ConfigError(f"exports: {error}") from None
+
+    def within(self, at: Callable[[str], str]) -> ExportJob:
+        """With its paths as `at` gives them."""
+        files = {name: at(str(self.options[name])) for name in FILES if self.options.get(name)}
+        return replace(self, out=at(self.out), options={**self.options, **files})
 
 
 @checked
@@ -122,7 +133,7 @@ class Job:
             text=self.text and at(self.text),
             gate=if_there(self.gate),
             capability=self.capability and at(self.capability),
-            exports=tuple(replace(e, out=at(e.out)) for e in self.exports),
+            exports=tuple(export.within(at) for export in self.exports),
             report=self.report and at(self.report),
         )
 
@@ -139,6 +150,7 @@ class Done:
     result: Result | None
     """Of the edit; None where every fact was in the run already."""
     exports: tuple[Export, ...]
+    """Those that were written; not those that lay there, of the run's very state."""
     report: Path | None
     """The page."""
 
@@ -162,39 +174,82 @@ def load_job(file: str | Path) -> Job:
     return job.within(path.parent)
 
 
-def facts_of(job: Job) -> list[Any]:
-    """All facts of its files; FactError or ConfigError for what can't be read."""
-    return [fact for file in job.facts for fact in read_facts(file).facts]
+@dataclass(frozen=True)
+class Inputs:
+    """What a job is made of, before a model is loaded."""
+
+    facts: list[Fact]
+    """All of its files', each once."""
+    recipe: Recipe
+    limits: Limits | None
+    exports: list[ExportJob]
+    """Those that are to be written: not those of the very state that the run has."""
 
 
-def inputs_of(job: Job) -> tuple[list[Any], Recipe, Limits | None]:
-    """Its facts, recipe and limits: all that needs no model is checked.
+def inputs_of(job: Job) -> Inputs:
+    """What the job is made of: all that needs no model is checked.
 
-    NullEditError for what can't be: a file, a field, an export that is there, a tracker's package
-    that is not.
+    NullEditError for what can't be: a file, a field, an export of another state in the way, a
+    tracker's package that is not there.
     """
-    facts, recipe = facts_of(job), job.recipe_of_it()
+    recipe = job.recipe_of_it()
+    facts = list(dict.fromkeys(fact for file in job.facts for fact in read_facts(file).facts))
+    if not facts:
+        raise ConfigError("facts: there are none; a job needs files with at least one")
     limits = load_limits(job.gate) if job.gate else None
-    if len(outs := [export.out for export in job.exports]) > len(set(outs)):
-        raise ConfigError(f"exports: each needs a folder of its own, found {', '.join(outs)}")
-    for export in job.exports:
-        if Path(export.out).exists():
-            raise ConfigError(f"exports: {export.out} is there already; remove it, or name another")
+    for name, path in (("text", job.text), ("capability", job.capability)):
+        if path and not Path(path).exists():
+            raise ConfigError(f"{name}: {path} is not there")
+    if job.stats:
+        Statistics.load(job.stats)
+    if job.report:
+        check_page(Path(job.report))
     if job.tracker:
         tracker_module(job.tracker)
-    return facts, recipe, limits
+    history = _history(job)
+    if history is None:
+        Run.check_fresh(job.out)
+    return Inputs(facts, recipe, limits, _exports(job, facts, history))
+
+
+def _history(job: Job) -> History | None:
+    """Of the run that is there; None where it begins, or was killed in its first batch."""
+    store = Store(Path(job.out) / "ledger")
+    return store.load() if store.exists and store.events() else None
+
+
+def _exports(job: Job, facts: list[Fact], history: History | None) -> list[ExportJob]:
+    """Exports that are to be written; ConfigError for one that can't be."""
+    if len(outs := [export.out for export in job.exports]) > len(set(outs)):
+        raise ConfigError(f"exports: each needs a folder of its own, found {', '.join(outs)}")
+    done = history is not None and not history.lacks(facts)
+    base = history.base.model if history else job.model
+    found = []
+    for export in job.exports:
+        if done and history and is_of(Path(export.out), export.kind, history):
+            continue
+        try:
+            refuse_existing(Path(export.out))
+            if "gguf" in EXPORTS[export.kind].options:
+                base_file(base, export.options.get("gguf"))
+        except NullEditError as error:
+            raise ConfigError(f"exports: {error}") from error
+        if (text := export.options.get("text")) and not Path(text).is_file():
+            raise ConfigError(f"exports: text: {text} is not there")
+        found.append(export)
+    return found
 
 
 def run_job(job: Job, *, talk: Talk | None = None) -> Done:
     """Edit, check, export, report. Refused, with nothing written, if a limit is broken.
 
     Everything that needs no model is checked first. A run that is there goes on, with its own
-    recipe.
+    recipe; an export of its very state is left as it is.
     """
     talk = talk or Talk()
-    facts, recipe, limits = inputs_of(job)
-    run = _run(job, recipe, talk)
-    new = run.new(facts)
+    inputs = inputs_of(job)
+    run = _run(job, inputs.recipe, talk)
+    new = run.new(inputs.facts)
     result = None
     if new:
         with _tracked(job, run, len(new)) as tracker:
@@ -203,22 +258,25 @@ def run_job(job: Job, *, talk: Talk | None = None) -> Done:
                 retry=job.retry,
                 old_answers=job.old_answers,
                 text=job.text,
-                limits=limits,
+                limits=inputs.limits,
                 tasks=job.capability,
                 tracker=tracker,
             )
     else:
         talk.say("Note: every fact is in the run already; nothing is edited")
-        _check(job, run, limits)
-    made = []
+        _check(job, run, inputs.limits)
     for export in job.exports:
+        if export not in inputs.exports:
+            talk.say(f"Note: {export.out} is there, of this very state; it is left as it is")
+    made = []
+    for export in inputs.exports:
         talk.say(f"Exporting as {export.kind} to {export.out}")
         made.append(
             write_export(run.editor, export.out, export.kind, run=run.folder, **export.options)
         )
     page = Path(job.report) if job.report else None
     if page:
-        write_report(collect([run.folder]), page, title=run.folder.name, force=True)
+        write_report(collect([run.folder]), page, title=run.folder.name)
     return Done(result, tuple(made), page)
 
 
@@ -249,12 +307,10 @@ def _tracked(job: Job, run: Run, facts: int) -> AbstractContextManager[Tracker |
 def _run(job: Job, recipe: Recipe, talk: Talk) -> Run:
     """The run that is there, or a new one."""
     folder = Path(job.out)
-    store = Store(folder / "ledger")
-    if store.exists and store.events():  # else it was killed in its first batch, and begins again
+    if _history(job) is not None:
         run = Run.open(folder, device=job.device, talk=talk)
         talk.say(f"Note: {folder} is there: it goes on with its own recipe")
         return run
-    Run.check_fresh(folder)
     talk.say(f"Loading {job.model}")
     editor = Editor.from_pretrained(
         job.model,

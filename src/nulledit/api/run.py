@@ -356,15 +356,7 @@ class Run:
 
     def new(self, facts: Sequence[Fact]) -> list[Fact]:
         """Those of `facts` that are not in the model yet."""
-        held = {f.key: f for f in self.editor.facts}
-
-        def there(fact: Fact) -> bool:
-            known = held.get(fact.key)
-            if known is None or known.demand != fact.demand:
-                return False
-            return set(fact.prompts) <= set(known.prompts)
-
-        return [f for f in facts if not there(f)]
+        return self.editor.history.lacks(facts)
 
     def _written(
         self,

@@ -48,11 +48,11 @@ def run(call: Call) -> None:
     if call.dry_run:
         from nulledit.evaluation.costs import estimate_edit
 
-        facts, recipe, _ = inputs_of(job)
+        inputs = inputs_of(job)
         size = estimate_edit(
             model_source(job.model),
-            facts,
-            recipe,
+            inputs.facts,
+            inputs.recipe,
             device=job.device,
             dtype=job.dtype,
             retries=job.retry,

@@ -33,6 +33,7 @@ from nulledit.export.updates import (
     weight_with,
     with_stored,
     write_json,
+    write_origin,
 )
 from nulledit.io.files import replacing_folder, sha256_of
 from nulledit.io.settings import Count, Expected, Several, checked, read_settings
@@ -273,6 +274,7 @@ def write_delta(
         if not content.neurons:  # as readers of the first version know it
             del plain["neurons"]
         write_json(partial / MANIFEST_FILE, plain)
+        write_origin(editor, partial, "delta")
         written = Export(
             "delta",
             folder,

@@ -74,7 +74,7 @@ def write_gguf(
     refuse_existing(folder)
     refuse_dense(editor.model, "exported as GGUF")
     editor.weights.check_unchanged()
-    source = base_file(editor, gguf)
+    source = base_file(editor.history.base.model, gguf)
     places = Places(editor, text, progress) if same_shape else None
     matrices = list(_matrices(editor, source, all_blocks=places is None))
     with editor.base_weights():

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nulledit.editing.engine import EditEngine
 from nulledit.errors import ConfigError, ModelError
 from nulledit.io.untrusted import one_line
 from nulledit.models.embedded import EMBEDDED, embedded_file
@@ -238,10 +237,12 @@ def write_tensors(out: Any, names: Sequence[str], of: Callable[[str], Stored]) -
         out.write_tensor_data(of(name).bits)
 
 
-def base_file(editor: EditEngine, given: str | Path | None) -> GgufFile:
-    """The GGUF file of the run's base: `given`, or the one that the run was begun from."""
+def base_file(name: str, given: str | Path | None) -> GgufFile:
+    """The GGUF file of the base model `name`: `given`, or the one that it is.
+
+    ConfigError where there is none, or no package that reads it.
+    """
     need_gguf()
-    name = editor.history.base.model
     if given is not None:
         return GgufFile(Path(given))
     if name in EMBEDDED and (found := embedded_file(name)) is not None:

@@ -57,7 +57,7 @@ def write_gguf_lora(
     folder = Path(folder)
     check_type(tensor_type, tuple(FACTOR_TYPES))
     refuse_existing(folder)
-    source = base_file(editor, gguf)
+    source = base_file(editor.history.base.model, gguf)
     dtype = FACTOR_TYPES[tensor_type]
     if any(is_experts(editor.editable.matrix(layer)) for layer in editor.weights.layers):
         raise ConfigError(

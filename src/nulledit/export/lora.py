@@ -70,7 +70,7 @@ def write_lora(
     """
     folder = Path(folder)
     refuse_existing(folder)
-    check_options({"experts": experts})
+    check_options("lora", {"experts": experts})
     layers, same_shape, cost = adapter_factors(
         editor, dtype_of(dtype, DTYPES), rank=rank, text=text, progress=progress
     )

@@ -29,6 +29,8 @@ from nulledit.export.factors import (
     relative_error,
 )
 from nulledit.export.same_shape import SameShape
+from nulledit.io.untrusted import MAX_SETTINGS, parse_json, read_text
+from nulledit.ledger.records import History
 from nulledit.models.experts import count_and_width, is_experts
 from nulledit.models.layer_edit import update_of
 from nulledit.models.layouts import as_out_in, write_weight
@@ -144,9 +146,7 @@ class StoredLayer:
 
 def write_origin(editor: EditEngine, folder: Path, kind: str) -> None:
     """Say in `folder` which state of which base it was made from."""
-    history = editor.history
-    origin = {"kind": kind, "state": history.state_id, "base_hash": history.base.hash}
-    write_json(folder / ORIGIN_FILE, origin)
+    write_json(folder / ORIGIN_FILE, _origin(editor.history, kind))
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
@@ -166,6 +166,22 @@ def refuse_existing(folder: Path) -> None:
     above = next(path for path in folder.absolute().parents if os.path.lexists(path))
     if not above.is_dir():
         raise LedgerError(f"{folder}: {above.name} is no folder; choose another one")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise LedgerError(f"{folder}: can't write in {above}; choose another folder")
+
+
+def is_of(folder: Path, kind: str, history: History) -> bool:
+    """Whether `folder` is an export as `kind` of the state that `history` has now."""
+    try:
+        text = read_text(folder / ORIGIN_FILE, most=MAX_SETTINGS, error=LedgerError, what="export")
+        found = parse_json(text, source=str(folder / ORIGIN_FILE), error=LedgerError)
+    except LedgerError:
+        return False
+    return bool(found == _origin(history, kind))
+
+
+def _origin(history: History, kind: str) -> dict[str, str]:
+    return {"kind": kind, "state": history.state_id, "base_hash": history.base.hash}
 
 
 def check_shard_size(size: str | int) -> None:

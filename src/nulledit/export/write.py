@@ -99,10 +99,12 @@ VALUES: dict[str, tuple[tuple[type, ...], str]] = {
     "text": (TEXT, "a file"),
 }
 """Of each option: which values it takes, and how they are said."""
+WORDS = ("dtype", "max_shard_size", "tensor_type")
+"""Options whose text is one of a few, or of one form."""
 
 
-def check_options(options: Mapping[str, Any]) -> None:
-    """ConfigError for a value that its option can't have; None is as left out."""
+def check_options(kind: Kind, options: Mapping[str, Any]) -> None:
+    """ConfigError for a value that this option of `kind` can't have; None is as left out."""
     for name, value in options.items():
         kinds, expected = VALUES[name]
         right = isinstance(value, kinds) and isinstance(value, bool) == (kinds == (bool,))
@@ -112,6 +114,23 @@ def check_options(options: Mapping[str, Any]) -> None:
             right = right and value >= 1
         if value is not None and not right:
             raise ConfigError(f"{name}: expected {expected}, found {quote(value)}")
+        if value is not None and name in WORDS:
+            _check_word(kind, name, value)
+
+
+def _check_word(kind: Kind, name: str, value: Any) -> None:
+    """ConfigError for a word that the writer of `kind` does not know."""
+    from nulledit.export.delta import DTYPES, dtype_of
+    from nulledit.export.gguf_file import TYPES, check_type
+    from nulledit.export.gguf_lora import FACTOR_TYPES
+    from nulledit.export.updates import check_shard_size
+
+    if name == "dtype":
+        dtype_of(value, DTYPES)
+    elif name == "tensor_type":
+        check_type(value, tuple(FACTOR_TYPES) if kind == "gguf-lora" else TYPES)
+    else:
+        check_shard_size(value)
 
 
 def write_export(
@@ -135,7 +154,7 @@ def write_export(
     given = {name: value for name, value in options.items() if value is not None}
     if wrong := [name for name in given if name not in EXPORTS[kind].options]:
         raise ConfigError(f"{', '.join(wrong)} can't be given for kind {kind!r}")
-    check_options(given)
+    check_options(kind, given)
     module, _, name = EXPORTS[kind].home.partition(":")
     writer = getattr(importlib.import_module(module), name)
     takes = inspect.signature(writer).parameters

@@ -332,6 +332,18 @@ class History:
                 return self.tensors[epoch.tensors][f"base.{layer}"]
         raise LedgerError(f"no epoch edits layer {layer}")
 
+    def lacks(self, facts: Sequence[Fact]) -> list[Fact]:
+        """Those of `facts` that are not in the model yet."""
+        held = {column.fact.key: column.fact for column in self.active}
+
+        def there(fact: Fact) -> bool:
+            known = held.get(fact.key)
+            if known is None or known.demand != fact.demand:
+                return False
+            return set(fact.prompts) <= set(known.prompts)
+
+        return [fact for fact in facts if not there(fact)]
+
     @property
     def counts(self) -> tuple[int, int, int, int]:
         """Numbers of epochs, batches, columns and events."""

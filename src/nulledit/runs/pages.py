@@ -53,7 +53,7 @@ class Result:
 def check_fresh(folder: Path) -> None:
     """Raise LedgerError unless a run may begin in `folder`."""
     if folder.exists() and not folder.is_dir():
-        raise LedgerError(f"{folder}: is a file; choose another --out")
+        raise LedgerError(f"{folder}: is a file; choose another folder")
     if not folder.exists() or not any(folder.iterdir()):
         return
     store = Store(folder / "ledger")
@@ -61,7 +61,7 @@ def check_fresh(folder: Path) -> None:
     if alone and store.unfinished:
         return  # killed while it was made
     if not store.exists:
-        raise LedgerError(f"{folder}: is not empty; choose another --out")
+        raise LedgerError(f"{folder}: is not empty; choose another folder")
     if alone and not store.load().events:
         return  # killed before its first batch was finished
     raise LedgerError(

@@ -93,16 +93,21 @@ def collect(folders: Sequence[Path]) -> Collected:
 
 def write_report(collected: Collected, file: Path, *, title: str, force: bool = False) -> None:
     """Write the page; ReportError if another kind of file is in the way, unless `force`."""
+    check_page(file, force=force)
+    write(file, html_page(title, collected.documents()))
+
+
+def check_page(file: Path, *, force: bool = False) -> None:
+    """ReportError if no page can be written to `file`; over what is none only with `force`."""
     if file.is_dir():
-        raise ReportError(f"{file}: is a folder; choose another --out")
+        raise ReportError(f"{file}: is a folder; a page needs the name of a file")
     if file.exists() and not force:
         with file.open(encoding="utf-8", errors="replace") as held:
             if not is_ours(held.read(500)):
                 raise ReportError(
-                    f"{file}: is there and not made by `nulledit report`; choose another --out, "
-                    "or --force"
+                    f"{file}: is there and not made by `nulledit report`; remove it, or name "
+                    "another file"
                 )
-    write(file, html_page(title, collected.documents()))
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
