@@ -1,6 +1,7 @@
 """`nulledit chat`: turns in the template, pieces as they come, prompts from anywhere, its ends."""
 
 import contextlib
+import io
 import json
 import os
 import pty
@@ -19,6 +20,7 @@ from support.models import RECIPE, statistics_of
 
 from nulledit import Editor, Fact
 from nulledit.api.run import Run
+from nulledit.cli.chat import _typed
 from nulledit.cli.main import cli
 from nulledit.config import ChatSettings
 from nulledit.errors import FactError, ModelError
@@ -250,7 +252,7 @@ def test_a_side_that_says_nothing_has_its_label(run, monkeypatch):
     assert talked(run, "Go?\n", "--quiet") == "you     Go?\nbase    \nedited  \n\n"
 
 
-def test_refusals(run, tmp_path, editor):
+def test_refusals(run, tmp_path, editor, monkeypatch):
     empty, binary = tmp_path / "empty.txt", tmp_path / "binary.txt"
     empty.write_text("\n \n")
     binary.write_bytes(b"\xff\xfe")
@@ -266,6 +268,11 @@ def test_refusals(run, tmp_path, editor):
     assert result.stderr.startswith("Error: prompt of ")
     result = CliRunner().invoke(cli, ["chat", str(run), "--quiet"], input=b"Who\xff?\n")
     assert (result.exit_code, "stdin: not UTF-8 text" in result.stderr) == (2, True)
+    with monkeypatch.context() as patch:  # as C.UTF-8 and POSIX have it
+        typed = io.TextIOWrapper(io.BytesIO(b"Who\xff?\n"), "ascii", errors="surrogateescape")
+        patch.setattr(sys, "stdin", typed)
+        with pytest.raises(FactError, match="stdin: not UTF-8 text"):
+            list(_typed())
     (run / "model" / "chat_template.jinja").rename(tmp_path / "template")
     try:
         line = refused("chat", run, "--quiet")

@@ -319,8 +319,10 @@ def test_a_type_that_does_not_hold_the_weights_is_refused(places, tmp_path):
     )
 
 
-def test_neurons_with_thresholds_are_no_adapter(places, tmp_path):
+def test_neurons_with_thresholds_are_no_adapter(places, tmp_path, monkeypatch):
     place = places("gpt2", "gated")
+    measured = "nulledit.export.gguf_lora.adapter_factors"
+    monkeypatch.setattr(measured, lambda *_, **__: pytest.fail("measured before it was refused"))
     refused(place, tmp_path, ConfigError, "no place for the biases", "gguf-lora", text=place.text)
 
 
@@ -368,7 +370,9 @@ def test_the_command_says_how_to_start_it(places, tmp_path):
     adapter = said("--as", "gguf-lora", "--gguf", place.file, "--out", tmp_path / "a")
     assert "GGUF adapter of rank 3 in f32: " in adapter
     assert f"--lora {tmp_path / 'a'}/adapter.gguf" in adapter
-    peft = said("--as", "lora", "--out", tmp_path / "p")
+    peft = said("--as", "lora", "--out", tmp_path / "p q")
+    assert f"--lora-modules '{f'edits={tmp_path}/p q'}'" in peft
+    assert f"hf upload NAME '{tmp_path}/p q'" in peft
     assert "--enable-lora --max-lora-rank 8 " in peft
     assert "sglang" in peft
     found = json.loads(

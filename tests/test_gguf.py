@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -15,7 +16,7 @@ from transformers import LlamaForCausalLM
 from nulledit import Editor, Fact
 from nulledit.api.run import Run
 from nulledit.errors import ModelError
-from nulledit.io.files import cache_folder, sha256_of
+from nulledit.io.files import cache_folder, from_anywhere, sha256_of
 from nulledit.models import embedded
 from nulledit.models.gguf import file_folder, joined_sha256
 from nulledit.models.load import load_model
@@ -155,6 +156,14 @@ def test_an_edited_file_is_known_by_its_hash_and_opens_when_it_is_gone(
         Run.open(tmp_path / "run")
     load_model(str(file))  # elsewhere, under another name
     assert torch.equal(logits(Run.open(tmp_path / "run").editor.model, tokenizer), wanted)
+
+
+def test_a_file_is_found_from_anywhere_whatever_its_ending(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "base.GGUF", "no-ending.x"):
+        Path(name).touch()
+        assert from_anywhere(name) == str(tmp_path / name)
+    assert from_anywhere("an/id") == "an/id"
 
 
 def test_a_file_is_converted_once(file, tmp_path, fresh_cache, monkeypatch):

@@ -234,6 +234,14 @@ def test_too_long_is_refused_with_both_lengths(tokenizer):
         FactError, match=r"prompt of \d+ tokens is longer than the model's context of 5"
     ):
         RowEncoder(tokenizer, max_length=5).encode("The river flows to the sea and the winters")
+    with pytest.raises(FactError, match=r"tokens, the target's included, is longer"):
+        RowEncoder(tokenizer, max_length=5).encode("The river", target="flows to the sea and on")
+
+
+def test_what_is_no_unicode_is_named(tokenizer):
+    """As bytes of a command line are that are not UTF-8."""
+    with pytest.raises(FactError, match=r"lone surrogate U\+DCFF at character 3"):
+        RowEncoder(tokenizer, max_length=64).encode("caf\udcff is")
 
 
 @settings(deadline=None, derandomize=True, max_examples=40)

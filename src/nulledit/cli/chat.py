@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -137,6 +138,8 @@ class _Shown:
 def _typed() -> Iterator[str]:
     """Lines of stdin, to its end; on a terminal after a prompt, and with its history of lines."""
     asks = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):  # whatever the locale, and with no byte let through
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     if asks:
         with suppress(ImportError):
             import readline  # noqa: F401

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -181,7 +182,8 @@ def starts(done: Export, base: str) -> list[str]:
         if done.rank not in SERVED or config.get("lora_bias") or fused:  # servers don't take it
             lines = lines[-1:]
     slots = {"folder": done.folder, "base": base or "BASE", "rank": done.rank}
-    return [f"    {line.format(**slots)}" for line in lines]
+    words = [[word.format(**slots) for word in shlex.split(line)] for line in lines]
+    return [f"    {shlex.join(line)}" for line in words]
 
 
 def exactly(done: Export) -> str:

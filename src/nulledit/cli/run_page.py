@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from nulledit.api.run import Refused
 from nulledit.cli.command import Call
@@ -48,12 +49,20 @@ def page_of(result: Result) -> Iterator[Part | str]:
         yield f"Perplexity, KL and ‖ΔK₀‖ are on {last['text']}."
     spent = ", ".join(f"{stage} {value:.1f}" for stage, value in last["seconds"].items())
     yield (
-        f"{count(last['facts'], 'fact')} in this run. Seconds: {spent}.\n"
+        f"{_written(result.summary)} Seconds: {spent}.\n"
         f"Report: {result.folder / 'report.md'}\n"
         f"Model:  {_place_of_model(result)}\n"
         f'Next:   nulledit ask {place} "..."\n'
         f"        nulledit edit MORE --continue {place}"
     )
+
+
+def _written(summary: dict[str, Any]) -> str:
+    """How many facts the last call wrote, and how many the run has, if it was not the first."""
+    facts = count(summary["runs"][-1]["facts"], "fact")
+    if len(summary["runs"]) == 1:
+        return f"{facts} in this run."
+    return f"{facts} in this call, {summary['facts']} in the run."
 
 
 def _place_of_model(result: Result) -> str:

@@ -26,6 +26,7 @@ from nulledit.export.updates import Export, refuse_existing, write_origin
 from nulledit.io.files import replacing_folder
 from nulledit.models.experts import is_experts
 from nulledit.models.layouts import as_out_in
+from nulledit.models.mlp import MlpForm
 
 ADAPTER_FILE = "adapter.gguf"
 FACTOR_TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -64,14 +65,14 @@ def write_gguf_lora(
             "a GGUF adapter for a mixture of experts is not written here; export --as gguf, or "
             "--as lora"
         )
-    layers, same_shape, cost = adapter_factors(
-        editor, dtype, rank=rank, text=text, progress=progress
-    )
-    if any(stored.bias is not None for stored in layers):
+    if editor.weights.grown and any(map(_biased, map(editor.editable.form, editor.weights.layers))):
         raise ConfigError(
             "llama.cpp's adapters have no place for the biases that neurons of this family have; "
             "export --as gguf"
         )
+    layers, same_shape, cost = adapter_factors(
+        editor, dtype, rank=rank, text=text, progress=progress
+    )
     names = {stored.module: source.name_of(stored.report.parameter) for stored in layers}
     with editor.base_weights():
         modules = [(names[s.module], editor.model.get_submodule(s.module)) for s in layers]
@@ -115,3 +116,8 @@ def write_gguf_lora(
         write_card(partial, editor, written, run=run, summary=summary)
         size = sum(file.stat().st_size for file in partial.iterdir())
     return replace(written, bytes=size)
+
+
+def _biased(form: MlpForm) -> bool:
+    """Whether neurons of that MLP change a bias."""
+    return form.units.biased or form.out.bias is not None

@@ -36,6 +36,7 @@ from nulledit.export.updates import (
 )
 from nulledit.export.write import Experts, check_options
 from nulledit.io.files import replacing_folder
+from nulledit.models.experts import is_experts
 
 PREFIX = "base_model.model."
 """Of every name in an adapter."""
@@ -71,11 +72,12 @@ def write_lora(
     folder = Path(folder)
     refuse_existing(folder)
     check_options("lora", {"experts": experts})
+    matrices = map(editor.editable.matrix, editor.weights.layers)
+    if experts and not any(map(is_experts, matrices)):
+        raise ConfigError("experts is for mixtures of experts; this run edits none")
     layers, same_shape, cost = adapter_factors(
         editor, dtype_of(dtype, DTYPES), rank=rank, text=text, progress=progress
     )
-    if experts and not any(stored.left.ndim == 3 for stored in layers):
-        raise ConfigError("experts is for mixtures of experts; this run edits none")
     common = served_rank(max(1, *(s.report.rank for s in layers)))
     naming = editor.model if experts == "each" else None
     parts = adapter_tensors(layers, common, naming)

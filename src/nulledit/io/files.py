@@ -151,6 +151,6 @@ def cache_folder() -> Path:
 
 
 def from_anywhere(name: str) -> str:
-    """The name of a model, of a local folder or GGUF file as an absolute path."""
-    local = Path(name).is_dir() or Path(name).suffix.lower() == ".gguf"
+    """The name of a model, of a local folder or file as an absolute path."""
+    local = Path(name).exists() or Path(name).suffix.lower() == ".gguf"
     return str(Path(name).resolve()) if name and local else name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nulledit.config import ChatSettings
+from nulledit.data.facts import quote
 from nulledit.errors import FactError, ModelError
 from nulledit.models.chat import ChatForm, Framed
 from nulledit.models.pieces import Pieces, Span, overlaps, untrimmed
@@ -20,6 +22,7 @@ UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "T
 # What a target is tokenised after, where it can't be tokenised after its prompt: the first that
 # stays a piece of its own.
 LEADS = ("\n", ".", ",", "x")
+_LONE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,8 @@ class RowEncoder:
         start = framed.starts[-1 if answered else 0]
         return start + subject[0], start + subject[1]
 
-    def _check_length(self, tokens: int, text: str) -> None:
+    def _check_length(self, tokens: int, text: str, target: str | None = None) -> None:
+        with_target = "" if target is None else ", the target's included,"
         if tokens > self.max_length:
             what = f"is longer than the model's context of {self.max_length}, shorten it"
         elif tokens > self.max_length - self.room:
@@ -220,7 +224,7 @@ class RowEncoder:
             )
         else:
             return
-        raise FactError(f"prompt of {tokens} tokens {what}: {text[:60]!r}...")
+        raise FactError(f"prompt of {tokens} tokens{with_target} {what}: {text[:60]!r}...")
 
     def _row(self, framed: Framed, subject: Span | None, target: str | None) -> tuple[Row, Pieces]:
         """`subject`: where it stands in the prompt."""
@@ -228,7 +232,7 @@ class RowEncoder:
         pieces = self._joined(framed, target)
         if not pieces.ids:
             raise FactError(f"text {text!r} has no tokens")
-        self._check_length(len(pieces.ids), text)
+        self._check_length(len(pieces.ids), text, target)
         check_embedded(pieces.ids, self.vocabulary, self.tokenizer)
         subject_last = target_start = -1
         if subject is not None:
@@ -283,13 +287,21 @@ class RowEncoder:
         `special`: whether the tokenizer adds its special tokens; left out, where no chat template
         has written them.
         """
-        coded = self.tokenizer(
-            text,
-            return_offsets_mapping=True,
-            return_special_tokens_mask=True,
-            add_special_tokens=self.chat is None if special is None else special,
-            verbose=False,
-        )
+        try:
+            coded = self.tokenizer(
+                text,
+                return_offsets_mapping=True,
+                return_special_tokens_mask=True,
+                add_special_tokens=self.chat is None if special is None else special,
+                verbose=False,
+            )
+        except (TypeError, UnicodeError):
+            if (lone := _LONE.search(text)) is None:
+                raise
+            raise FactError(
+                f"text is not Unicode: {quote(text[:60])} holds the lone surrogate "
+                f"U+{ord(lone.group()):04X} at character {lone.start()}"
+            ) from None
         ids, added = list(coded["input_ids"]), coded["special_tokens_mask"]
         spans = untrimmed(text, coded["offset_mapping"], added)
         while ids and added[len(ids) - 1] and spans[-1][0] == spans[-1][1]:

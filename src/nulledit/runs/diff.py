@@ -52,6 +52,8 @@ class LayerDifference:
     """‖W₂ − W₀‖/‖W₀‖."""
     apart: float
     """‖W₂ − W₁‖/‖W₀‖."""
+    neurons: bool
+    """Whether the norms are of what neurons of gated edits write at their directions."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -160,6 +162,7 @@ def difference(
         beside = EditedWeights(editor.editable, Journal(other))
         try:
             beside.refresh(theirs)
+            grown = editor.weights.grown or beside.grown
             others = {i: beside.edit(i).change for i in beside.layers}
             base = {i: beside.base(i) for i in beside.layers} | {
                 i: editor.weights.base(i) for i in editor.weights.layers
@@ -173,12 +176,14 @@ def difference(
     return Difference(
         facts=tuple(FactDifference(*pair, p) for pair, p in zip(questions, found, strict=True)),
         common=len(set(a) | set(b)) - len(keys),
-        layers=tuple(_layer(i, base[i], changes.get(i), others.get(i)) for i in layers),
+        layers=tuple(
+            _layer(i, base[i], changes.get(i), others.get(i), neurons=grown) for i in layers
+        ),
     )
 
 
 def _layer(
-    layer: int, base: Tensor, first: Tensor | None, second: Tensor | None
+    layer: int, base: Tensor, first: Tensor | None, second: Tensor | None, *, neurons: bool
 ) -> LayerDifference:
     scale = float(torch.linalg.norm(base)) or math.nan
     a, b = (0.0 if x is None else float(torch.linalg.norm(x)) / scale for x in (first, second))
@@ -186,7 +191,7 @@ def _layer(
         apart = float(torch.linalg.norm(second - first)) / scale
     else:  # neurons and an update of W have nothing in common
         apart = math.hypot(a, b)
-    return LayerDifference(layer, a, b, apart)
+    return LayerDifference(layer, a, b, apart, neurons)
 
 
 def _demand(fact: Fact | None) -> tuple[str, bool] | None:
@@ -200,7 +205,8 @@ def difference_page(found: Difference, first: str, second: str) -> list[str | Pa
         parts.append(_facts_table(found, first, second))
         if len(found.facts) > SHOWN:
             parts.append(f"and {len(found.facts) - SHOWN} more, with --json")
-    parts.append(f"{len(found.facts)} facts differ, {found.common} are in both.")
+    differ = "differs" if len(found.facts) == 1 else "differ"
+    parts.append(f"{count(len(found.facts), 'fact')} {differ}, {found.common} are in both.")
     if found.layers:
         rows: list[Sequence[str]] = [
             [str(x.layer), f"{x.first:.4f}", f"{x.second:.4f}", f"{x.apart:.4f}"]
@@ -208,6 +214,8 @@ def difference_page(found: Difference, first: str, second: str) -> list[str | Pa
         ]
         head = ["layer", f"‖Δ‖/‖W₀‖, {first}", second, "apart"]
         parts.append(StudyTable.of("norms", "", head, rows))
+        if any(x.neurons for x in found.layers):
+            parts.append("Of gated edits Δ is what neurons write at their directions: W stays.")
     return parts
 
 
