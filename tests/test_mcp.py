@@ -134,12 +134,17 @@ def test_errors_are_one_line_and_the_desk_goes_on(run):
         return Run.open(folder)
 
     server = server_of(Desk(run, opening), loose(), allow_edit=True)
-    unknown, wrong, facts = asked(
+    unknown, wrong, none, few, facts = asked(
         server,
         ("undo", {"ids": ["nobody"]}),
         ("edit", {"facts": [{"subject": "x"}]}),
+        ("edit", {"facts": []}),
+        ("ask", {"prompt": "Ada Byron", "max_tokens": -1}),
         ("facts", {}),
     )
+    assert "there are none" in none
+    assert "max_tokens is -1; expected" in few
+    assert "--" not in wrong, "options are of the command line"
     assert "nobody" in unknown
     assert "\n" not in unknown
     assert "prompt" in wrong

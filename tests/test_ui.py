@@ -311,6 +311,26 @@ def test_what_is_wrong_stands_beside_its_field_and_the_rest_stays(tab, folder):
     assert events(folder) == 2
 
 
+def test_an_id_of_another_fact_and_a_fact_beside_a_file_are_no_edit(tab, folder):
+    id_ = View(folder).facts()[0].id
+    page = tab.post("/edit/check", {**LONELY, "id": id_, "do": "check"})
+    assert re.search(r'id="id-wrong-1">id [^<]*is that of another fact', page.text)
+    records = [{"subject": "Nim", "prompt": "{} is", "target": "x", "id": id_}]
+    file = ("more.json", json.dumps(records).encode())
+    page = tab.post("/edit/check", {"do": "write"}, files={"file": file})
+    assert "is that of another fact" in text_of(page)
+    page = tab.post("/edit/check", {**LONELY, "do": "write"}, files={"file": file})
+    assert "give one fact there, or a file" in text_of(page)
+    assert events(folder) == 2
+
+
+def test_facts_that_are_asked_again_are_shown_as_they_are_now(tab):
+    tab.post("/edit/check", {**LONELY, "do": "write"})
+    assert "not evaluated" in tab.get("/?q=flute").text.split("<tbody")[1]
+    tab.post("/measure", {"what": "facts"})
+    assert "not evaluated" not in tab.get("/?q=flute").text.split("<tbody")[1]
+
+
 def shown_limits(page):
     found = re.findall(r'name="limit\.(\w+)" value="([^"]*)"', page.text)
     return {name: value for name, value in found if value}
@@ -738,10 +758,14 @@ def test_a_form_and_a_fact_say_the_same():
 
 def test_the_command_refuses_what_does_not_belong_together(place, folder, tmp_path):
     assert "can't be given with a run" in refused("ui", folder, "--out", tmp_path / "x")
-    assert "a model needs --out" in refused("ui", place / "model")
-    assert "holds a run already" in refused("ui", place / "model", "--out", folder)
+    assert "if it is a model, give --out RUN" in refused("ui", place / "model")
+    assert f"show it by: nulledit ui {folder}" in refused("ui", place / "model", "--out", folder)
+    new = ("ui", place / "model", "--out", tmp_path / "x")
+    assert "nosuch" in refused(*new, "--recipe", "nosuch")
+    assert "nosuch" in refused(*new, "--stats", "nosuch")
     (tmp_path / "empty").mkdir()
-    assert "no run here" in refused("ui", tmp_path / "empty")
+    assert "neither a run nor a model" in refused("ui", tmp_path / "empty")
+    assert "neither a run nor a model" in refused("ui", tmp_path / "empty", "--out", tmp_path / "x")
 
 
 @pytest.mark.few(signal.SIGTERM, of="way")

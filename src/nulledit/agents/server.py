@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from nulledit._version import __version__
 from nulledit.api.run import Refused, Run
 from nulledit.data.readers import as_facts
-from nulledit.errors import ConfigError, NullEditError
+from nulledit.errors import BadRecordsError, ConfigError, FactError, NullEditError
 from nulledit.evaluation.asking import MOST_TOKENS
 from nulledit.io.untrusted import one_line
 from nulledit.runs.limits import Limits
@@ -87,6 +87,8 @@ def server_of(
                 yield held
         except Refused as error:
             raise ToolError(f"{one_line(str(error))}; found: {error.report.to_dict()}") from error
+        except BadRecordsError as error:  # its message names options of the command line
+            raise ToolError(one_line("; ".join(error.problems))) from error
         except NullEditError as error:  # which leaves the run as it was
             raise ToolError(one_line(str(error))) from error
         except Exception:
@@ -137,7 +139,9 @@ def server_of(
     )
     def edit(facts: list[Record]) -> Record:
         with run() as held:
-            if not (new := held.new(list(as_facts(facts).facts))):
+            if not (given := list(as_facts(facts).facts)):
+                raise FactError("facts: there are none; give at least one record")
+            if not (new := held.new(given)):
                 return {"written": 0, "note": "every fact is in the model already"}
             result = held.edit(new, limits=limits, text=text)
             lines = result.lines if result else []

@@ -72,9 +72,15 @@ def ui(call: Call) -> None:
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether a run is named, not a model."""
-    is_model = (folder / "config.json").is_file()
-    return (folder / "ledger").is_dir() or (folder.is_dir() and not is_model)
+    """Whether a run is named, not a model; ConfigError for a folder that is neither."""
+    if (folder / "ledger").is_dir():
+        return True
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{folder}: neither a run nor a model (expected {folder / 'ledger'}, or "
+            f"{folder / 'config.json'}); give a run's folder, or MODEL --out RUN"
+        )
+    return False
 
 
 def _check(call: Call, there: bool) -> None:
@@ -95,7 +101,19 @@ def _check(call: Call, there: bool) -> None:
             raise ConfigError(f"{call.run}: no run here; give a run's folder, or MODEL --out RUN")
         return
     if not call.out:
-        raise ConfigError(f"{call.run}: a model needs --out RUN, a folder to make for its run")
+        raise ConfigError(
+            f"{call.run}: no run is there; if it is a model, give --out RUN, a folder to make for "
+            "its run"
+        )
     from nulledit.api.run import Run
+    from nulledit.config import read_recipe
+    from nulledit.ledger.store import Store
+    from nulledit.statistics.spectra import Statistics
 
+    store = Store(Path(call.out) / "ledger")
+    if store.exists and store.events():
+        raise ConfigError(f"{call.out}: is a run already; show it by: nulledit ui {call.out}")
     Run.check_fresh(call.out)
+    read_recipe(call.recipe, call.run)
+    if call.stats:
+        Statistics.load(call.stats)

@@ -19,6 +19,8 @@ MAX_BYTES = 512 * 2**20
 LOOKED_AT = 20  # records that decide a file's format
 
 OnConflict = Literal["error", "first", "last"]
+CHOICE = "; give --on-conflict first or last"
+"""What the command line can do about a contradiction."""
 
 
 @dataclass(frozen=True)
@@ -254,8 +256,7 @@ def _resolve(
     kept, repeats, conflicts = _keep_first(named[::step], both=both)
     notices = [f"{source}: {item} repeats {twin}: dropped" for item, twin in repeats]
     if on_conflict == "error":
-        way = "; give --on-conflict first or last"
-        return kept, notices, [one_line(_clash(*pair) + way) for pair in conflicts]
+        return kept, notices, [one_line(_clash(*pair) + CHOICE) for pair in conflicts]
     for item, rival in conflicts:
         notices.append(one_line(f"{source}: {_clash(item, rival)}; {item} is dropped"))
     return kept[::step], notices, []

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from nulledit.editing.engine import EditEngine
+from nulledit.errors import ConfigError
 from nulledit.evaluation.generation import generate_answers
 from nulledit.evaluation.queries import Query
 from nulledit.evaluation.scores import probabilities
@@ -61,7 +62,10 @@ def ask(
 
     `max_tokens`: of the longest answer. `target`: a text whose probability is asked for. `model`:
     the editor's, asked in another form than facts are edited in. `heard` is called at each token.
+    ConfigError for fewer tokens than one.
     """
+    if max_tokens < 1:
+        raise ConfigError(f"max_tokens is {max_tokens}; expected a whole number of at least 1")
     model = model or editor.editable
 
     def one(side: str) -> tuple[str, float | None]:

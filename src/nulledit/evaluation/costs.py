@@ -54,6 +54,7 @@ from nulledit.models.layouts import (
     holding,
     mlp_out,
 )
+from nulledit.models.load import not_loaded, reachable
 from nulledit.models.placement import Device
 from nulledit.models.tokens import RowEncoder
 from nulledit.parallel.accelerators import default_device
@@ -287,15 +288,15 @@ def _described(
     """A model's shape and how it reads texts, by its configuration alone."""
     source = source_of(name)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
+        options = {"trust_remote_code": trust, **reachable(source, name)}
+        config = AutoConfig.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
     except NullEditError:
         raise
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"can't read the configuration of {name!r}: {reason}") from error
+        raise not_loaded(name, error) from error
     kind = getattr(torch, dtype or str(config.dtype or "float32").removeprefix("torch."))
     return Shape.of(model, layout, dtype=kind), RowEncoder.of(model, tokenizer)
 

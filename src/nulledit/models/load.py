@@ -81,11 +81,7 @@ def load_model(
         placing, device = loading_options(device), None
     config = None
     try:
-        if Path(source).is_dir():
-            _check_folder(Path(source), name)
-        elif not hub_answers():
-            _check_cached(source, name, revision)
-            options["local_files_only"] = True
+        options |= reachable(source, name, revision)
         config = AutoConfig.from_pretrained(source, **options)
         encoder = config.model_type in ("bert", "roberta", "distilbert")
         if config.is_encoder_decoder or (encoder and not getattr(config, "is_decoder", False)):
@@ -110,7 +106,7 @@ def load_model(
     except (NullEditError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # transformers raises many kinds for a folder that is no model
-        raise _not_loaded(name, error, getattr(config, "model_type", ""), placing) from error
+        raise not_loaded(name, error, getattr(config, "model_type", ""), placing) from error
     for module in model.modules() if quantised else ():
         for flag in INFERENCE_ONLY & vars(module).keys():
             setattr(module, flag, False)
@@ -162,7 +158,9 @@ def _quantization(quantize: str, dtype: torch.dtype | str) -> BitsAndBytesConfig
     )
 
 
-def _not_loaded(name: str, error: Exception, family: str, placing: dict[str, Any]) -> ModelError:
+def not_loaded(
+    name: str, error: Exception, family: str = "", placing: Mapping[str, Any] | None = None
+) -> ModelError:
     """What transformers said, as a line for users of nulledit."""
     said = " ".join(str(error).split())
     if "use_safetensors" in said:
@@ -184,7 +182,7 @@ def _not_loaded(name: str, error: Exception, family: str, placing: dict[str, Any
             f"{name}: some parts are to be on disk in another form than the checkpoint's: give a "
             "folder for them (--offload-folder)"
         )
-    if isinstance(error, AssertionError | RuntimeError) and "device_map" in placing:
+    if isinstance(error, AssertionError | RuntimeError) and placing and "device_map" in placing:
         return ModelError(f"{name}: can't be placed on {placing['device_map']}: {said[:200]}")
     if "device_map" in said or "bitsandbytes" in said or "quantiz" in said:
         return ModelError(f"{name}: {said[:300]}")
@@ -199,6 +197,19 @@ _NO_PICKLE = (
     "Other formats are pickles, which can run any code when they are read: load the model where "
     "you trust it and save it by save_pretrained"
 )
+
+
+def reachable(source: str, name: str, revision: str | None = None) -> dict[str, bool]:
+    """How transformers is to read `source`: not from the Hub where that does not answer.
+
+    ModelError for a folder that is none of a model, and where neither Hub nor cache has it.
+    """
+    if Path(source).is_dir():
+        _check_folder(Path(source), name)
+    elif not hub_answers():
+        _check_cached(source, name, revision)
+        return {"local_files_only": True}
+    return {}
 
 
 def _check_folder(folder: Path, name: str) -> None:
@@ -216,7 +227,7 @@ def _check_cached(source: str, name: str, revision: str | None) -> None:
         cached_file(source, "config.json", revision=revision, local_files_only=True)
     except (OSError, ValueError) as error:
         reason = f"{constants.ENDPOINT} can't be reached, and its cache has no such model"
-        raise _not_loaded(name, OSError(reason), "", {}) from error
+        raise not_loaded(name, OSError(reason)) from error
     logger.info("%s: %s is not asked; taken from its cache", name, constants.ENDPOINT)
 
 

@@ -34,7 +34,15 @@ from nulledit.report.html import asset, seen, templates
 from nulledit.runs.document import run_document
 from nulledit.runs.holding import MARKS
 from nulledit.ui import deeds, posted
-from nulledit.ui.forms import FIELDS, filled, in_its_place, read_fact, read_upload
+from nulledit.ui.forms import (
+    FIELDS,
+    Checked,
+    filled,
+    in_its_place,
+    read_fact,
+    read_upload,
+    taken,
+)
 from nulledit.ui.guard import Guard
 from nulledit.ui.settings import (
     RECIPE,
@@ -46,11 +54,12 @@ from nulledit.ui.settings import (
     read_limits_of,
     read_settings_of,
 )
-from nulledit.ui.view import PAGE, SHOWS, SORTS, View, chosen, curves
+from nulledit.ui.view import PAGE, SHOWS, SORTS, FactRow, View, chosen, curves
 from nulledit.ui.work import Job, Worker
 
 logger = logging.getLogger(__name__)
 
+BOTH = "the fields hold a fact, too: give one fact there, or a file"
 PAGES = {
     "/": "Facts",
     "/try": "Try",
@@ -74,6 +83,7 @@ class Site:
         self.templates, self.drawing = templates(), threading.Lock()
         self.templates.filters["exact"] = escape  # what comes back by a form stays as it is
         self.drawn: dict[Any, list[tuple[str, Any]]] = {}
+        self._asked: dict[int, dict[str, Any]] = {}
         got = {
             "/": self.facts,
             "/fact": self.fact,
@@ -114,7 +124,7 @@ class Site:
         asked = request.query_params
         show = asked.get("show") if asked.get("show") in SHOWS else SHOWS[0]
         sort = asked.get("sort") if asked.get("sort") in SORTS else SORTS[0]
-        rows = self.view.facts()
+        rows = self._rows()
         words, down = asked.get("q", ""), asked.get("down") == "1"
         found = chosen(rows, q=words, show=show or "", sort=sort or "", down=down)
         page = min(posted.whole(asked.get("page"), 1), -(-len(found) // PAGE) or 1)
@@ -140,7 +150,7 @@ class Site:
         """The story of one fact."""
         id_ = request.query_params.get("id", "")
         story = self.view.story(id_)
-        row = next((row for row in self.view.facts() if row.id == id_), None)
+        row = next((row for row in self._rows() if row.id == id_), None)
         return self._page(request, "fact", id_, story=story, row=row)
 
     def trying(self, request: Request) -> Response:
@@ -236,14 +246,17 @@ class Site:
 
     def edit(self, request: Request, given: FormData) -> Response:
         """Facts of a form or a file: checked, then looked at, previewed or written."""
-        upload = given.get("file")
+        upload, history = given.get("file"), self.view.history()
+        texts = {name: posted.text(given, name) for name in (*FIELDS, "forget")}
         if isinstance(upload, UploadFile) and upload.filename:
-            checked = read_upload(upload.filename, upload.file.read())
+            checked, at = read_upload(upload.filename, upload.file.read()), "file"
+            if any(text.strip() for text in texts.values()):
+                checked = Checked(errors={"file": (BOTH,)})
         else:
-            checked = read_fact({name: posted.text(given, name) for name in (*FIELDS, "forget")})
-            checked = in_its_place(checked, self.view.history())
+            checked, at = in_its_place(read_fact(texts), history), "id"
         settings = read_settings_of(posted.texts(given), self.view.recipe())
-        if errors := {**(checked.errors or {}), **settings.errors}:
+        errors = {**(checked.errors or {}), **taken(checked, history, at), **settings.errors}
+        if errors:
             return self._form(request, given, errors)
         return self._do(posted.text(given, "do"), posted.edit_of(checked, settings, given))
 
@@ -277,7 +290,8 @@ class Site:
         """Limits, or all facts asked again."""
         if posted.text(given, "what") == "gates":
             return self._begun("Check the default limits", deeds.gates)
-        return self._begun("Evaluate all facts", deeds.evaluate)
+        job = self.worker.submit("Evaluate all facts", deeds.evaluate, kind="evaluate")
+        return _to(f"/jobs/{job.number}")
 
     def diff(self, request: Request, given: FormData) -> Response:
         """Two points of the ledger."""
@@ -320,6 +334,13 @@ class Site:
             raise ConfigError(f"unknown way {way!r}: expected check, preview or write")
         title = f"{way.capitalize()} {edit.title}"
         return self._begun(title, partial(works[way], edit), asked=edit)
+
+    def _rows(self) -> list[FactRow]:
+        """The facts, each as it was when it was last asked: by its edit, or with all others."""
+        for job in list(self.worker.jobs.values()):
+            if job.kind == "evaluate" and job.over:
+                self._asked |= job.outcome.data or {}
+        return self.view.facts(self._asked)
 
     def _begun(self, title: str, work: Any, asked: Any = None) -> Response:
         return _to(f"/jobs/{self.worker.submit(title, work, asked=asked).number}")

@@ -178,7 +178,8 @@ def evaluate(run: Run, _job: Job) -> Outcome:
         if (i := c.fact.id) in now
     ]
     sides = found.summary()
-    return Outcome([answers_table(lines), *rates_tables(sides, text=found.text)])
+    parts = [answers_table(lines), *rates_tables(sides, text=found.text)]
+    return Outcome(parts, data={line["column"]: line for line in lines})
 
 
 def diff(first: int, second: int, run: Run, _job: Job) -> Outcome:

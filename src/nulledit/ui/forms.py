@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
-from nulledit.data.facts import REQUIRED, Fact, Probe, clean_text
-from nulledit.data.readers import FactFile, read_facts
+from nulledit.data.facts import REQUIRED, Fact, Probe, clean_text, quote
+from nulledit.data.readers import CHOICE, FactFile, read_facts
 from nulledit.errors import BadRecordsError, FactError, NullEditError
 from nulledit.ledger.records import History
 
@@ -78,7 +78,7 @@ def read_upload(name: str, content: bytes) -> Checked:
         try:
             found = read_facts(path)
         except BadRecordsError as error:
-            problems = [said(problem) for problem in error.problems]
+            problems = [said(problem).removesuffix(CHOICE) for problem in error.problems]
             if (more := len(problems) - MOST_PROBLEMS) > 0:
                 problems[MOST_PROBLEMS:] = [f"and {more} more"]
             return Checked(errors={"file": tuple(problems)})
@@ -105,6 +105,20 @@ def in_its_place(checked: Checked, history: History | None) -> Checked:
     known = {column.fact.key: column.fact for column in history.present}
     facts = (_with_unshown(f, known[f.key]) if f.key in known else f for f in checked.facts.facts)
     return replace(checked, facts=replace(checked.facts, facts=tuple(facts)))
+
+
+def taken(checked: Checked, history: History | None, field: str) -> dict[str, tuple[str, ...]]:
+    """Under `field`, the ids that facts of another question have in the ledger."""
+    if checked.facts is None or history is None:
+        return {}
+    owners = {column.fact.id: column.fact for column in history.columns}
+    found = tuple(
+        f"id {quote(fact.id)} is that of another fact, about {quote(owner.subject)}: choose "
+        "another, or leave it open"
+        for fact in checked.facts.facts
+        if (owner := owners.get(fact.id)) and owner.key != fact.key
+    )
+    return {field: found} if found else {}
 
 
 def _with_unshown(fact: Fact, known: Fact) -> Fact:

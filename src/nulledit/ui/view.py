@@ -83,12 +83,15 @@ class View:
         there = all((self.folder / f).is_file() for f in ("summary.json", "results.jsonl"))
         return read_run(self.folder, self.folder.name) if there else None
 
-    def facts(self) -> list[FactRow]:
-        """Those in the model, then those that were taken out."""
+    def facts(self, asked: Mapping[int, Mapping[str, Any]] | None = None) -> list[FactRow]:
+        """Those in the model, then those that were taken out.
+
+        `asked`: lines of those that were evaluated once more since their edit, by column.
+        """
         history = self.history()
         if history is None:
             return []
-        lines = {line["column"]: line for line in read_lines(self.folder)}
+        lines = {line["column"]: line for line in read_lines(self.folder)} | dict(asked or {})
         there = {c.fact.id for c in history.active}
         gone = {c.fact.id: c for c in history.columns if c.fact.id not in there}
         return [
