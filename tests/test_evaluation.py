@@ -33,7 +33,7 @@ from nulledit.evaluation import (
 )
 from nulledit.evaluation import perplexity as perplexity_function
 from nulledit.evaluation.generation import answer_room
-from nulledit.evaluation.stats import growth_of, power_of, rank_correlation
+from nulledit.evaluation.stats import growth_of, paired_interval, power_of, rank_correlation
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import as_out_in
 from nulledit.models.tokens import RowEncoder
@@ -606,6 +606,19 @@ def test_the_bootstrap_is_of_the_mean_difference_of_pairs():
     for bad in (([1.0], [1.0, 2.0]), ([], []), ([math.nan], [1.0])):
         with pytest.raises(ValueError, match="expected"):
             paired_bootstrap(*bad)
+
+
+def test_facts_that_all_differ_alike_are_no_certainty():
+    """The bound is where n that agree have a chance of 2.5 %, the others being as far as can be."""
+    for n in (1, 4, 25):
+        found, low, high = paired_interval([0.0] * n, [1.0] * n)
+        assert (found, high) == (1, 1)
+        assert ((low + 1) / 2) ** n == pytest.approx(0.025)
+        found, low, high = paired_interval([50.0] * n, [50.0] * n, 100.0)
+        assert (found, low) == (0, -high)
+        assert (1 - high / 100) ** n == pytest.approx(0.025)
+    assert paired_interval([0, 1], [1, 1]) == paired_bootstrap([0, 1], [1, 1])
+    assert paired_interval([2.0, 3.0], [3.0, 4.0]) == (1, 1, 1), "no shares"
 
 
 def test_a_rank_correlation_is_of_orders_alone():

@@ -355,7 +355,7 @@ def test_a_run_is_a_study_with_its_rates_and_answers(runs):
     found = run_study(read_run(runs[0], "one"))
     rows = {row["measure"]: row for row in found.tables[0].rows}
     assert rows["efficacy, preference (%)"]["after"] == Value(100.0, 4.0, 25)
-    assert rows["efficacy, preference (%)"]["difference"] == "+100.0 [+100.0, +100.0]"
+    assert rows["efficacy, preference (%)"]["difference"] == "+100.0 [−4.4, +100.0]"  # of five
     assert rows["generalization, preference (%)"]["after"] is None  # the summary lacks it
     assert found.examples[0] == Example("", "France is", "Madrid", "Paris.", "Madrid.", True)
     assert found.settings == {"method": {"name": "alphaedit"}, "layers": [3, 4]}

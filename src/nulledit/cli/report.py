@@ -31,13 +31,14 @@ def report(call: Call) -> None:
     $ nulledit report run-a run-b --out compared.html
     """
     from nulledit.runs.compared_facts import parted
-    from nulledit.runs.report import collect, write_report
+    from nulledit.runs.report import check_page, collect, write_report
 
     folders = [Path(folder) for folder in call.folders]
-    call.say(f"Reading {len(folders)} folder{'s' * (len(folders) > 1)}")
-    collected = collect(folders)
     alone = len({folder.resolve() for folder in folders}) == 1
     file = Path(call.out or (folders[0] / "report.html" if alone else "report.html"))
+    check_page(file, force=call.force, way="give --force")
+    call.say(f"Reading {len(folders)} folder{'s' * (len(folders) > 1)}")
+    collected = collect(folders)
     write_report(collected, file, title=call.title or "Report", force=call.force)
     compared = [*collected.compared.tables] if collected.compared else []
     if collected.facts and (table := parted(collected.facts)):

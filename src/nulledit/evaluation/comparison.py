@@ -11,7 +11,7 @@ from nulledit.evaluation.measures import entry, find, measured, shown
 from nulledit.evaluation.preservation import Preservation
 from nulledit.evaluation.queries import Kind, Query
 from nulledit.evaluation.runner import SEEN_OF_TEXT, Evaluation
-from nulledit.evaluation.stats import Interval, paired_bootstrap
+from nulledit.evaluation.stats import Interval, paired_interval
 from nulledit.io.notebook import frame, html_table
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Comparison:
                 if fact in then.get(name, {}) and math.isfinite(then[name][fact] + value)
             ]
             if pairs:
-                found[name] = paired_bootstrap(*zip(*pairs, strict=True))
+                found[name] = paired_interval(*zip(*pairs, strict=True))
         return found
 
     def moved(self, kind: Kind = "specificity") -> list[tuple[Query, bool]]:

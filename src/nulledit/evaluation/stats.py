@@ -81,6 +81,19 @@ def paired_bootstrap(
     return Interval(float(difference.mean()), float(low), float(high))
 
 
+def paired_interval(a: Sequence[float], b: Sequence[float], whole: float = 1.0) -> Interval:
+    """`paired_bootstrap` of shares of `whole`, over facts.
+
+    Where all n facts differ alike no draw does otherwise, which would look like certainty, even of
+    one fact. A part 1 − 0.025^(1/n) of others may then still differ as far as shares can.
+    """
+    apart = {after - before for before, after in zip(a, b, strict=True)}
+    if len(apart) != 1 or not all(0 <= value <= whole for value in (*a, *b)):
+        return paired_bootstrap(a, b)
+    found, unseen = apart.pop(), 1 - 0.025 ** (1 / len(a))
+    return Interval(found, found - unseen * (whole + found), found + unseen * (whole - found))
+
+
 def perplexity_growth(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> Growth:
     """Growth of perplexity in % from each token's loss (nats), by window, in two models.
 

@@ -68,7 +68,8 @@ def figure_of(spec: FigureSpec, rows: Sequence[Point]) -> Figure:
             axes.set_title(marks.literal(panels[i]))
             _labels(axes, spec, first=i % columns == 0)
         for axes, panel in zip(grid.flat, panels, strict=False):  # once every panel is drawn
-            _scale(axes, spec, [row for row in rows if shared or row.panel == panel])
+            joined = shared and spec.kind != "intervals"  # whose quantity runs along x
+            _scale(axes, spec, [row for row in rows if joined or row.panel == panel])
         _legend(figure, grid, look)
     return figure
 
@@ -145,7 +146,9 @@ def _height(spec: FigureSpec, rows: Sequence[Point]) -> float:
     """Inches for one row of panels."""
     if spec.kind != "intervals":
         return 3.0
-    return 0.8 + len({row.x for row in rows}) * (0.18 + 0.16 * len({row.series for row in rows}))
+    names = {row.x for row in rows}
+    marks_of = len({(row.x, row.series) for row in rows})
+    return 0.8 + 0.18 * len(names) + 0.16 * marks_of
 
 
 def _shares_y(spec: FigureSpec, rows: Sequence[Point]) -> bool:

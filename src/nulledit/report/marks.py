@@ -108,11 +108,12 @@ def intervals(axes: Axes, rows: Sequence[Point], look: Look) -> None:
     An interval is as given, else normal from the standard error, else the point alone.
     """
     names = list(dict.fromkeys(row.x for row in rows))
-    step = 0.7 / max(1, len(look))
+    beside = {x: [s for s in look if any(r.x == x and r.series == s for r in rows)] for x in names}
     axes.axvline(0, color="#555555", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    for i, (name, style) in enumerate(look.items()):
-        shift = (i - (len(look) - 1) / 2) * step
+    for name, style in look.items():
         for j, row in enumerate(row for row in rows if row.series == name and row.y is not None):
+            there = beside[row.x]  # only those of one row of the axis make way for each other
+            shift = 0.7 * ((there.index(name) + 0.5) / len(there) - 0.5)
             y, half = _number(row.y), NORMAL * (row.error or 0.0)
             low = y - half if row.low is None else row.low
             high = y + half if row.high is None else row.high

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from nulledit.evaluation.measures import find, measured
-from nulledit.evaluation.stats import Rate, paired_bootstrap
+from nulledit.evaluation.stats import Rate, paired_interval
 from nulledit.report.document import (
     Cell,
     Column,
@@ -141,7 +141,7 @@ def _points(
         for name in names:
             a, b = pairs([rows[0][key] for key in keys], [held[key] for key in keys], name)
             if a:
-                mean, low, high = paired_bootstrap(a, b)
+                mean, low, high = paired_interval(a, b, find(name).scale)
                 title = find(name).title
                 points.append(Point(title, mean, n=len(a), series=run.name, low=low, high=high))
     return tuple(points)

@@ -97,16 +97,19 @@ def write_report(collected: Collected, file: Path, *, title: str, force: bool = 
     write(file, html_page(title, collected.documents()))
 
 
-def check_page(file: Path, *, force: bool = False) -> None:
-    """ReportError if no page can be written to `file`; over what is none only with `force`."""
+def check_page(file: Path, *, force: bool = False, way: str = "remove it") -> None:
+    """ReportError if no page can be written to `file`; over what is none only with `force`.
+
+    `way`: what can be done about that, besides another name.
+    """
     if file.is_dir():
         raise ReportError(f"{file}: is a folder; a page needs the name of a file")
     if file.exists() and not force:
         with file.open(encoding="utf-8", errors="replace") as held:
             if not is_ours(held.read(500)):
                 raise ReportError(
-                    f"{file}: is there and not made by `nulledit report`; remove it, or name "
-                    "another file"
+                    f"{file}: is there and not made by `nulledit report`; name another file, or "
+                    f"{way}"
                 )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nulledit.evaluation.measures import OF_FACTS, PREFERENCE, STRICT, find, measured
-from nulledit.evaluation.stats import paired_bootstrap
+from nulledit.evaluation.stats import paired_interval
 from nulledit.report.cells import ABSENT
 from nulledit.report.document import Cell, Column, FigureSpec, Status, StudyTable, Value
 from nulledit.report.points import Point
@@ -80,7 +80,8 @@ def rates_tables(
         row |= {side: _value(summary, key) for side, summary in sides.items()}
         if lines is not None:
             a, b = pairs([x["before"] for x in lines], [after_row(x) for x in lines], key)
-            row["difference"] = interval(paired_bootstrap(a, b), measure.digits) if a else None
+            apart = paired_interval(a, b, measure.scale) if a else None
+            row["difference"] = interval(apart, measure.digits) if apart else None
         (rates if measure.unit == "%" else other).append(row)
     for key in OF_TEXT:
         found = {side: of_text(summary, key) for side, summary in sides.items()}

@@ -9,7 +9,7 @@ from typing import Any
 
 from nulledit.data.facts import Fact
 from nulledit.evaluation.measures import find
-from nulledit.evaluation.stats import Interval, Rate, growth_of, paired_bootstrap
+from nulledit.evaluation.stats import Interval, Rate, growth_of, paired_interval
 from nulledit.report.document import Value
 from nulledit.studies.context import Lab
 from nulledit.studies.stream import StreamPlan
@@ -205,7 +205,7 @@ def difference(before: Rows, after: Rows, measure: str) -> tuple[Interval, int] 
     known = [(float(a), float(b)) for a, b in pairs if a is not None and b is not None]
     if not known:
         return None
-    found = paired_bootstrap([a for a, _ in known], [b for _, b in known])
+    found = paired_interval([a for a, _ in known], [b for _, b in known])
     return Interval(*(100 * end for end in found)), len(known)
 
 
