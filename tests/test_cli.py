@@ -278,7 +278,10 @@ def test_stats_show_what_they_hold(place, tmp_path):
     data = json.loads(done("stats", "show", place / "stats", "--json").stdout)
     assert [row["layer"] for row in data["layers"]] == [1, 2]
     assert data["layers"][0]["tokens"] == data["manifest"]["tokens"]
+    n, d = data["layers"][0]["tokens"], data["layers"][0]["d_in"]
+    assert data["excess"] == {"now": d / (n - d), "with_twice": d / (2 * n - d)}
     text = done("stats", "show", place / "stats", "--null-space", "leakage=0.1").stdout
+    assert f"about {100 * d / (n - d):.2g} % too high; twice as many" in text
     assert "protected" in text
     assert "corpus.txt" in text
 

@@ -153,6 +153,11 @@ def test_methods_are_compared_on_ones_own_facts(place, tmp_path):
     assert dry["model"]["to_edit"] == 0, "it goes on"
     more = json.loads(done(*given, "--methods", "rome,prompt", "--json").stdout)
     assert [row["arm"] for row in more["studies"][0]["tables"][0]["rows"]][1:] == ["rome", "prompt"]
+    own = (*given, "--methods", f"rome,{place / 'recipe.yaml'}")
+    assert "manifest of statistics" in refused(*own, "--stats", tmp_path)
+    assert "of one model" in refused(*own, "--stats", place / "stats", "--model", "other")
+    dry = json.loads(done(*own, "--stats", place / "stats", "--dry-run", "--json").stdout)
+    assert dry["model"]["to_edit"] == 2, "other statistics are other edits"
     assert "did you mean 'rome'" in refused(*given, "--methods", "rom")
     assert "edit nothing" in refused(*given, "--methods", "prompt,lora")
     assert "twice" in refused(*given, "--methods", "rome,rome")

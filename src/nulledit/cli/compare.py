@@ -55,6 +55,7 @@ METHODS = "gated,alphaedit,ft,local,prompt"
     opt("--text FILE", "For perplexity and KL.  [default: one that comes with nulledit]"),
     seed("Of contexts and order.  [default: 0]"),
     "Recipe:",
+    opt("--stats PATH", "Statistics of the one model, of all kinds needed.  [default: found]"),
     opt("--recipe FILE|NAME", "What methods change.  [default: the model's]"),
     opt("--layers LIST", "Edited layers, as 4,5,6 or 4-8.  [default: the recipe's, or by depth]"),
     opt("--batch-size N", "Facts solved together.  [default: 100]", least(1), 100),
@@ -84,6 +85,8 @@ def compare(call: Call) -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: is a file; give a folder")
     folders = _folders(call.models, out)
+    if call.stats:
+        _check_statistics(call)
     settings = settings_of(
         call.facts,
         call.methods,
@@ -128,6 +131,15 @@ def _folders(models: Sequence[str], out: Path) -> list[Path]:
     return [out / name for name in names] if len(names) > 1 else [out]
 
 
+def _check_statistics(call: Call) -> None:
+    """What --stats names, before a model is loaded."""
+    from nulledit.statistics.spectra import Statistics
+
+    if len(call.models) > 1:
+        raise ConfigError("--stats is of one model; leave it out, or compare on one alone")
+    Statistics.load(call.stats)
+
+
 def _recipe(call: Call, model: str, settings: dict[str, Any]) -> Recipe:
     """What the methods change on a model; ConfigError for one that they can't."""
     from nulledit.config import parse_changes
@@ -155,4 +167,5 @@ def _lab(call: Call, model: str, recipe: Recipe, settings: dict[str, Any]) -> La
         seed=call.seed,
         skip_bad=call.skip_bad,
         progress=None if call.talk.quiet else Teller(),
+        statistics=Path(call.stats) if call.stats else None,
     )

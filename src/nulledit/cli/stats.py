@@ -225,6 +225,7 @@ def _show(call: Call, found: Mapping[str, Statistics]) -> None:
             "manifest": asdict(statistics.manifest),
             "checked": statistics.checked,
             "null_space": asdict(rule),
+            "excess": _excess(rows),
             "layers": rows,
         }
         page += _page(statistics, rows)
@@ -260,11 +261,40 @@ def _page(found: Statistics, rows: Sequence[dict[str, Any]]) -> list[str | Part]
     parts: list[str | Part] = [
         f"Of {manifest.kind}: {head}",
         StudyTable.of("layers", "", list(told), cells),
+        _budget(rows),
     ]
     if any(r["experts"] for r in rows):
         spread = (_of_experts(r["layer"], r["experts"], r["d_in"]) for r in rows)
         parts.append(Items(tuple(spread)))
     return parts
+
+
+def _excess(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """By how much kᵀC⁻¹k of other text comes out too high, as a share, and with twice the tokens.
+
+    n/(n − d) − 1 of n samples in d directions, of the layer where it is most; None from n = d down.
+    """
+    n, d = min(((r["tokens"], r["d_in"]) for r in rows), key=lambda row: row[0] / row[1])
+    return {
+        name: d / (times * n - d) if times * n > d else None
+        for name, times in (("now", 1), ("with_twice", 2))
+    }
+
+
+def _budget(rows: Sequence[dict[str, Any]]) -> str:
+    """What the tokens are worth, and what more would be."""
+    now, twice = _excess(rows).values()
+    widest = max(r["d_in"] for r in rows)
+    if now is None:
+        return (
+            f"Fewer tokens than directions ({widest}): some of these were never seen. Take ten "
+            f"times as many tokens as directions, {10 * widest:,} (--tokens)."
+        )
+    more = f"; twice as many tokens would make that {100 * (twice or 0):.2g} %"
+    return (
+        f"Energies kᵀC⁻¹k of other text come out about {100 * now:.2g} % too high{more}. Text that "
+        "repeats itself counts for less."
+    )
 
 
 def _of_experts(layer: int, tokens: Sequence[int], d_in: int) -> str:

@@ -50,7 +50,7 @@ class Comparison:
                 if fact in then.get(name, {}) and math.isfinite(then[name][fact] + value)
             ]
             if pairs:
-                found[name] = paired_interval(*zip(*pairs, strict=True))
+                found[name] = paired_interval([a for a, _ in pairs], [b for _, b in pairs])
         return found
 
     def moved(self, kind: Kind = "specificity") -> list[tuple[Query, bool]]:

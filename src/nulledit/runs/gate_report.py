@@ -122,7 +122,7 @@ def _digits(found: float, limit: float) -> int:
 
 
 def _count(row: Row) -> str:
-    return "" if row.n is None else f"{row.n} {row.over}"
+    return "" if row.n is None else count(row.n, row.over.removesuffix("s"))
 
 
 def _allowed(row: Row) -> str:

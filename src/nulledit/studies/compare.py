@@ -104,8 +104,10 @@ def lab_of(
     seed: int = 0,
     skip_bad: bool = False,
     progress: Progress | None = None,
+    statistics: Path | None = None,
 ) -> Lab:
     """What the comparison works with; an error names the method that the model can't take."""
-    lab = Lab(bench, recipe, load_scale(SCALE), settings, sources, seed, skip_bad, progress)
+    scale = load_scale(SCALE)
+    lab = Lab(bench, recipe, scale, settings, sources, seed, skip_bad, progress, statistics)
     lab.fit(methods_of(settings))
     return lab

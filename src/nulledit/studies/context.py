@@ -78,6 +78,8 @@ class Lab:
     """Records that can't be read are left out, with a notice."""
     progress: Progress | None = None
     """Called with (stage, done, total)."""
+    statistics: Path | None = None
+    """Of all arms that name none; None: those found for the model."""
     notices: list[str] = field(default_factory=list)
     """What a reader of the results must know."""
     _base: Reading | None = field(default=None, init=False, repr=False)
@@ -161,7 +163,8 @@ class Lab:
             label = ", ".join(f"{name}={value}" for name, value in arm.items()) or "the recipe"
             recipe = self.recipe.with_fields(arm)
         size = given.pop("batch_size", None) or self.settings["batch_size"]
-        return replace(StreamPlan(label, recipe, tuple(facts), size, self.seed), **given)
+        plan = StreamPlan(label, recipe, tuple(facts), size, self.seed, statistics=self.statistics)
+        return replace(plan, **given)
 
     def edited(self, plan: StreamPlan) -> Stream:
         """The stream of `plan`, edited to its end."""

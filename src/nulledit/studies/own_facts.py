@@ -45,15 +45,20 @@ def methods_of(settings: Mapping[str, Any]) -> list[str]:
 
 def _arms(lab: Lab, queue: list[Fact]) -> list[StreamPlan]:
     """Streams of the methods that statistics serve; the others are absent, with a notice."""
-    plans, refused = [], []
+    plans = list[StreamPlan]()
+    absent = dict[str, list[str]]()  # why -> names
     for name in methods_of(lab.settings):
         plan = lab.plan(name, queue)
         try:
             lab.bench.check(plan)
         except StatisticsError as error:
-            refused.append(f"{name} is absent: {error}")
+            absent.setdefault(str(error), []).append(name)
         else:
             plans.append(plan)
+    refused = [
+        f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} absent: {why}"
+        for why, names in absent.items()
+    ]
     if not plans:
         raise StatisticsError("; ".join(refused))
     lab.notices += [notice for notice in refused if notice not in lab.notices]
