@@ -311,6 +311,14 @@ def test_what_is_wrong_stands_beside_its_field_and_the_rest_stays(tab, folder):
     assert events(folder) == 2
 
 
+def test_what_is_in_the_model_already_is_not_written_again(tab, folder):
+    tab.post("/edit/check", {**LONELY, "do": "write"})
+    pages = (folder / "summary.json").read_bytes()
+    assert "nothing was written" in text_of(tab.post("/edit/check", {**LONELY, "do": "write"}))
+    assert events(folder) == 3
+    assert (folder / "summary.json").read_bytes() == pages
+
+
 def test_an_id_of_another_fact_and_a_fact_beside_a_file_are_no_edit(tab, folder):
     id_ = View(folder).facts()[0].id
     page = tab.post("/edit/check", {**LONELY, "id": id_, "do": "check"})

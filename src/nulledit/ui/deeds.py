@@ -97,8 +97,10 @@ def preview(edit: Edit, run: Run, job: Job) -> Outcome:
 
 def write(edit: Edit, run: Run, job: Job) -> Outcome:
     """The edit itself. What the model says by then is shown before minutes of evaluation."""
+    if not run.new(edit.facts.facts):
+        return Outcome([Text("Every fact is in the model already; nothing was written.", "strong")])
     job.upon = partial(_say_now, run, job)
-    if _is_other(edit, run) and run.new(edit.facts.facts):
+    if _is_other(edit, run):
         job.unsettles = True
         _begin_epoch(edit, run)
     result = run.edit(
