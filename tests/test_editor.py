@@ -420,7 +420,9 @@ def test_bad_input_is_refused_before_anything_changes(make_editor, facts):
     editor = make_editor()
     before = weights(editor)
     long = Fact(id="long", subject="Velm", prompt="{} " + "is far and " * 60, target="Rome")
-    with pytest.raises(FactError, match=r"fact long: prompt of \d+ tokens is longer"):
+    with pytest.raises(
+        FactError, match=r"fact long: prompt of \d+ tokens, the target's included, is longer"
+    ):
         editor.edit([*facts, long])
     with pytest.raises(FactError, match="contradict"):
         editor.edit([facts[0], dataclasses.replace(facts[0], id="other", target="Ostrel")])
