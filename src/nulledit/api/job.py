@@ -32,7 +32,7 @@ from nulledit.runs.limits import Limits, load_limits
 from nulledit.runs.pages import Result
 from nulledit.runs.report import check_page, collect, write_report
 from nulledit.runs.talk import Talk
-from nulledit.statistics.spectra import Statistics
+from nulledit.statistics.found import check_there
 
 FILES = ("gguf", "text")
 """Options of exports that name a file."""
@@ -201,7 +201,7 @@ def inputs_of(job: Job) -> Inputs:
         if path and not Path(path).exists():
             raise ConfigError(f"{name}: {path} is not there")
     if job.stats:
-        Statistics.load(job.stats)
+        check_there(job.stats)
     if job.report:
         check_page(Path(job.report))
     if job.tracker:
@@ -215,7 +215,7 @@ def inputs_of(job: Job) -> Inputs:
 def _history(job: Job) -> History | None:
     """Of the run that is there; None where it begins, or was killed in its first batch."""
     store = Store(Path(job.out) / "ledger")
-    return store.load() if store.exists and store.events() else None
+    return store.read() if store.exists and store.events() else None
 
 
 def _exports(job: Job, facts: list[Fact], history: History | None) -> list[ExportJob]:

@@ -133,11 +133,11 @@ def _folders(models: Sequence[str], out: Path) -> list[Path]:
 
 def _check_statistics(call: Call) -> None:
     """What --stats names, before a model is loaded."""
-    from nulledit.statistics.spectra import Statistics
+    from nulledit.statistics.found import check_there
 
     if len(call.models) > 1:
         raise ConfigError("--stats is of one model; leave it out, or compare on one alone")
-    Statistics.load(call.stats)
+    check_there(call.stats)
 
 
 def _recipe(call: Call, model: str, settings: dict[str, Any]) -> Recipe:

@@ -108,7 +108,7 @@ def _check(call: Call, there: bool) -> None:
     from nulledit.api.run import Run
     from nulledit.config import read_recipe
     from nulledit.ledger.store import Store
-    from nulledit.statistics.spectra import Statistics
+    from nulledit.statistics.found import check_there
 
     store = Store(Path(call.out) / "ledger")
     if store.exists and store.events():
@@ -116,4 +116,4 @@ def _check(call: Call, there: bool) -> None:
     Run.check_fresh(call.out)
     read_recipe(call.recipe, call.run)
     if call.stats:
-        Statistics.load(call.stats)
+        check_there(call.stats)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from nulledit.errors import StatisticsError
 from nulledit.io.files import cache_folder
-from nulledit.statistics.manifest import Manifest, read_manifest
+from nulledit.statistics.manifest import Manifest, parts_of, read_manifest
 from nulledit.statistics.spectra import Statistics
+from nulledit.statistics.tensor_files import opened_file
 
 
 def default_folder(manifest: Manifest) -> Path:
@@ -55,6 +56,18 @@ def named_statistics(source: str | Path) -> Statistics:
             f"make them with `nulledit stats make {source} --text ...`"
         )
     return found
+
+
+def check_there(path: str | Path) -> None:
+    """StatisticsError unless statistics lie at `path`; their tensors are not read."""
+    path = Path(path)
+    if parts_of(path):
+        return
+    if path.is_dir():
+        read_manifest(path)
+    else:
+        with opened_file(path) as (_, metadata):
+            Manifest.from_json(metadata.get("manifest", ""), str(path))
 
 
 def _kept(wanted: Callable[[Manifest], bool], folders: str) -> Iterator[Statistics]:
