@@ -168,7 +168,7 @@ def llama(facts=100, d_out=4096, d_in=14336):
     residual = torch.randn(d_out, facts, **draw)
     base = (0.02 * torch.randn(d_out, d_in, generator=generator)).bfloat16().double()
     none = torch.zeros(d_in, 0).double()
-    identity = SpectralPreconditioner({0: BlockGains(none, none[0], 0.1)}, d_in)
+    identity = SpectralPreconditioner({0: BlockGains(none, none[0], 0.1)}, d_in, d_in)
     update = (base + solve_update(keys, residual, identity)) - base
     noise = torch.finfo(base.dtype).eps * float(base.norm())
     found, seconds = timed(lambda: factorise(update, columns=facts, noise=noise))

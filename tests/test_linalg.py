@@ -202,7 +202,7 @@ def test_solve_does_not_depend_on_the_order_of_facts_and_survives_equal_keys():
 
 def test_no_room_left_gives_no_update():
     none = torch.empty(20, 0, dtype=torch.float64)
-    metric = SpectralPreconditioner({0: BlockGains(none, none[0], 0.0)}, 20)
+    metric = SpectralPreconditioner({0: BlockGains(none, none[0], 0.0)}, 20, 20)
     assert metric.rank == 0
     assert solve_update(draw(20, 3), draw(6, 3), metric).norm() == 0
 
@@ -243,11 +243,19 @@ def test_batches_after_one_another_equal_the_joint_solve(kind, sizes, monkeypatc
         joint = solve_update(K[:, :done], V[:, :done] - W @ K[:, :done], metric)
         assert (total - joint).norm() < 1e-10 * joint.norm()
         assert remaining.taken == pytest.approx((1 - room_left(metric, K[:, :done])) * metric.rank)
-    assert (remaining.dense is not None) == (done > d)
-    other = draw(d, 3, seed=8)
-    weighted = metric.apply(other)
-    held = solve_update(K, weighted.mT @ K, metric) @ other  # oᵀGK (I + KᵀGK)⁻¹ KᵀGo
-    torch.testing.assert_close(other.mT @ remaining.apply(other), other.mT @ weighted - held)
+    assert (remaining.dense is not None) == (done > len(metric.coordinates(K)))
+
+
+@pytest.mark.parametrize(("free", "m"), [(4, 4), (8, 12)])
+def test_coordinates_are_along_a_null_space_that_is_the_thinner_side(free, m):
+    spectrum, K = spectrum_of(), draw(12, 3)
+    threshold = float(spectrum.eigenvalues[free])
+    metric = null_space_metric(spectrum, threshold, l2=0.1)
+    inside = metric.coordinates(K)
+    assert inside.shape == (m, 3)
+    kept = dense_projector(spectrum, threshold) @ K if m == free else K
+    torch.testing.assert_close(metric.expand(inside), kept)
+    torch.testing.assert_close(metric.coordinates(kept), inside)
 
 
 def test_spectrum_refuses_what_is_not_finite():

@@ -35,9 +35,14 @@ def solve_weighed(keys: Tensor, residual: Tensor, weighted: Tensor, own: Tensor)
 
     `weighted` is GK [d_in, n], `own` T [n, n] >= 0, symmetric; all float64. T = I: `solve_update`.
     """
-    system = keys.mT @ weighted @ own
+    return _answers(keys.mT @ weighted, residual, own) @ weighted.mT
+
+
+def _answers(moment: Tensor, residual: Tensor, own: Tensor) -> Tensor:
+    """R (I + M T)⁻¹ [d_out, n] of `moment` M [n, n]."""
+    system = moment @ own
     system.diagonal().add_(1.0)  # eigenvalues >= 1: those of M T are of a product of two >= 0
-    return residual @ torch.linalg.solve(system, weighted.mT)
+    return torch.linalg.solve(system, residual, left=False)
 
 
 def gram(matrix: Tensor) -> Tensor:
@@ -77,36 +82,28 @@ def solve_with(keys: Tensor, residual: Tensor, weighted: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RecursiveState:
-    """What keys held fast leave of a preconditioner: G' = G − GK (I + KᵀGK)⁻¹ KᵀG = G − ZZᵀ.
+    """What keys held fast leave of a preconditioner: G' = G − GK (I + KᵀGK)⁻¹ KᵀG = Φ (D − ZZᵀ) Φᵀ.
 
     The joint solve over all keys so far is a sum over batches, each with the G' that the batches
     before left, and with the residual that the present weight leaves (recursive least squares):
 
         Δ = Σ_b R_b (I + K_bᵀ G' K_b)⁻¹ K_bᵀ G',      R_b = V_b − W K_b
 
-    So a batch of n columns after N others costs O(d_in N n), not a solve of N + n columns: nothing
-    that the columns before went through is done again.
+    So a batch of n columns after N others costs O(m N n), not a solve of N + n columns: nothing
+    that the columns before went through is done again. m is the number of coordinates ΦᵀK of a key
+    (`Preconditioner`): of a hard null space that is the thinner side, the directions in it.
     """
 
     preconditioner: Preconditioner
-    """G."""
+    """G = Φ D Φᵀ."""
     blocks: tuple[Tensor, ...] = ()
-    """Z [d_in, columns] in blocks, float64; none in the dense form."""
+    """Z [m, columns] in blocks, float64; none in the dense form."""
     dense: Tensor | None = None
-    """G' [d_in, d_in] itself, once Z would be wider than that."""
+    """D − ZZᵀ [m, m] itself, once Z would be wider than that."""
     columns: int = 0
     """Keys held so far."""
     taken: float = 0.0
     """tr(KᵀGK (I + KᵀGK)⁻¹): how many directions they hold fast, see `room_left`."""
-
-    def apply(self, keys: Tensor) -> Tensor:
-        """G' K [d_in, n] for `keys` K, float64."""
-        if self.dense is not None:
-            return self.dense @ keys
-        weighted = self.preconditioner.apply(keys)
-        for Z in self.blocks:
-            weighted -= Z @ (Z.mT @ keys)
-        return weighted
 
     def write(
         self,
@@ -121,29 +118,43 @@ class RecursiveState:
         With `own` T [n, n], Δ is that of `solve_weighed`; with keys `beside` B [d_in, m], G'⁻¹ is
         G'⁻¹ + BBᵀ in it. What is left is the same, so that later batches meet K_b as all others.
         """
-        weighted = self.apply(keys)
-        L = factor(keys, weighted)
+        G = self.preconditioner
+        inside = G.coordinates(keys)
+        weighted = self._weigh(inside)
+        L = factor(inside, weighted)
         Z = torch.linalg.solve_triangular(L, weighted.mT, upper=False).mT
         if own is None and beside is None:
             Y = torch.linalg.solve_triangular(L, residual.mT, upper=False)
-            return Y.mT @ Z.mT, self._without(Z)
-        T = torch.eye(keys.shape[1]).to(keys) if own is None else own.to(keys)
+            return Y.mT @ G.expand(Z).mT, self._without(Z)
+        T = torch.eye(keys.shape[1]).to(inside) if own is None else own.to(inside)
         if beside is not None:  # columns that are to give 0
-            keys = torch.cat([keys, beside], dim=1)
-            weighted = torch.cat([weighted, self.apply(beside)], dim=1)
+            others = G.coordinates(beside)
+            inside = torch.cat([inside, others], dim=1)
+            weighted = torch.cat([weighted, self._weigh(others)], dim=1)
             residual = torch.nn.functional.pad(residual, (0, beside.shape[1]))
             T = torch.block_diag(T, torch.eye(beside.shape[1]).to(T))
-        return solve_weighed(keys, residual, weighted, T), self._without(Z)
+        answers = _answers(inside.mT @ weighted, residual, T)
+        return answers @ G.expand(weighted).mT, self._without(Z)
+
+    def _weigh(self, inside: Tensor) -> Tensor:
+        """(D − ZZᵀ) X of coordinates X [m, n]."""
+        if self.dense is not None:
+            return self.dense @ inside
+        weighted = self.preconditioner.weigh(inside)
+        for Z in self.blocks:
+            weighted -= Z @ (Z.mT @ inside)
+        return weighted
 
     def _without(self, block: Tensor) -> RecursiveState:
-        """G' less ZZᵀ of a further `block` of Z [d_in, n]."""
+        """What a further `block` of Z [m, n] leaves."""
         columns = self.columns + block.shape[1]
         taken = self.taken + self.preconditioner.inverse_trace(block)
         dense = self.dense
         if dense is None and columns > len(block):
-            dense = self.apply(torch.eye(len(block), dtype=block.dtype, device=block.device))
+            dense = self._weigh(torch.eye(len(block), dtype=block.dtype, device=block.device))
         if dense is not None:
-            return RecursiveState(self.preconditioner, (), dense - block @ block.mT, columns, taken)
+            left = torch.addmm(dense, block, block.mT, alpha=-1)
+            return RecursiveState(self.preconditioner, (), left, columns, taken)
         *before, last = self.blocks or (block[:, :0],)
         if last.shape[1] + block.shape[1] > BLOCK:
             blocks = (*self.blocks, block)

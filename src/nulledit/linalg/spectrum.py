@@ -189,7 +189,7 @@ class Spectrum:
         """
         parts = self._split(gains)
         filtered = {i: block.filtered(parts[i]) for i, block in self.blocks.items()}
-        return SpectralPreconditioner(filtered, self.width)
+        return SpectralPreconditioner(filtered, self.width, self.d_in)
 
     def whole(self) -> Block:
         """C as one block, for those who need it itself.
