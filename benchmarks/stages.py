@@ -99,10 +99,10 @@ class Setup:
 
 def made_up(width, free, device="cpu", dtype=torch.float32):
     """A compact spectrum with the share `free` of its directions below `RANDOM_THRESHOLD`."""
-    thin = int(width * min(free, 1 - free))
+    count = int(width * free)
+    thin = min(count, width - count)
     generator = torch.Generator().manual_seed(0)
     vectors = torch.linalg.qr(torch.randn(width, thin, generator=generator).to(device)).Q
-    count = int(width * free)
     values = torch.cat([torch.full((count,), 0.01), torch.full((width - count,), 2.0)]).double()
     start = 0 if thin == count else width - thin
     return Spectrum.joined({0: Block(values, vectors.to(dtype), start)})
