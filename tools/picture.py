@@ -9,7 +9,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 DOCS = Path(__file__).parents[1] / "docs"
-COLOURS = {"AlphaEdit": "#9a6b1f", "gated": "#1f6f9a"}
+COLOURS = {"AlphaEdit": "#9a6b1f", "MEMIT with history": "#8a4a8a", "gated": "#1f6f9a"}
 INK = "#777777"  # of axes and words: read on a light page and on a dark one
 
 
@@ -19,12 +19,13 @@ def table(text):
     head = [cell.strip() for cell in rows[0]]
     found = {}
     for row in rows[2:]:
-        if not re.fullmatch(r"\d+", row[0].strip()):
+        facts = row[0].strip().replace(",", "")
+        if not facts.isdecimal():
             break
         for name, cell in zip(head[1:], row[1:], strict=True):
             measure, method = name.rsplit(", ", 1)
-            mean, error = (float(n) for n in re.findall(r"[\d.]+", cell))
-            found.setdefault((measure, method), []).append((int(row[0]), mean, error))
+            if numbers := [float(n) for n in re.findall(r"[\d.]+", cell)]:  # a dash: not measured
+                found.setdefault((measure, method), []).append((int(facts), *numbers))
     return found
 
 
@@ -41,26 +42,19 @@ def main():
     for (measure, method), points in found.items():
         panel = panels[int(measure.startswith("KL"))]
         facts, means, errors = zip(*points, strict=True)
-        panel.errorbar(facts, means, yerr=errors, color=COLOURS[method], marker="o", capsize=3)
-        up = method == "gated" or measure.startswith("KL")
-        panel.annotate(
-            method,
-            (facts[1], means[1]),
-            xytext=(0, 9 if up else -16),
-            textcoords="offset points",
-            color=COLOURS[method],
-            ha="center",
+        panel.errorbar(
+            facts, means, yerr=errors, color=COLOURS[method], marker="o", ms=4, label=method
         )
     titles = ("new facts that hold (strict, %)", "change of other text (KL, mnat a token)")
     for panel, title in zip(panels, titles, strict=True):
         panel.set_title(title, fontsize=10, color=INK)
-        panel.set_xlabel("real updates, in batches of 100")
-        panel.set_xticks([100, 200, 300])
+        panel.set_xlabel("edits in one stream")
         panel.spines[["top", "right"]].set_visible(False)
         panel.spines[["left", "bottom"]].set_color(INK)
-    panels[0].set_ylim(0, 112)
+    panels[0].set_ylim(0, 105)
+    panels[0].legend(frameon=False, labelcolor="linecolor", loc="lower left")
     panels[1].set_yscale("log")
-    panels[1].set_ylim(0.01, 200)
+    panels[1].set_ylim(1, 500)
     figure.savefig(DOCS / "streams.svg", transparent=True, metadata={"Date": None})
 
 
