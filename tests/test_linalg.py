@@ -221,7 +221,7 @@ def test_room_left_is_the_dense_trace_and_runs_from_one_to_none():
 
 
 @pytest.mark.parametrize("kind", ["cut", "cut, other side", "slope", "wide"])
-@pytest.mark.parametrize("sizes", [[5], [1] * 6, [3, 1, 4], [7, 5, 9, 2], [30, 1]])
+@pytest.mark.parametrize("sizes", [[5, 3], [1] * 9, [3, 1, 4, 3], [7, 5, 9, 2, 3], [30, 1, 3]])
 def test_batches_after_one_another_equal_the_joint_solve(kind, sizes, monkeypatch):
     """Also past as many columns as the keys are wide, and in blocks of every kind."""
     d, out, spectrum = 12, 6, spectrum_of()
