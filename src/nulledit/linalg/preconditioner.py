@@ -124,15 +124,18 @@ class SpectralPreconditioner:
 
     def coordinates(self, keys: Tensor) -> Tensor:
         """ΦᵀK [m, n] of `keys` K [d_in, n], in float64."""
-        return self._by_block(BlockGains.coordinates, keys.double(), self._rows, self._places)
+        work, height = BlockGains.coordinates, self._height
+        return self._by_block(work, keys.double(), self._rows, self._places, height)
 
     def weigh(self, coordinates: Tensor) -> Tensor:
         """D X of `coordinates` X [m, n]."""
-        return self._by_block(BlockGains.weigh, coordinates, self._places, self._places)
+        work, height = BlockGains.weigh, self._height
+        return self._by_block(work, coordinates, self._places, self._places, height)
 
     def expand(self, coordinates: Tensor) -> Tensor:
         """Φ X [d_in, n] of `coordinates` X [m, n]."""
-        return self._by_block(BlockGains.expand, coordinates, self._places, self._rows)
+        work, height = BlockGains.expand, self.d_in
+        return self._by_block(work, coordinates, self._places, self._rows, height)
 
     def inverse_trace(self, coordinates: Tensor) -> float:
         """tr(Xᵀ D⁺ X) of `coordinates` X [m, n]."""
@@ -162,18 +165,26 @@ class SpectralPreconditioner:
         ends = accumulate((block.size for block in self.blocks.values()), initial=0)
         return {i: slice(*pair) for i, pair in zip(self.blocks, pairwise(ends), strict=True)}
 
+    @property
+    def _height(self) -> int:
+        """How many coordinates there are, m."""
+        return sum(block.size for block in self.blocks.values())
+
     def _by_block(
         self,
         work: Callable[[BlockGains, Tensor], Tensor],
         given: Tensor,
-        source: dict[int, slice],
-        result: dict[int, slice],
+        source: Mapping[int, slice],
+        result: Mapping[int, slice],
+        height: int,
     ) -> Tensor:
-        """What `work` makes of each block's part of `given`, which `source` has, at `result`."""
+        """What `work` makes of the part of `given` that `source` says of each block.
+
+        It stands where `result` says, in `height` rows.
+        """
         if len(self.blocks) == 1 and self.d_in == self.width:
             (block,) = self.blocks.values()
             return work(block, given)
-        height = self.d_in if result is self._rows else sum(b.size for b in self.blocks.values())
         found = given.new_zeros(height, given.shape[1])
         for i, block in self.blocks.items():
             part = given[source[i]]

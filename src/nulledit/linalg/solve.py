@@ -115,7 +115,7 @@ class RecursiveState:
     ) -> tuple[Tensor, RecursiveState]:
         """Δ [d_out, d_in] that writes `residual` R_b at `keys` K_b, and what is left after it.
 
-        With `own` T [n, n], Δ is that of `solve_weighed`; with keys `beside` B [d_in, m], G'⁻¹ is
+        With `own` T [n, n], Δ is that of `solve_weighed`; with keys `beside` B [d_in, k], G'⁻¹ is
         G'⁻¹ + BBᵀ in it. What is left is the same, so that later batches meet K_b as all others.
         """
         G = self.preconditioner
