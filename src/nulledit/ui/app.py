@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
-import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
-from markupsafe import escape
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import (
-    HTMLResponse,
     JSONResponse,
     RedirectResponse,
     Response,
@@ -26,11 +22,10 @@ from starlette.responses import (
 )
 from starlette.routing import Route
 
-from nulledit.errors import ConfigError, FactError, NullEditError
+from nulledit.errors import ConfigError, FactError
 from nulledit.evaluation.asking import MOST_TOKENS
 from nulledit.export.write import EXPORTS, export_command
-from nulledit.report.document import Document, Part, Text
-from nulledit.report.html import asset, seen, templates
+from nulledit.report.html import asset
 from nulledit.runs.document import run_document
 from nulledit.runs.holding import MARKS
 from nulledit.ui import deeds, posted
@@ -54,23 +49,12 @@ from nulledit.ui.settings import (
     read_limits_of,
     read_settings_of,
 )
+from nulledit.ui.shell import Drawn, Shell
 from nulledit.ui.view import PAGE, SHOWS, SORTS, FactRow, View, chosen, curves
 from nulledit.ui.work import Job, Worker
 
-logger = logging.getLogger(__name__)
-
 BOTH = "the fields hold a fact, too: give one fact there, or a file"
-PAGES = {
-    "/": "Facts",
-    "/try": "Try",
-    "/edit": "Edit",
-    "/timeline": "Timeline",
-    "/numbers": "Numbers",
-    "/jobs": "Activity",
-}
-"""Of the menu."""
 TICK = 0.1  # seconds between looks at a job whose stream is open
-MOST_FIELDS = 20_000  # ticked facts, for one
 HISTORY = 20  # prompts that are shown again
 
 
@@ -79,10 +63,8 @@ class Site:
 
     def __init__(self, worker: Worker, *, name: str, port: int):
         """`name`: of the run or the model, as it is shown; `port`: where it is served."""
-        self.worker, self.view, self.name = worker, View(worker.folder), name
-        self.templates, self.drawing = templates(), threading.Lock()
-        self.templates.filters["exact"] = escape  # what comes back by a form stays as it is
-        self.drawn: dict[Any, list[tuple[str, Any]]] = {}
+        self.worker, self.view = worker, View(worker.folder)
+        self.shell = Shell(worker, name=name)
         self._asked: dict[int, dict[str, Any]] = {}
         got = {
             "/": self.facts,
@@ -109,12 +91,11 @@ class Site:
             "/diff": self.diff,
             "/jobs/{number:int}/stop": self.stop,
         }
-        routes = [Route(path, self._get(h)) for path, h in got.items()]
-        routes += [Route(path, self._post(h), methods=["POST"]) for path, h in posted.items()]
+        routes = [Route(path, self.shell.get(h)) for path, h in got.items()]
+        routes += [Route(path, self.shell.post(h), methods=["POST"]) for path, h in posted.items()]
         routes.append(Route("/jobs/{number:int}/stream", self.stream))
-        inner = Starlette(
-            routes=routes, lifespan=self._life, exception_handlers={HTTPException: self._missing}
-        )
+        missing = {HTTPException: self.shell.missing}
+        inner = Starlette(routes=routes, lifespan=self._life, exception_handlers=missing)
         self.app = Guard(inner, port=port)
 
     # -- pages -----------------------------------------------------------------------------------
@@ -130,7 +111,7 @@ class Site:
         page = min(posted.whole(asked.get("page"), 1), -(-len(found) // PAGE) or 1)
         active = [row for row in rows if row.active]
         told = [row for row in active if row.mark != "not evaluated"]
-        return self._page(
+        return self.shell.page(
             request,
             "facts",
             "Facts",
@@ -151,7 +132,7 @@ class Site:
         id_ = request.query_params.get("id", "")
         story = self.view.story(id_)
         row = next((row for row in self._rows() if row.id == id_), None)
-        return self._page(request, "fact", id_, story=story, row=row)
+        return self.shell.page(request, "fact", id_, story=story, row=row)
 
     def trying(self, request: Request) -> Response:
         """A prompt box, and what both models said."""
@@ -161,7 +142,7 @@ class Site:
         if shown is not None and shown.kind != "ask":
             shown = None
         given = shown.asked if shown else (asked.get("prompt", ""), asked.get("target", ""))
-        return self._page(
+        return self.shell.page(
             request,
             "try",
             "Try",
@@ -196,26 +177,26 @@ class Site:
         """Every event; undo and redo; two points compared."""
         events = self.view.events()
         key = ("curves", *(event["event"] for event in events if event["kl"]))
-        parts = self._draw(key, lambda: curves(events))
-        return self._page(
+        parts = self.shell.draw(key, lambda: curves(events))
+        return self.shell.page(
             request, "timeline", "Timeline", events=events[::-1], parts=parts, last=len(events)
         )
 
     def numbers(self, request: Request) -> Response:
         """The run's report, limits, and the commands that hand it over."""
         pages = self.view.pages()
-        parts: list[tuple[str, Any]] = []
+        parts: Drawn = []
         if pages:
             key = ("numbers", (self.view.folder / "summary.json").stat().st_mtime_ns)
-            parts = self._draw(key, lambda: run_document(pages).parts)
+            parts = self.shell.draw(key, lambda: run_document(pages).parts)
         folder = self.view.folder
         exports = {kind: export_command(folder, kind, f"{folder}-{kind}") for kind in EXPORTS}
-        return self._page(request, "numbers", "Numbers", parts=parts, exports=exports)
+        return self.shell.page(request, "numbers", "Numbers", parts=parts, exports=exports)
 
     def activity(self, request: Request) -> Response:
         """All jobs."""
         jobs = list(self.worker.jobs.values())[::-1]
-        return self._page(
+        return self.shell.page(
             request, "jobs", "Activity", jobs=jobs, wait=any(not j.over for j in jobs)
         )
 
@@ -224,10 +205,10 @@ class Site:
         job = self._known(request.path_params["number"])
         if job.kind == "ask":
             return _to(f"/try?job={job.number}")
-        parts: list[tuple[str, Any]] = []
+        parts: Drawn = []
         if job.over:
-            parts = self._draw(("job", job.number), lambda: job.outcome.parts)
-        return self._page(request, "job", job.title, job=job, parts=parts, wait=not job.over)
+            parts = self.shell.draw(("job", job.number), lambda: job.outcome.parts)
+        return self.shell.page(request, "job", job.title, job=job, parts=parts, wait=not job.over)
 
     def state(self, request: Request) -> Response:
         """How far one job is."""
@@ -359,7 +340,7 @@ class Site:
         how: str = "",
     ) -> Response:
         names = (*FIELDS, "forget", *RECIPE, *TICKS, "retry")
-        return self._page(
+        return self.shell.page(
             request,
             "edit",
             "Edit",
@@ -376,7 +357,7 @@ class Site:
     def _retry_form(
         self, request: Request, given: Any, errors: Mapping[str, Sequence[str]] | None = None
     ) -> Response:
-        return self._page(
+        return self.shell.page(
             request,
             "retry",
             "Retry",
@@ -386,67 +367,6 @@ class Site:
             retries=posted.MOST_RETRIES,
             limits=_limits_in(given),
         )
-
-    def _draw(self, key: Any, parts: Callable[[], Sequence[Part | str]]) -> list[tuple[str, Any]]:
-        """Parts for the templates, kept by `key`: figures take a second, and one at a time."""
-        with self.drawing:
-            if key not in self.drawn:
-                whole = Document("", tuple(Text(p) if isinstance(p, str) else p for p in parts()))
-                self.drawn[key] = [seen(part) for part in whole.parts]
-                for old in list(self.drawn)[:-50]:
-                    del self.drawn[old]
-            return self.drawn[key]
-
-    def _page(
-        self, request: Request, template: str, title: str, *, status: int = 200, **more: Any
-    ) -> Response:
-        waiting = self.worker.waiting()
-        page = self.templates.get_template(f"ui/{template}.html").render(
-            title=title,
-            name=self.name,
-            csrf=self.app.csrf,
-            menu=PAGES,
-            here=request.url.path,
-            fault=self.worker.fault,
-            now=waiting[0] if waiting else None,
-            queued=max(0, len(waiting) - 1),
-            **{"wait": False} | more,
-        )
-        return HTMLResponse(page, status)
-
-    def _get(self, handler: Callable[[Request], Response]) -> Callable[[Request], Response]:
-        def answer(request: Request) -> Response:
-            return self._safe(request, lambda: handler(request))
-
-        return answer
-
-    def _post(self, handler: Callable[[Request, FormData], Response]) -> Any:
-        async def answer(request: Request) -> Response:
-            given = await request.form(max_files=1, max_fields=MOST_FIELDS)
-            if not self.app.meant(posted.text(given, "csrf")):
-                return self._error(request, 403, "This form is not of this page: load it again.")
-            work = partial(self._safe, request, lambda: handler(request, given))
-            return await run_in_threadpool(work)
-
-        return answer
-
-    def _safe(self, request: Request, work: Callable[[], Response]) -> Response:
-        """No error but in words."""
-        try:
-            return work()
-        except NullEditError as error:
-            return self._error(request, 409, str(error))
-        except Exception as error:
-            logger.exception("%s", request.url.path)
-            return self._error(request, 500, f"unexpected {type(error).__name__}: {error}")
-
-    def _error(self, request: Request, status: int, said: str) -> Response:
-        return self._page(request, "error", "Error", status=status, said=said)
-
-    async def _missing(self, request: Request, error: Exception) -> Response:
-        status = error.status_code if isinstance(error, HTTPException) else 500
-        said = {404: "There is no such page.", 405: "That page takes no form."}
-        return self._error(request, status, said.get(status, "The form could not be read."))
 
     @asynccontextmanager
     async def _life(self, _app: Starlette) -> AsyncIterator[None]:
