@@ -1,6 +1,7 @@
 """Statistics of keys and of inputs in one pass: those of two, whatever ends it in between."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from nulledit.parallel.ranks import Ranks
 from nulledit.statistics import collect as module
 from nulledit.statistics import sums as sums_module
 from nulledit.statistics.collect import collect, collect_together
-from nulledit.statistics.found import find_statistics
+from nulledit.statistics.found import check_there, find_statistics
 from nulledit.statistics.spectra import Statistics
 
 BOTH = ("keys", "inputs")
@@ -143,6 +144,19 @@ def test_the_cache_finds_each(passes):
         digest = found[kind].manifest.model_hash
         again = list(find_statistics(digest, (0, 2), inputs=kind == "inputs"))
         assert [content(s) for s in again] == [content(found[kind])]
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_a_folder_of_one_kind_is_known_without_its_tensors(passes, tmp_path, kind):
+    passes(BOTH, "both")
+    shutil.copytree(tmp_path / "both" / kind, tmp_path / "made" / kind)
+    for tensors in (tmp_path / "made" / kind).glob("*.safetensors"):
+        tensors.write_bytes(b"")
+    check_there(tmp_path / "made")
+    for manifest in (tmp_path / "made").glob("*/manifest.json"):
+        manifest.unlink()
+    with pytest.raises(StatisticsError, match="no readable manifest"):
+        check_there(tmp_path / "made")
 
 
 def test_a_compact_file_of_inputs_serves_gates(passes, tmp_path):

@@ -225,7 +225,7 @@ def _show(call: Call, found: Mapping[str, Statistics]) -> None:
             "manifest": asdict(statistics.manifest),
             "checked": statistics.checked,
             "null_space": asdict(rule),
-            "excess": _excess(rows),
+            "excess": {"now": statistics.excess(), "with_twice": statistics.excess(2)},
             "layers": rows,
         }
         page += _page(statistics, rows)
@@ -261,7 +261,7 @@ def _page(found: Statistics, rows: Sequence[dict[str, Any]]) -> list[str | Part]
     parts: list[str | Part] = [
         f"Of {manifest.kind}: {head}",
         StudyTable.of("layers", "", list(told), cells),
-        _budget(rows),
+        _budget(found),
     ]
     if any(r["experts"] for r in rows):
         spread = (_of_experts(r["layer"], r["experts"], r["d_in"]) for r in rows)
@@ -269,22 +269,10 @@ def _page(found: Statistics, rows: Sequence[dict[str, Any]]) -> list[str | Part]
     return parts
 
 
-def _excess(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """By how much kᵀC⁻¹k of other text comes out too high, as a share, and with twice the tokens.
-
-    n/(n − d) − 1 of n samples in d directions, of the layer where it is most; None from n = d down.
-    """
-    n, d = min(((r["tokens"], r["d_in"]) for r in rows), key=lambda row: row[0] / row[1])
-    return {
-        name: d / (times * n - d) if times * n > d else None
-        for name, times in (("now", 1), ("with_twice", 2))
-    }
-
-
-def _budget(rows: Sequence[dict[str, Any]]) -> str:
+def _budget(found: Statistics) -> str:
     """What the tokens are worth, and what more would be."""
-    now, twice = _excess(rows).values()
-    widest = max(r["d_in"] for r in rows)
+    now, twice = found.excess(), found.excess(2)
+    widest = max(spectrum.d_in for spectrum in found.spectra.values())
     if now is None:
         return (
             f"Fewer tokens than directions ({widest}): some of these were never seen. Take ten "

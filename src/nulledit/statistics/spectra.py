@@ -104,6 +104,15 @@ class Statistics:
             for layer, threshold in self.thresholds(rule).items()
         ]
 
+    def excess(self, times: int = 1) -> float | None:
+        """By how much energies kᵀC⁻¹k of other text come out too high, as a share.
+
+        n/(n − d) − 1 of n samples in d directions, of the widest layer; None from n = d down.
+        `times`: with so many times the tokens that there are.
+        """
+        n, d = times * self.manifest.tokens, max(found.d_in for found in self.spectra.values())
+        return d / (n - d) if n > d else None
+
     def save_compact(self, file: str | Path, thresholds: dict[int, float]) -> None:
         """One small file.
 
