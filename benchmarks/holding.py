@@ -21,14 +21,16 @@ from nulledit import Editor
 from nulledit.config import load_recipe
 from nulledit.data.readers import read_facts
 from nulledit.evaluation import evaluate, gates_of, read_windows, retry_failing
+from nulledit.evaluation.capability import capability
 from nulledit.evaluation.stats import Rate
+from nulledit.evaluation.tasks import read_tasks
 
 WINDOW = 256
 HEAD = (
     *("facts", "strict", "of the first batch", "said"),
     *("paraphrases, strict", "neighbours, strict"),
     *("other relations kept", "KL there, nat"),
-    *("KL, mnat (worst 1 %)", "perplexity", "steps", "CPU s a fact"),
+    *("KL, mnat (worst 1 %)", "perplexity", "tasks", "steps", "CPU s a fact"),
 )
 FIRST = {"choosing": 0, "reporting": 60_000 // WINDOW + 1}  # windows
 
@@ -53,6 +55,9 @@ def arguments():
     parser.add_argument("--text", choices=FIRST, default="choosing")
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--no-answers", action="store_true", help="ask for no free generation")
+    parser.add_argument("--each", action="store_true", help="all measures after each batch")
+    parser.add_argument("--capability", type=Path, metavar="DIR", help="the six tasks, too")
+    parser.add_argument("--items", type=int, default=100, help="of each task")
     parser.add_argument("--show", action="store_true", help="a line for each fact")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--value-cache", type=Path)
@@ -78,10 +83,11 @@ def main():
     text = options.data / "wikitext-2" / "test.txt"
     first = FIRST[options.text]
     windows = read_windows(text, editor.tokenizer, windows=first + options.windows)[first:]
+    items = read_tasks(options.capability, limit=options.items) if options.capability else ()
     base = evaluate(editor.editable, facts, windows=windows, generate=False)
     size = options.batch_size
     print(f"| {' | '.join(HEAD)} |\n{'| --- ' * len(HEAD)}|", flush=True)
-    stages, spent = [unedited(base)], 0.0
+    stages, spent = [{**unedited(base), "capability": able(editor, items)}], 0.0
     print(row(stages[0]), flush=True)
     for start in range(0, len(facts), size):
         batch = facts[start : start + size]
@@ -92,7 +98,8 @@ def main():
             retry_failing(editor, again, options.retry)
         spent += time.process_time() - begun
         last = start + size >= len(facts)
-        stages.append(stage(editor, facts[: start + size], windows, base, spent, options, last))
+        found = stage(editor, facts[: start + size], windows, base, spent, options, last)
+        stages.append({**found, "capability": able(editor, items if options.each or last else ())})
         print(row(stages[-1]), flush=True)
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -107,9 +114,13 @@ def recipe_of(options):
 
 
 def stage(editor, facts, windows, base, spent, options, last):
-    """What holds after a batch: all measures at the end of the stream, strict efficacy before."""
-    asked = facts if last else [fact.bare for fact in facts]
-    generate = last and not options.no_answers
+    """What holds after a batch: all measures at the end of the stream, strict efficacy before.
+
+    All of them after each with --each.
+    """
+    whole = last or options.each
+    asked = facts if whole else [fact.bare for fact in facts]
+    generate = whole and not options.no_answers
     found = evaluate(
         editor.editable,
         asked,
@@ -148,6 +159,19 @@ def stage(editor, facts, windows, base, spent, options, last):
     }
 
 
+def able(editor, items):
+    """Accuracy on each task and on all items; None where none were asked."""
+    if not items:
+        return None
+    found = capability(editor.editable, items)
+    right = [float(item.predicted == item.answer) for task in found.values() for item in task.items]
+    return {
+        "all": vars(Rate.of(right)),
+        "probability": vars(Rate.of([i.probability for t in found.values() for i in t.items])),
+        **{name: task.summary() for name, task in found.items()},
+    }
+
+
 def unedited(base):
     """The model before the stream, asked the same."""
     return {
@@ -173,6 +197,7 @@ def row(found):
         shown(found.get("relation_kl"), scale=1, digits=2),
         f"{kl['value']:.1f} ± {kl['standard_error']:.1f} ({100 * kl['worst_share']:.0f} %)",
         f"{found['perplexity']['value']:.2f}",
+        shown(found["capability"] and found["capability"]["all"]),
         f"{found['steps']:.1f}",
         f"{found['cpu_seconds_a_fact']:.2f}",
     ]
