@@ -13,6 +13,7 @@ from nulledit import Editor, Fact
 from nulledit.config import Recipe
 from nulledit.editing.contexts import reworded
 from nulledit.editing.reads import Reads
+from nulledit.editing.value_cache import ValueCache
 from nulledit.editing.values import measure_values, optimise_values, plan_rows
 from nulledit.ledger.tensors import read_spectrum
 from nulledit.models.editable_model import EditableModel
@@ -620,3 +621,26 @@ def test_a_recipe_of_a_ledger_from_before_the_margin_means_the_mean_alone():
     for margin in (None, 0.5):
         kept = Recipe().with_fields({"values.stop_margin": margin}).to_dict()
         assert Recipe.recorded(kept).values.stop_margin == margin
+
+
+def test_a_recipe_of_a_ledger_without_relation_prompts_holds_none():
+    """There was no list of them, and their weight meant nothing."""
+    old = Recipe().to_dict()
+    old["values"] |= {"relation_prompts": [], "relation_weight": 1.0}
+    assert Recipe.recorded(old) == Recipe()
+    assert Recipe().values.held_relations == ()
+    held = Recipe().with_fields({"values.relation_weight": 4.0})
+    assert Recipe.recorded(held.to_dict()) == held
+    assert len(held.values.held_relations) == len(held.values.relation_prompts) > 1
+
+
+def test_values_without_held_relations_are_found_where_they_were(facts, tmp_path):
+    def name(**more):
+        settings = dataclasses.replace(SETTINGS, **more)
+        given = {"layers": [1], "contexts": ["{}"], "settings": settings}
+        return ValueCache(tmp_path).name("weights", facts[:1], **given)
+
+    one = ("{} is the river of",)
+    before = name(relation_prompts=(), relation_weight=1.0)
+    assert name() == name(relation_prompts=one, relation_weight=0.0) == before
+    assert len({before, name(relation_weight=1.0), name(relation_weight=2.0)}) == 3

@@ -67,6 +67,15 @@ class Placement:
     """Where parts on "disk" are kept that can't be read from the checkpoint as they are."""
 
 
+RELATIONS = (
+    *("{} was born in", "{} is located in", "{} is known for", "{} was founded by"),
+    *("The capital of {} is", "{} died in", "{} belongs to", "{} and", "The name {} comes from"),
+    "{}, which is",
+)
+"""Prompts on other relations that fit some subjects of any kind, written without a look at any
+file of facts."""
+
+
 @checked
 @dataclass(frozen=True)
 class ValueSettings:
@@ -104,12 +113,12 @@ class ValueSettings:
     kl_prompt: OneSlot = "{} is a"
     """Where the subject's own meaning is held: its last token must predict as before. What stands
     after `{}` is not read, as published."""
-    relation_prompts: Several[OneSlot] = ()
+    relation_prompts: Several[OneSlot] = RELATIONS
     """Prompts on other relations of the subject, at whose ends it must predict as before, weighed
     by `relation_weight`. Left out are those that begin a prompt of the fact, or of another one on
-    its key, and those that such a prompt begins. Published: none."""
-    relation_weight: NotNegative = 1.0
-    """Weight of the mean KL(new ‖ old) there."""
+    its key, and those that such a prompt begins."""
+    relation_weight: NotNegative = 0.0
+    """Weight of the mean KL(new ‖ old) there; 0: they are not read (published)."""
     relations_per_step: Whole = 0
     """So many of them a step reads, in turn, once the first step has read what the model says at
     all of them; 0: all. Before a fact leaves, a step reads all of its rows."""
@@ -137,6 +146,11 @@ class ValueSettings:
     chunk_tokens: Whole = 0
     """A target longer than this is written in chunks, each at the end of the one before (AnyEdit);
     0: never."""
+
+    @property
+    def held_relations(self) -> tuple[str, ...]:
+        """Those of `relation_prompts` that are read."""
+        return tuple(self.relation_prompts) if self.relation_weight else ()
 
     def __post_init__(self) -> None:
         if self.norm_anchor and self.rounds > 1:
@@ -331,6 +345,8 @@ class Recipe:
             values = {"stop_margin": None, **values}
             if isinstance(stop := values.get("stop_when_likeliest"), bool):
                 values["stop_when_likeliest"] = int(stop)  # it was a switch: the first such step
+            if not values.get("relation_prompts"):  # none were read, whatever their weight
+                values |= {"relation_prompts": RELATIONS, "relation_weight": 0.0}
             data = {**data, "values": values}
         return cls.from_dict(data)
 

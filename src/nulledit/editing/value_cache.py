@@ -50,6 +50,8 @@ class ValueCache:
             used.pop(elsewhere)
         if settings.learning_rate_of == "unit":  # as before there was a choice
             used.pop("learning_rate_of")
+        if not settings.held_relations:  # as before there was a list of them
+            used |= {"relation_prompts": (), "relation_weight": 1.0}
         for name in ("contexts_per_step", "relations_per_step"):
             if not used[name]:  # as before there was one
                 used.pop(name)

@@ -131,7 +131,7 @@ def _jobs(
         labels = tuple(i % n if i < in_context else -1 for i in range(len(rows)))
         relations = tuple(
             model.encoder.encode_template(prompt, fact.subject)
-            for prompt in settings.relation_prompts
+            for prompt in settings.held_relations
             if not any(_begin_alike(prompt, own) for own in asked[group])
         )
         drift_row = None if shared else drift

@@ -315,7 +315,7 @@ def count_rows(facts: Sequence[Fact], encoder: RowEncoder, recipe: Recipe) -> Co
     contexts, before = 1 + len(prefixes), sum(prefixes)
     counts, in_turn = Counter(contexts=contexts), values.contexts_per_step
     shown = min(contexts, 1 + in_turn) if in_turn else contexts  # in a step
-    held = len(values.relation_prompts)
+    held = len(values.held_relations)
     asked = min(held, values.relations_per_step or held)
     for fact in facts:
         for prompt in fact.prompts:
@@ -330,7 +330,7 @@ def count_rows(facts: Sequence[Fact], encoder: RowEncoder, recipe: Recipe) -> Co
                 counts.update(rows=1, tokens=len(row.ids), heads=row.subject_last + 1)
                 counts.update(tails=len(row.ids) - row.subject_last, reads=len(row.target_ids))
         counts.update(rows=1, tails=1, reads=1)  # the drift row
-        for place, prompt in enumerate(values.relation_prompts):
+        for place, prompt in enumerate(values.held_relations):
             row = encoder.encode_template(prompt, fact.subject)
             counts.update(rows=1, tokens=len(row.ids), heads=row.subject_last + 1)
             if place < asked:
