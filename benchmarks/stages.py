@@ -20,10 +20,10 @@ from nulledit.ledger.tensors import spectrum_tensors
 from nulledit.linalg.moments import SecondMoment
 from nulledit.linalg.solve import solve_update
 from nulledit.linalg.spectrum import Block, Spectrum
+from nulledit.models.batches import chunks_by_length
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import as_out_in, write_weight
 from nulledit.models.load import model_hash
-from nulledit.models.tokens import chunks_by_length
 from nulledit.statistics.collect import key_moments
 from nulledit.statistics.found import find_statistics
 from nulledit.statistics.manifest import Manifest

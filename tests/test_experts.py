@@ -25,6 +25,7 @@ from nulledit.linalg.moments import SecondMoment
 from nulledit.linalg.solve import room_left, solve_update
 from nulledit.linalg.spectrum import RULES, Spectrum
 from nulledit.methods import METHODS
+from nulledit.models.batches import collate
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.experts import gives_w_times_key, is_experts, keys_of
 from nulledit.models.layouts import (
@@ -38,7 +39,6 @@ from nulledit.models.layouts import (
 )
 from nulledit.models.load import model_hash
 from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import collate
 from nulledit.runs.verify import MATRICES, verify
 from nulledit.statistics import collect as statistics_module
 from nulledit.statistics.collect import collect, key_moments

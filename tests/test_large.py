@@ -34,12 +34,12 @@ from nulledit.errors import ConfigError, ModelError
 from nulledit.evaluation.generation import generate_answers
 from nulledit.ledger.epoch_solver import EpochSolver
 from nulledit.linalg.moments import SecondMoment
+from nulledit.models.batches import collate
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import LAYOUTS, as_out_in, mlp_out, parameter_name
 from nulledit.models.load import load_model, model_hash
 from nulledit.models.partial import PartialModel
 from nulledit.models.placement import devices_of, is_offloaded, make_resident
-from nulledit.models.tokens import collate
 from nulledit.parallel.ranks import Ranks
 from nulledit.statistics.collect import key_moments
 from nulledit.tracing import TraceSettings, trace

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from nulledit.config import Placement
 from nulledit.errors import ConfigError, ModelError
+from nulledit.models.batches import Batch, collate, share_beginnings
 from nulledit.models.layouts import (
     as_out_in,
     find_layout,
@@ -23,7 +24,7 @@ from nulledit.models.layouts import (
 from nulledit.models.load import load_model, model_hash
 from nulledit.models.partial import PartialModel
 from nulledit.models.placement import chosen
-from nulledit.models.tokens import Batch, collate, context_length, share_beginnings
+from nulledit.models.tokens import context_length
 
 ROWS = [[5, 9, 13, 20, 7], [8, 3], [30, 31, 32]]
 CPU = torch.device("cpu")

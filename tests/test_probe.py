@@ -13,12 +13,12 @@ from nulledit.config import Layout, Recipe
 from nulledit.editing.merge import conflicts
 from nulledit.errors import ConfigError, LedgerError, ModelError, StatisticsError
 from nulledit.models import layouts
+from nulledit.models.batches import collate
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.hooks import hooked
 from nulledit.models.layout_tracing import probe
 from nulledit.models.layouts import LAYOUTS, check_layout, find_layout, parameter_name
 from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import collate
 from nulledit.statistics.collect import key_moments
 
 

@@ -12,13 +12,13 @@ from torch import nn
 from nulledit import Editor
 from nulledit.errors import LedgerError, ModelError
 from nulledit.export import put_delta, write_checkpoint, write_delta, write_lora
+from nulledit.models.batches import collate
 from nulledit.models.dense import Dense, dense_of
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import LAYOUTS, as_out_in, mlp_out
 from nulledit.models.load import model_hash
 from nulledit.models.partial import PartialModel
 from nulledit.models.quantized import make_editable
-from nulledit.models.tokens import collate
 from nulledit.runs.verify import verify
 from nulledit.statistics.collect import collect
 

@@ -19,7 +19,8 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from nulledit.errors import FactError
-from nulledit.models.tokens import RowEncoder, chunks_by_length, collate, join_target
+from nulledit.models.batches import chunks_by_length, collate
+from nulledit.models.tokens import RowEncoder, join_target
 
 
 @pytest.fixture

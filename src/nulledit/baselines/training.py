@@ -21,9 +21,10 @@ from nulledit.editing.contexts import make_contexts
 from nulledit.editing.values import plan_rows
 from nulledit.errors import FactError, ModelError
 from nulledit.io.settings import Count, NotNegative, Positive, Whole, checked
+from nulledit.models.batches import chunks_by_length
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import differentiating, frozen
-from nulledit.models.tokens import Row, chunks_by_length
+from nulledit.models.tokens import Row
 
 CPU_POSITIONS = 512  # small chunks stay in a processor's cache
 ACCELERATOR_POSITIONS = 8192

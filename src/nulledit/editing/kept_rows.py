@@ -18,8 +18,9 @@ from typing import NamedTuple
 import torch
 
 from nulledit.editing.unlearning import ForgetTarget
+from nulledit.models.batches import Batch, share_beginnings
 from nulledit.models.editable_model import EditableModel
-from nulledit.models.tokens import Batch, Row, share_beginnings
+from nulledit.models.tokens import Row
 
 CONTEXTS, RELATIONS = range(2)
 """Kinds of rows that steps may read in turn: of contexts and rewordings, of other relations."""

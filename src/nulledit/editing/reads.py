@@ -17,8 +17,8 @@ from torch import Tensor
 
 from nulledit.editing.kept_rows import RELATIONS, KeptRows
 from nulledit.editing.unlearning import unlearned
+from nulledit.models.batches import Batch
 from nulledit.models.partial import Prefix
-from nulledit.models.tokens import Batch
 
 
 class Losses(NamedTuple):

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from nulledit.data.facts import Fact
 from nulledit.editing.values import plan_rows
+from nulledit.models.batches import Batch, chunks_by_length
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import as_out_in, stored_weight, turned, write_weight
-from nulledit.models.tokens import Batch, chunks_by_length
 
 
 class WeightLoss:

@@ -29,9 +29,10 @@ from nulledit.editing.kept_rows import Job, KeptRows
 from nulledit.editing.reads import leads_of
 from nulledit.editing.unlearning import lessons_of
 from nulledit.errors import ModelError
+from nulledit.models.batches import chunks_by_length
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import differentiating, frozen
-from nulledit.models.tokens import Row, RowEncoder, chunks_by_length
+from nulledit.models.tokens import Row, RowEncoder
 
 Work = Callable[[KeptRows, Sequence[int], int], Iterable[Mapping[int, Value]]]
 """Values as they come, by number in the rows that are kept, of facts whose places in the whole are

@@ -21,9 +21,10 @@ from nulledit.evaluation.reading import read_windows
 from nulledit.evaluation.runner import _plain
 from nulledit.evaluation.stats import Rate
 from nulledit.io.untrusted import MAX_DOCUMENT, parse_json, read_text
+from nulledit.models.batches import chunks_by_length
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import frozen
-from nulledit.models.tokens import RowEncoder, chunks_by_length
+from nulledit.models.tokens import RowEncoder
 
 ROWS_AT_ONCE = 256  # of a matrix of pairwise distances
 

@@ -19,9 +19,10 @@ from nulledit.evaluation.fluency import generation_entropy
 from nulledit.evaluation.generation import contains, generate_answers
 from nulledit.evaluation.scores import token_losses
 from nulledit.evaluation.stats import Rate
+from nulledit.models.batches import chunks_by_length
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import frozen
-from nulledit.models.tokens import Row, chunks_by_length
+from nulledit.models.tokens import Row
 
 TOKENS = 20  # of a greedy continuation
 ANSWER_TOKENS = 16  # of an answer that is found: a date may take ten

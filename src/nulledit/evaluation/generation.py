@@ -25,12 +25,7 @@ from nulledit.data.facts import Fact, quote
 from nulledit.errors import FactError
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import frozen
-from nulledit.models.tokens import (
-    UNSPACED,
-    Row,
-    RowEncoder,
-    check_embedded,
-)
+from nulledit.models.tokens import UNSPACED, Row, RowEncoder, check_embedded
 
 # Korean has spaces, but its particles are written onto the word.
 _OPEN = (*UNSPACED, "HANGUL")

@@ -23,9 +23,10 @@ from nulledit.errors import StatisticsError
 from nulledit.evaluation.opening import Gates, Opening, opened_on, opening_of
 from nulledit.evaluation.scores import token_losses
 from nulledit.evaluation.stats import exponential, mean_of
+from nulledit.models.batches import chunks_by_length
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import frozen
-from nulledit.models.tokens import beginning, chunks_by_length
+from nulledit.models.tokens import beginning
 
 POSITIONS = 2048  # tokens that run together
 LOGITS = 2**24  # of each model that are held at once to be compared: 64 MB of float32

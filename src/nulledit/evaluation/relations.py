@@ -17,9 +17,9 @@ from nulledit.data.facts import Fact, quote
 from nulledit.errors import FactError
 from nulledit.evaluation.measures import AT_RELATIONS
 from nulledit.evaluation.reading import divergences, side_by_side
+from nulledit.models.batches import chunks_by_length
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import frozen
-from nulledit.models.tokens import chunks_by_length
 
 ByFact = Mapping[str, float]
 

@@ -15,9 +15,10 @@ from nulledit.data.facts import Fact, quote
 from nulledit.errors import FactError
 from nulledit.evaluation.queries import KINDS, Query, queries_of
 from nulledit.evaluation.stats import Rate
+from nulledit.models.batches import chunks_by_length
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import frozen
-from nulledit.models.tokens import Row, RowEncoder, chunks_by_length
+from nulledit.models.tokens import Row, RowEncoder
 
 LOGIT_POSITIONS = 512  # positions whose logits are held at once: 100 MB of float32 for 49,152 ids
 MEASURES = tuple(kind + suffix for kind in KINDS for suffix in ("", "_strict", "_tokens"))

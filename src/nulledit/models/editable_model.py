@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nulledit.config import ChatSettings, Layout
+from nulledit.models.batches import Batch, collate, pad_id
 from nulledit.models.hooks import collect_input, hooked
 from nulledit.models.layouts import as_out_in
 from nulledit.models.mlp import MlpForm, find_form, find_forms
 from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import Batch, RowEncoder, collate, pad_id
+from nulledit.models.tokens import RowEncoder
 from nulledit.models.trial import try_spans
 
 

@@ -22,10 +22,10 @@ from transformers.pytorch_utils import Conv1D
 
 from nulledit.errors import ModelError
 from nulledit.linalg.neurons import ACTIVATIONS, Neurons, UnitForm
+from nulledit.models.batches import collate
 from nulledit.models.dense import is_quantised
 from nulledit.models.experts import is_experts
 from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import collate
 from nulledit.models.unchanged import bit_sum
 
 MISSED = 0.01

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from nulledit.config import Layout
 from nulledit.errors import ModelError
 from nulledit.models.accepted import check_model
+from nulledit.models.batches import Batch
 from nulledit.models.hooks import (
     again,
     collect,
@@ -43,7 +44,7 @@ from nulledit.models.layouts import (
     parameter_name,
 )
 from nulledit.models.placement import input_device, is_offloaded
-from nulledit.models.tokens import Batch, context_length, vocabulary_of
+from nulledit.models.tokens import context_length, vocabulary_of
 
 
 @dataclass

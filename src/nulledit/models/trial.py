@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nulledit.errors import ModelError
+from nulledit.models.batches import Batch, collate, share_beginnings
 from nulledit.models.hooks import states_of
 from nulledit.models.layouts import differentiating, frozen
 from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import Batch, collate, share_beginnings
 
 logger = logging.getLogger(__name__)
 

@@ -17,14 +17,10 @@ from nulledit.config import StatisticsSettings
 from nulledit.data.corpus import Corpus, windows
 from nulledit.errors import StatisticsError
 from nulledit.linalg.moments import SecondMoment
+from nulledit.models.batches import chunks_by_length
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.quantized import make_editable
-from nulledit.models.tokens import (
-    beginning,
-    check_embedded,
-    chunks_by_length,
-    context_length,
-)
+from nulledit.models.tokens import beginning, check_embedded, context_length
 from nulledit.parallel.ranks import Ranks
 from nulledit.statistics.found import default_folder
 from nulledit.statistics.manifest import INPUTS, KEYS, Manifest

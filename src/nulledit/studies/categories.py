@@ -12,8 +12,8 @@ from nulledit.data.facts import Fact
 from nulledit.editing.engine import EditEngine
 from nulledit.evaluation.groups import OTHER, by_relation
 from nulledit.evaluation.stats import rank_correlation
+from nulledit.models.batches import chunks_by_length
 from nulledit.models.layouts import frozen
-from nulledit.models.tokens import chunks_by_length
 from nulledit.report.points import Point
 from nulledit.studies.build import head, scatter
 from nulledit.studies.context import Lab

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from nulledit.data.facts import Fact
 from nulledit.linalg.moments import SecondMoment
+from nulledit.models.batches import chunks_by_length
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.experts import count_and_width, is_experts
 from nulledit.models.hooks import collect, hooked
 from nulledit.models.layouts import differentiating
-from nulledit.models.tokens import check_embedded, chunks_by_length
+from nulledit.models.tokens import check_embedded
 
 LOGIT_POSITIONS = 512  # whose logits are held at once
 Progress = Callable[[str, int, int], None]

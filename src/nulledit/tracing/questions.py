@@ -11,8 +11,9 @@ from nulledit.data.facts import Fact, quote
 from nulledit.errors import FactError
 from nulledit.evaluation.queries import Query
 from nulledit.evaluation.scores import score
+from nulledit.models.batches import chunks_by_length
 from nulledit.models.editable_model import EditableModel
-from nulledit.models.tokens import RowEncoder, chunks_by_length
+from nulledit.models.tokens import RowEncoder
 
 
 @dataclass(frozen=True)

@@ -32,12 +32,12 @@ from torch import Tensor, nn
 from nulledit.data.facts import quote
 from nulledit.errors import ConfigError, ModelError
 from nulledit.io.settings import Count, Positive, Whole, checked
+from nulledit.models.batches import Batch
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.experts import comes_apart
 from nulledit.models.hooks import states_of
 from nulledit.models.layouts import frozen
 from nulledit.models.partial import Prefix
-from nulledit.models.tokens import Batch
 from nulledit.tracing.questions import Question
 
 KINDS = ("state", "mlp")
