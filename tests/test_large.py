@@ -392,7 +392,7 @@ def spread(model, tokenizer):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gptj", "gemma2", "opt", "granite"])
 def test_no_tensor_meets_one_of_another_device(family, tokenizer, facts, monkeypatch):
     # A fake mask has no numbers to look at: prefixes are always put in order.
-    monkeypatch.setattr("nulledit.models.partial.padded_after", lambda _mask: True)
+    monkeypatch.setattr("nulledit.models.prefix.padded_after", lambda _mask: True)
     model = build_model(family, dtype=torch.float32).requires_grad_(False)
     partial, mode = spread(model, tokenizer)
     with mode, Placing():

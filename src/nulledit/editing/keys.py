@@ -17,7 +17,7 @@ from torch import Tensor
 from nulledit.data.facts import Fact
 from nulledit.models.batches import Batch, Shared, chunks_by_length, share_beginnings
 from nulledit.models.editable_model import EditableModel
-from nulledit.models.partial import Prefix
+from nulledit.models.prefix import Prefix
 
 CPU_POSITIONS = 1024  # of more, what the blocks hold in between is new memory each time
 ACCELERATOR_POSITIONS = 8192

@@ -18,7 +18,7 @@ from torch import Tensor
 from nulledit.editing.kept_rows import RELATIONS, KeptRows
 from nulledit.editing.unlearning import unlearned
 from nulledit.models.batches import Batch
-from nulledit.models.partial import Prefix
+from nulledit.models.prefix import Prefix
 
 
 class Losses(NamedTuple):

@@ -20,9 +20,9 @@ from nulledit.models.dense import Dense
 from nulledit.models.gguf import is_gguf, kept_folder
 from nulledit.models.layouts import check_layout, find_layout, mlp_out, write_weight
 from nulledit.models.load import QUANTIZE, load_model, model_hash
-from nulledit.models.mlp import narrowed
 from nulledit.models.partial import PartialModel
 from nulledit.models.quantized import make_editable
+from nulledit.models.widths import narrowed
 
 
 class SavedEdits:

@@ -26,8 +26,8 @@ from nulledit.models.accepted import refuse_adapters
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layer_edit import LayerEdit, NeuronUpdate, update_of
 from nulledit.models.layouts import as_out_in
-from nulledit.models.mlp import one_width
 from nulledit.models.unchanged import bit_sums
+from nulledit.models.widths import one_width
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -20,10 +20,11 @@ from nulledit.io.files import replacing_folder
 from nulledit.models.dense import is_quantised
 from nulledit.models.layouts import as_out_in, find_layout, mlp_out, parameter_name, write_weight
 from nulledit.models.load import load_model, model_hash
-from nulledit.models.mlp import MlpForm, find_form, find_forms, narrowed, one_width
+from nulledit.models.mlp import MlpForm, find_form, find_forms
 from nulledit.models.partial import PartialModel
 from nulledit.models.quantized import make_editable
 from nulledit.models.saving import save_weights
+from nulledit.models.widths import narrowed, one_width
 
 MARK_FILE = "nulledit-delta.json"
 

@@ -38,8 +38,8 @@ from nulledit.export.updates import (
 from nulledit.io.files import replacing_folder
 from nulledit.models.experts import count_and_width, is_experts
 from nulledit.models.layouts import as_out_in
-from nulledit.models.mlp import MULTIPLE
 from nulledit.models.quantized import refuse_dense
+from nulledit.models.widths import MULTIPLE
 
 MODEL_FILE = "model.gguf"
 

@@ -9,7 +9,7 @@ run of a few tokens shows which matrices and which φ give the key that W is giv
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import permutations
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from nulledit.errors import ModelError
@@ -25,6 +24,7 @@ from nulledit.linalg.neurons import ACTIVATIONS, Neurons, UnitForm
 from nulledit.models.batches import collate
 from nulledit.models.dense import is_quantised
 from nulledit.models.experts import is_experts
+from nulledit.models.layouts import as_out_in
 from nulledit.models.partial import PartialModel
 from nulledit.models.unchanged import bit_sum
 
@@ -66,7 +66,7 @@ class MlpForm:
     @property
     def d(self) -> int:
         """Width of the MLP's input."""
-        return _out_in(self.driven.module).shape[1]
+        return as_out_in(self.driven.module).shape[1]
 
     @property
     def units(self) -> UnitForm:
@@ -103,13 +103,13 @@ class MlpForm:
                     driven = rows is self.driven
                     weights = neurons.rows if driven else neurons.factors
                     at = rows.part * self.width + places.to(self.columns.device)
-                    matrix, bias = _out_in(rows.module), rows.module.bias
+                    matrix, bias = as_out_in(rows.module), rows.module.bias
                     assert weights is not None
                     matrix[at] = weights.to(matrix)
                     if isinstance(bias, nn.Parameter):
                         constants = neurons.biases if driven else None
                         bias.data[at] = 0 if constants is None else constants.to(bias.data)
-                columns = _out_in(self.out)
+                columns = as_out_in(self.out)
                 columns[:, places.to(columns.device)] = neurons.columns.to(columns)
             self._say_sizes()
             yield
@@ -122,13 +122,13 @@ class MlpForm:
         """Have the modules' own numbers of rows and columns say what their weights are."""
         for rows in self._rows():
             size = "nf" if _turned(rows.module) else "out_features"
-            vars(rows.module)[size] = _out_in(rows.module).shape[0]
-        vars(self.out)["nx" if _turned(self.out) else "in_features"] = _out_in(self.out).shape[1]
+            vars(rows.module)[size] = as_out_in(rows.module).shape[0]
+        vars(self.out)["nx" if _turned(self.out) else "in_features"] = as_out_in(self.out).shape[1]
 
     @torch.no_grad()
     def held(self) -> Neurons | None:
         """The units besides the block's own, as they are stored; None: there are none."""
-        if _out_in(self.out).shape[1] == self.width:
+        if as_out_in(self.out).shape[1] == self.width:
             return None
         return self.stored(slice(self.width, None))
 
@@ -140,14 +140,14 @@ class MlpForm:
             stored = getattr(found.module, name, None) if found else None
             if found is None or not isinstance(stored, nn.Parameter):
                 return None
-            whole = _out_in(found.module) if name == "weight" else stored.data
+            whole = as_out_in(found.module) if name == "weight" else stored.data
             part = whole.tensor_split(found.parts)[found.part]
             return part[places].clone()
 
         driven = rows(self.driven, "weight")
         assert driven is not None
         biases, factors = rows(self.driven, "bias"), rows(self.factor, "weight")
-        return Neurons(driven, biases, factors, _out_in(self.out)[:, places].clone())
+        return Neurons(driven, biases, factors, as_out_in(self.out)[:, places].clone())
 
     @torch.no_grad()
     def holds(self, neurons: Neurons | None) -> bool:
@@ -176,7 +176,7 @@ class MlpForm:
         modules = {id(rows.module): rows.module for rows in self._rows()}
         for module in modules.values():
             parts = sorted((r for r in self._rows() if r.module is module), key=lambda r: r.part)
-            weight, bias = _out_in(module), module.bias
+            weight, bias = as_out_in(module), module.bias
             held = len(weight) // parts[0].parts
             weights, biases = [], []
             for rows in parts:
@@ -194,7 +194,7 @@ class MlpForm:
             yield module, "weight", whole.mT if _turned(module) else whole
             if biases:
                 yield module, "bias", torch.cat(biases)
-        own_columns = _out_in(self.out)[:, : self.width]
+        own_columns = as_out_in(self.out)[:, : self.width]
         columns = [] if neurons is None else [neurons.columns.to(own_columns)]
         whole = torch.cat([own_columns, *columns], dim=1)
         yield self.out, "weight", whole.mT if _turned(self.out) else whole
@@ -206,98 +206,7 @@ class MlpForm:
     @property
     def columns(self) -> Tensor:
         """W's columns besides its own [d_out, n]."""
-        return _out_in(self.out)[:, self.width :]
-
-
-WIDTHS = (
-    *("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "decoder_ffn_dim", "dff"),
-    *("feed_forward_size", "dim_ff", "intermediate_size_mlp", "dense_intermediate_size"),
-)
-"""Names that configurations have for the width of an MLP."""
-MULTIPLE = 64
-"""Widths that are written are multiples of this, as kernels like them."""
-
-
-@contextmanager
-def one_width(model: PreTrainedModel, forms: Sequence[MlpForm]) -> Iterator[None]:
-    """All of `forms` as wide as the widest inside, as the model's configuration says then.
-
-    transformers has one width for all blocks; what is added gives exactly nothing. ModelError
-    where the configuration can't say it.
-    """
-    config = model.config.get_text_config()
-    widest = max(_out_in(form.out).shape[1] for form in forms)
-    width = -(-widest // MULTIPLE) * MULTIPLE
-    if all(_out_in(form.out).shape[1] == form.width for form in forms):
-        yield
-        return
-    before = {name: getattr(config, name) for name in WIDTHS if hasattr(config, name)}
-    held = [form.held() for form in forms]
-    try:
-        for name, value in before.items():
-            if value in (None, forms[0].width):
-                setattr(config, name, width)
-        for form, neurons in zip(forms, held, strict=True):
-            form.put(_padded(form, neurons, width - form.width))
-        _check_shapes(model)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(config, name, value)
-        for form, neurons in zip(forms, held, strict=True):
-            form.put(neurons)
-
-
-def narrowed(model: PartialModel, width: int, kept: Mapping[int, int] | None = None) -> None:
-    """Take units that `one_width` wrote out of every block, which then has `width` of its own.
-
-    `kept`: by block, how many of those besides its own stay.
-    """
-    config = model.model.config.get_text_config()
-    for layer, form in find_forms(model, range(model.depth)).items():
-        if form.width > width:
-            own, n = replace(form, width=width), (kept or {}).get(layer, 0)
-            own.put(own.stored(slice(width, width + n)) if n else None)
-    for name in WIDTHS:
-        if isinstance(getattr(config, name, None), int) and getattr(config, name) > width:
-            setattr(config, name, width)
-
-
-def _padded(form: MlpForm, neurons: Neurons | None, n: int) -> Neurons:
-    """`neurons` and as many that give nothing as make them `n`."""
-    like, d_out = _out_in(form.driven.module), len(_out_in(form.out))
-    if neurons is None:
-        neurons = Neurons(
-            rows=like.new_zeros(0, form.d),
-            biases=like.new_zeros(0) if form.units.biased else None,
-            factors=like.new_zeros(0, form.d) if form.units.gated else None,
-            columns=like.new_zeros(d_out, 0),
-        )
-    missing = n - len(neurons.rows)
-
-    def longer(rows: Tensor | None) -> Tensor | None:
-        if rows is None:
-            return None
-        return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
-
-    rows = longer(neurons.rows)
-    assert rows is not None
-    columns = torch.cat([neurons.columns, neurons.columns.new_zeros(d_out, missing)], dim=1)
-    return Neurons(rows, longer(neurons.biases), longer(neurons.factors), columns)
-
-
-def _check_shapes(model: PreTrainedModel) -> None:
-    """ModelError unless a model of this configuration has the shapes of this one."""
-    with torch.device("meta"):
-        other = type(model)(model.config)
-    expected = {name: tuple(t.shape) for name, t in other.state_dict().items()}
-    for name, tensor in model.state_dict().items():
-        if expected.get(name, tuple(tensor.shape)) != tuple(tensor.shape):
-            raise ModelError(
-                f"{name} is {tuple(tensor.shape)} with its neurons, and the configuration of "
-                f"{type(model).__name__} can't say so ({expected[name]}): it can't be written as a "
-                "model folder"
-            )
+        return as_out_in(self.out)[:, self.width :]
 
 
 @torch.no_grad()
@@ -371,7 +280,7 @@ def _explained(out: nn.Module, key: Tensor, made: list[tuple[nn.Module, Tensor]]
             if best is None or missed < best[0]:
                 form = MlpForm(rows, None if other is None else other[0], name, out, width)
                 best = missed, form
-    rounding = 8 * torch.finfo(_out_in(out).dtype).eps
+    rounding = 8 * torch.finfo(as_out_in(out).dtype).eps
     return best[1] if best is not None and best[0] < MISSED + rounding else None
 
 
@@ -385,13 +294,6 @@ def _is_plain(module: nn.Module) -> bool:
 def _turned(module: nn.Module) -> bool:
     """Whether the module stores its weight [d_in, d_out]."""
     return isinstance(module, Conv1D)
-
-
-def _out_in(module: nn.Module) -> Tensor:
-    """The module's weight as [d_out, d_in]."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.data.mT if _turned(module) else weight.data
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from nulledit.models.editable_model import EditableModel
 from nulledit.models.experts import comes_apart
 from nulledit.models.hooks import states_of
 from nulledit.models.layouts import frozen
-from nulledit.models.partial import Prefix
+from nulledit.models.prefix import Prefix
 from nulledit.tracing.questions import Question
 
 KINDS = ("state", "mlp")
