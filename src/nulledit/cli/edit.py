@@ -94,6 +94,12 @@ if TYPE_CHECKING:
     ),
     opt("--steps N", "Forward passes per fact.", int, field="values.steps"),
     opt("--clamp X", "Largest ‖δ‖/‖h‖.", float, field="values.clamp"),
+    opt(
+        "--relation-weight X",
+        "How firmly other facts of a subject are held, such as 4.  [default: 0, not at all]",
+        float,
+        field="values.relation_weight",
+    ),
     opt("--l2 X", "Ridge on the update.", float, field="method.l2"),
     opt(
         "--layers LIST",
