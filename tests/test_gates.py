@@ -458,7 +458,7 @@ def _side(kind):
 
 
 def test_every_shipped_number_says_why():
-    file = resources.files("nulledit") / "assets" / "gates" / "default.yaml"
+    file = resources.files("nulledit") / "assets" / "limits" / "default.yaml"
     lines = file.read_text(encoding="utf-8").splitlines()
     named = [i for i, line in enumerate(lines) if re.match(r"\w+:", line)]
     assert {lines[i].partition(":")[0] for i in named} == set(load_limits().bounds)

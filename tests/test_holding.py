@@ -368,8 +368,8 @@ def test_what_else_changed_is_one_line():
     kl = {"kl": {"value": 1.52, "standard_error": 1.0, "tokens": 99, "worst_share": 0.5}}
     lines = [line(1.0, 1.0), line(0.5, 1.0), line(None, None)]
     assert side_effects(lines, kl) == (
-        "Neighbours of 1 fact changed, KL on other text 1.5 mnat a token."
+        "Strict answers of neighbours of 1 fact changed, KL on other text 1.5 mnat a token."
     )
-    assert side_effects(lines[:1], None) == "No neighbour changed."
+    assert side_effects(lines[:1], None) == "No neighbour's strict answer changed."
     assert side_effects(lines[2:], kl) == "KL on other text 1.5 mnat a token."
     assert side_effects([], None) == ""

@@ -1,4 +1,4 @@
-"""Knowledge editing of Hugging Face causal language models, in the null space of what must stay."""
+"""Knowledge editing of Hugging Face causal language models that leaves the rest as it is."""
 
 from nulledit._lazy import lazily
 

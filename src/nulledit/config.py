@@ -68,12 +68,13 @@ class Placement:
 
 
 RELATIONS = (
-    *("{} was born in", "{} is located in", "{} is known for", "{} was founded by"),
-    *("The capital of {} is", "{} died in", "{} belongs to", "{} and", "The name {} comes from"),
-    "{}, which is",
+    "{} was born in",
+    "{} is located in",
+    "{} is known for",
+    "The capital of {} is",
+    "{} belongs to",
 )
-"""Prompts on other relations that fit some subjects of any kind, written without a look at any
-file of facts."""
+"""Prompts on other relations that fit some subjects of any kind: as few as hold as much as ten."""
 
 
 @checked

@@ -10,7 +10,7 @@ from nulledit.errors import CheckFailed
 @command(
     "Limits on a run; exit code 1 if one is broken.",
     RUN,
-    opt("--limits FILE", "YAML.  [default: shipped ones]", default="default"),
+    opt("--limits FILE|default", "YAML; default: the shipped ones.", default="default"),
     TEXT,
     opt("--capability DIR", "Six tasks: sst2.jsonl and so on."),
     PLACED,
@@ -19,7 +19,7 @@ def check(call: Call) -> None:
     """Compare the edited model of a run with its base against limits in a YAML file.
 
     Exit code 0 if all hold, 1 if one does not. Only what the limits ask for is measured. A limit
-    that can't be measured fails, unless the file calls it optional. docs/gates.md names the limits.
+    that can't be measured fails, unless the file calls it optional. docs/limits.md names them all.
 
     \b
     $ nulledit check run

@@ -66,7 +66,7 @@ if TYPE_CHECKING:
         "--old-answers", "Take what the base says as the old answer of facts that name none.", bool
     ),
     opt("--no-shuffle", "Keep the file's order over several batches.", bool),
-    seed("Of contexts and of the queue's order.  [default: 0]", None, fixed="run"),
+    seed("Of contexts and of the order of facts.  [default: 0]", None, fixed="run"),
     "Recipe:",
     opt(
         "--recipe FILE|NAME", "See nulledit info for names.  [default: the model's]", fixed="epoch"
@@ -92,7 +92,12 @@ if TYPE_CHECKING:
         float,
         field="values.learning_rate",
     ),
-    opt("--steps N", "Forward passes per fact.", int, field="values.steps"),
+    opt(
+        "--steps N",
+        "Forward passes per fact and round (values.rounds), at most.",
+        int,
+        field="values.steps",
+    ),
     opt("--clamp X", "Largest ‖δ‖/‖h‖.", float, field="values.clamp"),
     opt(
         "--relation-weight X",
@@ -103,7 +108,7 @@ if TYPE_CHECKING:
     opt("--l2 X", "Ridge on the update.", float, field="method.l2"),
     opt(
         "--layers LIST",
-        "Edited layers, as 4,5,6 or 4-8, from 0.",
+        "Edited layers, as 4,5,6 or 4-8, from 0; gated edits take the last.",
         field="layers",
         read=parse_layers,
     ),
@@ -137,7 +142,7 @@ def edit(call: Call) -> None:
     or zsRE's (see `nulledit facts check`). The run folder gets the edited model (RUN/model, an
     ordinary Hugging Face folder), the ledger and a report of what changed and what did not.
 
-    What computes is decided by a recipe; the options under Recipe change single fields of it.
+    A recipe decides what an edit computes; the options under Recipe change single fields of it.
 
     Every batch is kept as it ends: after an interruption, go on with --continue, which takes model,
     recipe and statistics from the run's ledger. With --gate all is kept at the end, or nothing.

@@ -58,7 +58,7 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Edit": (edit, preview, retry, forget, run),
     "Live with edits": (log, show, undo, redo, restore, rebuild, merge, diff),
     "Look at a run": (ui, ask, chat, evaluate, report),
-    "Gates": (check, verify),
+    "Check": (check, verify),
     "Hand over": (export, apply, mcp),
     "Compare": (compare, study),
     "Prepare": (facts, stats, locate, tune, methods, recipe, info),
@@ -210,7 +210,7 @@ def _say_error(message: str) -> None:
 @click.option("--debug", is_flag=True, help="Show the trace of an error, and what libraries say.")
 @click.pass_context
 def cli(ctx: click.Context, debug: bool) -> None:
-    """Edit facts in a language model, in the null space of what must stay.
+    """Edit facts in a language model, and leave the rest as it is.
 
     A run is a folder: RUN/model is an ordinary Hugging Face model, RUN/ledger remembers every edit
     exactly, RUN/report.md shows what changed and what did not. Results go to stdout, progress and

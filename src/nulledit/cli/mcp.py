@@ -14,7 +14,7 @@ from nulledit.errors import LedgerError
     "Serve a run to agents, by the Model Context Protocol.",
     RUN,
     opt("--allow-edit", "Offer edit, undo and redo, too; without it tools only read.", bool),
-    opt("--limits FILE", "What check asks, and what every edit must keep.", str, "default"),
+    opt("--limits FILE|default", "What check asks, and what every edit must keep.", str, "default"),
     opt("--text FILE", "For perplexity and KL.  [default: one that comes with nulledit]"),
     DEVICE,
     TRUST,

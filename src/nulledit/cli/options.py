@@ -124,13 +124,13 @@ PLACED = (*DEVICE, TRUST)
 """Of commands that load a run."""
 DTYPE = opt(
     "--dtype",
-    "Of the weights.  [default: the checkpoint's own]",
+    "Of the weights, as they are loaded.  [default: the checkpoint's own]",
     ("float32", "bfloat16", "float16"),
     fixed="run",
 )
 QUANTIZE = opt(
     "--quantize",
-    "As it is loaded, by bitsandbytes; the edits stay beside it.",
+    "Quantise the model as it is loaded, by bitsandbytes; edits are kept beside it.",
     ("4bit", "8bit"),
     fixed="run",
 )
@@ -151,7 +151,7 @@ FACTS = (
 """Of commands that read a file of facts."""
 GATE = (
     opt(
-        "--gate FILE",
+        "--gate FILE|default",
         "Limits (see nulledit check); a model that breaks one is not written.",
         is_eager=True,
     ),
@@ -174,8 +174,8 @@ BOTH = opt(
     fixed="epoch",
 )
 """Of commands that write facts, or choose how."""
-TEXT = opt("--text FILE", "For perplexity and KL.  [default: one that comes along]")
-STATS = opt("--stats PATH", "Statistics of the model's keys.  [default: found]", fixed="epoch")
+TEXT = opt("--text FILE", "For perplexity and KL.  [default: one that comes with nulledit]")
+STATS = opt("--stats PATH", "Statistics, see nulledit stats make.  [default: found]", fixed="epoch")
 
 
 def seed(about: str, default: int | None = 0, **more: Any) -> Opt:

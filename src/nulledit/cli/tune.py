@@ -65,7 +65,7 @@ WINDOWS, WINDOW = 12, 128  # of text, read once a candidate
     opt("--trace FOLDER", "Try the layers that nulledit locate suggests."),
     opt("--weight X", "What a nat of KL on other text costs.  [default: 2]", click.FloatRange(0)),
     STATS,
-    opt("--text FILE", "Text for KL and perplexity.  [default: one that comes along]"),
+    opt("--text FILE", "Text for KL and perplexity.  [default: one that comes with nulledit]"),
     "Form:",
     CHAT,
     BOTH,

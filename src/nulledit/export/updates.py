@@ -116,7 +116,7 @@ class Export:
     """Whether experts have a name each in it, as servers read them and PEFT does not."""
 
     def __repr__(self) -> str:
-        layers = ", ".join(str(layer.layer) for layer in self.layers)
+        layers = ", ".join(dict.fromkeys(str(layer.layer) for layer in self.layers))
         return f"<Export {self.kind} in {self.folder}: layers {layers}, {self.bytes:,} bytes>"
 
     def to_dict(self) -> dict[str, Any]:

@@ -182,7 +182,9 @@ def side_effects(lines: Sequence[Mapping[str, Any]], after: Mapping[str, Any] | 
     said = []
     if (moved := neighbours_changed(lines)) is not None:
         said.append(
-            f"neighbours of {count(moved, 'fact')} changed" if moved else "no neighbour changed"
+            f"strict answers of neighbours of {count(moved, 'fact')} changed"
+            if moved
+            else "no neighbour's strict answer changed"
         )
     kl = of_text(after, "kl")
     if isinstance(kl, Value) and kl.mean is not None:

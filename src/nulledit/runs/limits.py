@@ -180,7 +180,7 @@ class Limits:
     """A set of limits, as a file names them."""
 
     kind: ClassVar[str] = "limits"
-    folder: ClassVar[str] = "gates"
+    folder: ClassVar[str] = "limits"
 
     bounds: Mapping[str, Bound]
     """Name -> bound, in the file's order."""

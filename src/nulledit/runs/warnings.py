@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from nulledit.editing.weights import LayerReport
 from nulledit.evaluation.stats import Rate
 
-# From the study `collapse` (docs/gates.md): what one stream showed when it was last well, judged on
-# streams of other facts. ‖h‖ at the edited subjects is left out: it is as large as values are made
+# From the study `collapse` (docs/limits.md): what one stream showed when it was last well, judged
+# on streams of other facts. ‖h‖ at the edited subjects is left out: it is as large as values are made
 # from the first batch on, and told of one collapse only when that had come.
 ROOM_LOW = 0.7  # share of the usable directions
 NORM_HIGH = 0.9  # ‖Δ‖/‖W₀‖
