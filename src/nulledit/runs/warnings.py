@@ -9,8 +9,8 @@ from nulledit.editing.weights import LayerReport
 from nulledit.evaluation.stats import Rate
 
 # From the study `collapse` (docs/limits.md): what one stream showed when it was last well, judged
-# on streams of other facts. ‖h‖ at the edited subjects is left out: it is as large as values are made
-# from the first batch on, and told of one collapse only when that had come.
+# on streams of other facts. ‖h‖ at the edited subjects is left out: it is as large as values are
+# made from the first batch on, and told of one collapse only when that had come.
 ROOM_LOW = 0.7  # share of the usable directions
 NORM_HIGH = 0.9  # ‖Δ‖/‖W₀‖
 TEXT_HIGH = 0.01  # growth of ‖h‖ on text that no edit touches
