@@ -576,7 +576,12 @@ def test_settings_of_another_method_are_refused(make):
         make(RECIPE.with_fields({"method.name": "memti"}))
     with pytest.raises(ConfigError, match="expected a number above 0"):
         make(RECIPE.with_fields({"method.l2": -1.0}))
-    for option in ({"values.chunk_tokens": 3}, {"values.at": "each"}, {"values.norm_anchor": True}):
+    for option in (
+        {"values.chunk_tokens": 3},
+        {"values.at": "each"},
+        {"values.norm_anchor": True},
+        {"values.relation_weight": 4.0},
+    ):
         with pytest.raises(ConfigError, match=r"ft optimises no values"):
             make(RECIPE.with_fields({"method.name": "ft", **option}))
 

@@ -243,7 +243,7 @@ def test_an_estimate_counts_the_rows_that_a_step_reads(place):
 
     def step(contexts=0, relations=0, prompts=()):
         changes = {"contexts_per_step": contexts, "relations_per_step": relations}
-        changes |= {"relation_prompts": prompts, "relation_weight": 1.0}
+        changes |= {"relation_prompts": prompts, "relation_weight": float(bool(prompts))}
         recipe = Recipe(layers=(1,)).with_fields({f"values.{k}": v for k, v in changes.items()})
         rows = count_rows(facts, encoder, recipe)
         return Costs.of(shape, recipe, rows, len(facts), (1e9, 1e9)).step

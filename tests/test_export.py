@@ -30,7 +30,7 @@ from nulledit.export.card import SHOWN, _cost
 from nulledit.export.delta import read_delta
 from nulledit.export.factors import factorise, ordered_sum, relative_error
 from nulledit.export.ranks import SERVED, padded, served_rank
-from nulledit.export.updates import Export
+from nulledit.export.updates import Export, shard_bytes
 from nulledit.models.load import load_model, model_hash
 
 peft = pytest.importorskip("peft")
@@ -531,6 +531,35 @@ def test_any_manifest_is_read_or_refused_in_one_line(tmp_path_factory, places, d
 
 
 # -- checkpoint ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "bytes_"),
+    [
+        (7, 7),
+        ("7", 7),
+        ("20KB", 20_000),
+        ("5GiB", 5 * 2**30),
+        ("3MB", 3_000_000),
+        ("2TB", 2 * 10**12),
+    ],
+)
+def test_a_shard_size_is_bytes_or_a_text_of_them(size, bytes_):
+    assert shard_bytes(size) == bytes_
+
+
+@pytest.mark.parametrize("size", ["0", 0, -1, "5B", "GB", "5 GB", "1e9", "5gb", "5GiBs", True])
+def test_another_shard_size_is_refused(size):
+    with pytest.raises(ConfigError, match="expected bytes, or a size"):
+        shard_bytes(size)
+
+
+@pytest.mark.parametrize("size", [20_000, "20000", "20KiB"])
+def test_a_checkpoint_has_shards_of_any_size_that_may_be_asked(size, places, tmp_path):
+    write_checkpoint(places("llama").editor, tmp_path / "model", max_shard_size=size)
+    files = list((tmp_path / "model").glob("model-*.safetensors"))
+    assert len(files) > 1
+    assert Editor.from_pretrained(str(tmp_path / "model")).editable.depth > 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

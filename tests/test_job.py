@@ -93,6 +93,17 @@ def test_the_same_job_goes_on_after_an_export_that_failed(write, tmp_path, monke
     )
 
 
+def test_an_export_with_other_options_is_in_the_way(write, tmp_path):
+    def job(**options):
+        return write(exports=[{"kind": "lora", "out": "adapter", "options": options}])
+
+    done("run", job(rank=4), "--quiet")
+    assert "is there, of this very state" in invoke("run", job(rank=4)).stderr
+    assert str(tmp_path) not in (tmp_path / "adapter" / "nulledit-export.json").read_text()
+    for options in ({}, {"rank": 8}, {"rank": 4, "dtype": "bfloat16"}):
+        assert "exists already" in refused("run", job(**options), "--quiet")
+
+
 def test_a_job_killed_in_its_first_batch_begins_again(write, tmp_path):
     job = load_job(write())
     editor = Editor.from_pretrained(job.model, recipe=job.recipe, statistics=job.stats)
@@ -144,6 +155,13 @@ def test_a_dry_run_edits_nothing(write, tmp_path):
         ({"exports": [{"kind": "lora", "out": "x", "options": {"rank": "8"}}]}, "rank: expected a"),
         ({"exports": [{"kind": "lora", "out": "x", "options": {"rank": 0}}]}, "rank: expected a"),
         ({"exports": [{"kind": "lora", "out": "x", "options": {"rank": True}}]}, "at least 1"),
+        ({"exports": [{"kind": "lora", "out": "x", "options": {"rank": 4000}}]}, "1 to 512"),
+        ({"exports": [{"kind": "delta", "out": "run/model"}]}, "is where the run lies"),
+        ({"exports": [{"kind": "delta", "out": "run/ledger/x"}]}, "is where the run lies"),
+        ({"exports": [{"kind": "delta", "out": "run"}]}, "is where the run lies"),
+        ({"exports": [{"kind": "delta", "out": "."}]}, "is where the run lies"),
+        ({"facts": ["facts.json", "other.json"]}, "contradict each other"),
+        ({"facts": ["facts.json", "same_id.json"]}, "names two facts"),
         ({"exports": [{"kind": "lora", "out": "x", "options": {"experts": "Each"}}]}, "or each"),
         ({"exports": [{"kind": "gguf", "out": "x", "options": {"same_shape": 1}}]}, "or false"),
         ({"gate": "nowhere.yaml"}, "nowhere.yaml"),
@@ -169,7 +187,13 @@ def test_a_dry_run_edits_nothing(write, tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_is_one_line_before_a_model_is_loaded(changes, said, write, monkeypatch):
+def test_what_cannot_be_is_one_line_before_a_model_is_loaded(
+    changes, said, write, tmp_path, monkeypatch
+):
+    for name, other in (("other", {"id": "b", "target": "Otrin"}), ("same_id", RECORDS[2])):
+        record = RECORDS[0] | other | ({"id": RECORDS[0]["id"]} if name == "same_id" else {})
+        (tmp_path / f"{name}.json").write_text(json.dumps([record]))
+
     def load(*_args, **_kwargs):
         raise AssertionError("loaded")
 

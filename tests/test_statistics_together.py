@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from nulledit import Editor
 from nulledit.config import StatisticsSettings
 from nulledit.data.corpus import open_corpus
 from nulledit.errors import StatisticsError
+from nulledit.linalg.spectrum import Block, Spectrum
 from nulledit.methods.gates import GateSettings, TextInputs, gate_directions
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.load import model_hash
@@ -144,6 +146,20 @@ def test_the_cache_finds_each(passes):
         digest = found[kind].manifest.model_hash
         again = list(find_statistics(digest, (0, 2), inputs=kind == "inputs"))
         assert [content(s) for s in again] == [content(found[kind])]
+
+
+def test_what_tokens_are_worth_is_counted_by_expert(passes):
+    """An expert is given some of the tokens, for directions of its own."""
+    dense = passes("keys", "dense")
+    n, d = dense.manifest.tokens, 48
+    assert (dense.excess(), dense.excess(2)) == (d / (n - d), d / (2 * n - d))
+    blocks = {i: Block.of(torch.eye(8, dtype=torch.float64)) for i in (0, 1)}
+    mixture = {0: Spectrum.joined(blocks, tokens=(12, 20, 3))}  # the third is left alone
+    found = replace(dense, spectra=mixture)
+    assert (found.excess(), found.excess(2)) == (8 / (16 - 8), 8 / (32 - 8))
+    few = {0: Spectrum.joined(blocks, tokens=(8, 8, 3))}
+    assert replace(dense, spectra=few).excess() is None
+    assert replace(dense, spectra=dense.spectra | mixture).excess() == max(1.0, d / (n - d))
 
 
 @pytest.mark.parametrize("kind", BOTH)

@@ -167,6 +167,8 @@ def test_facts_are_listed_searched_filtered_and_sorted_without_a_script(tab):
     assert set(order) == {"ada", "zola", "velm", "karo"}
     assert "No fact fits" in tab.get("/?q=nowhere").text
     assert tab.get("/?show=nonsense&sort=nonsense&page=-3&down=x").status_code == 200
+    shown = text_of(tab.get("/"))
+    assert all(text_of(tab.get(f"/?page={page}")) == shown for page in ("0", "1", "99"))
 
 
 def row(**given):

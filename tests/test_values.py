@@ -15,6 +15,7 @@ from nulledit.editing.contexts import reworded
 from nulledit.editing.reads import Reads
 from nulledit.editing.value_cache import ValueCache
 from nulledit.editing.values import measure_values, optimise_values, plan_rows
+from nulledit.errors import ConfigError
 from nulledit.ledger.tensors import read_spectrum
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import as_out_in, frozen
@@ -627,20 +628,33 @@ def test_a_recipe_of_a_ledger_without_relation_prompts_holds_none():
     """There was no list of them, and their weight meant nothing."""
     old = Recipe().to_dict()
     old["values"] |= {"relation_prompts": [], "relation_weight": 1.0}
-    assert Recipe.recorded(old) == Recipe()
+    assert Recipe.recorded(old) == Recipe.from_dict(old) == Recipe()
     assert Recipe().values.held_relations == ()
     held = Recipe().with_fields({"values.relation_weight": 4.0})
     assert Recipe.recorded(held.to_dict()) == held
     assert len(held.values.held_relations) == len(held.values.relation_prompts) > 1
 
 
-def test_values_without_held_relations_are_found_where_they_were(facts, tmp_path):
+def test_values_are_kept_by_the_relations_that_they_hold(facts, tmp_path):
     def name(**more):
         settings = dataclasses.replace(SETTINGS, **more)
         given = {"layers": [1], "contexts": ["{}"], "settings": settings}
         return ValueCache(tmp_path).name("weights", facts[:1], **given)
 
     one = ("{} is the river of",)
-    before = name(relation_prompts=(), relation_weight=1.0)
-    assert name() == name(relation_prompts=one, relation_weight=0.0) == before
-    assert len({before, name(relation_weight=1.0), name(relation_weight=2.0)}) == 3
+    assert name() == name(relation_prompts=()), "none are held, whatever the list"
+    weights = [name(relation_weight=weight) for weight in (0.0, 1.0, 2.0)]
+    assert len({*weights, name(relation_weight=1.0, relation_prompts=one)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"relation_weight": 4, "relation_prompts": []}, "is empty"),
+        ({"relation_prompts": ["{} lives in"]}, "relation_prompts is read with"),
+        ({"relations_per_step": 2}, "relations_per_step is read with"),
+    ],
+)
+def test_a_hold_on_relations_that_would_hold_none_is_refused(values, said):
+    with pytest.raises(ConfigError, match=said):
+        Recipe.from_dict({"values": values})

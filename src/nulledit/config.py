@@ -151,9 +151,21 @@ class ValueSettings:
     @property
     def held_relations(self) -> tuple[str, ...]:
         """Those of `relation_prompts` that are read."""
-        return tuple(self.relation_prompts) if self.relation_weight else ()
+        return self.relation_prompts if self.relation_weight else ()
 
     def __post_init__(self) -> None:
+        listed, by_turns = tuple(self.relation_prompts), self.relations_per_step
+        if self.relation_weight and not listed:
+            raise ConfigError(
+                f"values.relation_weight is {self.relation_weight:g}, but values.relation_prompts "
+                "is empty: leave the list out for the one that comes with nulledit"
+            )
+        if not self.relation_weight and (listed not in ((), RELATIONS) or by_turns):
+            name = "relations_per_step" if by_turns else "relation_prompts"
+            raise ConfigError(
+                f"values.{name} is read with a values.relation_weight above 0 alone: give one, "
+                "such as 4"
+            )
         if self.norm_anchor and self.rounds > 1:
             raise ConfigError("values.norm_anchor fixes a value's length: set values.rounds to 1")
         if self.norm_anchor and self.at == "joint":
@@ -333,6 +345,11 @@ class Recipe:
         data = {} if data is None else data
         if isinstance(data, Mapping) and isinstance(method := data.get("method"), Mapping):
             data = {**data, "method": _with_constants(method)}
+        if isinstance(data, Mapping) and isinstance(values := data.get("values"), Mapping):
+            none_held = {"relation_prompts": [], "relation_weight": 1.0}  # as it was written before
+            if all(values.get(name) == value for name, value in none_held.items()):
+                kept = {name: value for name, value in values.items() if name not in none_held}
+                data = {**data, "values": kept | {"relations_per_step": 0}}
         return read_settings(cls, data)
 
     @classmethod
@@ -346,8 +363,6 @@ class Recipe:
             values = {"stop_margin": None, **values}
             if isinstance(stop := values.get("stop_when_likeliest"), bool):
                 values["stop_when_likeliest"] = int(stop)  # it was a switch: the first such step
-            if not values.get("relation_prompts"):  # none were read, whatever their weight
-                values |= {"relation_prompts": RELATIONS, "relation_weight": 0.0}
             data = {**data, "values": values}
         return cls.from_dict(data)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from nulledit.api.track import Tracker, TrackerName, tracker_module, tracking
 from nulledit.config import Recipe, read_recipe
 from nulledit.data.facts import Fact
 from nulledit.data.readers import read_facts
+from nulledit.editing.batching import admitted
 from nulledit.errors import ConfigError, NullEditError
 from nulledit.export.gguf_file import base_file
 from nulledit.export.updates import Export, is_of, refuse_existing
@@ -207,6 +209,7 @@ def inputs_of(job: Job) -> Inputs:
     if job.tracker:
         tracker_module(job.tracker)
     history = _history(job)
+    admitted(history, facts)
     if history is None:
         Run.check_fresh(job.out)
     return Inputs(facts, recipe, limits, _exports(job, facts, history))
@@ -222,11 +225,14 @@ def _exports(job: Job, facts: list[Fact], history: History | None) -> list[Expor
     """Exports that are to be written; ConfigError for one that can't be."""
     if len(outs := [export.out for export in job.exports]) > len(set(outs)):
         raise ConfigError(f"exports: each needs a folder of its own, found {', '.join(outs)}")
+    for out in outs:
+        if _in_the_way(Path(out), Path(job.out)):
+            raise ConfigError(f"exports: {out} is where the run lies; give another folder")
     done = history is not None and not history.lacks(facts)
     base = history.base.model if history else job.model
     found = []
     for export in job.exports:
-        if done and history and is_of(Path(export.out), export.kind, history):
+        if done and history and is_of(Path(export.out), export.kind, history, export.options):
             continue
         try:
             refuse_existing(Path(export.out))
@@ -238,6 +244,13 @@ def _exports(job: Job, facts: list[Fact], history: History | None) -> list[Expor
             raise ConfigError(f"exports: text: {text} is not there")
         found.append(export)
     return found
+
+
+def _in_the_way(out: Path, run: Path) -> bool:
+    """Whether an export to `out` would lie around the folder of the run, or in what it writes."""
+    place, own = (Path(os.path.abspath(path)) for path in (out, run))
+    inside = any(place.is_relative_to(own / name) for name in ("model", "ledger"))
+    return inside or own.is_relative_to(place)
 
 
 def run_job(job: Job, *, talk: Talk | None = None) -> Done:

@@ -94,13 +94,13 @@ def export(call: Call) -> None:
         raise ConfigError("--private is of a repository: give --push as well")
     call.prepare()
     from nulledit.export.push import check_repo, push
-    from nulledit.export.updates import check_shard_size, refuse_existing
+    from nulledit.export.updates import refuse_existing, shard_bytes
 
     refuse_existing(Path(call.out))
     if call.push:
         check_repo(call.push)
     if call.max_shard_size:
-        check_shard_size(call.max_shard_size)
+        shard_bytes(call.max_shard_size)
     run = call.open()
     call.say(f"Writing {call.out}")
     with call.progress() as tell:

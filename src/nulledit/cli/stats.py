@@ -272,11 +272,12 @@ def _page(found: Statistics, rows: Sequence[dict[str, Any]]) -> list[str | Part]
 def _budget(found: Statistics) -> str:
     """What the tokens are worth, and what more would be."""
     now, twice = found.excess(), found.excess(2)
-    widest = max(spectrum.d_in for spectrum in found.spectra.values())
+    widest = max(spectrum.width for spectrum in found.spectra.values())
+    each = " of an expert" if any(spectrum.tokens for spectrum in found.spectra.values()) else ""
     if now is None:
         return (
-            f"Fewer tokens than directions ({widest}): some of these were never seen. Take ten "
-            f"times as many tokens as directions, {10 * widest:,} (--tokens)."
+            f"No more tokens than directions{each} ({widest}): some of these were never seen. Take "
+            f"ten times as many tokens{each} as directions, {10 * widest:,} (--tokens)."
         )
     more = f"; twice as many tokens would make that {100 * (twice or 0):.2g} %"
     return (

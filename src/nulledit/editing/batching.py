@@ -15,14 +15,15 @@ from nulledit.ledger.records import History
 from nulledit.linalg.angles import unit_columns
 
 
-def admitted(history: History, facts: Iterable[Fact]) -> tuple[list[Fact], list[str]]:
+def admitted(history: History | None, facts: Iterable[Fact]) -> tuple[list[Fact], list[str]]:
     """Facts that are not in the model yet, one per question, and what a reader must know of it.
 
     Several wordings of one question with one answer become one fact with several prompts, also
-    together with an active fact. FactError for contradictions and for an id used twice.
+    together with an active fact. FactError for contradictions and for an id used twice. `history`:
+    None where there is no model yet.
     """
-    held = {c.fact.key: c.fact for c in history.active}
-    owner = {c.fact.id: c.fact.key for c in history.columns}
+    held = {c.fact.key: c.fact for c in (history.active if history else ())}
+    owner = {c.fact.id: c.fact.key for c in (history.columns if history else ())}
     notices: list[str] = []
     queue: dict[tuple[str, str], Fact] = {}
     for fact in facts:

@@ -15,7 +15,7 @@ from nulledit.editing.engine import EditEngine
 from nulledit.errors import CheckFailed, LedgerError, ModelError
 from nulledit.export.delta import Delta, Manifest, read_delta, read_manifest
 from nulledit.export.factors import ordered_sum
-from nulledit.export.updates import check_shard_size, refuse_existing, write_json
+from nulledit.export.updates import refuse_existing, shard_bytes, write_json
 from nulledit.io.files import replacing_folder
 from nulledit.models.dense import is_quantised
 from nulledit.models.layouts import as_out_in, find_layout, mlp_out, parameter_name, write_weight
@@ -60,7 +60,7 @@ def apply_delta(
     LedgerError, ModelError and CheckFailed say what does not fit; nothing is written then.
     """
     out = Path(out)
-    check_shard_size(max_shard_size)
+    most = shard_bytes(max_shard_size)
     refuse_existing(out)
     found = read_delta(delta)
     manifest = found.manifest
@@ -78,7 +78,7 @@ def apply_delta(
         "result_hash": manifest.result_hash,
     }
     with one_width(model, list(forms.values())) if forms else nullcontext():
-        _write(model, tokenizer, out, mark, max_shard_size)
+        _write(model, tokenizer, out, mark, most)
     same = manifest.result_hash == manifest.run_hash
     return Applied(out, False, manifest.result_hash, len(manifest.facts), same)
 
@@ -101,7 +101,7 @@ def remove_delta(
     leave W₀ in `model` as it was and are cut off: neither `base` nor `run` is read.
     """
     out = Path(out)
-    check_shard_size(max_shard_size)
+    most = shard_bytes(max_shard_size)
     refuse_existing(out)
     manifest = read_manifest(Path(delta))
     if not manifest.neurons and (base is None) == (run is None):
@@ -123,7 +123,7 @@ def remove_delta(
         for layer, weight in _originals(manifest, base, run, trust_remote_code).items():
             write_weight(blocks.mlp_out(layer), weight)
     _check_result(held, manifest.base_hash)
-    _write(held, tokenizer, out, None, max_shard_size)
+    _write(held, tokenizer, out, None, most)
     return Applied(out, True, manifest.base_hash, len(manifest.facts), False)
 
 
@@ -236,7 +236,7 @@ def _write(
     tokenizer: PreTrainedTokenizerBase,
     out: Path,
     mark: dict[str, Any] | None,
-    max_shard_size: str | int,
+    max_shard_size: int,
 ) -> None:
     with replacing_folder(out) as partial:
         save_weights(model, partial, max_shard_size=max_shard_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +19,9 @@ from nulledit.export.neuron_factors import neuron_factors
 from nulledit.export.same_shape import Places
 from nulledit.export.updates import (
     Export,
-    check_shard_size,
     facts_cost,
     refuse_existing,
+    shard_bytes,
     whole_report,
     write_origin,
 )
@@ -38,6 +39,7 @@ def write_checkpoint(
     text: str | Path | None = None,
     run: str = "RUN",
     summary: Any = None,
+    given: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Export:
     """Write model, tokenizer and a model card to `folder`, in the base's dtype.
@@ -51,7 +53,7 @@ def write_checkpoint(
     folder = Path(folder)
     if text is not None and not same_shape:
         raise ConfigError("text goes with same_shape: on it the units to replace are chosen")
-    check_shard_size(max_shard_size)
+    most = shard_bytes(max_shard_size)
     refuse_existing(folder)
     refuse_dense(editor.model, "exported as a checkpoint")
     editor.weights.check_unchanged()
@@ -61,9 +63,9 @@ def write_checkpoint(
     with replacing_folder(folder) as partial:
         write_card(partial, editor, written, run=run, summary=summary)
         with shape:
-            save_weights(editor.model, partial, max_shard_size=max_shard_size)
+            save_weights(editor.model, partial, max_shard_size=most)
         editor.tokenizer.save_pretrained(partial)
-        write_origin(editor, partial, "checkpoint")
+        write_origin(editor, partial, "checkpoint", given)
         size = sum(file.stat().st_size for file in partial.iterdir())
     return replace(written, bytes=size)
 

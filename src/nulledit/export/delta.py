@@ -231,6 +231,7 @@ def write_delta(
     dtype: str | None = None,
     run: str = "RUN",
     summary: Any = None,
+    given: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Export:
     """Write the edits to `folder`, for `apply_delta`, with a card.
@@ -274,7 +275,7 @@ def write_delta(
         if not content.neurons:  # as readers of the first version know it
             del plain["neurons"]
         write_json(partial / MANIFEST_FILE, plain)
-        write_origin(editor, partial, "delta")
+        write_origin(editor, partial, "delta", given)
         written = Export(
             "delta",
             folder,

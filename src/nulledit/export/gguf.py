@@ -54,6 +54,7 @@ def write_gguf(
     text: str | Path | None = None,
     run: str = "RUN",
     summary: Any = None,
+    given: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Export:
     """Write the run's model to `folder` as `model.gguf`, with a card and Ollama's Modelfile.
@@ -93,7 +94,7 @@ def write_gguf(
     with replacing_folder(folder) as partial:
         _write(source, partial / MODEL_FILE, matrices, made, width, editor)
         write_modelfile(partial, f"FROM ./{MODEL_FILE}")
-        write_origin(editor, partial, "gguf")
+        write_origin(editor, partial, "gguf", given)
         write_card(partial, editor, written, run=run, summary=summary)
         size = sum(file.stat().st_size for file in partial.iterdir())
     return replace(written, bytes=size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def write_gguf_lora(
     text: str | Path | None = None,
     run: str = "RUN",
     summary: Any = None,
+    given: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Export:
     """Write the edits to `folder` as `adapter.gguf`, with a card and Ollama's Modelfile.
@@ -112,7 +114,7 @@ def write_gguf_lora(
             f"FROM {source.path.absolute()}",
             f"ADAPTER ./{ADAPTER_FILE}",
         )
-        write_origin(editor, partial, "gguf-lora")
+        write_origin(editor, partial, "gguf-lora", given)
         write_card(partial, editor, written, run=run, summary=summary)
         size = sum(file.stat().st_size for file in partial.iterdir())
     return replace(written, bytes=size)

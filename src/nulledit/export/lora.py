@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ def write_lora(
     experts: Experts | None = None,
     run: str = "RUN",
     summary: Any = None,
+    given: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Export:
     """Write the edits to `folder` as an adapter for the base model, scaling 1.
@@ -92,7 +93,7 @@ def write_lora(
         )
         write_json(partial / "adapter_config.json", config)
         save_file(tensors, partial / "adapter_model.safetensors", {"format": "pt"})
-        write_origin(editor, partial, "lora")
+        write_origin(editor, partial, "lora", given)
         written = Export(
             "lora",
             folder,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -144,9 +145,11 @@ class StoredLayer:
     """Added to what the module gives [d_out], where a bias changes."""
 
 
-def write_origin(editor: EditEngine, folder: Path, kind: str) -> None:
-    """Say in `folder` which state of which base it was made from."""
-    write_json(folder / ORIGIN_FILE, _origin(editor.history, kind))
+def write_origin(
+    editor: EditEngine, folder: Path, kind: str, given: Mapping[str, Any] | None
+) -> None:
+    """Say in `folder` which state of which base it was made from, with which options."""
+    write_json(folder / ORIGIN_FILE, _origin(editor.history, kind, given))
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
@@ -170,24 +173,32 @@ def refuse_existing(folder: Path) -> None:
         raise LedgerError(f"{folder}: can't write in {above}; choose another folder")
 
 
-def is_of(folder: Path, kind: str, history: History) -> bool:
-    """Whether `folder` is an export as `kind` of the state that `history` has now."""
+def is_of(folder: Path, kind: str, history: History, given: Mapping[str, Any]) -> bool:
+    """Whether `folder` is an export as `kind`, with the same options, of what `history` has now."""
     try:
         text = read_text(folder / ORIGIN_FILE, most=MAX_SETTINGS, error=LedgerError, what="export")
         found = parse_json(text, source=str(folder / ORIGIN_FILE), error=LedgerError)
     except LedgerError:
         return False
-    return bool(found == _origin(history, kind))
+    return bool(found == _origin(history, kind, given))
 
 
-def _origin(history: History, kind: str) -> dict[str, str]:
-    return {"kind": kind, "state": history.state_id, "base_hash": history.base.hash}
+def _origin(history: History, kind: str, given: Mapping[str, Any] | None) -> dict[str, str]:
+    """Options by their hash: a path of this machine is nobody else's business."""
+    found = {"kind": kind, "state": history.state_id, "base_hash": history.base.hash}
+    if given:
+        content = json.dumps(given, sort_keys=True, default=str)
+        found["options"] = hashlib.sha256(content.encode()).hexdigest()
+    return found
 
 
-def check_shard_size(size: str | int) -> None:
-    """ConfigError unless `size` is a number of bytes or a text such as 5GB."""
-    if not re.fullmatch(r"[1-9]\d{0,14}([KMGT]i?B)?", str(size)):
+def shard_bytes(size: str | int) -> int:
+    """The bytes of `size`, a number of them or a text such as 5GB; ConfigError for another."""
+    found = re.fullmatch(r"([1-9]\d{0,14})(?:([KMGT])(i?)B)?", str(size))
+    if not found:
         raise ConfigError(f"shard size {size!r}: expected bytes, or a size such as 500MB or 5GB")
+    number, unit, binary = found.groups()
+    return int(number) * (1024 if binary else 1000) ** (" KMGT".index(unit) if unit else 0)
 
 
 def stored_layers(

@@ -105,6 +105,8 @@ WORDS = ("dtype", "max_shard_size", "tensor_type")
 
 def check_options(kind: Kind, options: Mapping[str, Any]) -> None:
     """ConfigError for a value that this option of `kind` can't have; None is as left out."""
+    from nulledit.export.ranks import SERVED
+
     for name, value in options.items():
         kinds, expected = VALUES[name]
         right = isinstance(value, kinds) and isinstance(value, bool) == (kinds == (bool,))
@@ -114,6 +116,8 @@ def check_options(kind: Kind, options: Mapping[str, Any]) -> None:
             right = right and value >= 1
         if value is not None and not right:
             raise ConfigError(f"{name}: expected {expected}, found {quote(value)}")
+        if name == "rank" and kind != "delta" and value is not None and value > SERVED[-1]:
+            raise ConfigError(f"rank is {value}; expected 1 to {SERVED[-1]}, what servers accept")
         if value is not None and name in WORDS:
             _check_word(kind, name, value)
 
@@ -123,14 +127,14 @@ def _check_word(kind: Kind, name: str, value: Any) -> None:
     from nulledit.export.delta import DTYPES, dtype_of
     from nulledit.export.gguf_file import TYPES, check_type
     from nulledit.export.gguf_lora import FACTOR_TYPES
-    from nulledit.export.updates import check_shard_size
+    from nulledit.export.updates import shard_bytes
 
     if name == "dtype":
         dtype_of(value, DTYPES)
     elif name == "tensor_type":
         check_type(value, tuple(FACTOR_TYPES) if kind == "gguf-lora" else TYPES)
     else:
-        check_shard_size(value)
+        shard_bytes(value)
 
 
 def write_export(
@@ -158,7 +162,8 @@ def write_export(
     module, _, name = EXPORTS[kind].home.partition(":")
     writer = getattr(importlib.import_module(module), name)
     takes = inspect.signature(writer).parameters
-    offered = {"progress": progress, "run": Path(run).resolve().name if run else "RUN"} | given
+    name_of_run = Path(run).resolve().name if run else "RUN"
+    offered = {"progress": progress, "run": name_of_run, "given": given} | given
     if "summary" in takes:
         offered["summary"] = read_json(Path(run), "summary.json", None) if run else None
     written: Export = writer(editor, folder, **{n: offered[n] for n in offered if n in takes})

@@ -116,6 +116,7 @@ class Method:
             "values.at": values.at != "last",
             "values.norm_anchor": values.norm_anchor,
             "values.rounds": values.rounds > 1,
+            "values.relation_weight": values.relation_weight > 0,
         }
         for name, given in unused.items():
             if self.by_gradient and given:

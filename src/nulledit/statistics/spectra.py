@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -107,11 +108,16 @@ class Statistics:
     def excess(self, times: int = 1) -> float | None:
         """By how much energies kᵀC⁻¹k of other text come out too high, as a share.
 
-        n/(n − d) − 1 of n samples in d directions, of the widest layer; None from n = d down.
-        `times`: with so many times the tokens that there are.
+        n/(n − d) − 1 of n samples in d directions, of the layer where it is most; of a mixture for
+        the median of the experts that may be edited. None from n = d down. `times`: with so many
+        times the tokens that there are.
         """
-        n, d = times * self.manifest.tokens, max(found.d_in for found in self.spectra.values())
-        return d / (n - d) if n > d else None
+        found = []
+        for spectrum in self.spectra.values():
+            routed = [n for n in spectrum.tokens if n >= spectrum.width]
+            n = times * (int(median(routed)) if routed else self.manifest.tokens)
+            found.append(spectrum.width / (n - spectrum.width) if n > spectrum.width else None)
+        return None if None in found else max(share for share in found if share is not None)
 
     def save_compact(self, file: str | Path, thresholds: dict[int, float]) -> None:
         """One small file.

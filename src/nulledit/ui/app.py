@@ -108,7 +108,8 @@ class Site:
         rows = self._rows()
         words, down = asked.get("q", ""), asked.get("down") == "1"
         found = chosen(rows, q=words, show=show or "", sort=sort or "", down=down)
-        page = min(posted.whole(asked.get("page"), 1), -(-len(found) // PAGE) or 1)
+        last = -(-len(found) // PAGE) or 1
+        page = min(max(posted.whole(asked.get("page"), 1), 1), last)
         active = [row for row in rows if row.active]
         told = [row for row in active if row.mark != "not evaluated"]
         return self.shell.page(
