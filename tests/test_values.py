@@ -629,6 +629,12 @@ def test_a_recipe_of_a_ledger_without_relation_prompts_holds_none():
     old = Recipe().to_dict()
     old["values"] |= {"relation_prompts": [], "relation_weight": 1.0}
     assert Recipe.recorded(old) == Recipe.from_dict(old) == Recipe()
+    for more in (
+        {"relation_prompts": [], "relation_weight": 4.0},
+        {"relation_prompts": [], "relation_weight": 1.0, "relations_per_step": 2},
+        {"relation_prompts": ["{} lives in"], "relation_weight": 0.0, "relations_per_step": 2},
+    ):
+        assert Recipe.recorded({**old, "values": old["values"] | more}) == Recipe()
     assert Recipe().values.held_relations == ()
     held = Recipe().with_fields({"values.relation_weight": 4.0})
     assert Recipe.recorded(held.to_dict()) == held

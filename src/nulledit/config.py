@@ -76,6 +76,9 @@ RELATIONS = (
 )
 """Prompts on other relations that fit some subjects of any kind: as few as hold as much as ten."""
 
+HOLD = ("relation_prompts", "relation_weight", "relations_per_step")
+"""Fields that say what of other relations is held, and how."""
+
 
 @checked
 @dataclass(frozen=True)
@@ -346,10 +349,10 @@ class Recipe:
         if isinstance(data, Mapping) and isinstance(method := data.get("method"), Mapping):
             data = {**data, "method": _with_constants(method)}
         if isinstance(data, Mapping) and isinstance(values := data.get("values"), Mapping):
-            none_held = {"relation_prompts": [], "relation_weight": 1.0}  # as it was written before
-            if all(values.get(name) == value for name, value in none_held.items()):
-                kept = {name: value for name, value in values.items() if name not in none_held}
-                data = {**data, "values": kept | {"relations_per_step": 0}}
+            if values.get("relation_prompts") == [] and values.get("relation_weight") == 1.0:
+                # As recipes that hold none were written when the list was the switch.
+                kept = {name: value for name, value in values.items() if name not in HOLD}
+                data = {**data, "values": kept}
         return read_settings(cls, data)
 
     @classmethod
@@ -363,6 +366,9 @@ class Recipe:
             values = {"stop_margin": None, **values}
             if isinstance(stop := values.get("stop_when_likeliest"), bool):
                 values["stop_when_likeliest"] = int(stop)  # it was a switch: the first such step
+            if not (values.get("relation_prompts") and values.get("relation_weight", 1.0)):
+                for name in HOLD:  # none were held, whatever the others said
+                    values.pop(name, None)
             data = {**data, "values": values}
         return cls.from_dict(data)
 

@@ -186,8 +186,8 @@ def is_of(folder: Path, kind: str, history: History, given: Mapping[str, Any]) -
 def _origin(history: History, kind: str, given: Mapping[str, Any] | None) -> dict[str, str]:
     """Options by their hash: a path of this machine is nobody else's business."""
     found = {"kind": kind, "state": history.state_id, "base_hash": history.base.hash}
-    if given:
-        content = json.dumps(given, sort_keys=True, default=str)
+    if asked := {name: value for name, value in (given or {}).items() if value is not None}:
+        content = json.dumps(asked, sort_keys=True, default=str)
         found["options"] = hashlib.sha256(content.encode()).hexdigest()
     return found
 
