@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import random
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from transformers import AutoConfig
 
 from nulledit.config import Placement
 from nulledit.errors import ConfigError, ModelError
-from nulledit.models.batches import Batch, collate, share_beginnings
+from nulledit.models.batches import Batch, collate, runs_by_length, share_beginnings
 from nulledit.models.layouts import (
     as_out_in,
     find_layout,
@@ -48,6 +50,31 @@ def whole_states(model, row):
 SHARING = [(7, 8, 9, 3), (7, 8, 9, 4, 5), (7, 8), (2, 2, 2), (2, 2, 2, 6), (5, 1)]
 LABELS = ["a", "a", "b", "c", "c", "d"]
 LIMITS = [3, 4, 1, 1, 3, 0]
+
+
+def cost_of(runs, lengths, worth):
+    return sum(len(run) * max(lengths[i] for i in run) + worth for run in runs)
+
+
+@pytest.mark.parametrize("worth", [0, 1, 5, 30, 10_000])
+def test_runs_by_length_cost_least_of_all_cuts(worth):
+    """Of all ways to cut the rows in their order of length; each row is in one run."""
+    for seed in range(20):
+        draw = random.Random(seed)
+        lengths = [draw.choice([1, 2, 3, 7, 9, 30]) for _ in range(draw.randint(1, 9))]
+        runs = runs_by_length(lengths, worth)
+        assert sorted(i for run in runs for i in run) == list(range(len(lengths)))
+        assert all(run == sorted(run) for run in runs)
+        order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+        least = min(
+            cost_of([order[a:b] for a, b in pairwise([0, *cuts, len(order)])], lengths, worth)
+            for n in range(len(order))
+            for cuts in combinations(range(1, len(order)), n)
+        )
+        assert cost_of(runs, lengths, worth) == least
+    assert runs_by_length([4, 1, 4, 1], 0) == [[1, 3], [0, 2]]
+    assert runs_by_length([4, 1, 4, 1], 6) in ([[1, 3], [0, 2]], [[0, 1, 2, 3]])
+    assert runs_by_length([4, 1, 4, 1], 7) == [[0, 1, 2, 3]]
 
 
 def test_rows_are_cut_after_what_their_label_has_in_common():

@@ -20,6 +20,10 @@ from nulledit.editing.reads import Losses, Reads, rows_in_turn, unit_lengths
 from nulledit.errors import ModelError
 from nulledit.ledger.records import ValueOutcome
 
+RUN = 16
+"""A further run of the model in a step, which reads all weights again, is worth this part of the
+token positions that a step has."""
+
 
 @dataclass(frozen=True)
 class Value:
@@ -111,7 +115,7 @@ class Descent:
         self.optimiser = torch.optim.Adam(
             [{"params": [group.delta], "lr": self._rate(group)} for group in self.groups]
         )
-        self.sizes = [kept.size(g, self.per_step) for g in range(len(self.groups))]  # of a step
+        self.tokens = [kept.tokens(g, self.per_step) for g in range(len(self.groups))]  # of a step
         self.outcomes: dict[int, _Outcome] = {}  # by fact
         self.known: dict[int, bool] = {}  # by fact
 
@@ -134,7 +138,7 @@ class Descent:
             turns = {g: self.groups[g].steps for g in active if g not in whole}
             rows = rows_in_turn(self.kept, active, turns, self.per_step)
             if reads is None or rows != reads.rows:
-                reads = Reads(self.kept, active, rows)
+                reads = Reads(self.kept, active, rows, worth=self.positions // RUN)
             found = reads.losses(self._scaled(), before)
             each = held_loss(found, self.settings)
             decay = {g: self._decay(self.groups[g]) for g in active}
@@ -153,9 +157,7 @@ class Descent:
 
     def _fits(self, active: Sequence[int]) -> bool:
         """Whether a step has room for the groups `active`; for one it always has."""
-        rows = sum(self.sizes[g][0] for g in active)
-        longest = max(self.sizes[g][1] for g in active)
-        return len(active) == 1 or rows * longest <= self.positions
+        return len(active) == 1 or sum(self.tokens[g] for g in active) <= self.positions
 
     def _reads_all(self, group: _Group) -> bool:
         """Whether the next step reads all rows of `group`."""

@@ -60,12 +60,6 @@ class Job:
         drift = [] if self.drift_row is None else [None]
         return own + drift + [Turn(RELATIONS, place) for place in range(len(self.relations))]
 
-    def read_by_step(self, per_step: Sequence[int]) -> int:
-        """How many of `all_rows` a step reads that reads so many of each kind; 0: all."""
-        kinds = Counter(turn.kind for turn in self.turns if turn)
-        spared = (max(0, n - per_step[kind]) for kind, n in kinds.items() if per_step[kind])
-        return len(self.all_rows) - sum(spared)
-
     def cycle(self, per_step: Sequence[int]) -> int:
         """How many steps it takes until each row has had its turn."""
         kinds = Counter(turn.kind for turn in self.turns if turn)
@@ -108,11 +102,20 @@ class KeptRows:
         self.firsts = first  # group -> bare row of its first fact
         self.norms = self.states[first, at].norm(dim=1).to(self.start)  # ‖h‖ [groups]
 
-    def size(self, group: int, per_step: Sequence[int]) -> tuple[int, int]:
-        """How many rows of `group` a step reads, so many of each kind, and the longest of all."""
-        facts = [f for f, g in enumerate(self.group_of) if g == group]
-        rows = sum(self.jobs[f].read_by_step(per_step) for f in facts)
-        return rows, max(self.lengths[r] for r, f in enumerate(self.owner) if f in facts)
+    def tokens(self, group: int, per_step: Sequence[int]) -> int:
+        """How many tokens of `group` a step reads at most, so many rows of each kind."""
+        found = 0
+        for fact, bare in enumerate(self.bare):
+            if self.group_of[fact] != group:
+                continue
+            end = self.bare[fact + 1] if fact + 1 < len(self.bare) else len(self.rows)
+            by_kind: dict[int | None, list[int]] = {}
+            for turn, length in zip(self.turns[bare:end], self.lengths[bare:end], strict=True):
+                by_kind.setdefault(turn and turn.kind, []).append(length)
+            for kind, lengths in by_kind.items():
+                n = per_step[kind] if kind is not None else 0
+                found += sum(sorted(lengths)[-n:])
+        return found
 
     def _add(self, fact: int, job: Job) -> None:
         """Append the rows of `job`, which is number `fact`."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nulledit.editing.kept_rows import RELATIONS, KeptRows
 from nulledit.editing.unlearning import unlearned
-from nulledit.models.batches import Batch
+from nulledit.models.batches import Batch, runs_by_length
 from nulledit.models.prefix import Prefix
 
 
@@ -58,21 +58,12 @@ def rows_in_turn(
     return found
 
 
-class Reads:
-    """Rows of the groups still at work, and where the loss reads logits in them."""
+class _Run:
+    """Rows of nearly one length, which run together."""
 
-    def __init__(self, kept: KeptRows, active: Collection[int], rows: Collection[int] = ()):
-        """`active`: numbers of the groups; `rows`: those to read, by default all."""
-        self.kept = kept
-        self.facts = [f for f, g in enumerate(kept.group_of) if g in active]
-        chosen = rows or range(len(kept.rows))
-        self.rows = [r for r in chosen if kept.group_of[kept.owner[r]] in active]
-        self._choose_rows()
-        self._choose_places()
-
-    def _choose_rows(self) -> None:
-        """Of all that is kept, what belongs to the rows."""
-        kept, rows, device = self.kept, self.rows, self.kept.device
+    def __init__(self, kept: KeptRows, rows: Sequence[int]):
+        """Of all that is kept, what belongs to `rows`."""
+        self.kept, device = kept, kept.device
         index = torch.tensor(rows, device=device)
         longest = max(kept.lengths[r] for r in rows)
         everything = len(rows) == len(kept.rows)
@@ -89,6 +80,60 @@ class Reads:
             kept.tail.positions[index, :longest],
         )
         self.delta_of_row = torch.tensor([kept.group_of[kept.owner[r]] for r in rows])
+
+    def normed(self, deltas: Tensor) -> Tensor:
+        """After the final norm, with each row's δ of `deltas` [groups, layers, d] added."""
+        states, _ = self.moved(deltas)
+        return self.kept.model.run_normed(
+            self.batch, states=states, first=self.kept.layers[-1] + 1, prefix=self.prefix
+        )
+
+    def moved(self, deltas: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """States after the last block with values, each row's δ added in all of these blocks.
+
+        And, by block, what stands at the rows' subjects with it [rows, d].
+        """
+        model, below = self.kept.model, None
+        stacked = deltas[self.delta_of_row.to(deltas.device)]  # [rows, layers, d]
+        states, values = self.states, []
+        standing = self.start[:, None]
+        for k, layer in enumerate(self.kept.layers):
+            if below is not None:
+                states, there = model.run_to_values(
+                    self.batch, states=states, first=below + 1, layer=layer, prefix=self.prefix
+                )
+                standing = there.gather(1, self.subjects.to(there.device)).to(stacked.dtype)
+            subjects = self.subjects.to(states.device)
+            delta = stacked[:, k : k + 1].to(standing.device)
+            moved = model.with_value(layer, states.gather(1, subjects), standing, delta)
+            states = states.scatter(1, subjects, moved)
+            values.append((standing + delta)[:, 0])
+            below = layer
+        return states, values
+
+
+class Reads:
+    """Rows of the groups still at work, and where the loss reads logits in them."""
+
+    def __init__(
+        self,
+        kept: KeptRows,
+        active: Collection[int],
+        rows: Collection[int] = (),
+        *,
+        worth: int = 0,
+    ):
+        """`active`: numbers of the groups; `rows`: those to read, by default all.
+
+        `worth`: how many tokens of padding a further run of the model may save at least.
+        """
+        self.kept = kept
+        self.facts = [f for f, g in enumerate(kept.group_of) if g in active]
+        chosen = rows or range(len(kept.rows))
+        self.rows = [r for r in chosen if kept.group_of[kept.owner[r]] in active]
+        self.members = runs_by_length([kept.lengths[r] for r in self.rows], worth)
+        self.runs = [_Run(kept, [self.rows[i] for i in run]) for run in self.members]
+        self._choose_places()
 
     def _choose_places(self) -> None:
         """Each target token of each rewriting row; after them, one place a fact for the drift, and
@@ -133,10 +178,7 @@ class Reads:
         read_of = Counter(i for i, _ in others)
         share = [1 / read_of[i] for i, _ in others]
         self.relation_weight = torch.tensor(share, device=device)
-        self.at = (
-            torch.tensor(at_row, device=device),
-            torch.tensor(at_position, device=device),
-        )
+        self._place(at_row, at_position)
         self.target = torch.tensor(target, device=device)
         self.fact = torch.tensor(fact, device=device)
         self.weight = torch.tensor(weight, device=device)
@@ -188,45 +230,40 @@ class Reads:
         relations = kl.new_zeros(n).index_add(0, self.relation_fact.to(device), weighed)
         return Losses(nll, kl[:n], relations, least, bare_least, context_least)
 
+    def _place(self, at_row: Sequence[int], at_position: Sequence[int]) -> None:
+        """Where each run is read, and the order in which its places come in all of them."""
+        device = self.kept.device
+        self.at: list[tuple[Tensor, Tensor]] = []  # of each run, rows and positions
+        order: list[int] = []
+        for run in self.members:
+            row_in_run = {row: i for i, row in enumerate(run)}
+            mine = [k for k, row in enumerate(at_row) if row in row_in_run]
+            rows = torch.tensor([row_in_run[at_row[k]] for k in mine], dtype=torch.long)
+            places = torch.tensor([at_position[k] for k in mine], dtype=torch.long)
+            self.at.append((rows.to(device), places.to(device)))
+            order += mine
+        self.order = torch.tensor(order, device=device).argsort()
+
     def _logits(self, deltas: Sequence[Tensor]) -> Tensor:
         """At the places that are read, with each row's δ added [places, vocabulary]."""
-        model = self.kept.model
-        states, _ = self._moved(deltas)
-        first = self.kept.layers[-1] + 1
-        normed = model.run_normed(self.batch, states=states, first=first, prefix=self.prefix)
-        row, position = (index.to(normed.device) for index in self.at)
-        logits = model.logits(normed[row, position])
+        stacked, read = torch.stack(list(deltas)), []
+        for run, at in zip(self.runs, self.at, strict=True):
+            normed = run.normed(stacked)
+            row, position = (index.to(normed.device) for index in at)
+            read.append(normed[row, position])
+        states = torch.cat(read)[self.order.to(read[0].device)]
+        logits = self.kept.model.logits(states)
         return logits.float() if logits.dtype.itemsize < 4 else logits
-
-    def _moved(self, deltas: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """States after the last block with values, each row's δ added in all of these blocks.
-
-        And, by block, what stands at the rows' subjects with it [rows, d].
-        """
-        model, below = self.kept.model, None
-        stacked = torch.stack(list(deltas))
-        stacked = stacked[self.delta_of_row.to(stacked.device)]  # [rows, layers, d]
-        states, values = self.states, []
-        standing = self.start[:, None]
-        for k, layer in enumerate(self.kept.layers):
-            if below is not None:
-                states, there = model.run_to_values(
-                    self.batch, states=states, first=below + 1, layer=layer, prefix=self.prefix
-                )
-                standing = there.gather(1, self.subjects.to(there.device)).to(stacked.dtype)
-            subjects = self.subjects.to(states.device)
-            delta = stacked[:, k : k + 1].to(standing.device)
-            moved = model.with_value(layer, states.gather(1, subjects), standing, delta)
-            states = states.scatter(1, subjects, moved)
-            values.append((standing + delta)[:, 0])
-            below = layer
-        return states, values
 
     @torch.no_grad()
     def values(self, deltas: Sequence[Tensor]) -> Tensor:
         """z of each row, by block, with the δ of its group [rows, layers, d]."""
-        found = self._moved(deltas)[1]
-        return torch.stack([z.to(found[0]) for z in found], dim=1)
+        stacked = torch.stack(list(deltas))
+        moved = [run.moved(stacked)[1] for run in self.runs]
+        order = torch.tensor([i for run in self.members for i in run]).argsort()
+        by_run = [torch.stack([z.to(found[0]) for z in found], dim=1) for found in moved]
+        together = torch.cat(by_run)
+        return together[order.to(together.device)]
 
     def _as_taught(self, says: Tensor, each: Tensor, lead: Tensor) -> tuple[Tensor, Tensor]:
         """Losses `each` and leads [positions], with those of the teacher where one is."""

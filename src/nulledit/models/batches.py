@@ -111,3 +111,30 @@ def chunks_by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
     if current:
         chunks.append(current)
     return chunks
+
+
+def runs_by_length(lengths: Sequence[int], worth: int) -> list[list[int]]:
+    """Indices cut into runs of nearly one length, each run padded to its longest.
+
+    They are cut where that costs least: a token of padding counts 1, a further run `worth` tokens.
+    Each run has its indices in their order.
+    """
+    steps = sorted(set(lengths))
+    up_to = [sum(length <= step for length in lengths) for step in steps]
+    best: list[tuple[int, int]] = [(0, 0)]  # cost of the shortest, and where their last run begins
+    for end, longest in enumerate(steps, start=1):
+        fewer = ((begin, up_to[begin - 1] if begin else 0) for begin in range(end))
+        best.append(
+            min(
+                (best[begin][0] + (up_to[end - 1] - before) * longest + worth, begin)
+                for begin, before in fewer
+            )
+        )
+    runs: list[list[int]] = []
+    end = len(steps)
+    while end:
+        begin = best[end][1]
+        within = range(steps[begin], steps[end - 1] + 1)
+        runs.append([i for i, length in enumerate(lengths) if length in within])
+        end = begin
+    return runs[::-1]
