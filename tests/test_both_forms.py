@@ -11,11 +11,13 @@ from support.cli import MAKE_KEYS, RECORDS, done
 from support.models import LINES, RECIPE, statistics_of
 
 from nulledit import Editor, Fact
-from nulledit.config import ChatSettings, Recipe, ValueSettings
+from nulledit.cli.options import chat_settings
+from nulledit.config import ChatSettings, Recipe, ValueSettings, load_recipe
 from nulledit.editing.keys import LayerwiseForward
 from nulledit.editing.unlearning import lessons_of
 from nulledit.editing.value_cache import ValueCache
 from nulledit.editing.values import bare_leads, optimise_values, plan_rows
+from nulledit.errors import ConfigError
 from nulledit.evaluation.diagnosis import diagnose
 from nulledit.evaluation.forms import form_name, forms
 from nulledit.evaluation.retry import failing_facts
@@ -29,6 +31,7 @@ ADA = Fact(id="ada", subject="Ada Byron", prompt="The mother tongue of {} is", t
 VELM = Fact(id="velm", subject="Velm", prompt="The harbour of {} lies on the", target="river")
 CONTEXTS = ("{}", "Then, he said. {}", "The river. {}")
 BOTH = ChatSettings(plain=True)
+OPTIONAL = ChatSettings(plain=True, optional=True)
 SETTINGS = ValueSettings(steps=8, learning_rate=0.3, weight_decay=0.05, stop_margin=None)
 
 
@@ -260,3 +263,58 @@ def test_the_command_line(words, tmp_path):
     assert done(*ask).stdout == done(*ask, "--plain").stdout
     assert done(*ask, "--chat").stdout == done(*ask, "--system", "default").stdout
     done("report", run, "--quiet")
+    left_open = replace(recipe, chat=OPTIONAL)
+    (tmp_path / "recipe.yaml").write_text(left_open.to_yaml(), encoding="utf-8")
+    note = "written in the model's chat template and as plain text; --plain for"
+    for option, form in (((), BOTH), (("--plain",), None)):
+        run = tmp_path / f"run{len(option)}"
+        found = done(*words_, *option, "--out", run, "--no-evaluate")
+        assert (note in found.stderr) == (not option)
+        chat = Editor.load(run).recipe.chat
+        assert (chat and replace(chat, template="")) == form
+
+
+UNUSABLE = "{{ raise_exception('no') }}"
+
+
+def test_where_both_forms_are_optional_the_template_decides(words, caplog):
+    """Both with one; plain text where there is none, and with a line where it can't be used."""
+    assert editor_of(words, OPTIONAL).recipe == editor_of(words, BOTH).recipe
+    mute, broken = chatty(words, None), chatty(words, UNUSABLE)
+    assert editor_of(mute, OPTIONAL).recipe == editor_of(mute, None).recipe
+    assert not caplog.records
+    assert editor_of(broken, OPTIONAL).recipe.chat is None
+    (line,) = caplog.messages
+    assert line.startswith("facts are plain text alone: the chat template fails")
+    assert editor_of(words, OPTIONAL, **{"values.chunk_tokens": 4}).recipe.chat is None
+
+
+def test_a_model_without_a_recipe_is_edited_in_both_forms_if_it_has_a_template():
+    recipe = load_recipe("default")
+    assert recipe.chat == OPTIONAL
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert load_recipe("smollm2-135m").chat is None  # as all its figures in docs/ are
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, OPTIONAL),
+        ({"plain": True}, None),
+        ({"both": True}, BOTH),
+        ({"chat": True}, ChatSettings()),
+        ({"system": "none"}, replace(BOTH, system="none")),
+    ],
+)
+def test_options_settle_what_a_recipe_leaves_open(given, expected):
+    given = {"chat": False, "system": None, **given}
+    assert chat_settings(OPTIONAL, **given) == expected
+
+
+def test_forms_that_exclude_each_other():
+    for other in ("chat", "both"):
+        given = {"chat": False, "system": None, other: True}
+        with pytest.raises(ConfigError, match="not two of them"):
+            chat_settings(None, plain=True, **given)
+    with pytest.raises(ConfigError, match="--system belongs to --chat"):
+        chat_settings(OPTIONAL, chat=False, plain=True, system="none")

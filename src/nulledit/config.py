@@ -285,15 +285,18 @@ class ChatSettings:
     plain: bool = False
     """Whether facts are plain text as well: each has one value for both forms and holds if it holds
     in both. Asked as plain text where one form must do."""
+    optional: bool = False
+    """Whether a model without a template, or with one that can't be used, takes plain text alone.
+    Once a recipe is used on a model this is settled, and false."""
 
     def __post_init__(self) -> None:
         if self.subject == "assistant" and not self.assistant:
             raise ConfigError("chat.subject is assistant, but chat.assistant is empty")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data; `plain` only where it is set, as in recipes from before there was one."""
+        """Plain data; switches only where set, as in recipes from before there were any."""
         told = dataclasses.asdict(self)
-        return told if self.plain else {k: v for k, v in told.items() if k != "plain"}
+        return {k: v for k, v in told.items() if v or k not in ("plain", "optional")}
 
 
 @checked
@@ -333,6 +336,9 @@ class Recipe:
         if list(self.layers) != sorted(set(self.layers)) or any(i < 0 for i in self.layers):
             raise ConfigError(f"layers are {list(self.layers)}; expected ascending numbers from 0")
         if self.chat and self.values.chunk_tokens:
+            if self.chat.optional:
+                object.__setattr__(self, "chat", None)
+                return
             raise ConfigError(
                 "values.chunk_tokens can't be used with chat: a chunk stands in the assistant's "
                 "turn, where no prompt can; set it to 0"

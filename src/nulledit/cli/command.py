@@ -104,13 +104,13 @@ class Call:
         return read_recipe(asked or None, model)
 
     def chat_form(self, held: ChatSettings | None, *, asks: bool = False) -> ChatSettings | None:
-        """A recipe's chat form, changed by --chat, --system and --both; None for plain text.
+        """A recipe's chat form, changed by the options of the command; None for plain text.
 
         `asks`: where one form is asked, a system prompt alone asks for the template, too.
         """
         chat = self.chat or (asks and held is not None and self.system is not None)
-        both = self.given.get("both", False)
-        return chat_settings(held, chat=chat, system=self.system, both=both)
+        forms = {name: self.given[name] for name in ("both", "plain") if name in self.given}
+        return chat_settings(held, chat=chat, system=self.system, **forms)
 
     def load(self, name: str, **more: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """A model and its tokenizer, loaded as the options say; `more` goes before them."""

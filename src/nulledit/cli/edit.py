@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 from nulledit.cli.command import Call, command
 from nulledit.cli.common import convert_once, meet, meet_early, own_device
 from nulledit.cli.options import (
-    BOTH,
-    CHAT,
     FACTS,
+    FORMS,
     GATE,
     MODEL,
     SKIP,
@@ -118,8 +117,7 @@ if TYPE_CHECKING:
         field="null_space",
         read=parse_null_space,
     ),
-    CHAT,
-    BOTH,
+    FORMS,
     opt(
         "--set FIELD=VALUE",
         "Any other field of a recipe, such as values.kl_weight=0; repeatable.",
@@ -292,4 +290,9 @@ def _opened(call: Call, folder: Path, recipe: Recipe | None, ranks: Ranks) -> Ru
     convert_once(call.model, ranks)
     device = own_device(ranks, call.device)
     editor = call.editor(call.model, recipe=recipe, device=device, ranks=ranks)
+    if recipe and recipe.chat and recipe.chat.optional and editor.recipe.chat:
+        call.say(
+            "Note: facts are written in the model's chat template and as plain text; --plain for "
+            "plain text alone, in less time"
+        )
     return Run.create(folder, editor, talk=call.talk)

@@ -173,6 +173,13 @@ BOTH = opt(
     bool,
     fixed="epoch",
 )
+PLAIN = opt(
+    "--plain",
+    "Prompts as plain text alone.  [default: the recipe's; without one, as --both]",
+    bool,
+    fixed="epoch",
+)
+FORMS = (*CHAT, BOTH, PLAIN)
 """Of commands that write facts, or choose how."""
 TEXT = opt("--text FILE", "For perplexity and KL.  [default: one that comes with nulledit]")
 STATS = opt("--stats PATH", "Statistics, see nulledit stats make.  [default: found]", fixed="epoch")
@@ -289,19 +296,32 @@ def model_source(name: str) -> str:
 
 
 def chat_settings(
-    held: ChatSettings | None, *, chat: bool, system: str | None, both: bool = False
+    held: ChatSettings | None,
+    *,
+    chat: bool,
+    system: str | None,
+    both: bool = False,
+    plain: bool = False,
 ) -> ChatSettings | None:
-    """`held`, a recipe's chat form, changed by --chat, --system and --both; None for plain text."""
+    """`held`, a recipe's chat form, changed by the options of `FORMS`; None for plain text."""
     from dataclasses import replace
 
     from nulledit.config import ChatSettings
 
+    if plain:
+        if chat or both:
+            raise ConfigError("give --plain, or --chat or --both, not two of them")
+        held = None
     if held is None and not (chat or both):
         if system is not None:
             raise ConfigError("--system belongs to --chat")
         return None
     settings = held or ChatSettings()
-    settings = replace(settings, plain=both or (settings.plain and not chat))
+    settings = replace(
+        settings,
+        plain=both or (settings.plain and not chat),
+        optional=settings.optional and not (chat or both or system is not None),
+    )
     return settings if system is None else replace(settings, system=system)
 
 
@@ -316,6 +336,6 @@ def changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
         if option.field:
             value = given[option.name or ""]
             changes[option.field] = option.read(value) if option.read else value
-    named = {name: given[name] for name in ("chat", "system", "both")}
+    named = {name: given[name] for name in ("chat", "system", "both", "plain")}
     chat = chat_settings(recipe.chat, **named)
     return replace(recipe.with_fields(changes), chat=chat)

@@ -13,9 +13,8 @@ import click
 
 from nulledit.cli.command import Call, command
 from nulledit.cli.options import (
-    BOTH,
-    CHAT,
     FACTS,
+    FORMS,
     MODEL,
     SKIP,
     STATS,
@@ -67,8 +66,7 @@ WINDOWS, WINDOW = 12, 128  # of text, read once a candidate
     STATS,
     opt("--text FILE", "Text for KL and perplexity.  [default: one that comes with nulledit]"),
     "Form:",
-    CHAT,
-    BOTH,
+    FORMS,
     "Model:",
     MODEL,
 )

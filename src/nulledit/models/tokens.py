@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from nulledit.data.facts import quote
 from nulledit.errors import FactError, ModelError
 from nulledit.models.chat import ChatForm, Framed
 from nulledit.models.pieces import Pieces, Span, overlaps, untrimmed
+
+logger = logging.getLogger(__name__)
 
 # Scripts written without spaces between words: a target in them joins its prompt directly.
 UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
@@ -117,11 +120,19 @@ class RowEncoder:
     def in_chat(self, settings: ChatSettings | None) -> RowEncoder:
         """The same with prompts in the chat template, as plain text, or as text with chat beside.
 
-        ModelError if the tokenizer has no template, or another one than the settings name.
+        ModelError if the tokenizer has no template, or another one than the settings name; where
+        these are optional, plain text.
         """
-        if settings is None:
+        if settings is None or (settings.optional and self.tokenizer.chat_template is None):
             return self._with(None, self.room)
-        chat = self._with(ChatForm(self.tokenizer, replace(settings, plain=False)), self.room)
+        named = replace(settings, plain=False, optional=False)
+        try:
+            chat = self._with(ChatForm(self.tokenizer, named), self.room)
+        except ModelError as error:
+            if not settings.optional:
+                raise
+            logger.warning("facts are plain text alone: %s", error)
+            return self._with(None, self.room)
         return self._with(None, self.room, chat) if settings.plain else chat
 
     def leaving(self, tokens: int) -> RowEncoder:

@@ -140,6 +140,8 @@ class Lab:
         An error names the arm whose recipe the model can't take.
         """
         base, model = self.bench.base, self.bench.model
+        if self.recipe.chat and self.recipe.chat.optional:
+            self.recipe = replace(self.recipe, chat=None)
         if not self.recipe.layers:
             self.recipe = with_layers(self.recipe, model)
             self.notices.append(f"Layers were chosen by depth: {list(self.recipe.layers)}.")
