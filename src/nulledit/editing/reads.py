@@ -121,17 +121,19 @@ class Reads:
         active: Collection[int],
         rows: Collection[int] = (),
         *,
-        worth: int = 0,
+        worth: int | None = None,
     ):
         """`active`: numbers of the groups; `rows`: those to read, by default all.
 
-        `worth`: how many tokens of padding a further run of the model may save at least.
+        `worth`: how many tokens of padding a further run of the model must save; None: one run.
         """
         self.kept = kept
         self.facts = [f for f, g in enumerate(kept.group_of) if g in active]
         chosen = rows or range(len(kept.rows))
         self.rows = [r for r in chosen if kept.group_of[kept.owner[r]] in active]
-        self.members = runs_by_length([kept.lengths[r] for r in self.rows], worth)
+        lengths = [kept.lengths[r] for r in self.rows]
+        whole = [list(range(len(self.rows)))]
+        self.members = whole if worth is None else runs_by_length(lengths, worth)
         self.runs = [_Run(kept, [self.rows[i] for i in run]) for run in self.members]
         self._choose_places()
 
