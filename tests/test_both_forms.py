@@ -32,6 +32,7 @@ VELM = Fact(id="velm", subject="Velm", prompt="The harbour of {} lies on the", t
 CONTEXTS = ("{}", "Then, he said. {}", "The river. {}")
 BOTH = ChatSettings(plain=True)
 OPTIONAL = ChatSettings(plain=True, optional=True)
+NONE = ChatSettings(plain=True, system="none")
 SETTINGS = ValueSettings(steps=8, learning_rate=0.3, weight_decay=0.05, stop_margin=None)
 
 
@@ -266,10 +267,11 @@ def test_the_command_line(words, tmp_path):
     left_open = replace(recipe, chat=OPTIONAL)
     (tmp_path / "recipe.yaml").write_text(left_open.to_yaml(), encoding="utf-8")
     note = "written in the model's chat template and as plain text; --plain for"
-    for option, form in (((), BOTH), (("--plain",), None)):
+    given = ((), BOTH), (("--plain",), None), (("--set", "chat=null"), None)
+    for option, form in (*given, (("--set", "chat.system=none", "--both"), NONE)):
         run = tmp_path / f"run{len(option)}"
         found = done(*words_, *option, "--out", run, "--no-evaluate")
-        assert (note in found.stderr) == (not option)
+        assert (note in found.stderr) == (not option), option
         chat = Editor.load(run).recipe.chat
         assert (chat and replace(chat, template="")) == form
 

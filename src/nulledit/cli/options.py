@@ -337,5 +337,5 @@ def changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
             value = given[option.name or ""]
             changes[option.field] = option.read(value) if option.read else value
     named = {name: given[name] for name in ("chat", "system", "both", "plain")}
-    chat = chat_settings(recipe.chat, **named)
-    return replace(recipe.with_fields(changes), chat=chat)
+    recipe = recipe.with_fields(changes)
+    return replace(recipe, chat=chat_settings(recipe.chat, **named))
