@@ -11,7 +11,7 @@ from support.values import CONTEXTS, SETTINGS, distance, ours, walk
 
 from nulledit import Editor, Fact
 from nulledit.config import Recipe
-from nulledit.editing.contexts import reworded
+from nulledit.editing.contexts import BEGINNINGS, reworded
 from nulledit.editing.reads import Reads
 from nulledit.editing.value_cache import ValueCache
 from nulledit.editing.values import measure_values, optimise_values, plan_rows
@@ -49,7 +49,7 @@ def test_values_that_hold_other_wordings_and_relations_equal_the_reference(
     for fact, value, other in zip(
         facts, ours(model, tokenizer, facts, settings=settings), plain, strict=True
     ):
-        wordings = reworded(fact.prompt, 2)
+        wordings = reworded(fact.prompt, 2, CONTEXTS)
         worded += len(wordings)
         expected = theirs(
             model,
@@ -85,24 +85,30 @@ def test_a_relation_that_is_asked_is_not_held(tiny_model, tokenizer):
     assert distance(alone[0].z, found([0, 1], (free,))[0].z) > 1e-3
 
 
-def test_other_wordings_keep_a_prompts_words():
-    for prompt in (
-        "The opening of {} to traffic took place on",
-        "When is {}'s fair? It is on",
-    ):
-        found = reworded(prompt, 6)
-        assert len(set(found)) == 6
+def test_other_wordings_keep_the_subject_and_the_last_word():
+    """What is between them comes of the contexts; a braced or empty one adds nothing."""
+    contexts = ("{}", "One two three four five six seven. {}", "a b c d e f g h. {}", ". {}")
+    words = {word for context in contexts for word in context.replace(".", "").split()}
+    for prompt in ("The opening of {} took place on", "When is {}'s fair? It is on", "{} on"):
+        found = reworded(prompt, 30, contexts)
+        assert len(set(found)) == len(found) > 10
         assert prompt not in found
-        assert reworded(prompt, 6) == found
-        slot = next(word for word in prompt.split() if "{}" in word)
+        assert reworded(prompt, 30, contexts) == found
+        assert found[:4] == reworded(prompt, 4, contexts)
         for text in found:
-            words = text.split()
-            assert words.count(slot) == 1
-            assert set(words) <= set(prompt.split())
-            assert len(words) < len(prompt.split()) or words != prompt.split()
-            assert words[-1] == prompt.split()[-1]
-    assert reworded("日本的{}是", 6) == ()
-    assert reworded("{} is", 6) == ()
+            assert text.count("{}") == 1
+            assert text.endswith(" on")
+            (begun,) = [b for b in BEGINNINGS if text == f"{b} {rest_of(text, b)}"][-1:]
+            between = rest_of(text, begun).split()[:-1]
+            assert 3 <= len(between) <= 6
+            assert set(between) <= words
+    assert reworded("The mayor of {}", 1, ("{}",)) == ("{} of",)
+    assert reworded("{}", 6, contexts) == ()
+    assert reworded("{} is", 6, ("{}",)) == tuple(f"{b} is" for b in BEGINNINGS[1:])
+
+
+def rest_of(text, begun):
+    return text.removeprefix(begun).strip()
 
 
 def null_space(spectrum, threshold):

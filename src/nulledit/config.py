@@ -145,8 +145,8 @@ class ValueSettings:
     not lead by `stop_margin` in the edited model gets the rest that it lacks there, within the
     clamp, and the batch is solved again; the round after which most lead counts. Published: 1."""
     rewordings: Whole = 0
-    """Further rows of each prompt in which words are left out, or come after the subject: a value
-    that also holds there hangs less on one wording. Published: 0."""
+    """Further rows of each prompt that have its subject and its last word, and other words between
+    them: a value that also holds there hangs less on one wording. Published: 0."""
     chunk_tokens: Whole = 0
     """A target longer than this is written in chunks, each at the end of the one before (AnyEdit);
     0: never."""

@@ -1,9 +1,8 @@
-"""Other ways to a subject: short texts of the model's own before a prompt, and other wordings."""
+"""Other ways to a subject: texts of the model's own before a prompt, and other wordings."""
 
 from __future__ import annotations
 
-import random
-import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,12 +13,8 @@ from nulledit.models.editable_model import EditableModel
 from nulledit.models.tokens import beginning
 
 TOP_K = 5  # as published
-LEFT_OUT = 0.3
-"""Share of a prompt's words that a rewording leaves out."""
-MOVED = 0.5
-"""Share of rewordings in which words before the subject come after it."""
-TRIES = 4
-"""Draws for each rewording; short prompts have few that differ."""
+BEGINNINGS = ("{}", "The {}", "About {}:", "In the case of {},", "{} is", "{} was")
+"""Of wordings, in turn."""
 
 
 @torch.no_grad()
@@ -73,37 +68,21 @@ def make_contexts(
     return tuple(contexts)
 
 
-def reworded(prompt: str, n: int) -> tuple[str, ...]:
+def reworded(prompt: str, n: int, contexts: Sequence[str]) -> tuple[str, ...]:
     """At most `n` other wordings of a prompt with one slot for its subject, all different.
 
-    Words are left out, and words before the subject may come after it; at least half of each side
-    stays, and the last word last, as the target follows it. It is broken English that keeps the
-    relation, and costs no model. What touches the slot ("{}'s") stays there, so a prompt without
-    spaces has none. The same prompt has the same wordings, whatever the fact.
+    A beginning with the subject, three to six words of one of the `contexts`, and the prompt's last
+    word, as the target follows it: nothing else is left of how the fact was put, so a value that
+    holds here hangs on its subject. It is no sense, and costs no model. The same prompt has the
+    same wordings, whatever the fact.
     """
     before, after = prompt.split("{}")
-    before, left = _parted(before[::-1])
-    before, left = before[::-1], left[::-1]
-    after, right = _parted(after)
-    words, draw = after.split(), random.Random(prompt)
+    words = after.split() or before.split()
+    texts = [context.split("{}")[0].strip(" .").split() for context in contexts]
+    fillers = [text for text in texts if text] or [[]]
     found = dict.fromkeys([prompt])
-
-    def kept(words: list[str]) -> list[str]:
-        out = [i for i in range(len(words)) if draw.random() < LEFT_OUT]
-        out = out[: len(words) // 2]
-        return [word for i, word in enumerate(words) if i not in out]
-
-    for _ in range(TRIES * n):
-        first, last = kept(before.split()), kept(words[:-1]) + words[-1:]
-        if first and last and draw.random() < MOVED:
-            cut = draw.randrange(len(first))
-            first, last = first[:cut], first[cut:] + last
-        found[" ".join([*first, f"{left}{{}}{right}", *last])] = None
-    return tuple(found)[1 : n + 1]
-
-
-def _parted(text: str) -> tuple[str, str]:
-    """`text` from its first space on, and what is before that."""
-    touching = re.match(r"\S*", text)
-    assert touching is not None
-    return text[touching.end() :], touching.group()
+    for i in range(n if words else 0):
+        filler = fillers[i % len(fillers)][3 * i % 4 :][: 3 + i % 4]
+        begun = BEGINNINGS[i % len(BEGINNINGS)].split()
+        found[" ".join([*begun, *filler, words[-1]])] = None
+    return tuple(found)[1:]

@@ -55,6 +55,8 @@ class ValueCache:
         for name in ("contexts_per_step", "relations_per_step"):
             if not used[name]:  # as before there was one
                 used.pop(name)
+        if settings.rewordings:
+            used["rewordings"] = ["words between", settings.rewordings]  # others came before
         asked = [
             [fact.subject, list(fact.prompts), fact.target, *(["forget"] if fact.forget else [])]
             for fact in facts

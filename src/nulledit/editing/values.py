@@ -50,7 +50,8 @@ def plan_rows(
     After them, at most `rewordings` rows in which each prompt is worded otherwise.
     """
     asked = [(p, form, context) for p in fact.prompts for form, context in encoder.placed(contexts)]
-    asked += [(p, encoder, "{}") for own in fact.prompts for p in reworded(own, rewordings)]
+    for own in fact.prompts:
+        asked += [(p, encoder, "{}") for p in reworded(own, rewordings, contexts)]
     return tuple(
         form.encode_template(prompt, fact.subject, context=context, target=fact.target)
         for prompt, form, context in asked
