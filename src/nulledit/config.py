@@ -336,13 +336,12 @@ class Recipe:
         if list(self.layers) != sorted(set(self.layers)) or any(i < 0 for i in self.layers):
             raise ConfigError(f"layers are {list(self.layers)}; expected ascending numbers from 0")
         if self.chat and self.values.chunk_tokens:
-            if self.chat.optional:
-                object.__setattr__(self, "chat", None)
-                return
-            raise ConfigError(
-                "values.chunk_tokens can't be used with chat: a chunk stands in the assistant's "
-                "turn, where no prompt can; set it to 0"
-            )
+            if not self.chat.optional:
+                raise ConfigError(
+                    "values.chunk_tokens can't be used with chat: a chunk stands in the "
+                    "assistant's turn, where no prompt can; set it to 0"
+                )
+            object.__setattr__(self, "chat", None)
 
     def __repr__(self) -> str:
         layers = ", ".join(map(str, self.layers)) or "by depth"

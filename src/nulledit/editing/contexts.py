@@ -71,7 +71,7 @@ def make_contexts(
 def reworded(prompt: str, n: int, contexts: Sequence[str]) -> tuple[str, ...]:
     """At most `n` other wordings of a prompt with one slot for its subject, all different.
 
-    A beginning with the subject, three to six words of one of the `contexts`, and the prompt's last
+    A beginning with the subject, up to six words of one of the `contexts`, and the prompt's last
     word, as the target follows it: nothing else is left of how the fact was put, so a value that
     holds here hangs on its subject. It is no sense, and costs no model. The same prompt has the
     same wordings, whatever the fact.

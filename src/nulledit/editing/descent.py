@@ -106,7 +106,8 @@ class Descent:
     def __init__(self, kept: KeptRows, settings: ValueSettings, positions: int):
         """Nothing has moved yet.
 
-        `positions` bounds the tokens that run together, but where facts are read in all contexts.
+        `positions` bounds the tokens that run together, padding apart, but where facts are read in
+        all contexts.
         """
         self.kept, self.settings, self.positions = kept, settings, positions
         self.units = unit_lengths(kept)[..., None]  # [groups, layers, 1]
