@@ -286,8 +286,9 @@ class ChatSettings:
     """Whether facts are plain text as well: each has one value for both forms and holds if it holds
     in both. Asked as plain text where one form must do."""
     optional: bool = False
-    """Whether a model without a template, or with one that can't be used, takes plain text alone.
-    Once a recipe is used on a model this is settled, and false."""
+    """Whether a model without a template, or with one that can't be used, takes plain text alone,
+    as does a recipe with `values.chunk_tokens`. Once a recipe is used on a model this is settled,
+    and false."""
 
     def __post_init__(self) -> None:
         if self.subject == "assistant" and not self.assistant:
