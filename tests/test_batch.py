@@ -581,6 +581,7 @@ def test_settings_of_another_method_are_refused(make):
         {"values.at": "each"},
         {"values.norm_anchor": True},
         {"values.relation_weight": 4.0},
+        {"values.rewordings": 6},
     ):
         with pytest.raises(ConfigError, match=r"ft optimises no values"):
             make(RECIPE.with_fields({"method.name": "ft", **option}))

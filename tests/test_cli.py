@@ -162,6 +162,7 @@ def test_flags_override_the_recipe(place, options, tmp_path):
         *("--no-evaluate", "--layers", "1", "--steps", 2, "--learning-rate", 0.2, "--l2", 3),
         *("--clamp", 0.5, "--null-space", "absolute=1e-1", "--set", "values.kl_weight=0"),
         *("--batch-size", 7, "--seed", 3, "--relation-weight", 4),
+        *("--rewordings", 2),
     )
     recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     assert recipe["layers"] == [1]
@@ -170,6 +171,7 @@ def test_flags_override_the_recipe(place, options, tmp_path):
     assert recipe["values"]["clamp"] == 0.5
     assert recipe["values"]["kl_weight"] == 0
     assert recipe["values"]["relation_weight"] == 4
+    assert recipe["values"]["rewordings"] == 2
     assert recipe["method"]["l2"] == 3
     assert recipe["batch_size"] == 7
     assert recipe["null_space"] == {"rule": "absolute", "value": 0.1}

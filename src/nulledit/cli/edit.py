@@ -104,6 +104,12 @@ if TYPE_CHECKING:
         float,
         field="values.relation_weight",
     ),
+    opt(
+        "--rewordings N",
+        "Other wordings of each prompt in values, such as 6: more paraphrases hold, in more time.",
+        int,
+        field="values.rewordings",
+    ),
     opt("--l2 X", "Ridge on the update.", float, field="method.l2"),
     opt(
         "--layers LIST",

@@ -117,6 +117,7 @@ class Method:
             "values.norm_anchor": values.norm_anchor,
             "values.rounds": values.rounds > 1,
             "values.relation_weight": values.relation_weight > 0,
+            "values.rewordings": values.rewordings > 0,
         }
         for name, given in unused.items():
             if self.by_gradient and given:
