@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("facts")
     parser.add_argument("--limit", type=int, default=10)
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--recipe", help="default: the model's")
     parser.add_argument("--skip", type=int, default=0)
     parser.add_argument("--only", help="forms to edit in, numbers with commas")
     parser.add_argument("--asked", help="forms to ask in, numbers with commas")
@@ -71,7 +72,7 @@ def main() -> None:
         model, tokenizer = load_model(given.model)
         start = time.process_time()
         if settings is not False:
-            recipe = replace(load_recipe(given.model), chat=settings)
+            recipe = replace(load_recipe(given.recipe or given.model), chat=settings)
             EditEngine(model, tokenizer, recipe=recipe, name=given.model).edit(facts)
         spent = time.process_time() - start
         editable = EditableModel(model, tokenizer)

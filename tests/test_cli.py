@@ -228,7 +228,8 @@ def test_an_estimate_grows_with_rounds_and_retries(place):
 
 
 def test_an_estimate_counts_the_rows_that_a_step_reads(place):
-    """Of six rows in contexts and three on other relations; as many as there are: all."""
+    """Of six rows in contexts, two worded otherwise and three on other relations; as many as there
+    are: all."""
     encoder = RowEncoder(small_tokenizer(), max_length=128)
     facts = list(read_facts(place / "facts.json").facts)
     shape = Shape(
@@ -243,8 +244,9 @@ def test_an_estimate_counts_the_rows_that_a_step_reads(place):
         bytes=4,
     )
 
-    def step(contexts=0, relations=0, prompts=()):
+    def step(contexts=0, relations=0, prompts=(), wordings=0):
         changes = {"contexts_per_step": contexts, "relations_per_step": relations}
+        changes["rewordings"] = wordings
         changes |= {"relation_prompts": prompts, "relation_weight": float(bool(prompts))}
         recipe = Recipe(layers=(1,)).with_fields({f"values.{k}": v for k, v in changes.items()})
         rows = count_rows(facts, encoder, recipe)
@@ -259,6 +261,10 @@ def test_an_estimate_counts_the_rows_that_a_step_reads(place):
     assert one > 0
     assert step(0, 0, alike) - step(0) == pytest.approx(3 * one)
     assert step(0, 5, alike) == step(0, 0, alike)
+    assert step(0, wordings=2) > step(0)
+    assert step(7, wordings=2) == step(0, wordings=2)
+    turn = step(2, wordings=2) - step(1, wordings=2)  # of five contexts and two wordings
+    assert step(7, wordings=2) - step(2, wordings=2) == pytest.approx(5 * turn, rel=0.1)
 
 
 def test_facts_check_counts(place):

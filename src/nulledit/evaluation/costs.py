@@ -34,9 +34,17 @@ from typing import Any, Self
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from nulledit.config import Layout, Placement, Recipe, ValueSettings, layers_by_depth
+from nulledit.config import (
+    ContextSettings,
+    Layout,
+    Placement,
+    Recipe,
+    ValueSettings,
+    layers_by_depth,
+)
 from nulledit.data.facts import Fact
 from nulledit.editing.batch_values import ACCELERATOR_POSITIONS, CPU_POSITIONS
+from nulledit.editing.contexts import reworded
 from nulledit.editing.stronger import stronger
 from nulledit.errors import ModelError, NullEditError
 from nulledit.evaluation.forms import other_system
@@ -56,7 +64,7 @@ from nulledit.models.layouts import (
 )
 from nulledit.models.load import not_loaded, reachable
 from nulledit.models.placement import Device
-from nulledit.models.tokens import RowEncoder
+from nulledit.models.tokens import Row, RowEncoder
 from nulledit.parallel.accelerators import default_device
 
 OVERHEAD = 2.0  # a block's time over its matrix products' alone
@@ -307,32 +315,36 @@ def count_rows(facts: Sequence[Fact], encoder: RowEncoder, recipe: Recipe) -> Co
     After the subject's end, and of logits, those of one step.
     """
     settings, values = recipe.contexts, recipe.values
-    prefixes = (
-        [len(encoder.encode(t).ids) for t in settings.texts[1:]]
-        if settings.texts
-        else ([settings.tokens + 2] * settings.count)
-    )
-    contexts, before = 1 + len(prefixes), sum(prefixes)
-    counts, in_turn = Counter(contexts=contexts), values.contexts_per_step
-    shown = min(contexts, 1 + in_turn) if in_turn else contexts  # in a step
+    texts = settings.texts or ("{}", *(_stand_in(settings, i) for i in range(settings.count)))
+    further = len(texts) - 1  # prefixes, and their tokens
+    before = sum(len(encoder.encode(text).ids) for text in settings.texts[1:])
+    before = before or further * (settings.tokens + 2)
+    counts, in_turn = Counter(contexts=1 + further), values.contexts_per_step
     held = len(values.held_relations)
     asked = min(held, values.relations_per_step or held)
     for fact in facts:
+        turning: list[Row] = []  # of contexts, other wordings and the form beside
         for prompt in fact.prompts:
             row = encoder.encode_template(prompt, fact.subject, target=fact.target)
-            counts["rows"] += contexts
-            counts["tokens"] += contexts * len(row.ids) + before
-            counts["heads"] += contexts * (row.subject_last + 1) + before
-            counts["tails"] += shown * (len(row.ids) - row.subject_last)
-            counts["reads"] += shown * len(row.target_ids)
-            for form in encoder.forms[1:]:
-                row = form.encode_template(prompt, fact.subject, target=fact.target)
-                counts.update(rows=1, tokens=len(row.ids), heads=row.subject_last + 1)
-                counts.update(tails=len(row.ids) - row.subject_last, reads=len(row.target_ids))
+            counts.update(rows=1 + further, tokens=(1 + further) * len(row.ids) + before)
+            counts.update(heads=(1 + further) * (row.subject_last + 1) + before)
+            counts.update(_tail(row))
+            worded = [(encoder, p) for p in reworded(prompt, values.rewordings, texts)]
+            beside = [(form, prompt) for form in encoder.forms[1:]]
+            others = [
+                form.encode_template(p, fact.subject, target=fact.target)
+                for form, p in (*worded, *beside)
+            ]
+            for other in others:
+                counts.update(_whole(other))
+            turning += [row] * further + others
+        share = min(1.0, in_turn / max(len(turning), 1)) if in_turn else 1.0
+        for name, n in sum(map(_tail, turning), Counter[str]()).items():
+            counts[name] += round(share * n)
         counts.update(rows=1, tails=1, reads=1)  # the drift row
         for place, prompt in enumerate(values.held_relations):
             row = encoder.encode_template(prompt, fact.subject)
-            counts.update(rows=1, tokens=len(row.ids), heads=row.subject_last + 1)
+            counts.update(_whole(row))
             if place < asked:
                 counts.update(tails=len(row.ids) - row.subject_last, reads=1)
         for query in queries_of(fact):
@@ -342,6 +354,20 @@ def count_rows(facts: Sequence[Fact], encoder: RowEncoder, recipe: Recipe) -> Co
                 if query.kind == "efficacy":
                     counts.update(own=len(row.ids), own_scored=len(row.target_ids))
     return counts
+
+
+def _stand_in(settings: ContextSettings, number: int) -> str:
+    """A prefix as long as the one of this number that will be sampled."""
+    start = settings.starts[number % len(settings.starts)]
+    return f"{start}{' the' * settings.tokens}. {{}}"
+
+
+def _whole(row: Row) -> Counter[str]:
+    return Counter(rows=1, tokens=len(row.ids), heads=row.subject_last + 1)
+
+
+def _tail(row: Row) -> Counter[str]:
+    return Counter(tails=len(row.ids) - row.subject_last, reads=len(row.target_ids))
 
 
 class Learned:
