@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -24,10 +24,9 @@ from nulledit.io.settings import (
     load_settings,
     read_settings,
     shipped,
-    shown,
     unknown,
 )
-from nulledit.io.untrusted import is_number, parse_yaml
+from nulledit.io.untrusted import parse_yaml
 
 ModulePath = Annotated[
     str,
@@ -420,20 +419,6 @@ class Recipe:
         return Recipe.from_dict(data)
 
 
-def parse_changes(settings: Iterable[str], option: str = "--set ") -> dict[str, Any]:
-    """`values.steps=15` entries as {"values.steps": "15"}, for `Recipe.with_fields`.
-
-    `option`: what they were given by, for messages.
-    """
-    changes = {}
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals or not name.strip():
-            raise ConfigError(f"{option}{setting!r}: expected FIELD=VALUE such as values.steps=15")
-        changes[name.strip()] = value.strip()
-    return changes
-
-
 def layers_by_depth(depth: int) -> tuple[int, ...]:
     """Five layers of a model with `depth` blocks, placed as LLaMA3's published 4-8 of 32.
 
@@ -463,14 +448,6 @@ def read_recipe(recipe: Recipe | str | Path | None, name: str) -> Recipe:
             "Recipe.from_dict), a file or a shipped recipe's name"
         )
     return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-
-
-def check_whole(name: str, value: object, *, least: int = 0) -> None:
-    """ConfigError unless `value` is a whole number from `least` that ledgers can hold."""
-    if not (is_number(value) and isinstance(value, int) and value >= least):
-        raise ConfigError(
-            f"{name} is {shown(value)}; expected a whole number from {least}, below 2^63"
-        )
 
 
 OWN = ("name", "projection", "otherwise")

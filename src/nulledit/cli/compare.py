@@ -142,7 +142,7 @@ def _check_statistics(call: Call) -> None:
 
 def _recipe(call: Call, model: str, settings: dict[str, Any]) -> Recipe:
     """What the methods change on a model; ConfigError for one that they can't."""
-    from nulledit.config import parse_changes
+    from nulledit.io.settings import parse_changes
     from nulledit.studies.compare import checked_recipe
 
     recipe = call.own_recipe(call.recipe, model)

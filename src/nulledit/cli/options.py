@@ -94,7 +94,7 @@ def least(number: int) -> click.IntRange:
 
 
 def _whole(_context: click.Context, option: click.Parameter, seed: int | None) -> int | None:
-    from nulledit.config import check_whole
+    from nulledit.io.settings import check_whole
 
     if seed is not None:
         check_whole("--seed", seed)
@@ -329,7 +329,7 @@ def changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
     """`recipe` with the fields that the options of the command at work name."""
     from dataclasses import replace
 
-    from nulledit.config import parse_changes
+    from nulledit.io.settings import parse_changes
 
     changes = parse_changes(given["changes"])
     for option in given_options():

@@ -100,7 +100,7 @@ def _listed(found: dict[str, dict[str, Any]]) -> Items:
 
 def _lab(call: Call, spec: StudySpec) -> Lab:
     """Everything that needs no model is checked before it is loaded, the rest just after."""
-    from nulledit.config import parse_changes
+    from nulledit.io.settings import parse_changes
     from nulledit.studies.context import SOURCE_HELP, Lab, Sources
     from nulledit.studies.scale import chosen, load_scale
     from nulledit.studies.stream import Workbench

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-from nulledit.config import ValueSettings, check_whole
+from nulledit.config import ValueSettings
 from nulledit.data.facts import Fact
 from nulledit.data.readers import FactFile
 from nulledit.editing.batching import admitted, batches
@@ -19,6 +19,7 @@ from nulledit.editing.session import EditSession, check_in_model, some
 from nulledit.editing.stronger import stronger
 from nulledit.editing.undo import by_group, facts_of, last_undone, newest, plan_redo, plan_undo
 from nulledit.errors import ConfigError, FactError, LedgerError
+from nulledit.io.settings import check_whole
 from nulledit.ledger.records import Column, History
 from nulledit.methods import find_method
 from nulledit.models.layouts import frozen

@@ -13,7 +13,7 @@ from typing import Self
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nulledit.config import Recipe, ValueSettings, check_whole, read_recipe
+from nulledit.config import Recipe, ValueSettings, read_recipe
 from nulledit.data.facts import Fact
 from nulledit.data.readers import Facts, as_facts
 from nulledit.editing import changes
@@ -27,6 +27,7 @@ from nulledit.editing.undo import facts_of
 from nulledit.editing.value_cache import ValueCache
 from nulledit.editing.weights import EditedWeights
 from nulledit.io.files import from_anywhere
+from nulledit.io.settings import check_whole
 from nulledit.io.text import count
 from nulledit.ledger.journal import Journal, Trial
 from nulledit.ledger.records import Base, History

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from nulledit.config import check_whole
 from nulledit.errors import ConfigError, FactError
 from nulledit.evaluation.queries import Query
 from nulledit.evaluation.runner import _plain
 from nulledit.evaluation.scores import score
 from nulledit.evaluation.stats import Rate, paired_bootstrap
 from nulledit.evaluation.tasks import Item
+from nulledit.io.settings import check_whole
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.tokens import RowEncoder, join_target
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nulledit.config import check_whole
 from nulledit.data.facts import quote, suggest
 from nulledit.errors import ConfigError
+from nulledit.io.settings import check_whole
 from nulledit.models.layouts import frozen
 
 _STDERR = "_stderr"

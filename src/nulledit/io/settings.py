@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, Self, TypeVar
 
 from nulledit.errors import ConfigError
-from nulledit.io.untrusted import MAX_SETTINGS, one_line, parse_yaml, read_text
+from nulledit.io.untrusted import MAX_SETTINGS, is_number, one_line, parse_yaml, read_text
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter, ValidationError
@@ -239,3 +239,25 @@ def load_settings(cls: type[F], name_or_path: str | Path) -> F:
         return cls.from_dict(data)
     except ConfigError as error:
         raise ConfigError(one_line(f"{path}: {error}")) from error
+
+
+def parse_changes(settings: Iterable[str], option: str = "--set ") -> dict[str, Any]:
+    """`values.steps=15` entries as {"values.steps": "15"}.
+
+    `option`: what they were given by, for messages.
+    """
+    changes = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or not name.strip():
+            raise ConfigError(f"{option}{setting!r}: expected FIELD=VALUE such as values.steps=15")
+        changes[name.strip()] = value.strip()
+    return changes
+
+
+def check_whole(name: str, value: object, *, least: int = 0) -> None:
+    """ConfigError unless `value` is a whole number from `least` that ledgers can hold."""
+    if not (is_number(value) and isinstance(value, int) and value >= least):
+        raise ConfigError(
+            f"{name} is {shown(value)}; expected a whole number from {least}, below 2^63"
+        )

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from nulledit.config import Recipe, check_whole
+from nulledit.config import Recipe
 from nulledit.data.facts import Fact
 from nulledit.errors import ConfigError, NoRoomError, SolveError, StatisticsError
 from nulledit.evaluation.costs import Learned
+from nulledit.io.settings import check_whole
 from nulledit.io.untrusted import one_line
 from nulledit.tuning.measure import Measured
 from nulledit.tuning.moves import Move, moves, name_of, stages_of

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nulledit.config import Recipe, parse_changes
+from nulledit.config import Recipe
 from nulledit.errors import ConfigError
-from nulledit.io.settings import from_yaml
+from nulledit.io.settings import from_yaml, parse_changes
 from nulledit.methods import METHODS, find_method
 from nulledit.runs.limits import KINDS, Least, Limits, load_limits
 
