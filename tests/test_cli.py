@@ -192,6 +192,8 @@ def test_a_dry_run_estimates_and_leaves_nothing(place, options, tmp_path):
     assert size["batches"] == 2
     assert set(size["seconds"]) > {"keys", "solve", "evaluation"}
     assert size["peak_bytes"] > 1e8
+    low, high = size["seconds_usual"]
+    assert low <= high <= size["seconds_in_all"]
     assert size["layers"] == [1, 2]
     gated = json.loads(done(*words, "--method", "gated", "--json").stdout)
     assert gated["layers"] == [2], "gated edits are in the last of them"
@@ -225,6 +227,9 @@ def test_an_estimate_grows_with_rounds_and_retries(place):
     assert in_all(replace(once, rounds=3)) == 3 * 8
     # as many again with 10 steps and one round more; two looks of 10 answers
     assert in_all(once, retries=1) == 8 + 2 * 13 + 2 * 11
+    # a third of 6 steps; three quarters of them in each of two rounds, beside keys, begin and solve
+    assert costs.usual(replace(once, steps=6, rounds=3)) == (2 + 3, 2 * (4.5 + 3))
+    assert costs.usual(replace(once, steps=6)) == (2 + 3, 4.5 + 3)
 
 
 def test_an_estimate_counts_the_rows_that_a_step_reads(place):

@@ -138,7 +138,7 @@ def test_a_dry_run_edits_nothing(write, tmp_path):
     told = json.loads(done("run", write(), "--dry-run", "--json").stdout)
     assert told["facts"] == 2
     assert not (tmp_path / "run").exists()
-    assert "2 facts in 1 batch: about" in done("run", write(), "--dry-run").stdout
+    assert "2 facts in 1 batch: at most" in done("run", write(), "--dry-run").stdout
 
 
 @pytest.mark.parametrize(

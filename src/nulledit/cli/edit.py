@@ -232,17 +232,19 @@ def _estimate(call: Call, found: FactFile, recipe: Recipe) -> None:
         text=call.text,
     )
     cells = [[stage, f"{value:.1f}"] for stage, value in size["seconds"].items()]
-    cells.append(["in all", f"{size['seconds_in_all']:.1f}"])
+    cells.append(["in all (at most)", f"{size['seconds_in_all']:.1f}"])
     line = (
         f"{count(size['facts'], 'fact')} in {count(size['batches'], 'batch')}, layers "
         f"{', '.join(map(str, size['layers']))}; {count(size['rows'], 'row')} with "
         f"{size['tokens']} tokens; {size['gflops']} GFLOP/s measured"
     )
-    memory = (
-        f"Peak memory: about {size['peak_bytes'] / 1e9:.1f} GB. Nothing was edited; whether there "
-        "are statistics was not looked up."
+    low, high = size["seconds_usual"]
+    close = (
+        f"Usually {low:.0f} to {high:.0f} s, as values end once they hold. Peak memory: about "
+        f"{size['peak_bytes'] / 1e9:.1f} GB. Nothing was edited; whether there are statistics was "
+        "not looked up."
     )
-    call.show(size, lambda: [line, StudyTable.of("cost", "", ["stage", "seconds"], cells), memory])
+    call.show(size, lambda: [line, StudyTable.of("cost", "", ["stage", "seconds"], cells), close])
 
 
 def _edited(call: Call, found: FactFile, recipe: Recipe | None, ranks: Ranks) -> Result | None:

@@ -75,10 +75,11 @@ def run(call: Call) -> None:
 
 
 def _told(size: dict[str, Any]) -> str:
+    low, high = size["seconds_usual"]
     return (
-        f"{count(size['facts'], 'fact')} in {count(size['batches'], 'batch')}: about "
-        f"{size['seconds_in_all']:.0f} s and {size['peak_bytes'] / 1e9:.1f} GB at the peak. "
-        "Nothing was edited."
+        f"{count(size['facts'], 'fact')} in {count(size['batches'], 'batch')}: at most "
+        f"{size['seconds_in_all']:.0f} s and about {size['peak_bytes'] / 1e9:.1f} GB at the peak. "
+        f"Usually {low:.0f} to {high:.0f} s. Nothing was edited."
     )
 
 

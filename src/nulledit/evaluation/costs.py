@@ -72,6 +72,7 @@ DECODING = 4.0  # a token made one at a time over one of many read together
 ANSWER = 12  # tokens
 WINDOW = 256  # tokens of a text read at once
 RUNTIME = 0.6e9  # bytes that python, torch and transformers take
+USUAL = (1 / 3, 3 / 4)  # of the steps: what values took, CounterFact's and long answers of any kind
 SLACK = 1.2  # on what was timed once: the machine may have other work
 
 
@@ -210,9 +211,17 @@ class Costs:
             logits=logits,
         )
 
-    def passes(self, steps: int, n: int) -> float:
+    def passes(self, steps: float, n: int) -> float:
         """`n` passes over the batches, of so many steps each."""
         return n * (self.keys + self.begin + steps * self.step + self.solve)
+
+    def usual(self, settings: ValueSettings) -> tuple[float, float]:
+        """Seconds that writing takes where facts are as easy as others were, or as hard.
+
+        Values end as soon as they hold; few facts need a further round, but those the most.
+        """
+        easy, hard = (share * settings.steps for share in USUAL)
+        return self.passes(easy, 1), self.passes(hard, min(settings.rounds, 2))
 
     def of_edit(self, settings: ValueSettings, retries: int, n: int) -> dict[str, float]:
         """Seconds to write `n` facts, and where nothing holds to write all of them again."""
@@ -265,18 +274,23 @@ def estimate_edit(
     n, rows = len(facts), count_rows(facts, encoder, recipe)
     speeds = shape.speed(named), shape.speed(named, torch.float64)
     costs = Costs.of(shape, recipe, rows, n, speeds)
+    usual = costs.usual(recipe.values)
     seconds = {"load and save": 6 + 4 * shape.parameters * shape.bytes / 1e9}
     if old_answers:
         lacking = sum(fact.old_answer is None and not fact.forget for fact in facts)
         seconds["old answers"] = lacking * costs.answer
-    seconds |= costs.of_edit(recipe.values, retries, n)
+    edit = costs.of_edit(recipe.values, retries, n)
     if evaluate:
         window = min(WINDOW, encoder.max_length)
         windows = read_windows(text or shipped_corpus(), encoder.tokenizer, window=window)
         forms = len(encoder.forms) + bool(other_system(encoder))
         asked = 2 * forms * (costs.queries + n * costs.answer)
         each = 2 * costs.token + costs.below + costs.logits
-        seconds["evaluation"] = asked + sum(map(len, windows)) * each
+        evaluation = {"evaluation": asked + sum(map(len, windows)) * each}
+    else:
+        evaluation = {}
+    rest = sum((seconds | evaluation).values())
+    seconds |= edit | evaluation
     return {
         "facts": n,
         "batches": -(-n // recipe.batch_size),
@@ -286,6 +300,7 @@ def estimate_edit(
         "gflops": round(speeds[0] / 1e9, 1),
         "seconds": {stage: round(value, 1) for stage, value in seconds.items()},
         "seconds_in_all": round(sum(seconds.values()), 1),
+        "seconds_usual": [round(rest + value, 1) for value in usual],
         "peak_bytes": int(shape.peak(recipe, rows, n, named)),
     }
 
