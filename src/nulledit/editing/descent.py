@@ -40,10 +40,13 @@ class Value:
         return replace(self, z=self.z[number])
 
     def moved(self, rest: Value, now: Tensor) -> Value:
-        """This value and what `rest`, optimised where the model is at `now` [d], adds."""
+        """This value and what `rest`, optimised where the model is at `now` [d], adds.
+
+        `now` is in float64, on the CPU, as not every device has it.
+        """
         own, more = self.outcome, rest.outcome
         return Value(
-            self.z + (rest.z.double() - now).to(self.z),
+            self.z + (rest.z.to(now.device).double() - now).to(self.z),
             replace(
                 more,
                 steps=(own.steps or 0) + (more.steps or 0),
