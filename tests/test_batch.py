@@ -1,12 +1,16 @@
 """Every method through the editor, and the options that any of them can use."""
 
+import copy
 import dataclasses
 import random
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.editors import LASTING, in_the_world, sayable
 from support.models import FAMILIES, RECIPE, build_model, statistics_of
+from tokenizers import processors
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nulledit import Editor, Fact
 from nulledit.editing import values as values_module
@@ -554,6 +558,39 @@ def test_values_are_kept_as_they_come(make, facts, tmp_path, monkeypatch):
     assert gap(weights(editor), weights(whole)) < 1e-9
 
 
+def test_cached_values_are_of_one_tokenizer_and_configuration(tokenizer, facts, tmp_path):
+    """The same weights say other things after a token in front, or with another norm."""
+
+    def optimised(tokenizer, **changes):
+        model = build_model("llama")
+        for name, value in changes.items():
+            setattr(model.config, name, value)
+        kept = statistics_of(model, tokenizer)
+        editor = Editor(model, tokenizer, recipe=RECIPE, statistics=kept, value_cache=tmp_path)
+        return editor.edit(facts[:1]).optimised
+
+    with_beginning = copy.deepcopy(tokenizer)
+    beginning = f"{tokenizer.eos_token} $A"
+    known = [(tokenizer.eos_token, tokenizer.eos_token_id)]
+    with_beginning.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=beginning, special_tokens=known
+    )
+    assert [optimised(tokenizer), optimised(tokenizer)] == [1, 0]
+    assert [optimised(with_beginning), optimised(with_beginning)] == [1, 0]
+    assert optimised(tokenizer, rms_norm_eps=0.1) == 1
+    assert optimised(tokenizer, _name_or_path="elsewhere") == 0
+
+
+def test_what_a_value_lacks_is_added_wherever_the_model_is():
+    """What stands in the model is read on the CPU, in float64."""
+    with FakeTensorMode():
+        outcome = ValueOutcome(1.0, 1.0, 2, 0.5, False)
+        before, rest = (Value(torch.ones(3, device="cuda"), outcome) for _ in range(2))
+        moved = before.moved(rest, torch.zeros(3, dtype=torch.float64))
+    assert moved.z.device.type == "cuda"
+    assert moved.z.dtype == torch.float32
+
+
 def test_a_damaged_cache_file_is_not_used(tmp_path):
     cache = ValueCache(tmp_path)
     value = Value(torch.ones(3), ValueOutcome(1.0, 1.0, 2, 0.5, False))
@@ -565,6 +602,8 @@ def test_a_damaged_cache_file_is_not_used(tmp_path):
     file.write_bytes(file.read_bytes()[:-3])
     assert cache.get("a") is None
     assert cache.get("b") is None
+    save_file({"z": torch.ones(2, 3)}, file, metadata={"values": "[]"})
+    assert cache.get("a") is None
 
 
 def test_settings_of_another_method_are_refused(make):

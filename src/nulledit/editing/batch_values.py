@@ -14,10 +14,17 @@ from nulledit.data.facts import Fact
 from nulledit.editing.call_log import CallLog
 from nulledit.editing.descent import Value
 from nulledit.editing.keys import Walk
-from nulledit.editing.norm_anchor import TOO_LONG, LengthRecord, anchored, usual_length
+from nulledit.editing.norm_anchor import (
+    BARE,
+    TOO_LONG,
+    LengthRecord,
+    anchored,
+    usable,
+    usual_length,
+)
 from nulledit.editing.sharing import dealt, gathered, of_first
 from nulledit.editing.value_cache import ValueCache
-from nulledit.editing.values import measure_values, optimise_values
+from nulledit.editing.values import measure_values, optimise_values, plan_rows
 from nulledit.editing.weights import EditedWeights
 from nulledit.models.editable_model import EditableModel
 from nulledit.parallel.ranks import Ranks
@@ -136,6 +143,11 @@ class BatchValues:
         """Mean ‖v*‖ of a fixed sample in the unedited model: measured once, then kept."""
         record = LengthRecord(
             model_hash=self.weights.history.base.hash,
+            reading=self.model.reading(
+                row
+                for fact in usable(self.model.encoder)
+                for row in plan_rows(fact, self.model.encoder, BARE)
+            ),
             layer=layer,
             settings=self.recipe.values,
             chat=self.recipe.chat,
@@ -157,17 +169,22 @@ class BatchValues:
     def _cache_names(
         self, layers: Sequence[int], groups: Mapping[int, Sequence[Fact]]
     ) -> dict[int, str]:
-        """What the values of each group of wordings are called in the cache, on these weights."""
+        """What the values of each group of wordings are called in the cache, on this model."""
         if self.cache is None:
             return {}
-        weights = self.weights.digest()
+        weights, settings = self.weights.digest(), self.recipe.values
+        encoder, rewordings = self.model.encoder, settings.rewordings
+        rows = {
+            group: [row for f in facts for row in plan_rows(f, encoder, self.contexts, rewordings)]
+            for group, facts in groups.items()
+        }
         return {
             group: self.cache.name(
-                weights,
+                f"{weights} {self.model.reading(rows[group])}",
                 wordings,
                 layers=layers,
                 contexts=self.contexts,
-                settings=self.recipe.values,
+                settings=settings,
                 chat=self.recipe.chat,
             )
             for group, wordings in groups.items()

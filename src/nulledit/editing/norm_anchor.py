@@ -120,6 +120,8 @@ class LengthRecord:
 
     model_hash: str
     """Of the unedited weights."""
+    reading: str
+    """Of its configuration, and of how its tokenizer reads the sample."""
     layer: int
     """Where values stand."""
     settings: ValueSettings

@@ -31,7 +31,7 @@ class ValueCache:
 
     def name(
         self,
-        weights: str,
+        model: str,
         facts: Sequence[Fact],
         *,
         layers: Sequence[int],
@@ -39,7 +39,7 @@ class ValueCache:
         settings: ValueSettings,
         chat: ChatSettings | None = None,
     ) -> str:
-        """The hash of one group's request on a model whose weights have the hash `weights`."""
+        """The hash of one group's request on `model`, which names weights and how they read it."""
         used: dict[str, Any] = asdict(settings)
         for elsewhere in (
             "norm_anchor",
@@ -62,7 +62,7 @@ class ValueCache:
             for fact in facts
         ]
         where = layers[0] if len(layers) == 1 else list(layers)  # as before there were several
-        content = [FORMAT, weights, where, list(contexts), used, asked]
+        content = [FORMAT, model, where, list(contexts), used, asked]
         if chat:  # left out otherwise, so that values of plain text are found where they were
             content.append(chat.to_dict())
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -76,11 +76,11 @@ class ValueCache:
             with safe_open(file, "pt") as opened:
                 z = opened.get_tensor("z")
                 notes = json.loads(opened.metadata()["values"])
-        except (SafetensorError, OSError, KeyError, ValueError):
+            return [
+                Value(row, ValueOutcome.from_dict(note)) for row, note in zip(z, notes, strict=True)
+            ]
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError):
             return None
-        return [
-            Value(row, ValueOutcome.from_dict(note)) for row, note in zip(z, notes, strict=True)
-        ]
 
     def put(self, name: str, values: Sequence[Value]) -> None:
         """Keep a group's values."""

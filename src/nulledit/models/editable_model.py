@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import replace
+from hashlib import sha256
 from typing import Any, Self
 
 from torch import Tensor
@@ -17,7 +19,7 @@ from nulledit.models.hooks import collect_input, hooked
 from nulledit.models.layouts import as_out_in
 from nulledit.models.mlp import MlpForm, find_form, find_forms
 from nulledit.models.partial import PartialModel
-from nulledit.models.tokens import RowEncoder
+from nulledit.models.tokens import Row, RowEncoder
 from nulledit.models.trial import try_spans
 
 
@@ -71,6 +73,17 @@ class EditableModel(PartialModel):
         other = copy(self)
         other.encoder = encoder
         return other
+
+    def reading(self, rows: Iterable[Row]) -> str:
+        """Hash of what decides, beside its weights, what it makes of `rows`.
+
+        That is its configuration, and how its tokenizer reads them.
+        """
+        config = self.model.config.to_dict()
+        for name in ("_name_or_path", "transformers_version"):  # they say who wrote it, and where
+            config.pop(name, None)
+        read = [[list(row.ids), row.subject_last, row.target_start] for row in rows]
+        return sha256(json.dumps([config, read], default=str).encode()).hexdigest()
 
     def form(self, layer: int) -> MlpForm:
         """How the MLP of block `layer` was built before any edit; ModelError if none explains it.
