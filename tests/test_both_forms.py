@@ -14,7 +14,7 @@ from nulledit import Editor, Fact
 from nulledit.cli.options import chat_settings
 from nulledit.config import ChatSettings, Recipe, ValueSettings, load_recipe
 from nulledit.editing.keys import LayerwiseForward
-from nulledit.editing.unlearning import lessons_of
+from nulledit.editing.unlearning import blinded, lessons_of, telling
 from nulledit.editing.value_cache import ValueCache
 from nulledit.editing.values import bare_leads, optimise_values, plan_rows
 from nulledit.errors import ConfigError
@@ -166,6 +166,19 @@ def test_save_load_rebuild_and_undo_keep_both_forms(words, tmp_path, method):
         assert torch.allclose(weight, weights[name], rtol=0, atol=1e-9), name
     loaded.undo("velm", "ada")
     assert all(torch.equal(w, before[k]) for k, w in loaded.model.state_dict().items())
+
+
+def test_an_answer_that_a_form_cuts_otherwise_is_forgotten_at_its_own_token(model):
+    fact = Fact(id="x", subject="Ada Byron", prompt="Where is {}?", target="people in London")
+    asked = model.in_chat(BOTH)
+    plain, chat = asked.encoder.forms
+    lessons = lessons_of(asked, fact.forgotten(), ("{}", "Then, he said. {}"))
+    rows = [blinded(form, fact, fact.prompt) for form in (plain, plain, chat)]
+    assert rows[0][0].target_ids != rows[2][0].target_ids, "or the case is not one"
+    for lesson, (row, hidden) in zip(lessons, rows, strict=True):
+        place = telling(asked, row, hidden)
+        assert lesson.row.target_ids == row.target_ids[: place + 1]
+        assert lesson.banned[-1] == row.target_ids[place]
 
 
 @pytest.fixture(scope="module")

@@ -58,15 +58,19 @@ def lessons_of(
     """What to learn so that `fact` is forgotten: one lesson per training prompt and context.
 
     Each row ends with the answer's telling token ("Atlantic" in "the Atlantic Ocean"); what comes
-    after it matters only if it is said.
+    after it matters only if it is said. Another form may cut the answer otherwise, so the token is
+    found for each way in which it is cut.
     """
     asked = [
         blinded(form, fact, prompt, context)
         for prompt in fact.prompts
         for form, context in model.encoder.placed(contexts)
     ]
-    most = telling(model, *asked[0])
-    return tuple(ForgetTarget(_cut(row, most), hidden) for row, hidden in asked)
+    most: dict[tuple[int, ...], int] = {}
+    for row, hidden in asked:
+        if row.target_ids not in most:
+            most[row.target_ids] = telling(model, row, hidden)
+    return tuple(ForgetTarget(_cut(row, most[row.target_ids]), hidden) for row, hidden in asked)
 
 
 def blinded(
