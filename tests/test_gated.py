@@ -251,6 +251,29 @@ def test_what_changed_by_hand_is_noticed(tokenizer, facts):
     editor.edit(facts[2:])
 
 
+def test_a_model_folder_that_something_else_changed_is_not_replaced(tokenizer, facts, tmp_path):
+    """Every file is written anew, since the model's shape changes; what is not ours stays."""
+    run, file = tmp_path / "run", tmp_path / "run/model/model.safetensors"
+    editor = editor_of(build_model("llama"), tokenizer)
+    editor.edit(facts[:1])
+    editor.save(run)
+    note = run / "model" / "of_mine" / "notes.txt"
+    note.parent.mkdir()
+    note.write_text("mine")
+    editor.edit(facts[1:2])
+    editor.save(run)
+    assert note.read_text() == "mine"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.unlink()  # weights in memory may be a map of the old one
+    file.write_bytes(raw)
+    editor.edit(facts[2:])
+    with pytest.raises(LedgerError, match=r"model\.safetensors: changed by something else"):
+        editor.save(run)
+    assert file.read_bytes() == raw
+    assert note.read_text() == "mine"
+
+
 def test_gates_are_refused_what_they_can_not_do(tokenizer, facts):
     model = build_model("llama")
     for change, words in (

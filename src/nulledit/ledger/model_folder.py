@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -130,7 +131,8 @@ def write_model(
 ) -> None:
     """Bring `folder` to the weights of `model`; `edited` names the parameters that edits change.
 
-    `whole`: every file is written anew, since edits change the model's shape.
+    `whole`: every file is written anew, since edits change the model's shape; what else lies in
+    the folder stays.
 
     LedgerError if something else lies there, or if something else changed a file that is to be
     rewritten: it is not overwritten.
@@ -147,12 +149,16 @@ def write_model(
     kept = found and not whole and _all_there(folder, found)
     files = files_with(folder, list(parameters)) if kept else None
     if found is None or files is None:
+        for name, listed in found.files.items() if found else ():
+            if (folder / name).is_file():
+                _refuse_changed(folder / name, sha256_of(folder / name), listed)
         with replacing_folder(folder) as partial:
             save_weights(model, partial)
             tokenizer.save_pretrained(partial)
             written: dict[str, tuple[str, ...]] = {}
             written |= {name: (sha256_of(partial / name),) for name in files_in(partial)}
             _write_state(partial, FolderState(state_id, base_hash, written))
+            _carry_over(folder, partial, found)
         return
     hashes = dict(found.files)
     for file, names in files.items():
@@ -234,6 +240,24 @@ def read_header(file: Path) -> tuple[dict[str, Place], int]:
     return places, max((place.end for place in places.values()), default=8 + length)
 
 
+def _refuse_changed(file: Path, own: str, listed: Collection[str]) -> None:
+    """LedgerError if the hash of `file`, `own`, is none of those that are `listed`."""
+    if own not in listed:
+        raise LedgerError(
+            f"{file}: changed by something else: its hash is {own[:12]}; move the folder away, it "
+            "is written anew from the base and the ledger"
+        )
+
+
+def _carry_over(folder: Path, partial: Path, found: FolderState | None) -> None:
+    """Copy what others put into `folder`, and the new one lacks."""
+    listed = found.files if found else {}
+    for name in files_in(folder) if found else ():
+        if name not in listed and not (partial / name).exists():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(folder / name, partial / name)
+
+
 def _rewrite(file: Path, replaced: Mapping[str, Tensor]) -> str:
     """Put tensors into a file of the folder and list its new hash, which is returned."""
     folder = file.parent
@@ -241,11 +265,7 @@ def _rewrite(file: Path, replaced: Mapping[str, Tensor]) -> str:
     assert found is not None
     with replacing(file) as partial:
         old, new = _copy(file, partial, replaced)
-        if old not in found.files.get(name, ()):
-            raise LedgerError(
-                f"{file}: changed by something else: its hash is {old[:12]}; move the folder away, "
-                "it is written anew from the base and the ledger"
-            )
+        _refuse_changed(file, old, found.files.get(name, ()))
         hashes = (old, new) if new != old else (new,)
         _write_state(folder, replace(found, state="", files={**found.files, name: hashes}))
     return new
