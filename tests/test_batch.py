@@ -19,12 +19,13 @@ from nulledit.editing.descent import Value
 from nulledit.editing.keys import LayerwiseForward, WalksTogether
 from nulledit.editing.target_loss import WeightLoss
 from nulledit.editing.value_cache import ValueCache
-from nulledit.editing.values import bare_leads, optimise_values
-from nulledit.errors import ConfigError, StatisticsError
+from nulledit.editing.values import bare_leads, optimise_values, plan_rows
+from nulledit.errors import ConfigError, FactError, StatisticsError
 from nulledit.ledger.records import ValueOutcome
 from nulledit.ledger.tensors import recorded
 from nulledit.methods import METHODS, Gate, find_method
 from nulledit.models.layouts import as_out_in, frozen
+from nulledit.models.tokens import RowEncoder
 
 # Small models: constants of about the size of their second moments.
 CONSTANTS = {
@@ -604,6 +605,23 @@ def test_a_damaged_cache_file_is_not_used(tmp_path):
     assert cache.get("b") is None
     save_file({"z": torch.ones(2, 3)}, file, metadata={"values": "[]"})
     assert cache.get("a") is None
+
+
+@pytest.mark.parametrize("changes", [{"values.rewordings": 5}, {"values.relation_weight": 4.0}])
+def test_all_rows_are_checked_before_the_first_batch(changes, tokenizer):
+    """Other wordings and other relations may be longer than any prompt in its contexts."""
+    texts = ("{}", "people in the valley. {}") if "values.rewordings" in changes else ("{}",)
+    subject = "the old harbour of the river and the valley of Velm"
+    short, long = Fact("Velm", "{} in", "sea"), Fact(subject, "{} in", "sea", id="long")
+    encoder = RowEncoder(tokenizer, max_length=512)
+    rows = [*plan_rows(long, encoder, texts), encoder.encode_template("{} is a", long.subject)]
+    model = build_model("llama", context=max(len(row.ids) for row in rows))
+    recipe = RECIPE.with_fields({"batch_size": 1, "contexts": {"texts": texts}, **changes})
+    kept = statistics_of(model, tokenizer)
+    editor = Editor(model, tokenizer, recipe=recipe, statistics=kept)
+    with pytest.raises(FactError, match=r"fact long: .*context"):
+        editor.edit([short, long], shuffle=False)
+    assert not editor.facts
 
 
 def test_settings_of_another_method_are_refused(make):

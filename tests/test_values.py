@@ -14,7 +14,7 @@ from nulledit.config import Recipe
 from nulledit.editing.contexts import BEGINNINGS, reworded
 from nulledit.editing.reads import Reads
 from nulledit.editing.value_cache import ValueCache
-from nulledit.editing.values import measure_values, optimise_values, plan_rows
+from nulledit.editing.values import measure_values, optimise_values, plan_rows, wordings
 from nulledit.errors import ConfigError
 from nulledit.ledger.tensors import read_spectrum
 from nulledit.models.editable_model import EditableModel
@@ -102,9 +102,32 @@ def test_other_wordings_keep_the_subject_and_the_last_word():
             between = rest_of(text, begun).split()[:-1]
             assert 3 <= len(between) <= 6
             assert set(between) <= words
-    assert reworded("The mayor of {}", 1, ("{}",)) == ("{} of",)
+    asked = reworded("The mayor of {}", 6, contexts)
+    assert len(set(asked)) == len(asked) > 3
+    assert all(text.endswith(" of {}") for text in asked), "the target follows the subject"
+    assert reworded("The mayor of {}", 6, ("{}",)) == ("of {}",)
     assert reworded("{}", 6, contexts) == ()
     assert reworded("{} is", 6, ("{}",)) == tuple(f"{b} is" for b in BEGINNINGS[1:])
+
+
+def test_facts_of_one_subject_are_not_worded_alike():
+    """A value is asked for one answer after a text, not for two; a prompt's words stand once."""
+    born, lives = (
+        Fact("Karo Dun", f"{{}} {verb} in", target)
+        for verb, target in (("was born", "Ostrel"), ("lives", "London"))
+    )
+    both = dataclasses.replace(
+        born, prompt="{} comes from somewhere in", more_prompts=(born.prompt,)
+    )
+    contexts = ("{}", "One two three four. {}")
+    apart = wordings([born, lives], [0, 1], contexts, 4)
+    assert apart[0] == apart[1] == reworded(born.prompt, 4, contexts)
+    assert wordings([born, lives], [0, 0], contexts, 4) == [(), ()]
+    assert (
+        wordings([born, dataclasses.replace(lives, target="Ostrel")], [0, 0], contexts, 4) == apart
+    )
+    assert wordings([both], [0], contexts, 4) == [apart[0]]
+    assert wordings([dataclasses.replace(born, forget=True)], [0], contexts, 4) == [()]
 
 
 def rest_of(text, begun):

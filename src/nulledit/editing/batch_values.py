@@ -24,9 +24,10 @@ from nulledit.editing.norm_anchor import (
 )
 from nulledit.editing.sharing import dealt, gathered, of_first
 from nulledit.editing.value_cache import ValueCache
-from nulledit.editing.values import measure_values, optimise_values, plan_rows
+from nulledit.editing.values import measure_values, optimise_values, plan_rows, wordings
 from nulledit.editing.weights import EditedWeights
 from nulledit.models.editable_model import EditableModel
+from nulledit.models.tokens import Row
 from nulledit.parallel.ranks import Ranks
 
 CPU_POSITIONS = 400  # more don't stay in a processor's cache, fewer read all weights for little
@@ -173,11 +174,7 @@ class BatchValues:
         if self.cache is None:
             return {}
         weights, settings = self.weights.digest(), self.recipe.values
-        encoder, rewordings = self.model.encoder, settings.rewordings
-        rows = {
-            group: [row for f in facts for row in plan_rows(f, encoder, self.contexts, rewordings)]
-            for group, facts in groups.items()
-        }
+        rows = {group: self._rows(facts) for group, facts in groups.items()}
         return {
             group: self.cache.name(
                 f"{weights} {self.model.reading(rows[group])}",
@@ -189,6 +186,15 @@ class BatchValues:
             )
             for group, wordings in groups.items()
         }
+
+    def _rows(self, alike: Sequence[Fact]) -> list[Row]:
+        """The rewriting rows of facts of one group."""
+        worded = wordings(alike, [0] * len(alike), self.contexts, self.recipe.values.rewordings)
+        return [
+            row
+            for fact, others in zip(alike, worded, strict=True)
+            for row in plan_rows(fact, self.model.encoder, self.contexts, others)
+        ]
 
     def positions(self, factor: int) -> int:
         """How many token positions run together, times `factor`."""

@@ -72,17 +72,19 @@ def reworded(prompt: str, n: int, contexts: Sequence[str]) -> tuple[str, ...]:
     """At most `n` other wordings of a prompt with one slot for its subject, all different.
 
     A beginning with the subject, up to six words of one of the `contexts`, and the prompt's last
-    word, as the target follows it: nothing else is left of how the fact was put, so a value that
-    holds here hangs on its subject. It is no sense, and costs no model. The same prompt has the
-    same wordings, whatever the fact.
+    word, as the target follows it; where it follows the subject, these words and the one before
+    the subject come first. Nothing else is left of how the fact was put, so a value that holds here
+    hangs on its subject. It is no sense, and costs no model. The same prompt has the same wordings,
+    whatever the fact. Words are what spaces part.
     """
     before, after = prompt.split("{}")
-    words = after.split() or before.split()
+    words, last = after.split() or before.split(), not after.strip()
     texts = [context.split("{}")[0].strip(" .").split() for context in contexts]
     fillers = [text for text in texts if text] or [[]]
     found = dict.fromkeys([prompt])
     for i in range(n if words else 0):
         filler = fillers[i % len(fillers)][3 * i % 4 :][: 3 + i % 4]
         begun = BEGINNINGS[i % len(BEGINNINGS)].split()
-        found[" ".join([*begun, *filler, words[-1]])] = None
+        worded = [*filler, words[-1], "{}"] if last else [*begun, *filler, words[-1]]
+        found[" ".join(worded)] = None
     return tuple(found)[1:]

@@ -151,7 +151,10 @@ class Descent:
             there, active = active, [g for g in active if self._goes_on(self.groups[g])]
             if moving := [g for g in active if not self.groups[g].to_check]:
                 self._update(reads.facts, each, decay, moving)
-            for group in (self.groups[g] for g in there if g not in active):
+            left = {g for g in there if g not in active}
+            for row in [r for r in before if self.kept.group_of[self.kept.owner[r]] in left]:
+                del before[row]
+            for group in (self.groups[g] for g in there if g in left):
                 self._return_to_best(group)
                 yield self._values(group)
 

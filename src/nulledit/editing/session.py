@@ -23,7 +23,7 @@ from nulledit.editing.keys import Walk
 from nulledit.editing.stronger import differences
 from nulledit.editing.undo import Plan, check_id, facts_of, with_groups
 from nulledit.editing.value_cache import ValueCache
-from nulledit.editing.values import plan_rows
+from nulledit.editing.values import plan_rows, wordings
 from nulledit.editing.weights import EditedWeights
 from nulledit.errors import FactError, LedgerError, StatisticsError
 from nulledit.ledger.journal import Journal, Trial
@@ -383,15 +383,18 @@ class EditSession:
         """Refuse before any work what can't be done: a prompt too long, forgetting by gradient."""
         if self.method.by_gradient:
             refuse_forgetting(facts, self.method.name)
-        for fact in facts:
+        contexts, values = self.history.epoch.contexts, self.recipe.values
+        worded = wordings(facts, range(len(facts)), contexts, values.rewordings)
+        for fact, others in zip(facts, worded, strict=True):
             try:
-                bare = plan_rows(fact, self.model.encoder, self.history.epoch.contexts)[0]
+                bare = plan_rows(fact, self.model.encoder, contexts, others)[0]
                 if bare.subject_last == 0:
                     run.notices.append(
                         f"{fact.id}: the subject is the text's first token, which models use as an "
                         "attention sink; the edit may not take hold: put words before it"
                     )
-                self.model.encoder.encode_template(self.recipe.values.kl_prompt, fact.subject)
+                for prompt in (values.kl_prompt, *values.held_relations):
+                    self.model.encoder.encode_template(prompt, fact.subject)
             except FactError as error:
                 raise FactError(f"fact {fact.id}: {error}") from error
 

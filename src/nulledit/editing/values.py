@@ -42,20 +42,43 @@ KEPT = 4
 
 
 def plan_rows(
-    fact: Fact, encoder: RowEncoder, contexts: Sequence[str], rewordings: int = 0
+    fact: Fact, encoder: RowEncoder, contexts: Sequence[str], worded: Sequence[str] = ()
 ) -> tuple[Row, ...]:
     """Rewriting rows of a fact: each training prompt in each prefix context, with the target, and
     bare in the form beside the encoder's own.
 
-    After them, at most `rewordings` rows in which each prompt is worded otherwise.
+    After them, its prompts as they are `worded` otherwise, bare.
     """
     asked = [(p, form, context) for p in fact.prompts for form, context in encoder.placed(contexts)]
-    for own in fact.prompts:
-        asked += [(p, encoder, "{}") for p in reworded(own, rewordings, contexts)]
+    asked += [(p, encoder, "{}") for p in worded]
     return tuple(
         form.encode_template(prompt, fact.subject, context=context, target=fact.target)
         for prompt, form, context in asked
     )
+
+
+def wordings(
+    facts: Sequence[Fact], groups: Sequence[int], contexts: Sequence[str], n: int
+) -> list[tuple[str, ...]]:
+    """Other wordings of each fact's prompts, at most `n` of each, without repeats.
+
+    Left out are those after which another fact of its group says something else: one δ can't say
+    both. A fact to forget has none.
+    """
+    found = [
+        dict.fromkeys(p for own in fact.prompts for p in reworded(own, n, contexts))
+        if not fact.forget
+        else {}
+        for fact in facts
+    ]
+    answers: dict[tuple[int, str], set[str]] = {}
+    for fact, group, worded in zip(facts, groups, found, strict=True):
+        for prompt in (*fact.prompts, *worded):
+            answers.setdefault((group, fact.render(prompt)), set()).add(fact.target)
+    return [
+        tuple(p for p in worded if len(answers[group, fact.render(p)]) == 1)
+        for fact, group, worded in zip(facts, groups, found, strict=True)
+    ]
 
 
 def optimise_values(
@@ -122,10 +145,11 @@ def _jobs(
     asked: dict[int, list[str]] = {}  # group -> prompts of all its facts
     for fact, group in zip(facts, groups, strict=True):
         asked.setdefault(group, []).extend(fact.prompts)
-    for fact, group in zip(facts, groups, strict=True):
+    worded = wordings(facts, groups, contexts, settings.rewordings)
+    for fact, group, others in zip(facts, groups, worded, strict=True):
         lessons = lessons_of(model, fact, contexts) if fact.forget else ()
         rows = tuple(x.row for x in lessons)
-        rows = rows or plan_rows(fact, model.encoder, contexts, settings.rewordings)
+        rows = rows or plan_rows(fact, model.encoder, contexts, others)
         drift = model.encoder.encode_template(settings.kl_prompt, fact.subject).upto_subject()
         shared = rows[0].upto_subject().ids == drift.ids
         n = len(model.encoder.placed(contexts))

@@ -28,10 +28,6 @@ Kind = Literal[
 FORGOTTEN: tuple[Kind, ...] = ("forgotten", "forgotten_paraphrases")
 """Asked of facts to forget, in the place of efficacy and generalization: right is not to say it."""
 KINDS: tuple[Kind, ...] = ("efficacy", "generalization", "specificity")
-MORE_KINDS: tuple[Kind, ...] = (
-    *("portability", "other_relations", "efficacy_distracted", "specificity_distracted"),
-)
-"""Only measured where facts have such prompts, or on request."""
 MIN_WORDS = 6  # of a sentence that distracts
 
 
