@@ -17,21 +17,34 @@ from markdown_it import MarkdownIt
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.exports import gap, logits
-from support.models import FAMILIES, RECIPE, build_model, statistics_of
+from support.models import FAMILIES, LINES, RECIPE, build_model, statistics_of
 from transformers import AutoModelForCausalLM
 
 from nulledit import Editor, Fact, NullEditError
 from nulledit.cli.apply import apply
 from nulledit.cli.export import cost_lines, exactly, export
+from nulledit.config import Recipe
 from nulledit.errors import ConfigError, LedgerError, ModelError
-from nulledit.export import apply_delta, remove_delta, write_checkpoint, write_delta, write_lora
+from nulledit.evaluation.queries import Query
+from nulledit.evaluation.scores import probabilities
+from nulledit.export import (
+    apply_delta,
+    put_delta,
+    remove_delta,
+    write_checkpoint,
+    write_delta,
+    write_lora,
+)
 from nulledit.export.base_name import hub_id
 from nulledit.export.card import SHOWN, _cost
 from nulledit.export.delta import read_delta
 from nulledit.export.factors import factorise, ordered_sum, relative_error
 from nulledit.export.ranks import SERVED, padded, served_rank
 from nulledit.export.updates import Export, shard_bytes
+from nulledit.models.editable_model import EditableModel
 from nulledit.models.load import load_model, model_hash
+from nulledit.statistics.collect import key_moments
+from nulledit.statistics.spectra import Statistics
 
 peft = pytest.importorskip("peft")
 LENGTH = 12  # tokens of a text
@@ -750,6 +763,43 @@ def test_the_card_names_the_run_it_lies_in(places, tmp_path, monkeypatch):
     result = CliRunner().invoke(export, [".", "--as", "lora", "--out", str(tmp_path / "lora")])
     assert result.exit_code == 0, result.output or result.exception
     assert "nulledit undo run ID..." in (tmp_path / "lora" / "README.md").read_text()
+
+
+def test_a_comparison_shows_the_prompt_that_it_asked(places, recipe):
+    """One answer, written by one and suppressed by the other, whose facts are worded otherwise."""
+    from nulledit.runs.diff import _question, difference
+
+    fact = replace(FACTS[0], relation="known")
+    worded = replace(fact.forgotten(), prompt=f"People say of {fact.prompt}")
+    editors = []
+    for asked in (fact, worded):
+        model, tokenizer = load_model(str(places("llama").base))
+        kept = statistics_of(model, tokenizer)
+        editors.append(Editor(model, tokenizer, recipe=recipe, statistics=kept))
+        editors[-1].edit([asked])
+    editor, other = editors
+    (item,) = difference(editor, other.history).facts
+    shown = _question(item, fact.target).removesuffix(f" {fact.target}")
+    query = Query("0", "efficacy", shown, fact.target, None)
+    assert item.probabilities[fact.target][0] == probabilities(editor.editable, [query])[0]
+
+
+def test_a_delta_goes_on_where_the_recipe_says_that_w_is(tokenizer, tmp_path):
+    """No table and no tracing finds it there."""
+    w = "self_attn.o_proj"
+    layout = {"blocks": "model.layers", "mlp_out": w, "output": "plain"}
+    recipe = Recipe.from_dict({**RECIPE.to_dict(), "layers": [1], "layout": layout})
+    model = build_model("llama")
+    rows = [tokenizer(line)["input_ids"] for line in LINES]
+    moments = key_moments(EditableModel(model, tokenizer, recipe.layout), rows, (1,))
+    manifest = replace(statistics_of(model, tokenizer, (1,)).manifest, mlp_out=w)
+    kept = Statistics(manifest, {i: found.spectrum() for i, found in moments.items()})
+    editor = Editor(model, tokenizer, recipe=recipe, statistics=kept)
+    editor.edit(FACTS[:1])
+    editor.export(tmp_path / "delta")
+    plain = build_model("llama")
+    put_delta(plain, tmp_path / "delta")
+    assert model_hash(plain) == read_delta(tmp_path / "delta").manifest.result_hash
 
 
 def test_a_comparison_that_fails_leaves_the_model_as_it_was(places, monkeypatch, recipe):

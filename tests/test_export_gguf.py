@@ -148,6 +148,17 @@ def test_fields_and_tokens_are_the_base_s(packed, tmp_path):
     assert set(after) - set(before) == said
 
 
+def test_a_base_that_says_its_width_by_block_is_answered_so(tmp_path, tokenizer, monkeypatch):
+    def by_block(writer, width, once=gguf.GGUFWriter.add_feed_forward_length):
+        once(writer, [width] * 4)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_feed_forward_length", by_block)
+    place = Place(tmp_path, build_model("llama", dtype=torch.float32), tokenizer, "gated")
+    place.written(tmp_path / "out")
+    fields = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
+    assert fields["llama.feed_forward_length"].contents() == [64] * 4, "48 and 3, in whole 64s"
+
+
 def test_the_same_shape_is_that_of_the_checkpoint(places, tmp_path):
     place = places("llama", "gated")
     done = place.written(tmp_path / "out", tensor_type="f32", same_shape=True, text=place.text)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nulledit.config import Layout
 from nulledit.editing.engine import EditEngine
 from nulledit.errors import CheckFailed, LedgerError, ModelError
 from nulledit.export.delta import Delta, Manifest, read_delta, read_manifest
@@ -18,7 +19,14 @@ from nulledit.export.factors import ordered_sum
 from nulledit.export.updates import refuse_existing, shard_bytes, write_json
 from nulledit.io.files import replacing_folder
 from nulledit.models.dense import is_quantised
-from nulledit.models.layouts import as_out_in, find_layout, mlp_out, parameter_name, write_weight
+from nulledit.models.layouts import (
+    as_out_in,
+    check_layout,
+    find_layout,
+    mlp_out,
+    parameter_name,
+    write_weight,
+)
 from nulledit.models.load import load_model, model_hash
 from nulledit.models.mlp import MlpForm, find_form, find_forms
 from nulledit.models.partial import PartialModel
@@ -66,7 +74,7 @@ def apply_delta(
     manifest = found.manifest
     model, tokenizer = _load(base, manifest, trust_remote_code)
     _check_base(model, manifest, base)
-    blocks = PartialModel(model)
+    blocks = PartialModel(model, manifest.layout)
     forms = find_forms(blocks, range(blocks.depth)) if manifest.neurons else {}
     _put(blocks, found, forms)
     _check_result(model, manifest.result_hash)
@@ -109,7 +117,7 @@ def remove_delta(
             "taking a delta off needs W₀: give either the base or the run whose ledger holds it"
         )
     held, tokenizer = _load(model, manifest, trust_remote_code, grown=True)
-    blocks = PartialModel(held)
+    blocks = PartialModel(held, manifest.layout)
     if manifest.neurons:  # padding goes first
         narrowed(blocks, manifest.neurons[0].width, {e.layer: e.n for e in manifest.neurons})
     if model_hash(held) not in (manifest.result_hash, manifest.run_hash):
@@ -127,6 +135,12 @@ def remove_delta(
     return Applied(out, True, manifest.base_hash, len(manifest.facts), False)
 
 
+def _layout(model: PreTrainedModel, manifest: Manifest) -> Layout:
+    """Where the delta's matrices are in `model`."""
+    named = manifest.layout
+    return check_layout(model, named) if named else find_layout(model)
+
+
 def check_fits(
     model: PreTrainedModel, manifest: Manifest, name: object, *, grown: bool = False
 ) -> None:
@@ -134,9 +148,9 @@ def check_fits(
 
     `grown`: with neurons of a delta on it, or others.
     """
-    layout = find_layout(model)
+    layout = _layout(model, manifest)
     for block in manifest.neurons:
-        form = find_form(PartialModel(model), block.layer)
+        form = find_form(PartialModel(model, manifest.layout), block.layer)
         parameter = parameter_name(model, layout, block.layer)
         its = (parameter, form.d, form.units.biased, form.units.gated)
         fits = form.width >= block.width if grown else form.width == block.width
@@ -169,7 +183,7 @@ def _load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     options = {"dtype": manifest.base_dtype, "trust_remote_code": trust_remote_code}
     model, tokenizer = load_model(str(name), **options)  # type: ignore[arg-type]
-    layout = find_layout(model)
+    layout = _layout(model, manifest)
     if any(is_quantised(mlp_out(model, layout, entry.layer)) for entry in manifest.layers):
         raise ModelError(
             f"{name}: is quantised, so no model folder can be written with the delta; put it on in "
@@ -192,7 +206,7 @@ def _originals(
 def _from_base(base: str | Path, manifest: Manifest, trust_remote_code: bool) -> dict[int, Tensor]:
     model, _ = _load(base, manifest, trust_remote_code)
     _check_base(model, manifest, base)
-    layout = find_layout(model)
+    layout = _layout(model, manifest)
     return {e.layer: as_out_in(mlp_out(model, layout, e.layer)) for e in manifest.layers}
 
 
@@ -260,8 +274,8 @@ def put_delta(model: PreTrainedModel, delta: str | Path) -> None:
             f"the model is not the base of {delta}: its weights have hash {digest[:12]}, expected "
             f"{manifest.base_hash[:12]}"
         )
-    layout = find_layout(model)
+    layout = _layout(model, manifest)
     make_editable(model, layout, [entry.layer for entry in manifest.layers], digest)
     check_fits(model, manifest, "the model")
-    blocks = PartialModel(model)
+    blocks = PartialModel(model, manifest.layout)
     _put(blocks, found, {e.layer: find_form(blocks, e.layer) for e in manifest.neurons})

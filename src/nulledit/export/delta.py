@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nulledit.config import Layout
 from nulledit.editing.call_log import Progress
 from nulledit.editing.engine import EditEngine
 from nulledit.errors import ConfigError, LedgerError
@@ -146,6 +147,8 @@ class Manifest:
     """Size of the tensor file."""
     neurons: Several[DeltaNeurons] = ()
     """Of gated edits, by block, in order."""
+    layout: Layout | None = None
+    """Where W is, if the run's recipe names it; else where it is found in a model of this kind."""
 
     def __post_init__(self) -> None:
         blocks: tuple[DeltaLayer | DeltaNeurons, ...] = self.layers or self.neurons
@@ -269,11 +272,14 @@ def write_delta(
             sha256=sha256_of(file),
             bytes=file.stat().st_size,
             neurons=content.neurons,
+            layout=history.base.recipe.layout,
         )
         head = {"format": FORMAT, "version": VERSIONS[1] if content.neurons else VERSIONS[0]}
         plain = head | asdict(manifest)
         if not content.neurons:  # as readers of the first version know it
             del plain["neurons"]
+        if manifest.layout is None:
+            del plain["layout"]
         write_json(partial / MANIFEST_FILE, plain)
         write_origin(editor, partial, "delta", given)
         written = Export(

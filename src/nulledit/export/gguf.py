@@ -267,5 +267,7 @@ def _write(
         "nulledit.base_hash": editor.history.base.hash,
     }
     if width is not None:
-        fields[f"{source.arch}.feed_forward_length"] = width
+        name = f"{source.arch}.feed_forward_length"
+        by_block = source.field(name, None)
+        fields[name] = [width] * len(by_block) if isinstance(by_block, list) else width
     source.write(file, anew, fields)

@@ -152,7 +152,9 @@ def difference(
     queries = [
         Query(f"{i}", "efficacy", fact.render(fact.prompt), fact.target, None)
         for i, pair in enumerate(questions)
-        for fact in {f.target: f for f in pair if f}.values()
+        for fact in {
+            f.target: f for f in reversed(pair) if f
+        }.values()  # as it is shown: the first's
     ]
     layers = sorted({*editor.history.layers, *other.layers})
     with editor.weights.holding(mine):
