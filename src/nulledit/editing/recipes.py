@@ -94,7 +94,8 @@ def _check_neurons(model: EditableModel, layer: int) -> None:
     if len(widths) > 1:
         raise ModelError(
             f"its blocks have MLPs of {', '.join(map(str, widths))} units; expected one width "
-            "(a model that was given neurons in memory: save it, and load it again)"
+            "(a model that was given neurons in memory: take the edits back, or load what "
+            "editor.save wrote)"
         )
 
 

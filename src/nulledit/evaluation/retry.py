@@ -35,6 +35,8 @@ def retry_failing(
         if not left:
             break
         values = stronger(editor.recipe.values, number)
+        if find_method(editor.recipe.method.name).rewinds:  # values of the unedited model
+            values = replace(values, rounds=1)
         changed = differences(editor.recipe.values, values)
         words = ", ".join(f"{name} {value:g}" for name, value in changed.items())
         names = some(fact.id for fact in left)

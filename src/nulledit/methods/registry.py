@@ -190,8 +190,8 @@ def no_update(problem: LayerProblem) -> Tensor:
 class Gate(Method):
     """Neurons of their own for facts, in one block's MLP; W stays as it is.
 
-    Keys are the MLP's inputs. Values and residuals are of the unedited model, so facts do not see
-    each other until their columns are solved together.
+    Keys are the MLP's inputs. Values and residuals of the first round are of the unedited model, so
+    facts do not see each other until their columns are solved together.
     """
 
     solve: Function = field(init=False, default_factory=lambda: no_update)
