@@ -392,6 +392,27 @@ def test_every_option_says_what_it_does_and_every_command_has_an_example(command
     assert "$ nulledit " in command.help
 
 
+def needs(command):
+    """The options that `command` can't do without."""
+    return [p for p in command.params if isinstance(p, click.Option) and p.required]
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in every_command(cli) if needs(c)], ids=lambda c: c.name
+)
+def test_an_option_that_is_needed_is_named(command):
+    (option,) = needs(command)
+    group = ["stats"] if command in cli.commands["stats"].commands.values() else []
+    arguments = [p for p in command.params if isinstance(p, click.Argument)]
+    said = refused(*group, command.name, *("given" for _ in arguments))
+    assert said.startswith(f"Error: Missing option '{option.flag}'.")
+
+
+def test_six_commands_need_an_option():
+    found = {command.name for command in every_command(cli) if needs(command)}
+    assert found == {"apply", "export", "locate", "make", "merge", "tune"}
+
+
 FACT = {"subject": "Ada", "prompt": "{} is", "target": "here"}
 BAD_FILES = {
     "empty.yaml": b"",

@@ -77,11 +77,12 @@ def opt(words: str, about: str, kind: Any = str, default: Any = None, **more: An
     names = [flag, *([more.pop("name")] if "name" in more else [])]
     if kind is bool:
         return Opt(names, help=about, is_flag=True, **more)
+    if default is not None:  # click takes a None that it is given for a value, also of a required one
+        more["default"] = default
     return Opt(
         names,
         type=click.Choice(kind) if isinstance(kind, tuple) else kind,
         metavar=metavar or None,
-        default=default,
         show_default=default is not None and "[default" not in about,
         help=about,
         **more,
