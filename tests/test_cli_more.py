@@ -153,6 +153,9 @@ def test_methods_are_compared_on_ones_own_facts(place, tmp_path):
     assert dry["model"]["to_edit"] == 0, "it goes on"
     more = json.loads(done(*given, "--methods", "rome,prompt", "--json").stdout)
     assert [row["arm"] for row in more["studies"][0]["tables"][0]["rows"]][1:] == ["rome", "prompt"]
+    alone = done(*given, "--methods", "rome").stdout
+    assert "What the models say" in alone
+    assert "Differences" not in alone
     own = (*given, "--methods", f"rome,{place / 'recipe.yaml'}")
     assert "manifest of statistics" in refused(*own, "--stats", tmp_path)
     assert "of one model" in refused(*own, "--stats", place / "stats", "--model", "other")

@@ -635,6 +635,28 @@ def test_methods_that_statistics_do_not_serve_are_absent(make_lab, tmp_path, mon
         run_study(find_study("compare"), lab, tmp_path / "none")
 
 
+def test_a_method_that_is_left_alone_has_no_differences(make_lab, tmp_path, monkeypatch):
+    """Whether it was named alone, or statistics serve no other."""
+    lab = make_lab("compare", arms=["memit", "alphaedit"])
+    check = lab.bench.check
+
+    def refusing(plan):
+        if plan.label == "memit":
+            raise StatisticsError("these do not serve memit")
+        check(plan)
+
+    monkeypatch.setattr(lab.bench, "check", refusing)
+    left = run_study(find_study("compare"), lab, tmp_path / "left")
+    assert "memit is absent: these do not serve memit" in left.notices
+    named = run_study(
+        find_study("compare"), make_lab("compare", arms=["alphaedit"]), tmp_path / "named"
+    )
+    for study in (left, named):
+        assert [table.name for table in study.tables] == ["methods", "answers"]
+        assert [row["arm"] for row in study.tables[0].rows] == ["unedited", "alphaedit"]
+        assert not study.figures
+
+
 def test_statistics_are_checked_as_an_edit_would(make_lab, monkeypatch):
     lab = make_lab("compare")
     plan = lab.plan("alphaedit", lab.facts(6))

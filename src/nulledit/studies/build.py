@@ -38,10 +38,11 @@ def tables(results: Results, part: Part) -> Iterator[StudyTable]:
         for i, along in enumerate(results.arms if table.each_arm else (), 1):
             alone = replace(results, arms=(along,))
             made.append(_table(alone, replace(table, name=f"{table.name}-{i}")))
-        yield from (one for one in made if len(one.columns) > 1)
+        yield from filter(None, made)
 
 
-def _table(results: Results, table: Table) -> StudyTable:
+def _table(results: Results, table: Table) -> StudyTable | None:
+    """None for one that has its rows' names at most, or not even these."""
     rows = list(table.rows(results))
     heads: list[Column] = []
     filled: list[dict[str, Any]] = [{} for _ in rows]
@@ -53,6 +54,8 @@ def _table(results: Results, table: Table) -> StudyTable:
         heads.append(made.head)
         for row, cell in zip(filled, cells, strict=True):
             row[made.head.key] = cell
+    if len(heads) < 2:
+        return None
     title, caption = results.text(table.title), results.text(table.caption)
     return StudyTable(table.name, title, caption, tuple(heads), tuple(filled))
 
