@@ -274,9 +274,19 @@ def test_a_gate_on_tasks_needs_their_files_before_anything_is_edited(run, tmp_pa
     said = refused(*words)
     assert "give --capability DIR" in said
     assert "Loading" not in said
-    assert "no such file" in refused(*words, "--capability", tasks)
+    assert "no such folder" in refused(*words, "--capability", tasks)
     assert "belongs to --gate" in refused(*words[:4], "--capability", tasks)
     assert content(run) == files
+    for asked in (
+        "capability_drop: {at_most: 100, optional: true}",
+        "norm_growth: {at_most: 9999}",
+    ):
+        limits.write_text(asked, encoding="utf-8")
+        assert "no such folder" in refused(*words, "--capability", tasks)
+        checked = refused("check", run, "--limits", limits, "--capability", tasks)
+        assert "no such folder" in checked
+        assert "Loading" not in checked
+    limits.write_text("capability_drop: {at_most: 100, tasks: [sst2]}\n", encoding="utf-8")
     tasks.mkdir()
     lines = [json.dumps({"sentence": f"Velm {i}", "label": i % 2}) for i in range(4)]
     (tasks / "sst2.jsonl").write_text("\n".join(lines), encoding="utf-8")

@@ -273,6 +273,14 @@ def test_only_the_kinds_asked_for_are_asked(editor, monkeypatch):
     assert [set(kinds) for kinds in asked] == [{"specificity"}] * 2, "once in each model"
 
 
+def test_a_folder_of_tasks_that_is_given_is_there(editor, tmp_path):
+    """Also where no limit reads it, or one that is optional."""
+    optional = {"at_most": 100, "optional": True}
+    for bounds in (limits(leakage={"at_most": 100}), limits(capability_drop=optional)):
+        with pytest.raises(ConfigError, match="typo: no such folder"):
+            editor.check(bounds, tasks=tmp_path / "typo")
+
+
 def test_a_check_changes_nothing(editor, windows, tasks, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = {k: v.clone() for k, v in editor.model.state_dict().items()}

@@ -25,10 +25,12 @@ def check(call: Call) -> None:
     $ nulledit check run
     $ nulledit check run --limits release.yaml --text wiki.txt --capability tasks
     """
+    from nulledit.runs.gate import check_folder
     from nulledit.runs.gate_report import gate_table
     from nulledit.runs.limits import load_limits
 
     limits = load_limits(call.limits)
+    check_folder(call.capability)
     report = call.open().check(limits, text=call.text, tasks=call.capability)
     call.show(
         {"run_folder": call.run, **report.to_dict()},

@@ -105,9 +105,11 @@ def check(
     Nothing is saved or changed, and only what the limits ask for is measured: norms, leakage and
     room alone take no forward pass. `facts`: by default those in the model. `windows`: token ids of
     a text; by default of the one that comes with the package. `tasks`: the folder of the six
-    tasks' files. `progress` receives the stage, what is done and what there is in all. A limit that
-    can't be measured fails unless it is optional; so does a number that is not finite.
+    tasks' files, a ConfigError if it is not there. `progress` receives the stage, what is done and
+    what there is in all. A limit that can't be measured fails unless it is optional; so does a
+    number that is not finite.
     """
+    check_folder(tasks)
     at_work = _Measuring(editor, limits, facts, windows, tasks, progress)
     rows: list[Row] = []
     for name, bound in limits.bounds.items():
@@ -390,8 +392,17 @@ def _worst(shares: Mapping[int, float], *, highest: bool, what: str = "layer") -
     return Found(100 * shares[worst], note=f"{what} {worst}")
 
 
+def check_folder(tasks: str | Path | None) -> None:
+    """Refuse a folder of tasks that is not there, whether or not a limit reads it."""
+    if tasks is not None and not Path(tasks).is_dir():
+        raise ConfigError(
+            f"{tasks}: no such folder: expected one with the tasks' files, sst2.jsonl and so on"
+        )
+
+
 def check_tasks(limits: Limits | None, tasks: str | Path | None) -> None:
     """Refuse limits on tasks that could only fail, before hours are spent on edits."""
+    check_folder(tasks)
     for name, bound in (limits.bounds if limits else {}).items():
         if not isinstance(bound, Tasks) or bound.optional:
             continue
