@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import yaml
 from support.cli import MAKE_KEYS, done, invoke, refused
 
+from nulledit.config import Recipe
 from nulledit.methods import METHODS
 from nulledit.studies.registry import STUDIES
 
@@ -20,6 +22,22 @@ def test_any_method_and_the_projection_switch(place, options, tmp_path):
         summary = json.loads((tmp_path / way / "summary.json").read_text())
         shares.append([layer["update_share"] for layer in summary["runs"][-1]["layers"]])
     assert len({tuple(s) for s in shares}) == 3, "three different updates"
+
+
+def test_fine_tuning_leaves_a_recipes_settings_of_values_behind(place, options, tmp_path):
+    """As all recipes that come with nulledit have some; those of the user are refused."""
+    recipe = tmp_path / "recipe.yaml"
+    own = {"values.rounds": 6, "values.rewordings": 2, "values.relation_weight": 1}
+    text = (place / "recipe.yaml").read_text(encoding="utf-8")
+    recipe.write_text(Recipe.from_dict(yaml.safe_load(text)).with_fields(own).to_yaml())
+    words = ("edit", place / "facts.json", *options, "--recipe", recipe, "--method", "ft")
+    out = ("--out", tmp_path / "run")
+    for more in (("--rewordings", "6"), ("--set", "values.rounds=3"), ("--relation-weight", "4")):
+        assert "ft optimises no values, so it can't use values." in refused(*words, *more, *out)
+    done(*words, *out, "--limit", 1, "--no-evaluate")
+    job = {"model": "model", "facts": "facts.json", "set": {"method.name": "ft"}, "out": "job"}
+    (place / "ft.yaml").write_text(yaml.safe_dump(job | {"recipe": str(recipe), "stats": "stats"}))
+    done("run", place / "ft.yaml", "--dry-run", "--quiet")
 
 
 def test_methods_are_listed_with_their_settings():

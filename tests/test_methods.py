@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from nulledit import Fact
 from nulledit.cli.main import cli
-from nulledit.config import MethodSettings, Recipe, load_recipe
+from nulledit.config import MethodSettings, Recipe, load_recipe, shipped_recipes
 from nulledit.errors import ConfigError, LedgerError, NoRoomError
 from nulledit.ledger.records import Base, Column, Epoch, History, ValueOutcome
 from nulledit.ledger.solver import LayerSolver
@@ -32,6 +32,7 @@ from nulledit.methods import (
     NoSettings,
     Registry,
     Solve,
+    change_recipe,
     find_method,
     method,
 )
@@ -717,6 +718,28 @@ def test_fine_tuning_without_a_loss_is_a_slip():
 def test_bad_settings_are_refused_by_name(name, constants):
     with pytest.raises(ConfigError, match=next(iter(constants))):
         find_method(name).read(MethodSettings(name, constants=constants))
+
+
+@pytest.mark.parametrize("recipe", shipped_recipes())
+@pytest.mark.parametrize("method", [method.name for method in METHODS])
+def test_a_shipped_recipe_changes_to_any_method(method, recipe):
+    """Settings of values that the new one can't use stay behind, and the others stay."""
+    held = load_recipe(recipe)
+    changed = change_recipe(held, {"method.name": method})
+    find_method(method).check(changed)
+    assert changed.values.steps == held.values.steps
+
+
+def test_settings_that_someone_names_do_not_stay_behind():
+    held = Recipe.from_dict({"values": {"rounds": 6, "relation_weight": 4}})
+    for name in ("ft", "nse"):
+        named = {"method.name": name, "values.rounds": 3}
+        with pytest.raises(ConfigError, match=r"values\.rounds"):
+            find_method(name).check(change_recipe(held, named))
+    assert change_recipe(held, {"method.name": "memit"}).values == held.values
+    same = Recipe.from_dict({"method": {"name": "ft"}, "values": {"rounds": 6}})
+    with pytest.raises(ConfigError, match=r"values\.rounds"):
+        find_method("ft").check(change_recipe(same, {"method.name": "ft"}))
 
 
 def test_the_table_suggests_near_names_and_takes_each_once():

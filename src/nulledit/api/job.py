@@ -30,6 +30,7 @@ from nulledit.io.settings import (
 from nulledit.io.untrusted import MAX_SETTINGS, one_line, parse_yaml, read_text
 from nulledit.ledger.records import History
 from nulledit.ledger.store import Store
+from nulledit.methods import change_recipe
 from nulledit.runs.limits import Limits, load_limits
 from nulledit.runs.pages import Result
 from nulledit.runs.report import check_page, collect, write_report
@@ -142,7 +143,7 @@ class Job:
     def recipe_of_it(self) -> Recipe:
         """Its recipe; ConfigError for fields that can't be."""
         recipe = read_recipe(self.recipe, self.model)
-        return recipe.with_fields(dict(self.set)) if self.set else recipe
+        return change_recipe(recipe, self.set) if self.set else recipe
 
 
 @dataclass(frozen=True)

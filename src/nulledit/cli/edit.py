@@ -162,8 +162,8 @@ def edit(call: Call) -> None:
     meet_early(call.device)
     _check(call)
     found = call.read_facts(call.facts)
-    recipe = None if call.run else changed(call.own_recipe(call.recipe, call.model), call.given)
     call.prepare()
+    recipe = None if call.run else changed(call.own_recipe(call.recipe, call.model), call.given)
     ranks = meet(call.device)
     from nulledit.cli.run_page import refusal_shown, show
     from nulledit.evaluation.retry import check_retry

@@ -329,10 +329,14 @@ def chat_settings(
 
 
 def changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
-    """`recipe` with the fields that the options of the command at work name."""
+    """`recipe` with the fields that the options of the command at work name.
+
+    Loads torch, as methods do.
+    """
     from dataclasses import replace
 
     from nulledit.io.settings import parse_changes
+    from nulledit.methods import change_recipe
 
     changes = parse_changes(given["changes"])
     for option in given_options():
@@ -340,5 +344,5 @@ def changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
             value = given[option.name or ""]
             changes[option.field] = option.read(value) if option.read else value
     named = {name: given[name] for name in ("chat", "system", "both", "plain")}
-    recipe = recipe.with_fields(changes)
+    recipe = change_recipe(recipe, changes)
     return replace(recipe, chat=chat_settings(recipe.chat, **named))

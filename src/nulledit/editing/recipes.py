@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nulledit.config import Recipe, ValueSettings, layers_by_depth, read_recipe
 from nulledit.errors import ConfigError, ModelError
-from nulledit.methods import find_method
+from nulledit.methods import change_recipe, find_method
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.layouts import as_out_in
 from nulledit.models.quantized import make_editable
@@ -65,7 +65,7 @@ def with_method(recipe: Recipe, model: EditableModel) -> Recipe:
     """`recipe`, which names layers, by the method that `model` can take of the two it may name."""
     if not (otherwise := recipe.method.otherwise):
         return recipe
-    instead = recipe.with_fields({"method.name": otherwise})
+    instead = change_recipe(recipe, {"method.name": otherwise})
     find_method(otherwise).check(instead)
     recipe = replace(recipe, method=replace(recipe.method, otherwise=""))
     if find_method(recipe.method.name).apart:

@@ -21,6 +21,7 @@ METHODS = Registry(group="nulledit.methods")
 for _method in (*FILTERS, *EQUALITY, RECT, PRUNE, NSE, EVOEDIT, GATED, FINETUNE):
     METHODS.add(_method)
 
+change_recipe = METHODS.change
 find_method = METHODS.find
 register = METHODS.add
 
@@ -64,6 +65,7 @@ __all__ = [
     "NoSettings",
     "Registry",
     "Solve",
+    "change_recipe",
     "find_method",
     "method",
     "register",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import entry_points
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nulledit.config import MethodSettings, Recipe
+from nulledit.config import HOLD, MethodSettings, Recipe, ValueSettings
 from nulledit.data.facts import suggest
 from nulledit.errors import ConfigError
 from nulledit.io.settings import from_yaml, read_settings
@@ -22,6 +22,8 @@ from nulledit.methods.streams import own_weights
 
 Gains = Callable[[Tensor, float, Any], Tensor]
 Function = Callable[[LayerProblem], Tensor]
+SWITCHES = ("chunk_tokens", "at", "norm_anchor", "rounds", "relation_weight", "rewordings")
+"""Settings of values that are refused where there are none, unless they are off."""
 
 
 def ones(eigenvalues: Tensor, threshold: float, settings: Any) -> Tensor:
@@ -110,22 +112,29 @@ class Method:
     def check(self, recipe: Recipe) -> None:
         """ConfigError for constants or options of `recipe` that the method can't use."""
         self.read(recipe.method)
-        values = recipe.values
-        unused = {
-            "values.chunk_tokens": values.chunk_tokens > 0,
-            "values.at": values.at != "last",
-            "values.norm_anchor": values.norm_anchor,
-            "values.rounds": values.rounds > 1,
-            "values.relation_weight": values.relation_weight > 0,
-            "values.rewordings": values.rewordings > 0,
-        }
-        for name, given in unused.items():
-            if self.by_gradient and given:
-                raise ConfigError(f"{self.name} optimises no values, so it can't use {name}")
+        values, off = recipe.values, ValueSettings()
+        for name in SWITCHES if self.by_gradient else ():
+            if getattr(values, name) != getattr(off, name):
+                raise ConfigError(f"{self.name} optimises no values, so it can't use values.{name}")
         if self.rewinds and values.rounds > 1:
             raise ConfigError(
                 f"{self.name} takes its values from the unedited model: set values.rounds to 1"
             )
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Settings of values that it can't use."""
+        if self.by_gradient:
+            return (*SWITCHES, *HOLD)
+        return ("rounds",) if self.rewinds else ()
+
+    def without_unused(self, recipe: Recipe, named: Collection[str]) -> Recipe:
+        """`recipe` with settings of values off that the method can't use, but for those `named`."""
+        if "values" in named:
+            return recipe
+        off = ValueSettings()
+        left = {name: getattr(off, name) for name in self.unused if f"values.{name}" not in named}
+        return replace(recipe, values=replace(recipe.values, **left))
 
     def projection(self, settings: MethodSettings) -> str:
         """The projection in force: none, inside or after."""
@@ -239,6 +248,17 @@ class Registry:
                 f"known: {', '.join(self._methods)}"
             )
         return self._methods[name]
+
+    def change(self, recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+        """`recipe` with `changes` that someone asks for, as `Recipe.with_fields` makes them.
+
+        Another method also leaves settings of the recipe's values behind that it can't use.
+        """
+        changed = recipe.with_fields(changes)
+        method = self.find(changed.method.name)
+        if method.name == recipe.method.name:
+            return changed
+        return method.without_unused(changed, changes)
 
     def __iter__(self) -> Iterator[Method]:
         """All of them, as registered."""

@@ -21,7 +21,7 @@ from nulledit.io.settings import (
     read_settings,
 )
 from nulledit.io.untrusted import parse_yaml
-from nulledit.methods import find_method
+from nulledit.methods import change_recipe, find_method
 
 PROJECTIONS = ("inside", "after", "none")
 PLACES: Mapping[str, Callable[[tuple[int, ...]], list[int]]] = {
@@ -91,7 +91,7 @@ class Scale:
         if plus:
             changes["method.projection"] = projection
         try:
-            recipe = base.with_fields(changes)
+            recipe = change_recipe(base, changes)
             find_method(recipe.method.name).check(recipe)
         except ConfigError as error:
             raise ConfigError(f"arm {arm}: {error}") from error

@@ -18,6 +18,7 @@ from nulledit.evaluation.asking import parting
 from nulledit.evaluation.generation import fact_answers
 from nulledit.evaluation.outlook import outlook
 from nulledit.io.text import count
+from nulledit.methods import change_recipe
 from nulledit.report.document import Items, Part, StudyTable, Text
 from nulledit.runs.change import change_lines
 from nulledit.runs.diff import difference_page
@@ -219,11 +220,11 @@ def _result(result: Result) -> list[Part | str]:
 def _is_other(edit: Edit, run: Run) -> bool:
     """Whether it asks for another recipe than the run has."""
     recipe = run.editor.recipe
-    return bool(edit.changes) and recipe.with_fields(edit.changes) != recipe
+    return bool(edit.changes) and change_recipe(recipe, edit.changes) != recipe
 
 
 def _begin_epoch(edit: Edit, run: Run) -> None:
-    recipe = run.editor.recipe.with_fields(edit.changes)
+    recipe = change_recipe(run.editor.recipe, edit.changes)
     run.editor.next_epoch(recipe, statistics=edit.statistics)
 
 

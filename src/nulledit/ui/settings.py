@@ -10,7 +10,7 @@ from typing import Any
 from nulledit.config import Recipe
 from nulledit.errors import ConfigError
 from nulledit.io.settings import from_yaml, parse_changes
-from nulledit.methods import METHODS, find_method
+from nulledit.methods import METHODS, change_recipe, find_method
 from nulledit.runs.limits import KINDS, Least, Limits, load_limits
 
 LIMIT = "limit."
@@ -148,7 +148,7 @@ def _changes(
             wrong.append(str(error))
     if not wrong and not errors.get("method"):
         try:
-            changed = recipe.with_fields(changes)
+            changed = change_recipe(recipe, changes)
             find_method(changed.method.name).check(changed)
         except ConfigError as error:
             wrong.append(str(error))
