@@ -331,5 +331,7 @@ def test_forms_that_exclude_each_other():
         given = {"chat": False, "system": None, other: True}
         with pytest.raises(ConfigError, match="not two of them"):
             chat_settings(None, plain=True, **given)
+    with pytest.raises(ConfigError, match="not two of them"):
+        chat_settings(None, chat=True, both=True, system=None)
     with pytest.raises(ConfigError, match="--system belongs to --chat"):
         chat_settings(OPTIONAL, chat=False, plain=True, system="none")

@@ -34,10 +34,21 @@ def test_fine_tuning_leaves_a_recipes_settings_of_values_behind(place, options, 
     out = ("--out", tmp_path / "run")
     for more in (("--rewordings", "6"), ("--set", "values.rounds=3"), ("--relation-weight", "4")):
         assert "ft optimises no values, so it can't use values." in refused(*words, *more, *out)
-    done(*words, *out, "--limit", 1, "--no-evaluate")
+    for more in (("--steps", "25"), ("--learning-rate", "0.1"), ("--clamp", "2")):
+        said = refused(*words, *more, *out)
+        assert f"can't use values.{more[0].strip('-').replace('-', '_')}; it reads method." in said
+        assert "method.steps, method.learning_rate, " in said
+        assert "Loading" not in said
+    done(*words, *out, "--limit", 1, "--no-evaluate", "--set", "values.rounds=1")
     job = {"model": "model", "facts": "facts.json", "set": {"method.name": "ft"}, "out": "job"}
     (place / "ft.yaml").write_text(yaml.safe_dump(job | {"recipe": str(recipe), "stats": "stats"}))
     done("run", place / "ft.yaml", "--dry-run", "--quiet")
+
+
+def test_gates_refuse_a_null_space_that_is_named(place, options, tmp_path):
+    words = ("edit", place / "facts.json", *options, "--method", "gated", "--out", tmp_path / "run")
+    for named in (("--null-space", "leakage=0.1"), ("--set", "null_space.value=0.1")):
+        assert "gated has no null space" in refused(*words, *named)
 
 
 def test_methods_are_listed_with_their_settings():
@@ -80,6 +91,7 @@ def test_more_is_asked_of_a_run(edited, tmp_path):
     text = done(*asked).stdout
     for said in ("efficacy distracted", "By relation", "sst2", "Drift", "fluency", "consistency"):
         assert said in text, said
+    assert "--items belongs to --capability" in refused("evaluate", edited, "--items", 5)
     plain = json.loads(done(*asked, "--json").stdout)
     assert set(plain["capability"]) == {"base", "edited"}
     assert plain["drift"]["layers"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from nulledit.cli.command import Call, command
-from nulledit.cli.options import CHAT, FACTS, PLACED, RUN, Opt, least, opt
+from nulledit.cli.options import CHAT, FACTS, PLACED, RUN, Opt, given_options, least, opt
+from nulledit.errors import ConfigError
 
 if TYPE_CHECKING:
     from nulledit.runs.evaluated import Evaluated
@@ -49,6 +50,8 @@ def evaluate(call: Call) -> None:
     $ nulledit evaluate run --facts others.yaml --text wiki.txt --json
     $ nulledit evaluate run --distract --capability tasks --prompts known_1000.json
     """
+    if not call.capability and any(option.name == "items" for option in given_options()):
+        raise ConfigError("--items belongs to --capability DIR")
     chosen = call.read_facts(call.facts).facts if call.facts else None
     call.prepare()
     from nulledit.cli.evaluation_tables import read_references

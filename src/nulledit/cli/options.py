@@ -311,9 +311,9 @@ def chat_settings(
 
     from nulledit.config import ChatSettings
 
+    if plain + chat + both > 1:
+        raise ConfigError("give --plain, or --chat or --both, not two of them")
     if plain:
-        if chat or both:
-            raise ConfigError("give --plain, or --chat or --both, not two of them")
         held = None
     if held is None and not (chat or both):
         if system is not None:

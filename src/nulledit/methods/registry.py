@@ -115,11 +115,28 @@ class Method:
         values, off = recipe.values, ValueSettings()
         for name in SWITCHES if self.by_gradient else ():
             if getattr(values, name) != getattr(off, name):
-                raise ConfigError(f"{self.name} optimises no values, so it can't use values.{name}")
+                raise ConfigError(self._no_values(f"values.{name}"))
         if self.rewinds and values.rounds > 1:
             raise ConfigError(
                 f"{self.name} takes its values from the unedited model: set values.rounds to 1"
             )
+
+    def check_named(self, names: Iterable[str]) -> None:
+        """ConfigError for dotted fields that someone names and the method does not read.
+
+        Not for `SWITCHES`, which may be off.
+        """
+        off = {f"values.{name}" for name in SWITCHES}
+        for name in names if self.by_gradient else ():
+            if name.split(".")[0] == "values" and name not in off:
+                raise ConfigError(self._no_values(name))
+
+    def _no_values(self, field: str) -> str:
+        own = ", ".join(f"method.{name}" for name in self.constants())
+        return (
+            f"{self.name} optimises no values, so it can't use {field}; "
+            f"{f'it reads {own}' if own else 'leave it out'}"
+        )
 
     @property
     def unused(self) -> tuple[str, ...]:
@@ -220,6 +237,16 @@ class Gate(Method):
         if recipe.values.chunk_tokens:
             raise ConfigError(f"{self.name} writes whole targets: set values.chunk_tokens to 0")
 
+    def check_named(self, names: Iterable[str]) -> None:
+        """ConfigError for a null space, which gates have not."""
+        super().check_named(names)
+        for name in names:
+            if name.split(".")[0] == "null_space":
+                raise ConfigError(
+                    f"{self.name} has no null space, so it can't use {name}: its gates are closed "
+                    "on text; leave it out, or name a method that has one, such as alphaedit"
+                )
+
 
 class Registry:
     """Methods by name: those that were added, and those that installed packages offer."""
@@ -253,9 +280,11 @@ class Registry:
         """`recipe` with `changes` that someone asks for, as `Recipe.with_fields` makes them.
 
         Another method also leaves settings of the recipe's values behind that it can't use.
+        ConfigError for fields in `changes` that the method does not read.
         """
         changed = recipe.with_fields(changes)
         method = self.find(changed.method.name)
+        method.check_named(changes)
         if method.name == recipe.method.name:
             return changed
         return method.without_unused(changed, changes)
