@@ -578,6 +578,28 @@ def test_a_folder_without_a_run(words, place, tmp_path):
     assert "no run here" in refused("edit", place / "facts.json", "--continue", tmp_path, "-q")
 
 
+def test_nothing_is_written_into_a_run_or_a_folder_of_something_else(edited, place, tmp_path):
+    """Where an earlier call was interrupted, it goes on."""
+    before = sorted(edited.rglob("*"))
+    of_facts = (place / "facts.json", "--model", place / "model")
+    of_text = (place / "model", "--text", place / "corpus.txt")
+    for command in (("compare", *of_facts), (*MAKE_KEYS, *of_text)):
+        assert "holds a run" in refused(*command, "--out", edited)
+        said = refused(*command, "--out", place)
+        assert "is not empty" in said
+        assert "Loading" not in said
+    for inside in ("model/x", "ledger/x"):
+        assert "is where the run lies" in refused("export", edited, "--out", edited / inside)
+    assert sorted(edited.rglob("*")) == before
+    begun = tmp_path / "begun"
+    for kind in ("keys", "inputs"):
+        (begun / kind).mkdir(parents=True)
+    (begun / "keys" / ".partial.safetensors.1.part").touch()
+    words = (*MAKE_KEYS, "--inputs", *of_text, "--layers", "1-2", "--window", "64", "--out", begun)
+    for _ in range(2):
+        done(*words, "--quiet")
+
+
 def test_stats_refuse_what_can_not_be(place, tmp_path):
     make = (*MAKE_KEYS, place / "model", "--out", tmp_path / "stats", "--quiet", "--text")
     assert "no such file" in refused(*make, tmp_path / "no.txt", "--layers", 1)

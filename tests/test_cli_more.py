@@ -192,6 +192,8 @@ def test_methods_are_compared_on_ones_own_facts(place, tmp_path):
     dry = json.loads(done(*own, "--stats", place / "stats", "--dry-run", "--json").stdout)
     assert dry["model"]["to_edit"] == 2, "other statistics are other edits"
     assert "did you mean 'rome'" in refused(*given, "--methods", "rom")
+    foreign = (*given[:4], "--out", place)
+    assert "nothing of `nulledit compare` is there" in refused(*foreign, "--quiet")
     assert "edit nothing" in refused(*given, "--methods", "prompt,lora")
     assert "twice" in refused(*given, "--methods", "rome,rome")
     assert "name a model" in refused("compare", place / "facts.json")

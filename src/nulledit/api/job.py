@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from nulledit.data.readers import read_facts
 from nulledit.editing.batching import admitted
 from nulledit.errors import ConfigError, NullEditError
 from nulledit.export.gguf_file import base_file
-from nulledit.export.updates import Export, is_of, refuse_existing
+from nulledit.export.updates import Export, in_the_way, is_of, refuse_existing
 from nulledit.export.write import EXPORTS, Kind, check_options, write_export
 from nulledit.io.settings import (
     Expected,
@@ -227,7 +226,7 @@ def _exports(job: Job, facts: list[Fact], history: History | None) -> list[Expor
     if len(outs := [export.out for export in job.exports]) > len(set(outs)):
         raise ConfigError(f"exports: each needs a folder of its own, found {', '.join(outs)}")
     for out in outs:
-        if _in_the_way(Path(out), Path(job.out)):
+        if in_the_way(Path(out), Path(job.out)):
             raise ConfigError(f"exports: {out} is where the run lies; give another folder")
     done = history is not None and not history.lacks(facts)
     base = history.base.model if history else job.model
@@ -245,13 +244,6 @@ def _exports(job: Job, facts: list[Fact], history: History | None) -> list[Expor
             raise ConfigError(f"exports: text: {text} is not there")
         found.append(export)
     return found
-
-
-def _in_the_way(out: Path, run: Path) -> bool:
-    """Whether an export to `out` would lie around the folder of the run, or in what it writes."""
-    place, own = (Path(os.path.abspath(path)) for path in (out, run))
-    inside = any(place.is_relative_to(own / name) for name in ("model", "ledger"))
-    return inside or own.is_relative_to(place)
 
 
 def run_job(job: Job, *, talk: Talk | None = None) -> Done:

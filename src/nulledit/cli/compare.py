@@ -78,12 +78,11 @@ def compare(call: Call) -> None:
     $ nulledit compare facts.yaml --model smollm2-135m --methods gated,alphaedit,lora
     $ nulledit compare facts.yaml --model smollm2-135m --dry-run
     """
-    from nulledit.studies.compare import settings_of
+    from nulledit.studies.compare import check_out, settings_of
     from nulledit.studies.own_facts import COMPARE
 
     out = Path(call.out)
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out}: is a file; give a folder")
+    check_out(out)
     folders = _folders(call.models, out)
     if call.stats:
         _check_statistics(call)

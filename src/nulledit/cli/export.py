@@ -94,8 +94,10 @@ def export(call: Call) -> None:
         raise ConfigError("--private is of a repository: give --push as well")
     call.prepare()
     from nulledit.export.push import check_repo, push
-    from nulledit.export.updates import refuse_existing, shard_bytes
+    from nulledit.export.updates import in_the_way, refuse_existing, shard_bytes
 
+    if in_the_way(Path(call.out), Path(call.run)):
+        raise ConfigError(f"--out {call.out} is where the run lies; give another folder")
     refuse_existing(Path(call.out))
     if call.push:
         check_repo(call.push)

@@ -92,6 +92,7 @@ def make(call: Call) -> None:
     meet_early(call.device)
     from nulledit.config import StatisticsSettings
 
+    _check_out(call)
     null_space(call.null_space)  # a wrong rule is reported now, not when hours are spent
     if call.keys and call.inputs and call.compact:
         raise ConfigError(
@@ -113,6 +114,18 @@ def make(call: Call) -> None:
         raise error.advised(advice) from error
     if found is not None:
         _show(call, found)
+
+
+def _check_out(call: Call) -> None:
+    """ConfigError for an --out that holds something else than statistics, also unfinished ones."""
+    from nulledit.io.files import check_output
+    from nulledit.statistics.manifest import INPUTS, KEYS
+    from nulledit.statistics.tensor_files import MOMENTS, PARTIAL, SPECTRA
+
+    names = (MOMENTS, SPECTRA, PARTIAL)
+    if call.out:
+        marks = [f"{place}/{name}" for place in (".", KEYS, INPUTS) for name in (*names, ".*.part")]
+        check_output(Path(call.out), marks, "nulledit stats make")
 
 
 def _made(

@@ -157,6 +157,13 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def in_the_way(out: Path, run: Path) -> bool:
+    """Whether an export to `out` would lie around the folder of the run, or in what it writes."""
+    place, own = (Path(os.path.abspath(path)) for path in (out, run))
+    inside = any(place.is_relative_to(own / name) for name in ("model", "ledger"))
+    return inside or own.is_relative_to(place)
+
+
 def refuse_existing(folder: Path) -> None:
     """LedgerError if something lies at `folder`, or a file above it: an export never overwrites.
 

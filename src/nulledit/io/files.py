@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
+
+from nulledit.errors import ConfigError
 
 
 @contextmanager
@@ -34,6 +36,23 @@ def replacing(file: Path) -> Iterator[Path]:
             sync(file.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_output(folder: Path, marks: Iterable[str], command: str) -> None:
+    """ConfigError unless `command` may write into `folder`: new, empty, or of an earlier call.
+
+    `marks`: patterns of what only such a call leaves there, one of which must be met.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder}: is a file; give a folder")
+    if (folder / "ledger").exists():
+        raise ConfigError(f"{folder}: holds a run; give another folder")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not any(any(folder.glob(mark)) for mark in marks):
+        raise ConfigError(
+            f"{folder}: is not empty, and nothing of `{command}` is there; give another folder"
+        )
 
 
 @contextmanager

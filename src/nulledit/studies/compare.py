@@ -10,7 +10,7 @@ from nulledit.config import Recipe, read_recipe
 from nulledit.data.readers import Facts, as_facts, read_facts
 from nulledit.errors import FactError
 from nulledit.evaluation.preservation import shipped_file
-from nulledit.io.files import write_text
+from nulledit.io.files import check_output, write_text
 from nulledit.io.jsonfiles import as_json
 from nulledit.models.load import load_model
 from nulledit.report.document import Study
@@ -21,6 +21,15 @@ from nulledit.studies.stream import Progress, Workbench
 
 SCALE = "small"
 """Its arms are the methods."""
+MARKS = (
+    "study.json",
+    "*/study.json",
+    "work/facts.json",
+    "work/unedited",
+    "work/streams",
+    "work/values",
+)
+"""Of a comparison in its folder, also of one that was interrupted."""
 
 
 def compare_methods(
@@ -38,20 +47,22 @@ def compare_methods(
     """Write `facts` by each method into the unedited `model`, and compare what came of it.
 
     `facts`: as for `Editor.edit`. `methods`: names with commas, or a list. `out`: the folder of the
-    results, where the same call goes on after an interruption. `recipe`: what methods change; left
-    out, the model's. `text`: a file for perplexity and KL; left out, the one that comes with
-    nulledit. Tables of the result: `methods` (rates, other text, seconds a fact), `differences`
-    from the first method, `answers` (what each model says of every fact). ConfigError, FactError or
-    StatisticsError for what can't be; a method that no statistics serve is absent, with a notice.
+    results, where the same call goes on after an interruption; it holds nothing else. `recipe`:
+    what methods change; left out, the model's. `text`: a file for perplexity and KL; left out, the
+    one that comes with nulledit. Tables of the result: `methods` (rates, other text, seconds a
+    fact), `differences` from the first method, `answers` (what each model says of every fact).
+    ConfigError, FactError or StatisticsError for what can't be; a method that no statistics serve
+    is absent, with a notice.
     """
     # The registry reads every module here.
     from nulledit.studies.registry import run_study
 
     out = Path(out)
+    check_out(out)
     if isinstance(facts, str | Path):
         file = Path(facts)
     else:
-        file = out / "facts.json"
+        file = out / "work" / "facts.json"
         write_text(file, as_json([fact.to_dict() for fact in as_facts(facts).facts]))
     settings = settings_of(file, methods, batch_size=batch_size)
     chosen = checked_recipe(read_recipe(recipe, model), settings)
@@ -59,6 +70,11 @@ def compare_methods(
     bench = Workbench(*load_model(model), out / "work", name=model)
     lab = lab_of(bench, chosen, settings, sources, seed=seed, progress=progress)
     return run_study(COMPARE, lab, out)
+
+
+def check_out(out: Path) -> None:
+    """ConfigError for a folder that holds something else than an earlier comparison."""
+    check_output(out, MARKS, "nulledit compare")
 
 
 def settings_of(
