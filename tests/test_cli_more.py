@@ -1,6 +1,7 @@
 """The command line beyond one edit: methods, projection, further measures, studies, reports."""
 
 import json
+import sys
 
 import pytest
 import yaml
@@ -99,6 +100,18 @@ def test_more_is_asked_of_a_run(edited, tmp_path):
     assert plain["edited"]["consistency"]["n"] == 1
     references.write_text("[1]")
     assert "expected an object of lists of texts" in refused(*asked)
+
+
+def test_what_can_not_be_asked_is_refused_before_anything_is(edited, tmp_path, monkeypatch):
+    def asked(*_args, **_options):
+        raise AssertionError("asked already")
+
+    monkeypatch.setattr("nulledit.runs.evaluated.evaluate_given", asked)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    words = ("evaluate", edited, "--quiet")
+    assert "nothere.json" in refused(*words, "--prompts", tmp_path / "nothere.json")
+    assert "nothere.txt" in refused(*words, "--prompts", tmp_path / "nothere.txt")
+    assert "pip install 'nulledit[harness]'" in refused(*words, "--harness", "foo")
 
 
 def test_studies_are_listed_and_refused_by_name(tmp_path):

@@ -116,6 +116,11 @@ def _number(value: Any) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+def check_tasks(tasks: Sequence[str]) -> None:
+    """ConfigError if the harness is not installed, or lacks one of `tasks`."""
+    _known(tasks, _module("lm_eval.tasks").TaskManager(include_path=None))
+
+
 def _known(tasks: Sequence[str], manager: Any) -> list[str]:
     """Names of the harness that `tasks` match, each once."""
     names: dict[str, None] = {}

@@ -14,7 +14,7 @@ from nulledit.evaluation.comparison import Comparison
 from nulledit.evaluation.drift import Drift, drift_report, read_texts
 from nulledit.evaluation.forms import form_name, forms
 from nulledit.evaluation.groups import by_relation, rates_of_rows
-from nulledit.evaluation.harness import harness_results
+from nulledit.evaluation.harness import check_tasks, harness_results
 from nulledit.evaluation.runner import Evaluation
 from nulledit.evaluation.tasks import Item
 from nulledit.runs.measure import evaluate_given, in_chat_as_well, in_other_forms
@@ -89,7 +89,13 @@ def evaluate_sides(
     too. `items` are of the six tasks, `prompts` a file for the drift of hidden states, `harness`
     tasks of lm-evaluation-harness; `asked` is as for `evaluation.runner.evaluate`.
     """
-    forms_of = forms(editor.editable, also=chat)  # a bad one is reported before minutes of asking
+    # What can't be is reported before minutes of asking.
+    forms_of = forms(editor.editable, also=chat)
+    subjects = {fact.subject for fact in facts}  # whose states are meant to move
+    plain = editor.editable.plain.encoder
+    texts = read_texts(prompts, plain, without=subjects) if prompts else []
+    if harness:
+        check_tasks(harness)
     both = evaluate_given(editor, facts, talk, text=text, base=base, **asked)
     found = Evaluated(**vars(both), facts=facts, asked=form_name(editor.editable.encoder))
 
@@ -105,8 +111,4 @@ def evaluate_sides(
     more("edited")
     found.others.update(in_chat_as_well(editor, both))
     found.others.update(in_other_forms(editor, facts, forms_of, talk, base=base))
-    if not prompts:
-        return found
-    subjects = {fact.subject for fact in facts}  # whose states are meant to move
-    texts = read_texts(prompts, editor.editable.plain.encoder, without=subjects)
-    return replace(found, drift=drift_report(editor, texts))
+    return replace(found, drift=drift_report(editor, texts)) if prompts else found
