@@ -77,9 +77,7 @@ def opt(words: str, about: str, kind: Any = str, default: Any = None, **more: An
     names = [flag, *([more.pop("name")] if "name" in more else [])]
     if kind is bool:
         return Opt(names, help=about, is_flag=True, **more)
-    if (
-        default is not None
-    ):  # click takes a None that it is given for a value, also of a required one
+    if default is not None:  # click takes a None for a value, also of an option that must be given
         more["default"] = default
     return Opt(
         names,
