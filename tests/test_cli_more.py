@@ -41,7 +41,7 @@ def test_fine_tuning_leaves_a_recipes_settings_of_values_behind(place, options, 
         assert "method.steps, method.learning_rate, " in said
         assert "Loading" not in said
     done(*words, *out, "--limit", 1, "--no-evaluate", "--set", "values.rounds=1")
-    job = {"model": "model", "facts": "facts.json", "set": {"method.name": "ft"}, "out": "job"}
+    job = {"model": "model", "facts": ["facts.json"], "set": {"method.name": "ft"}, "out": "job"}
     (place / "ft.yaml").write_text(yaml.safe_dump(job | {"recipe": str(recipe), "stats": "stats"}))
     done("run", place / "ft.yaml", "--dry-run", "--quiet")
 
