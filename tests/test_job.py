@@ -1,6 +1,7 @@
 """`nulledit run`: what a job's file says is what the commands of it would do."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -102,6 +103,29 @@ def test_an_export_with_other_options_is_in_the_way(write, tmp_path):
     assert str(tmp_path) not in (tmp_path / "adapter" / "nulledit-export.json").read_text()
     for options in ({}, {"rank": 8}, {"rank": 4, "dtype": "bfloat16"}):
         assert "exists already" in refused("run", job(**options), "--quiet")
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)], ids=["run", "dry"])
+def test_a_run_of_another_model_is_refused(more, write, place, tmp_path):
+    done("run", write(), "--quiet")
+    other = shutil.copytree(place / "model", tmp_path / "other")
+    exports = [{"kind": "delta", "out": "delta"}]
+    said = refused("run", write(model="other", exports=exports), *more)
+    for named in (str(other), str(place / "model")):
+        assert named in said
+    assert not (tmp_path / "delta").exists()
+
+
+def test_a_run_goes_on_where_its_folder_and_model_were_moved(write, place, tmp_path):
+    (tmp_path / "model").unlink()
+    (tmp_path / "first").mkdir()
+    shutil.copytree(place / "model", tmp_path / "first" / "model")
+    done("run", write(model="first/model"), "--quiet")
+    (tmp_path / "first").rename(tmp_path / "then")
+    job = write(model="then/model", facts=["facts.json", "more.json"], seed=3, dtype="bfloat16")
+    said = done("run", job).stderr
+    assert "its own recipe, statistics, seed 0 (the job's: 3) and dtype float32" in said
+    assert len(Editor.load(tmp_path / "run").facts) == 3
 
 
 def test_a_job_killed_in_its_first_batch_begins_again(write, tmp_path):

@@ -16,9 +16,11 @@ from nulledit.data.facts import Fact
 from nulledit.data.readers import read_facts
 from nulledit.editing.batching import admitted
 from nulledit.errors import ConfigError, NullEditError
+from nulledit.export.base_name import base_name
 from nulledit.export.gguf_file import base_file
 from nulledit.export.updates import Export, in_the_way, is_of, refuse_existing
 from nulledit.export.write import EXPORTS, Kind, check_options, write_export
+from nulledit.io.files import from_anywhere
 from nulledit.io.settings import (
     Expected,
     Several,
@@ -27,7 +29,7 @@ from nulledit.io.settings import (
     read_settings,
 )
 from nulledit.io.untrusted import MAX_SETTINGS, one_line, parse_yaml, read_text
-from nulledit.ledger.records import History
+from nulledit.ledger.records import Base, History
 from nulledit.ledger.store import Store
 from nulledit.methods import change_recipe
 from nulledit.runs.limits import Limits, load_limits
@@ -209,9 +211,11 @@ def inputs_of(job: Job) -> Inputs:
     if job.tracker:
         tracker_module(job.tracker)
     history = _history(job)
-    admitted(history, facts)
     if history is None:
         Run.check_fresh(job.out)
+    else:
+        _check_model(job, history.base)
+    admitted(history, facts)
     return Inputs(facts, recipe, limits, _exports(job, facts, history))
 
 
@@ -219,6 +223,29 @@ def _history(job: Job) -> History | None:
     """Of the run that is there; None where it begins, or was killed in its first batch."""
     store = Store(Path(job.out) / "ledger")
     return store.read() if store.exists and store.events() else None
+
+
+def _check_model(job: Job, base: Base) -> None:
+    """ConfigError if the run that is there is of another model than the job's.
+
+    A local base that is no longer where the run found it is known by its folder's name.
+    """
+    if not base.model or (named := from_anywhere(job.model)) == base.model:
+        return  # of a model in memory nobody can say
+    moved = Path(base.model).is_absolute() and not Path(base.model).exists()
+    if not (moved and base_name(named) == base_name(base.model)):
+        raise ConfigError(
+            f"model: {job.model}, but the run in {job.out} is of {base.model}: name another folder "
+            "for out, or the run's model"
+        )
+
+
+def _goes_on(job: Job, base: Base) -> str:
+    """What a run that is there does not take from the job."""
+    own = {"seed": (base.seed, job.seed), "dtype": (base.dtype, job.dtype or base.dtype)}
+    others = [f"{name} {run} (the job's: {its})" for name, (run, its) in own.items() if run != its]
+    *first, last = ["recipe", "statistics", *others]
+    return f"Note: {job.out} is there: it goes on with its own {', '.join(first)} and {last}"
 
 
 def _exports(job: Job, facts: list[Fact], history: History | None) -> list[ExportJob]:
@@ -250,7 +277,7 @@ def run_job(job: Job, *, talk: Talk | None = None) -> Done:
     """Edit, check, export, report. Refused, with nothing written, if a limit is broken.
 
     Everything that needs no model is checked first. A run that is there goes on, with its own
-    recipe; an export of its very state is left as it is.
+    recipe, statistics, seed and dtype; an export of its very state is left as it is.
     """
     talk = talk or Talk()
     inputs = inputs_of(job)
@@ -313,9 +340,9 @@ def _tracked(job: Job, run: Run, facts: int) -> AbstractContextManager[Tracker |
 def _run(job: Job, recipe: Recipe, talk: Talk) -> Run:
     """The run that is there, or a new one."""
     folder = Path(job.out)
-    if _history(job) is not None:
+    if (history := _history(job)) is not None:
         run = Run.open(folder, device=job.device, talk=talk)
-        talk.say(f"Note: {folder} is there: it goes on with its own recipe")
+        talk.say(_goes_on(job, history.base))
         return run
     talk.say(f"Loading {job.model}")
     editor = Editor.from_pretrained(
