@@ -94,6 +94,42 @@ def test_the_same_job_goes_on_after_an_export_that_failed(write, tmp_path, monke
     )
 
 
+@pytest.mark.parametrize("facts", [["facts.json"], ["facts.json", "more.json"]])
+def test_a_retry_that_was_interrupted_is_made_by_the_same_job(facts, write, tmp_path, monkeypatch):
+    """Of the facts that were in the run as well, and of no other than the job's."""
+
+    def stops(*_words, **_options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as now:
+        now.setattr("nulledit.api.run.retry_failing", stops)
+        assert invoke("run", write(retry=1), "--quiet").exit_code == 130
+    asked = []
+
+    def look(_editor, told, _progress):
+        asked.append([fact.id for fact in told])
+        return told[:1] if len(asked) == 1 else []
+
+    monkeypatch.setattr("nulledit.evaluation.retry.failing_facts", look)
+    exports = [{"kind": "delta", "out": "delta"}]
+    file = write(retry=1, facts=facts, exports=exports)
+    told = json.loads(done("run", file, "--json").stdout)
+    assert set(asked[0]) == {"ada", "zola", "velm"} - ({"velm"} if len(facts) == 1 else set())
+    assert told["edit"]["facts"] == len(asked[0])
+    history = Editor.load(tmp_path / "run").history
+    assert [event.kind for event in history.events][-1] == "retry"
+    asked.clear()
+    assert "of this very state" in done("run", file).stderr
+    assert not asked
+
+
+def test_a_job_says_why_a_retry_wrote_nothing(write, tmp_path, monkeypatch):
+    monkeypatch.setattr("nulledit.evaluation.retry.failing_facts", lambda *_: [])
+    done("run", write(), "--quiet")
+    done("edit", tmp_path / "more.json", "--continue", tmp_path / "run", "--quiet")
+    assert "every fact holds: nothing was written" in done("run", write(retry=2)).stderr
+
+
 def test_an_export_with_other_options_is_in_the_way(write, tmp_path):
     def job(**options):
         return write(exports=[{"kind": "lora", "out": "adapter", "options": options}])

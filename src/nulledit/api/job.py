@@ -152,7 +152,7 @@ class Done:
     """What a job did."""
 
     result: Result | None
-    """Of the edit; None where every fact was in the run already."""
+    """Of the edit; None where every fact was in the run already, and none was written again."""
     exports: tuple[Export, ...]
     """Those that were written; not those that lay there, of the run's very state."""
     report: Path | None
@@ -282,12 +282,12 @@ def run_job(job: Job, *, talk: Talk | None = None) -> Done:
     talk = talk or Talk()
     inputs = inputs_of(job)
     run = _run(job, inputs.recipe, talk)
-    new = run.new(inputs.facts)
+    left = [export for export in job.exports if export not in inputs.exports]
     result = None
-    if new:
+    if new := run.new(inputs.facts):
         with _tracked(job, run, len(new)) as tracker:
             result = run.edit(
-                new,
+                inputs.facts,
                 retry=job.retry,
                 old_answers=job.old_answers,
                 text=job.text,
@@ -295,12 +295,14 @@ def run_job(job: Job, *, talk: Talk | None = None) -> Done:
                 tasks=job.capability,
                 tracker=tracker,
             )
+    elif job.retry and not left:  # an export is made after the retry
+        talk.say("Note: every fact is in the run already; what does not hold is written again")
+        result = _retried(job, run, inputs, talk)
     else:
         talk.say("Note: every fact is in the run already; nothing is edited")
         _check(job, run, inputs.limits)
-    for export in job.exports:
-        if export not in inputs.exports:
-            talk.say(f"Note: {export.out} is there, of this very state; it is left as it is")
+    for export in left:
+        talk.say(f"Note: {export.out} is there, of this very state; it is left as it is")
     made = []
     for export in inputs.exports:
         talk.say(f"Exporting as {export.kind} to {export.out}")
@@ -311,6 +313,21 @@ def run_job(job: Job, *, talk: Talk | None = None) -> Done:
     if page:
         write_report(collect([run.folder]), page, title=run.folder.name)
     return Done(result, tuple(made), page)
+
+
+def _retried(job: Job, run: Run, inputs: Inputs, talk: Talk) -> Result | None:
+    """Write again what does not hold of the job's facts, as an interruption may have prevented."""
+    found = run.retry(
+        job.retry,
+        facts=inputs.facts,
+        text=job.text,
+        limits=inputs.limits,
+        tasks=job.capability,
+    )
+    if isinstance(found, str):
+        talk.say(f"Note: {found}")
+        return None
+    return found
 
 
 def _check(job: Job, run: Run, limits: Limits | None) -> None:

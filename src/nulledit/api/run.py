@@ -224,28 +224,33 @@ class Run:
         self,
         times: int = 1,
         *,
+        facts: Sequence[Fact] | None = None,
         text: str | None = None,
         limits: Limits | None = None,
         tasks: str | Path | None = None,
     ) -> Result | str:
         """Write what does not hold again, at most `times`, each time stronger.
 
-        A text says why nothing was written. The other arguments are as for `edit`; Refused leaves
+        `facts`: those in the model that are asked, by their questions; left out, all. A text says
+        why nothing was written. The other arguments are as for `edit`; Refused leaves
         run and ledger as they were.
         """
         check_tasks(limits, tasks)
         check_values(self.editor.recipe)
         found = read_text(self.editor, text)
+        asked = self.editor.facts
+        if facts is not None:
+            asked = self._there({fact.key for fact in facts})
 
         def work() -> EditReport:
-            report = self._again(self.editor.facts, times)
+            report = self._again(asked, times)
             self.seconds.update(report.seconds)
             return report
 
         with self._kept(), self.editor.writing():
             report = self._gated(work, limits, tasks, found, text)
             if not report.columns and is_current(self.editor, self.folder):
-                return self._nothing_written(report)
+                return self._nothing_written(asked, report)
             return self._saved(report, found)
 
     # -- other changes -----------------------------------------------------------------------
@@ -376,10 +381,14 @@ class Run:
             with batches_told(editor, told, tell) as progress:
                 report = editor.edit(facts, shuffle=shuffle, progress=progress)
         if retry:
-            there = [f for f in editor.facts if f.key in keys]  # some since before an interruption
-            report = joined(report, self._again(there, retry))
+            again = self._again(self._there(keys), retry)  # some since before an interruption
+            report = joined(report, again)
         self.seconds |= report.seconds
         return report
+
+    def _there(self, keys: set[tuple[str, str]]) -> list[Fact]:
+        """The facts in the model that answer one of `keys`."""
+        return [fact for fact in self.editor.facts if fact.key in keys]
 
     def _again(self, facts: Sequence[Fact], times: int) -> EditReport:
         with self.talk.progress() as tell:
@@ -421,9 +430,9 @@ class Run:
         self.seconds = {}
         return result
 
-    def _nothing_written(self, report: EditReport) -> str:
-        """Why a retry left the run as it was."""
-        if all(fact.forget for fact in self.editor.facts):
+    def _nothing_written(self, asked: Sequence[Fact], report: EditReport) -> str:
+        """Why a retry of the facts `asked` left the run as it was."""
+        if all(fact.forget for fact in asked):
             return "no fact in the model has an answer to write: nothing was written"
         if report.notices:
             return "no retry made more facts hold: the run is as it was"
