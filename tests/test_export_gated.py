@@ -305,7 +305,7 @@ def test_what_can_not_be_is_refused(places, tmp_path, tokenizer):
     place, out = places("llama"), tmp_path / "out"
     for kind, options, error, said in (
         ("lora", {"rank": 2}, ConfigError, "each neuron is a dimension"),
-        ("delta", {"rank": 2}, ConfigError, "stored whole"),
+        ("delta", {"rank": 2}, ConfigError, "dimension of its own"),
         ("checkpoint", {"text": place.text}, ConfigError, "text goes with same_shape"),
     ):
         with pytest.raises(error, match=said):

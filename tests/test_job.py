@@ -12,6 +12,8 @@ from nulledit.api.job import load_job
 from nulledit.cli.run import job_schema
 from nulledit.errors import ConfigError
 
+GATED = {"set": {"method.name": "gated"}}
+
 
 @pytest.fixture
 def write(place, tmp_path):
@@ -245,6 +247,27 @@ def test_a_dry_run_edits_nothing(write, tmp_path):
             {"exports": [{"kind": "lora", "out": "x", "options": {"text": "no.txt"}}]},
             "is not there",
         ),
+        (
+            {"exports": [{"kind": "checkpoint", "out": "x", "options": {"same_shape": True}}]},
+            "exports: same_shape is for gated edits",
+        ),
+        (
+            {"exports": [{"kind": "checkpoint", "out": "x", "options": {"text": "facts.json"}}]},
+            "text goes with same_shape",
+        ),
+        (
+            {"exports": [{"kind": "lora", "out": "x", "options": {"text": "facts.json"}}]},
+            "text is for gated edits",
+        ),
+        (
+            GATED | {"exports": [{"kind": "delta", "out": "x", "options": {"rank": 2}}]},
+            "exports: rank can't be given for gated edits",
+        ),
+        (
+            GATED | {"exports": [{"kind": "lora", "out": "x", "options": {"rank": 2}}]},
+            "exports: rank can't be given for gated edits",
+        ),
+        ({"retry": 1, "set": {"method.name": "ft"}}, "ft optimises none"),
     ],
 )
 def test_what_cannot_be_is_one_line_before_a_model_is_loaded(

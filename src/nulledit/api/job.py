@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,11 +15,13 @@ from nulledit.config import Recipe, read_recipe
 from nulledit.data.facts import Fact
 from nulledit.data.readers import read_facts
 from nulledit.editing.batching import admitted
+from nulledit.editing.epochs import is_gated
 from nulledit.errors import ConfigError, NullEditError
+from nulledit.evaluation.retry import check_values
 from nulledit.export.base_name import base_name
 from nulledit.export.gguf_file import base_file
 from nulledit.export.updates import Export, in_the_way, is_of, refuse_existing
-from nulledit.export.write import EXPORTS, Kind, check_options, write_export
+from nulledit.export.write import EXPORTS, Kind, check_method, check_options, write_export
 from nulledit.io.files import from_anywhere
 from nulledit.io.settings import (
     Expected,
@@ -216,7 +218,9 @@ def inputs_of(job: Job) -> Inputs:
     else:
         _check_model(job, history.base)
     admitted(history, facts)
-    return Inputs(facts, recipe, limits, _exports(job, facts, history))
+    exports = _exports(job, facts, history)
+    _check_method(job, exports, history.epoch.recipe if history else recipe)
+    return Inputs(facts, recipe, limits, exports)
 
 
 def _history(job: Job) -> History | None:
@@ -246,6 +250,19 @@ def _goes_on(job: Job, base: Base) -> str:
     others = [f"{name} {run} (the job's: {its})" for name, (run, its) in own.items() if run != its]
     *first, last = ["recipe", "statistics", *others]
     return f"Note: {job.out} is there: it goes on with its own {', '.join(first)} and {last}"
+
+
+def _check_method(job: Job, exports: Sequence[ExportJob], recipe: Recipe) -> None:
+    """ConfigError for what the method of `recipe` can't do; a model may decide which it is."""
+    if recipe.method.otherwise:
+        return
+    if job.retry:
+        check_values(recipe)
+    for export in exports:
+        try:
+            check_method(export.kind, export.options, gated=is_gated(recipe))
+        except ConfigError as error:
+            raise ConfigError(f"exports: {error}") from None
 
 
 def _exports(job: Job, facts: list[Fact], history: History | None) -> list[ExportJob]:

@@ -13,7 +13,6 @@ import torch
 
 from nulledit.editing.call_log import Progress
 from nulledit.editing.engine import EditEngine
-from nulledit.errors import ConfigError
 from nulledit.export.card import write_card
 from nulledit.export.neuron_factors import neuron_factors
 from nulledit.export.same_shape import Places
@@ -25,6 +24,7 @@ from nulledit.export.updates import (
     whole_report,
     write_origin,
 )
+from nulledit.export.write import check_method
 from nulledit.io.files import replacing_folder
 from nulledit.models.quantized import refuse_dense
 from nulledit.models.saving import save_weights
@@ -51,8 +51,8 @@ def write_checkpoint(
     `text` where edits change W.
     """
     folder = Path(folder)
-    if text is not None and not same_shape:
-        raise ConfigError("text goes with same_shape: on it the units to replace are chosen")
+    options = {"same_shape": same_shape, "text": text}
+    check_method("checkpoint", options, gated=editor.weights.grown)
     most = shard_bytes(max_shard_size)
     refuse_existing(folder)
     refuse_dense(editor.model, "exported as a checkpoint")

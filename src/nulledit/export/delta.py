@@ -36,6 +36,7 @@ from nulledit.export.updates import (
     write_json,
     write_origin,
 )
+from nulledit.export.write import check_method
 from nulledit.io.files import replacing_folder, sha256_of
 from nulledit.io.settings import Count, Expected, Several, checked, read_settings
 from nulledit.io.untrusted import MAX_DOCUMENT, parse_json, read_text
@@ -247,9 +248,8 @@ def write_delta(
     """
     folder = Path(folder)
     refuse_existing(folder)
+    check_method("delta", {"rank": rank}, gated=editor.weights.grown)
     if editor.weights.grown:
-        if rank is not None:
-            raise ConfigError("rank can't be given for gated edits, whose neurons are stored whole")
         dtype = dtype or editor.history.base.dtype
         content = _of_neurons(editor, dtype_of(dtype, DTYPES), progress)
     else:

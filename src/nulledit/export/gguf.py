@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nulledit._version import __version__
 from nulledit.editing.call_log import Progress
 from nulledit.editing.engine import EditEngine
-from nulledit.errors import ConfigError, LedgerError, ModelError
+from nulledit.errors import LedgerError, ModelError
 from nulledit.export.card import write_card
 from nulledit.export.gguf_file import (
     GgufFile,
@@ -35,6 +35,7 @@ from nulledit.export.updates import (
     with_weights,
     write_origin,
 )
+from nulledit.export.write import check_method
 from nulledit.io.files import replacing_folder
 from nulledit.models.experts import count_and_width, is_experts
 from nulledit.models.layouts import as_out_in
@@ -70,8 +71,8 @@ def write_gguf(
     """
     folder = Path(folder)
     check_type(tensor_type)
-    if text is not None and not same_shape:
-        raise ConfigError("text goes with same_shape: on it the units to replace are chosen")
+    options = {"same_shape": same_shape, "text": text}
+    check_method("gguf", options, gated=editor.weights.grown)
     refuse_existing(folder)
     refuse_dense(editor.model, "exported as GGUF")
     editor.weights.check_unchanged()

@@ -34,7 +34,7 @@ from nulledit.export.updates import (
     write_json,
     write_origin,
 )
-from nulledit.export.write import Experts, check_options
+from nulledit.export.write import Experts, check_method, check_options
 from nulledit.io.files import replacing_folder
 from nulledit.models.experts import is_experts
 
@@ -122,14 +122,10 @@ def adapter_factors(
 
     As `write_lora` says.
     """
+    check_method("lora", {"rank": rank, "text": text}, gated=editor.weights.grown)
     if editor.weights.grown:
-        if rank is not None:
-            raise ConfigError(
-                "rank can't be given for gated edits: each neuron is a dimension of its own, and "
-                "an adapter without some of them is not the edited model"
-            )
         return _of_neurons(editor, text, dtype, progress)
-    layers = _of_updates(editor, rank, text, dtype, progress)
+    layers = _of_updates(editor, rank, dtype, progress)
     inexact = any(stored.report.error > MEASURED_ABOVE for stored in layers)
     cost = facts_cost(editor, with_stored(editor, layers), progress) if inexact else None
     return layers, None, cost
@@ -162,13 +158,10 @@ def adapter_tensors(
 def _of_updates(
     editor: EditEngine,
     rank: int | None,
-    text: str | Path | None,
     dtype: torch.dtype,
     progress: Progress | None,
 ) -> list[StoredLayer]:
     """Factors of updates of W, experts' apart, cut to what servers accept."""
-    if text is not None:
-        raise ConfigError("text is for gated edits, whose units it chooses; this run has none")
     if rank is not None and not 1 <= rank <= SERVED[-1]:
         raise ConfigError(f"rank is {rank}; expected 1 to {SERVED[-1]}, what servers accept")
     most = rank or SERVED[-1]

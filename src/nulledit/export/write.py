@@ -122,6 +122,25 @@ def check_options(kind: Kind, options: Mapping[str, Any]) -> None:
             _check_word(kind, name, value)
 
 
+def check_method(kind: str, options: Mapping[str, Any], *, gated: bool) -> None:
+    """ConfigError for options of `kind` that its edits (`gated`, or updates of W) can't have."""
+    rank, text, shaped = (options.get(name) for name in ("rank", "text", "same_shape"))
+    if gated and rank is not None:
+        raise ConfigError(
+            "rank can't be given for gated edits: each neuron is a dimension of its own, and "
+            "without some of them it is not the edited model"
+        )
+    if not gated and shaped:
+        raise ConfigError(
+            "same_shape is for gated edits; the edits of this run change W, and its model has the "
+            "base's shape already"
+        )
+    if text is not None and "same_shape" in EXPORTS[kind].options and not shaped:
+        raise ConfigError("text goes with same_shape: on it the units to replace are chosen")
+    if text is not None and not gated:
+        raise ConfigError("text is for gated edits, whose units it chooses; this run has none")
+
+
 def _check_word(kind: Kind, name: str, value: Any) -> None:
     """ConfigError for a word that the writer of `kind` does not know."""
     from nulledit.export.delta import DTYPES, dtype_of
