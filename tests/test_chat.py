@@ -572,7 +572,7 @@ def test_the_command_line(place, tmp_path):
     assert done("ask", run, "Who is Ada Byron?", "--plain", "--quiet").stdout
     line = refused("edit", facts, "--continue", run, "--chat", "--system", "none")
     assert "--chat, --system can't be given with --continue" in line
-    again = ("--continue", run, "--new-epoch", "--system", "none", "--stats", place / "stats")
+    again = ("--continue", run, "--new-epoch", "--system", "none")
     done("edit", facts, *again, "--no-evaluate", "--quiet")
 
 

@@ -15,7 +15,7 @@ from nulledit import Editor, Fact
 from nulledit.config import Recipe
 from nulledit.editing.descent import Value
 from nulledit.editing.merge import conflicts, newest
-from nulledit.errors import ConfigError, FactError, LedgerError, NoRoomError
+from nulledit.errors import ConfigError, FactError, LedgerError, NoRoomError, StatisticsError
 from nulledit.ledger.solver import LayerSolver
 from nulledit.ledger.store import Store
 from nulledit.ledger.tensors import read_spectrum
@@ -443,6 +443,37 @@ def test_statistics_of_the_edited_model_serve_a_new_epoch_only(make_editor, toke
         editor.history.base.hash,
         refreshed.manifest.model_hash,
     ]
+
+
+@pytest.mark.parametrize("method", ["alphaedit", "gated"])
+def test_a_new_epoch_takes_the_statistics_of_the_run(method, make_editor, tokenizer, facts):
+    """Where they have the kind and the layers."""
+    recipe = RECIPE.with_fields({"method.name": method})
+    shown = statistics_of(build_model("llama"), tokenizer, inputs=method == "gated")
+    editor = make_editor(recipe, statistics=shown)
+    editor.edit(facts[:2])
+    editor.next_epoch(recipe.with_fields({"values.steps": 2}), statistics=None)
+    editor.edit(facts[2:])
+    first, then = editor.history.epochs
+    assert first.statistics == then.statistics
+    tensors = [editor.history.tensors[epoch.tensors] for epoch in (first, then)]
+    (one, low), (other, cut) = (read_spectrum(of, first.layers[-1]) for of in tensors)
+    torch.testing.assert_close(one.eigenvalues, other.eigenvalues)
+    assert low == cut
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [({"layers": [0, 1]}, "preserved keys"), ({"method.name": "gated"}, "MLP inputs")],
+)
+def test_statistics_of_a_run_serve_no_other_layers_and_no_other_kind(
+    fields, said, make_editor, facts
+):
+    editor = make_editor()
+    editor.edit(facts[:2])
+    editor.next_epoch(RECIPE.with_fields(fields), statistics=None)
+    with pytest.raises(StatisticsError, match=f"no statistics of this model's {said}"):
+        editor.check_statistics()
 
 
 # -- rebuild and merge -----------------------------------------------------------------------

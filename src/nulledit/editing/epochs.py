@@ -108,7 +108,8 @@ def _spectrum(recipe: Recipe, spectrum: Spectrum, layer: int, d_in: int) -> tupl
     except LookupError as error:
         raise StatisticsError(
             f"these compact statistics don't serve {method.name} with null_space {rule} {value} at "
-            f"layer {layer} ({error}): make full ones with `nulledit stats make --keys`"
+            f"layer {layer} ({error}): give full ones by --stats (`nulledit stats make --keys` "
+            "makes them)"
         ) from error
     if spectrum.closed:
         logger.warning(

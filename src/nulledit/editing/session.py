@@ -26,15 +26,17 @@ from nulledit.editing.value_cache import ValueCache
 from nulledit.editing.values import plan_rows, wordings
 from nulledit.editing.weights import EditedWeights
 from nulledit.errors import FactError, LedgerError, StatisticsError
+from nulledit.io.settings import read_settings
 from nulledit.ledger.journal import Journal, Trial
 from nulledit.ledger.records import Column, Epoch, History
 from nulledit.ledger.store import tensor_bytes
+from nulledit.ledger.tensors import read_spectrum
 from nulledit.methods import Method, find_method
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.load import model_hash
 from nulledit.parallel.ranks import Ranks
 from nulledit.statistics.found import find_statistics
-from nulledit.statistics.manifest import INPUTS, KEYS
+from nulledit.statistics.manifest import INPUTS, KEYS, Manifest
 from nulledit.statistics.spectra import Statistics
 
 
@@ -193,10 +195,11 @@ class EditSession:
         self.weights.refresh()
 
     def _candidates(self) -> Iterator[Statistics]:
-        """The statistics given, or those found, that are of this model and cover its layers."""
+        """The statistics given, else the run's own, then those found, that cover the layers."""
         given, base = self.statistics, self.history.base.hash
         mlp_out = self.model.named_matrix
         if given is None:
+            yield from self._recorded(mlp_out)
             yield from find_statistics(base, self.recipe.layers, mlp_out, inputs=self.method.apart)
             return
         if isinstance(given, Statistics):
@@ -208,6 +211,20 @@ class EditSession:
             base = model_hash(self.model.model)  # a refreshed second moment: of the model as it is
         statistics.check(base, self.recipe.layers, mlp_out, inputs=self.method.apart)
         yield statistics
+
+    def _recorded(self, mlp_out: str) -> Iterator[Statistics]:
+        """What the ledger holds of the kind that the method reads, the latest first.
+
+        An epoch keeps as much of the spectra as its filter needs; another one may need more.
+        """
+        layers = self.recipe.layers
+        for epoch in reversed(self.history.epochs):
+            manifest = read_settings(Manifest, epoch.statistics)
+            of_it = manifest.inputs == self.method.apart and manifest.mlp_out == mlp_out
+            if of_it and set(layers) <= set(epoch.layers):
+                tensors = self.history.tensors[epoch.tensors]
+                spectra = {layer: read_spectrum(tensors, layer)[0] for layer in layers}
+                yield Statistics(manifest, spectra)
 
     # -- one batch ---------------------------------------------------------------------------
 
