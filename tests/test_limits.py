@@ -417,6 +417,12 @@ def test_weights_that_are_not_numbers_fail(make_editor, windows):
         ({"efficacy": {"at_least": 0.8}}, "write 80"),
         ({"perplexity_growth": {"at_most": math.inf}}, "expected a number"),
         ({"perplexity_growth": {"at_most": "nan"}}, "expected a number"),
+        ({"kl": {"at_most": "9"}}, "kl: at_most is '9'; expected a number"),
+        ({"kl": {"at_most": -1}}, "kl: at_most is -1; expected a number from 0, in mnat"),
+        (
+            {"leakage": {"at_most": -0.5}},
+            "leakage: at_most is -0.5; expected a number from 0, in %",
+        ),
         (
             {"oldest_cohort": {"at_least": 80, "first": 0}},
             "first is 0; expected a whole number from 1",
@@ -434,6 +440,12 @@ def test_weights_that_are_not_numbers_fail(make_editor, windows):
 def test_bad_limits_are_refused_by_name(data, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
         Limits.from_dict(data)
+
+
+def test_what_may_fall_may_be_bound_to():
+    below = {"perplexity_growth": -1, "specificity_drop": -2, "capability_drop": -0.5}
+    found = Limits.from_dict({name: {"at_most": most} for name, most in below.items()})
+    assert {name: bound.at_most for name, bound in found.bounds.items()} == below
 
 
 def test_files_of_limits(tmp_path):

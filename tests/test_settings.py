@@ -59,6 +59,7 @@ class Outer:
         ({"inner": {"count": 2**63}}, "inner.count is a number of 64 bits; expected"),
         ({"inner": {"count": 10**5000}}, "inner.count is a number of 16610 bits; expected"),
         ({"inner": {"share": True}}, "inner.share is True; expected a number"),
+        ({"inner": {"share": "5"}}, "inner.share is '5'; expected a number"),
         ({"inner": {"share": "nan"}}, "inner.share is 'nan'; expected a number"),
         ({"inner": {"share": 10**400}}, "inner.share is a number of 1329 bits; expected a number"),
         ({"inner": {"text": "x" * 999}}, "expected a text with exactly one {}"),

@@ -274,10 +274,12 @@ def parse_layers(text: str) -> list[int]:
 
 def parse_null_space(text: str) -> dict[str, Any]:
     """`leakage=0.1` as the recipe's null_space."""
+    from nulledit.io.settings import typed
+
     rule, equals, value = text.partition("=")
     if not equals:
         raise ConfigError(f"--null-space {text!r}: expected RULE=VALUE such as leakage=0.1")
-    return {"rule": rule.strip(), "value": value.strip()}
+    return {"rule": rule.strip(), "value": typed(value.strip())}
 
 
 def null_space(text: str) -> NullSpaceSettings:

@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import functools
 import os
+import re
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
@@ -29,6 +30,9 @@ CONFIG: dict[str, Any] = {
     "allow_inf_nan": False,
     "validate_default": True,
 }
+
+
+EXPONENT = re.compile(r"[-+]?[0-9.]+[eE][-+]?[0-9]+")
 
 
 class Expected:
@@ -62,11 +66,20 @@ class Expected:
 
 
 def from_yaml(value: Any) -> Any:
-    """A value as it is meant: YAML 1.1 reads 2e-2 as text, and has lists where we have tuples."""
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            return float(value)
+    """A value as it is meant: YAML 1.1 reads 2e-2 as text, and has lists where we have tuples.
+
+    Any other number that is text was written so, in quotes, and is none.
+    """
+    if isinstance(value, str) and EXPONENT.fullmatch(value):
+        return typed(value)
     return tuple(value) if isinstance(value, list) else value
+
+
+def typed(text: str) -> float | str:
+    """The number that someone typed where only a number can be; the text itself if it is none."""
+    with contextlib.suppress(ValueError):
+        return float(text)
+    return text
 
 
 Number = Annotated[float, Expected("a number")]

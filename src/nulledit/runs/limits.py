@@ -119,6 +119,8 @@ class Kind:
     """What is read for it: weights, facts, hidden, text or tasks."""
     unit: str = "%"
     """Of its number."""
+    signed: bool = True
+    """Whether its number may be below 0."""
 
 
 def _rates() -> Iterator[tuple[str, Kind]]:
@@ -145,28 +147,50 @@ KINDS: Mapping[str, Kind] = {
         "facts",
     ),
     "relation_kl": Kind(
-        SampledMost, "KL there of the base's next token from the edited one's", "facts", "nat"
+        SampledMost,
+        "KL there of the base's next token from the edited one's",
+        "facts",
+        "nat",
+        signed=False,
     ),
     "perplexity_growth": Kind(SampledMost, "growth of perplexity on a text", "text"),
     "kl": Kind(
-        SampledMost, "KL per token of the base's next token from the edited one's", "text", "mnat"
+        SampledMost,
+        "KL per token of the base's next token from the edited one's",
+        "text",
+        "mnat",
+        signed=False,
     ),
     "opening_rate": Kind(
-        SampledMost, "tokens of a text that open a gate of gated edits, mean of gates", "text", RARE
+        SampledMost,
+        "tokens of a text that open a gate of gated edits, mean of gates",
+        "text",
+        RARE,
+        signed=False,
     ),
-    "opening_worst": Kind(Most, "the same of the gate that opens the most often", "text", RARE),
-    "opening_any": Kind(SampledMost, "tokens of a text that open any gate", "text", RARE),
+    "opening_worst": Kind(
+        Most, "the same of the gate that opens the most often", "text", RARE, signed=False
+    ),
+    "opening_any": Kind(
+        SampledMost, "tokens of a text that open any gate", "text", RARE, signed=False
+    ),
     "capability_drop": Kind(
         Tasks, "points of the right answer's probability lost on a task", "tasks"
     ),
-    "norm_growth": Kind(Most, "‖Δ‖/‖W₀‖, most of the layers", "weights"),
+    "norm_growth": Kind(Most, "‖Δ‖/‖W₀‖, most of the layers", "weights", signed=False),
     "displacement": Kind(
-        Most, "‖ΔK‖/‖WK‖ of a batch at the keys of facts before it, most of all", "weights"
+        Most,
+        "‖ΔK‖/‖WK‖ of a batch at the keys of facts before it, most of all",
+        "weights",
+        signed=False,
     ),
     "hidden_growth": Kind(SampledMost, "growth of ‖h‖ at the edited subjects", "hidden"),
     "hidden_growth_text": Kind(SampledMost, "growth of ‖h‖ on a text", "text"),
     "leakage": Kind(
-        Most, "share of the preserved keys' energy left open, most of the layers", "weights"
+        Most,
+        "share of the preserved keys' energy left open, most of the layers",
+        "weights",
+        signed=False,
     ),
     "room_left": Kind(
         Least, "share of usable directions that no edit took, least of the layers", "weights"
@@ -231,9 +255,15 @@ def _bound(name: object, given: Any) -> Bound:
         found = f"has {other}" if other in given else "names no bound"
         raise ConfigError(f"{name} {found}; expected {side}, in {KINDS[name].unit}")
     try:
-        return read_settings(kind, given)
+        bound = read_settings(kind, given)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
+    if isinstance(bound, Most) and bound.at_most < 0 and not KINDS[name].signed:
+        raise ConfigError(
+            f"{name}: at_most is {bound.at_most:g}; expected a number from 0, in "
+            f"{KINDS[name].unit}: it is never below"
+        )
+    return bound
 
 
 def why_absent(measure: str, facts: Sequence[Fact]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from nulledit.config import Recipe
 from nulledit.errors import ConfigError
-from nulledit.io.settings import from_yaml, parse_changes
+from nulledit.io.settings import parse_changes, typed
 from nulledit.methods import METHODS, change_recipe, find_method
 from nulledit.runs.limits import KINDS, Least, Limits, load_limits
 
@@ -118,7 +118,7 @@ def _asked(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     for name in KINDS:
         if text := given.get(LIMIT + name, "").strip():
-            yield name, {**known.get(name, {}), _side(name): from_yaml(text)}
+            yield name, {**known.get(name, {}), _side(name): typed(text)}
 
 
 def _side(name: str) -> str:
