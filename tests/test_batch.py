@@ -624,6 +624,23 @@ def test_all_rows_are_checked_before_the_first_batch(changes, tokenizer):
     assert not editor.facts
 
 
+@pytest.mark.parametrize("name", ["values.steps.x", "same_key.x", "values.steps.y"])
+def test_a_setting_of_what_has_none_is_refused(name):
+    own = ".".join(name.split(".")[: 1 if name.startswith("same") else 2])
+    with pytest.raises(ConfigError, match=rf"^{own} is [\d.]+; it has no setting '\w' of its own"):
+        RECIPE.with_fields({name: "1"})
+    with pytest.raises(ConfigError, match=r"unknown setting 'valeus'; did you mean 'values'"):
+        RECIPE.with_fields({"valeus.steps": "1"})
+
+
+def test_nothing_given_for_a_text_is_the_empty_text():
+    chat = RECIPE.with_fields({"chat": "{}"}).with_fields({"chat.assistant": ""}).chat
+    assert chat is not None
+    assert chat.assistant == ""
+    with pytest.raises(ConfigError, match=r"values.steps is None; expected a whole number"):
+        RECIPE.with_fields({"values.steps": ""})
+
+
 def test_settings_of_another_method_are_refused(make):
     with pytest.raises(ConfigError, match=r"unknown setting 'method.l2'"):
         make(RECIPE.with_fields({"method.name": "memit", "method.l2": 1.0}))

@@ -957,6 +957,17 @@ def test_the_fact_is_named_that_leaves_the_base_no_room_for_an_old_answer(place,
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_whose_base_was_moved_names_its_folder(place, tmp_path):
+    base = shutil.copytree(place / "model", tmp_path / "base")
+    recipe, statistics = (str(place / name) for name in ("recipe.yaml", "stats"))
+    editor = Editor.from_pretrained(str(base), recipe=recipe, statistics=statistics)
+    editor.attach(tmp_path / "run")
+    base.rename(tmp_path / "moved")
+    assert f"{base}: there is no such folder, from which" in refused(
+        "ask", tmp_path / "run", "Hm", "--quiet"
+    )
+
+
 def test_retry_is_refused_before_the_edit_where_there_are_no_values(place, options, tmp_path):
     words = ("--method", "ft", "--retry", "1", "--out", tmp_path / "run")
     assert "ft optimises none" in refused("edit", place / "facts.json", *options, *words)

@@ -207,6 +207,10 @@ def test_methods_are_compared_on_ones_own_facts(place, tmp_path):
     assert "did you mean 'rome'" in refused(*given, "--methods", "rom")
     foreign = (*given[:4], "--out", place)
     assert "nothing of `nulledit compare` is there" in refused(*foreign, "--quiet")
+    assert "unknown method 'foo'" in refused(*given, "--methods", "rome,foo")
+    for empty in ("", "rome,"):
+        assert "methods: expected names" in refused(*given, "--methods", empty)
+    assert "statistics: the name is empty" in refused(*given, "--stats", "")
     assert "edit nothing" in refused(*given, "--methods", "prompt,lora")
     assert "twice" in refused(*given, "--methods", "rome,rome")
     assert "name a model" in refused("compare", place / "facts.json")

@@ -114,6 +114,8 @@ def test_undo_is_the_solve_without_the_column_in_any_order(make_editor, facts):
 
 def test_undo_of_what_is_not_there_is_refused(make_editor, facts):
     editor = make_editor()
+    with pytest.raises(LedgerError, match=r"'x' in the model: there are no facts in it$"):
+        editor.undo("x")
     editor.edit(facts[:1])
     before = weights(editor)
     with pytest.raises(LedgerError, match="no fact 'nobody'"):
@@ -703,8 +705,9 @@ def test_statistics_of_another_kind_are_refused_at_the_door(make_editor, tiny_mo
         StatisticsError, match=r"^statistics is a \w+; expected Statistics or their"
     ):
         Editor(editor.model, editor.tokenizer, recipe=editor.recipe, statistics=given)
-    with pytest.raises(StatisticsError, match="expected Statistics or their folder"):
-        editor.next_epoch(editor.recipe, statistics=given)
+    for wrong, said in ((given, "expected Statistics or their folder"), ("", "name is empty")):
+        with pytest.raises(StatisticsError, match=said):
+            editor.next_epoch(editor.recipe, statistics=wrong)
 
 
 def test_a_fact_where_its_id_is_expected_is_said_so(make_editor, facts):

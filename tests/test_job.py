@@ -299,6 +299,14 @@ def test_paths_are_those_of_the_files_folder(write, tmp_path, monkeypatch):
         load_job("no-such-job")
 
 
+def test_broken_yaml_is_told_with_its_place_once(tmp_path):
+    file = tmp_path / "job.yaml"
+    file.write_text("model: [a\n")
+    said = refused("run", file)
+    assert "broken YAML" in said
+    assert said.count(str(file)) == 1
+
+
 def test_the_schema_names_every_field():
     schema = job_schema()
     assert json.loads(done("run", "--schema").stdout) == schema

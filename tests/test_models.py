@@ -309,8 +309,13 @@ def test_load_from_a_folder_and_refuse_what_is_no_model(tiny_model, tokenizer, t
     assert words("Ada")["input_ids"] == tokenizer("Ada")["input_ids"]
     half, _ = load_model(str(tmp_path / "m"), dtype="bfloat16")
     assert half.dtype == torch.bfloat16
+    for place in (tmp_path / "nothing", "./nothing", "a/b/c", "nothing/"):
+        with pytest.raises(ModelError, match=f"{place}: there is no such folder"):
+            load_model(str(place))
+    with pytest.raises(ModelError, match=r"config.json: is a file; expected one of"):
+        load_model(str(tmp_path / "m" / "config.json"))
     with pytest.raises(ModelError, match="can't load"):
-        load_model(str(tmp_path / "nothing"))
+        load_model("nobody/nothing")
     with pytest.raises(ModelError, match="unknown dtype 'int3'"):
         load_model(str(tmp_path / "m"), dtype="int3")
     with pytest.raises(ModelError, match="can't use device"):

@@ -241,6 +241,7 @@ BAD_FILES = {
     "no records, comments": ("# facts\n", ["holds no facts"]),
     "no records, CSV": ("subject,prompt,target\n", ["holds no facts"]),
     "facts null": ("facts:\n", ["expected a list of facts", "NoneType"]),
+    "facts no list": ("facts: {}\n", ["facts: expected a list of facts (found dict {})"]),
     "random bytes": (bytes(range(256)), ["not UTF-8 text", "0x80 at offset 128"]),
     "UTF-16": ("[]".encode("utf-16"), ["not UTF-8 text", "0xFF at offset 0"]),
     "control bytes": (b"ab\n\x00\x01\x02", ["line 2", "not a text file", "U+0000"]),

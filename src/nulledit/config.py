@@ -24,6 +24,7 @@ from nulledit.io.settings import (
     load_settings,
     read_settings,
     shipped,
+    shown,
     unknown,
 )
 from nulledit.io.untrusted import parse_yaml
@@ -410,10 +411,16 @@ class Recipe:
             *path, last = dotted.split(".")
             place: Any = data
             for i, part in enumerate(path):
-                place = place.get(part) if isinstance(place, dict) else None
+                name = ".".join(path[: i + 1])
+                if part not in place:
+                    raise ConfigError(unknown(name, place))
+                place = place[part]
                 if not isinstance(place, dict):
-                    raise ConfigError(unknown(".".join(path[: i + 1]), data))
-            if isinstance(value, str):
+                    raise ConfigError(
+                        f"{name} is {shown(place)}; it has no setting {last!r} of its own: give "
+                        f"{name}=VALUE"
+                    )
+            if isinstance(value, str) and (value.strip() or not isinstance(place.get(last), str)):
                 value = parse_yaml(value, source=dotted, error=ConfigError)
             place[last] = value
         return Recipe.from_dict(data)

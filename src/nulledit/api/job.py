@@ -173,8 +173,9 @@ def load_job(file: str | Path) -> Job:
     """The job of a YAML file; ConfigError for what can't be."""
     path = Path(file)
     text = read_text(path, most=MAX_SETTINGS, error=ConfigError, what="job")
+    found = parse_yaml(text, source=str(path), error=ConfigError)
     try:
-        job = read_settings(Job, parse_yaml(text, source=str(path), error=ConfigError))
+        job = read_settings(Job, found)
     except ConfigError as error:
         raise ConfigError(one_line(f"{path}: {error}")) from error
     return job.within(path.parent)

@@ -84,7 +84,7 @@ def compare(call: Call) -> None:
     out = Path(call.out)
     check_out(out)
     folders = _folders(call.models, out)
-    if call.stats:
+    if call.stats is not None:
         _check_statistics(call)
     settings = settings_of(
         call.facts,

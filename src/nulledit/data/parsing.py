@@ -110,7 +110,11 @@ def _rows(document: Any, source: str) -> tuple[list[Row], tuple[str, ...]]:
             records = document[name]
             notices += [f"{source}: {quote(key)} beside {name!r} was not read" for key in others]
         elif "facts" in document:
-            records = document["facts"]
+            found = document["facts"]
+            raise FactError(
+                f"{source}: facts: expected a list of facts (found {type(found).__name__} "
+                f"{quote(found)})"
+            )
         elif len(document) > 1 and all(map(_is_list_of_records, document.values())):
             names = quote(", ".join(map(str, document)))
             raise FactError(f"{source}: holds several lists of records ({names}): give one alone")

@@ -57,6 +57,11 @@ class SavedEdits:
         """Where the base is: a GGUF file's conversion in the cache, wherever the file is now."""
         base = self.history.base
         if not is_gguf(base.model):
+            if Path(base.model).is_absolute() and not Path(base.model).exists():
+                raise ModelError(
+                    f"{base.model}: there is no such folder, from which the run's base was loaded: "
+                    "put it back, or take the run up with the base in memory (Editor.resume)"
+                )
             return base.model
         if kept := kept_folder(base.file_sha256):
             return str(kept)

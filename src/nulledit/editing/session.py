@@ -35,7 +35,7 @@ from nulledit.methods import Method, find_method
 from nulledit.models.editable_model import EditableModel
 from nulledit.models.load import model_hash
 from nulledit.parallel.ranks import Ranks
-from nulledit.statistics.found import find_statistics
+from nulledit.statistics.found import find_statistics, refuse_empty
 from nulledit.statistics.manifest import INPUTS, KEYS, Manifest
 from nulledit.statistics.spectra import Statistics
 
@@ -458,6 +458,8 @@ def _accepted(statistics: Statistics | str | Path | None) -> Statistics | str | 
             f"statistics is a {type(statistics).__name__}; expected Statistics or their folder "
             "(make them by `nulledit stats make`)"
         )
+    if isinstance(statistics, str):
+        refuse_empty(statistics)
     return statistics
 
 
@@ -467,6 +469,8 @@ def check_in_model(ids: Iterable[str], history: History) -> None:
     for id_ in ids:
         check_id(id_)
         if id_ not in active:
+            if not active:
+                raise LedgerError(f"no fact {id_!r} in the model: there are no facts in it")
             near = suggest(id_, active)
             raise LedgerError(f"no fact {id_!r} in the model{near}; in it are: {some(active)}")
 

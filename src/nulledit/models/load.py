@@ -202,14 +202,27 @@ _NO_PICKLE = (
 def reachable(source: str, name: str, revision: str | None = None) -> dict[str, bool]:
     """How transformers is to read `source`: not from the Hub where that does not answer.
 
-    ModelError for a folder that is none of a model, and where neither Hub nor cache has it.
+    ModelError for a folder that is not there or none of a model, and where neither Hub nor cache
+    has it.
     """
     if Path(source).is_dir():
         _check_folder(Path(source), name)
+    elif Path(source).exists() or _is_path(source):
+        found = "is a file" if Path(source).exists() else "there is no such folder"
+        raise ModelError(
+            f"{name}: {found}; expected one of {', '.join(EMBEDDED)}, a local model folder, a GGUF "
+            "file or a Hub id"
+        )
     elif not hub_answers():
         _check_cached(source, name, revision)
         return {"local_files_only": True}
     return {}
+
+
+def _is_path(source: str) -> bool:
+    """Whether it can only be a folder's place, and no id on the Hub (`name` or `owner/name`)."""
+    written = source.startswith((".", "~")) or source.endswith("/") or "\\" in source
+    return written or Path(source).is_absolute() or source.count("/") > 1
 
 
 def _check_folder(folder: Path, name: str) -> None:

@@ -60,6 +60,7 @@ def named_statistics(source: str | Path) -> Statistics:
 
 def check_there(path: str | Path) -> None:
     """StatisticsError unless statistics lie at `path`; their tensors are not read."""
+    refuse_empty(str(path))
     path = Path(path)
     if parts_of(path):
         return
@@ -68,6 +69,15 @@ def check_there(path: str | Path) -> None:
     else:
         with opened_file(path) as (_, metadata):
             Manifest.from_json(metadata.get("manifest", ""), str(path))
+
+
+def refuse_empty(path: str) -> None:
+    """StatisticsError for a name that says nothing: it would be the folder where we are."""
+    if not path.strip():
+        raise StatisticsError(
+            "statistics: the name is empty; expected their folder or file, or leave it out to have "
+            "them found"
+        )
 
 
 def _kept(wanted: Callable[[Manifest], bool], folders: str) -> Iterator[Statistics]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from nulledit.config import Recipe, read_recipe
 from nulledit.data.readers import Facts, as_facts, read_facts
-from nulledit.errors import FactError
+from nulledit.errors import ConfigError, FactError
 from nulledit.evaluation.preservation import shipped_file
 from nulledit.io.files import check_output, write_text
 from nulledit.io.jsonfiles import as_json
@@ -16,7 +16,7 @@ from nulledit.models.load import load_model
 from nulledit.report.document import Study
 from nulledit.studies.context import Lab, Sources
 from nulledit.studies.own_facts import COMPARE, methods_of
-from nulledit.studies.scale import load_scale
+from nulledit.studies.scale import listed, load_scale
 from nulledit.studies.stream import Progress, Workbench
 
 SCALE = "small"
@@ -87,6 +87,8 @@ def settings_of(
     batch_size: int = 100,
 ) -> dict[str, Any]:
     """Of the study, for all facts of the file; FactError if there are none."""
+    if not (names := listed(methods)) or not all(names):
+        raise ConfigError("methods: expected names with commas, such as gated,alphaedit")
     found = read_facts(file, on_conflict="first", skip=skip, limit=limit, skip_bad=skip_bad)
     facts = len({fact.key for fact in found.facts})
     if not facts:
@@ -100,7 +102,7 @@ def settings_of(
 def checked_recipe(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
     """The recipe that the methods change; ConfigError for one that they can't."""
     for arm in methods_of(settings):
-        load_scale(SCALE).recipe(recipe, arm)
+        load_scale(SCALE).recipe(recipe, arm, called="method")
     return recipe
 
 

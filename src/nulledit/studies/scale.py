@@ -66,10 +66,11 @@ class Scale:
         check_settings(settings)
         return settings
 
-    def recipe(self, base: Recipe, arm: str) -> Recipe:
+    def recipe(self, base: Recipe, arm: str, *, called: str = "arm") -> Recipe:
         """The recipe of an arm: `memit`, or `memit+inside` for MEMIT with the projection.
 
-        A recipe's file is an arm, too, whatever the base recipe says.
+        A recipe's file is an arm, too, whatever the base recipe says. `called`: what messages call
+        an arm.
         """
         name, plus, projection = arm.partition("+")
         if Path(name).suffix in (".yaml", ".yml"):
@@ -78,12 +79,13 @@ class Scale:
             changes = dict(self.arms[name])
         else:
             raise ConfigError(
-                f"unknown arm {arm!r}{suggest(name, self.arms)}; known: {', '.join(self.arms)}, "
-                "each also with +inside or +after for the projection; or a recipe's file"
+                f"unknown {called} {arm!r}{suggest(name, self.arms)}; known: "
+                f"{', '.join(self.arms)}, each also with +inside or +after for the projection; or "
+                "a recipe's file"
             )
         if plus and projection not in PROJECTIONS:
             raise ConfigError(
-                f"arm {arm!r}: expected {name}+ one of {', '.join(PROJECTIONS)}, found "
+                f"{called} {arm!r}: expected {name}+ one of {', '.join(PROJECTIONS)}, found "
                 f"{projection!r}"
             )
         if (place := str(changes.get("layers"))) in PLACES:
