@@ -356,6 +356,21 @@ def test_one_value_forgets_and_says(editor):
     assert said.own.leaks
 
 
+def test_the_answer_that_is_not_named_is_the_edits_or_the_bases(editor):
+    edited = world.fact(PERSON, "home", world.another(PERSON, "home"))
+    editor.edit([edited])
+    home, job = known("home"), known("job")
+    asked = [{"subject": f.subject, "prompt": f.prompt} for f in (home, job)]
+    editor.forget([asked[0], {**asked[1], "id": "job", "target": None}])
+    assert {f.id: f.target for f in editor.facts} == {edited.id: edited.target, "job": job.target}
+    assert all(f.forget for f in editor.facts)
+    editor.restore()
+    editor.forget(asked[1])
+    assert [f.target for f in editor.facts] == [job.target]
+    with pytest.raises(FactError, match="subject is missing"):
+        editor.forget({"prompt": "{} is"})
+
+
 def test_undo_brings_the_answer_back(editor):
     fact = known("job")
     base = recall_of(editor.editable, [fact], tokens=3)

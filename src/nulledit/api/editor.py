@@ -13,10 +13,12 @@ from nulledit.config import ChatSettings
 from nulledit.data.readers import Facts, as_facts
 from nulledit.editing.call_log import Progress
 from nulledit.editing.engine import EditEngine
+from nulledit.editing.reports import EditReport
 from nulledit.errors import LedgerError
 from nulledit.evaluation.asking import MOST_TOKENS, Answer, Heard
 from nulledit.evaluation.asking import ask as ask_both
 from nulledit.evaluation.comparison import Comparison
+from nulledit.evaluation.forgetting import with_answers
 from nulledit.evaluation.runner import Judge
 from nulledit.export.updates import Export
 from nulledit.export.write import DEFAULT, Experts, Kind, write_export
@@ -60,6 +62,22 @@ class Editor(EditEngine):
         return ask_both(
             self, prompt, target=target, max_tokens=max_tokens, model=model, heard=heard
         )
+
+    def forget(
+        self,
+        facts: Facts,
+        *,
+        batch_size: int | None = None,
+        progress: Progress | None = None,
+    ) -> EditReport:
+        """Suppress the targets of `facts`, with nothing in their place (docs/forget.md).
+
+        The answer of a mapping without a target is what an edit in the model wrote, else what the
+        base says. An edit like any other: an earlier answer to the same question leaves, undo takes
+        it back.
+        """
+        asked = with_answers(self, facts)
+        return super().forget(asked, batch_size=batch_size, progress=progress)
 
     def evaluate(
         self,

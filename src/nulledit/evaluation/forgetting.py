@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from nulledit.data.facts import Fact, quote
+from nulledit.data.readers import FactFile, Facts
 from nulledit.editing.engine import EditEngine
 from nulledit.editing.unlearning import blinded, telling
 from nulledit.errors import FactError
@@ -189,6 +191,25 @@ def asked_to_forget(
     with editor.base_weights():
         target = find_answer(editor.editable, asked.subject, asked.prompt)
     return asked.forgotten(target), f"which the base says to {asked.render(asked.prompt)!r}"
+
+
+def with_answers(editor: EditEngine, given: Facts) -> Facts:
+    """`given`, where records without a target have the answer that `asked_to_forget` finds."""
+    if isinstance(given, Mapping):
+        return _answered(editor, given)
+    if isinstance(given, str | bytes | Path | Fact | FactFile) or not isinstance(given, Iterable):
+        return given  # a file's facts name theirs
+    return [_answered(editor, item) for item in given]
+
+
+def _answered(editor: EditEngine, record: Any) -> Any:
+    """The fact of a record with subject and prompt alone, to be forgotten; others as they are."""
+    asks = isinstance(record, Mapping) and {"subject", "prompt"} <= set(record)
+    if not asks or record.get("target") is not None:
+        return record
+    more = {name: held for name, held in record.items() if name != "target"}
+    fact, _ = asked_to_forget(editor, record["subject"], record["prompt"], None)
+    return {**more, "target": fact.target} if len(more) > 2 else fact
 
 
 def _without_subject(text: str, fact: Fact) -> str:
