@@ -158,6 +158,16 @@ def test_preview_writes_nothing(run, place, tmp_path):
     assert "no fact 'nobody'" in refused("preview", run, "--undo", "nobody", "--quiet")
 
 
+def test_ids_and_events_that_are_not_there_are_told_before_a_model_is_loaded(run, monkeypatch):
+    def load(*_words, **_options):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(Editor, "load", load)
+    assert "no fact 'nobody'" in refused("preview", run, "--undo", "nobody")
+    for states in ((f"{run}@99", run), (run, f"{run}@99")):
+        assert "@99: the ledger has 2 events" in refused("diff", *states)
+
+
 # -- two runs --------------------------------------------------------------------------------
 
 

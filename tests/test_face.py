@@ -123,7 +123,7 @@ def test_check(editor, run, tmp_path):
     assert {row.name for row in editor.check().rows} >= {"efficacy_strict", "perplexity_growth"}
 
 
-def test_preview_writes_nothing(editor, run, tmp_path):
+def test_preview_writes_nothing(editor, run, tmp_path, monkeypatch):
     before, files = editor.history.state_id, sorted(p for p in run.rglob("*"))
     (tmp_path / "more.json").write_text(json.dumps([MORE]))
     told = said_by("preview", run, tmp_path / "more.json", "--undo", "zola")
@@ -134,6 +134,10 @@ def test_preview_writes_nothing(editor, run, tmp_path):
     assert sorted(p for p in run.rglob("*")) == files
     with pytest.raises(ConfigError, match="nothing to preview"):
         editor.preview()
+    with monkeypatch.context() as now:
+        now.setattr("nulledit.runs.preview.base_reading", None)  # before anything is measured
+        with pytest.raises(LedgerError, match="no fact 'nobody'"):
+            editor.preview(MORE, undo=["nobody"])
 
 
 @pytest.mark.parametrize("kind", ["lora", "delta", "checkpoint"])

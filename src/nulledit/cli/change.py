@@ -46,7 +46,7 @@ def undo(call: Call) -> None:
     """
     if not (call.ids or call.batch or call.where):
         raise ConfigError("say which: an ID, --batch N or --where FIELD=TEXT")
-    _refuse_unknown(call.run, call.ids)
+    refuse_unknown(call.run, call.ids)
     _carry_out(call, lambda run: run.undo(*_chosen(run.history, call)))
 
 
@@ -131,7 +131,7 @@ def change_text(editor: Editor, report: ChangeReport) -> str:
     return "\n".join(lines)
 
 
-def _refuse_unknown(run: str, ids: Sequence[str]) -> None:
+def refuse_unknown(run: str, ids: Sequence[str]) -> None:
     """LedgerError for an id that is not in the model, before the model is loaded."""
     from nulledit.editing.session import check_in_model
     from nulledit.ledger.store import Store

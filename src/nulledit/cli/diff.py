@@ -28,7 +28,11 @@ def diff(call: Call) -> None:
 
     first, second = call.first, call.second
     (a, at_a), (b, at_b) = read_state(first), read_state(second)
-    other, run = Store(b / "ledger").load(), call.open(a)
+    other, own = Store(b / "ledger").load(), Store(a / "ledger")
+    if own.exists:  # an event that never was is told before the model is loaded
+        columns_at(own.read(), at_a, first)
+    columns_at(other, at_b, second)
+    run = call.open(a)
     found = difference(
         run.editor,
         other,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nulledit.cli.change import refuse_unknown
 from nulledit.cli.command import Call, command
 from nulledit.cli.options import FACTS, PLACED, TEXT, arg, opt
 from nulledit.errors import ConfigError
@@ -35,6 +36,7 @@ def preview(call: Call) -> None:
     if not call.facts and not call.undone:
         raise ConfigError("give FACTS to edit, or --undo ID")
     new = call.read_facts(call.facts).facts if call.facts else ()
+    refuse_unknown(call.run, call.undone)
     run = _run(call)
     from nulledit.runs.preview import preview_page
 

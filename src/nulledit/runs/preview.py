@@ -11,6 +11,7 @@ from typing import Any
 from nulledit.data.facts import Fact
 from nulledit.data.readers import Facts, as_facts
 from nulledit.editing.engine import EditEngine
+from nulledit.editing.session import check_in_model
 from nulledit.editing.weights import LayerReport
 from nulledit.errors import ConfigError
 from nulledit.evaluation.comparison import Comparison
@@ -93,6 +94,7 @@ def preview(
     new = list(given.facts)
     if not new and not undo:
         raise ConfigError("nothing to preview: expected facts to write, or ids to take out")
+    check_in_model(undo, editor.history)
     check_lengths(editor, new)
     found = read_text(editor, text)
     written = {f.id for f in new}  # what is taken out and written again is asked once
