@@ -27,6 +27,7 @@ from nulledit.evaluation.reading import perplexity
 from nulledit.evaluation.runner import evaluate
 from nulledit.evaluation.stats import Rate, perplexity_growth
 from nulledit.evaluation.tasks import read_tasks
+from nulledit.io.text import percent
 from nulledit.models.layouts import as_out_in
 from nulledit.runs import warnings as warn_module
 from nulledit.runs.gate import Found, _judged, check
@@ -337,6 +338,29 @@ def test_a_number_shows_on_which_side_of_its_limit_it_is(found, limit, text):
     row = _judged("kl", Most(at_most=limit), Found(found, 0.0, 9, "windows"), "%")
     (shown,) = gate_table(GateReport((row,), "limits")).rows
     assert text in " ".join(map(str, shown.values())).split()
+
+
+def test_bounds_of_a_rate_are_within_its_ends_and_name_their_unit():
+    few, ends = Rate.of([1.0, 0.0, 0.0]), (0.0, 100.0)
+    least = limits(efficacy={"at_least": 80, "confident": True}).bounds["efficacy"]
+    low = _judged("efficacy", least, Found.of(few, "facts", shares=True, ends=ends))
+    assert low.note == "95 % bound 0.0 %"
+    most = limits(kl={"at_most": 20, "confident": True}).bounds["kl"]
+    kl = _judged("kl", most, Found(19.0, 2.0, 9, "windows"), "mnat")
+    assert kl.note == "95 % bound 22.3 mnat"
+    cells = " ".join(map(str, gate_table(GateReport((kl,), "limits")).rows[0].values()))
+    assert "≤ 20 mnat at 95 %" in cells
+    one = Rate.of([1.0])  # has no standard error
+    alone = _judged("efficacy", least, Found.of(one, "facts", shares=True, ends=ends))
+    assert alone.verdict == "FAILED"
+    assert _judged("x", most, Found(60.0, 50.0, 2, "items", ends=(-100, 100))).note.endswith(
+        "100.0 %"
+    )
+
+
+def test_shares_of_more_than_one_are_shown_whole():
+    shown = [percent(share) for share in (1.13, 0.994, 0.0123, 12.0, 0.0)]
+    assert shown == ["113 %", "99 %", "1.2 %", "1200 %", "0 %"]
 
 
 @pytest.mark.parametrize("n", [2, 25, 500])

@@ -284,6 +284,8 @@ def _page(found: Statistics, rows: Sequence[dict[str, Any]]) -> list[str | Part]
 
 def _budget(found: Statistics) -> str:
     """What the tokens are worth, and what more would be."""
+    from nulledit.io.text import percent
+
     now, twice = found.excess(), found.excess(2)
     widest = max(spectrum.width for spectrum in found.spectra.values())
     each = " of an expert" if any(spectrum.tokens for spectrum in found.spectra.values()) else ""
@@ -292,9 +294,9 @@ def _budget(found: Statistics) -> str:
             f"No more tokens than directions{each} ({widest}): some of these were never seen. Take "
             f"ten times as many tokens{each} as directions, {10 * widest:,} (--tokens)."
         )
-    more = f"; twice as many tokens would make that {100 * (twice or 0):.2g} %"
+    more = f"; twice as many tokens would make that {percent(twice or 0)}"
     return (
-        f"Energies kᵀC⁻¹k of other text come out about {100 * now:.2g} % too high{more}. Text that "
+        f"Energies kᵀC⁻¹k of other text come out about {percent(now)} too high{more}. Text that "
         "repeats itself counts for less."
     )
 

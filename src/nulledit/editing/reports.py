@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nulledit.editing.displacement import Displacement
 from nulledit.editing.weights import LayerReport
 from nulledit.io.notebook import frame, html_table
-from nulledit.io.text import count
+from nulledit.io.text import count, percent
 from nulledit.ledger.records import Column
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class ChangeReport:
             for name in ("removed", "restored", "rebuilt")
             for id_ in getattr(self, name)
         ]
-        rows += [(id_, "stays", f"{100 * share:.2g} %") for id_, share in moved.items()]
+        rows += [(id_, "stays", percent(share)) for id_, share in moved.items()]
         return html_table(repr(self)[1:-1], ("fact", "", "moved by"), rows)
 
 

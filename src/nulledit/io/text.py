@@ -47,6 +47,12 @@ def count(n: int, noun: str) -> str:
     return f"{n} {noun}" + ("" if n == 1 else "es" if noun.endswith(("ch", "s")) else "s")
 
 
+def percent(share: float) -> str:
+    """A share in %, in two digits, or whole where it has three or more before the point."""
+    value = 100 * share
+    return f"{value:.0f} %" if abs(value) >= 99.5 else f"{value:.2g} %"
+
+
 def width(text: str) -> int:
     """Columns that `text` takes in a terminal: two for wide characters, none for combining ones."""
     return len(text) if text.isascii() else sum(map(_columns, text))

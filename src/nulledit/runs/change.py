@@ -6,6 +6,7 @@ from statistics import median
 
 from nulledit.editing.reports import ChangeReport
 from nulledit.editing.session import some
+from nulledit.io.text import percent
 
 MOVED = 5  # facts whose movement is shown
 SHOWN = 10  # facts named that came or went
@@ -24,9 +25,9 @@ def change_lines(report: ChangeReport) -> list[str]:
         lines.append(f"on nearly the same key (cosine): {near}")
     moved = [pair for pair in report.moved if pair[1] > 0]
     if moved:
-        most = ", ".join(f"{i} ({100 * value:.2g} %)" for i, value in moved[:MOVED])
+        most = ", ".join(f"{i} ({percent(value)})" for i, value in moved[:MOVED])
         lines.append(
-            f"the others moved by {100 * median(v for _, v in moved):.2g} % (median of what was "
+            f"the others moved by {percent(median(v for _, v in moved))} (median of what was "
             f"written at their keys); most: {most}"
         )
     return lines

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nulledit.io.text import count, without_folders
+from nulledit.io.text import count, percent, without_folders
 from nulledit.report.document import (
     Document,
     Example,
@@ -170,7 +170,7 @@ def call_parts(
         most, batch, layer = max(shares)
         yield Text(
             "Outputs at the keys of facts before a batch moved by at most "
-            f"{100 * most:.2g} % (batch {batch}, layer {layer}).",
+            f"{percent(most)} (batch {batch}, layer {layer}).",
             "quiet",
         )
     notices = tuple(map(without_folders, call["notices"]))

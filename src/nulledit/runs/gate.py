@@ -33,6 +33,8 @@ from nulledit.runs.limits import KINDS, Bound, Least, Limits, Most, Oldest, Task
 from nulledit.runs.measure import read_text
 from nulledit.runs.tables import OPENINGS, of_text
 
+RATE, POINTS = (0.0, 100.0), (-100.0, 100.0)
+"""Ends of a mean of shares, and of what it lost."""
 SURE = 1.645  # standard errors of a one-sided 95 %
 DOUBT = 0.05  # chance of a sample like this that `confident` accepts
 NO_TEXT = "no window of text with two tokens or more"
@@ -54,9 +56,18 @@ class Found:
     """Whether it is a mean of shares that are all the same, which hides how few they are."""
     note: str = ""
     """Where it was found, or how it is spread."""
+    ends: tuple[float, float] = (-math.inf, math.inf)
+    """What it can't be below or above."""
 
     @classmethod
-    def of(cls, rate: Rate, over: str, *, shares: bool = False) -> Found:
+    def of(
+        cls,
+        rate: Rate,
+        over: str,
+        *,
+        shares: bool = False,
+        ends: tuple[float, float] = (-math.inf, math.inf),
+    ) -> Found:
         """From a rate in shares of one."""
         return cls(
             100 * rate.mean,
@@ -64,6 +75,7 @@ class Found:
             rate.n,
             over,
             shares and rate.standard_error == 0,
+            ends=ends,
         )
 
     @property
@@ -78,6 +90,14 @@ class Found:
         if self.agreed and self.n:
             return 100 * (1 - DOUBT ** (1 / self.n))
         return SURE * self.error
+
+    def bound(self, side: str, *, confident: bool) -> float:
+        """The value, or where it ends by one-sided 95 %, on the side that a limit reads."""
+        margin = self.margin if confident else 0.0
+        # The number comes first: beside nan, max and min give what they find first.
+        if side == "at_least":
+            return max(self.value - margin, self.ends[0])
+        return min(self.value + margin, self.ends[1])
 
 
 @dataclass(frozen=True)
@@ -125,16 +145,12 @@ def _judged(name: str, bound: Bound, found: Outcome, unit: str = "%") -> Row:
     if isinstance(found, Missing):
         verdict = UNMEASURED if bound.optional else FAILED
         return Row(name, None, None, None, "", side, limit, confident, verdict, found.why, unit)
-    margin = found.margin if confident else 0.0
+    end = found.bound(side, confident=confident)
     # Every comparison with nan is false, so what is not a number fails.
-    if side == "at_least":
-        holds = found.value - margin >= limit
-    else:
-        holds = found.value + margin <= limit
+    holds = end >= limit if side == "at_least" else end <= limit
     note = found.note
     if confident and not holds:
-        end = found.value - margin if side == "at_least" else found.value + margin
-        note = f"{note}, " * bool(note) + f"95 % bound {end:.1f}"
+        note = f"{note}, " * bool(note) + f"95 % bound {end:.1f} {unit}"
     known = found.error is not None and math.isfinite(found.error)
     return Row(
         name,
@@ -203,14 +219,14 @@ class _Measuring:
         held = [values[fact.id] for fact in facts if fact.id in values]
         if not held:
             return Missing(why_absent(measure, facts))
-        return Found.of(Rate.of(held), "facts", shares=True)
+        return Found.of(Rate.of(held), "facts", shares=True, ends=RATE)
 
     def _drop(self, measure: str) -> Outcome:
         before, after = (per_fact(self._asked(side))[measure] for side in ("base", "edited"))
         moved = [before[i] - after[i] for i in before if i in after]
         if not moved:
             return Missing(why_absent(measure, self.facts))
-        return Found.of(Rate.of(moved), "facts", shares=True)
+        return Found.of(Rate.of(moved), "facts", shares=True, ends=POINTS)
 
     def _at_relations(self, measure: str) -> Outcome:
         model = self.editor.editable
@@ -221,7 +237,7 @@ class _Measuring:
             return Missing(why_absent(measure, self.facts))
         rate = Rate.of(list(kept_relations(model, self.facts, base, now)[measure].values()))
         if KINDS[measure].unit == "%":
-            return Found.of(rate, "facts", shares=True)
+            return Found.of(rate, "facts", shares=True, ends=RATE)
         return Found(rate.mean, rate.standard_error, rate.n, "facts")
 
     def _asked(self, side: str) -> list[Score]:
@@ -382,7 +398,7 @@ def _task_drop(before: TaskResult, after: TaskResult) -> Outcome:
         return Missing("the base model gives no number for any item")
     if not all(map(math.isfinite, moved)):
         return Found(math.nan, math.nan, len(moved), "items")
-    return Found.of(Rate.of(moved), "items")
+    return Found.of(Rate.of(moved), "items", ends=POINTS)
 
 
 def _worst(shares: Mapping[int, float], *, highest: bool, what: str = "layer") -> Found:

@@ -127,7 +127,7 @@ def _count(row: Row) -> str:
 
 def _allowed(row: Row) -> str:
     sign = "≥" if row.side == "at_least" else "≤"
-    return f"{sign} {row.limit:g}" + (" at 95 %" if row.confident else "") + _unit(row)
+    return f"{sign} {row.limit:g}{_unit(row)}" + " at 95 %" * row.confident
 
 
 def _unit(row: Row) -> str:
