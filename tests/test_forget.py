@@ -578,6 +578,15 @@ def test_the_whole_answer_is_found(says, told, answer, tiny_model, tokenizer, mo
     assert find_answer(editor.editable, "Velm", "{} is") == answer
 
 
+@pytest.mark.parametrize("says", ["", " .", " in\x04do the"])
+def test_what_is_no_answer_is_not_forgotten(says, tiny_model, tokenizer, monkeypatch):
+    place = "nulledit.evaluation.forgetting"
+    monkeypatch.setattr(f"{place}.generate_answers", lambda *_, **__: [says])
+    editor = Editor(tiny_model("llama"), tokenizer)
+    with pytest.raises(FactError, match="which is no answer: give the answer to forget"):
+        find_answer(editor.editable, "Velm", "{} is")
+
+
 def test_the_chance_is_of_the_telling_token(editor):
     """After the prompt and what of the answer comes before it; the same token before and after."""
     fact = dataclasses.replace(known("tongue"), target=f"river {known('tongue').target}")

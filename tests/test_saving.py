@@ -138,7 +138,8 @@ def test_facts_come_in_any_plain_form(tokenizer, tmp_path, facts):
 )
 def test_what_are_no_facts_is_said_in_one_line(given, said, tokenizer):
     editor = edited(build_model("llama"), tokenizer)
-    for call in (editor.edit, editor.forget):
+    finds = said == "target is missing"  # what is to be forgotten without one is asked for
+    for call in (editor.edit,) if finds else (editor.edit, editor.forget):
         with pytest.raises(FactError, match=said) as caught:
             call(given)
         assert "\n" not in str(caught.value)

@@ -148,13 +148,13 @@ def find_answer(model: EditableModel, subject: str, prompt: str) -> str:
     `prompt` is a template with one slot. Of the greedy continuation, the words up to the one that
     gains most by knowing the subject, and what goes on its name or its number after it: "the
     Atlantic Ocean" of "the Atlantic Ocean which lies between". FactError where the model says no
-    word.
+    word, or control characters.
     """
     question = Fact(subject=subject, prompt=prompt, target="?")
     text = question.render(question.prompt)
     (told,) = generate_answers(model, [text], max_new_tokens=ANSWER_TOKENS)
     words = _END.split(told, maxsplit=1)[0].split()
-    if not words:
+    if not words or not all(word.isprintable() for word in words):
         raise FactError(
             f"the model says {quote(told)} to {quote(text)}, which is no answer: "
             "give the answer to forget"
