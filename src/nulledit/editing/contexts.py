@@ -78,13 +78,13 @@ def reworded(prompt: str, n: int, contexts: Sequence[str]) -> tuple[str, ...]:
     whatever the fact. Words are what spaces part.
     """
     before, after = prompt.split("{}")
-    words, last = after.split() or before.split(), not after.strip()
+    words, subject_last = after.split() or before.split(), not after.strip()
     texts = [context.split("{}")[0].strip(" .").split() for context in contexts]
     fillers = [text for text in texts if text] or [[]]
     found = dict.fromkeys([prompt])
     for i in range(n if words else 0):
         filler = fillers[i % len(fillers)][3 * i % 4 :][: 3 + i % 4]
         begun = BEGINNINGS[i % len(BEGINNINGS)].split()
-        worded = [*filler, words[-1], "{}"] if last else [*begun, *filler, words[-1]]
+        worded = [*filler, words[-1], "{}"] if subject_last else [*begun, *filler, words[-1]]
         found[" ".join(worded)] = None
     return tuple(found)[1:]

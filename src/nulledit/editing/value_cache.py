@@ -39,7 +39,7 @@ class ValueCache:
         settings: ValueSettings,
         chat: ChatSettings | None = None,
     ) -> str:
-        """The hash of one group's request on `model`, which names weights and how they read it."""
+        """The hash of one group's request; `model` names the weights and how they read it."""
         used: dict[str, Any] = asdict(settings)
         for elsewhere in (
             "norm_anchor",

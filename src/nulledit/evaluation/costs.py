@@ -274,23 +274,20 @@ def estimate_edit(
     n, rows = len(facts), count_rows(facts, encoder, recipe)
     speeds = shape.speed(named), shape.speed(named, torch.float64)
     costs = Costs.of(shape, recipe, rows, n, speeds)
-    usual = costs.usual(recipe.values)
     seconds = {"load and save": 6 + 4 * shape.parameters * shape.bytes / 1e9}
     if old_answers:
         lacking = sum(fact.old_answer is None and not fact.forget for fact in facts)
         seconds["old answers"] = lacking * costs.answer
     edit = costs.of_edit(recipe.values, retries, n)
+    seconds |= edit
     if evaluate:
         window = min(WINDOW, encoder.max_length)
         windows = read_windows(text or shipped_corpus(), encoder.tokenizer, window=window)
         forms = len(encoder.forms) + bool(other_system(encoder))
         asked = 2 * forms * (costs.queries + n * costs.answer)
         each = 2 * costs.token + costs.below + costs.logits
-        evaluation = {"evaluation": asked + sum(map(len, windows)) * each}
-    else:
-        evaluation = {}
-    rest = sum((seconds | evaluation).values())
-    seconds |= edit | evaluation
+        seconds["evaluation"] = asked + sum(map(len, windows)) * each
+    rest = sum(seconds.values()) - sum(edit.values())
     return {
         "facts": n,
         "batches": -(-n // recipe.batch_size),
@@ -300,7 +297,7 @@ def estimate_edit(
         "gflops": round(speeds[0] / 1e9, 1),
         "seconds": {stage: round(value, 1) for stage, value in seconds.items()},
         "seconds_in_all": round(sum(seconds.values()), 1),
-        "seconds_usual": [round(rest + value, 1) for value in usual],
+        "seconds_usual": [round(rest + value, 1) for value in costs.usual(recipe.values)],
         "peak_bytes": int(shape.peak(recipe, rows, n, named)),
     }
 

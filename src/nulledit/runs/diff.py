@@ -149,12 +149,11 @@ def difference(
     a, b = ({f.key: f for f in facts_of(columns)} for columns in (mine, theirs))
     keys = [k for k in dict.fromkeys([*a, *b]) if _demand(a.get(k)) != _demand(b.get(k))]
     questions = [(a.get(key), b.get(key)) for key in keys]
+    # Of one answer to both, the first's prompt is asked, as it is the one that is shown.
     queries = [
         Query(f"{i}", "efficacy", fact.render(fact.prompt), fact.target, None)
         for i, pair in enumerate(questions)
-        for fact in {
-            f.target: f for f in reversed(pair) if f
-        }.values()  # as it is shown: the first's
+        for fact in {f.target: f for f in reversed(pair) if f}.values()
     ]
     layers = sorted({*editor.history.layers, *other.layers})
     with editor.weights.holding(mine):
