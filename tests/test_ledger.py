@@ -708,3 +708,12 @@ def test_leakage_is_the_dense_trace(make_editor, tokenizer, facts, method, proje
     expected = float(torch.trace(written @ C) / (top * torch.trace(C)))
     assert 0 < expected < 1
     assert editor.weights.leakage(layer) == pytest.approx(expected, abs=1e-9)
+
+
+def test_statistics_of_a_run_in_another_format_are_passed_over(make_editor, facts):
+    editor = make_editor()
+    editor.edit(facts[:2])
+    editor.history.epoch.statistics["format"] = 0
+    editor.next_epoch(RECIPE.with_fields({"values.steps": 2}), statistics=None)
+    with pytest.raises(StatisticsError, match="no statistics of this model's preserved keys"):
+        editor.edit(facts[2:])

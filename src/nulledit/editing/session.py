@@ -26,7 +26,6 @@ from nulledit.editing.value_cache import ValueCache
 from nulledit.editing.values import plan_rows, wordings
 from nulledit.editing.weights import EditedWeights
 from nulledit.errors import FactError, LedgerError, StatisticsError
-from nulledit.io.settings import read_settings
 from nulledit.ledger.journal import Journal, Trial
 from nulledit.ledger.records import Column, Epoch, History
 from nulledit.ledger.store import tensor_bytes
@@ -219,7 +218,10 @@ class EditSession:
         """
         layers = self.recipe.layers
         for epoch in reversed(self.history.epochs):
-            manifest = read_settings(Manifest, epoch.statistics)
+            try:
+                manifest = Manifest.from_json(json.dumps(epoch.statistics), "the run's statistics")
+            except StatisticsError:  # of another version's format
+                continue
             of_it = manifest.inputs == self.method.apart and manifest.mlp_out == mlp_out
             if of_it and set(layers) <= set(epoch.layers):
                 tensors = self.history.tensors[epoch.tensors]
